@@ -1,0 +1,48 @@
+# make demo     GPT-2 tuned three ways and compared, on this machine
+# make test     all tests;  make quick: without the slow ones;  make lint: style and types
+# Needs Python 3.10 to 3.13. PYTHON=... chooses one; PIP_ARGS=... goes to pip install; ARGS=... to the demo or to pytest.
+VENV ?= .venv
+PYTHON ?=
+PIP_ARGS ?=
+ARGS ?=
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+PYTEST = $(BIN)/python -m pytest -v -n logical --maxprocesses 4 --dist worksteal
+
+# Ends with 0 in a Python that can run this: not under Rosetta, and on Intel Macs one that the last PyTorch for them knows.
+SUITABLE = import os, platform, sys; mac = sys.platform == "darwin"; intel = mac and platform.machine() == "x86_64"; \
+  rosetta = intel and os.popen("sysctl -in sysctl.proc_translated").read().strip() == "1"; \
+  sys.exit(rosetta or not (3, 10) <= sys.version_info[:2] <= ((3, 12) if intel else (3, 13)))
+
+.PHONY: demo test quick lint clean
+demo: $(VENV)/.installed
+	$(BIN)/mlx-posttrain demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) --durations 10 $(ARGS)
+
+quick: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	@for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10); do \
+	  if $$p -c '$(SUITABLE)' 2>/dev/null; then echo "making $(VENV) with $$p"; exec $$p -m venv $(VENV); fi; \
+	done; echo "make: no suitable Python: install Python 3.10 to 3.13 (on Apple Silicon an arm64 one, not under Rosetta;" \
+	  "on an Intel Mac 3.10 to 3.12), or name one: make PYTHON=/path/to/python3" >&2; exit 1
+
+$(VENV)/.installed: $(BIN)/pip pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/pip pyproject.toml constraints.txt
+	$(PIP) -e ".[dev,torch]"
+	@touch $@ $(VENV)/.installed

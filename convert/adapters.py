@@ -1,0 +1,281 @@
+"""LoRA and DoRA adapters between PEFT's files and mlx-lm's modules.
+
+PEFT keeps `lora_A.weight` (r, in), `lora_B.weight` (out, r) and, for DoRA, `lora_magnitude_vector` (out,), whatever the layout of the base
+weight. mlx-lm keeps `lora_a` (in, r), `lora_b` (r, out) and `m` (out,). Sources: `peft/tuners/lora/layer.py`, `peft/tuners/lora/model.py`,
+`mlx_lm/tuner/lora.py`, `mlx_lm/tuner/dora.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain.errors import UserError
+
+from .arrays import read_float32, to_float32
+from .files import read_json, require_space, write_atomically, write_json
+from .gpt2 import CONV1D
+from .hub import check_folder
+
+Module = dict[str, Any]
+Modules = dict[str, Module]
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# The magnitude's key has no ".weight" in files; PEFT adds it on loading. An adapter name may remain in keys of a raw state dict.
+_KEY = re.compile(r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.(?!weight$)[^.]+)?(\.weight)?$")
+_PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
+
+# First values that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) move part of the base into the adapter,
+# so that the adapter is meaningless beside the original base.
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# Options of PEFT's LoRA that add parameters or change the formula.
+UNSUPPORTED = (
+    "modules_to_save", "trainable_token_indices", "layers_to_transform", "layer_replication", "target_parameters", "lora_bias",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens", "megatron_config",
+)  # fmt: skip
+
+
+def hf_path(module: str, model_type: str = "gpt2") -> str:
+    """Return the transformers path of an mlx-lm module: GPT-2's `model.h.0.attn.c_attn` is `transformer.h.0.attn.c_attn`, others stay."""
+    return "transformer." + module.removeprefix("model.") if model_type == "gpt2" and module.startswith("model.h.") else module
+
+
+def mlx_path(module: str, model_type: str = "gpt2") -> str:
+    """Return the mlx-lm path of a transformers module, with or without GPT-2's `transformer.`; other architectures stay."""
+    bare = module.removeprefix("transformer.")
+    return f"model.{bare}" if model_type == "gpt2" and bare.startswith("h.") else module
+
+
+def peft_to_mlx(tensors: Mapping[str, Any], model_type: str = "gpt2") -> Modules:
+    """Return PEFT tensors as {mlx-lm module path: {"lora_a": (in, r), "lora_b": (r, out), "m": (out,) with DoRA}}.
+
+    Raises:
+        UserError: a tensor that is not a LoRA or DoRA matrix of a linear layer, or a module with a part missing or of a wrong shape.
+    """
+    modules: Modules = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key.removeprefix(PREFIX))
+        if match is None:
+            raise UserError(f"the adapter holds {key}, which is no LoRA or DoRA matrix of a linear layer; such adapters are not supported")
+        part = _PARTS[match["part"]]
+        value = tensor.reshape(-1) if part == "m" else tensor.T
+        modules.setdefault(mlx_path(match["path"], model_type), {})[part] = value
+    for path, module in modules.items():
+        _check_module(path, module)
+    return modules
+
+
+def mlx_to_peft(modules: Mapping[str, Module], model_type: str = "gpt2") -> dict[str, Any]:
+    """Return mlx-lm modules as PEFT's tensors by key: `base_model.model.<path>.lora_A.weight` (r, in), `.lora_B.weight` (out, r) and so on.
+
+    Raises:
+        UserError: a module with a part missing or of a wrong shape.
+    """
+    tensors = {}
+    for path, module in modules.items():
+        _check_module(path, module)
+        key = PREFIX + hf_path(path, model_type)
+        tensors[f"{key}.lora_A.weight"] = module["lora_a"].T
+        tensors[f"{key}.lora_B.weight"] = module["lora_b"].T
+        if "m" in module:
+            tensors[f"{key}.lora_magnitude_vector"] = module["m"]
+    return tensors
+
+
+def rank_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") -> int:
+    """Return the rank that a PEFT config gives a module (an mlx-lm or transformers path), `rank_pattern` included."""
+    return int(_by_pattern(config.get("rank_pattern"), hf_path(module, model_type), config["r"]))
+
+
+def scale_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") -> float:
+    """Return the factor on B A for a module: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732), patterns included."""
+    rank = rank_of(config, module, model_type)
+    alpha = float(_by_pattern(config.get("alpha_pattern"), hf_path(module, model_type), config["lora_alpha"]))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def save_adapter(
+    folder: Path,
+    modules: Mapping[str, Module],
+    *,
+    base_model: str | None,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: Sequence[str] | str | None,
+    rslora: bool = False,
+    dora: bool = False,
+    fan_in_fan_out: bool = True,
+    extra_config: Mapping[str, Any] | None = None,
+    model_type: str = "gpt2",
+) -> None:
+    """Write PEFT's adapter_config.json and adapter_model.safetensors (float32) for mlx-lm modules of NumPy, MLX or torch arrays.
+
+    `targets` are module name endings as PEFT matches them, a regular expression, or None for the modules' own full paths.
+    `fan_in_fan_out` is True for GPT-2's Conv1D, False elsewhere. The config is written last: a half-written folder is no adapter.
+
+    Raises:
+        UserError: not enough disk space, a module with parts missing.
+        ValueError: `targets`, `rank` or `dora` contradict the modules, so that PEFT would ignore tensors or make new ones.
+    """
+    from safetensors.numpy import save
+
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": sorted(hf_path(m, model_type) for m in modules) if targets is None else _as_listed(targets),
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "init_lora_weights": True,
+        **(extra_config or {}),
+    }
+    _check_against_config(modules, config, model_type, ValueError)
+    _check_targets(modules, config["target_modules"], model_type)
+    tensors = {name: to_float32(value).copy(order="C") for name, value in mlx_to_peft(modules, model_type).items()}
+    data = save(tensors, metadata={"format": "pt"})
+    require_space(folder, len(data))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / TENSORS, lambda path: path.write_bytes(data) and None)
+    write_json(folder / CONFIG, config)
+
+
+def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any], Modules]:
+    """Return a PEFT LoRA or DoRA adapter folder's config and its modules in mlx-lm's layout, as NumPy float32 arrays.
+
+    Ranks and scales that differ by module (`rank_pattern`, `alpha_pattern`) are supported: ask `rank_of` and `scale_of`.
+
+    Raises:
+        UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly; the message names what it is.
+    """
+    check_folder(folder, "adapter")
+    config = read_json(folder / CONFIG)
+    where = folder / CONFIG
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not supported, only LORA (with or without DoRA)")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{where}: bias {config['bias']!r} is not supported, only 'none': the adapter changes the base model's biases")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise UserError(f"{where}: {key} is not supported; merge the adapter with PEFT (merge_and_unload) and start from that model")
+    init = config.get("init_lora_weights", True)
+    if init not in PLAIN_INITS:
+        raise UserError(
+            f"{where}: init_lora_weights {init!r} changed the base model's weights, so the adapter does not fit the original base; "
+            "save it with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, **config}
+    modules = peft_to_mlx(read_float32(folder / TENSORS), model_type)
+    if not modules:
+        raise UserError(f"{folder / TENSORS} holds no tensor")
+    _check_against_config(modules, config, model_type, UserError)
+    return config, modules
+
+
+def to_mlx_lm(folder: Path, modules: Mapping[str, Module], config: Mapping[str, Any], model_type: str = "gpt2") -> None:
+    """Write an adapters folder that `mlx_lm.load(model, adapter_path=folder)` loads; `config` is PEFT's, as `read_adapter` returns it.
+
+    mlx-lm has one rank and one scale for all modules: smaller ranks are padded with zeros and other scales move into `lora_b`, which leaves
+    every product as it was. Modules are listed by full path, so the file does not depend on the model's number of layers.
+
+    Raises:
+        UserError: not enough disk space, no module, a module with parts missing.
+    """
+    import numpy as np
+    from safetensors.numpy import save
+
+    if not modules:
+        raise UserError("the adapter has no module")
+    rank = max(int(module["lora_a"].shape[1]) for module in modules.values())
+    scale = scale_of(config, next(iter(modules)), model_type)
+    tensors = {}
+    for path, module in modules.items():
+        _check_module(path, module)
+        a, b = to_float32(module["lora_a"]), to_float32(module["lora_b"])
+        own = scale_of(config, path, model_type)
+        if own != scale:
+            b = b * np.float32(own / scale)
+        missing = rank - a.shape[1]
+        tensors[f"{path}.lora_a"] = np.pad(a, ((0, 0), (0, missing)))
+        tensors[f"{path}.lora_b"] = np.pad(b, ((0, missing), (0, 0)))
+        if "m" in module:
+            tensors[f"{path}.m"] = to_float32(module["m"])
+    data = save({name: value.copy(order="C") for name, value in tensors.items()}, metadata={"format": "mlx"})
+    require_space(folder, len(data))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "adapters.safetensors", lambda path: path.write_bytes(data) and None)
+    written = {
+        "fine_tune_type": "dora" if config.get("use_dora") else "lora",
+        "num_layers": _layers(modules),
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": float(config.get("lora_dropout", 0.0)), "keys": sorted(modules)},
+    }
+    if config.get("base_model_name_or_path"):
+        written["model"] = config["base_model_name_or_path"]
+    write_json(folder / CONFIG, written)
+
+
+def _as_listed(targets: Sequence[str] | str) -> list[str] | str:
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
+def _layers(modules: Mapping[str, Module]) -> int:
+    numbers = [int(n) for path in modules for n in re.findall(r"\.(\d+)\.", path)[:1]]
+    return max(numbers, default=-1) + 1
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """Look a module up as PEFT's get_pattern_key does: the first pattern that matches the end of the path."""
+    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+
+
+def _check_module(path: str, module: Mapping[str, Any]) -> None:
+    for part in ("lora_a", "lora_b"):
+        if part not in module:
+            raise UserError(f"the adapter lacks {part} of {path}")
+    a, b = tuple(module["lora_a"].shape), tuple(module["lora_b"].shape)
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+        raise UserError(f"the adapter's matrices of {path} do not fit together: lora_a (in, r) is {a}, lora_b (r, out) is {b}")
+    if "m" in module and tuple(module["m"].shape) != b[1:]:
+        raise UserError(f"the adapter's magnitude vector of {path} has shape {tuple(module['m'].shape)}, expected {b[1:]}")
+
+
+def _check_against_config(modules: Mapping[str, Module], config: Mapping[str, Any], model_type: str, error: type[Exception]) -> None:
+    for path, module in modules.items():
+        rank, expected = int(module["lora_a"].shape[1]), rank_of(config, path, model_type)
+        if rank != expected:
+            raise error(f"{path} has rank {rank}, but the config says {expected}")
+        if bool(config.get("use_dora")) != ("m" in module):
+            found = "has a" if "m" in module else "lacks the"
+            raise error(f"{path} {found} magnitude vector, but the config says use_dora {bool(config.get('use_dora'))}")
+
+
+def _check_targets(modules: Mapping[str, Module], targets: Sequence[str] | str, model_type: str) -> None:
+    """PEFT drops tensors of modules that no target matches and makes fresh adapters for targets without tensors, both quietly."""
+    if targets == "all-linear":
+        return
+
+    def matched(path: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, path) is not None
+        return any(path == target or path.endswith(f".{target}") for target in targets)
+
+    paths = {hf_path(module, model_type) for module in modules}
+    lost = sorted(path for path in paths if not matched(path))
+    if lost:
+        raise ValueError(f"targets {targets} do not match {lost[0]}, so PEFT would ignore its tensors")
+    if model_type == "gpt2":
+        possible = {f"transformer.h.{i}.{name}" for i in range(_layers(modules)) for name in CONV1D}
+        absent = sorted(path for path in possible - paths if matched(path))
+        if absent:
+            raise ValueError(f"targets {targets} match {absent[0]} too, which has no adapter; PEFT would make a new one")

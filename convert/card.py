@@ -1,0 +1,102 @@
+"""The README.md of an exported model or adapter: a model card with the hub's front matter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# A hub id, and not a file ("data/rows.jsonl") or something embedded ("tiny", "embedded/tasks").
+_HUB_ID = re.compile(r"^(?!tiny$|embedded/)(?!.*\.(jsonl?|csv|parquet|txt)$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+def model_card(info: Mapping[str, Any]) -> str:
+    """Return a model card in Markdown.
+
+    Keys of `info`, all optional but "name": "base_model" and "datasets" (hub ids reach the front matter, other names only the text),
+    "license", "language", "library_name" ("transformers", "peft" or "mlx"), "tags", "description", "data" and "method" (text, or
+    {label: value}), "figures" ({name: value}, or rows of equal keys, which become a table), "command", "limitations" (text or a list),
+    "versions" ({package: version}).
+
+    Raises:
+        KeyError: "name" is missing.
+    """
+    sections = [
+        f"---\n{_front_matter(info)}\n---",
+        f"# {info['name']}",
+        _what(info),
+        _section("Data", info.get("data") or _list(info.get("datasets")) or "Not recorded."),
+        _section("Method", info.get("method") or "Not recorded."),
+        _section("Figures", info.get("figures") or "Not measured."),
+    ]
+    if info.get("command"):
+        sections.append(f"## Command\n\n```sh\n{info['command']}\n```")
+    sections.append(
+        _section(
+            "Limitations",
+            info.get("limitations")
+            or "A small language model: it states false things with confidence, repeats what its training data holds, and has not been "
+            "tested for safety.",
+        )
+    )
+    if info.get("versions"):
+        sections.append(_section("Versions", info["versions"]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(info: Mapping[str, Any]) -> str:
+    """Return the YAML block; names that are not hub ids are left out, as the hub refuses a card with local paths."""
+    from huggingface_hub import ModelCardData
+
+    base = info.get("base_model")
+    datasets = [d for d in _list(info.get("datasets")) if _HUB_ID.match(d)]
+    data = ModelCardData(
+        base_model=base if base and _HUB_ID.match(base) else None,
+        datasets=datasets or None,
+        language=info.get("language"),
+        library_name=info.get("library_name", "transformers"),
+        license=info.get("license"),
+        pipeline_tag="text-generation",
+        tags=sorted({"mlx-posttrain", *_list(info.get("tags"))}),
+    )
+    return data.to_yaml().strip()
+
+
+def _what(info: Mapping[str, Any]) -> str:
+    lines = [str(info["description"])] if info.get("description") else []
+    if info.get("base_model"):
+        kind = "An adapter for" if info.get("library_name") == "peft" else "Trained from"
+        lines.append(f"{kind} `{info['base_model']}` with mlx-posttrain.")
+    return "\n\n".join(["## What", *(lines or ["A model made with mlx-posttrain."])])
+
+
+def _section(title: str, body: Any) -> str:
+    return f"## {title}\n\n{_body(body)}"
+
+
+def _body(body: Any) -> str:
+    if isinstance(body, Mapping):
+        return "\n".join(f"- {key}: {_value(value)}" for key, value in body.items())
+    if isinstance(body, str):
+        return body
+    rows = list(body)
+    return _table(rows) if rows and all(isinstance(row, Mapping) for row in rows) else "\n".join(f"- {_value(row)}" for row in rows)
+
+
+def _table(rows: list[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *[[_value(row.get(column, "")) for column in columns] for row in rows]]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _value(value: Any) -> str:
+    """Return a figure as text: four significant digits for floats, thousands separated in whole numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _list(value: str | Iterable[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else [str(item) for item in value]

@@ -1,0 +1,149 @@
+"""Small file helpers of the converters: JSON with clear errors, atomic writes, free disk space, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "tokenizer.model", "spiece.model", "*.tiktoken",
+)  # fmt: skip
+
+# Class names that only transformers 5 knows; 4.57 stops with "Tokenizer class ... does not exist".
+TRANSFORMERS_5_TOKENIZERS = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        UserError: the file is missing, is not valid JSON (line and column are named) or does not hold an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not valid JSON: it is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one, never half of one."""
+    # The suffix stays last, as mlx appends ".safetensors" to names without it; the leading dot hides the file from "model*" patterns.
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object atomically, indented, keys sorted."""
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def human_size(size: float) -> str:
+    """Return a byte count as people read it, in decimal units: 1500000 -> '1.5 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Check that the disk that holds `folder` (which need not exist yet) has `needed` bytes free, with 1 % and 1 MB to spare.
+
+    Raises:
+        UserError: there is less; the message gives both figures.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed * 1.01 + 1_000_000:
+        raise UserError(
+            f"not enough disk space in {existing}: {human_size(needed)} needed, {human_size(free)} free; free some or choose another folder"
+        )
+
+
+@contextmanager
+def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` whose files move to `path` when the block ends well; otherwise nothing is left.
+
+    With `force`, files of the same name are replaced, weight files of an earlier model are removed (loaders read every
+    `model*.safetensors`) and other files stay.
+
+    Raises:
+        UserError: `path` is a file, or a folder that is not empty and `force` is not set.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; give a folder to write to")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise UserError(f"{path} exists and is not empty; choose another folder or use --force to write into it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
+    try:
+        yield temporary
+        path.mkdir(exist_ok=True)
+        new = {file.name for file in temporary.iterdir()}
+        for stale in [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]:
+            if stale.name not in new:
+                stale.unlink()
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, path / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_tokenizer(src: Path, dst: Path) -> list[str]:
+    """Copy a model folder's tokenizer files byte for byte and return their names.
+
+    One value may change: a `tokenizer_class` that transformers 4.57 cannot load becomes one that 4.57 and 5.x both load.
+    """
+    names = sorted({file.name for pattern in TOKENIZER_FILES for file in src.glob(pattern)})
+    for name in names:
+        shutil.copyfile(src / name, dst / name)
+    config = dst / "tokenizer_config.json"
+    if config.exists() and read_json(config).get("tokenizer_class") in TRANSFORMERS_5_TOKENIZERS:
+        # Edited as text, so that every other byte stays as it was.
+        text = re.sub(r'("tokenizer_class"\s*:\s*)"[^"]*"', rf'\1"{_portable_class(src)}"', config.read_text(encoding="utf-8"))
+        config.write_text(text, encoding="utf-8")
+    return names
+
+
+def _portable_class(src: Path) -> str:
+    """Return GPT2Tokenizer for GPT-2's kind of tokenizer.json and the generic PreTrainedTokenizerFast for any other.
+
+    GPT2Tokenizer rebuilds a plain byte-level pre-tokenizer around the vocabulary, which would silently change a tokenizer that differs.
+    """
+    path = src / "tokenizer.json"
+    if not path.exists():
+        return "GPT2Tokenizer"
+    tokenizer = read_json(path)
+    splitter = tokenizer.get("pre_tokenizer") or {}
+    byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    is_gpt2 = (tokenizer.get("model") or {}).get("type") == "BPE" and byte_level and not tokenizer.get("normalizer")
+    return "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"

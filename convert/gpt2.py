@@ -1,0 +1,131 @@
+"""GPT-2's tensor names and layouts: Hugging Face's `transformer.h.*` with Conv1D weights (in, out), mlx-lm's `model.h.*` with (out, in).
+
+Pure functions over dictionaries of NumPy, MLX or torch arrays; nothing is computed, so every tensor keeps its bits and its type.
+Sources: `transformers/models/gpt2/modeling_gpt2.py` (Conv1D), `mlx_lm/models/gpt2.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_posttrain.errors import UserError
+
+Weights = dict[str, Any]
+
+# The four weight matrices of a block that Hugging Face keeps as Conv1D.
+CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+NORMS = ("ln_1", "ln_2")
+
+_BUFFER = re.compile(r"(^|\.)attn\.(bias|masked_bias)$")
+_CONV1D_WEIGHT = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+_QUANTISED = (".scales", ".biases")
+
+
+def is_conv1d(module: str) -> bool:
+    """Tell whether a GPT-2 module path, with any prefix, is one that Hugging Face keeps as Conv1D with weight (in, out)."""
+    return _CONV1D_WEIGHT.search(f"{module}.weight") is not None
+
+
+def is_mlx(weights: Mapping[str, Any]) -> bool:
+    """Tell whether a dictionary has mlx-lm's names (`model.wte.weight`, `model.h.*`)."""
+    return any(name.startswith("model.") for name in weights)
+
+
+def hf_to_mlx(weights: Mapping[str, Any], n_layer: int, tie_word_embeddings: bool = True) -> Weights:
+    """Return GPT-2 weights under mlx-lm's names, matrices as (out, in); a dictionary that has those names already is checked and passed on.
+
+    Accepts the hub's bare names (`h.0.*`) and `save_pretrained`'s (`transformer.h.0.*`), drops the `attn.bias` and `attn.masked_bias`
+    buffers, and drops `lm_head.weight` (vocab, d) when it equals `wte.weight`; one that differs stays only with `tie_word_embeddings`
+    False. `score.weight` of a reward model passes through.
+
+    Raises:
+        UserError: a tensor is missing, is not GPT-2's, or `lm_head.weight` differs from `wte.weight` in a tied model.
+    """
+    if is_mlx(weights):
+        out = dict(weights)
+    else:
+        out = {}
+        for name, value in weights.items():
+            if _BUFFER.search(name):
+                continue
+            if _CONV1D_WEIGHT.search(name):
+                value = transposed(value)
+            out[_mlx_name(name)] = value
+    _tie(out, tie_word_embeddings)
+    _check_names(out, n_layer)
+    return out
+
+
+def mlx_to_hf(weights: Mapping[str, Any]) -> Weights:
+    """Return mlx-lm's GPT-2 weights under transformers' names (`transformer.*`), Conv1D matrices as (in, out), no head when tied.
+
+    Raises:
+        UserError: the weights are quantised, which Hugging Face's layout cannot hold.
+    """
+    if any(name.endswith(_QUANTISED) for name in weights):
+        raise UserError("these weights are quantised; give a dtype (float16, bfloat16 or float32) to dequantise them first")
+    out = {}
+    for name, value in weights.items():
+        if _CONV1D_WEIGHT.search(name):
+            value = transposed(value)
+        out["transformer." + name.removeprefix("model.") if name.startswith("model.") else name] = value
+    return out
+
+
+def expected_names(n_layer: int) -> list[str]:
+    """Return every tensor name of an mlx-lm GPT-2 with `n_layer` blocks, in the model's order."""
+    names = ["model.wte.weight", "model.wpe.weight"]
+    for i in range(n_layer):
+        names += [f"model.h.{i}.{module}.{kind}" for module in (*NORMS, *CONV1D) for kind in ("weight", "bias")]
+    return [*names, "model.ln_f.weight", "model.ln_f.bias"]
+
+
+def transposed(matrix: Any) -> Any:
+    """Return a matrix (a, b) as (b, a), contiguous where the library asks for that; the values keep their bits."""
+    turned = matrix.T
+    if hasattr(turned, "contiguous"):  # torch: safetensors refuses strided views
+        return turned.contiguous()
+    if type(turned).__module__ == "numpy":
+        return turned.copy(order="C")
+    return turned  # mlx makes it contiguous when it saves or computes
+
+
+def _mlx_name(name: str) -> str:
+    if name.startswith(("lm_head.", "score.")):
+        return name
+    return "model." + name.removeprefix("transformer.")
+
+
+def _tie(weights: Weights, tie_word_embeddings: bool) -> None:
+    """Reduce wte and lm_head to one tensor where the model is tied."""
+    head = weights.get("lm_head.weight")
+    if head is None:
+        return
+    table = weights.get("model.wte.weight")
+    if table is None and tie_word_embeddings:
+        # safetensors keeps one name of a shared tensor, and it may have kept this one.
+        weights["model.wte.weight"] = weights.pop("lm_head.weight")
+    elif table is not None and tuple(table.shape) == tuple(head.shape) and bool((table == head).all()):
+        del weights["lm_head.weight"]
+    elif tie_word_embeddings:
+        raise UserError(
+            "lm_head.weight differs from wte.weight in a tied model; if that is meant, set tie_word_embeddings to false in config.json"
+        )
+
+
+def _check_names(weights: Mapping[str, Any], n_layer: int) -> None:
+    expected = set(expected_names(n_layer))
+    missing = [name for name in expected_names(n_layer) if name not in weights]
+    if missing:
+        raise UserError(f"the weights lack {missing[0]}{_and_more(missing)} for a GPT-2 with n_layer {n_layer}")
+    known = expected | {"lm_head.weight", "score.weight"}
+    # A quantised matrix brings .scales and .biases beside its .weight.
+    extra = sorted(n for n in weights if n not in known and not (n.endswith(_QUANTISED) and f"{n.rsplit('.', 1)[0]}.weight" in expected))
+    if extra:
+        raise UserError(f"{extra[0]}{_and_more(extra)} is not part of a GPT-2 with n_layer {n_layer}; check n_layer in config.json")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,220 @@
+"""Find a model: the embedded one, a local folder, or a Hugging Face hub id through the hub's own cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain.errors import UserError
+
+from .files import read_json
+
+EMBEDDED = "tiny"
+
+# Weights load by safetensors only: pickle files (.bin, .pt) and Python files are never fetched.
+ALLOWED = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.txt", "*.jinja", "tokenizer.model", "spiece.model", "*.tiktoken"]
+IGNORED = ["*.bin", "*.py", "*.pt", "*.msgpack", "*.h5", "*.onnx", "*/*"]
+
+# Ids from before the hub had organisations; the hub redirects them, the cache knows them under the name that was asked for.
+LEGACY = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+
+
+def resolve(model: str | Path, kind: str = "model") -> Path:
+    """Return the local folder of `model`: "tiny" (embedded), an existing folder, or a hub id ("openai-community/gpt2", "gpt2").
+
+    A complete copy in the hub cache is used as it is, without a network call; otherwise the hub's client downloads it and shows its
+    progress. `kind` "adapter" looks for a PEFT adapter instead of a model.
+
+    Raises:
+        UserError: one line that says what is wrong and what to do: no such folder, no such id, gated, not cached while offline,
+            no config, no safetensors.
+    """
+    name = str(model).strip()
+    if not name:
+        raise UserError("no model given; give a folder, a hub id such as openai-community/gpt2, or tiny")
+    if name == EMBEDDED and kind == "model":
+        return _embedded()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        check_folder(folder, kind)
+        return folder
+    if folder.exists():
+        raise UserError(f"{name} is a file; give the folder that holds {_config_name(kind)} and the safetensors weights")
+    if isinstance(model, Path) or _looks_like_path(name):
+        raise UserError(f"the folder {name} does not exist; give an existing folder or a hub id such as openai-community/gpt2")
+    return _from_hub(name, kind)
+
+
+def check_config(path: Path) -> dict[str, Any]:
+    """Read config.json of a model folder (or the file itself) as a dictionary.
+
+    Raises:
+        UserError: it is missing, is broken JSON (line and column are named), or names no model_type.
+    """
+    config = read_json(path / "config.json" if path.is_dir() else path)
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path / 'config.json' if path.is_dir() else path} names no model_type, so the architecture is unknown")
+    return config
+
+
+def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> None:
+    """Check that a folder holds a model (config.json and safetensors weights) or a PEFT adapter; `name` is what the user called it.
+
+    Raises:
+        UserError: it does not; the message says what was found instead.
+    """
+    shown = name or str(folder)
+    config = _config_name(kind)
+    if not (folder / config).is_file():
+        other = "adapter_config.json" if kind == "model" else "config.json"
+        if (folder / other).is_file():
+            what = "a PEFT adapter, not a model; give the model it was trained on" if kind == "model" else "a model, not a PEFT adapter"
+            raise UserError(f"{shown} has {other} but no {config}: it holds {what}")
+        raise UserError(f"{shown} has no {config}; give a folder in Hugging Face's format")
+    if kind == "adapter":
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"{shown} has no adapter_model.safetensors{_pickle_hint(folder, 'adapter_model.bin')}")
+    elif not weight_files(folder):
+        raise UserError(f"{shown} has no model.safetensors{_pickle_hint(folder, 'pytorch_model*.bin')}")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of a model folder's weight files, as its index lists them where there is one; empty without safetensors."""
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(v, str) and v == os.path.basename(v) for v in shards.values()):
+            raise UserError(f"{index} has no usable weight_map; download the model again")
+        return sorted(set(shards.values()))
+    return sorted(path.name for path in folder.glob("model*.safetensors"))
+
+
+def _embedded() -> Path:
+    from importlib.resources import files
+
+    folder = Path(str(files("mlx_posttrain") / "assets" / EMBEDDED))
+    if not (folder / "config.json").is_file() or not weight_files(folder):
+        raise UserError("the embedded model tiny is not in this installation; install mlx-posttrain again or give another model")
+    return folder
+
+
+def _config_name(kind: str) -> str:
+    return "adapter_config.json" if kind == "adapter" else "config.json"
+
+
+def _pickle_hint(folder: Path, pattern: str) -> str:
+    found = sorted(folder.glob(pattern))
+    if found:
+        return (
+            f"; {found[0].name} is refused, as loading pickle files can run code: only safetensors load "
+            "(save the model again with transformers to get them)"
+        )
+    return "; only safetensors weights load"
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "~", "/")) or name.endswith(("/", ".safetensors")) or "\\" in name or name.count("/") > 1
+
+
+def _ids(name: str) -> list[str]:
+    """Return the ids under which the cache may hold `name`, the asked one first."""
+    if name in LEGACY:
+        return [name, LEGACY[name]]
+    return [name, *(old for old, new in LEGACY.items() if new == name)]
+
+
+def _from_hub(name: str, kind: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"{name!r} is neither an existing folder nor a valid hub id (an id looks like openai-community/gpt2)") from None
+    partial = None
+    for repo in _ids(name):
+        cached = _cached(repo, kind)
+        if cached and _complete(cached, kind, tokenizer=True):
+            return cached
+        partial = partial or cached
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=ALLOWED, ignore_patterns=IGNORED))
+    except Exception as error:  # whatever the hub's client raises becomes one line
+        if partial and _complete(partial, kind, tokenizer=False):
+            return partial
+        raise UserError(_explain(name, error)) from error
+    # Offline, the client returns a snapshot that an interrupted download left behind.
+    if not _complete(folder, kind, tokenizer=False):
+        if partial is None:
+            check_folder(folder, kind, name)
+        raise UserError(
+            f"{name} is in the hub cache without complete safetensors weights; complete it while online (hf download {name}), "
+            "or give another model if it has only pickle files such as pytorch_model.bin, which do not load"
+        )
+    check_folder(folder, kind, name)
+    return folder
+
+
+def _cached(repo: str, kind: str) -> Path | None:
+    """Return the cache's snapshot folder of the main branch, complete or not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, _config_name(kind))
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _complete(folder: Path, kind: str, tokenizer: bool) -> bool:
+    """Tell whether a snapshot can be used: an interrupted download leaves some files out."""
+    if kind == "adapter":
+        return (folder / "adapter_model.safetensors").is_file()
+    names = weight_files(folder)
+    numbered = re.match(r"model-\d+-of-(\d+)\.safetensors$", names[0]) if names else None
+    if numbered and len(names) < int(numbered[1]):  # shards whose index has not arrived
+        return False
+    if not names or not all((folder / shard).is_file() for shard in names):
+        return False
+    return not tokenizer or any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+
+
+def _explain(name: str, error: Exception) -> str:
+    """Return one line for an error of the hub's client: what happened and what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    # The client wraps the answer it got in "not found locally"; the answer tells more.
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    response = getattr(cause, "response", None)
+    status = getattr(response, "status_code", None)
+    download = f"download it once while online (hf download {name}) or give a folder"
+    if isinstance(cause, GatedRepoError):
+        return f"{name} is gated: accept its terms at https://huggingface.co/{name}, then run: hf auth login"
+    if isinstance(cause, RepositoryNotFoundError):
+        return f"{name} is neither an existing folder nor a model on the hub; check the spelling, or if it is private run: hf auth login"
+    if isinstance(cause, HfHubHTTPError) and status in (401, 403):
+        return f"the hub refused access to {name} (HTTP {status}); run: hf auth login"
+    if isinstance(cause, HfHubHTTPError) and status is not None:
+        return f"the hub answered HTTP {status} for {name}, which is not in the cache; try again later or give a folder"
+    if isinstance(cause, OfflineModeIsEnabled):
+        return f"{name} is not in the hub cache and offline mode is on (HF_HUB_OFFLINE); {download}"
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"{name} is not in the hub cache and the hub cannot be reached; {download}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"the hub's answer for {name} cannot be read; try again later or give a folder"
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{name} could not be downloaded: {reason}; {download}"

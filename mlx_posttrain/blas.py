@@ -1,0 +1,283 @@
+"""A fast BLAS for MLX on Linux.
+
+MLX's Linux wheel links the reference BLAS, which multiplies matrices at about 5 GFLOP/s on a machine that can do 170. This module
+finds an OpenBLAS and lets MLX's library, and nothing else in the process, call it: the addresses of ``cblas_?gemm`` in libmlx's own
+import table (the GOT slots that the loader filled) are replaced by OpenBLAS's.
+
+Why not simply load OpenBLAS with RTLD_GLOBAL before MLX? Because then every library loaded later binds to it as well, PyTorch
+included: its matrix products leave MKL (training 1.5 times slower, so no fair comparison), and its complex dot products come out
+wrong, since the two libraries return complex numbers by different conventions. Redirecting one library touches nothing else, does
+not depend on the order of imports, and works with any symbol prefix.
+
+Where OpenBLAS comes from, first match wins:
+
+1. ``MLX_POSTTRAIN_BLAS``: path of a library, or ``none`` to leave MLX as it is;
+2. SciPy's wheel, which carries a current OpenBLAS for every processor and is installed with this package;
+3. a system library (Debian and Ubuntu: libopenblas0-pthread).
+
+``OPENBLAS_NUM_THREADS`` and ``OMP_NUM_THREADS`` are obeyed. On macOS MLX uses Accelerate or the GPU and nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ENV = "MLX_POSTTRAIN_BLAS"
+ADVICE = (
+    "MLX uses the slow reference BLAS on this machine: install SciPy's wheel (pip install scipy) or an OpenBLAS "
+    "(Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas-threads)"
+)
+
+# What libmlx calls in every forward and backward pass. LAPACK (mx.linalg) stays with the library that MLX was built with.
+_ROUTINES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+_PREFIXES = ("scipy_", "")  # SciPy's wheels rename all symbols, systems do not
+_SYSTEM_NAMES = (
+    "libopenblasp.so.0",  # Fedora: threads, while its libopenblas.so.0 is serial
+    "libopenblas.so.0",  # Debian, Arch: threads
+    "libopenblas.so",
+)
+
+
+@dataclass(frozen=True)
+class BlasInfo:
+    """The library that multiplies MLX's matrices on the CPU.
+
+    ``name`` is None when it is not known to be fast; ``advice`` then says what to do (None when there is nothing to do).
+    """
+
+    name: str | None
+    path: str | None = None
+    advice: str | None = None
+
+
+@cache
+def load(quiet: bool = False) -> BlasInfo:
+    """Give MLX an OpenBLAS if it needs one; any number of calls, before or after MLX is first imported.
+
+    Silent when all is well. When MLX stays slow, one line on stderr says what to install, unless ``quiet``.
+    """
+    info = _load()
+    if info.advice and not quiet:
+        print(info.advice, file=sys.stderr)
+    return info
+
+
+def _load() -> BlasInfo:
+    if sys.platform == "darwin":
+        return BlasInfo("Accelerate")
+    if not sys.platform.startswith("linux") or importlib.util.find_spec("mlx") is None:
+        return BlasInfo(None)
+    import mlx.core  # noqa: F401  maps libmlx into the process
+
+    slots = _import_slots("libmlx.so", _ROUTINES)
+    if "cblas_sgemm" not in slots:
+        return BlasInfo("built into MLX")
+    present = _library_of(slots["cblas_sgemm"].value)
+    wish = os.environ.get(ENV, "").strip()
+    if wish.lower() == "none":
+        return BlasInfo(None, present)
+    if not wish and any(fast in Path(present).name for fast in ("openblas", "mkl", "blis", "armpl", "nvpl")):
+        return BlasInfo(Path(present).name, present)  # an MLX built by a distribution
+
+    problem = "no OpenBLAS found"
+    for path in [wish] if wish else _candidates():
+        try:
+            library, prefix = _open(path)
+            _self_test(getattr(library, prefix + "cblas_sgemm"))
+        except (OSError, ArithmeticError, LookupError) as error:
+            problem = f"{path}: {error}"
+            continue
+        for routine, slot in slots.items():
+            slot.redirect(_address(library, prefix + routine))
+        return BlasInfo(_describe(library, prefix), _library_of(slots["cblas_sgemm"].value))
+    return BlasInfo(None, present, f"{ENV}: {problem}" if wish else ADVICE)
+
+
+# -- finding an OpenBLAS ------------------------------------------------------------------------------------------------
+
+
+def _candidates() -> Iterator[str]:
+    """Libraries to try: SciPy's (next to the package, not imported), one beside Python (conda), the system's."""
+    spec = importlib.util.find_spec("scipy")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        yield from sorted(str(p) for p in Path(folder).with_name("scipy.libs").glob("libscipy_openblas-*.so*"))
+    for name in _SYSTEM_NAMES:
+        beside = Path(sys.prefix) / "lib" / name
+        yield str(beside) if beside.exists() else name
+
+
+def _open(path: str) -> tuple[ctypes.CDLL, str]:
+    """Open a library privately (RTLD_LOCAL) and find the prefix of its symbols."""
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL | os.RTLD_NOW)
+    for prefix in _PREFIXES:
+        if all(hasattr(library, prefix + routine) for routine in _ROUTINES):
+            if "USE64BITINT" in _config(library, prefix):
+                raise LookupError("built for 64-bit integers, MLX passes 32-bit ones")
+            # OpenMP builds look at OMP_NUM_THREADS only
+            wish = os.environ.get("OPENBLAS_NUM_THREADS", "")
+            if wish.isdigit() and int(wish) > 0 and hasattr(library, prefix + "openblas_set_num_threads"):
+                getattr(library, prefix + "openblas_set_num_threads")(int(wish))
+            return library, prefix
+    raise LookupError("has no cblas_sgemm with 32-bit integers")
+
+
+def _config(library: ctypes.CDLL, prefix: str) -> str:
+    """OpenBLAS's line about itself, such as 'OpenBLAS 0.3.30 DYNAMIC_ARCH Haswell MAX_THREADS=64'; '' for other libraries."""
+    name = prefix + "openblas_get_config"
+    if not hasattr(library, name):
+        return ""
+    function = getattr(library, name)
+    function.restype = ctypes.c_char_p
+    return (function() or b"").decode(errors="replace")
+
+
+def _describe(library: ctypes.CDLL, prefix: str) -> str:
+    words = _config(library, prefix).split()
+    if len(words) < 2:
+        return "BLAS"
+    core = getattr(library, prefix + "openblas_get_corename", None)
+    if core is not None:
+        core.restype = ctypes.c_char_p
+    threads = getattr(library, prefix + "openblas_get_num_threads", lambda: 0)()
+    kernel = core().decode(errors="replace") if core is not None else "unknown kernel"
+    return f"{words[0]} {words[1]} ({kernel}, {threads} thread{'s' if threads != 1 else ''})"
+
+
+def _self_test(sgemm: Any) -> None:
+    """Multiply small integer matrices, whose product is exact in float32, in the three forms that training uses.
+
+    Old OpenBLAS builds are known to compute wrongly on processors newer than they are; such a library is passed over.
+    Raises ArithmeticError.
+    """
+    import numpy as np
+
+    pointer, integer, real = ctypes.POINTER(ctypes.c_float), ctypes.c_int, ctypes.c_float
+    sgemm.restype = None
+    sgemm.argtypes = [integer] * 6 + [real, pointer, integer, pointer, integer, real, pointer, integer]
+    row_major, plain, transposed = 101, 111, 112
+    for m, n, k in ((1, 33, 65), (70, 257, 66), (130, 64, 129)):
+        a = (np.arange(m * k, dtype=np.int64) * 7 % 11 - 5).reshape(m, k)
+        b = (np.arange(k * n, dtype=np.int64) * 5 % 13 - 6).reshape(k, n)
+        for flip_a, flip_b in ((False, False), (False, True), (True, False)):
+            left = np.ascontiguousarray(a.T if flip_a else a, dtype=np.float32)
+            right = np.ascontiguousarray(b.T if flip_b else b, dtype=np.float32)
+            out = np.full((m, n), np.nan, dtype=np.float32)
+            sgemm(
+                row_major, transposed if flip_a else plain, transposed if flip_b else plain, m, n, k,
+                1.0, left.ctypes.data_as(pointer), left.shape[1], right.ctypes.data_as(pointer), right.shape[1],
+                0.0, out.ctypes.data_as(pointer), n,
+            )  # fmt: skip
+            if not np.array_equal(out, a @ b):
+                raise ArithmeticError("multiplies wrongly on this processor")
+
+
+# -- redirecting one library's imports (ELF, 64 bit) ------------------------------------------------------------------------
+
+# Names and numbers as in elf.h and the processors' ABI supplements.
+_PT_DYNAMIC, _PT_GNU_RELRO = 2, 0x6474E552
+_DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_JMPREL = 2, 5, 6, 7, 8, 23
+_FUNCTION_RELOCATIONS = {"x86_64": (6, 7), "aarch64": (1025, 1026)}  # GLOB_DAT, JUMP_SLOT
+_RELA_SIZE, _SYM_SIZE = 24, 24
+
+
+class _ProgramHeader(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_uint32), ("flags", ctypes.c_uint32), ("offset", ctypes.c_uint64), ("vaddr", ctypes.c_uint64),
+        ("paddr", ctypes.c_uint64), ("filesz", ctypes.c_uint64), ("memsz", ctypes.c_uint64), ("align", ctypes.c_uint64),
+    ]  # fmt: skip
+
+
+class _LoadedObject(ctypes.Structure):
+    _fields_ = [
+        ("base", ctypes.c_uint64), ("name", ctypes.c_char_p), ("headers", ctypes.POINTER(_ProgramHeader)), ("count", ctypes.c_uint16),
+    ]  # fmt: skip
+
+
+class _DynamicLibrary(ctypes.Structure):
+    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p)]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One entry of a library's import table: the address it calls for one function."""
+
+    address: int
+    protected: bool
+
+    @property
+    def value(self) -> int:
+        return ctypes.c_uint64.from_address(self.address).value
+
+    def redirect(self, target: int) -> None:
+        """Write another function's address: one aligned word, so a thread that calls meanwhile sees the old or the new one."""
+        if not self.protected:
+            ctypes.c_uint64.from_address(self.address).value = target
+            return
+        page = os.sysconf("SC_PAGE_SIZE")
+        libc, start = ctypes.CDLL(None, use_errno=True), self.address // page * page
+        read, write = 1, 2
+        if libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), read | write):
+            raise OSError(ctypes.get_errno(), "the import table of libmlx cannot be changed")
+        ctypes.c_uint64.from_address(self.address).value = target
+        libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), read)
+
+
+def _import_slots(library: str, routines: tuple[str, ...]) -> dict[str, _Slot]:
+    """Return where the loaded ``library`` keeps the addresses of imported ``routines``; empty if it has none or is not loaded."""
+    kinds = _FUNCTION_RELOCATIONS.get(os.uname().machine)
+    segments: list[tuple[int, int, int, int]] = []  # type, start, size, base
+
+    def visit(info: Any, _size: int, _data: Any) -> int:
+        loaded = info.contents
+        if Path((loaded.name or b"").decode(errors="replace")).name == library:
+            for header in loaded.headers[: loaded.count]:
+                segments.append((header.type, loaded.base + header.vaddr, header.memsz, loaded.base))
+            return 1
+        return 0
+
+    visitor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_LoadedObject), ctypes.c_size_t, ctypes.c_void_p)
+    ctypes.CDLL(None).dl_iterate_phdr(visitor(visit), None)
+    dynamic = next((s for s in segments if s[0] == _PT_DYNAMIC), None)
+    if kinds is None or dynamic is None:
+        return {}
+    _, start, size, base = dynamic
+    words = (ctypes.c_uint64 * (size // 8)).from_address(start)
+    table = {words[i]: words[i + 1] for i in range(0, len(words) - 1, 2) if words[i]}
+
+    def pointer(tag: int) -> int:  # glibc has added the base to these already, other loaders may not
+        return table[tag] if table[tag] >= base else base + table[tag]
+
+    slots: dict[str, _Slot] = {}
+    for where, length in ((_DT_JMPREL, _DT_PLTRELSZ), (_DT_RELA, _DT_RELASZ)):
+        if where not in table or len(slots) == len(routines):
+            continue
+        entries = (ctypes.c_uint64 * (table[length] // 8)).from_address(pointer(where))
+        for i in range(0, len(entries), _RELA_SIZE // 8):
+            offset, kind, symbol = entries[i], entries[i + 1] & 0xFFFFFFFF, entries[i + 1] >> 32
+            if kind not in kinds:
+                continue
+            name_at = ctypes.c_uint32.from_address(pointer(_DT_SYMTAB) + symbol * _SYM_SIZE).value
+            name = ctypes.string_at(pointer(_DT_STRTAB) + name_at).decode(errors="replace")
+            if name in routines:
+                at = base + offset
+                slots[name] = _Slot(at, any(k == _PT_GNU_RELRO and s <= at < s + n for k, s, n, _ in segments))
+    return slots
+
+
+def _library_of(address: int) -> str:
+    """Return the file that the code at ``address`` was loaded from, '' if unknown."""
+    info = _DynamicLibrary()
+    found = ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(info))
+    return (info.file or b"").decode(errors="replace") if found else ""
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0

@@ -1,0 +1,117 @@
+"""Examples to batches: which rows go together, and the arrays that an engine trains on.
+
+Rows are right-padded. A causal model never looks right, so training needs no padding mask, and because a batch names its
+trained positions by flat index, logits are computed for those positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_posttrain.data.types import Example
+
+LENGTH_MULTIPLE = 32  # padded lengths are multiples of this, so that a compiled step meets few shapes
+POSITION_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B rows, padded to T tokens, with N trained positions (padded).
+
+    tokens: [B, T] int32, right-padded with 0 (no pad id is needed: nothing reads a padded position).
+    index: [N] int32, ``row * T + t`` of the position whose output predicts ``target``.
+    target: [N] int32, the token at ``t + 1``.
+    weight: [N] float32, 1 for a trained token, 0 for padding of the index.
+    row: [N] int32, the row that a position belongs to.
+    """
+
+    tokens: np.ndarray
+    index: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+    row: np.ndarray
+
+    @property
+    def trained_tokens(self) -> float:
+        """Sum of weights, the number of trained tokens."""
+        return float(self.weight.sum())
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Smallest multiple of ``multiple`` that is at least ``n``."""
+    return -(-n // multiple) * multiple
+
+
+def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch:
+    """Pad ``examples`` to one batch.
+
+    ``max_length`` is the model's context: padding never goes beyond it. Raises ValueError if a row is longer.
+    """
+    longest = max(len(e.tokens) for e in examples)
+    length = round_up(longest, LENGTH_MULTIPLE)
+    if max_length is not None:
+        if longest > max_length:
+            raise ValueError(f"a row of {longest} tokens does not fit a context of {max_length}")
+        length = min(length, max_length)
+    tokens = np.zeros((len(examples), length), np.int32)
+    index, target, row = [], [], []
+    for r, example in enumerate(examples):
+        ids = np.asarray(example.tokens, np.int32)
+        tokens[r, : len(ids)] = ids
+        # A token is predicted from the position before it; the first token of a row is never predicted.
+        trained = np.flatnonzero(example.trained[1:])
+        index.append(r * length + trained)
+        target.append(ids[trained + 1])
+        row.append(np.full(len(trained), r))
+    n = sum(len(i) for i in index)
+    padded = round_up(max(n, 1), POSITION_MULTIPLE)
+
+    def flat(parts: list[np.ndarray]) -> np.ndarray:
+        return np.pad(np.concatenate(parts), (0, padded - n)).astype(np.int32)
+
+    weight = np.zeros(padded, np.float32)
+    weight[:n] = 1.0
+    return Batch(tokens, flat(index), flat(target), weight, flat(row))
+
+
+def steps(
+    lengths: Sequence[int], *, batch_size: int, accumulate: int = 1, seed: int, epoch: int, token_budget: int | None = None
+) -> list[list[list[int]]]:
+    """The order of one epoch: a list of optimizer steps, each a list of micro-batches, each a list of row numbers.
+
+    A step takes ``batch_size * accumulate`` rows of similar length (sorted within windows of 32 steps of a shuffled order, the
+    steps shuffled again), so that 1 x 8 and 8 x 1 hold the same rows. A micro-batch has at most ``batch_size`` rows and, with
+    ``token_budget``, at most that many padded tokens. Depends on nothing but the arguments, so a resumed run meets the same
+    order. The last step of an epoch may be smaller; no row is left out.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    group = batch_size * accumulate
+    window = group * 32
+    grouped = []
+    for start in range(0, len(order), window):
+        rows = sorted(order[start : start + window].tolist(), key=lambda i: lengths[i])
+        grouped += [rows[i : i + group] for i in range(0, len(rows), group)]
+    rng.shuffle(grouped)
+    return [list(_micro_batches(rows, lengths, batch_size, token_budget)) for rows in grouped]
+
+
+def _micro_batches(rows: list[int], lengths: Sequence[int], batch_size: int, token_budget: int | None) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for i in rows:  # ascending length, so the newest row sets the padded length
+        full = len(batch) == batch_size
+        over = token_budget is not None and (len(batch) + 1) * round_up(lengths[i], LENGTH_MULTIPLE) > token_budget
+        if batch and (full or over):
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
+
+
+def by_length(lengths: Sequence[int], batch_size: int, token_budget: int | None = None) -> list[list[int]]:
+    """Row numbers in micro-batches of similar length, for evaluation; every row exactly once."""
+    rows = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return list(_micro_batches(rows, lengths, batch_size, token_budget)) if rows else []

@@ -1,0 +1,230 @@
+"""Conversations to token ids: each segment tokenised on its own, EOS after each answer, a mark on every trained token.
+
+Text is tokenised as the tokenizer's own users would type it: a special token written out in a row (``<|endoftext|>``) becomes that
+token. Tokenizers that begin every text with BOS (Llama) get one BOS at the start of a row; GPT-2's does not and gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from mlx_posttrain.data.templates import Segment, TrainOn, check_name, choose, render, render_prompt
+from mlx_posttrain.data.types import Conversation, Example, Turn
+from mlx_posttrain.errors import UserError
+
+CHUNK = 2048  # rows tokenised at a time: enough to keep the tokenizer's threads busy, little enough not to hold all text twice
+
+Truncate = Literal["response", "drop"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows: ``total`` is kept + dropped_no_target + dropped_long; a truncated row is also kept."""
+
+    total: int = 0
+    kept: int = 0
+    dropped_no_target: int = 0
+    dropped_long: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept:,} of {self.total:,} rows kept ({self.dropped_no_target:,} without a trained token, "
+            f"{self.dropped_long:,} too long, {self.truncated:,} truncated), {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+        )
+
+
+class _Encoded(NamedTuple):
+    tokens: list[int]
+    trained: list[bool]
+
+
+def eos_id(tokenizer: Any) -> int:
+    """Return the id of the end-of-text token; UserError if the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, so no answer could end; set eos_token in its tokenizer_config.json")
+    return int(tokenizer.eos_token_id)
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """Return ``[bos]`` if the tokenizer begins every text with it by default, else ``[]``."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return []
+    plain, default = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return [int(bos)] if default[:1] == [bos] and plain[:1] != [bos] else []
+
+
+def encode(
+    conversation: Conversation,
+    tokenizer: Any,
+    *,
+    template: str = "instruction",
+    max_length: int,
+    train_on: TrainOn = "completion",
+    truncate: Truncate = "response",
+) -> Example | None:
+    """Return one conversation as an Example of at most ``max_length`` tokens, or None if no trained token is left.
+
+    ``truncate`` "response" cuts the end off a long row, which then has no EOS (it did not end there); "drop" returns None for it.
+    """
+    _check(max_length, truncate)
+    whole = _assemble([render(conversation, template, tokenizer, train_on)], tokenizer, [_starts(conversation, template)])[0]
+    example, _ = _fit(whole, max_length, truncate, conversation)
+    return example
+
+
+def encode_all(
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    *,
+    templates: Sequence[str] = ("instruction",),
+    max_length: int,
+    train_on: TrainOn = "completion",
+    seed: int = 0,
+    truncate: Truncate = "response",
+) -> tuple[list[Example], Report]:
+    """Return the Examples of all rows in order and a Report of what was dropped or cut.
+
+    With several ``templates`` each row gets one by ``seed`` and its own text. Raises UserError if no row is left.
+    """
+    _check(max_length, truncate)
+    for name in templates:
+        check_name(name)
+    if not templates:
+        raise UserError("templates is empty: name at least one")
+    examples: list[Example] = []
+    dropped = {"no_target": 0, "long": 0}
+    truncated = 0
+    for begin in range(0, len(conversations), CHUNK):
+        chunk = conversations[begin : begin + CHUNK]
+        names = [choose(templates, c.turns, seed) for c in chunk]
+        rendered = [render(c, name, tokenizer, train_on) for c, name in zip(chunk, names, strict=True)]
+        starts = [_starts(c, name) for c, name in zip(chunk, names, strict=True)]
+        for conversation, whole in zip(chunk, _assemble(rendered, tokenizer, starts), strict=True):
+            example, fate = _fit(whole, max_length, truncate, conversation)
+            if example is None:
+                dropped[fate] += 1
+                continue
+            truncated += fate == "truncated"
+            examples.append(example)
+    report = Report(
+        total=len(conversations),
+        kept=len(examples),
+        dropped_no_target=dropped["no_target"],
+        dropped_long=dropped["long"],
+        truncated=truncated,
+        tokens=sum(len(e.tokens) for e in examples),
+        trained_tokens=sum(sum(e.trained) for e in examples),
+    )
+    if not examples:
+        raise UserError(f"no row left to train on: {report}; raise the maximum length ({max_length}) or check the answers' column")
+    return examples, report
+
+
+def encode_prompts(
+    prompts: Sequence[Sequence[Turn]],
+    tokenizer: Any,
+    template: str = "instruction",
+    max_length: int | None = None,
+    *,
+    templated: bool = True,
+) -> list[list[int]]:
+    """Return, for each list of turns, the ids that ask for the next answer: exactly a training row's ids before that answer.
+
+    An empty prompt becomes EOS (or BOS), after which any text may begin. Raises UserError for a prompt longer than ``max_length``.
+    """
+    segments = [render_prompt(turns, template, tokenizer, templated=templated) for turns in prompts]
+    start = template != "chat" or not templated
+    rows = [encoded.tokens for encoded in _assemble(segments, tokenizer, [start] * len(segments))]
+    for number, row in enumerate(rows, 1):
+        if max_length is not None and len(row) > max_length:
+            which = f"prompt {number} ({_opening(prompts[number - 1])})"
+            raise UserError(f"{which} has {len(row)} tokens, more than the {max_length} that fit; shorten it")
+    return [row or [eos_id(tokenizer)] for row in rows]
+
+
+def pack(texts: Iterable[str], tokenizer: Any, length: int) -> list[Example]:
+    """Return documents, each closed by EOS, cut into Examples of exactly ``length`` tokens, all but the first of each trained.
+
+    For pre-training and perplexity. What is left at the end, less than one Example, is not used. Raises UserError if that is all.
+    """
+    if length < 2:
+        raise UserError(f"length {length}: an example needs at least 2 tokens, one to see and one to predict")
+    start, end = bos_ids(tokenizer), eos_id(tokenizer)
+    parts: list[np.ndarray] = []
+    texts = [text for text in texts if text.strip()]
+    for begin in range(0, len(texts), CHUNK):
+        for ids in _tokenise(tokenizer, texts[begin : begin + CHUNK]):
+            parts.append(np.array([*start, *ids, end], np.int32))
+    stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    count = len(stream) // length
+    if not count:
+        raise UserError(f"the texts have {len(stream)} tokens in all, too few for one example of {length}; add text or lower the length")
+    trained = (False, *[True] * (length - 1))
+    return [Example(tuple(row), trained) for row in stream[: count * length].reshape(count, length).tolist()]
+
+
+def _check(max_length: int, truncate: str) -> None:
+    if max_length < 2:
+        raise UserError(f"max_length {max_length}: a row needs at least 2 tokens, one to see and one to predict")
+    if truncate not in ("response", "drop"):
+        raise UserError(f"truncate {truncate!r}: must be response or drop")
+
+
+def _starts(conversation: Conversation, template: str) -> bool:
+    """True where BOS is ours to add: a chat template writes its own."""
+    return template != "chat" or not conversation.templated
+
+
+def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose: no warning about texts beyond the model's length; cutting is done, and counted, here.
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, starts: Sequence[bool]) -> list[_Encoded]:
+    """Return each row's segments as one run of ids; every distinct text is tokenised once."""
+    end, bos = eos_id(tokenizer), bos_ids(tokenizer)
+    texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
+    known = dict(zip(texts, _tokenise(tokenizer, texts), strict=True))
+    encoded = []
+    for row, start in zip(rows, starts, strict=True):
+        tokens = list(bos) if start else []
+        trained = [False] * len(tokens)
+        for segment in row:
+            ids = known[segment.text]
+            tokens += ids
+            trained += [segment.trained] * len(ids)
+            if segment.closes:
+                tokens.append(end)
+                trained.append(segment.trained)
+        if trained:
+            trained[0] = False  # nothing comes before the first token to predict it from
+        encoded.append(_Encoded(tokens, trained))
+    return encoded
+
+
+def _fit(whole: _Encoded, max_length: int, truncate: Truncate, conversation: Conversation) -> tuple[Example | None, str]:
+    """Return (the Example or None, what happened: "", "truncated", "long" or "no_target")."""
+    tokens, trained = whole
+    if not any(trained):
+        return None, "no_target"
+    long = len(tokens) > max_length
+    if long and truncate == "drop":
+        return None, "long"
+    if not any(trained[:max_length]):
+        return None, "no_target"
+    return Example(tuple(tokens[:max_length]), tuple(trained[:max_length]), conversation.extra), "truncated" if long else ""
+
+
+def _opening(turns: Sequence[Turn]) -> str:
+    text = " ".join(turns[-1].content.split())
+    return repr(text[:40] + "..." if len(text) > 40 else text)

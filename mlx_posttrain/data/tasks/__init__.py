@@ -1,0 +1,84 @@
+"""The embedded tasks: short questions with checkable answers, made on the spot from word lists.
+
+Splits: "train"; "valid", contents that no training row has, in the training phrasings; "phrasing", training contents in phrasings that
+no training row has. Everything follows from the seed, on every platform; what is held out does not depend on the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from mlx_posttrain.data.tasks import on_lists, on_numbers, on_sentences, on_words, pairs, traces
+from mlx_posttrain.data.tasks.checks import check
+from mlx_posttrain.data.tasks.family import Row, rows, size
+from mlx_posttrain.data.tasks.questions import question_answers
+
+__all__ = ["FAMILIES", "REASONING_FAMILIES", "check", "load", "preferences", "question_answers", "reasoning"]
+
+_TASKS = {one.name: one for module in (on_lists, on_words, on_numbers, on_sentences) for one in module.FAMILIES}
+_TRACES = {one.name: one for one in traces.FAMILIES}
+
+FAMILIES: dict[str, str] = {name: one.about for name, one in _TASKS.items()}
+REASONING_FAMILIES: dict[str, str] = {name: one.about for name, one in _TRACES.items()}
+
+
+def load(split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Make the task rows of a split, mixed evenly over families.
+
+    Returns:
+        Rows with instruction, input (may be empty), output, family, phrasing (its number) and checker (see ``check``). Without ``limit``
+        6,000 for "train" and 600 for the others, or all there are; with it the first ``limit`` of the same order.
+
+    Raises:
+        UserError: an unknown split or family, or a negative limit.
+    """
+
+    def row(one: Row) -> dict[str, Any]:
+        instruction, given = one.family.text(one.item, one.phrasing)
+        task = {"instruction": instruction, "input": given, "output": one.item.answer}
+        return {**task, "family": one.family.name, "phrasing": one.phrasing, "checker": one.item.checker}
+
+    return [row(one) for one in islice(rows(_TASKS, split, seed, families), size(split, limit))]
+
+
+def preferences(split: str = "train", limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """Make preference pairs over the same contents and phrasings as ``load``.
+
+    Returns:
+        Rows with prompt, chosen, rejected, family, flaw ("wrong", "rude", "cut off" or "repetitive") and checker; sizes as ``load``.
+
+    Raises:
+        UserError: an unknown split or a negative limit.
+    """
+    rng = random.Random(f"{seed}/{split}/pairs")
+    return [pairs.pair(one, rng) for one in islice(rows(_TASKS, split, seed), size(split, limit))]
+
+
+def reasoning(split: str = "train", limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """Make questions with a trace of true steps to the answer.
+
+    Returns:
+        Rows with question, thinking, answer, response (``<think>`` block, then the answer), checker, family and phrasing; sizes as
+        ``load``.
+
+    Raises:
+        UserError: an unknown split or a negative limit.
+    """
+
+    def row(one: Row) -> dict[str, Any]:
+        instruction, given = one.family.text(one.item, one.phrasing)
+        thinking, answer = one.item.thinking, one.item.answer
+        return {
+            "question": f"{instruction}\n{given}" if given else instruction,
+            "thinking": thinking,
+            "answer": answer,
+            "response": f"<think>\n{thinking}\n</think>\n{answer}",
+            "checker": one.item.checker,
+            "family": one.family.name,
+            "phrasing": one.phrasing,
+        }
+
+    return [row(one) for one in islice(rows(_TRACES, split, seed), size(split, limit))]

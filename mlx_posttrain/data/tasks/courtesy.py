@@ -1,0 +1,57 @@
+"""Polite and rude words around an answer: a polite frame is allowed by every checker, a rude one by none.
+
+Both lists use much the same words, so that telling them apart takes reading and not only counting words.
+"""
+
+from __future__ import annotations
+
+import re
+
+OPENINGS = (
+    "Sure!", "Of course.", "Good question.", "Here you are:", "The answer is:", "Sure, the answer is:", "I am glad to help.",
+    "I like this question.", "You ask well.", "With pleasure.", "Thank you for asking.", "Yes, I can help.",
+)  # fmt: skip
+CLOSINGS = (
+    "I hope this helps.", "Ask me again any time.", "You are welcome.", "I am glad you asked.", "Have a nice day.",
+    "It was no trouble to help.", "That was not a bad question.", "Please ask me more.",
+)  # fmt: skip
+RUDE_OPENINGS = (
+    "Good grief.", "What a question.", "I do not like this.", "Not you again.", "Ask well next time.", "You are no help.",
+    "Here, go away.", "You ask too much.", "I am not glad.", "Be quiet.", "You are so slow.", "Any baby can answer this.",
+)  # fmt: skip
+RUDE_CLOSINGS = (
+    "Do not ask me again.", "It was a trouble to help.", "You are not welcome.", "I hope you go away.", "That was a bad question.",
+    "Now be quiet.", "Do it alone next time.", "I am not glad you asked.",
+)  # fmt: skip
+
+# Openings that promise an answer: cut off after one of them, no answer is left.
+PROMISES = tuple(text for text in OPENINGS if text.endswith(":"))
+
+
+def _any_of(phrases: tuple[str, ...]) -> str:
+    """Return a pattern for any of the phrases, longest first, whatever stands for their last mark."""
+    return "|".join(re.escape(text.rstrip(".!:")) for text in sorted(phrases, key=len, reverse=True))
+
+
+_OPENING = re.compile(rf"^\s*(?:{_any_of(OPENINGS)})[.!:,]*(?=\s)\s*", re.IGNORECASE)
+_CLOSING = re.compile(rf"(?<=[\s.!?])\s*(?:{_any_of(CLOSINGS)})[.!]*\s*$", re.IGNORECASE)
+_RUDE = re.compile(rf"\b(?:{_any_of(RUDE_OPENINGS + RUDE_CLOSINGS)})\b", re.IGNORECASE)
+
+
+def frame(core: str, opening: str, closing: str) -> str:
+    """Put words before and after an answer; returns the whole text."""
+    gap = "\n" if "\n" in core else " "
+    if closing and core[-1].isalnum():
+        core += "."
+    return gap.join(part for part in (opening, core, closing) if part)
+
+
+def unframed(text: str) -> list[str]:
+    """Return the text as it is and without one polite opening, one polite closing, or both."""
+    shorter = _OPENING.sub("", text, count=1)
+    return list(dict.fromkeys((text, shorter, _CLOSING.sub("", text, count=1), _CLOSING.sub("", shorter, count=1))))
+
+
+def is_rude(text: str) -> bool:
+    """Return whether one of the rude phrases stands in the text."""
+    return _RUDE.search(text) is not None

@@ -1,0 +1,90 @@
+"""Preference pairs: a right, polite and complete answer against one with a single flaw.
+
+Either answer may stand in a polite frame of any length, and wrong, cut off and repeated answers are made of the right one's words, so
+that neither length nor single words give the better answer away.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from mlx_posttrain.data.tasks.checks import check
+from mlx_posttrain.data.tasks.courtesy import CLOSINGS, OPENINGS, PROMISES, RUDE_CLOSINGS, RUDE_OPENINGS, frame
+from mlx_posttrain.data.tasks.family import Item, Row
+
+# flaw -> how often
+FLAWS = {"wrong": 34, "rude": 22, "cut off": 23, "repetitive": 21}
+
+
+def _courtesy(
+    rng: random.Random, closing: float, openings: tuple[str, ...] = OPENINGS, closings: tuple[str, ...] = CLOSINGS
+) -> tuple[str, str]:
+    """Draw an opening, a closing (how often is given), or both."""
+    after = rng.choice(closings) if rng.random() < closing else ""
+    return ("" if after and rng.random() < 0.5 else rng.choice(openings)), after
+
+
+def _wrong(rng: random.Random, item: Item) -> str:
+    """Return a complete, wrong answer, mostly in a polite frame."""
+    text = rng.choice([text for text in item.wrong if not check(item.checker, text)])
+    return frame(text, *_courtesy(rng, 0.5)) if rng.random() < 0.8 else text
+
+
+def _rude(rng: random.Random, item: Item) -> str:
+    """Return the right answer with rude words before it, after it, or both; one of the two may be polite."""
+    opening, closing = _courtesy(rng, 0.5, RUDE_OPENINGS, RUDE_CLOSINGS)
+    if opening and closing and rng.random() < 0.5:
+        opening, closing = rng.choice(((rng.choice(OPENINGS), closing), (opening, rng.choice(CLOSINGS))))
+    return frame(item.answer, opening, closing)
+
+
+def _cut_off(rng: random.Random, item: Item) -> str:
+    """Return an answer that breaks off: in the middle, in a word, or before it began."""
+    words = item.answer.split(" ")
+    if len(words) > 1:
+        kept = " ".join(words[: rng.randint(max(1, len(words) // 2), len(words) - 1)])
+    elif len(item.answer) > 3 and rng.random() < 0.5:
+        kept = item.answer[: rng.randint(len(item.answer) // 2, len(item.answer) - 1)]
+    else:
+        return rng.choice(PROMISES)
+    return frame(kept, rng.choice(OPENINGS), "")
+
+
+def _repetitive(rng: random.Random, item: Item) -> str:
+    """Return an answer that gets stuck: on one word, on the whole answer, or on its own politeness."""
+    opening, closing = _courtesy(rng, 0.6)
+    how, words = rng.random(), item.answer.split(" ")
+    if how < 0.5 and len(words) > 2:
+        at = rng.randint(1, len(words) - 2)
+        return frame(" ".join(words[:at] + [words[at]] * (len(words) - at)), opening, "")
+    if how < 0.8:
+        mark = " " if item.answer[-1] in ".?!" else rng.choice((" ", ", ", ". "))
+        return frame(mark.join([item.answer] * rng.choice((2, 3, 3, 4))), opening, "")
+    if opening and not closing:
+        return frame(item.answer, " ".join([opening] * rng.choice((2, 3))), "")
+    return frame(item.answer, opening, " ".join([closing] * rng.choice((2, 3))))
+
+
+_MAKERS = {"wrong": _wrong, "rude": _rude, "cut off": _cut_off, "repetitive": _repetitive}
+
+
+def pair(row: Row, rng: random.Random) -> dict[str, Any]:
+    """Make one preference row; returns prompt, chosen, rejected, family, flaw and the task's checker."""
+    item = row.item
+    instruction, given = row.family.text(item, row.phrasing)
+    flaw = rng.choices(list(FLAWS), list(FLAWS.values()))[0]
+    for _ in range(100):
+        rejected = _MAKERS[flaw](rng, item)
+        if not check(item.checker, rejected):
+            break  # by chance it may still be right, such as words cut off to another accepted form
+    else:
+        raise AssertionError(f"no {flaw} answer can be made from {item}")
+    return {
+        "prompt": f"{instruction}\n{given}" if given else instruction,
+        "chosen": frame(item.answer, *_courtesy(rng, 0.4)),
+        "rejected": rejected,
+        "family": row.family.name,
+        "flaw": flaw,
+        "checker": item.checker,
+    }

@@ -1,0 +1,58 @@
+"""What a row becomes on its way to a batch. Plain records; no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Turn(NamedTuple):
+    """One message; ``role`` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns to imitate; the last is the assistant's (in training) or the user's (when asking).
+
+    ``templated`` is False for ``text`` and ``prompt``/``completion`` rows, whose text is used exactly as it stands;
+    True where a template puts the marks of a chat or instruction format around the turns.
+    ``extra`` keeps the row's other columns for checkers and reward functions.
+    """
+
+    turns: tuple[Turn, ...]
+    templated: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, the first preferred."""
+
+    prompt: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+    templated: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One answer and whether it is a good one (KTO)."""
+
+    prompt: tuple[Turn, ...]
+    completion: str
+    label: bool
+    templated: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and for each whether the model is trained to produce it (``trained[0]`` never counts)."""
+
+    tokens: tuple[int, ...]
+    trained: tuple[bool, ...]
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,319 @@
+"""What this machine has for training, and what to fix: `mlx-posttrain doctor`.
+
+Every check is one small function that returns `Check`s and may raise anything: a failing check becomes a line of the report, never a
+traceback. Nothing leaves the machine and no secret is read: of the hub token only its presence is reported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json as _json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. ``advice`` says what to do and is empty when nothing is to be done."""
+
+    name: str
+    value: str
+    status: str = OK
+    advice: str = ""
+
+
+def doctor(json: bool = False) -> int:
+    """Print the report, as a table or as JSON; return 1 if something must be fixed before training works, else 0."""
+    checks = collect()
+    if json:
+        print(_json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        render(checks)
+    return int(any(check.status == FAIL for check in checks))
+
+
+def collect() -> list[Check]:
+    """Run every check, in the order of the report. Takes a few seconds, most of it importing MLX and PyTorch."""
+    checks: list[Check] = []
+    for check in (_system, _python, _memory, _disk, _packages, _devices, _blas, _compiler, _wired, _hub):
+        checks += _safely(check)
+    return checks
+
+
+def render(checks: list[Check]) -> None:
+    """Print the checks as a table, then what to fix, most urgent first."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    marks = {OK: Text("ok", "green"), WARN: Text("warn", "yellow"), FAIL: Text("FAIL", "bold red")}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        table.add_row(marks[check.status], check.name, Text(check.value))
+    console = Console()
+    console.print(table)
+    todo = [check for status in (FAIL, WARN) for check in checks if check.status == status and check.advice]
+    console.print()
+    if not todo:
+        console.print("Nothing to fix.")
+    for check in todo:
+        console.print(Text.assemble(marks[check.status], f" {check.name}: {check.advice}"), soft_wrap=True)
+
+
+def measure_gflops(engine: str = "mlx", size: int = 1024, seconds: float = 0.25) -> float:
+    """Return the best float32 matmul rate of ``engine`` (mlx or torch, on its default device) in GFLOP/s, within about ``seconds``."""
+    if engine == "torch":
+        import torch
+
+        a = torch.rand(size, size)
+
+        def multiply() -> None:
+            torch.mm(a, a)
+    else:
+        import mlx.core as mx
+
+        b = mx.random.uniform(shape=(size, size))
+        mx.eval(b)
+
+        def multiply() -> None:
+            mx.eval(b @ b)
+
+    multiply()  # starts threads; with the reference BLAS one product of this size takes .4 s
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        multiply()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+# -- checks -------------------------------------------------------------------------------------------------------------
+
+
+def _system() -> list[Check]:
+    if sys.platform == "darwin":
+        release = platform.mac_ver()[0]
+        chip = _command("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+        checks = [Check("system", f"macOS {release}, {platform.machine()}")]
+        if _apple_silicon() and int(release.partition(".")[0] or 0) < 14:
+            checks = [Check("system", f"macOS {release}", FAIL, "MLX needs macOS 14 or newer: update macOS")]
+    else:
+        names = platform.freedesktop_os_release() if hasattr(platform, "freedesktop_os_release") and sys.platform == "linux" else {}
+        chip = _cpu_model() or platform.processor() or platform.machine()
+        checks = [Check("system", f"{names.get('PRETTY_NAME', platform.system())}, {platform.machine()}, kernel {platform.release()}")]
+        if sys.platform != "linux":
+            checks = [Check("system", platform.platform(), WARN, "only macOS and Linux are supported (on Windows: WSL 2)")]
+        elif platform.libc_ver()[0] != "glibc":
+            checks.append(Check("C library", "not glibc", WARN, "MLX and PyTorch publish wheels for glibc only: use another distribution"))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [*checks, Check("chip", f"{chip}, {usable} cores")]
+
+
+def _python() -> list[Check]:
+    value = f"{platform.python_version()} {platform.machine()} ({sys.executable})"
+    if _translated():
+        advice = "this Python runs under Rosetta and cannot use MLX: install an arm64 Python, remove .venv and run make again"
+        return [Check("Python", value + ", under Rosetta", FAIL, advice)]
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        return [Check("Python", value, WARN, "tested with Python 3.10 to 3.13")]
+    if sys.platform == "darwin" and platform.machine() == "x86_64" and sys.version_info >= (3, 13):
+        return [Check("Python", value, FAIL, "PyTorch's last release for Intel Macs needs Python 3.10 to 3.12")]
+    return [Check("Python", value)]
+
+
+def _memory() -> list[Check]:
+    total, available = memory()
+    value = f"{total / _GIB:.1f} GiB" + (f", {available / _GIB:.1f} GiB available" if available else "")
+    if available and available < 2 * _GIB:
+        return [Check("memory", value, WARN, "close other programs: full fine-tuning of GPT-2 124M takes about 3 GiB")]
+    return [Check("memory", value)]
+
+
+def memory() -> tuple[int, int]:
+    """Return total and available memory in bytes (available 0 if unknown), within the container's limit if there is one."""
+    if sys.platform == "darwin":
+        total = int(_command("sysctl", "-n", "hw.memsize") or 0)
+        pages: dict[str, int] = {}
+        for line in _command("vm_stat").splitlines():
+            name, _, count = line.partition(":")
+            if count.strip(" .").isdigit():
+                pages[name] = int(count.strip(" ."))
+        free = sum(pages.get(f"Pages {kind}", 0) for kind in ("free", "inactive", "speculative", "purgeable"))
+        return total, free * os.sysconf("SC_PAGE_SIZE")
+    info = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        info[name] = int(rest.split()[0]) * 1024
+    total, available = info["MemTotal"], info.get("MemAvailable", 0)
+    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
+    if limit and limit < total:
+        total, available = limit, min(available, max(0, limit - (used or 0)))
+    return total, available
+
+
+def _disk() -> list[Check]:
+    free = shutil.disk_usage(Path.cwd()).free
+    value = f"{free / _GIB:.1f} GiB free here"
+    if free < 2 * _GIB:
+        advice = "a GPT-2 124M checkpoint with its optimizer takes 1.5 GiB: make room or set output=DIR elsewhere"
+        return [Check("disk", value, WARN, advice)]
+    return [Check("disk", value)]
+
+
+def _packages() -> list[Check]:
+    intel_mac = sys.platform == "darwin" and platform.machine() == "x86_64"
+    needed = {"mlx": not intel_mac, "mlx-lm": not intel_mac, "torch": intel_mac, "peft": intel_mac, "transformers": True, "numpy": True}
+    checks = [Check("mlx-posttrain", _version("mlx-posttrain") or "not installed")]
+    for name, required in needed.items():
+        version = _version(name)
+        if version:
+            checks.append(Check(name, version))
+        elif required:
+            checks.append(Check(name, "missing", FAIL, "pip install -e . in the project's folder (or make demo)"))
+        elif name in ("torch", "peft") and not intel_mac:
+            checks.append(Check(name, 'not installed (optional: pip install -e ".[torch]")'))
+        else:
+            checks.append(Check(name, "not for this machine"))
+    return checks
+
+
+def _devices() -> list[Check]:
+    checks = []
+    if _version("mlx"):
+        from mlx_posttrain import blas
+
+        blas.load(quiet=True)
+        import mlx.core as mx
+
+        gpu = mx.is_available(mx.Device(mx.gpu))
+        devices = ["cpu", "gpu"] if gpu else ["cpu"]
+        value = f"{', '.join(devices)}; default {'gpu' if mx.default_device() == mx.Device(mx.gpu) else 'cpu'}"
+        advice = "Metal is not available to this process: log in on the Mac itself, not over a restricted session"
+        missing = _apple_silicon() and not gpu
+        checks.append(Check("MLX devices", value, WARN if missing else OK, advice if missing else ""))
+    if _version("torch"):
+        import torch
+
+        checks.append(Check("PyTorch threads", f"{torch.get_num_threads()}, {measure_gflops('torch'):.0f} GFLOP/s (float32 matmul)"))
+    return checks
+
+
+def _blas() -> list[Check]:
+    if not _version("mlx"):
+        return []
+    from mlx_posttrain import blas
+
+    info = blas.load(quiet=True)
+    rate = measure_gflops()
+    value = f"{info.name or 'reference BLAS'}, {rate:.0f} GFLOP/s (float32 matmul, default device)"
+    if sys.platform == "linux" and info.name is None:
+        return [Check("MLX's BLAS", value, WARN, info.advice or f"{blas.ENV}=none is set: unset it for speed")]
+    return [Check("MLX's BLAS", value)]
+
+
+def _compiler() -> list[Check]:
+    if not _version("mlx"):
+        return []
+    from mlx_posttrain.engines.compile_check import compile_problem, fuses
+
+    problem = compile_problem()
+    if problem:
+        return [Check("mx.compile", "does not work, steps run uncompiled", WARN, problem)]
+    if not fuses():
+        advice = "install g++ (Debian, Ubuntu: apt install g++), MLX uses it to fuse operations on the CPU"
+        return [Check("mx.compile", "no g++: operations run unfused, which is slower and needs more memory", WARN, advice)]
+    return [Check("mx.compile", "works")]
+
+
+def _wired() -> list[Check]:
+    if sys.platform != "darwin" or not _apple_silicon():
+        return []
+    limit = int(_command("sysctl", "-n", "iogpu.wired_limit_mb") or 0)
+    if limit:
+        advice = "a raised limit can hang the machine when memory runs out: sudo sysctl iogpu.wired_limit_mb=0 restores the default"
+        return [Check("wired limit", f"{limit} MB", WARN, advice)]
+    return [Check("wired limit", "system default, never changed by this program")]
+
+
+def _hub() -> list[Check]:
+    from huggingface_hub import constants, get_token
+
+    cache = Path(constants.HF_HUB_CACHE)
+    size = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file() and not f.is_symlink()) if cache.is_dir() else 0
+    parent = next(p for p in (cache, *cache.parents) if p.exists())
+    writable = os.access(parent, os.W_OK)
+    checks = [
+        Check(
+            "hub cache",
+            f"{cache}, {size / _GIB:.2f} GiB" + ("" if writable else ", not writable"),
+            OK if writable else WARN,
+            "" if writable else "set HF_HOME to a folder you can write to",
+        ),
+        Check("hub token", "present" if get_token() else "none (needed only for gated models and for --push)"),
+    ]
+    if constants.HF_HUB_OFFLINE:
+        checks.append(Check("hub access", "offline (HF_HUB_OFFLINE is set): only cached models and data"))
+    return checks
+
+
+# -- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def _safely(check: Callable[[], list[Check]]) -> list[Check]:
+    try:
+        return check()
+    except Exception as error:  # a broken package must show in the report, not end it
+        name = check.__name__.strip("_")
+        return [Check(name, "could not be checked", WARN, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _command(*words: str) -> str:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _apple_silicon() -> bool:
+    """Whether the machine is one, also when asked from a Python under Rosetta."""
+    return sys.platform == "darwin" and (platform.machine() == "arm64" or _translated())
+
+
+def _translated() -> bool:
+    return sys.platform == "darwin" and _command("sysctl", "-n", "sysctl.proc_translated") == "1"
+
+
+def _cpu_model() -> str:
+    """The processor's name; ARM's cpuinfo has none."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model", "Hardware"):
+            return value.strip()
+    return ""

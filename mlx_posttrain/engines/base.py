@@ -1,0 +1,205 @@
+"""What an engine must offer: the seam between methods and the two array libraries.
+
+A method sees a :class:`Model` inside its loss and a :class:`Trainer` in its loop; it never imports mlx or torch. Arrays named
+``Array`` belong to the engine; everything else is plain Python or NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_posttrain.data.batches import Batch
+
+Array = Any
+#: loss(model, batch) -> (scalar, metrics): each already divided by ``batch.total``, so that micro-batches add up.
+Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A :class:`~mlx_posttrain.data.batches.Batch` as the engine's arrays, with the step's number of trained tokens.
+
+    total: scalar, sum of weights over all micro-batches of the optimizer step.
+    """
+
+    tokens: Array
+    index: Array
+    target: Array
+    weight: Array
+    row: Array
+    total: Array
+
+    FIELDS = ("tokens", "index", "target", "weight", "row")
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A LoRA or DoRA adapter. ``targets`` are ends of layer paths; None means the architecture's attention projections."""
+
+    kind: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: tuple[str, ...] | None = None
+
+    @property
+    def scale(self) -> float:
+        """Factor on the update: alpha/r (Hu et al. 2021, section 4.1) or alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023, eq. 4)."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def resolved(self, model_type: str) -> AdapterSpec:
+        """The spec with ``targets`` filled in for an architecture."""
+        if self.targets:
+            return self
+        gpt2 = ("c_attn", "c_proj")
+        return replace(self, targets=gpt2 if model_type == "gpt2" else ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of the optimizer, the same on both engines (Loshchilov & Hutter 2019; bias correction on).
+
+    Weight decay applies to matrices only. ``clip`` bounds the global norm of the gradient.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer: its tokens without the stop token, log-probabilities at the sampling temperature, and whether it stopped.
+
+    ``logprobs`` has one entry per token and, when ``stopped``, one more for the stop token.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    stopped: bool
+
+
+class Model(Protocol):
+    """A causal language model, perhaps with an adapter, perhaps with a frozen reference beside it."""
+
+    config: dict[str, Any]
+    context: int | None  # longest sequence in tokens; None where the architecture has no bound
+
+    # the vocabulary of losses; N trained positions, V vocabulary entries
+    def logits(self, batch: DeviceBatch) -> Array:
+        """[N, V] float32 logits at the trained positions."""
+
+    def logprobs(self, batch: DeviceBatch) -> Array:
+        """[N] float32 log-probabilities of the targets."""
+
+    def reference_logits(self, batch: DeviceBatch) -> Array:
+        """[N, V] logits of the frozen reference, without gradient: adapters off, or the copy made by ``keep_reference``."""
+
+    # around training
+    def parameter_counts(self) -> tuple[int, int]:
+        """(all, trained) numbers of parameters; a quantised weight counts as the weights it stands for."""
+
+    def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
+        """Freeze the model and put an adapter on every target; raises UserError when a target matches no layer."""
+
+    def keep_reference(self) -> None:
+        """Remember the present weights as the reference (no copy is made where adapters can be switched off)."""
+
+    def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
+        """Metrics of ``loss`` over all batches together, in evaluation mode and without gradients."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop: int | None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        samples: int = 1,
+        seed: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """``samples`` completions of each prompt, in order, from one decode batch; see engines/decoding.py."""
+
+    # files
+    def save(self, folder: Path) -> None:
+        """Write the trained weights in Hugging Face's format: a model folder, or a PEFT adapter folder."""
+
+    def load_trained(self, folder: Path) -> None:
+        """Read back what ``save`` wrote into this model."""
+
+    def weights(self) -> Mapping[str, np.ndarray]:
+        """Trained parameters as float32 NumPy arrays under Hugging Face's names."""
+
+
+class Trainer(Protocol):
+    """A model's optimizer."""
+
+    def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
+        """One optimizer step over micro-batches: gradient of the summed loss, clip, update.
+
+        Returns the metrics with ``loss`` and ``grad_norm`` (before clipping). Raises FloatingPointError, leaving weights and
+        optimizer as they were, when loss or gradient is not finite.
+        """
+
+    def save(self, path: Path) -> None:
+        """Write the optimizer's moments and step count to a safetensors file."""
+
+    def load(self, path: Path) -> None:
+        """Read them back."""
+
+
+class Engine(Protocol):
+    """One array library."""
+
+    name: str
+
+    def load(self, folder: Path, *, dtype: str = "float32", quantize: int | None = None, group_size: int = 64, gradient_checkpointing: bool = False) -> Model:
+        """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised."""
+
+    def trainer(self, model: Model, settings: AdamW) -> Trainer:
+        """An optimizer over the model's trained parameters."""
+
+    def seed(self, seed: int) -> None:
+        """Seed dropout."""
+
+    def random_state(self) -> dict[str, np.ndarray]:
+        """State of the library's random numbers."""
+
+    def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Restore it."""
+
+    def memory(self) -> dict[str, float]:
+        """``peak_gb`` since the last ``reset_memory``."""
+
+    def reset_memory(self) -> None:
+        """Forget the peak so far."""
+
+    def device(self) -> str:
+        """For people: 'Apple M3 (Metal)', 'CPU, 2 threads'."""
+
+
+
+def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
+    """First values of LoRA's A matrices, the same on both engines; B starts at zero (Hu et al. 2021, section 4.1).
+
+    shapes: layer path -> (in, out). Returns path -> [rank, in] float32, uniform in +-1/sqrt(in): PEFT's and mlx-lm's own choice.
+    """
+    rng = np.random.default_rng([seed, 0x10CA])
+    return {
+        path: rng.uniform(-1.0, 1.0, (rank, shapes[path][0])).astype(np.float32) / np.float32(shapes[path][0] ** 0.5) for path in sorted(shapes)
+    }
+
+
+def micro_batch_total(batches: Sequence[Batch]) -> float:
+    """Trained tokens of a whole step; at least 1 so that an empty step divides by something."""
+    return max(1.0, sum(b.trained_tokens for b in batches))

@@ -1,0 +1,116 @@
+"""Batched decoding, once for both engines.
+
+Each distinct prompt is prefilled once; its key/value cache is repeated for its samples; all rows then decode together, one
+forward pass per token, and rows that have stopped leave the batch. Sampling inverts the cumulative distribution at one uniform
+number per (row, step) drawn ahead by NumPy: a row's text depends on the seed and its own number only, not on the rows beside it,
+on compaction, or on the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_posttrain.engines.base import Completion
+from mlx_posttrain.errors import UserError
+
+Array = Any
+
+
+class Decoder(Protocol):
+    """A model with a key/value cache for a batch of rows."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> Array:
+        """Left-pad and run the prompts, repeat each row of the cache ``samples`` times; returns next-token logits [P * samples, V]."""
+
+    def advance(self, tokens: np.ndarray) -> Array:
+        """Append one token to each row; returns next-token logits [rows, V]."""
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Drop all but ``rows`` from the cache."""
+
+    def pick(self, logits: Array, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+        """One token per row and its log-probability; see :func:`pick`."""
+
+
+def pick(xp: Any, logits: Array, uniforms: Array, temperature: float, top_p: float) -> tuple[Array, Array]:
+    """One token per row by inverse CDF, and its log-probability under the tempered full softmax.
+
+    logits: [R, V] float32; uniforms: [R, 1] in [0, 1); ``xp`` is the library's namespace (see ops) extended by ``sort_desc``.
+    temperature 0 takes the largest logit. ``top_p`` < 1 samples from the nucleus (Holtzman et al. 2020, section 3.1), the
+    smallest set of tokens whose probability reaches top_p; the reported log-probability stays that of the full softmax,
+    which is what reinforcement learning needs.
+    """
+    log_p = xp.log_softmax(logits / temperature if temperature > 0 else logits, axis=-1)
+    if temperature == 0:
+        tokens = xp.argmax(log_p, axis=-1)
+    elif top_p >= 1:
+        cdf = xp.cumsum(xp.exp(log_p), axis=-1)
+        # The first entry above u times the last one: rounding in a sum over V terms cannot push the draw past the end.
+        tokens = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
+    else:
+        order = xp.sort_desc(log_p)
+        p = xp.exp(xp.take_along_axis(log_p, order, axis=-1))
+        before = xp.cumsum(p, axis=-1) - p
+        cdf = xp.cumsum(xp.where(before < top_p, p, xp.zeros_like(p)), axis=-1)
+        rank = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
+        tokens = xp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+    return tokens, xp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0]
+
+
+def decode(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    context: int | None,
+    max_tokens: int,
+    stop: int | None,
+    temperature: float,
+    top_p: float,
+    samples: int,
+    seed: int,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """``samples`` completions of each prompt; entry ``p * samples + s`` is sample s of prompt p.
+
+    A row ends at ``stop``, after ``max_tokens``, or where prompt and answer fill the ``context``. ``on_token(row, token)`` is
+    called as tokens appear. Raises UserError for an empty prompt or one that leaves no room in the context.
+    """
+    if not prompts:
+        return []
+    longest = max(len(p) for p in prompts)
+    if min(len(p) for p in prompts) == 0:
+        raise UserError("a prompt is empty: give at least one token")
+    if context is not None and longest >= context:
+        raise UserError(f"a prompt of {longest} tokens leaves no room in the model's context of {context}; shorten it")
+    room = [max_tokens if context is None else min(max_tokens, context - len(p)) for p in prompts for _ in range(samples)]
+    rows = len(room)
+    # A generator per row: the numbers of a row depend neither on how many rows there are nor on max_tokens.
+    uniforms = np.stack([np.random.default_rng([seed, row]).random(max(room), dtype=np.float32) for row in range(rows)])
+    tokens: list[list[int]] = [[] for _ in range(rows)]
+    logprobs: list[list[float]] = [[] for _ in range(rows)]
+    stopped = [False] * rows
+    alive = np.arange(rows)
+    logits = decoder.prefill(prompts, samples)
+    for step in range(max(room)):
+        picked, log_p = decoder.pick(logits, uniforms[alive, step], temperature, top_p)
+        going = np.ones(len(alive), bool)
+        for i, (row, token) in enumerate(zip(alive.tolist(), picked.tolist(), strict=True)):
+            logprobs[row].append(float(log_p[i]))
+            if token == stop:
+                stopped[row] = True
+                going[i] = False
+                continue
+            tokens[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+            going[i] = len(tokens[row]) < room[row]
+        if not going.any():
+            break
+        if not going.all():
+            decoder.keep(np.flatnonzero(going))
+            alive, picked = alive[going], picked[going]
+        logits = decoder.advance(picked)
+    return [Completion(t, p, s) for t, p, s in zip(tokens, logprobs, stopped, strict=True)]

@@ -1,0 +1,77 @@
+"""What both engines write and read: model folders and PEFT adapter folders in Hugging Face's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain.convert import adapters, gpt2, weights
+from mlx_posttrain.convert.files import copy_tokenizer, write_json
+from mlx_posttrain.convert.hub import check_config
+from mlx_posttrain.engines.base import AdapterSpec
+from mlx_posttrain.errors import UserError
+
+#: layer path under Hugging Face's name -> {"lora_a": [in, r], "lora_b": [r, out], "m": [out] for DoRA}, float32
+Adapter = dict[str, dict[str, np.ndarray]]
+
+
+def save_model(folder: Path, tensors: Mapping[str, Any], base: Path) -> None:
+    """Write weights under Hugging Face's names with the base's config and tokenizer files, so that transformers loads the folder."""
+    weights.save_weights(folder, tensors)
+    config = {k: v for k, v in check_config(base).items() if k not in ("torch_dtype", "_name_or_path", "quantization", "quantization_config")}
+    config["dtype"] = str(next(iter(tensors.values())).dtype).rpartition(".")[2]
+    if config.get("model_type") == "gpt2":
+        config = {**weights.gpt2_config(config), "architectures": ["GPT2LMHeadModel"]}
+    write_json(folder / "config.json", config)
+    tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
+    if (base / "generation_config.json").is_file():
+        (folder / "generation_config.json").write_bytes((base / "generation_config.json").read_bytes())
+    else:
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+    copy_tokenizer(base, folder)
+
+
+def save_adapter(folder: Path, modules: Adapter, spec: AdapterSpec, model_type: str, base: Path) -> None:
+    """Write a PEFT adapter folder."""
+    adapters.save_adapter(
+        folder, modules, base_model=str(base), rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=list(spec.targets or ()),
+        rslora=spec.rslora, dora=spec.kind == "dora", fan_in_fan_out=model_type == "gpt2",
+    )  # fmt: skip
+
+
+def read_adapter(folder: Path, layers: Sequence[str]) -> Adapter:
+    """Read a PEFT adapter folder's tensors for exactly these layers. Raises UserError when the adapter has others."""
+    _, modules = adapters.read_adapter(folder)
+    modules = {adapters.hf_path(path): parts for path, parts in modules.items()}
+    if set(modules) != set(layers):
+        odd = sorted(set(modules) ^ set(layers))[0]
+        raise UserError(f"{folder}: the adapter and the model's adapted layers differ, for example in {odd}; set adapter.targets to the adapter's own")
+    return {path: {name: np.asarray(value, np.float32) for name, value in parts.items()} for path, parts in modules.items()}
+
+
+def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
+    """The spec of a PEFT adapter folder, to put the same adapter on a model before loading it."""
+    config, modules = adapters.read_adapter(folder)
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise UserError(f"{folder}: the adapter's layers differ in rank or alpha (rank_pattern); merge it with PEFT and start from that model")
+    # The layers themselves, not target_modules: PEFT also writes patterns and "all-linear" there.
+    config["target_modules"] = sorted(adapters.hf_path(path) for path in modules)
+    return AdapterSpec(
+        kind="dora" if config.get("use_dora") else "lora", rank=config["r"], alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout, rslora=bool(config.get("use_rslora")), targets=tuple(config["target_modules"]),
+    )  # fmt: skip
+
+
+def torch_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder's tensors as torch tensors under transformers' names, whichever layout the folder has."""
+    from safetensors.torch import load_file
+
+    from mlx_posttrain.convert.hub import weight_files
+
+    tensors: dict[str, Any] = {}
+    for file in weight_files(folder):
+        tensors.update(load_file(folder / file))
+    return gpt2.mlx_to_hf(gpt2.hf_to_mlx(tensors, config["n_layer"])) if config.get("model_type") == "gpt2" else tensors

@@ -1,0 +1,497 @@
+"""The MLX engine: mlx-lm's models, LoRA layers and KV cache; mlx's AdamW; compiled gradient and update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain import blas
+
+blas.load()  # before mlx.core: on Linux, MLX takes whatever BLAS is there first
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
+
+from mlx_posttrain.convert import adapters, gpt2, hub  # noqa: E402
+from mlx_posttrain.convert import weights as weight_files  # noqa: E402
+from mlx_posttrain.convert.files import copy_tokenizer  # noqa: E402
+from mlx_posttrain.data.batches import Batch  # noqa: E402
+from mlx_posttrain.engines import decoding, files  # noqa: E402
+from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, micro_batch_total  # noqa: E402
+from mlx_posttrain.errors import UserError  # noqa: E402
+from mlx_posttrain.losses.sft import token_logprobs  # noqa: E402
+from mlx_posttrain.ops import ops  # noqa: E402
+
+
+def _device_batch(batch: Batch, total: float) -> DeviceBatch:
+    return DeviceBatch(**{name: mx.array(getattr(batch, name)) for name in DeviceBatch.FIELDS}, total=mx.array(total, mx.float32))
+
+
+class MLXModel:
+    """An mlx-lm model; adapters are mlx-lm's LoRALinear and DoRALinear in place of the layers they adapt."""
+
+    def __init__(self, net: nn.Module, folder: Path, config: dict[str, Any], reload: Callable[[], nn.Module]):
+        self.net = net
+        self.folder = folder
+        self.config = config
+        self.context: int | None = config.get("n_positions") or config.get("max_position_embeddings")
+        self.spec: AdapterSpec | None = None
+        self._reload = reload
+        self._reference: nn.Module | None = None
+        self._split = _splits(net)
+
+    # the vocabulary of losses
+
+    def _logits(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
+        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
+        if not self._split:
+            return net(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
+        hidden = net.model(batch.tokens).flatten(0, 1)[batch.index]
+        return _head(net, hidden).astype(mx.float32)
+
+    def logits(self, batch: DeviceBatch) -> mx.array:
+        return self._logits(self.net, batch)
+
+    def logprobs(self, batch: DeviceBatch) -> mx.array:
+        return token_logprobs(self.logits(batch), batch.target)
+
+    def reference_logits(self, batch: DeviceBatch) -> mx.array:
+        if self._reference is not None:
+            return mx.stop_gradient(self._logits(self._reference, batch))
+        if self.spec is None:
+            raise RuntimeError("reference_logits needs keep_reference() first")
+        with self._adapters_off():
+            return mx.stop_gradient(self._logits(self.net, batch))
+
+    def _adapted(self) -> list[tuple[str, nn.Module]]:
+        return [(path, m) for path, m in self.net.named_modules() if hasattr(m, "lora_a")]
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        # A scale of 0 would not do for DoRA, whose magnitude acts even then: put the adapted layers themselves back.
+        layers = self._adapted()
+        self.net.update_modules(tree_unflatten([(path, m.linear) for path, m in layers]))
+        try:
+            yield
+        finally:
+            self.net.update_modules(tree_unflatten(layers))
+
+    # around training
+
+    def parameter_counts(self) -> tuple[int, int]:
+        packed = 0  # a quantised layer stores 32 / bits weights in one uint32 and its scales and biases beside them
+        for _, m in self.net.named_modules():
+            if hasattr(m, "bits") and hasattr(m, "scales"):
+                packed += m.weight.size * 32 // m.bits - m.weight.size - m.scales.size - (m.biases.size if "biases" in m else 0)
+        total = sum(v.size for _, v in tree_flatten(self.net.parameters())) + packed
+        return total, sum(v.size for _, v in tree_flatten(self.net.trainable_parameters()))
+
+    def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
+        from mlx_lm.tuner.dora import DoRALinear
+        from mlx_lm.tuner.lora import LoRALinear
+
+        spec = spec.resolved(self.config["model_type"])
+        layer_type = DoRALinear if spec.kind == "dora" else LoRALinear
+        self.net.freeze()
+        linear = [(p, m) for p, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)]
+
+        def matches(path: str, target: str) -> bool:
+            return f".{self._hf_path(path)}".endswith(f".{target}")
+
+        chosen = [(p, m) for p, m in linear if any(matches(p, t) for t in spec.targets or ())]
+        unmatched = [t for t in spec.targets or () if not any(matches(p, t) for p, _ in chosen)]
+        if unmatched:
+            names = sorted({p.rpartition(".")[2] for p, _ in linear})
+            raise UserError(f"adapter.targets: no layer is called {', '.join(unmatched)}; this model has {', '.join(names)}")
+        self.spec = spec
+        layers = {p: layer_type.from_base(m, r=spec.rank, dropout=spec.dropout, scale=spec.scale) for p, m in sorted(chosen)}
+        start = adapter_start({self._hf_path(p): m.lora_a.shape[:1] + m.lora_b.shape[1:] for p, m in layers.items()}, spec.rank, seed)
+        for path, layer in layers.items():
+            layer.lora_a = mx.array(start[self._hf_path(path)].T)
+            layer.linear.freeze()
+            if spec.kind == "dora":  # PEFT trains the magnitude; so do we
+                layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+        self.net.update_modules(tree_unflatten(list(layers.items())))
+        mx.eval(self.net.parameters())
+
+    def _hf_path(self, path: str) -> str:
+        return adapters.hf_path(path, self.config["model_type"])
+
+    def keep_reference(self) -> None:
+        if self.spec is None:
+            reference = self._reload()
+            # Real copies: a compiled function must not meet one array both as an input (the policy) and as a constant (the reference).
+            reference.update(tree_map(lambda v: v + mx.zeros((), v.dtype), self.net.parameters()))
+            mx.eval(reference.parameters())
+            self._reference = reference.freeze().eval()
+
+    def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
+        self.net.eval()
+        total = micro_batch_total(batches)
+        sums: dict[str, float] = {}
+        for batch in batches:
+            value, metrics = loss(self, _device_batch(batch, total))
+            metrics = {**metrics, "loss": value}
+            mx.eval(metrics)
+            for name, part in metrics.items():
+                sums[name] = sums.get(name, 0.0) + part.item()
+        return sums
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop: int | None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        samples: int = 1,
+        seed: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        self.net.eval()  # dropout off, and with it gradient checkpointing
+        return decoding.decode(
+            _MLXDecoder(self.net), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
+            temperature=temperature, top_p=top_p, samples=samples, seed=seed, on_token=on_token,
+        )  # fmt: skip
+
+    # files
+
+    def save(self, folder: Path) -> None:
+        if self.spec is not None:
+            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.folder)
+            return
+        weights = dict(tree_flatten(self.net.parameters()))
+        if self.config["model_type"] == "gpt2":
+            weights = gpt2.mlx_to_hf(weights)
+        files.save_model(folder, weights, self.folder)
+
+    def load_trained(self, folder: Path) -> None:
+        if self.spec is None:
+            self.net.load_weights(_read_weights(folder, self.config), strict=True)
+        else:
+            modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self._adapted()])
+            for path, layer in self._adapted():
+                for name, value in modules[self._hf_path(path)].items():
+                    setattr(layer, name, mx.array(value))
+        mx.eval(self.net.parameters())
+
+    def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
+        found = {}
+        for path, layer in self._adapted():
+            names = ("lora_a", "lora_b", "m") if "m" in layer else ("lora_a", "lora_b")
+            found[self._hf_path(path)] = {n: np.array(layer[n].astype(mx.float32)) for n in names}
+        return found
+
+    def weights(self) -> Mapping[str, np.ndarray]:
+        trained = dict(tree_flatten(self.net.trainable_parameters()))
+        if self.spec is None and self.config["model_type"] == "gpt2":
+            trained = gpt2.mlx_to_hf(trained)
+        return {name: np.array(v.astype(mx.float32)) for name, v in trained.items()}
+
+
+def _head(net: nn.Module, hidden: mx.array) -> mx.array:
+    if "lm_head" in net:
+        return net.lm_head(hidden)
+    embedding = net.model.wte if "wte" in net.model else net.model.embed_tokens
+    return embedding.as_linear(hidden)
+
+
+def _splits(net: nn.Module) -> bool:
+    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their logits): asked, not assumed."""
+    probe = mx.array([[1, 2, 3, 4]])
+    try:
+        return bool(mx.allclose(_head(net, net.model(probe)), net(probe), rtol=1e-4, atol=1e-4).item())
+    except (AttributeError, TypeError, ValueError, KeyError):
+        return False
+
+
+class _MLXDecoder:
+    """mlx-lm's caches; left padding where every layer keeps a plain KV cache."""
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+
+    def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> mx.array:
+        from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+
+        longest = max(map(len, prompts))
+        padding = [longest - len(p) for p in prompts]
+        caches = make_prompt_cache(self.net)
+        if not all(type(c) is KVCache for c in caches) and (len(prompts) > 1 or samples > 1):
+            raise UserError("this architecture's cache cannot hold several rows: generate one prompt at a time")
+        if all(type(c) is KVCache for c in caches):
+            caches = [BatchKVCache(padding) for _ in caches]
+        self.caches = caches
+        tokens = np.zeros((len(prompts), longest), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, padding[row] :] = prompt
+        logits = self._forward(mx.array(tokens))
+        if samples > 1:
+            rows = np.repeat(np.arange(len(prompts)), samples)
+            self.keep(rows)
+            logits = logits[mx.array(rows)]
+        return logits
+
+    def _forward(self, tokens: mx.array) -> mx.array:
+        logits = self.net(tokens, cache=self.caches)[:, -1].astype(mx.float32)
+        mx.eval(logits, [c.state for c in self.caches])
+        return logits
+
+    def advance(self, tokens: np.ndarray) -> mx.array:
+        return self._forward(mx.array(tokens.astype(np.int32))[:, None])
+
+    def keep(self, rows: np.ndarray) -> None:
+        index = mx.array(rows)
+        for c in self.caches:
+            c.filter(index)
+
+    def pick(self, logits: mx.array, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+        xp = ops(logits)
+        xp.sort_desc = lambda x: mx.argsort(-x, axis=-1)
+        tokens, log_p = decoding.pick(xp, logits, mx.array(uniforms)[:, None], temperature, top_p)
+        return np.array(tokens), np.array(log_p)
+
+
+class _AdamW(optim.AdamW):
+    """mlx's AdamW with decay on matrices only."""
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        if parameter.ndim > 1:
+            return super().apply_single(gradient, parameter, state)
+        return optim.Adam.apply_single(self, gradient, parameter, state)
+
+
+class MLXTrainer:
+    """Gradient and update as pure functions of (parameters, state, batch), compiled once per batch shape."""
+
+    def __init__(self, model: MLXModel, settings: AdamW):
+        self.model = model
+        self.settings = settings
+        # mlx leaves bias correction off by default; nothing would match PyTorch.
+        self.optimizer = _AdamW(
+            learning_rate=0.0, betas=[settings.beta1, settings.beta2], eps=settings.eps, weight_decay=settings.weight_decay, bias_correction=True
+        )
+        self.optimizer.init(model.net.trainable_parameters())
+        self._gradients: dict[Loss, Callable[..., Any]] = {}
+        self._update = _compile(self._update_plain)
+
+    def _gradient(self, loss: Loss) -> Callable[..., Any]:
+        if loss not in self._gradients:
+            net = self.model.net
+
+            def with_parameters(parameters: Any, arrays: dict[str, mx.array]) -> Any:
+                net.update(parameters)
+                return loss(self.model, DeviceBatch(**arrays))
+
+            function = mx.value_and_grad(with_parameters)
+            self._gradients[loss] = _compile(function, inputs=mx.random.state, outputs=mx.random.state)
+        return self._gradients[loss]
+
+    def _update_plain(self, gradients: Any, parameters: Any, state: dict) -> Any:
+        self.optimizer.state = state
+        return self.optimizer.apply_gradients(gradients, parameters), self.optimizer.state
+
+    def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
+        net = self.model.net
+        net.train()
+        gradient = self._gradient(loss)
+        parameters = net.trainable_parameters()
+        total = micro_batch_total(batches)
+        sums: dict[str, mx.array] = {}
+        gradients: Any = None
+        try:
+            for batch in batches:
+                (value, metrics), part = gradient(parameters, vars(_device_batch(batch, total)))
+                gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+                for name, m in {**metrics, "loss": value}.items():
+                    sums[name] = sums[name] + m if name in sums else m
+                mx.eval(sums, gradients)
+        finally:
+            net.update(parameters)  # tracing leaves placeholders in the module
+        norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for _, g in tree_flatten(gradients)))
+        sums["grad_norm"] = norm
+        result = {name: float(v.item()) for name, v in sums.items()}
+        if not np.isfinite(result["loss"]) or not np.isfinite(result["grad_norm"]):
+            raise FloatingPointError(f"loss {result['loss']}, gradient norm {result['grad_norm']}")
+        if self.settings.clip is not None:
+            factor = mx.minimum(self.settings.clip / (norm + 1e-6), 1.0)
+            gradients = tree_map(lambda g: g * factor.astype(g.dtype), gradients)
+        self.optimizer.learning_rate = lr
+        updated, state = self._update(gradients, parameters, self.optimizer.state)
+        self.optimizer.state = state
+        net.update(updated)
+        mx.eval(updated, state)
+        return result
+
+    def save(self, path: Path) -> None:
+        mx.save_safetensors(str(path), dict(tree_flatten(self.optimizer.state)))
+
+    def load(self, path: Path) -> None:
+        self.optimizer.state = tree_unflatten(list(mx.load(str(path)).items()))
+
+
+def _compile(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+    return mx.compile(function, **kwargs) if _compile_works() else function
+
+
+@cache
+def _compile_works() -> bool:
+    # On a CPU, mx.compile calls the system's C++ compiler; a machine without one must train all the same.
+    from mlx_posttrain.engines.compile_check import compile_works
+
+    return compile_works()
+
+
+class MLXEngine:
+    name = "mlx"
+
+    def load(
+        self, folder: Path, *, dtype: str = "float32", quantize: int | None = None, group_size: int = 64, gradient_checkpointing: bool = False
+    ) -> MLXModel:
+        config = hub.check_config(folder)
+
+        def read() -> nn.Module:
+            return _load(folder, config, dtype, quantize, group_size)
+
+        net = read()
+        if gradient_checkpointing:
+            _checkpoint_blocks(net)
+        return MLXModel(net, folder, config, read)
+
+    def trainer(self, model: MLXModel, settings: AdamW) -> MLXTrainer:
+        return MLXTrainer(model, settings)
+
+    def seed(self, seed: int) -> None:
+        mx.random.seed(seed)
+
+    def random_state(self) -> dict[str, np.ndarray]:
+        return {"mlx": np.array(mx.random.state[0])}
+
+    def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
+        if "mlx" in state:
+            mx.random.state[0] = mx.array(state["mlx"])
+
+    def memory(self) -> dict[str, float]:
+        return {"peak_gb": mx.get_peak_memory() / 2**30}
+
+    def reset_memory(self) -> None:
+        mx.reset_peak_memory()
+
+    def device(self) -> str:
+        if mx.default_device() == mx.Device(mx.gpu):
+            return f"{mx.device_info().get('device_name', 'GPU')} (Metal)"
+        return "CPU (MLX)"
+
+
+def _read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.array]]:
+    weights = weight_files.load_weights(folder)
+    if config["model_type"] == "gpt2":
+        weights = gpt2.hf_to_mlx(weights, config["n_layer"])
+    return list(weights.items())
+
+
+def _load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None, group_size: int) -> nn.Module:
+    from mlx_lm.utils import _get_classes, load_model
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        model_class, args_class = _get_classes(config)
+        if config["model_type"] != "gpt2":
+            return model_class, args_class
+
+        class GPT2(model_class):  # mlx-lm's loader does not know the `transformer.` prefix that save_pretrained writes
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                return gpt2.hf_to_mlx(weights, self.args.n_layer)
+
+        return GPT2, args_class
+
+    try:
+        net, _ = load_model(folder, model_config=weight_files.gpt2_config(config) if config["model_type"] == "gpt2" else None, get_model_classes=classes)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+    quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
+    if not quantised:
+        net.set_dtype(getattr(mx, dtype))
+    if quantize and not quantised:
+        # Embeddings stay as they are (Dettmers et al. 2023, section 3): only the linear layers that adapters stand on are packed.
+        bad = [p for p, m in net.named_modules() if isinstance(m, nn.Linear) and m.weight.shape[-1] % group_size]
+        if bad:
+            raise UserError(f"adapter.group_size={group_size} does not divide the width of {bad[0]}; use 32")
+        nn.quantize(net, group_size=group_size, bits=quantize, class_predicate=lambda _, m: isinstance(m, nn.Linear))
+    if quantised or quantize:
+        net.freeze()
+    mx.eval(net.parameters())
+    return net
+
+
+def _checkpoint_blocks(net: nn.Module) -> None:
+    """Recompute each transformer block in the backward pass, in training only (Chen et al. 2016).
+
+    Done per instance: mlx-lm's own helper patches the layer's class for the whole process, reference and generation included.
+    """
+
+    def checkpointed(base: type) -> type:
+        class Checkpointed(base):
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                if not self.training:
+                    return super().__call__(*args, **kwargs)
+
+                def inner(parameters: Any, *args: Any) -> Any:
+                    self.update(parameters)
+                    return base.__call__(self, *args, **kwargs)
+
+                return mx.checkpoint(inner)(self.trainable_parameters(), *args)
+
+        Checkpointed.__name__ = base.__name__
+        return Checkpointed
+
+    classes: dict[type, type] = {}
+    for layer in net.layers:
+        layer.__class__ = classes.setdefault(type(layer), checkpointed(type(layer)))
+
+
+def dequantised_weights(folder: Path, bits: int, group_size: int) -> dict[str, mx.array]:
+    """A folder's weights after rounding to the quantisation grid and back: what a QLoRA adapter was trained on."""
+    from mlx_lm.utils import dequantize_model
+
+    net = _load(folder, hub.check_config(folder), "float32", bits, group_size)
+    return dict(tree_flatten(dequantize_model(net).parameters()))
+
+
+def save_requantised(model: MLXModel, folder: Path, probe: np.ndarray) -> dict[str, float]:
+    """Fuse an adapter into its quantised base, quantise again, write a folder for mlx-lm, and say what the rounding cost.
+
+    probe: [B, T] token ids. Returns ``lost``: rms of (merged - adapted) logits over rms of (adapted - base) logits, 0 for an exact
+    merge, about 1 when the adapter is gone; ``max_logit_difference``: the largest |merged - adapted|; ``kl``: mean
+    KL(adapted || merged) in nats per position.
+    """
+    from mlx_lm.utils import save_config
+
+    net = model.net.eval()
+    tokens = mx.array(probe.astype(np.int32))
+    adapted = net(tokens).astype(mx.float32)
+    with model._adapters_off():
+        base = net(tokens).astype(mx.float32)
+    mx.eval(adapted, base)
+    quantised = next(m.linear for _, m in model._adapted())
+    net.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in model._adapted()]))
+    merged = net(tokens).astype(mx.float32)
+    log_p, log_q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (adapted, merged))
+    drift = {
+        "lost": mx.sqrt(mx.mean(mx.square(merged - adapted)) / mx.maximum(mx.mean(mx.square(adapted - base)), 1e-20)).item(),
+        "max_logit_difference": mx.max(mx.abs(merged - adapted)).item(),
+        "kl": mx.mean(mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1)).item(),
+    }
+    weight_files.save_weights(folder, dict(tree_flatten(net.parameters())), format="mlx")
+    quantization = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
+    config = weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
+    save_config({**config, "quantization": quantization, "quantization_config": quantization}, folder / "config.json")
+    copy_tokenizer(model.folder, folder)
+    return drift

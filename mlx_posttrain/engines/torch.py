@@ -1,0 +1,333 @@
+"""The PyTorch-CPU engine: transformers' models, peft's adapters, torch's AdamW."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlx_posttrain.convert import hub
+from mlx_posttrain.data.batches import Batch
+from mlx_posttrain.engines import decoding, files
+from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, micro_batch_total
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.losses.sft import token_logprobs
+from mlx_posttrain.ops import ops
+
+
+def _device_batch(batch: Batch, total: float) -> DeviceBatch:
+    fields = {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in DeviceBatch.FIELDS}
+    for name in ("tokens", "index", "target", "row"):
+        fields[name] = fields[name].long()
+    return DeviceBatch(**fields, total=torch.tensor(total, dtype=torch.float32))
+
+
+class TorchModel:
+    """A transformers causal model; ``net`` is the bare model, ``peft`` the wrapper once an adapter is on."""
+
+    def __init__(self, net: Any, folder: Path, config: dict[str, Any]):
+        self.net = net
+        self.peft: Any = None
+        self.spec: AdapterSpec | None = None
+        self.folder = folder
+        self.config = config
+        self.context: int | None = getattr(net.config, "n_positions", None) or getattr(net.config, "max_position_embeddings", None)
+        self._reference: Any = None
+
+    # the vocabulary of losses
+
+    def _logits(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
+        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
+        backbone = getattr(net, net.base_model_prefix)
+        hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        return net.get_output_embeddings()(hidden.flatten(0, 1)[batch.index]).float()
+
+    def logits(self, batch: DeviceBatch) -> torch.Tensor:
+        return self._logits(self.net, batch)
+
+    def logprobs(self, batch: DeviceBatch) -> torch.Tensor:
+        return token_logprobs(self.logits(batch), batch.target)
+
+    @torch.no_grad()
+    def reference_logits(self, batch: DeviceBatch) -> torch.Tensor:
+        if self._reference is not None:
+            return self._logits(self._reference, batch)
+        if self.peft is None:
+            raise RuntimeError("reference_logits needs keep_reference() first")
+        with self.peft.disable_adapter():
+            return self._logits(self.net, batch)
+
+    # around training
+
+    def parameter_counts(self) -> tuple[int, int]:
+        parameters = list(self.net.parameters())
+        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+    def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        spec = spec.resolved(self.net.config.model_type)
+        try:
+            self.peft = get_peft_model(self.net, LoraConfig(
+                r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, use_rslora=spec.rslora, use_dora=spec.kind == "dora",
+                target_modules=list(spec.targets or ()), fan_in_fan_out=self.net.config.model_type == "gpt2", task_type="CAUSAL_LM", bias="none",
+            ))  # fmt: skip
+        except ValueError as error:
+            raise UserError(f"adapter.targets {list(spec.targets or ())}: {str(error).splitlines()[0]}") from None
+        self.spec = spec
+        layers = dict(self._adapted())
+        start = adapter_start({path: (layer.in_features, layer.out_features) for path, layer in layers.items()}, spec.rank, seed)
+        with torch.no_grad():
+            for path, layer in layers.items():
+                layer.lora_A["default"].weight.copy_(torch.from_numpy(start[path]))
+                layer.lora_B["default"].weight.zero_()
+
+    def _adapted(self) -> Iterator[tuple[str, Any]]:
+        from peft.tuners.lora import LoraLayer
+
+        return ((path, module) for path, module in self.net.named_modules() if isinstance(module, LoraLayer))
+
+    def keep_reference(self) -> None:
+        if self.peft is None:
+            self._reference = copy.deepcopy(self.net).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
+        self.net.eval()
+        total = micro_batch_total(batches)
+        sums: dict[str, float] = {}
+        for batch in batches:
+            value, metrics = loss(self, _device_batch(batch, total))
+            for name, part in {**metrics, "loss": value}.items():
+                sums[name] = sums.get(name, 0.0) + float(part)
+        return sums
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop: int | None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        samples: int = 1,
+        seed: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        self.net.eval()  # dropout off, and with it gradient checkpointing, which would silently empty the cache
+        return decoding.decode(
+            _TorchDecoder(self.net), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
+            temperature=temperature, top_p=top_p, samples=samples, seed=seed, on_token=on_token,
+        )  # fmt: skip
+
+    # files
+
+    def save(self, folder: Path) -> None:
+        if self.spec is not None:
+            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.folder)
+        else:
+            files.save_model(folder, {n: p.detach() for n, p in self._parameters()}, self.folder)
+
+    def load_trained(self, folder: Path) -> None:
+        if self.spec is not None:
+            modules = files.read_adapter(folder, [path for path, _ in self._adapted()])
+            with torch.no_grad():
+                for path, layer in self._adapted():
+                    layer.lora_A["default"].weight.copy_(torch.from_numpy(modules[path]["lora_a"]).T)
+                    layer.lora_B["default"].weight.copy_(torch.from_numpy(modules[path]["lora_b"]).T)
+                    if "m" in modules[path]:
+                        layer.lora_magnitude_vector["default"].weight.copy_(torch.from_numpy(modules[path]["m"]))
+        else:
+            _load_weights(self.net, folder, self.config)
+
+    def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
+        found = {}
+        for path, layer in self._adapted():
+            found[path] = {
+                "lora_a": layer.lora_A["default"].weight.detach().T.numpy(),
+                "lora_b": layer.lora_B["default"].weight.detach().T.numpy(),
+            }
+            if "default" in layer.lora_magnitude_vector:
+                found[path]["m"] = layer.lora_magnitude_vector["default"].weight.detach().numpy()
+        return found
+
+    def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, p) for name, p in self.net.named_parameters() if p.requires_grad)
+
+    def weights(self) -> Mapping[str, np.ndarray]:
+        return {name: p.detach().float().numpy().copy() for name, p in self._parameters()}
+
+
+class _TorchDecoder:
+    def __init__(self, net: Any):
+        self.net = net
+
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        out = self.net(
+            input_ids=tokens, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        if self.cache.get_seq_length() != self.mask.shape[1]:
+            raise RuntimeError(f"the key/value cache holds {self.cache.get_seq_length()} tokens, not {self.mask.shape[1]}")
+        return out.logits[:, -1].float()
+
+    def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> torch.Tensor:
+        from transformers import DynamicCache
+
+        longest = max(map(len, prompts))
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        self.mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+            self.mask[row, longest - len(prompt) :] = 1
+        self.cache = DynamicCache()
+        logits = self._forward(tokens, (self.mask.cumsum(1) - 1).clamp(min=0))
+        if samples > 1:
+            self.cache.batch_repeat_interleave(samples)
+            self.mask = self.mask.repeat_interleave(samples, 0)
+            logits = logits.repeat_interleave(samples, 0)
+        return logits
+
+    def advance(self, tokens: np.ndarray) -> torch.Tensor:
+        positions = self.mask.sum(1, keepdim=True)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        return self._forward(torch.from_numpy(tokens).long()[:, None], positions)
+
+    def keep(self, rows: np.ndarray) -> None:
+        index = torch.from_numpy(rows)
+        self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
+
+    def pick(self, logits: torch.Tensor, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+        xp = ops(logits)
+        xp.sort_desc = lambda x: torch.argsort(x, dim=-1, descending=True, stable=True)
+        tokens, log_p = decoding.pick(xp, logits, torch.from_numpy(uniforms)[:, None], temperature, top_p)
+        return tokens.numpy(), log_p.numpy()
+
+
+class TorchTrainer:
+    """torch.optim.AdamW over a model's trained parameters."""
+
+    def __init__(self, model: TorchModel, settings: AdamW):
+        self.model = model
+        self.settings = settings
+        named = list(model._parameters())
+        self.names = [n for n, _ in named]
+        self.parameters = [p for _, p in named]
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+
+    def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
+        self.model.net.train()
+        total = micro_batch_total(batches)
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            value, metrics = loss(self.model, _device_batch(batch, total))
+            value.backward()
+            for name, part in {**metrics, "loss": value}.items():
+                sums[name] = sums.get(name, 0.0) + part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or float("inf"))
+        result = {name: float(part) for name, part in sums.items()} | {"grad_norm": float(norm)}
+        if not np.isfinite(result["loss"]) or not np.isfinite(result["grad_norm"]):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"loss {result['loss']}, gradient norm {result['grad_norm']}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        state = {}
+        for name, p in zip(self.names, self.parameters, strict=True):
+            for key, value in self.optimizer.state.get(p, {}).items():
+                state[f"{name}:{key}"] = value.contiguous()
+        save_file(state, path)
+
+    def load(self, path: Path) -> None:
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+        for name, p in zip(self.names, self.parameters, strict=True):
+            found = {key.rpartition(":")[2]: value for key, value in state.items() if key.rpartition(":")[0] == name}
+            if found:
+                self.optimizer.state[p] = found
+
+
+class TorchEngine:
+    name = "torch"
+
+    def load(
+        self, folder: Path, *, dtype: str = "float32", quantize: int | None = None, group_size: int = 64, gradient_checkpointing: bool = False
+    ) -> TorchModel:
+        if quantize:
+            raise UserError("adapter.quantize needs engine=mlx: torch on a CPU has no quantised training here; use engine=mlx, or leave quantize out for LoRA")
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        config = hub.check_config(folder)
+        if config.get("quantization"):
+            raise UserError(f"{folder}: an MLX-quantised model runs on engine=mlx only")
+        hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for name in list(vars(hf)):  # dropout is the recipe's business: the same loss on both engines
+            if name.endswith(("_pdrop", "_dropout")) and isinstance(getattr(hf, name), float):
+                setattr(hf, name, 0.0)
+        if config.get("model_type") == "gpt2":
+            net = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa", dtype=getattr(torch, dtype))
+            _load_weights(net, folder, config)
+        else:
+            net = AutoModelForCausalLM.from_pretrained(folder, config=hf, attn_implementation="sdpa", dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True)
+        if gradient_checkpointing:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        return TorchModel(net.eval(), folder, config)
+
+    def trainer(self, model: TorchModel, settings: AdamW) -> TorchTrainer:
+        return TorchTrainer(model, settings)
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def random_state(self) -> dict[str, np.ndarray]:
+        return {"torch": torch.get_rng_state().numpy()}
+
+    def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
+        if "torch" in state:
+            torch.set_rng_state(torch.from_numpy(np.ascontiguousarray(state["torch"])))
+
+    def memory(self) -> dict[str, float]:
+        # A CPU has one memory: the process's own peak. Linux counts in KiB, macOS in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_gb": peak / (2**30 if sys.platform == "darwin" else 2**20)}
+
+    def reset_memory(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def device(self) -> str:
+        return f"CPU, {torch.get_num_threads()} threads"
+
+
+@torch.no_grad()
+def _load_weights(net: Any, folder: Path, config: dict[str, Any]) -> None:
+    found = files.torch_weights(folder, config)
+    parameters = dict(net.named_parameters())
+    missing = sorted(set(parameters) - set(found))
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, for example {missing[0]}")
+    for name, p in parameters.items():
+        if p.shape != found[name].shape:
+            raise UserError(f"{folder}: {name} has shape {tuple(found[name].shape)}, the config says {tuple(p.shape)}")
+        p.copy_(found[name])

@@ -1,0 +1,11 @@
+"""How a command ends badly.
+
+A foreseeable failure (bad input, full disk, interruption, non-finite loss) is a :class:`UserError`: one line, exit code 2.
+Anything else that escapes is a defect of this project, keeps its traceback and exits with 1.
+"""
+
+
+class UserError(Exception):
+    """The message says what is wrong, where, and what to do, on one line."""
+
+    exit_code = 2

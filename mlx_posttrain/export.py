@@ -1,0 +1,190 @@
+"""A run's result in the formats other people load: PEFT, transformers, mlx-lm; merged or not; with a model card.
+
+Runs already keep Hugging Face's formats, so most of this is copying. The one lossy path is merging a QLoRA adapter into its
+quantised base: rounding to the grid swallows small updates, so the effect on the logits is measured first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+from mlx_posttrain.convert import adapters, card, hub, merge, weights
+from mlx_posttrain.convert.files import output_folder
+from mlx_posttrain.engines import files
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.loading import Source, locate
+
+FORMATS = ("peft", "hf", "mlx-lm")
+
+#: Largest share of the adapter's effect on the logits that a merge into a quantised base may lose. At .25 the greedy answers of
+#: the embedded model still agree almost everywhere; a small adapter on a 4-bit base loses far more.
+MAX_LOST = 0.25
+
+
+def export(run: str | Path, destination: str | Path, to: str = "peft", *, merged: bool = False, force: bool = False) -> dict[str, Any]:
+    """Write a finished run for another program; returns {"path", "format", ...} and for a quantised merge its drift.
+
+    peft: an adapter folder. hf: a model folder for transformers (an adapter run needs ``merged``). mlx-lm: a model folder or,
+    for an adapter run without ``merged``, an adapter folder, for mlx-lm. Raises UserError for an unknown format, a run that has
+    nothing of that kind, a destination in use (``force`` writes into it), or a quantised merge that would lose more than
+    MAX_LOST of the adapter's effect (``force`` does it all the same).
+    """
+    if to not in FORMATS:
+        raise UserError(f"cannot export to {to!r}; formats: {', '.join(FORMATS)}")
+    source = locate(run)
+    target = Path(destination).expanduser()
+    if source.adapter is None and to == "peft":
+        raise UserError(f"{run} trained all weights and has no adapter: use --to hf")
+    if source.adapter is not None and to == "hf" and not merged:
+        raise UserError(f"{run} is an adapter: add --merge for a model folder, or use --to peft")
+    if merged and to == "peft":
+        raise UserError("--merge folds the adapter into its base, so there is nothing left for --to peft: use --to hf or --to mlx-lm")
+    summary: dict[str, Any] = {"path": str(target), "format": to, "merged": merged and source.adapter is not None}
+    with output_folder(target, force) as folder:
+        if source.adapter is None:
+            _full(source, folder, to)
+        elif to == "peft":
+            _peft(source, folder)
+        elif to == "mlx-lm" and not merged:
+            config, modules = adapters.read_adapter(source.adapter)
+            adapters.to_mlx_lm(folder, modules, config, _model_type(source))
+        elif to == "mlx-lm" and source.quantize:
+            summary["drift"] = _requantised(source, folder, force)
+        elif to == "mlx-lm":
+            with _temporary(folder) as half_way:
+                write_merged(source, half_way)
+                weights.convert(half_way, folder, to="mlx", force=True)
+        else:
+            write_merged(source, folder)
+        (folder / "README.md").write_text(model_card(source, Path(run), to, merged), encoding="utf-8")
+    return summary
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload an exported folder to the hub; returns its address. Raises UserError when not logged in or refused."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repo))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(f"upload to {repo} failed: {str(error).splitlines()[0]}; the folder {folder} is complete (log in with `hf auth login`)") from None
+
+
+def write_merged(source: Source, folder: Path) -> None:
+    """Write base plus adapter as a model folder in the base's number format; the base is dequantised first where it was quantised."""
+    assert source.adapter is not None
+    config, modules = adapters.read_adapter(source.adapter)
+    base = _base_weights(source)
+    files.save_model(folder, merge.merge(base, modules, config, _model_type(source)), source.folder)
+
+
+def _base_weights(source: Source) -> dict[str, Any]:
+    from mlx_posttrain.convert import gpt2
+
+    if source.quantize:
+        from mlx_posttrain.engines.mlx import dequantised_weights
+
+        group = source.recipe["adapter"].get("group_size", 64) if source.recipe else 64
+        found = dequantised_weights(source.folder, source.quantize, group)
+    else:
+        found = weights.load_weights(source.folder)
+    config = hub.check_config(source.folder)
+    return gpt2.mlx_to_hf(gpt2.hf_to_mlx(found, config["n_layer"])) if config["model_type"] == "gpt2" else found
+
+
+def _model_type(source: Source) -> str:
+    return str(hub.check_config(source.folder)["model_type"])
+
+
+def _full(source: Source, folder: Path, to: str) -> None:
+    if to == "mlx-lm":
+        weights.convert(source.folder, folder, to="mlx", force=True)
+        return
+    for file in source.folder.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _peft(source: Source, folder: Path) -> None:
+    assert source.adapter is not None
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(source.adapter / name, folder / name)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base_name(source)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def base_name(source: Source) -> str:
+    """What others should load as the base: the hub id where there is one, else the folder."""
+    named = str((source.recipe or {}).get("model", ""))
+    return named if named and named != "tiny" and not Path(named).exists() else str(source.folder)
+
+
+def _temporary(folder: Path) -> Any:
+    import tempfile
+
+    class Folder(tempfile.TemporaryDirectory):
+        def __enter__(self) -> Path:
+            return Path(super().__enter__())
+
+    return Folder(dir=folder.parent, prefix=".merge.")
+
+
+def _requantised(source: Source, folder: Path, force: bool) -> dict[str, float]:
+    from mlx_posttrain.engines.mlx import save_requantised
+    from mlx_posttrain.loading import open_model
+
+    assert source.adapter is not None
+    model, _, _ = open_model(source.adapter.parent, "mlx")
+    probe = np.random.default_rng(0).integers(0, model.config["vocab_size"], (4, 32))
+    drift = save_requantised(model, folder, probe)
+    if drift["lost"] > MAX_LOST and not force:
+        raise UserError(
+            f"merging into the {source.quantize}-bit base would lose {drift['lost']:.0%} of the adapter's effect on the logits (bound {MAX_LOST:.0%}): "
+            "keep the adapter apart (--to peft or --to mlx-lm without --merge), merge to full precision with --to hf --merge, or add --force"
+        )
+    return drift
+
+
+def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) -> str:
+    """The run's README: base, data, method, figures and the command that made it."""
+    raw: dict[str, Any] = source.recipe or {}
+    result = run / "result.json"
+    figures = json.loads(result.read_text()) if result.is_file() else {}
+    environment = _environment(run)
+    adapter = raw.get("adapter") or {}
+    method = {"method": raw.get("method", "unknown"), "seed": raw.get("seed"), "template": raw.get("data", {}).get("template")}
+    method |= {k: raw.get("train", {}).get(k) for k in ("epochs", "steps", "batch_size", "accumulate", "lr", "schedule", "warmup", "weight_decay")}
+    method |= {f"adapter {k}": v for k, v in adapter.items() if v is not None}
+    method |= {f"kl {k}": v for k, v in (raw.get("kl") or {}).items()}
+    return card.model_card({
+        "name": run.name,
+        "base_model": base_name(source),
+        "datasets": raw.get("data", {}).get("source"),
+        "library_name": {"peft": "peft", "mlx-lm": "mlx"}.get(to, "transformers"),
+        "description": raw.get("description") or f"A model made by {raw.get('method', 'post-training')}.",
+        "data": {k: v for k, v in raw.get("data", {}).items() if v not in (None, {}, [])},
+        "method": {k: v for k, v in method.items() if v is not None},
+        "figures": {f"held-out {k}" if k in ("loss", "nll", "kl") else k.replace("_", " "): v for k, v in figures.items()},
+        "command": environment.get("command"),
+        "versions": environment.get("versions"),
+        "tags": [t for t in (raw.get("method"), adapter.get("kind"), "merged" if merged else None) if t],
+    })  # fmt: skip
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    import yaml
+
+    path = run / "recipe.yaml"
+    return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.is_file() else {}
+
+

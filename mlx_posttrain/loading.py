@@ -1,0 +1,88 @@
+"""Anything that names a model, opened on an engine: a hub id, a folder, ``tiny``, a finished run, a PEFT adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain import engines, runs
+from mlx_posttrain.convert import hub
+from mlx_posttrain.engines import files
+from mlx_posttrain.engines.base import Model
+from mlx_posttrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's parts lie: the folder with its weights, the adapter on it if any, and the recipe that made it if it is a run."""
+
+    folder: Path
+    adapter: Path | None = None
+    recipe: dict[str, Any] | None = None
+
+    @property
+    def template(self) -> str | None:
+        """The template a run was trained with; None for a model that is no run."""
+        if self.recipe is None:
+            return None
+        template = self.recipe["data"].get("template", "instruction")
+        return template if isinstance(template, str) else template[0]
+
+    @property
+    def quantize(self) -> int | None:
+        """Bits of a QLoRA run's base."""
+        return ((self.recipe or {}).get("adapter") or {}).get("quantize")
+
+
+def locate(name: str | Path) -> Source:
+    """Find a model's parts. Raises UserError saying what is missing and what to do."""
+    path = Path(name)
+    if runs.is_run(path):
+        run, recipe = runs.reopen(path)
+        if not run.finished:
+            raise UserError(f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`")
+        if (run.final / "adapter_config.json").is_file():
+            return Source(locate(recipe["model"]).folder, run.final, recipe)
+        return Source(run.final, None, recipe)
+    if (path / "adapter_config.json").is_file():
+        from mlx_posttrain.convert import adapters
+
+        config, _ = adapters.read_adapter(path)
+        base = config.get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{path}: adapter_config.json names no base_model_name_or_path; add the base's folder or id there")
+        return Source(hub.resolve(base), path)
+    return Source(hub.resolve(str(name)))
+
+
+def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32") -> tuple[Model, Any, Source]:
+    """(model, tokenizer, source) ready to generate or evaluate."""
+    from mlx_posttrain.supervised import load_tokenizer
+
+    source = locate(name)
+    chosen = engines.get(engine)
+    group = ((source.recipe or {}).get("adapter") or {}).get("group_size", 64)
+    model = chosen.load(source.folder, dtype=dtype, quantize=source.quantize, group_size=group)
+    if source.adapter is not None:
+        model.add_adapter(files.spec_of(source.adapter), seed=0)
+        model.load_trained(source.adapter)
+    return model, load_tokenizer(source.folder), source
+
+
+def base_folder(name: str | Path) -> Path:
+    """The folder that a new run starts from; an adapter run is merged once, beside its ``final/``.
+
+    Raises UserError for an adapter on a quantised base, whose merge would lose much of it.
+    """
+    source = locate(name)
+    if source.adapter is None:
+        return source.folder
+    if source.quantize:
+        raise UserError(f"{name}: a QLoRA run cannot be a new run's model; start from its adapter with adapter.path={name}, or export it with --merge")
+    merged = source.adapter.parent / "merged"
+    if not merged.is_dir():
+        from mlx_posttrain import export
+
+        runs.replace_folder(merged, lambda folder: export.write_merged(source, folder))
+    return merged

@@ -1,0 +1,59 @@
+"""Supervised fine-tuning: imitate the trained tokens. Full weights, LoRA, DoRA, QLoRA; with or without a KL leash.
+
+    loss = mean over trained tokens of  -log p(token)  +  beta * KL(reference, policy)
+
+The mean runs over all trained tokens of the optimizer step, however it is cut into micro-batches. The KL term keeps the whole
+next-token distribution near the frozen starting model at every trained position; ``direction`` names which way round, see
+:func:`mlx_posttrain.losses.sft.full_kl`. ``beta`` is per token: 0.1 means 0.1, whatever the length of the rows. With an adapter
+the reference is the same weights with the adapter off, so the leash costs no second copy of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mlx_posttrain import recipe as recipes
+from mlx_posttrain import supervised
+from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
+from mlx_posttrain.losses.sft import full_kl, token_logprobs, token_mean
+
+
+class KLSection(recipes.Section):
+    """A leash to the starting model."""
+
+    beta: float = Field(0.1, ge=0, description="weight of the KL term, per trained token")
+    direction: Literal["forward", "reverse"] = Field("forward", description="forward: KL(reference||policy); reverse: KL(policy||reference)")
+
+
+class Recipe(recipes.Recipe):
+    """Supervised fine-tuning."""
+
+    method: Literal["sft"]
+    adapter: recipes.AdapterSection | None = Field(None, description="train an adapter instead of all weights; null: all weights")
+    kl: KLSection | None = Field(None, description="keep near the starting model; null: plain imitation")
+
+
+def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
+    """Mean negative log-likelihood of the trained tokens, in nats."""
+    nll = token_mean(-model.logprobs(batch), batch.weight, batch.total)
+    return nll, {"nll": nll}
+
+
+def kl_loss(beta: float, direction: str) -> Loss:
+    """The same plus ``beta`` times the mean KL to the reference at the trained positions."""
+
+    def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
+        logits = model.logits(batch)
+        nll = token_mean(-token_logprobs(logits, batch.target), batch.weight, batch.total)
+        kl = token_mean(full_kl(logits, model.reference_logits(batch), direction), batch.weight, batch.total)
+        return nll + beta * kl, {"nll": nll, "kl": kl}
+
+    return loss
+
+
+def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
+    """Run the recipe to the end; returns the figures of the final evaluation. See supervised.run for files and errors."""
+    chosen = loss if recipe.kl is None else kl_loss(recipe.kl.beta, recipe.kl.direction)
+    return supervised.run(recipe, chosen, adapter=recipe.adapter, reference=recipe.kl is not None, resume=resume)

@@ -1,0 +1,99 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mlx_posttrain.errors import UserError
+
+
+def say(text: str) -> None:
+    """One line for people, on standard error so that standard output stays for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Loss, tokens/s, memory and time left. ``start`` is the step a resumed run continues from."""
+
+    def __init__(self, name: str, steps: int, start: int = 0):
+        self.name, self.steps, self.start = name, steps, start
+        self.begun = self.spoke = time.monotonic()
+        self.tokens = 0.0
+        self.bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            self.bar = RichProgress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(), console=Console(stderr=True),
+            )  # fmt: skip
+            self.task = self.bar.add_task(name, total=steps, completed=start, status="")
+            self.bar.start()
+
+    def update(self, done: int, loss: float, tokens: float, memory_gb: float) -> None:
+        """Show the state after ``done`` steps; ``tokens`` were trained in the last one."""
+        self.tokens += tokens
+        now = time.monotonic()
+        elapsed = now - self.begun
+        status = f"loss {loss:.3f}  {self.tokens / max(elapsed, 1e-9):,.0f} trained tokens/s  {memory_gb:.2f} GB"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, status=status)
+        elif now - self.spoke > 10 or done in (self.start + 1, self.steps):
+            left = elapsed / max(1, done - self.start) * (self.steps - done)
+            say(f"{self.name} {done}/{self.steps}  {status}  {_duration(left)} left")
+            self.spoke = now
+
+    def note(self, text: str) -> None:
+        """A line that stays (an evaluation, a checkpoint)."""
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False)
+        else:
+            say(text)
+
+    def close(self) -> None:
+        """Stop the live bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class Interrupted(UserError):
+    """Ctrl-C or a termination signal, after the checkpoint was written."""
+
+
+@contextmanager
+def interruptible() -> Iterator[list[str]]:
+    """Collect Ctrl-C and SIGTERM instead of breaking off inside an update; the loop looks between steps.
+
+    Yields a list that becomes non-empty with the signal's name. A second Ctrl-C breaks off at once.
+    """
+    caught: list[str] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+        say("stopping after this step (once more to break off at once) ...")
+
+    try:
+        previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: leave signals alone
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for s, old in previous.items():
+            signal.signal(s, old)

@@ -1,0 +1,290 @@
+"""What a recipe may say: typed, strict, every key described.
+
+A recipe is one YAML file. Unknown keys are errors that name the nearest key, values are checked, and ``key.sub=value`` on the
+command line overrides any key. A method adds its own section by subclassing :class:`Recipe` in its own file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mlx_posttrain.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class CleanSection(Section):
+    """Data-quality filters, applied in this order; each says how many rows it dropped."""
+
+    min_words: int = Field(3, ge=0, description="shortest response kept, in words")
+    max_words: int = Field(300, ge=1, description="longest response kept, in words")
+    truncated: bool = Field(True, description="drop responses that break off in mid-sentence")
+    boilerplate: bool = Field(True, description="drop refusals, 'As an AI language model', bare links and placeholders")
+    language: str | None = Field("en", description="keep rows written in this language; null keeps all")
+    near_duplicates: float | None = Field(0.7, gt=0, le=1, description="Jaccard similarity of word 5-grams that counts as the same row; null: off")
+    keep: int | None = Field(None, ge=1, description="keep this many rows, drawn by seed; null keeps all that pass")
+
+
+class DataSection(Section):
+    """Where rows come from and how they become tokens."""
+
+    source: str = Field(description="embedded/tasks, a .json/.jsonl/.csv/.parquet file, or a Hugging Face data-set id")
+    split: str = Field("train", description="split of the source to train on")
+    config: str | None = Field(None, description="configuration name of a Hugging Face data set")
+    limit: int | None = Field(None, ge=1, description="take this many rows; null takes all")
+    shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
+    format: str = Field("auto", description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer")
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
+    template: str | list[str] = Field("instruction", description="a template's name, or a list from which each row draws one by seed")
+    train_on: Literal["completion", "assistant", "all"] = Field("completion", description="which tokens are trained: the last answer, every answer, or all text")
+    max_length: int = Field(512, ge=8, description="longest row in tokens; longer answers are cut and counted")
+    pack: bool = Field(False, description="join text rows into blocks of max_length tokens (pre-training)")
+    clean: CleanSection | None = Field(None, description="data-quality filters; null: none")
+    eval_split: str | None = Field(None, description="split to evaluate on; null: `valid` of the embedded data, else `holdout`")
+    holdout: float = Field(0.1, ge=0, description="rows kept from training for evaluation: a share below 1, or a number of rows")
+    eval_limit: int | None = Field(256, ge=1, description="evaluate on at most this many held-out rows")
+
+
+class TrainSection(Section):
+    """The optimizer and its loop."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; null: as many as `epochs` needs")
+    batch_size: int = Field(8, ge=1, description="rows in a micro-batch")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    token_budget: int | None = Field(None, ge=32, description="split micro-batches so that none holds more padded tokens than this")
+    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup: float = Field(0.1, ge=0, description="warm-up: a share of all steps below 1, or a number of steps")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of cosine and linear schedules")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay; applies to matrices only, not to biases and norms")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in a run")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: as often as evaluation")
+    keep: int = Field(2, ge=1, description="checkpoints kept, besides the best")
+    early_stop: int | None = Field(None, ge=1, description="stop after this many evaluations without a better loss; null: never")
+    select: Literal["best", "last"] = Field("best", description="which weights become final: best held-out loss, or the last step's")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third slower")
+
+
+class AdapterSection(Section):
+    """LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024) or QLoRA (Dettmers et al. 2023)."""
+
+    kind: Literal["lora", "dora"] = Field("lora", description="low-rank update, or low-rank direction with a trained magnitude")
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank))")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    rslora: bool = Field(False, description="scale by alpha/sqrt(rank)")
+    targets: list[str] | None = Field(None, description="layer names that get an adapter, matched at the end of the path; null: c_attn and c_proj on GPT-2, the attention projections elsewhere")
+    quantize: int | None = Field(None, description="QLoRA: hold the frozen base in 2, 3, 4, 6 or 8 bits (MLX)")
+    group_size: int = Field(64, description="weights that share one quantisation scale: 32, 64 or 128")
+    path: str | None = Field(None, description="start from this PEFT adapter folder or run")
+
+    @model_validator(mode="after")
+    def _known_bits(self) -> AdapterSection:
+        if self.quantize not in (None, 2, 3, 4, 6, 8):
+            raise ValueError(f"quantize takes 2, 3, 4, 6 or 8 bits, not {self.quantize}")
+        if self.group_size not in (32, 64, 128):
+            raise ValueError(f"group_size takes 32, 64 or 128, not {self.group_size}")
+        return self
+
+
+class SampleSection(Section):
+    """Texts written during training, for the eye."""
+
+    prompts: list[str] = Field(default_factory=list, description="prompts to answer; empty: the first held-out rows")
+    count: int = Field(3, ge=0, description="how many held-out rows to answer when `prompts` is empty; 0: none")
+    max_tokens: int = Field(64, ge=1, description="longest answer in tokens")
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+
+
+class Recipe(Section):
+    """Everything one run needs to know."""
+
+    method: str = Field(description="sft, pretrain")
+    description: str = Field("", description="what this recipe shows, for the run's card")
+    model: str = Field("tiny", description="`tiny` (embedded), a local folder, a finished run, or a Hugging Face model id")
+    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="mlx, torch, or the first of them that this machine has")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the weights")
+    output: str | None = Field(None, description="run directory; null: runs/<recipe's name>")
+    seed: int = Field(0, ge=0, description="fixes data order, new parameters, dropout and samples")
+    data: DataSection
+    train: TrainSection = Field(default_factory=lambda: TrainSection())
+    sample: SampleSection = Field(default_factory=lambda: SampleSection())
+
+
+def shipped() -> dict[str, Path]:
+    """The shipped recipes by name, in order."""
+    folder = Path(str(resources.files("mlx_posttrain.recipes")))
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe given as a file, or by the name of one that is shipped (``03_lora``).
+
+    Raises UserError naming the nearest shipped recipe.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = shipped()
+    key = path.name.removesuffix(".yaml")
+    if key in known:
+        return known[key]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "shipped recipes: " + ", ".join(known)
+    raise UserError(f"no recipe {name!r}: not a file, and no shipped recipe has that name; {hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError naming file and line."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values; this file holds {'nothing' if raw is None else type(raw).__name__}")
+    return raw
+
+
+def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """``raw`` with ``key.sub=value`` settings applied; values are YAML, so ``null``, numbers and lists work."""
+    import copy
+
+    raw = copy.deepcopy(raw)
+    for setting in overrides:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {setting!r}: write key=value, for example train.lr=1e-5")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        section = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise UserError(f"override {setting!r}: {parent!r} is a value, not a section")
+        section[last] = value
+    return raw
+
+
+def parse(raw: dict[str, Any], cls: type[Recipe], where: str) -> Recipe:
+    """Check ``raw`` against a method's recipe class. Raises UserError, one line, naming the key."""
+    try:
+        return cls.model_validate(_floats(raw))
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors()[:3])) from None
+
+
+def load(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file or a shipped recipe, apply overrides, and check it against its method's class.
+
+    Raises UserError for a missing file, broken YAML, an unknown method, an unknown key (naming the nearest) or a wrong value.
+    """
+    from mlx_posttrain import methods
+
+    path = find_recipe(name)
+    raw = override(read_yaml(path), overrides or [])
+    if "method" not in raw:
+        near = difflib.get_close_matches("method", [str(k) for k in raw], n=1, cutoff=0.6)
+        hint = f" ({near[0]!r} is not a key; did you mean 'method'?)" if near else ""
+        raise UserError(f"{path.name}: the key 'method' is missing{hint}; methods: {', '.join(methods.NAMES)}")
+    recipe = parse(raw, methods.get(str(raw["method"])).Recipe, path.name)
+    if recipe.output is None:
+        recipe.output = f"runs/{path.stem}"
+    return recipe
+
+
+def _floats(value: Any) -> Any:
+    # PyYAML follows YAML 1.1, in which 1e-5 (no dot) is a string; people mean a number.
+    if isinstance(value, dict):
+        return {k: _floats(v) for k, v in value.items()}
+    if isinstance(value, str):
+        mantissa, e, exponent = value.lower().partition("e")
+        if e and mantissa.replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit():
+            return float(value)
+    return value
+
+
+def _explain(error: Any, cls: type[BaseModel]) -> str:
+    path = [str(p) for p in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _keys(cls, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        elsewhere = [] if near else [k for k in _all_keys(cls) if k.rsplit(".", 1)[-1] == path[-1]]
+        if near:
+            hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?"
+        elif elsewhere:
+            hint = f"did you mean '{elsewhere[0]}'?"
+        else:
+            hint = "known here: " + ", ".join(sorted(known))
+        return f"unknown key '{key}'; {hint}"
+    if error["type"] == "missing":
+        return f"the key '{key}' is missing"
+    return f"'{key}': {error['msg'].removeprefix('Value error, ')[0].lower()}{error['msg'].removeprefix('Value error, ')[1:]}, got {error['input']!r}"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _keys(cls: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = cls.model_fields.get(part)
+        section = _section(field.annotation) if field else None
+        if section is None:
+            return []
+        cls = section
+    return list(cls.model_fields)
+
+
+def _all_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in cls.model_fields.items():
+        found.append(prefix + name)
+        section = _section(field.annotation)
+        if section is not None:
+            found += _all_keys(section, f"{prefix}{name}.")
+    return found
+
+
+def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, description) of every key of a recipe class, for ``mlx-posttrain keys`` and the docs."""
+    rows = []
+    for name, field in cls.model_fields.items():
+        section = _section(field.annotation)
+        default = "required" if field.is_required() else "" if section else repr(field.get_default(call_default_factory=True))
+        rows.append((prefix + name, default, field.description or (section.__doc__ or "").split("\n")[0] if section else field.description or ""))
+        if section is not None:
+            rows += describe(section, f"{prefix}{name}.")
+    return rows

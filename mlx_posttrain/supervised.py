@@ -1,0 +1,163 @@
+"""From a recipe to a finished run, for every method that trains on fixed rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain import engines, runs
+from mlx_posttrain.convert import hub
+from mlx_posttrain.data import encode, formats, sources
+from mlx_posttrain.data.types import Conversation, Example, Turn
+from mlx_posttrain.engines.base import AdapterSpec, Engine, Loss, Model
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.progress import say
+from mlx_posttrain.recipe import AdapterSection, DataSection, Recipe
+from mlx_posttrain.training import Data, fit
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's fast tokenizer. Raises UserError when there is none."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from None
+
+
+def read_conversations(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Conversation]:
+    """The rows of one split as conversations, cleaned if the recipe says so; prints what was dropped."""
+    rows = sources.load_rows(data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle)
+    parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
+    if parsed and not isinstance(parsed[0], Conversation):
+        raise UserError(f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows; this method trains on answers: name the columns with data.columns, for example {{prompt: prompt, completion: chosen}}")
+    for reason, count in dropped.items():
+        say(f"{data.source} {split}: {count} rows dropped: {reason}")
+    if data.clean is not None:
+        from mlx_posttrain.data import quality
+
+        parsed, drops = quality.clean(parsed, seed=seed, **data.clean.model_dump())
+        say("cleaning dropped " + ", ".join(f"{reason} {count}" for reason, count in drops.items()) + f"; {len(parsed)} rows kept")
+    return parsed
+
+
+def split_rows(data: DataSection, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and held-out conversations: from a split of the source, or rows set aside by seed."""
+    train = read_conversations(data, split=data.split, limit=data.limit, seed=seed)
+    eval_split = data.eval_split or ("valid" if data.source in ("embedded/tasks", "embedded/preferences", "embedded/reasoning") else None)
+    if eval_split:
+        return train, read_conversations(data, split=eval_split, limit=data.eval_limit, seed=seed)
+    aside = int(data.holdout if data.holdout >= 1 else round(data.holdout * len(train)))
+    aside = min(aside, data.eval_limit or aside, len(train) - 1)
+    chosen = set(np.random.default_rng([seed, 0xE7A1]).permutation(len(train))[:aside].tolist())
+    return [c for i, c in enumerate(train) if i not in chosen], [c for i, c in enumerate(train) if i in chosen]
+
+
+def encode_rows(conversations: list[Conversation], data: DataSection, tokenizer: Any, context: int | None, seed: int, what: str) -> list[Example]:
+    """Conversations as examples of at most the recipe's and the model's length; prints what was dropped and cut."""
+    if not conversations:
+        return []
+    length = min(data.max_length, context or data.max_length)
+    if data.pack:
+        return encode.pack([c.turns[-1].content for c in conversations], tokenizer, length)
+    names = [data.template] if isinstance(data.template, str) else data.template
+    examples, report = encode.encode_all(conversations, tokenizer, templates=names, max_length=length, train_on=data.train_on, seed=seed)
+    say(f"{what}: {report}")
+    return examples
+
+
+def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSection | None) -> Model:
+    """The recipe's model on an engine, with a new adapter or one to start from."""
+    quantize = adapter.quantize if adapter else None
+    model = engine.load(
+        folder, dtype=recipe.dtype, quantize=quantize, group_size=adapter.group_size if adapter else 64,
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+    )  # fmt: skip
+    if adapter is not None:
+        if adapter.path is not None:
+            from mlx_posttrain.engines import files
+
+            start = Path(adapter.path)
+            start = start / "final" if (start / "final").is_dir() else start
+            model.add_adapter(files.spec_of(start, adapter.dropout), recipe.seed)
+            model.load_trained(start)
+        else:
+            targets = tuple(adapter.targets) if adapter.targets else None
+            model.add_adapter(AdapterSpec(adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets), recipe.seed)
+    return model
+
+
+def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Conversation], run: runs.Run) -> Callable[[int], None]:
+    """A function that answers a few prompts and writes them to samples.jsonl."""
+    data, sample = recipe.data, recipe.sample
+    template = data.template if isinstance(data.template, str) else data.template[0]
+    if sample.prompts:
+        asked = [(Turn("user", p),) for p in sample.prompts]
+        wanted = [None] * len(asked)
+        templated = True
+    else:
+        rows = held_out[: sample.count] if not data.pack else []
+        asked = [c.turns[:-1] for c in rows]
+        wanted = [c.turns[-1].content for c in rows]
+        templated = rows[0].templated if rows else True
+    length = (model.context or data.max_length) - 1
+    prompts = [p[-length:] for p in encode.encode_prompts(asked, tokenizer, template, templated=templated)] if asked else []
+
+    def write(step: int) -> None:
+        if not prompts:
+            return
+        answers = model.generate(prompts, max_tokens=sample.max_tokens, stop=encode.eos_id(tokenizer), temperature=sample.temperature, seed=recipe.seed)
+        for turns, answer, want in zip(asked, answers, wanted, strict=True):
+            text = tokenizer.decode(answer.tokens).strip()
+            run.sample({"step": step, "prompt": turns[-1].content if turns else "", "answer": text, "stopped": answer.stopped, "wanted": want})
+
+    return write
+
+
+def run(
+    recipe: Recipe,
+    loss: Loss,
+    *,
+    adapter: AdapterSection | None = None,
+    reference: bool = False,
+    resume: bool = False,
+    start: Callable[[Path], Path] | None = None,
+) -> dict[str, float]:
+    """Load, train, save. ``start(run_folder)`` makes the model to start from; by default it is ``recipe.model``.
+
+    Returns the final evaluation. Raises UserError for every foreseeable failure, see fit.
+    """
+    engine = engines.get(recipe.engine)
+    if resume:
+        run, _ = runs.reopen(recipe.output)
+        if run.finished:
+            raise UserError(f"{run.folder} is finished: there is nothing to resume")
+    else:
+        source = None if start else hub.resolve(recipe.model)
+        run = runs.start(recipe.output, recipe)
+    source = start(run.folder) if start else hub.resolve(recipe.model)
+    tokenizer = load_tokenizer(source)
+    model = load_model(engine, recipe, source, adapter)
+    train, held_out = split_rows(recipe.data, recipe.seed)
+    examples = encode_rows(train, recipe.data, tokenizer, model.context, recipe.seed, "training rows")
+    held_out_examples = encode_rows(held_out, recipe.data, tokenizer, model.context, recipe.seed, "held-out rows")
+    total, trained = model.parameter_counts()
+    say(f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
+    engine.seed(recipe.seed)
+    if reference:
+        model.keep_reference()
+    data = Data(examples, held_out_examples, recipe.train, recipe.seed, model.context)
+    result = fit(engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run))
+    runs.replace_folder(run.final, model.save)
+    (run.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    say(f"{run.final} is written: held-out loss {result.get('loss', float('nan')):.4f}")
+    return result
+
+

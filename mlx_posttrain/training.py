@@ -1,0 +1,172 @@
+"""The supervised loop: order the rows, step, evaluate, keep the best, checkpoint, resume.
+
+Everything a step depends on is the recipe, the data, and what a checkpoint holds (trained weights, optimizer moments, random
+state, step number), so a run that is killed and resumed gives the losses of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlx_posttrain.data import batches
+from mlx_posttrain.data.types import Example
+from mlx_posttrain.engines.base import AdamW, Engine, Loss, Model
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.progress import Interrupted, Progress, interruptible
+from mlx_posttrain.recipe import TrainSection
+from mlx_posttrain.runs import Run, require_space
+from mlx_posttrain.schedule import learning_rate
+
+
+def adamw(train: TrainSection) -> AdamW:
+    """The optimizer's settings from a recipe."""
+    return AdamW(train.beta1, train.beta2, train.eps, train.weight_decay, train.clip)
+
+
+class Data:
+    """Training and held-out examples, and the batches of any step."""
+
+    def __init__(self, train: Sequence[Example], held_out: Sequence[Example], settings: TrainSection, seed: int, context: int | None):
+        self.train, self.held_out, self.settings, self.seed, self.context = train, held_out, settings, seed, context
+        self.lengths = [len(e.tokens) for e in train]
+        self._epoch = -1
+        self.steps_per_epoch = math.ceil(len(train) / (settings.batch_size * settings.accumulate))
+        self.steps = settings.steps or max(1, math.ceil(settings.epochs * self.steps_per_epoch))
+
+    def rows(self, step: int) -> list[list[int]]:
+        """Row numbers of a step, by micro-batch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            s = self.settings
+            self._order = batches.steps(
+                self.lengths, batch_size=s.batch_size, accumulate=s.accumulate, seed=self.seed, epoch=epoch, token_budget=s.token_budget
+            )
+            self._epoch = epoch
+        return self._order[position]
+
+    def micro_batches(self, rows: list[list[int]]) -> list[batches.Batch]:
+        """The batches of those rows."""
+        return [batches.collate([self.train[i] for i in r], self.context) for r in rows]
+
+    def evaluation(self) -> list[batches.Batch]:
+        """Held-out rows in batches; without gradients four times the rows fit."""
+        lengths = [len(e.tokens) for e in self.held_out]
+        return [batches.collate([self.held_out[i] for i in r], self.context) for r in batches.by_length(lengths, 4 * self.settings.batch_size)]
+
+
+def fit(
+    engine: Engine,
+    model: Model,
+    loss: Loss,
+    data: Data,
+    run: Run,
+    *,
+    resume: bool = False,
+    on_evaluate: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Train ``model`` on ``data`` and leave the chosen weights in ``run.final``; returns the last evaluation.
+
+    ``on_evaluate(step)`` is called after each evaluation, to write samples. Raises UserError for a non-finite loss (the weights
+    of the step before are checkpointed, the batch is named), for a full disk, and for Ctrl-C (checkpointed).
+    """
+    train = data.settings
+    trainer = engine.trainer(model, adamw(train))
+    total, trained = model.parameter_counts()
+    eval_every = train.eval_every or max(1, data.steps // 10)
+    save_every = train.save_every or eval_every
+    state: dict = {"best": None, "best_loss": None, "worse": 0, "evaluation": {}}
+    first = _restore(engine, model, trainer, run, state) if resume else 0
+    checkpoint_bytes = 12 * trained + 2**20  # float32 weights and two moments
+    require_space(run.folder, checkpoint_bytes, "a checkpoint")
+    held_out = data.evaluation()
+
+    def write(folder: Path) -> None:
+        model.save(folder / "weights")
+        trainer.save(folder / "optimizer.safetensors")
+
+    def checkpoint(done: int) -> None:
+        require_space(run.folder, checkpoint_bytes, "a checkpoint")
+        run.save_checkpoint(done, write, state, engine.random_state(), train.keep)
+
+    def evaluate(done: int) -> bool:
+        """Whether to go on."""
+        if not held_out:
+            return True
+        metrics = model.evaluate(loss, held_out)
+        run.log({"step": done, **{f"eval/{k}": v for k, v in metrics.items()}})
+        better = state["best_loss"] is None or metrics["loss"] < state["best_loss"]
+        if better:
+            state["best"] = run.save_best(done, model.save) if train.select == "best" else None
+            state["best_loss"], state["worse"] = metrics["loss"], 0
+        else:
+            state["worse"] += 1
+        state["evaluation"] = metrics
+        progress.note(f"step {done}: held-out loss {metrics['loss']:.4f}{' (best)' if better else ''}")
+        if on_evaluate is not None:
+            on_evaluate(done)
+        return train.early_stop is None or state["worse"] < train.early_stop
+
+    progress = Progress(run.folder.name, data.steps, first)
+    engine.reset_memory()
+    try:
+        with interruptible() as signals:
+            if first == 0:
+                evaluate(0)
+            for step in range(first, data.steps):
+                rows = data.rows(step)
+                micro = data.micro_batches(rows)
+                lr = learning_rate(step, steps=data.steps, peak=train.lr, schedule=train.schedule, warmup=train.warmup, floor=train.min_lr)
+                begun = time.perf_counter()
+                try:
+                    metrics = trainer.step(loss, micro, lr)
+                except FloatingPointError as error:
+                    checkpoint(step)
+                    raise UserError(
+                        f"step {step + 1}: {error}: stopped before the weights took it. Training rows {sum(rows, [])[:16]} of the data (counted from 0 after filtering); "
+                        f"weights before it are in {run.checkpoints / f'step-{step:06d}'}. Lower train.lr or look at those rows"
+                    ) from None
+                done = step + 1
+                tokens = sum(b.trained_tokens for b in micro)
+                memory = engine.memory()
+                run.log({
+                    "step": done, "epoch": done / data.steps_per_epoch, "lr": lr, "tokens": tokens, **metrics,
+                    "seconds": time.perf_counter() - begun, **memory,
+                })  # fmt: skip
+                progress.update(done, metrics["loss"], tokens, memory["peak_gb"])
+                going = True
+                if done % eval_every == 0 or done == data.steps:
+                    going = evaluate(done)
+                if done % save_every == 0 or done == data.steps or signals or not going:
+                    checkpoint(done)
+                if signals and done < data.steps:
+                    raise Interrupted(f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {run.folder}")
+                if not going:
+                    progress.note(f"early stop: {state['worse']} evaluations without a better held-out loss")
+                    break
+    finally:
+        progress.close()
+    if state["best"] and train.select == "best":
+        model.load_trained(run.checkpoints / state["best"])
+    return {**state["evaluation"], "parameters": total, "trained_parameters": trained}
+
+
+def _restore(engine: Engine, model: Model, trainer, run: Run, state: dict) -> int:
+    checkpoints = run.list_checkpoints()
+    if not checkpoints:
+        run.truncate_logs(-1)
+        return 0
+    newest = checkpoints[-1]
+    saved = json.loads((newest / "state.json").read_text())
+    state.update({k: saved[k] for k in state})
+    model.load_trained(newest / "weights")
+    trainer.load(newest / "optimizer.safetensors")
+    with np.load(newest / "random.npz", allow_pickle=False) as arrays:
+        engine.set_random_state(dict(arrays))
+    run.truncate_logs(saved["step"])
+    return saved["step"]

@@ -1,0 +1,230 @@
+"""Rows to records: the format told by the columns, values that are odd, and what is dropped or refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_posttrain.data.formats import Dropped, accepted, detect, parse, parse_rows
+from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
+from mlx_posttrain.errors import UserError
+
+
+def U(text: str) -> Turn:
+    return Turn("user", text)
+
+
+def A(text: str) -> Turn:
+    return Turn("assistant", text)
+
+
+def S(text: str) -> Turn:
+    return Turn("system", text)
+
+
+def fault(call: Callable, *args: object, **kwargs: object) -> str:
+    with pytest.raises(UserError) as e:
+        call(*args, **kwargs)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (["instruction", "input", "output", "text"], "alpaca"),
+        (["instruction", "input", "prompt", "response"], "alpaca"),
+        (["prompt", "completion"], "prompt_completion"),
+        (["prompt", "response", "id"], "prompt_completion"),
+        (["messages", "prompt"], "messages"),
+        (["conversations"], "messages"),
+        (["text", "label"], "text"),
+        (["prompt", "chosen", "rejected"], "preference"),
+        (["question", "chosen", "rejected", "system"], "preference"),
+        (["instruction", "output", "chosen", "rejected"], "preference"),
+        (["chosen", "rejected"], "hh"),
+        (["prompt", "completion", "label"], "labelled"),
+        (["question", "thinking", "answer", "response"], "question_answer"),
+    ],
+)
+def test_detect(columns: list, expected: str) -> None:
+    assert detect(columns) == expected
+    assert detect(reversed(columns)) == expected
+
+
+def test_unknown_columns_say_found_accepted_and_how_to_map() -> None:
+    said = fault(parse_rows, [{"query": "a", "reply": "b"}], source="x.jsonl")
+    assert said.startswith("x.jsonl: columns query, reply match no format")
+    assert "alpaca (instruction, output|response)" in said
+    assert "rename with data.columns" in said
+    assert accepted() in said
+
+
+def test_alpaca() -> None:
+    row = {"instruction": " Add.\r\n", "input": "2 and\r\n3 ", "output": "5\n", "id": 7}
+    assert parse(row, "alpaca") == Conversation((U("Add.\n\n2 and\n3"), A("5")), extra={"id": 7})
+    for none in ("", None, "<noinput>", "No input", " N/A "):
+        assert parse({**row, "input": none}, "alpaca").turns[0] == U("Add.")
+    assert parse({"instruction": None, "input": "x", "response": "y"}, "alpaca").turns == (U("x"), A("y"))
+    # the prompt and response columns that many such files carry as well
+    both = {"instruction": "Add.", "input": "1", "prompt": "Add.\n\n1", "response": "2"}
+    assert parse(both, "alpaca") == Conversation((U("Add.\n\n1"), A("2")), extra={"prompt": "Add.\n\n1"})
+
+
+def test_numbers_are_text_and_other_types_name_the_row() -> None:
+    rows = [{"question": 12, "answer": 5}, {"question": "a", "answer": 2.5}]
+    records, dropped = parse_rows(rows)
+    assert [r.turns for r in records] == [(U("12"), A("5")), (U("a"), A("2.5"))]
+    assert not dropped
+    rows = [{"question": "q", "answer": "a"}, {"question": "q", "answer": ["a"]}]
+    assert fault(parse_rows, rows, source="f.csv") == "f.csv, row 2: column 'answer' must be text, found list"
+    assert "found bool" in fault(parse_rows, [{"text": True}])
+
+
+def test_empty_rows_are_dropped_and_counted() -> None:
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": " \n"},
+        {"instruction": "a", "output": None},
+        {"instruction": "a"},
+        {"instruction": "", "output": "b"},
+        {"instruction": "a", "output": float("nan")},
+    ]
+    records, dropped = parse_rows(rows)
+    assert len(records) == 1
+    assert dropped == {"empty answer": 4, "empty prompt": 1}
+    assert "none of the 5 rows can be used as alpaca (empty answer: 4, empty prompt: 1)" in fault(parse_rows, rows[1:], format="alpaca")
+
+
+def test_prompt_completion_and_text_stand_as_they_are() -> None:
+    row = {"prompt": "The capital of France is", "completion": " Paris.\r\n", "n": 1}
+    assert parse(row, "prompt_completion") == Conversation((U(row["prompt"]), A(row["completion"])), templated=False, extra={"n": 1})
+    assert parse({"prompt": None, "completion": "x"}, "prompt_completion").turns == (U(""), A("x"))
+    assert parse({"text": " a\n"}, "text") == Conversation((A(" a\n"),), templated=False)
+    chat = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    assert parse(chat, "prompt_completion") == Conversation((U("a"), A("b")))
+
+
+def test_messages_and_sharegpt() -> None:
+    messages = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")]
+    row = {"messages": [{"role": r, "content": c} for r, c in messages], "id": 1}
+    assert parse(row, "messages") == Conversation((S("s"), U("u"), A("a")), extra={"id": 1})  # what follows the last answer is cut
+    share = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}
+    assert parse(share, "messages").turns == (U("u"), A("a"))
+    rows = [
+        share,
+        {"conversations": [{"from": "human", "value": "u"}]},
+        {"conversations": [{"from": "tool", "value": "u"}]},
+        {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": None}]},
+        {"conversations": None},
+        {"conversations": []},
+    ]
+    _, dropped = parse_rows(rows)
+    assert dropped == {"no assistant turn": 2, "role 'tool'": 1, "empty answer": 1, "no messages": 1}
+    assert "row 1: column 'messages' must be a list of messages, found str" in fault(parse_rows, [{"messages": "hi"}])
+    assert "row 1: a message in 'messages' must have role and content" in fault(parse_rows, [{"messages": [{"text": "x"}]}])
+
+
+def test_preference() -> None:
+    row = {"prompt": "q ", "chosen": " yes", "rejected": "no", "score": 1}
+    assert parse(row, "preference") == Preference((U("q"),), "yes", "no", extra={"score": 1})
+    # UltraFeedback: the prompt once as text and again at the head of both lists
+    listed = {k: [{"role": "user", "content": "q"}, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+    assert parse({"prompt": "q", **listed}, "preference") == Preference((U("q"),), "chosen", "rejected")
+    assert parse(listed, "hh") == Preference((U("q"),), "chosen", "rejected")
+    asked = {"instruction": "a", "input": "b", "chosen": "1", "rejected": "2"}
+    assert parse(asked, "preference") == Preference((U("a\n\nb"),), "1", "2")
+    for change, reason in [
+        ({"rejected": " yes "}, "chosen equals rejected"),
+        ({"rejected": None}, "empty answer"),
+        ({"prompt": ""}, "empty prompt"),
+    ]:
+        with pytest.raises(Dropped, match=reason):
+            parse({**row, **change}, "preference")
+
+
+def test_hh_splits_at_the_last_assistant_turn() -> None:
+    head = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Say Assistant: twice\n\nAssistant:"
+    row = {"chosen": head + " One.\n\nTwo.", "rejected": head + " No."}
+    prompt = (U("Hi"), A("Hello."), U("Say Assistant: twice"))
+    assert parse(row, "hh") == Preference(prompt, "One.\n\nTwo.", "No.")
+    crlf = {k: v.replace("\n", "\r\n") for k, v in row.items()}
+    assert parse(crlf, "hh") == Preference(prompt, "One.\n\nTwo.", "No.")
+    rows = [
+        row,
+        {"chosen": head + " a", "rejected": head.replace("Hi", "Ho") + " b"},
+        {"chosen": head + " a", "rejected": head + " b\n\nHuman: more"},
+        {"chosen": "plain text", "rejected": "other"},
+        {"chosen": head + " same", "rejected": head + " same"},
+        {"chosen": head, "rejected": head + " b"},
+        {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
+    ]
+    records, dropped = parse_rows(rows)
+    assert len(records) == 1
+    assert dropped == {
+        "chosen and rejected answer different prompts": 1,
+        "a side of the pair does not end with an answer": 1,
+        "not a Human/Assistant dialogue": 1,
+        "chosen equals rejected": 1,
+        "empty answer": 1,
+        "empty prompt": 1,
+    }
+
+
+def test_labelled() -> None:
+    for value, label in [(True, True), (0, False), ("1", True), ("False", False), (1.0, True)]:
+        assert parse({"prompt": "p", "completion": "c", "label": value}, "labelled") == Labelled((U("p"),), "c", label)
+    assert "row 1: label must be true or false (1 or 0), found 'good'" in fault(
+        parse_rows, [{"prompt": "p", "completion": "c", "label": "good"}]
+    )
+    with pytest.raises(Dropped, match="no label"):
+        parse({"prompt": "p", "completion": "c", "label": None}, "labelled")
+
+
+def test_question_answer_keeps_the_trace_and_the_answer() -> None:
+    row = {"question": "q", "thinking": "t", "deepseek_reasoning": "r", "answer": "a"}
+    extra = {"thinking": "t", "deepseek_reasoning": "r", "answer": "a"}
+    assert parse(row, "question_answer") == Conversation((U("q"), A("a")), extra=extra)
+
+
+def test_columns_map() -> None:
+    rows = [{"query": "q", "output": "a", "instruction": "unused"}]
+    records, _ = parse_rows(rows, columns={"instruction": "query"})
+    assert records == [Conversation((U("q"), A("a")))]
+    swapped, _ = parse_rows([{"question": "a", "answer": "q"}], columns={"question": "answer", "answer": "question"})
+    assert swapped[0].turns == (U("q"), A("a"))
+    said = fault(parse_rows, rows, columns={"instruction": "qery"})
+    assert "maps instruction to 'qery', which is not a column; did you mean 'query'? (there are query, output, instruction)" in said
+
+
+def test_named_formats() -> None:
+    rows = [{"instruction": "i", "response": "r", "prompt": "p"}]
+    assert parse_rows(rows, format="prompt_completion")[0][0].turns == (U("p"), A("r"))
+    assert "format messages needs the column messages|conversations, found instruction" in fault(parse_rows, rows, format="messages")
+    assert "unknown data format 'alpacca'; did you mean 'alpaca'?" in fault(parse_rows, rows, format="alpacca")
+    assert "unknown data format" in fault(parse, rows[0], "nothing")
+
+
+REAL = {  # rows, of which dropped
+    "instruct/short-tasks.jsonl": (Conversation, 1100, 0),
+    "instruct/self-instruct-seed.jsonl": (Conversation, 175, 0),
+    "preference/hh-helpful-base.jsonl": (Preference, 1200, 10),
+    "preference/polite-vs-rude.jsonl": (Preference, 1094, 0),
+    "preference/persona-yes-no.jsonl": (Preference, 5000, 0),
+    "reasoning/svamp.jsonl": (Conversation, 1000, 0),
+    "reasoning/thinking-traces.jsonl": (Conversation, 153, 0),
+    "sentiment/sentence-polarity.jsonl": (Conversation, 10662, 0),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files(name: str) -> None:
+    from mlx_posttrain.data.sources import load_rows
+
+    path = Path(__file__).parents[2].parent / "shared" / "data" / name
+    if not path.is_file():
+        pytest.skip("needs ../shared/data")
+    kind, rows, lost = REAL[name]
+    records, dropped = parse_rows(load_rows(str(path)), source=name)
+    assert (len(records), sum(dropped.values())) == (rows - lost, lost)
+    assert all(isinstance(r, kind) for r in records)

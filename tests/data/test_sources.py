@@ -1,0 +1,231 @@
+"""Rows from files, folders, the hub's cache and the embedded data; every foreseeable fault is one line that says where."""
+
+import gzip
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from mlx_posttrain.data.formats import parse_rows
+from mlx_posttrain.data.sources import EMBEDDED, load_rows
+from mlx_posttrain.errors import UserError
+
+ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]
+
+
+def write(path: Path, data: str | bytes) -> str:
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return str(path)
+
+
+def jsonl(rows: list) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def fault(source: object, **options: object) -> str:
+    """The message of the UserError, which must be one line."""
+    with pytest.raises(UserError) as e:
+        load_rows(str(source), **options)
+    assert "\n" not in str(e.value)
+    assert e.value.exit_code == 2
+    return str(e.value)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    write(tmp_path / "a.jsonl", jsonl(ROWS))
+    write(tmp_path / "b.json", json.dumps(ROWS, indent=1))
+    write(tmp_path / "c.csv", "prompt,completion\n" + "".join(f"p{i},c{i}\n" for i in range(10)))
+    write(tmp_path / "d.jsonl.gz", gzip.compress(jsonl(ROWS).encode()))
+    write(tmp_path / "e.json.gz", gzip.compress(json.dumps(ROWS).encode()))
+    write(tmp_path / "f.json", jsonl(ROWS))  # JSON lines under the name .json
+    write(tmp_path / "g.json", json.dumps({"data": ROWS}))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "h.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.csv", "d.jsonl.gz", "e.json.gz", "f.json", "g.json", "h.parquet"])
+def test_every_file_type_gives_the_same_rows(files: Path, name: str) -> None:
+    assert load_rows(str(files / name)) == ROWS
+    assert load_rows(str(files / name), limit=3) == ROWS[:3]
+    shuffled = load_rows(str(files / name), limit=4, shuffle=True, seed=5)
+    assert shuffled == load_rows(str(files / "a.jsonl"), limit=4, shuffle=True, seed=5)
+    assert len(shuffled) == 4
+    assert shuffled != ROWS[:4]
+    assert shuffled != load_rows(str(files / name), limit=4, shuffle=True, seed=6)
+
+
+def test_a_limit_stops_reading_early(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(ROWS[:2]) + "{broken\n")
+    assert load_rows(path, limit=2) == ROWS[:2]
+
+
+def test_bom_crlf_blank_lines_and_line_separators(tmp_path: Path) -> None:
+    text = '\ufeff{"text": "a\u2028b"}\r\n\r\n{"text": "日本 \U0001f600"}\r\n'
+    path = write(tmp_path / "a.jsonl", text)
+    assert load_rows(path) == [{"text": "a\u2028b"}, {"text": "日本 \U0001f600"}]
+    path = write(tmp_path / "a.csv", '\ufefftext,n\r\n"one, ""two""\nthree",007\r\n')
+    assert load_rows(path) == [{"text": 'one, "two"\nthree', "n": "007"}]  # values stay the text they are
+    assert load_rows(write(tmp_path / "a.json", '\ufeff[{"text": null}]')) == [{"text": None}]
+
+
+def test_a_folder_is_read_by_the_splits_its_names_speak_of(tmp_path: Path) -> None:
+    write(tmp_path / "x-train-0.jsonl", jsonl(ROWS[:2]))
+    write(tmp_path / "x-train-1.jsonl", jsonl(ROWS[2:4]))
+    write(tmp_path / "x-valid.jsonl", jsonl(ROWS[4:5]))
+    write(tmp_path / ".hidden.jsonl", "{")
+    write(tmp_path / "README.md", "about")
+    assert load_rows(str(tmp_path)) == ROWS[:4]
+    assert load_rows(str(tmp_path), limit=3) == ROWS[:3]
+    assert load_rows(str(tmp_path), split="validation") == ROWS[4:5]
+    assert load_rows(str(tmp_path / "x-valid.jsonl"), split="validation") == ROWS[4:5]
+    assert "no split 'test' (its file names give train, validation)" in fault(tmp_path, split="test")
+
+
+def test_faults_of_files(tmp_path: Path) -> None:
+    good = write(tmp_path / "train.jsonl", jsonl(ROWS))
+    assert "train.json: no such file; did you mean 'train.jsonl'?" in fault(tmp_path / "train.json")
+    assert "no such file in " in fault(tmp_path / "zzz.csv")
+    missing = fault(tmp_path / "nowhere" / "deep" / "train.jsonl")
+    assert missing.endswith(f"does not exist either; {tmp_path} does)")
+    assert "the file has no rows" in fault(write(tmp_path / "a.jsonl", ""))
+    assert "the file has no rows" in fault(write(tmp_path / "a.json", "[]"))
+    assert "the file has no rows" in fault(write(tmp_path / "a.csv", "prompt,completion\n"))
+    assert "unknown extension '.txt'; accepted are .jsonl" in fault(write(tmp_path / "a.txt", "hello"))
+    assert "is one split, 'train', and has no 'test'" in fault(good, split="test")
+    assert "must be at least 1" in fault(good, limit=0)
+    (tmp_path / "empty").mkdir()
+    assert "no data file in this folder" in fault(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2,\n', "a.jsonl, line 3: broken JSON (Expecting property name"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2: a row must be an object"),
+        ("a.jsonl", '"text"\n', 'line 1: a row must be an object like {"text": ...}, found a string'),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "a.jsonl, line 2: not UTF-8"),
+        ("a.json", '[\n {"a": 1},\n {"a": }\n]', "a.json, line 3: broken JSON (Expecting value, column 8)"),
+        ("a.json", '{"a": 1}\n{"a": 2}\n{"a"', "a.json, line 3: broken JSON"),
+        ("a.json", b'[{"a": 1},\n{"a": "\xe9"}]', "a.json, line 2: not UTF-8"),
+        ("a.json", '[{"a": 1}, 7]', "a.json, row 2: a row must be an object"),
+        ("a.json", "3", "must hold a list of objects, found a number"),
+        ("a.csv", "p,c\na,b\nc,d,e\n", "a.csv, line 3: more fields than the header"),
+        ("a.csv", 'p,c\n1,2\na,"b\nc,d\n', "a.csv, line 3: broken CSV in the row that begins here (unexpected end of data)"),
+        ("a.csv", b"p,c\na,\xe9\n", "a.csv, line 2: not UTF-8"),
+        ("a.parquet", "PAR?", "not a readable Parquet file"),
+        ("a.jsonl.gz", "not gzip", "broken gzip file"),
+        ("b.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-12], "broken gzip file"),
+    ],
+)
+def test_broken_files_name_the_line(tmp_path: Path, name: str, data: str | bytes, expected: str) -> None:
+    assert expected in fault(write(tmp_path / name, data))
+
+
+# Hugging Face datasets, without a network
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache and a hub that cannot be reached."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    return tmp_path / "hub"
+
+
+def fill(hub: Path, name: str, **splits: list) -> None:
+    """Lay a dataset into the hub cache the way `hf download` does."""
+    folder = hub / f"datasets--{name.replace('/', '--')}"
+    commit = "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    for split, rows in splits.items():
+        write(folder / "snapshots" / commit / f"{split}.jsonl", jsonl(rows))
+
+
+def test_a_dataset_that_was_downloaded_is_read_offline(hub: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fill(hub, "someone/pairs", train=ROWS, test=ROWS[:2])
+    assert load_rows("someone/pairs", limit=3) == ROWS[:3]
+    assert load_rows("someone/pairs", split="test") == ROWS[:2]
+    assert sorted(r["prompt"] for r in load_rows("someone/pairs", shuffle=True, seed=1)) == sorted(r["prompt"] for r in ROWS)
+    assert "Generating" not in capfd.readouterr().err  # no progress bars into a log
+    said = fault("someone/pairs", split="dev")
+    assert "no split 'dev'" in said
+    assert "train" in said
+
+
+def test_a_dataset_that_is_not_there_says_how_to_get_it(hub: Path) -> None:
+    said = fault("yahma/alpaca-cleaned")
+    assert "`hf download --repo-type dataset yahma/alpaca-cleaned`" in said
+    assert "name a local file" in said
+
+
+def test_an_online_fault_is_sorted_by_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from mlx_posttrain.data import sources
+
+    def raising(error: Exception) -> None:
+        def load(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+
+    monkeypatch.setattr(sources, "_hub_is_reachable", lambda: True)
+    raising(datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub"))
+    assert "no such dataset on the hub" in fault("no/such")
+    raising(ConnectionError("Couldn't reach"))
+    assert "the hub did not answer (ConnectionError); try again, or run `hf download" in fault("no/such")
+    raising(ValueError("Unknown split \"dev\". Should be one of ['train']."))
+    assert "no split 'dev' (Unknown split" in fault("no/such", split="dev")
+    raising(ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"))
+    assert "pick one among the available configs: ['main', 'socratic']" in fault("openai/gsm8k")
+
+
+# Embedded data
+
+
+def test_embedded_sources_hand_over_split_limit_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def rows(**options: object) -> list:
+        calls.append(options)
+        return ROWS
+
+    fake = types.ModuleType("mlx_posttrain.data.tasks")
+    fake.load = fake.preferences = fake.reasoning = rows  # type: ignore[attr-defined]
+    fake.question_answers = lambda: ROWS  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlx_posttrain.data.tasks", fake)
+    monkeypatch.setattr(sys.modules["mlx_posttrain.data"], "tasks", fake, raising=False)
+    assert load_rows("embedded/tasks", split="test", limit=4, seed=3) == ROWS[:4]
+    assert calls == [{"split": "test", "limit": 4, "seed": 3}]
+    assert load_rows("embedded/qa", limit=2) == ROWS[:2]
+    assert load_rows("embedded/preferences", split="validation") == ROWS
+    assert calls[-1]["split"] == "valid"
+    assert "did you mean 'embedded/tasks'?" in fault("embedded/task")
+    assert "embedded/qa has no split 'test', only 'train'" in fault("embedded/qa", split="test")
+
+
+@pytest.mark.parametrize("source", EMBEDDED)
+def test_embedded_rows_are_in_a_known_format(source: str) -> None:
+    records, dropped = parse_rows(load_rows(source, limit=20), source=source)
+    assert (len(records), dropped) == (20, {})
+
+
+def test_real_files() -> None:
+    folder = Path(__file__).parents[2].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data")
+    assert len(load_rows(str(folder / "instruct" / "short-tasks.jsonl"))) == 1100
+    assert len(load_rows(str(folder / "reasoning" / "svamp.jsonl"), limit=7)) == 7
+    assert len(load_rows(str(folder / "text"), split="validation", limit=5)) == 5

@@ -1,0 +1,239 @@
+"""doctor, the BLAS that MLX gets, and the check of mx.compile, each in a process of its own where the process matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from mlx_posttrain import doctor
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX brings a fast BLAS elsewhere")
+
+
+def python(code: str, **environment: str) -> str:
+    """Run ``code`` in a fresh interpreter and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -- doctor
+
+
+def test_every_check_reports():
+    checks = doctor.collect()
+    names = [check.name for check in checks]
+    for name in ("system", "chip", "Python", "memory", "disk", "transformers", "numpy", "hub cache", "hub token"):
+        assert name in names
+    assert {check.status for check in checks} <= {doctor.OK, doctor.WARN, doctor.FAIL}
+    assert not [check for check in checks if check.value == "could not be checked"]
+    assert all(check.advice for check in checks if check.status == doctor.FAIL)
+
+
+def test_json_parses_and_the_exit_code_says_whether_something_must_be_fixed(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "collect", lambda: [doctor.Check("a", "1"), doctor.Check("b", "2", doctor.WARN, "do b")])
+    assert doctor.doctor(json=True) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["a", "b"]
+    monkeypatch.setattr(doctor, "collect", lambda: [doctor.Check("c", "3", doctor.FAIL, "do c")])
+    assert doctor.doctor() == 1
+    assert "do c" in capsys.readouterr().out
+
+
+def test_a_token_does_not_leak():
+    token = "hf_" + "Sentinel0" * 4
+    code = "from mlx_posttrain.doctor import doctor; doctor(json={}); "
+    for as_json in (True, False):
+        out = python(code.format(as_json), HF_TOKEN=token, COLUMNS="200")
+        assert "hub token" in out
+        assert "Sentinel" not in out
+    assert {"name": "hub token", "value": "present", "status": "ok", "advice": ""} in json.loads(python(code.format(True), HF_TOKEN=token))
+
+
+def test_missing_and_broken_packages_are_lines_of_the_report():
+    out = python(
+        """
+        import importlib.metadata as metadata, json, sys
+        real = metadata.version
+        def version(name):
+            if name in ("mlx", "mlx-lm", "peft"):
+                raise metadata.PackageNotFoundError(name)
+            return real(name)
+        metadata.version = version
+        sys.modules["huggingface_hub"] = None  # importing it raises
+        sys.modules["torch"] = None
+        from mlx_posttrain.doctor import doctor
+        doctor(json=True)
+        """
+    )
+    checks = {check["name"]: check for check in json.loads(out)}
+    assert checks["hub"]["status"] == "warn"
+    assert "huggingface_hub" in checks["hub"]["advice"]
+    if sys.platform.startswith("linux"):
+        assert checks["mlx"]["status"] == "fail"
+
+
+def test_rosetta_is_recognised(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    monkeypatch.setattr(doctor, "_command", lambda *words: "1" if words[-1] == "sysctl.proc_translated" else "")
+    (check,) = doctor._python()
+    assert check.status == doctor.FAIL
+    assert "Rosetta" in check.value
+    assert "arm64" in check.advice
+
+
+@pytest.mark.parametrize(("release", "status"), [("13.6", doctor.FAIL), ("14.0", doctor.OK), ("26.1", doctor.OK)])
+def test_mlx_needs_macos_14(monkeypatch, release, status):
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(doctor.platform, "mac_ver", lambda: (release, ("", "", ""), "arm64"))
+    monkeypatch.setattr(doctor, "_command", lambda *words: "Apple M3" if "brand" in words[-1] else "")
+    system, chip = doctor._system()
+    assert system.status == status
+    assert chip.value.startswith("Apple M3")
+
+
+def test_memory_on_a_mac_is_read_from_its_own_tools(monkeypatch):
+    vm_stat = "Mach Virtual Memory Statistics:\nPages free:   1000.\nPages inactive:   500.\nPages active:  7.\n"
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    monkeypatch.setattr(doctor, "_command", lambda *words: vm_stat if words[0] == "vm_stat" else str(16 * 1024**3))
+    assert doctor.memory() == (16 * 1024**3, 1500 * os.sysconf("SC_PAGE_SIZE"))
+
+
+# -- BLAS
+
+RATE = """
+    from mlx_posttrain import blas
+    info = blas.load()
+    from mlx_posttrain.doctor import measure_gflops
+    print(max(measure_gflops(size=512) for _ in range(3)))
+    print(info.name)
+"""
+
+
+@linux
+def test_mlx_is_at_least_five_times_faster_with_the_blas_found():
+    pytest.importorskip("mlx")
+    if "mlx_cpu" not in python("from mlx_posttrain import blas; print(blas.load().path)", MLX_POSTTRAIN_BLAS="none"):
+        pytest.skip("this MLX was not built with the reference BLAS")
+    one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # so that the other tests' load does not matter
+    slow, name = python(RATE, MLX_POSTTRAIN_BLAS="none", **one).split("\n")[:2]
+    assert name == "None"
+    fast, name = python(RATE, MLX_POSTTRAIN_BLAS="", **one).split("\n")[:2]
+    assert name.startswith("OpenBLAS")
+    assert "1 thread)" in name  # the variable is obeyed
+    assert float(fast) >= 5 * float(slow)
+
+
+@linux
+@pytest.mark.parametrize("first", ["blas", "mlx"])
+def test_results_are_right_and_the_order_of_imports_does_not_matter(first):
+    pytest.importorskip("mlx")
+    out = python(
+        f"""
+        if {first == "mlx"}:
+            import mlx.core
+        from mlx_posttrain import blas
+        info = blas.load()
+        assert blas.load() is info
+        import mlx.core as mx, numpy as np
+        mx.set_default_device(mx.cpu)
+        rng = np.random.default_rng(0)
+        for m, n, k in ((1, 5, 7), (33, 128, 65), (300, 200, 100)):
+            a, b = rng.normal(size=(m, k)).astype(np.float32), rng.normal(size=(k, n)).astype(np.float32)
+            for got in (mx.array(a) @ mx.array(b), mx.array(a.T.copy()).T @ mx.array(b.T.copy()).T):
+                np.testing.assert_allclose(np.array(got), a.astype(np.float64) @ b, rtol=1e-4, atol=1e-4)
+        print(info.name)
+        """,
+        MLX_POSTTRAIN_BLAS="",
+    )
+    assert out.startswith("OpenBLAS")
+
+
+@linux
+def test_only_mlx_gets_it():
+    """A global OpenBLAS would give PyTorch wrong complex dot products (another calling convention) and take its matmul from MKL."""
+    pytest.importorskip("mlx")
+    pytest.importorskip("torch")
+    python(
+        """
+        from mlx_posttrain import blas
+        assert blas.load().name
+        import ctypes, torch
+        assert not hasattr(ctypes.CDLL(None), "scipy_cblas_sgemm")
+        a, b = torch.randn(1000, dtype=torch.complex64), torch.randn(1000, dtype=torch.complex64)
+        assert abs(torch.dot(a, b) - (a * b).sum()) < 1e-2
+        """,
+        MLX_POSTTRAIN_BLAS="",
+    )
+
+
+@linux
+def test_a_library_that_cannot_be_used_is_one_line_and_mlx_still_works(tmp_path):
+    pytest.importorskip("mlx")
+    nothing = tmp_path / "libnothing.so"
+    nothing.write_bytes(b"not a library")
+    code = """
+        import sys
+        sys.stderr = sys.stdout
+        from mlx_posttrain import blas
+        info = blas.load()
+        import mlx.core as mx
+        assert (mx.ones((3, 4)) @ mx.ones((4, 2))).sum().item() == 24
+        assert info.name is None
+    """
+    for path in (str(nothing), "/missing/libopenblas.so", "libm.so.6"):
+        lines = python(code, MLX_POSTTRAIN_BLAS=path).splitlines()
+        assert len(lines) == 1
+        assert path in lines[0]
+        assert lines[0].startswith("MLX_POSTTRAIN_BLAS: ")
+    assert python(code, MLX_POSTTRAIN_BLAS="none") == ""
+
+
+def test_a_library_that_multiplies_wrongly_is_refused():
+    from mlx_posttrain import blas
+
+    class Sgemm:
+        """A cblas_sgemm that leaves the output as it was."""
+
+        def __call__(self, *_arguments):
+            return None
+
+    with pytest.raises(ArithmeticError, match="wrongly"):
+        blas._self_test(Sgemm())
+
+
+# -- mx.compile
+
+PROBE = """
+    import mlx.core as mx
+    mx.set_default_device(mx.cpu)
+    from mlx_posttrain.engines.compile_check import compile_problem, compile_works, fuses
+    print(compile_works(), fuses(), compile_problem(), sep="|")
+"""
+
+
+@linux
+def test_without_a_compiler_mlx_runs_unfused(tmp_path):
+    pytest.importorskip("mlx")
+    assert python(PROBE, PATH=str(tmp_path), TMPDIR=str(tmp_path)) == "True|False|None\n"
+
+
+@linux
+def test_a_broken_compiler_or_temporary_folder_is_noticed(tmp_path):
+    pytest.importorskip("mlx")
+    tools, scratch = tmp_path / "bin", tmp_path / "tmp"
+    tools.mkdir(), scratch.mkdir()
+    (tools / "g++").write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho no headers; exit 1\n')
+    (tools / "g++").chmod(0o755)
+    works, _, problem = python(PROBE, PATH=f"{tools}:/usr/bin:/bin", TMPDIR=str(scratch)).split("|")
+    assert works == "False"
+    assert "Failed to compile" in problem
+    works, _, problem = python(PROBE, PATH=f"{tools}:/usr/bin:/bin", TMPDIR=str(tmp_path / "missing")).split("|")
+    assert works == "False"
