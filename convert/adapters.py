@@ -147,7 +147,7 @@ def save_adapter(
     data = save(tensors, metadata={"format": "pt"})
     require_space(folder, len(data))
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / TENSORS, lambda path: path.write_bytes(data) and None)
+    write_atomically(folder / TENSORS, lambda path: path.write_bytes(data))
     write_json(folder / CONFIG, config)
 
 
@@ -179,6 +179,7 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
     modules = peft_to_mlx(read_float32(folder / TENSORS), model_type)
     if not modules:
         raise UserError(f"{folder / TENSORS} holds no tensor")
+    modules = {path: modules[path] for path in sorted(modules, key=_natural)}
     _check_against_config(modules, config, model_type, UserError)
     return config, modules
 
@@ -214,7 +215,7 @@ def to_mlx_lm(folder: Path, modules: Mapping[str, Module], config: Mapping[str, 
     data = save({name: value.copy(order="C") for name, value in tensors.items()}, metadata={"format": "mlx"})
     require_space(folder, len(data))
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "adapters.safetensors", lambda path: path.write_bytes(data) and None)
+    write_atomically(folder / "adapters.safetensors", lambda path: path.write_bytes(data))
     written = {
         "fine_tune_type": "dora" if config.get("use_dora") else "lora",
         "num_layers": _layers(modules),
@@ -227,6 +228,11 @@ def to_mlx_lm(folder: Path, modules: Mapping[str, Module], config: Mapping[str, 
 
 def _as_listed(targets: Sequence[str] | str) -> list[str] | str:
     return targets if isinstance(targets, str) else sorted(targets)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sort key under which layer 2 comes before layer 10; files keep their tensors in no useful order."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in path.split(".")]
 
 
 def _layers(modules: Mapping[str, Module]) -> int:

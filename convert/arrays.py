@@ -41,7 +41,10 @@ def like(value: Any, reference: Any) -> Any:
         import torch
 
         return torch.from_numpy(value.copy()).to(reference.dtype)
-    return value.astype(reference.dtype)
+    import numpy as np
+
+    with np.errstate(over="ignore"):  # silent infinities, as in the other two
+        return value.astype(reference.dtype)
 
 
 def read_float32(path: Path) -> dict[str, Any]:

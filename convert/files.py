@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one, never half of one."""
     # The suffix stays last, as mlx appends ".safetensors" to names without it; the leading dot hides the file from "model*" patterns.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")

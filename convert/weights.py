@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mlx_posttrain.errors import UserError
 
@@ -50,7 +50,7 @@ def load_weights(path: Path) -> dict[str, Any]:
 
     weights: dict[str, Any] = {}
     for file in _checked_files(path):
-        weights.update(mx.load(str(file)))
+        weights.update(cast(dict[str, Any], mx.load(str(file))))
     return weights
 
 
@@ -192,14 +192,14 @@ def _write_safetensors(path: Path, tensors: dict[str, Any], format: str) -> None
 
         mx.save_safetensors(str(path), tensors, metadata={"format": format})
     elif library == "torch":
-        from safetensors.torch import save_file
+        from safetensors.torch import save_file as save_torch
 
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": format})
+        save_torch({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": format})
     else:
         import numpy as np
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save_file as save_numpy
 
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata={"format": format})
+        save_numpy({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata={"format": format})
 
 
 def _check_options(to: str, dtype: str | None, quantize: int | None, group_size: int | None) -> None:
@@ -246,10 +246,10 @@ def _cast(name: str, array: Any, dtype: str) -> Any:
 
     if not mx.issubdtype(array.dtype, mx.floating):
         return array
-    cast = array.astype(getattr(mx, dtype))
-    if dtype == "float16" and array.dtype != mx.float16 and not mx.isfinite(cast).all() and mx.isfinite(array).all():
+    result = array.astype(getattr(mx, dtype))
+    if dtype == "float16" and array.dtype != mx.float16 and not mx.isfinite(result).all() and mx.isfinite(array).all():
         raise UserError(f"{name} holds values beyond float16's range (65504); choose bfloat16 or float32")
-    return cast
+    return result
 
 
 def _quantise(weights: dict[str, Any], config: dict[str, Any], bits: int, group_size: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -285,7 +285,7 @@ def _with_dtype(config: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[s
 def _copy_if_there(file: Path, folder: Path) -> bool:
     if not file.is_file():
         return False
-    write_atomically(folder / file.name, lambda p: p.write_bytes(file.read_bytes()) and None)
+    write_atomically(folder / file.name, lambda p: p.write_bytes(file.read_bytes()))
     return True
 
 

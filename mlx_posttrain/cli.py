@@ -23,7 +23,8 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="continue this unfinished run; takes no recipe")] = None,
 ) -> None:
     """Run a recipe, or continue a run."""
-    from mlx_posttrain import methods, recipe as recipes, runs
+    from mlx_posttrain import methods, runs
+    from mlx_posttrain import recipe as recipes
     from mlx_posttrain.errors import UserError
 
     if resume is not None:
@@ -53,7 +54,8 @@ def recipes() -> None:
 @app.command()
 def keys(method: Annotated[str, typer.Argument(help="sft or pretrain")] = "sft") -> None:
     """List every key a recipe may have, with its default."""
-    from mlx_posttrain import methods, recipe as module
+    from mlx_posttrain import methods
+    from mlx_posttrain import recipe as module
 
     for key, default, description in module.describe(methods.get(method).Recipe):
         typer.echo(f"{key:32} {default:18} {description}")
@@ -115,7 +117,15 @@ def generate(
     if not prompts:
         raise UserError("give a prompt: --prompt TEXT (several times if you like) or --file FILE")
     answers = generation.answer(
-        model, prompts, engine=engine, template=template, max_tokens=max_tokens, temperature=temperature, top_p=top_p, samples=samples, seed=seed
+        model,
+        prompts,
+        engine=engine,
+        template=template,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        samples=samples,
+        seed=seed,
     )
     for a in answers:
         if json:

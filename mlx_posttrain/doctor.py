@@ -45,7 +45,7 @@ def doctor(json: bool = False) -> int:
 def collect() -> list[Check]:
     """Run every check, in the order of the report. Takes a few seconds, most of it importing MLX and PyTorch."""
     checks: list[Check] = []
-    for check in (_system, _python, _memory, _disk, _packages, _devices, _blas, _compiler, _wired, _hub):
+    for check in (_system, _python, _memory, _disk, _packages, _devices, _blas, _compiler, _torch, _wired, _hub):
         checks += _safely(check)
     return checks
 
@@ -191,24 +191,26 @@ def _packages() -> list[Check]:
 
 
 def _devices() -> list[Check]:
-    checks = []
-    if _version("mlx"):
-        from mlx_posttrain import blas
+    if not _version("mlx"):
+        return []
+    import mlx.core as mx
 
-        blas.load(quiet=True)
-        import mlx.core as mx
+    if not mx.is_available(mx.Device(mx.gpu)):
+        advice = "Metal is not available to this process: run it in a session of the logged-in user" if _apple_silicon() else ""
+        return [Check("MLX devices", "cpu", WARN if advice else OK, advice)]
+    info = mx.device_info(mx.Device(mx.gpu))
+    budget = int(info.get("max_recommended_working_set_size", 0)) / _GIB
+    value = f"gpu ({info.get('device_name', 'unknown')}" + (f", {budget:.1f} GiB recommended at most" if budget else "") + "), cpu"
+    default = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    return [Check("MLX devices", f"{value}; default {default}")]
 
-        gpu = mx.is_available(mx.Device(mx.gpu))
-        devices = ["cpu", "gpu"] if gpu else ["cpu"]
-        value = f"{', '.join(devices)}; default {'gpu' if mx.default_device() == mx.Device(mx.gpu) else 'cpu'}"
-        advice = "Metal is not available to this process: log in on the Mac itself, not over a restricted session"
-        missing = _apple_silicon() and not gpu
-        checks.append(Check("MLX devices", value, WARN if missing else OK, advice if missing else ""))
-    if _version("torch"):
-        import torch
 
-        checks.append(Check("PyTorch threads", f"{torch.get_num_threads()}, {measure_gflops('torch'):.0f} GFLOP/s (float32 matmul)"))
-    return checks
+def _torch() -> list[Check]:
+    if not _version("torch"):
+        return []
+    import torch
+
+    return [Check("PyTorch threads", f"{torch.get_num_threads()}, {measure_gflops('torch'):.0f} GFLOP/s (float32 matmul)")]
 
 
 def _blas() -> list[Check]:

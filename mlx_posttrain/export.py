@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-
 from mlx_posttrain.convert import adapters, card, hub, merge, weights
 from mlx_posttrain.convert.files import output_folder
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.loading import Source, locate
+from mlx_posttrain.loading import Source, is_hub_id, locate
 
 FORMATS = ("peft", "hf", "mlx-lm")
 
@@ -76,7 +75,9 @@ def push(folder: Path, repo: str) -> str:
         api.create_repo(repo, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"upload to {repo} failed: {str(error).splitlines()[0]}; the folder {folder} is complete (log in with `hf auth login`)") from None
+        raise UserError(
+            f"upload to {repo} failed: {str(error).splitlines()[0]}; the folder {folder} is complete (log in with `hf auth login`)"
+        ) from None
 
 
 def write_merged(source: Source, folder: Path) -> None:
@@ -124,9 +125,11 @@ def _peft(source: Source, folder: Path) -> None:
 
 
 def base_name(source: Source) -> str:
-    """What others should load as the base: the hub id where there is one, else the folder."""
+    """What others should load as the base: a run's model by its hub id where it has one, else the folder."""
     named = str((source.recipe or {}).get("model", ""))
-    return named if named and named != "tiny" and not Path(named).exists() else str(source.folder)
+    if named and is_hub_id(named):
+        return named
+    return str(source.folder) if source.adapter is not None or not named else named
 
 
 def _temporary(folder: Path) -> Any:
@@ -163,7 +166,9 @@ def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) 
     environment = _environment(run)
     adapter = raw.get("adapter") or {}
     method = {"method": raw.get("method", "unknown"), "seed": raw.get("seed"), "template": raw.get("data", {}).get("template")}
-    method |= {k: raw.get("train", {}).get(k) for k in ("epochs", "steps", "batch_size", "accumulate", "lr", "schedule", "warmup", "weight_decay")}
+    method |= {
+        k: raw.get("train", {}).get(k) for k in ("epochs", "steps", "batch_size", "accumulate", "lr", "schedule", "warmup", "weight_decay")
+    }
     method |= {f"adapter {k}": v for k, v in adapter.items() if v is not None}
     method |= {f"kl {k}": v for k, v in (raw.get("kl") or {}).items()}
     return card.model_card({
@@ -186,5 +191,3 @@ def _environment(run: Path) -> dict[str, Any]:
 
     path = run / "recipe.yaml"
     return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.is_file() else {}
-
-

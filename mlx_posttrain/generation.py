@@ -65,7 +65,13 @@ def chat(name: str, *, engine: str, template: str | None, max_tokens: int, tempe
         ids = _fitting(turns, tokenizer, chosen, templated, model.context, max_tokens)
         printer = _Printer(tokenizer)
         completion = model.generate(
-            [ids], max_tokens=max_tokens, stop=encode.eos_id(tokenizer), temperature=temperature, top_p=top_p, seed=seed + asked, on_token=printer
+            [ids],
+            max_tokens=max_tokens,
+            stop=encode.eos_id(tokenizer),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed + asked,
+            on_token=printer,
         )[0]
         asked += 1
         printer.finish()

@@ -70,6 +70,11 @@ def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32") -
     return model, load_tokenizer(source.folder), source
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` is looked up on the hub rather than on this machine."""
+    return name != "tiny" and not Path(name).exists()
+
+
 def base_folder(name: str | Path) -> Path:
     """The folder that a new run starts from; an adapter run is merged once, beside its ``final/``.
 
@@ -79,7 +84,9 @@ def base_folder(name: str | Path) -> Path:
     if source.adapter is None:
         return source.folder
     if source.quantize:
-        raise UserError(f"{name}: a QLoRA run cannot be a new run's model; start from its adapter with adapter.path={name}, or export it with --merge")
+        raise UserError(
+            f"{name}: a QLoRA run cannot be a new run's model; start from its adapter with adapter.path={name}, or export it with --merge"
+        )
     merged = source.adapter.parent / "merged"
     if not merged.is_dir():
         from mlx_posttrain import export

@@ -6,6 +6,8 @@ command line overrides any key. A method adds its own section by subclassing :cl
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 from importlib import resources
 from pathlib import Path
@@ -31,7 +33,9 @@ class CleanSection(Section):
     truncated: bool = Field(True, description="drop responses that break off in mid-sentence")
     boilerplate: bool = Field(True, description="drop refusals, 'As an AI language model', bare links and placeholders")
     language: str | None = Field("en", description="keep rows written in this language; null keeps all")
-    near_duplicates: float | None = Field(0.7, gt=0, le=1, description="Jaccard similarity of word 5-grams that counts as the same row; null: off")
+    near_duplicates: float | None = Field(
+        0.7, gt=0, le=1, description="Jaccard similarity of word 5-grams that counts as the same row; null: off"
+    )
     keep: int | None = Field(None, ge=1, description="keep this many rows, drawn by seed; null keeps all that pass")
 
 
@@ -43,10 +47,14 @@ class DataSection(Section):
     config: str | None = Field(None, description="configuration name of a Hugging Face data set")
     limit: int | None = Field(None, ge=1, description="take this many rows; null takes all")
     shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
-    format: str = Field("auto", description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer")
+    format: str = Field(
+        "auto", description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
     template: str | list[str] = Field("instruction", description="a template's name, or a list from which each row draws one by seed")
-    train_on: Literal["completion", "assistant", "all"] = Field("completion", description="which tokens are trained: the last answer, every answer, or all text")
+    train_on: Literal["completion", "assistant", "all"] = Field(
+        "completion", description="which tokens are trained: the last answer, every answer, or all text"
+    )
     max_length: int = Field(512, ge=8, description="longest row in tokens; longer answers are cut and counted")
     pack: bool = Field(False, description="join text rows into blocks of max_length tokens (pre-training)")
     clean: CleanSection | None = Field(None, description="data-quality filters; null: none")
@@ -88,7 +96,10 @@ class AdapterSection(Section):
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank))")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     rslora: bool = Field(False, description="scale by alpha/sqrt(rank)")
-    targets: list[str] | None = Field(None, description="layer names that get an adapter, matched at the end of the path; null: c_attn and c_proj on GPT-2, the attention projections elsewhere")
+    targets: list[str] | None = Field(
+        None,
+        description="layer names that get an adapter, matched at the end of the path; null: c_attn and c_proj on GPT-2, the attention projections elsewhere",
+    )
     quantize: int | None = Field(None, description="QLoRA: hold the frozen base in 2, 3, 4, 6 or 8 bits (MLX)")
     group_size: int = Field(64, description="weights that share one quantisation scale: 32, 64 or 128")
     path: str | None = Field(None, description="start from this PEFT adapter folder or run")
@@ -160,14 +171,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values; this file holds {'nothing' if raw is None else type(raw).__name__}")
+        raise UserError(
+            f"{path}: a recipe is a mapping of keys to values; this file holds {'nothing' if raw is None else type(raw).__name__}"
+        )
     return raw
 
 
 def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """``raw`` with ``key.sub=value`` settings applied; values are YAML, so ``null``, numbers and lists work."""
-    import copy
-
     raw = copy.deepcopy(raw)
     for setting in overrides:
         key, equals, text = setting.partition("=")
@@ -178,10 +189,8 @@ def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             value = text
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         section = raw
         *parents, last = key.split(".")
         for parent in parents:
@@ -238,11 +247,11 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _keys(cls, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        elsewhere = [] if near else [k for k in _all_keys(cls) if k.rsplit(".", 1)[-1] == path[-1]]
-        if near:
-            hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?"
-        elif elsewhere:
+        elsewhere = [k for k in _all_keys(cls) if k.rsplit(".", 1)[-1] == path[-1]]  # `lr` at the top means train.lr
+        if elsewhere:
             hint = f"did you mean '{elsewhere[0]}'?"
+        elif near:
+            hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?"
         else:
             hint = "known here: " + ", ".join(sorted(known))
         return f"unknown key '{key}'; {hint}"
@@ -279,12 +288,13 @@ def _all_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, description) of every key of a recipe class, for ``mlx-posttrain keys`` and the docs."""
+    """(key, default, description) of every key of a recipe class, sections before what is in them."""
     rows = []
     for name, field in cls.model_fields.items():
         section = _section(field.annotation)
         default = "required" if field.is_required() else "" if section else repr(field.get_default(call_default_factory=True))
-        rows.append((prefix + name, default, field.description or (section.__doc__ or "").split("\n")[0] if section else field.description or ""))
+        text = field.description or ((section.__doc__ or "").strip().split("\n")[0] if section else "")
+        rows.append((prefix + name, default, text))
         if section is not None:
             rows += describe(section, f"{prefix}{name}.")
     return rows

@@ -1,11 +1,11 @@
 """A run directory: everything that happened, and everything needed to go on.
 
-    recipe.yaml      the resolved recipe with versions and machine
-    metrics.jsonl    one line per step or evaluation
-    samples.jsonl    texts written during training
-    checkpoints/     step-N/ (trained weights, optimizer, random state, position); best-N/ (weights with the best evaluation)
-    final/           a transformers model folder or a PEFT adapter folder
-    card.md          what was done, for people
+recipe.yaml      the resolved recipe with versions and machine
+metrics.jsonl    one line per step or evaluation
+samples.jsonl    texts written during training
+checkpoints/     step-N/ (trained weights, optimizer, random state, position); best-N/ (weights with the best evaluation)
+final/           a transformers model folder or a PEFT adapter folder
+card.md          what was done, for people
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Run:
 
     # checkpoints
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, np.ndarray], keep: int) -> Path:
+    def save_checkpoint(
+        self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, np.ndarray], keep: int
+    ) -> Path:
         """Write ``checkpoints/step-N`` completely or not at all, then delete all but the newest ``keep``.
 
         ``write(folder)`` writes weights and optimizer; ``state`` is JSON (position, best loss); ``arrays`` are random states.
@@ -176,14 +178,18 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free / 2**30 if target.parent.is_dir() else 0.0
-        raise UserError(f"{target} cannot be written ({error.strerror or error}; {free:.1f} GB free): make room, then continue with --resume") from None
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}; {free:.1f} GB free): make room, then continue with --resume"
+        ) from None
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise UserError when the disk that holds ``folder`` has fewer than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"not enough disk for {what}: {needed / 2**30:.2f} GB needed, {free / 2**30:.2f} GB free at {folder}; make room or choose another output=DIR")
+        raise UserError(
+            f"not enough disk for {what}: {needed / 2**30:.2f} GB needed, {free / 2**30:.2f} GB free at {folder}; make room or choose another output=DIR"
+        )
 
 
 def environment_info() -> dict[str, Any]:

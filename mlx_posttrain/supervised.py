@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import engines, runs
-from mlx_posttrain.convert import hub
+from mlx_posttrain import engines, export, loading, runs
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Example, Turn
+from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdapterSpec, Engine, Loss, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
@@ -37,7 +38,9 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
     rows = sources.load_rows(data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle)
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
     if parsed and not isinstance(parsed[0], Conversation):
-        raise UserError(f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows; this method trains on answers: name the columns with data.columns, for example {{prompt: prompt, completion: chosen}}")
+        raise UserError(
+            f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows; this method trains on answers: name the columns with data.columns, for example {{prompt: prompt, completion: chosen}}"
+        )
     for reason, count in dropped.items():
         say(f"{data.source} {split}: {count} rows dropped: {reason}")
     if data.clean is not None:
@@ -60,7 +63,9 @@ def split_rows(data: DataSection, seed: int) -> tuple[list[Conversation], list[C
     return [c for i, c in enumerate(train) if i not in chosen], [c for i, c in enumerate(train) if i in chosen]
 
 
-def encode_rows(conversations: list[Conversation], data: DataSection, tokenizer: Any, context: int | None, seed: int, what: str) -> list[Example]:
+def encode_rows(
+    conversations: list[Conversation], data: DataSection, tokenizer: Any, context: int | None, seed: int, what: str
+) -> list[Example]:
     """Conversations as examples of at most the recipe's and the model's length; prints what was dropped and cut."""
     if not conversations:
         return []
@@ -80,10 +85,9 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
         folder, dtype=recipe.dtype, quantize=quantize, group_size=adapter.group_size if adapter else 64,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
     )  # fmt: skip
+    model.base_name = recipe.model if loading.is_hub_id(recipe.model) else str(folder)
     if adapter is not None:
         if adapter.path is not None:
-            from mlx_posttrain.engines import files
-
             start = Path(adapter.path)
             start = start / "final" if (start / "final").is_dir() else start
             model.add_adapter(files.spec_of(start, adapter.dropout), recipe.seed)
@@ -113,10 +117,14 @@ def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Convers
     def write(step: int) -> None:
         if not prompts:
             return
-        answers = model.generate(prompts, max_tokens=sample.max_tokens, stop=encode.eos_id(tokenizer), temperature=sample.temperature, seed=recipe.seed)
+        answers = model.generate(
+            prompts, max_tokens=sample.max_tokens, stop=encode.eos_id(tokenizer), temperature=sample.temperature, seed=recipe.seed
+        )
         for turns, answer, want in zip(asked, answers, wanted, strict=True):
             text = tokenizer.decode(answer.tokens).strip()
-            run.sample({"step": step, "prompt": turns[-1].content if turns else "", "answer": text, "stopped": answer.stopped, "wanted": want})
+            run.sample(
+                {"step": step, "prompt": turns[-1].content if turns else "", "answer": text, "stopped": answer.stopped, "wanted": want}
+            )
 
     return write
 
@@ -135,19 +143,24 @@ def run(
     Returns the final evaluation. Raises UserError for every foreseeable failure, see fit.
     """
     engine = engines.get(recipe.engine)
+    assert recipe.output is not None
     if resume:
         run, _ = runs.reopen(recipe.output)
         if run.finished:
             raise UserError(f"{run.folder} is finished: there is nothing to resume")
     else:
-        source = None if start else hub.resolve(recipe.model)
         run = runs.start(recipe.output, recipe)
-    source = start(run.folder) if start else hub.resolve(recipe.model)
-    tokenizer = load_tokenizer(source)
-    model = load_model(engine, recipe, source, adapter)
-    train, held_out = split_rows(recipe.data, recipe.seed)
-    examples = encode_rows(train, recipe.data, tokenizer, model.context, recipe.seed, "training rows")
-    held_out_examples = encode_rows(held_out, recipe.data, tokenizer, model.context, recipe.seed, "held-out rows")
+    try:
+        source = start(run.folder) if start else loading.base_folder(recipe.model)
+        tokenizer = load_tokenizer(source)
+        train, held_out = split_rows(recipe.data, recipe.seed)
+        model = load_model(engine, recipe, source, adapter)
+        examples = encode_rows(train, recipe.data, tokenizer, model.context, recipe.seed, "training rows")
+        held_out_examples = encode_rows(held_out, recipe.data, tokenizer, model.context, recipe.seed, "held-out rows")
+    except UserError:
+        if not resume:  # nothing has happened yet: the next try must not find the folder in use
+            shutil.rmtree(run.folder)
+        raise
     total, trained = model.parameter_counts()
     say(f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     engine.seed(recipe.seed)
@@ -155,9 +168,8 @@ def run(
         model.keep_reference()
     data = Data(examples, held_out_examples, recipe.train, recipe.seed, model.context)
     result = fit(engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run))
+    runs.write_atomically(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
     runs.replace_folder(run.final, model.save)
-    (run.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    say(f"{run.final} is written: held-out loss {result.get('loss', float('nan')):.4f}")
+    runs.write_atomically(run.folder / "card.md", export.model_card(loading.locate(run.folder), run.folder))
+    say(f"{run.final} is written" + (f": held-out loss {result['loss']:.4f}" if "loss" in result else ""))
     return result
-
-

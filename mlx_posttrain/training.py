@@ -57,7 +57,9 @@ class Data:
     def evaluation(self) -> list[batches.Batch]:
         """Held-out rows in batches; without gradients four times the rows fit."""
         lengths = [len(e.tokens) for e in self.held_out]
-        return [batches.collate([self.held_out[i] for i in r], self.context) for r in batches.by_length(lengths, 4 * self.settings.batch_size)]
+        return [
+            batches.collate([self.held_out[i] for i in r], self.context) for r in batches.by_length(lengths, 4 * self.settings.batch_size)
+        ]
 
 
 def fit(
@@ -118,7 +120,8 @@ def fit(
         with interruptible() as signals:
             if first == 0:
                 evaluate(0)
-            for step in range(first, data.steps):
+            stopped_early = train.early_stop is not None and state["worse"] >= train.early_stop  # and then killed before it was done
+            for step in range(first, 0 if stopped_early else data.steps):
                 rows = data.rows(step)
                 micro = data.micro_batches(rows)
                 lr = learning_rate(step, steps=data.steps, peak=train.lr, schedule=train.schedule, warmup=train.warmup, floor=train.min_lr)
@@ -128,7 +131,7 @@ def fit(
                 except FloatingPointError as error:
                     checkpoint(step)
                     raise UserError(
-                        f"step {step + 1}: {error}: stopped before the weights took it. Training rows {sum(rows, [])[:16]} of the data (counted from 0 after filtering); "
+                        f"step {step + 1}: {error}: stopped before the weights took it. Training rows {[i for part in rows for i in part][:16]} of the data (counted from 0 after filtering); "
                         f"weights before it are in {run.checkpoints / f'step-{step:06d}'}. Lower train.lr or look at those rows"
                     ) from None
                 done = step + 1
@@ -145,7 +148,9 @@ def fit(
                 if done % save_every == 0 or done == data.steps or signals or not going:
                     checkpoint(done)
                 if signals and done < data.steps:
-                    raise Interrupted(f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {run.folder}")
+                    raise Interrupted(
+                        f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {run.folder}"
+                    )
                 if not going:
                     progress.note(f"early stop: {state['worse']} evaluations without a better held-out loss")
                     break

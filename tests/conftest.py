@@ -50,3 +50,34 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared")
     return folder
+
+
+SENTENCES = [
+    "The cat sat on the mat and looked at the moon.",
+    "A small dog ran over the hill to find its ball, and then it ran home again.",
+    "Numbers such as 1, 2, 3, 10 and 42 are useful; so are words: left, right, up, down!",
+    "Once upon a time there was a king who liked apples more than gold.",
+] * 6
+
+
+@pytest.fixture(scope="session")
+def random_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 folder with a trained tokenizer and random weights: 2 layers of width 64, context 64."""
+    from mlx_posttrain.methods.pretrain import PretrainSection, make_model
+
+    folder = tmp_path_factory.mktemp("random-gpt2")
+    make_model(folder, SENTENCES, PretrainSection(vocab_size=400, layers=2, heads=2, width=64, context=64), seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty Alpaca rows of different lengths in a JSONL file."""
+    import json
+
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as f:
+        for i in range(40):
+            words = " ".join(SENTENCES[i % 4].split()[: 2 + i % 9])
+            f.write(json.dumps({"instruction": f"Repeat number {i}.", "input": words if i % 2 else "", "output": f"{words} {i}"}) + "\n")
+    return path

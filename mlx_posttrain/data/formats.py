@@ -71,7 +71,7 @@ def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     if not columns:
         return dict(row)
     theirs = {v: k for k, v in columns.items()}
-    kept = {k: v for k, v in row.items() if k not in theirs and k not in columns}
+    kept = {k: v for k, v in row.items() if k not in theirs}
     return kept | {ours: row.get(name) for name, ours in theirs.items()}
 
 

@@ -23,7 +23,9 @@ def get(name: str = "auto") -> Engine:
     have = available()
     if name == "auto":
         if not have:
-            raise UserError("neither mlx nor torch is installed: run `pip install mlx-posttrain` (Apple Silicon, Linux) or `pip install 'mlx-posttrain[torch]'`")
+            raise UserError(
+                "neither mlx nor torch is installed: run `pip install mlx-posttrain` (Apple Silicon, Linux) or `pip install 'mlx-posttrain[torch]'`"
+            )
         name = have[0]
     if name not in have:
         if name == "mlx" and sys.platform == "darwin" and platform.machine() == "x86_64":

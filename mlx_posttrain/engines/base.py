@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_posttrain.data.batches import Batch
+from mlx_posttrain.errors import UserError
 
 Array = Any
 #: loss(model, batch) -> (scalar, metrics): each already divided by ``batch.total``, so that micro-batches add up.
@@ -91,6 +92,7 @@ class Model(Protocol):
     """A causal language model, perhaps with an adapter, perhaps with a frozen reference beside it."""
 
     config: dict[str, Any]
+    base_name: str  # what a saved adapter names as its base: a hub id or a folder
     context: int | None  # longest sequence in tokens; None where the architecture has no bound
 
     # the vocabulary of losses; N trained positions, V vocabulary entries
@@ -102,6 +104,9 @@ class Model(Protocol):
 
     def reference_logits(self, batch: DeviceBatch) -> Array:
         """[N, V] logits of the frozen reference, without gradient: adapters off, or the copy made by ``keep_reference``."""
+
+    def full_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """[B, T, V] float32 logits of unpadded rows [B, T], in evaluation mode: for parity checks and small probes."""
 
     # around training
     def parameter_counts(self) -> tuple[int, int]:
@@ -115,6 +120,12 @@ class Model(Protocol):
 
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
         """Metrics of ``loss`` over all batches together, in evaluation mode and without gradients."""
+
+    def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
+        """For each batch [N] float32 log-probabilities of its targets, aligned with ``index``; those of weight 0 mean nothing.
+
+        In evaluation mode and without gradients: what a loss per row, and with it an interval, is made of.
+        """
 
     def generate(
         self,
@@ -163,7 +174,15 @@ class Engine(Protocol):
 
     name: str
 
-    def load(self, folder: Path, *, dtype: str = "float32", quantize: int | None = None, group_size: int = 64, gradient_checkpointing: bool = False) -> Model:
+    def load(
+        self,
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        quantize: int | None = None,
+        group_size: int = 64,
+        gradient_checkpointing: bool = False,
+    ) -> Model:
         """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised."""
 
     def trainer(self, model: Model, settings: AdamW) -> Trainer:
@@ -188,7 +207,6 @@ class Engine(Protocol):
         """For people: 'Apple M3 (Metal)', 'CPU, 2 threads'."""
 
 
-
 def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
     """First values of LoRA's A matrices, the same on both engines; B starts at zero (Hu et al. 2021, section 4.1).
 
@@ -196,8 +214,15 @@ def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -
     """
     rng = np.random.default_rng([seed, 0x10CA])
     return {
-        path: rng.uniform(-1.0, 1.0, (rank, shapes[path][0])).astype(np.float32) / np.float32(shapes[path][0] ** 0.5) for path in sorted(shapes)
+        path: rng.uniform(-1.0, 1.0, (rank, shapes[path][0])).astype(np.float32) / np.float32(shapes[path][0] ** 0.5)
+        for path in sorted(shapes)
     }
+
+
+def check_fits(length: int, context: int | None) -> None:
+    """Raise UserError for a sequence longer than the model's context: MLX would read position embeddings out of bounds, silently."""
+    if context is not None and length > context:
+        raise UserError(f"a sequence of {length} tokens does not fit the model's context of {context}; shorten it")
 
 
 def micro_batch_total(batches: Sequence[Batch]) -> float:

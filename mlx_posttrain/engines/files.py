@@ -21,7 +21,9 @@ Adapter = dict[str, dict[str, np.ndarray]]
 def save_model(folder: Path, tensors: Mapping[str, Any], base: Path) -> None:
     """Write weights under Hugging Face's names with the base's config and tokenizer files, so that transformers loads the folder."""
     weights.save_weights(folder, tensors)
-    config = {k: v for k, v in check_config(base).items() if k not in ("torch_dtype", "_name_or_path", "quantization", "quantization_config")}
+    config = {
+        k: v for k, v in check_config(base).items() if k not in ("torch_dtype", "_name_or_path", "quantization", "quantization_config")
+    }
     config["dtype"] = str(next(iter(tensors.values())).dtype).rpartition(".")[2]
     if config.get("model_type") == "gpt2":
         config = {**weights.gpt2_config(config), "architectures": ["GPT2LMHeadModel"]}
@@ -34,10 +36,10 @@ def save_model(folder: Path, tensors: Mapping[str, Any], base: Path) -> None:
     copy_tokenizer(base, folder)
 
 
-def save_adapter(folder: Path, modules: Adapter, spec: AdapterSpec, model_type: str, base: Path) -> None:
+def save_adapter(folder: Path, modules: Adapter, spec: AdapterSpec, model_type: str, base: str) -> None:
     """Write a PEFT adapter folder."""
     adapters.save_adapter(
-        folder, modules, base_model=str(base), rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=list(spec.targets or ()),
+        folder, modules, base_model=base, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=list(spec.targets or ()),
         rslora=spec.rslora, dora=spec.kind == "dora", fan_in_fan_out=model_type == "gpt2",
     )  # fmt: skip
 
@@ -48,7 +50,9 @@ def read_adapter(folder: Path, layers: Sequence[str]) -> Adapter:
     modules = {adapters.hf_path(path): parts for path, parts in modules.items()}
     if set(modules) != set(layers):
         odd = sorted(set(modules) ^ set(layers))[0]
-        raise UserError(f"{folder}: the adapter and the model's adapted layers differ, for example in {odd}; set adapter.targets to the adapter's own")
+        raise UserError(
+            f"{folder}: the adapter and the model's adapted layers differ, for example in {odd}; set adapter.targets to the adapter's own"
+        )
     return {path: {name: np.asarray(value, np.float32) for name, value in parts.items()} for path, parts in modules.items()}
 
 
@@ -56,7 +60,9 @@ def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
     """The spec of a PEFT adapter folder, to put the same adapter on a model before loading it."""
     config, modules = adapters.read_adapter(folder)
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise UserError(f"{folder}: the adapter's layers differ in rank or alpha (rank_pattern); merge it with PEFT and start from that model")
+        raise UserError(
+            f"{folder}: the adapter's layers differ in rank or alpha (rank_pattern); merge it with PEFT and start from that model"
+        )
     # The layers themselves, not target_modules: PEFT also writes patterns and "all-linear" there.
     config["target_modules"] = sorted(adapters.hf_path(path) for path in modules)
     return AdapterSpec(

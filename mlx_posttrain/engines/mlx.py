@@ -24,7 +24,7 @@ from mlx_posttrain.convert import weights as weight_files  # noqa: E402
 from mlx_posttrain.convert.files import copy_tokenizer  # noqa: E402
 from mlx_posttrain.data.batches import Batch  # noqa: E402
 from mlx_posttrain.engines import decoding, files  # noqa: E402
-from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, micro_batch_total  # noqa: E402
+from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, check_fits, micro_batch_total  # noqa: E402
 from mlx_posttrain.errors import UserError  # noqa: E402
 from mlx_posttrain.losses.sft import token_logprobs  # noqa: E402
 from mlx_posttrain.ops import ops  # noqa: E402
@@ -40,6 +40,7 @@ class MLXModel:
     def __init__(self, net: nn.Module, folder: Path, config: dict[str, Any], reload: Callable[[], nn.Module]):
         self.net = net
         self.folder = folder
+        self.base_name = str(folder)
         self.config = config
         self.context: int | None = config.get("n_positions") or config.get("max_position_embeddings")
         self.spec: AdapterSpec | None = None
@@ -50,6 +51,7 @@ class MLXModel:
     # the vocabulary of losses
 
     def _logits(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
+        check_fits(batch.tokens.shape[1], self.context)
         # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
         if not self._split:
             return net(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
@@ -69,6 +71,10 @@ class MLXModel:
             raise RuntimeError("reference_logits needs keep_reference() first")
         with self._adapters_off():
             return mx.stop_gradient(self._logits(self.net, batch))
+
+    def full_logits(self, tokens: np.ndarray) -> np.ndarray:
+        check_fits(tokens.shape[1], self.context)
+        return np.array(self.net.eval()(mx.array(tokens.astype(np.int32))).astype(mx.float32))
 
     def _adapted(self) -> list[tuple[str, nn.Module]]:
         return [(path, m) for path, m in self.net.named_modules() if hasattr(m, "lora_a")]
@@ -144,6 +150,10 @@ class MLXModel:
                 sums[name] = sums.get(name, 0.0) + part.item()
         return sums
 
+    def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
+        self.net.eval()
+        return [np.array(self.logprobs(_device_batch(batch, 1.0))) for batch in batches]
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -166,7 +176,7 @@ class MLXModel:
 
     def save(self, folder: Path) -> None:
         if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.folder)
+            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.base_name)
             return
         weights = dict(tree_flatten(self.net.parameters()))
         if self.config["model_type"] == "gpt2":
@@ -277,7 +287,11 @@ class MLXTrainer:
         self.settings = settings
         # mlx leaves bias correction off by default; nothing would match PyTorch.
         self.optimizer = _AdamW(
-            learning_rate=0.0, betas=[settings.beta1, settings.beta2], eps=settings.eps, weight_decay=settings.weight_decay, bias_correction=True
+            learning_rate=0.0,
+            betas=[settings.beta1, settings.beta2],
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            bias_correction=True,
         )
         self.optimizer.init(model.net.trainable_parameters())
         self._gradients: dict[Loss, Callable[..., Any]] = {}
@@ -354,7 +368,13 @@ class MLXEngine:
     name = "mlx"
 
     def load(
-        self, folder: Path, *, dtype: str = "float32", quantize: int | None = None, group_size: int = 64, gradient_checkpointing: bool = False
+        self,
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        quantize: int | None = None,
+        group_size: int = 64,
+        gradient_checkpointing: bool = False,
     ) -> MLXModel:
         config = hub.check_config(folder)
 
@@ -413,7 +433,9 @@ def _load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None
         return GPT2, args_class
 
     try:
-        net, _ = load_model(folder, model_config=weight_files.gpt2_config(config) if config["model_type"] == "gpt2" else None, get_model_classes=classes)
+        net, _ = load_model(
+            folder, model_config=weight_files.gpt2_config(config) if config["model_type"] == "gpt2" else None, get_model_classes=classes
+        )
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding, files
-from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, micro_batch_total
+from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, check_fits, micro_batch_total
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.ops import ops
@@ -37,6 +38,7 @@ class TorchModel:
         self.peft: Any = None
         self.spec: AdapterSpec | None = None
         self.folder = folder
+        self.base_name = str(folder)
         self.config = config
         self.context: int | None = getattr(net.config, "n_positions", None) or getattr(net.config, "max_position_embeddings", None)
         self._reference: Any = None
@@ -44,6 +46,7 @@ class TorchModel:
     # the vocabulary of losses
 
     def _logits(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
+        check_fits(batch.tokens.shape[1], self.context)
         # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
         backbone = getattr(net, net.base_model_prefix)
         hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state
@@ -63,6 +66,11 @@ class TorchModel:
             raise RuntimeError("reference_logits needs keep_reference() first")
         with self.peft.disable_adapter():
             return self._logits(self.net, batch)
+
+    @torch.no_grad()
+    def full_logits(self, tokens: np.ndarray) -> np.ndarray:
+        check_fits(tokens.shape[1], self.context)
+        return self.net.eval()(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.float().numpy()
 
     # around training
 
@@ -110,6 +118,11 @@ class TorchModel:
         return sums
 
     @torch.no_grad()
+    def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
+        self.net.eval()
+        return [self.logprobs(_device_batch(batch, 1.0)).numpy() for batch in batches]
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -132,7 +145,7 @@ class TorchModel:
 
     def save(self, folder: Path) -> None:
         if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.folder)
+            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name)
         else:
             files.save_model(folder, {n: p.detach() for n, p in self._parameters()}, self.folder)
 
@@ -225,7 +238,9 @@ class TorchTrainer:
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+        )
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         self.model.net.train()
@@ -270,14 +285,23 @@ class TorchEngine:
     name = "torch"
 
     def load(
-        self, folder: Path, *, dtype: str = "float32", quantize: int | None = None, group_size: int = 64, gradient_checkpointing: bool = False
+        self,
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        quantize: int | None = None,
+        group_size: int = 64,
+        gradient_checkpointing: bool = False,
     ) -> TorchModel:
         if quantize:
-            raise UserError("adapter.quantize needs engine=mlx: torch on a CPU has no quantised training here; use engine=mlx, or leave quantize out for LoRA")
+            raise UserError(
+                "adapter.quantize needs engine=mlx: torch on a CPU has no quantised training here; use engine=mlx, or leave quantize out for LoRA"
+            )
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         config = hub.check_config(folder)
         if config.get("quantization"):
             raise UserError(f"{folder}: an MLX-quantised model runs on engine=mlx only")
@@ -289,7 +313,9 @@ class TorchEngine:
             net = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa", dtype=getattr(torch, dtype))
             _load_weights(net, folder, config)
         else:
-            net = AutoModelForCausalLM.from_pretrained(folder, config=hf, attn_implementation="sdpa", dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True)
+            net = AutoModelForCausalLM.from_pretrained(
+                folder, config=hf, attn_implementation="sdpa", dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+            )
         if gradient_checkpointing:
             net.gradient_checkpointing_enable({"use_reentrant": False})
         return TorchModel(net.eval(), folder, config)

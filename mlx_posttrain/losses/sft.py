@@ -51,5 +51,5 @@ def token_mean(values: Array, weights: Array, total: Array | float) -> Array:
     and 8 micro-batches of 1 row give the gradient of one batch of 8.
     """
     xp = ops(values)
-    # A padded position may hold any number; where() keeps an infinity there from turning 0 * inf into NaN.
-    return xp.sum(xp.where(weights > 0, values * weights, xp.zeros_like(values))) / total
+    # A padded position may hold any number; where() first, since 0 * inf would be NaN, in the value and in the gradient.
+    return xp.sum(xp.where(weights > 0, values, xp.zeros_like(values)) * weights) / total

@@ -35,7 +35,7 @@ class PretrainSection(recipes.Section):
 class Recipe(recipes.Recipe):
     """Pre-training from scratch."""
 
-    method: Literal["pretrain"]
+    method: Literal["pretrain"] = Field(description="pretrain: a new model from random weights")
     pretrain: PretrainSection = Field(default_factory=lambda: PretrainSection())
 
 
@@ -45,7 +45,9 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     def start(folder: Path) -> Path:
         target = folder / "start"
         if not (target / "model.safetensors").is_file():
-            rows = sources.load_rows(recipe.data.source, split=recipe.data.split, config=recipe.data.config, limit=recipe.data.limit, seed=recipe.seed)
+            rows = sources.load_rows(
+                recipe.data.source, split=recipe.data.split, config=recipe.data.config, limit=recipe.data.limit, seed=recipe.seed
+            )
             texts = [str(row.get("text", "")) for row in rows]
             if not any(texts):
                 raise UserError(f"{recipe.data.source}: pre-training reads the column 'text', found {', '.join(rows[0])}")
@@ -71,7 +73,9 @@ def make_model(folder: Path, texts: list[str], size: PretrainSection, seed: int)
         "bos_token_id": eos, "eos_token_id": eos, "tie_word_embeddings": True, "dtype": "float32",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}, indent=2) + "\n"
+    )
     save_file(random_weights(vocab, size, seed), folder / "model.safetensors", metadata={"format": "pt"})
 
 

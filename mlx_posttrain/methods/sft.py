@@ -24,13 +24,15 @@ class KLSection(recipes.Section):
     """A leash to the starting model."""
 
     beta: float = Field(0.1, ge=0, description="weight of the KL term, per trained token")
-    direction: Literal["forward", "reverse"] = Field("forward", description="forward: KL(reference||policy); reverse: KL(policy||reference)")
+    direction: Literal["forward", "reverse"] = Field(
+        "forward", description="forward: KL(reference||policy); reverse: KL(policy||reference)"
+    )
 
 
 class Recipe(recipes.Recipe):
     """Supervised fine-tuning."""
 
-    method: Literal["sft"]
+    method: Literal["sft"] = Field(description="sft: imitate rows")
     adapter: recipes.AdapterSection | None = Field(None, description="train an adapter instead of all weights; null: all weights")
     kl: KLSection | None = Field(None, description="keep near the starting model; null: plain imitation")
 

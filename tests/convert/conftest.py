@@ -102,8 +102,12 @@ def quiet():
         finally:
             for logger in loggers:
                 logger.removeHandler(handler)
-        ours = [str(w.message) for w in caught if not issubclass(w.category, (DeprecationWarning, PendingDeprecationWarning))]
-        assert not handler.messages + ours
+        deprecations = (DeprecationWarning, PendingDeprecationWarning)
+        # peft asks transformers for an attribute that was renamed; it does so for every adapter, whatever the files hold.
+        said = [
+            str(w.message) for w in caught if not issubclass(w.category, deprecations) and "is_gradient_checkpointing" not in str(w.message)
+        ]
+        assert not handler.messages + said
 
     return watch
 

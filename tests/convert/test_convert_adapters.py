@@ -246,11 +246,11 @@ def test_contradictions_between_modules_and_settings(tmp_path):
         save(tmp_path, random_modules(), targets=["c_attn"])
     with pytest.raises(ValueError, match=r"match transformer.h.0.mlp.c_proj too, which has no adapter; PEFT would make a new one"):
         save(tmp_path, random_modules(("attn.c_attn", "attn.c_proj")))
-    with pytest.raises(ValueError, match="has rank 4, but the config says 8"):
+    with pytest.raises(ValueError, match=r"has rank 4, but the config says 8"):
         save(tmp_path, random_modules(), rank=8)
-    with pytest.raises(ValueError, match="has a magnitude vector, but the config says use_dora False"):
+    with pytest.raises(ValueError, match=r"has a magnitude vector, but the config says use_dora False"):
         save(tmp_path, random_modules(dora=True))
-    with pytest.raises(ValueError, match="lacks the magnitude vector, but the config says use_dora True"):
+    with pytest.raises(ValueError, match=r"lacks the magnitude vector, but the config says use_dora True"):
         save(tmp_path, random_modules(), dora=True)
     assert not (tmp_path / "adapter_config.json").exists()
     save(tmp_path / "regex", random_modules(("attn.c_attn", "attn.c_proj")), targets=r".*\.attn\.c_(attn|proj)")
@@ -287,20 +287,20 @@ def test_first_values_that_leave_the_base_alone(tmp_path, init):
 
 
 def test_broken_adapter_folders(tmp_path):
-    with pytest.raises(UserError, match="has no adapter_config.json"):
+    with pytest.raises(UserError, match=r"has no adapter_config.json"):
         read_adapter(tmp_path)
     save(tmp_path, random_modules())
     file = tmp_path / "adapter_model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-10])
-    with pytest.raises(UserError, match="adapter_model.safetensors is damaged or is not a safetensors file"):
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged or is not a safetensors file"):
         read_adapter(tmp_path)
     file.unlink()
-    with pytest.raises(UserError, match="has no adapter_model.safetensors; only safetensors weights load"):
+    with pytest.raises(UserError, match=r"has no adapter_model.safetensors; only safetensors weights load"):
         read_adapter(tmp_path)
     file.write_bytes(data)
     (tmp_path / "adapter_config.json").write_text('{"r": 4')
-    with pytest.raises(UserError, match="adapter_config.json is not valid JSON: .* at line 1"):
+    with pytest.raises(UserError, match=r"adapter_config.json is not valid JSON: .* at line 1"):
         read_adapter(tmp_path)
 
 
@@ -334,14 +334,14 @@ def test_an_empty_adapter(tmp_path):
 
     save(tmp_path, random_modules())
     save_file({}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="holds no tensor"):
+    with pytest.raises(UserError, match=r"holds no tensor"):
         read_adapter(tmp_path)
-    with pytest.raises(UserError, match="the adapter has no module"):
+    with pytest.raises(UserError, match=r"the adapter has no module"):
         to_mlx_lm(tmp_path / "x", {}, {})
 
 
 def test_disk_space(tmp_path, monkeypatch):
     monkeypatch.setattr(adapters, "require_space", lambda folder, needed: (_ for _ in ()).throw(UserError(f"not enough: {needed}")))
-    with pytest.raises(UserError, match="not enough"):
+    with pytest.raises(UserError, match=r"not enough"):
         save(tmp_path / "a", random_modules())
     assert not (tmp_path / "a").exists()

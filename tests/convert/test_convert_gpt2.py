@@ -111,7 +111,7 @@ def test_missing_and_foreign_tensors_are_named():
         gpt2.hf_to_mlx(weights, 2)
     with pytest.raises(UserError, match=r"model.h.2.attn.c_attn.bias \(and 11 more\) is not part of a GPT-2 with n_layer 2"):
         gpt2.hf_to_mlx(bare_weights(3), 2)
-    with pytest.raises(UserError, match="model.adapter is not part"):
+    with pytest.raises(UserError, match=r"model.adapter is not part"):
         gpt2.hf_to_mlx(bare_weights() | {"adapter": np.ones(1)}, 2)
 
 
@@ -119,7 +119,7 @@ def test_quantised_names_are_known_but_do_not_go_back():
     there = gpt2.hf_to_mlx(bare_weights(), 2)
     there["model.h.0.mlp.c_fc.scales"] = np.ones((4 * D, 1), np.float32)
     assert gpt2.hf_to_mlx(there, 2).keys() == there.keys()
-    with pytest.raises(UserError, match="these weights are quantised; give a dtype"):
+    with pytest.raises(UserError, match=r"these weights are quantised; give a dtype"):
         gpt2.mlx_to_hf(there)
 
 

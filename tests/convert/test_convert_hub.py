@@ -122,7 +122,7 @@ def test_a_path_that_does_not_exist(name):
 
 def test_a_path_object_is_never_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="the folder gpt2 does not exist"):
+    with pytest.raises(UserError, match=r"the folder gpt2 does not exist"):
         hub.resolve(Path("gpt2"))
 
 
@@ -140,7 +140,7 @@ def test_the_embedded_model(tmp_path, monkeypatch):
     import importlib.resources
 
     monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
-    with pytest.raises(UserError, match="the embedded model tiny is not in this installation; install mlx-posttrain again"):
+    with pytest.raises(UserError, match=r"the embedded model tiny is not in this installation; install mlx-posttrain again"):
         hub.resolve("tiny")
     where = folder(tmp_path / "assets" / "tiny")
     assert hub.resolve("tiny") == where
@@ -179,8 +179,8 @@ def test_cached_models_need_no_network(tmp_path):
     legacy = cache(tmp_path, "openai-community/gpt2")
     other = cache(tmp_path, "distilgpt2")
     untokenised = cache(tmp_path, "acme/untokenised", without("tokenizer.json"))
-    sharded = {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}).encode()}
-    shards = cache(tmp_path, "acme/sharded", {**without("model.safetensors"), **sharded, "model-00001-of-00002.safetensors": b"x"})
+    sharded = {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}).encode()}
+    shards = cache(tmp_path, "acme/sharded", {**without("model.safetensors"), **sharded, "model-00001-of-00001.safetensors": b"x"})
     adapter = cache(tmp_path, "acme/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
     names = [
         "acme/model",
@@ -230,7 +230,8 @@ def test_an_interrupted_download_is_not_taken_for_a_model(tmp_path):
     answers, _ = run(["acme/partial", "acme/noindex", "acme/config"], tmp_path, HF_HUB_OFFLINE="1")
     for name, answer in zip(("partial", "noindex", "config"), answers):
         assert answer == (
-            f"error: acme/{name} is in the hub cache without complete safetensors weights; complete it while online (hf download acme/{name}), "
+            f"error: acme/{name} is in the hub cache without complete safetensors weights; "
+            f"complete it while online (hf download acme/{name}), "
             "or give another model if it has only pickle files such as pytorch_model.bin, which do not load"
         )
 
@@ -309,7 +310,8 @@ def test_download_takes_only_what_is_safe_and_needed(tmp_path, fake_hub):
 def test_what_the_hub_refuses(tmp_path, fake_hub):
     answers, _ = run(["acme/missing", "acme/gated", "acme/forbidden", "acme/pickle"], tmp_path, HF_ENDPOINT=fake_hub)
     assert answers == [
-        "error: acme/missing is neither an existing folder nor a model on the hub; check the spelling, or if it is private run: hf auth login",
+        "error: acme/missing is neither an existing folder nor a model on the hub; "
+        "check the spelling, or if it is private run: hf auth login",
         "error: acme/gated is gated: accept its terms at https://huggingface.co/acme/gated, then run: hf auth login",
         "error: the hub refused access to acme/forbidden (HTTP 403); run: hf auth login",
         "error: acme/pickle has no model.safetensors; only safetensors weights load",

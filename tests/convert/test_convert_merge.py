@@ -42,7 +42,7 @@ def test_bare_names_and_other_architectures():
 
 def test_an_adapter_for_another_base():
     module = {"lora_a": np.ones((2, 1)), "lora_b": np.ones((1, 3))}
-    with pytest.raises(UserError, match="the adapter does not fit this base: the base has no transformer.h.5.mlp.c_fc"):
+    with pytest.raises(UserError, match=r"the adapter does not fit this base: the base has no transformer.h.5.mlp.c_fc"):
         merge({"transformer.wte.weight": np.ones((2, 2))}, {"model.h.5.mlp.c_fc": module}, LORA)
     with pytest.raises(UserError, match=r"h.0.mlp.c_fc.weight is \(4, 2\) \(out, in\), its update is \(3, 2\)"):
         merge({"h.0.mlp.c_fc.weight": np.ones((2, 4))}, {"model.h.0.mlp.c_fc": module}, LORA)
@@ -51,7 +51,7 @@ def test_an_adapter_for_another_base():
 def test_beyond_the_range_of_half_precision():
     module = {"lora_a": np.full((2, 1), 300.0), "lora_b": np.full((1, 3), 300.0)}
     base = {"h.0.mlp.c_fc.weight": np.ones((2, 3), np.float16)}
-    with pytest.raises(UserError, match="merging model.h.0.mlp.c_fc leaves the range of float16; convert the base to float32 first"):
+    with pytest.raises(UserError, match=r"merging model.h.0.mlp.c_fc leaves the range of float16; convert the base to float32 first"):
         merge(base, {"model.h.0.mlp.c_fc": module}, LORA)
 
 

@@ -208,7 +208,7 @@ def test_quantised_folder(tmp_path, gpt2_folder, hf_logits, mlx_logits, tokens, 
 
 def test_quantise_needs_a_fitting_width(tmp_path, gpt2_folder):
     source = gpt2_folder(n_embd=48, n_head=4)
-    with pytest.raises(UserError, match="n_embd 48 is not a multiple of the group size 32"):
+    with pytest.raises(UserError, match=r"n_embd 48 is not a multiple of the group size 32"):
         convert(source, tmp_path / "q", quantize=4)
     convert(gpt2_folder("w96", n_embd=96), tmp_path / "q", quantize=4)
     assert json.loads((tmp_path / "q" / "config.json").read_text())["quantization"]["group_size"] == 32
@@ -269,7 +269,7 @@ def test_untied_head_is_refused_but_an_equal_copy_is_not(tmp_path, gpt2_folder):
     weights = torch_tensors(source)
     weights["lm_head.weight"] += 1
     save_weights(source, weights)
-    with pytest.raises(UserError, match="output head of its own"):
+    with pytest.raises(UserError, match=r"output head of its own"):
         convert(source, tmp_path / "out")
 
 
@@ -305,7 +305,7 @@ def test_other_architectures_pass_through_mlx_lm(tmp_path, llama_folder, hf_logi
     assert (tmp_path / "mlx" / "tokenizer.json").read_bytes() == (llama_folder / "tokenizer.json").read_bytes()
     convert(llama_folder, tmp_path / "q", quantize=8)
     assert "quantization" in json.loads((tmp_path / "q" / "config.json").read_text())
-    with pytest.raises(UserError, match="is llama; only GPT-2 converts to Hugging Face's format"):
+    with pytest.raises(UserError, match=r"is llama; only GPT-2 converts to Hugging Face's format"):
         convert(tmp_path / "mlx", tmp_path / "back", to="hf")
 
 

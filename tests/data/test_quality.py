@@ -42,6 +42,7 @@ def test_cut_off(answer: str) -> None:
         "The capital is Paris",
         "switch on",
         "- apples and pears from the garden\n- a loaf of bread from the baker\n- milk for the small cat",
+        "Here are some good ideas for a dinner:\n- pasta with tomato sauce and fresh basil from the garden",
         "red, green, blue, yellow, orange, purple, brown, pink, grey, black, white, violet, cyan",
         "def f(x):\n    y = x + 1\n    z = y + 2\n    for a in range(z):\n        y += a * x\n    return y",
         "```python\nprint(1)\n```",
@@ -133,6 +134,8 @@ def test_near_duplicates() -> None:
     assert list(near_duplicates([base, " ".join(middle)], threshold=0.7)) == [False, True]
     assert list(near_duplicates([base, " ".join(far)], threshold=0.7)) == [False, False]
     assert list(near_duplicates([base, " ".join(middle)], threshold=0.8)) == [False, False]
+    # the last is near the middle one, which was dropped, and not near the one that was kept
+    assert list(near_duplicates([base, " ".join(middle), " ".join([*middle[:10], "x", *middle[11:]])])) == [False, True, False]
     assert list(near_duplicates(["a b", "a b", "a c", ""])) == [False, True, False, False]
     assert [list(near_duplicates([base, near], seed=s)) for s in (0, 1)] == [[False, True]] * 2
 

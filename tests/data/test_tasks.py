@@ -83,7 +83,11 @@ def test_limit_takes_the_first_rows_and_families_selects():
     assert tasks.reasoning("train", limit=40) == tasks.reasoning("train", limit=90)[:40]
     assert {row["family"] for row in tasks.load(limit=50, families=["story", "quotes"])} == {"story", "quotes"}
     assert tasks.load(limit=0) == []
-    assert tasks.load(limit=50, seed=1) != tasks.load(limit=50)
+
+
+def test_another_seed_gives_other_contents():
+    some, others = ({row["output"] for row in tasks.load(limit=50, seed=seed, families=["story"])} for seed in (0, 1))
+    assert len(some & others) < 5
 
 
 @pytest.mark.parametrize(
@@ -246,6 +250,7 @@ def test_every_item_offers_a_wrong_answer():
             ["3 + 4 = 7. 7 + 2 = 9. The answer is 9.", "3 + 4 = 7, 7 + 2 = 9. the answer is 9", "3 + 4 + 2 = 9. The answer is 9.", "9"],
             [
                 "3 + 4 = 8. 8 + 2 = 10. The answer is 9.",
+                "3 + 4 = 8. 8 + 2 = 9. The answer is 9.",
                 "3 + 4 = 7. The answer is 9.",
                 "4 + 4 = 8. 8 + 1 = 9. The answer is 9.",
                 "3 + 4 = 7. 5 + 4 = 9. The answer is 9.",

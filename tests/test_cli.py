@@ -1,0 +1,167 @@
+"""What a person gets at the terminal: one helpful line and exit code 2, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import engines
+from mlx_posttrain.cli import main
+
+ENGINES = engines.available()
+
+
+@pytest.fixture
+def run(random_gpt2, rows_file, tmp_path, capfd, monkeypatch):
+    """Run a recipe on the random model in this process; returns exit code and what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides: str, recipe: str = "01_sft", engine: str = ENGINES[0]):
+        base = [f"model={random_gpt2}", f"data.source={rows_file}", "output=out", f"engine={engine}", "train.steps=2", "sample.count=0"]
+        code = 0
+        try:
+            main(["run", recipe, *base, *overrides])
+        except SystemExit as exit:
+            code = exit.code or 0
+        captured = capfd.readouterr()
+        return SimpleNamespace(code=code, err=captured.err, out=captured.out, last=(captured.err.strip().splitlines() or [""])[-1])
+
+    return call
+
+
+def refused(result, *words: str) -> None:
+    assert result.code == 2
+    assert result.last.startswith("mlx-posttrain: ")
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.last, result.last
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trian.lr=1", ["'trian'", "'train'"]),
+        ("train.learning_rat=1", ["'train.learning_rat'"]),
+        ("data.tempate=plain", ["'data.tempate'", "'data.template'"]),
+        ("lr=1e-4", ["'lr'", "'train.lr'"]),
+        ("train.lr=fast", ["'train.lr'", "number", "'fast'"]),
+        ("train.lr=-1", ["'train.lr'", "greater than 0"]),
+        ("train.batch_size=2.5", ["'train.batch_size'", "2.5"]),
+        ("method=sftt", ["'sftt'", "'sft'"]),
+        ("engine=jax", ["'engine'", "mlx"]),
+        ("adapter.quantize=5", ["quantize"]),
+        ("data.template=instuction", ["instuction", "instruction"]),
+        ("data.format=alpca", ["alpca", "alpaca"]),
+        ("train.lr", ["key=value"]),
+        ("model=no/such-model-xyz", ["no/such-model-xyz", "hf download"]),
+        ("model=./nowhere", ["nowhere"]),
+        ("data.source=nowhere.jsonl", ["nowhere.jsonl"]),
+        ("data.source=someone/some-data", ["someone/some-data"]),
+        ("adapter.targets=[q_proj]", ["q_proj", "c_attn"]),
+    ],
+)
+def test_bad_settings(run, override, words, tmp_path):
+    refused(run(override), *words)
+    assert not (tmp_path / "out").exists()  # nothing was left to stumble over
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["empty"]),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "a", output: "b"}\n', ["2"]),
+        ('{"x": 1, "y": 2}\n', ["x, y", "alpaca"]),
+        ('{"instruction": "a", "output": ""}\n', ["no"]),
+        ('{"instruction": 3, "output": {"a": 1}}\n', ["1"]),
+    ],
+    ids=["empty file", "broken JSON", "unknown columns", "no trained token", "wrong type"],
+)
+def test_bad_files(run, tmp_path, text, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    refused(run(f"data.source={path}"), "bad.jsonl" if "no" not in words else "", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_a_trained_token_are_dropped_and_counted(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "Say a word.", "output": f"word {i}"} for i in range(12)]
+    rows.append({"instruction": "very long " * 80, "output": "cut away"})
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = run(f"data.source={path}", "data.holdout=0", "data.max_length=48")
+    assert result.code == 0
+    assert "12 of 13 rows kept (1 without a trained token" in result.err
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_non_finite_loss_names_the_batch_and_keeps_the_weights(run, engine, monkeypatch, tmp_path):
+    from mlx_posttrain.methods import sft
+
+    real = sft.loss
+
+    def nan_at_the_end(model, batch):
+        value, metrics = real(model, batch)
+        return value * (float("nan") if calls.pop() else 1.0), metrics
+
+    monkeypatch.setattr("mlx_posttrain.methods.sft.loss", nan_at_the_end)
+    monkeypatch.setattr("mlx_posttrain.engines.mlx._compile", lambda f, **_: f, raising=False)
+    calls = [True, False]
+    refused(run("data.holdout=0", engine=engine), "step 2", "rows [", "step-000001", "train.lr")
+    assert (tmp_path / "out" / "checkpoints" / "step-000001" / "weights" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_a_full_disk_is_found_before_training(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=1000))
+    refused(run(), "not enough disk", "free")
+
+
+def test_generate_prints_answers_and_refuses_long_prompts(random_gpt2, capfd):
+    main_ok(["generate", str(random_gpt2), "--prompt", "The cat", "--prompt", "A dog", "--max-tokens", "5", "--json"])
+    answers = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [a["prompt"] for a in answers] == ["The cat", "A dog"] and all(a["tokens"] <= 5 for a in answers)
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", str(random_gpt2), "--prompt", "word " * 200])
+    assert exit.value.code == 2 and "tokens" in capfd.readouterr().err
+
+
+def main_ok(arguments: list[str]) -> None:
+    try:
+        main(arguments)
+    except SystemExit as exit:
+        assert not exit.code
+
+
+def test_help_and_recipe_errors_answer_at_once():
+    """Under half a second of processor time: no heavy import on the way (wall-clock time would measure the machine's load)."""
+    import resource
+
+    for arguments in (["--help"], ["run", "01_sft", "trian.lr=1"]):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "mlx_posttrain", *arguments], capture_output=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, mlx_posttrain.cli, mlx_posttrain.recipe; print([m for m in ('torch', 'mlx', 'transformers', 'datasets') if m in sys.modules])"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_every_key_is_described(capfd):
+    main_ok(["keys", "sft"])
+    lines = capfd.readouterr().out.splitlines()
+    assert all(len(line.split()) > 2 for line in lines) and any(line.startswith("train.lr ") for line in lines)
+
+
+def test_plain_progress_is_lines_not_control_codes(run):
+    result = run("data.holdout=0")
+    assert "\x1b" not in result.err and "trained tokens/s" in result.err and "GB" in result.err
+    assert np.isfinite(float(result.err.split("loss ")[1].split()[0]))
+
+

@@ -1,0 +1,120 @@
+"""A run that is killed at any moment and resumed gives the losses and weights of one that was not. Real processes, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import engines
+
+ENGINES = engines.available()
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "mlx_posttrain", *arguments]
+
+
+def settings(model: Path, rows: Path, output: Path, engine: str, *more: str) -> list[str]:
+    return [
+        "run", "01_sft", f"model={model}", f"data.source={rows}", "data.holdout=6", f"output={output}", f"engine={engine}", "train.steps=14",
+        "train.eval_every=5", "train.save_every=3", "train.lr=1e-3", "train.batch_size=3", "train.accumulate=2", "sample.count=1", "sample.max_tokens=4",
+        *more,
+    ]  # fmt: skip
+
+
+def losses(run: Path) -> list[tuple]:
+    """What a step is judged by: everything in metrics.jsonl but clock and memory."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple((k, v) for k, v in r.items() if k not in ("seconds", "peak_gb")) for r in records]
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    (file,) = (run / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the run did not get that far"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("adapter", [[], ["adapter.rank=4", "adapter.dropout=0.2"]], ids=["full", "lora with dropout"])
+def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt2, rows_file, tmp_path):
+    whole = tmp_path / "whole"
+    subprocess.run(command(*settings(random_gpt2, rows_file, whole, engine, *adapter)), check=True, capture_output=True, timeout=300)
+
+    broken = tmp_path / "broken"
+    arguments = settings(random_gpt2, rows_file, broken, engine, *adapter)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (broken / "checkpoints" / "step-000006").is_dir(), process)
+    process.kill()  # kill -9: no handler runs
+    process.wait()
+    killed_after = len(losses(broken))
+    assert not (broken / "final").exists()
+
+    done = subprocess.run(command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert killed_after < len(losses(whole)), "the kill came too late to prove anything"
+    assert losses(broken) == losses(whole)
+    for name, value in weights(whole).items():
+        assert np.array_equal(value, weights(broken)[name]), name
+
+    again = subprocess.run(command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2 and "finished" in again.stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_killed_before_the_first_checkpoint(engine, random_gpt2, rows_file, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*settings(random_gpt2, rows_file, run, engine, "train.save_every=100")), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for(lambda: (run / "metrics.jsonl").is_file(), process)
+    process.kill()
+    process.wait()
+    if (run / "final").exists():
+        pytest.skip("the run was over before the kill")
+    done = subprocess.run(command("run", "--resume", str(run)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    steps = [dict(r)["step"] for r in losses(run) if "loss" in dict(r)]
+    assert steps == list(range(1, 15))
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(engine, number, random_gpt2, rows_file, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*settings(random_gpt2, rows_file, run, engine, "train.steps=5000", "train.save_every=100000", "train.eval_every=100000")),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses(run)) > 3, process)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"--resume {run}" in errors.splitlines()[-1] and "Traceback" not in errors
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == dict(losses(run)[-1])["step"]
+
+
+def test_a_second_run_never_overwrites_the_first(random_gpt2, rows_file, tmp_path):
+    arguments = settings(random_gpt2, rows_file, tmp_path / "run", ENGINES[0], "train.steps=1")
+    subprocess.run(command(*arguments), check=True, capture_output=True, timeout=120)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    second = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2 and "finished run" in second.stderr and "output=DIR" in second.stderr
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
