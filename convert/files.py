@@ -121,16 +121,21 @@ def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
 def copy_tokenizer(src: Path, dst: Path) -> list[str]:
     """Copy a model folder's tokenizer files byte for byte and return their names.
 
-    One value may change: a `tokenizer_class` that transformers 4.57 cannot load becomes one that 4.57 and 5.x both load.
+    Two things in tokenizer_config.json may change, where transformers 5 wrote what 4.57 cannot load: a `tokenizer_class` becomes one that both
+    know, and a list under `extra_special_tokens` (a dictionary in 4.57) gets the key's older name, which both read.
     """
     names = sorted({file.name for pattern in TOKENIZER_FILES for file in src.glob(pattern)})
     for name in names:
         shutil.copyfile(src / name, dst / name)
-    config = dst / "tokenizer_config.json"
-    if config.exists() and read_json(config).get("tokenizer_class") in TRANSFORMERS_5_TOKENIZERS:
+    path = dst / "tokenizer_config.json"
+    if path.exists():
+        config, data = read_json(path), path.read_bytes()
         # Edited as text, so that every other byte stays as it was.
-        text = re.sub(r'("tokenizer_class"\s*:\s*)"[^"]*"', rf'\1"{_portable_class(src)}"', config.read_text(encoding="utf-8"))
-        config.write_text(text, encoding="utf-8")
+        if config.get("tokenizer_class") in TRANSFORMERS_5_TOKENIZERS:
+            data = re.sub(rb'("tokenizer_class"\s*:\s*)"[^"]*"', rb'\1"%s"' % _portable_class(src).encode(), data)
+        if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
+            data = re.sub(rb'"extra_special_tokens"(\s*:\s*\[)', rb'"additional_special_tokens"\1', data)
+        path.write_bytes(data)
     return names
 
 

@@ -127,7 +127,9 @@ def test_markers_give_each_machine_its_engine(project, root, machine, python):
 
 FORBIDDEN = {
     # split, so that this file does not contain what it looks for
-    "a machine's path": re.compile("/(?:" + "|".join(["root/", "work/", "home/[a-z]", "Users/[a-z]", "opt/wheels", "opt/pypi"]) + ")"),
+    "a machine's path": re.compile(
+        "/(?:" + "|".join(["root/", "work/", "home/(?!some)[a-z]", "Users/(?!some)[a-z]", "opt/(?:wheels|pypi)"]) + ")"
+    ),
     "a package index": re.compile("(?:index-url|find-links|trusted-host)" + r"[ =:]+[\"']?(?:https?|file|/)"),
     "a token": re.compile("hf_" + "[A-Za-z]{30,}|gh[pousr]_" + "[A-Za-z0-9]{30,}"),
     "a private key": re.compile("-----BEGIN [A-Z ]*PRIVATE" + " KEY"),

@@ -180,7 +180,7 @@ def base_text_loss(
     models that share one.
 
     Texts without a token have 0 of both. Raises UserError for a window beyond the context or a stride outside 1 to window.
-    Source: Baevski & Auli 2019, "Adaptive Input Representations", section 4.4 (context windows for evaluation).
+    Source: sliding windows as in Baevski & Auli 2019, "Adaptive Input Representations for Neural Language Modeling".
     """
     window = min(model.context or 512, 512) if window is None else window
     stride = window if stride is None else stride
@@ -292,7 +292,7 @@ def repetition(model: Model, tokenizer: Any, prompts: Sequence[str], *, max_toke
     """seq-rep-n of the greedy continuation of each opening: [R] float64.
 
     See ``continuations`` for how they are made and metrics.seq_rep_n for formula, range and ceiling, here 1 - 1 / (max_tokens - n + 1).
-    Source: Welleck et al. 2020, section 6.1, who continue 50 tokens by 100.
+    Source: Welleck et al. 2020, who continue 50 tokens by 100.
     """
     return np.array([seq_rep_n(tokens, n) for tokens in continuations(model, tokenizer, prompts, max_tokens=max_tokens, batch=batch)])
 

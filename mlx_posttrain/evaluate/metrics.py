@@ -31,8 +31,8 @@ def seq_rep_n(tokens: Sequence[Hashable], n: int = 4) -> float:
 
     tokens: the T tokens of the continuation without its prompt. Returns nan where T < n, which means and intervals leave out.
     Range 0 (no n-gram occurs twice) to 1 - 1 / (T - n + 1) (one n-gram over and over), a ceiling below 1: compare continuations of one
-    length. Human text has about 0.01 at n = 4 and 100 tokens. Raises ValueError for n < 1.
-    Source: Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", section 6.1.
+    length. Raises ValueError for n < 1.
+    Source: Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", where human text has .006 at n = 4.
     """
     grams = _ngrams(tokens, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else math.nan
@@ -44,8 +44,8 @@ def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int = 2) -> float:
     sequences: token lists; an n-gram never reaches from one into the next. Returns nan where all are shorter than n.
     Range 1 / total to 1 (ceiling: every n-gram new). It falls as text grows, whatever the model: compare equal numbers of equally long
     sequences. Raises ValueError for n < 1.
-    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.2, which divides by
-    the number of tokens; dividing by the number of n-grams, as is usual since, makes 1 the ceiling for every n.
+    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", which divides by the number
+    of tokens; dividing by the number of n-grams, as is usual since, makes 1 the ceiling for every n.
     """
     grams = [gram for tokens in sequences for gram in _ngrams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else math.nan
@@ -55,7 +55,7 @@ def diversity(tokens: Sequence[Hashable]) -> float:
     """Product over n = 2, 3, 4 of 1 - seq-rep-n of one continuation.
 
     tokens: the T tokens of the continuation. Returns nan where T < 4. Range just above 0 (a loop) to 1 (ceiling: nothing repeated).
-    Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", section 4.2. Their figures count words and pool the
+    Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation". Their figures count words and pool the
     n-grams of all texts before the product; this one has a value per continuation, so that intervals can be had.
     """
     return math.prod(1.0 - seq_rep_n(tokens, n) for n in (2, 3, 4))

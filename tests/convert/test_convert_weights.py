@@ -349,6 +349,22 @@ def test_tokenizer_class_that_only_transformers_5_knows(tmp_path, gpt2_folder, w
     assert after.read_text() == before.read_text().replace(f'"{written}"', f'"{expected}"')
 
 
+def test_a_list_of_extra_special_tokens_gets_the_name_both_versions_read(tmp_path, gpt2_folder):
+    from transformers import AutoTokenizer
+
+    source = gpt2_folder()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    tokenizer.save_pretrained(source)
+    before = (source / "tokenizer_config.json").read_text()
+    assert '"extra_special_tokens": [' in before
+    convert(source, tmp_path / "mlx")
+    after = (tmp_path / "mlx" / "tokenizer_config.json").read_text()
+    assert after == before.replace("extra_special_tokens", "additional_special_tokens")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "mlx")
+    assert "<think>" in loaded.all_special_tokens and loaded.encode("<think>") == tokenizer.encode("<think>")
+
+
 @pytest.mark.skipif(not GPT2_TOKENIZER.is_dir(), reason="the real GPT-2 tokenizer is not here")
 def test_the_real_tokenizer_gives_the_same_ids_everywhere(tmp_path, gpt2_folder, quiet):
     import mlx_lm

@@ -1,0 +1,118 @@
+"""Batched decoding: the cache against full forward passes, rows independent of each other, sampling from the right distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import engines
+from mlx_posttrain.engines import decoding
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.ops import ops
+
+ENGINES = engines.available()
+PROMPTS = [[7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [21, 22, 23]]
+
+
+@pytest.fixture(params=ENGINES)
+def model(request, random_gpt2):
+    return engines.get(request.param).load(random_gpt2)
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+
+
+def test_left_padded_batch_equals_one_by_one_without_a_cache(model):
+    """Tokens and log-probs of every row equal full forward passes over that row alone."""
+    for row, done in zip(PROMPTS, model.generate(PROMPTS, max_tokens=20, stop=None)):
+        assert len(done.tokens) == 20 and len(done.logprobs) == 20 and not done.stopped
+        log_p = log_softmax(model.full_logits(np.array([row + done.tokens]))[0])
+        for i, (token, logprob) in enumerate(zip(done.tokens, done.logprobs)):
+            assert token == log_p[len(row) + i - 1].argmax()
+            assert logprob == pytest.approx(log_p[len(row) + i - 1, token], abs=2e-5)
+
+
+def test_a_rows_text_depends_on_the_seed_and_its_number_only(model):
+    alone = model.generate(PROMPTS[:1], max_tokens=12, stop=None, temperature=1.0, seed=5)
+    beside = model.generate(PROMPTS, max_tokens=12, stop=None, temperature=1.0, seed=5)
+    longer = model.generate(PROMPTS, max_tokens=20, stop=None, temperature=1.0, seed=5)
+    other = model.generate(PROMPTS, max_tokens=12, stop=None, temperature=1.0, seed=6)
+    assert alone[0].tokens == beside[0].tokens == longer[0].tokens[:12]
+    assert [c.tokens for c in beside] != [c.tokens for c in other]
+
+
+def test_samples_share_a_prefill_and_differ(model):
+    both = model.generate(PROMPTS, max_tokens=8, stop=None, temperature=1.0, samples=3, seed=1)
+    repeated = model.generate([p for p in PROMPTS for _ in range(3)], max_tokens=8, stop=None, temperature=1.0, seed=1)
+    assert [c.tokens for c in both] == [c.tokens for c in repeated]
+    assert len({tuple(c.tokens) for c in both[:3]}) == 3
+
+
+def test_rows_stop_alone_and_leave_the_batch(model):
+    """Each row is cut at its own stop token, and the rows that go on are not disturbed."""
+    free = model.generate(PROMPTS, max_tokens=16, stop=None, temperature=1.0, seed=2)
+    stop = free[1].tokens[3]
+    cut = model.generate(PROMPTS, max_tokens=16, stop=stop, temperature=1.0, seed=2)
+    for a, b in zip(free, cut):
+        where = a.tokens.index(stop) if stop in a.tokens else None
+        assert b.tokens == a.tokens[:where]
+        assert b.stopped == (where is not None)
+        assert len(b.logprobs) == len(b.tokens) + b.stopped
+    assert cut[1].stopped
+
+
+def test_answers_end_where_the_context_does(model):
+    long = list(range(1, 61))
+    done = model.generate([long, [5]], max_tokens=30, stop=None)
+    assert [len(c.tokens) for c in done] == [4, 30]  # the context is 64
+    with pytest.raises(UserError, match="empty"):
+        model.generate([[]], max_tokens=1, stop=None)
+
+
+def test_streaming_sees_the_same_tokens(model):
+    seen = []
+    (done,) = model.generate([PROMPTS[1]], max_tokens=9, stop=None, temperature=0.8, seed=3, on_token=lambda row, token: seen.append(token))
+    assert seen == done.tokens
+
+
+@pytest.mark.skipif(len(ENGINES) < 2, reason="needs mlx and torch")
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_engines_sample_the_same_tokens(random_gpt2, top_p):
+    texts = [
+        [c.tokens for c in engines.get(e).load(random_gpt2).generate(PROMPTS, max_tokens=24, stop=None, temperature=1.1, top_p=top_p, samples=4, seed=9)]
+        for e in ENGINES
+    ]
+    assert texts[0] == texts[1]
+
+
+def numpy_space():
+    xp = ops(np.zeros(1))
+    xp.sort_desc = lambda x: np.argsort(-x, axis=-1, kind="stable")
+    return xp
+
+
+def test_inverse_cdf_gives_the_softmax_distribution():
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    n = 40_000
+    uniforms = (np.arange(n)[:, None] + 0.5) / n  # an even grid: frequencies are exact to 1/n
+    logits = np.log(p)[None].repeat(n, 0) * 2.0
+    tokens, log_p = decoding.pick(numpy_space(), logits, uniforms, 2.0, 1.0)  # temperature 2 undoes the factor 2
+    assert np.bincount(tokens, minlength=4) / n == pytest.approx(p, abs=2e-4)
+    assert log_p == pytest.approx(np.log(p)[tokens])
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_top_p():
+    p = np.array([0.15, 0.5, 0.05, 0.3])
+    n = 20_000
+    uniforms = (np.arange(n)[:, None] + 0.5) / n
+    tokens, log_p = decoding.pick(numpy_space(), np.log(p)[None].repeat(n, 0), uniforms, 1.0, 0.7)
+    assert np.bincount(tokens, minlength=4) / n == pytest.approx([0, 0.5 / 0.8, 0, 0.3 / 0.8], abs=2e-4)
+    assert log_p == pytest.approx(np.log(p)[tokens])  # of the full softmax, not of the nucleus
+
+
+def test_the_last_token_can_be_drawn_and_none_past_it():
+    logits = np.zeros((1, 7), np.float32)
+    tokens, _ = decoding.pick(numpy_space(), logits, np.array([[np.float32(1) - np.finfo(np.float32).epsneg]]), 1.0, 1.0)
+    assert tokens[0] == 6

@@ -1,0 +1,175 @@
+"""Metrics against numbers worked by hand, and the intervals against data whose truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, distinct_n, diversity, paired_bootstrap, perplexity, seq_rep_n
+
+# -- repetition
+
+
+@pytest.mark.parametrize(
+    "tokens, n, expected",
+    [
+        ([1, 2, 1, 2, 1, 2], 2, 1 - 2 / 5),  # 12 21 12 21 12
+        ([1, 2, 1, 2, 1, 2], 4, 1 - 2 / 3),  # 1212 2121 1212
+        ([1, 2, 1, 2, 1, 2], 1, 1 - 2 / 6),
+        (range(10), 4, 0.0),
+        ([5, 6, 7, 8], 4, 0.0),  # a single n-gram
+        ([7] * 67, 4, 1 - 1 / 64),  # the ceiling of 67 tokens
+        (np.array([7, 7, 7, 7, 7]), 4, 0.5),
+        ("a rose is a rose is a rose".split(), 3, 1 - 3 / 6),
+    ],
+)
+def test_seq_rep_n(tokens, n, expected):
+    assert seq_rep_n(tokens, n) == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_continuation_shorter_than_n_has_no_value():
+    assert math.isnan(seq_rep_n([1, 2, 3], 4))
+    assert math.isnan(seq_rep_n([], 1))
+    assert bootstrap([seq_rep_n([1, 2, 3]), seq_rep_n([7] * 5)]).mean == 0.5
+
+
+def test_distinct_n_never_crosses_from_one_sequence_to_the_next():
+    assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4  # 12 23 12 24
+    assert distinct_n([[1], [2], [1]], 1) == 2 / 3
+    assert distinct_n([[1, 2, 3], [9]], 2) == 1.0
+    assert math.isnan(distinct_n([[1], [2]], 2))
+    assert math.isnan(distinct_n([], 2))
+
+
+def test_diversity_is_the_product_of_three():
+    assert diversity([1, 2, 1, 2, 1, 2]) == pytest.approx(2 / 5 * 2 / 4 * 2 / 3)
+    assert diversity(range(20)) == 1.0
+    assert diversity([3] * 10) == pytest.approx(1 / 9 * 1 / 8 * 1 / 7)
+    assert math.isnan(diversity([1, 2, 3]))
+
+
+@pytest.mark.parametrize("function", [seq_rep_n, lambda tokens, n: distinct_n([tokens], n)])
+def test_n_below_one_is_an_error(function):
+    with pytest.raises(ValueError, match="at least one token"):
+        function([1, 2], 0)
+
+
+# -- likelihood
+
+
+def test_perplexity():
+    assert perplexity(0.0, 3) == 1.0
+    assert perplexity(2 * math.log(8), 2) == pytest.approx(8)
+    # 4 nats over 1 token and 0 over 3: every token counts once, not every text.
+    assert perplexity(np.array([4.0, 0.0]), np.array([1, 3])) == pytest.approx(math.e)
+    assert perplexity(1e6, 1) == math.inf
+    for empty in (0, np.array([])):
+        with pytest.raises(ValueError, match="at least one token"):
+            perplexity(0.0, empty)
+
+
+# -- intervals
+
+
+def test_bootstrap_of_two_values_by_hand():
+    """Means of two draws from {0, 1} are 0, 1/2, 1 with chances 1/4, 1/2, 1/4."""
+    assert bootstrap([0.0, 1.0]) == Interval(0.5, 0.0, 1.0)
+    assert bootstrap([0.0, 1.0], level=0.4) == Interval(0.5, 0.5, 0.5)
+
+
+def test_bootstrap_agrees_with_the_normal_interval_where_that_holds():
+    values = np.random.default_rng(0).normal(3, 2, 2000)
+    mean, low, high = bootstrap(values)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert mean == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(half, rel=0.06)
+    ninety = bootstrap(values, level=0.9)
+    assert (ninety.high - ninety.low) / (high - low) == pytest.approx(1.645 / 1.96, rel=0.06)
+
+
+def test_bootstrap_is_a_function_of_its_seed():
+    values = np.arange(30.0)
+    assert bootstrap(values, seed=1) == bootstrap(values, seed=1) != bootstrap(values, seed=2)
+
+
+@pytest.mark.parametrize("draw, truth", [(lambda rng: rng.normal(1, 3, 60), 1.0), (lambda rng: rng.random(60) < 0.3, 0.3)])
+def test_the_interval_covers_the_truth_as_often_as_it_says(draw, truth):
+    rng = np.random.default_rng(7)
+    hits = [low <= truth <= high for _, low, high in (bootstrap(draw(rng), samples=300, seed=i) for i in range(400))]
+    assert 0.90 <= np.mean(hits) <= 0.98  # nominal .95; 400 trials have a standard error of .011
+
+
+def test_the_paired_interval_covers_the_difference_and_is_far_narrower():
+    rng = np.random.default_rng(3)
+    hits, narrower = [], []
+    for i in range(300):
+        hard = rng.normal(0, 5, 50)  # what both models find hard
+        a, b = hard + rng.normal(0.5, 1, 50), hard + rng.normal(0, 1, 50)
+        mean, low, high = paired_bootstrap(a, b, samples=300, seed=i)
+        assert mean == pytest.approx(a.mean() - b.mean())
+        hits.append(low <= 0.5 <= high)
+        alone = bootstrap(a, samples=300, seed=i)
+        narrower.append((high - low) / (alone.high - alone.low))
+    assert 0.90 <= np.mean(hits) <= 0.98
+    assert np.mean(narrower) < 0.4
+
+
+def test_weights_make_a_loss_per_token():
+    """Two rows of 1 token at 4 nats, two of 3 tokens at 0: 8 nats over 8 tokens, and draws keep value and weight together."""
+    loss, tokens = np.array([4.0, 0.0, 4.0, 0.0]), np.array([1, 3, 1, 3])
+    assert bootstrap(loss, weights=tokens).mean == 1.0
+    assert bootstrap(loss, weights=tokens, of=np.exp).mean == pytest.approx(math.e)
+    assert bootstrap(loss, weights=tokens).high == 4.0  # all four draws are short rows with chance 1/16
+    assert paired_bootstrap(loss, loss - 1, weights=tokens) == Interval(1.0, 1.0, 1.0)
+    rng = np.random.default_rng(5)
+    hits = []
+    for i in range(300):
+        tokens = rng.integers(1, 20, 80)
+        loss = 2.0 + rng.normal(0, 1, 80) / np.sqrt(tokens)
+        _, low, high = bootstrap(loss, weights=tokens, samples=300, seed=i, of=np.exp)
+        hits.append(low <= math.exp(2.0) <= high)
+    assert 0.90 <= np.mean(hits) <= 0.98
+
+
+@pytest.mark.parametrize("values", [[0.1], [0.1] * 7, [0.1, math.nan, 0.1]])
+def test_rows_that_do_not_differ_give_a_point(values):
+    mean, low, high = bootstrap(values)
+    assert low == mean == high == pytest.approx(0.1)
+
+
+def test_nan_rows_are_left_out():
+    values = [1.0, math.nan, 3.0, 5.0]
+    assert bootstrap(values) == bootstrap([1.0, 3.0, 5.0])
+    assert bootstrap([1.0, 3.0, 5.0, 99.0], weights=[1, 1, 1, 0]) == bootstrap([1.0, 3.0, 5.0])
+    # A row that one side lacks is no pair: rows 0 and 3 remain.
+    assert paired_bootstrap([1.0, math.nan, 3.0, 5.0], [0.0, 0.0, math.nan, 1.0]).mean == 2.5
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: bootstrap([]), "no value"),
+        (lambda: bootstrap([math.nan]), "no value"),
+        (lambda: bootstrap([1.0], weights=[0]), "no value"),
+        (lambda: paired_bootstrap([], []), "no value"),
+        (lambda: bootstrap([1.0, math.inf]), "infinite"),
+        (lambda: paired_bootstrap([math.inf, 1.0], [math.inf, 1.0]), "infinite"),
+        (lambda: bootstrap([[1.0]]), "one number per row"),
+        (lambda: bootstrap([1.0, 2.0], weights=[1]), "one number per row"),
+        (lambda: bootstrap([1.0], weights=[-1]), "zero or more"),
+        (lambda: paired_bootstrap([1.0], [1.0, 2.0]), "both sides"),
+        (lambda: bootstrap([1.0], samples=0), "at least one sample"),
+        (lambda: bootstrap([1.0], level=1.0), "between 0 and 1"),
+    ],
+)
+def test_what_has_no_interval_is_an_error(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_memory_does_not_change_the_result(monkeypatch):
+    from mlx_posttrain.evaluate import metrics
+
+    whole = bootstrap(np.arange(50.0), samples=500)
+    monkeypatch.setattr(metrics, "CHUNK", 120)  # two samples at a time
+    assert bootstrap(np.arange(50.0), samples=500) == whole
