@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from mlx_posttrain import engines, export, methods, recipe
 from mlx_posttrain.data import encode, formats, tasks
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import measure
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, perplexity
 from mlx_posttrain.loading import open_model
 from mlx_posttrain.progress import say
 
@@ -27,6 +26,8 @@ STAGES = {"SFT": "demo_sft", "LoRA": "demo_lora", "KL-SFT": "demo_kl"}
 TEMPLATE = "instruction"
 ROWS = 200  # held-out rows of each kind
 ANSWER_TOKENS = 40
+OPENING_WORDS = 12  # of each base text, continued greedily to see whether the model repeats itself
+CONTINUATION_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -36,42 +37,29 @@ class Measured:
     name: str
     unseen_content: np.ndarray
     unseen_phrasing: np.ndarray
-    response_nll: np.ndarray
-    response_tokens: np.ndarray
-    base_nll: np.ndarray
-    base_tokens: np.ndarray
+    response: measure.RowLoss
+    base_text: measure.RowLoss
     repetition: np.ndarray
     answers: list[str]
-
-    @property
-    def response_loss(self) -> float:
-        """Mean nats per trained token of the right answers."""
-        return float(self.response_nll.sum() / self.response_tokens.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity of held-out base text."""
-        return float(np.exp(self.base_nll.sum() / self.base_tokens.sum()))
 
 
 def measured(name: str, model: Any, tokenizer: Any) -> Measured:
     """Ask, score and read: the same rows, template and greedy decoding for every model."""
     content, phrasing = tasks.load("valid", limit=ROWS), tasks.load("phrasing", limit=ROWS)
-    both = measure.answers(model, tokenizer, _conversations(content + phrasing), template=TEMPLATE, max_tokens=ANSWER_TOKENS)
-    examples, _ = encode.encode_all(_conversations(content), tokenizer, templates=[TEMPLATE], max_length=256)
-    response_nll, response_tokens = measure.response_loss(model, examples)
-    texts = measure.base_text()
-    base_nll, base_tokens = measure.base_text_loss(model, tokenizer, texts)
+    both = measure.answers(model, tokenizer, content + phrasing, template=TEMPLATE, max_tokens=ANSWER_TOKENS)
     right = measure.task_accuracy(content + phrasing, both)
+    parsed, _ = formats.parse_rows(content, source="embedded/tasks")
+    examples, _ = encode.encode_all(parsed, tokenizer, templates=[TEMPLATE], max_length=256)
+    texts = measure.base_text()
     return Measured(
-        name, right[: len(content)], right[len(content) :], response_nll, response_tokens, base_nll, base_tokens,
-        measure.repetition(model, tokenizer, [" ".join(t.split()[:12]) for t in texts], max_tokens=64), [a.text for a in both],
-    )  # fmt: skip
-
-
-def _conversations(rows: Sequence[dict[str, Any]]) -> list[Any]:
-    parsed, _ = formats.parse_rows(list(rows), format="alpaca", source="embedded/tasks")
-    return parsed
+        name,
+        right[: len(content)],
+        right[len(content) :],
+        measure.response_loss(model, examples),
+        measure.base_text_loss(model, tokenizer, texts),
+        measure.repetition(model, tokenizer, [" ".join(t.split()[:OPENING_WORDS]) for t in texts], max_tokens=CONTINUATION_TOKENS),
+        [a.text for a in both],
+    )
 
 
 def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
@@ -115,8 +103,8 @@ def _summary(r: Measured) -> dict[str, Any]:
         "name": r.name,
         "unseen_content": float(r.unseen_content.mean()),
         "unseen_phrasing": float(r.unseen_phrasing.mean()),
-        "response_loss": r.response_loss,
-        "base_text_perplexity": r.perplexity,
+        "response_loss": r.response.mean,
+        "base_text_perplexity": perplexity(*r.base_text),
         "seq_rep_4": float(np.nanmean(r.repetition)),
     }
 
@@ -134,17 +122,18 @@ def _print_table(results: list[Measured]) -> None:
         table.add_column(heading, justify="right" if heading else "left")
     for r in results:
         table.add_row(
-            r.name, _percent(bootstrap(r.unseen_content)), _percent(bootstrap(r.unseen_phrasing)), f"{r.response_loss:.3f}",
-            f"{r.perplexity:.1f}", f"{np.nanmean(r.repetition):.3f}",
+            r.name, _percent(bootstrap(r.unseen_content)), _percent(bootstrap(r.unseen_phrasing)), f"{r.response.mean:.3f}",
+            f"{perplexity(*r.base_text):.1f}", f"{np.nanmean(r.repetition):.3f}",
         )  # fmt: skip
     # A pipe or a file has no width of its own; 120 keeps every column readable.
     Console(width=None if Console().is_terminal else 120).print(table)
     base, sft, _, kl = results
     gain = paired_bootstrap(sft.unseen_content, base.unseen_content)
     print(f"SFT answers {gain.mean:+.1%} [{gain.low:+.1%}, {gain.high:+.1%}] more of the unseen contents than the base.")
-    less = paired_bootstrap(kl.base_nll / kl.base_tokens, sft.base_nll / sft.base_tokens)
+    less = paired_bootstrap(kl.base_text.per_token, sft.base_text.per_token, weights=sft.base_text.tokens)
     print(
-        f"Forgetting: base-text perplexity {base.perplexity:.1f} before, {sft.perplexity:.1f} after SFT, {kl.perplexity:.1f} after KL-SFT; "
+        f"Forgetting: base-text perplexity {perplexity(*base.base_text):.1f} before, {perplexity(*sft.base_text):.1f} after SFT, "
+        f"{perplexity(*kl.base_text):.1f} after KL-SFT; "
         f"KL-SFT against SFT {less.mean:+.3f} [{less.low:+.3f}, {less.high:+.3f}] nats per token."
     )
 

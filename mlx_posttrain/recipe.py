@@ -28,13 +28,14 @@ class Section(BaseModel):
 class CleanSection(Section):
     """Data-quality filters, applied in this order; each says how many rows it dropped."""
 
-    min_words: int = Field(3, ge=0, description="shortest response kept, in words")
-    max_words: int = Field(300, ge=1, description="longest response kept, in words")
-    truncated: bool = Field(True, description="drop responses that break off in mid-sentence")
+    min_words: int = Field(3, ge=0, description="shortest answer kept, in words")
+    max_words: int = Field(300, ge=1, description="longest answer kept, in words")
+    complete: bool = Field(True, description="drop answers that break off in mid-sentence")
     boilerplate: bool = Field(True, description="drop refusals, 'As an AI language model', bare links and placeholders")
     language: str | None = Field("en", description="keep rows written in this language; null keeps all")
-    near_duplicates: float | None = Field(
-        0.7, gt=0, le=1, description="Jaccard similarity of word 5-grams that counts as the same row; null: off"
+    exact: bool = Field(True, description="drop rows that are the same but for case and spacing")
+    near: float | None = Field(
+        0.7, gt=0, le=1, description="drop near duplicates: Jaccard similarity of word 5-grams from which two rows are one; null: off"
     )
     keep: int | None = Field(None, ge=1, description="keep this many rows, drawn by seed; null keeps all that pass")
 

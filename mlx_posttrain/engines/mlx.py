@@ -397,7 +397,10 @@ class MLXEngine:
 
     def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
         if "mlx" in state:
-            mx.random.state[0] = mx.array(state["mlx"])
+            high, low = (int(v) for v in state["mlx"])
+            mx.random.seed((high << 32) | low)  # mlx's state is its key, the two halves of the seed; it cannot be assigned
+            if not np.array_equal(np.array(mx.random.state[0]), state["mlx"]):
+                raise RuntimeError("this version of mlx keeps its random state differently: a run cannot be resumed exactly")
 
     def memory(self) -> dict[str, float]:
         return {"peak_gb": mx.get_peak_memory() / 2**30}

@@ -20,7 +20,7 @@ from mlx_posttrain.evaluate.metrics import Interval, bootstrap, distinct_n, dive
         ([5, 6, 7, 8], 4, 0.0),  # a single n-gram
         ([7] * 67, 4, 1 - 1 / 64),  # the ceiling of 67 tokens
         (np.array([7, 7, 7, 7, 7]), 4, 0.5),
-        ("a rose is a rose is a rose".split(), 3, 1 - 3 / 6),
+        (["a", "rose", "is", "a", "rose", "is", "a", "rose"], 3, 1 - 3 / 6),
     ],
 )
 def test_seq_rep_n(tokens, n, expected):

@@ -1,0 +1,105 @@
+"""Every shipped recipe is read, and runs for a step on the tiny model with the embedded data; the README's commands parse."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+
+from mlx_posttrain import engines, methods, recipe
+from mlx_posttrain.convert import hub
+
+SHIPPED = sorted(recipe.shipped())
+DEFAULTS = {  # the learning path's own figures, which the recipes keep
+    "01_sft": {"train.lr": 2e-5, "train.schedule": "cosine", "train.warmup": 0.1, "model": "openai-community/gpt2", "data.source": "embedded/qa"},
+    "02_templates": {"train.lr": 1e-5, "data.source": "yahma/alpaca-cleaned", "data.limit": 200},
+    "03_lora": {"train.lr": 1e-4, "adapter.rank": 16, "adapter.alpha": 32, "adapter.dropout": 0.1, "data.limit": 200, "data.source": "yahma/alpaca-cleaned"},
+    "03_qlora": {"train.lr": 1e-4, "adapter.quantize": 4, "data.limit": 200},
+    "06_kl_sft": {"train.lr": 2e-5, "train.epochs": 2, "kl.beta": 0.1, "data.clean.keep": 3000, "data.source": "tatsu-lab/alpaca"},
+}
+
+
+def test_the_learning_path_is_shipped():
+    assert set(DEFAULTS) <= set(SHIPPED) and {"00_pretrain_tiny", "demo_sft", "demo_lora", "demo_kl"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
+def test_defaults(name):
+    chosen = recipe.load(name)
+    for key, value in DEFAULTS[name].items():
+        found = chosen
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == value, key
+    assert chosen.output == f"runs/{name}"
+
+
+def test_five_templates():
+    from mlx_posttrain.data.templates import FIVE
+
+    assert recipe.load("02_templates").data.template == list(FIVE)
+
+
+@pytest.mark.parametrize("name", [n for n in SHIPPED if not n.startswith("00")])
+@pytest.mark.parametrize("engine", engines.available())
+def test_runs_on_the_tiny_model(name, engine, tmp_path):
+    try:
+        hub.resolve("tiny")
+    except Exception as error:
+        pytest.fail(str(error))
+    if engine == "torch" and name == "03_qlora":
+        pytest.skip("quantised training is MLX's")
+    chosen = recipe.load(name, [
+        "model=tiny", "data.source=embedded/tasks", "data.limit=200", "data.eval_limit=8", f"output={tmp_path / 'run'}", f"engine={engine}",
+        "train.steps=1", "sample.max_tokens=4",
+    ])  # fmt: skip
+    result = methods.get(chosen.method).run(chosen)
+    assert 0 < result["loss"] < 20
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert samples and {"step", "prompt", "answer", "wanted"} <= set(samples[0])
+    assert (tmp_path / "run" / "card.md").read_text().startswith("---")
+
+
+@pytest.mark.parametrize("name", ["02_templates", "03_lora", "06_kl_sft"])
+def test_runs_on_local_files(name, random_gpt2, shared, tmp_path):
+    chosen = recipe.load(name, [
+        f"model={random_gpt2}", f"data.source={shared / 'data' / 'instruct' / 'short-tasks.jsonl'}", "data.max_length=64", "data.eval_limit=8",
+        "data.holdout=20", f"output={tmp_path / 'run'}", "train.steps=1", "sample.count=0",
+    ])  # fmt: skip
+    assert methods.get(chosen.method).run(chosen)["loss"] > 0
+
+
+@pytest.mark.parametrize("engine", engines.available())
+def test_pretraining_learns_from_random_weights(engine, tmp_path):
+    """Twenty sentences, a few dozen steps: the loss falls far below that of guessing."""
+    texts = tmp_path / "texts.jsonl"
+    sentences = [f"the {a} {b} sees the {c}." for a in ("big", "small") for b in ("cat", "dog", "cow") for c in ("moon", "sun", "hill")]
+    texts.write_text("".join(json.dumps({"text": " ".join(sentences[i:] + sentences[:i])}) + "\n" for i in range(18)))
+    chosen = recipe.load("00_pretrain_tiny", [
+        f"data.source={texts}", f"output={tmp_path / 'run'}", f"engine={engine}", "pretrain.vocab_size=300", "pretrain.layers=2", "pretrain.width=48",
+        "pretrain.heads=2", "pretrain.context=64", "data.max_length=64", "data.holdout=2", "train.epochs=20", "train.warmup=5", "train.lr=5e-3", "train.eval_every=20",
+    ])  # fmt: skip
+    result = methods.get(chosen.method).run(chosen)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["eval/loss"]
+    assert first == pytest.approx(5.7, abs=0.2)  # ln 300
+    assert result["loss"] < 1.5
+
+
+def test_the_commands_in_recipes_and_readme_parse(root):
+    """Commands shown to people are ones that exist: recipe, keys and options."""
+    texts = [p.read_text() for p in recipe.shipped().values()] + [p.read_text() for p in (root / "README.md", root / "recipes" / "README.md") if p.is_file()]
+    commands = [m for text in texts for m in re.findall(r"mlx-posttrain (?:run|export|generate|chat|convert|doctor|demo|recipes|keys)[^\n`]*", text)]
+    assert len(commands) > 8
+    from typer.main import get_command
+
+    from mlx_posttrain.cli import app
+
+    known = get_command(app).commands
+    for command in commands:
+        words = shlex.split(re.split(r"\s{2,}|\s#|\)", command)[0], comments=True)[1:]
+        context = known[words[0]].make_context(words[0], words[1:], resilient_parsing=True)
+        assert context is not None
+        if words[0] == "run" and "--resume" not in words and not words[1].isupper():
+            recipe.load(words[1], [w for w in words[2:] if "=" in w and "..." not in w])
