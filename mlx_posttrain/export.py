@@ -92,7 +92,7 @@ def _base_weights(source: Source) -> dict[str, Any]:
     from mlx_posttrain.convert import gpt2
 
     if source.quantize:
-        from mlx_posttrain.engines.mlx import dequantised_weights
+        from mlx_posttrain.engines.mlx_load import dequantised_weights
 
         group = source.recipe["adapter"].get("group_size", 64) if source.recipe else 64
         found = dequantised_weights(source.folder, source.quantize, group)
@@ -143,11 +143,11 @@ def _temporary(folder: Path) -> Any:
 
 
 def _requantised(source: Source, folder: Path, force: bool) -> dict[str, float]:
-    from mlx_posttrain.engines.mlx import save_requantised
+    from mlx_posttrain.engines.mlx_load import save_requantised
     from mlx_posttrain.loading import open_model
 
     assert source.adapter is not None
-    model, _, _ = open_model(source.adapter.parent, "mlx")
+    model: Any = open_model(source.adapter.parent, "mlx")[0]
     probe = np.random.default_rng(0).integers(0, model.config["vocab_size"], (4, 32))
     drift = save_requantised(model, folder, probe)
     if drift["lost"] > MAX_LOST and not force:

@@ -74,7 +74,7 @@ class Run:
 
         def fill(folder: Path) -> None:
             write(folder)
-            np.savez(folder / "random.npz", **arrays)
+            np.savez(folder / "random.npz", allow_pickle=False, **arrays)  # type: ignore[arg-type]
             (folder / "state.json").write_text(json.dumps({"step": step, **state}))
 
         replace_folder(target, fill)

@@ -37,18 +37,20 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
     """The rows of one split as conversations, cleaned if the recipe says so; prints what was dropped."""
     rows = sources.load_rows(data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle)
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
-    if parsed and not isinstance(parsed[0], Conversation):
+    conversations = [row for row in parsed if isinstance(row, Conversation)]
+    if len(conversations) < len(parsed):
         raise UserError(
-            f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows; this method trains on answers: name the columns with data.columns, for example {{prompt: prompt, completion: chosen}}"
+            f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows, and this method imitates one answer: "
+            "say which with data.columns, for example {prompt: prompt, completion: chosen}"
         )
     for reason, count in dropped.items():
         say(f"{data.source} {split}: {count} rows dropped: {reason}")
     if data.clean is not None:
         from mlx_posttrain.data import quality
 
-        parsed, drops = quality.clean(parsed, seed=seed, **data.clean.model_dump())
-        say("cleaning dropped " + ", ".join(f"{reason} {count}" for reason, count in drops.items()) + f"; {len(parsed)} rows kept")
-    return parsed
+        conversations, drops = quality.clean(conversations, seed=seed, **data.clean.model_dump())
+        say("cleaning dropped " + ", ".join(f"{reason} {count}" for reason, count in drops.items()) + f"; {len(conversations)} rows kept")
+    return conversations
 
 
 def split_rows(data: DataSection, seed: int) -> tuple[list[Conversation], list[Conversation]]:

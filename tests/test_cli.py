@@ -163,5 +163,3 @@ def test_plain_progress_is_lines_not_control_codes(run):
     result = run("data.holdout=0")
     assert "\x1b" not in result.err and "trained tokens/s" in result.err and "GB" in result.err
     assert np.isfinite(float(result.err.split("loss ")[1].split()[0]))
-
-

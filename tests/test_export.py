@@ -157,9 +157,8 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
 
     # Into the grid again: measured; refused when too much of the adapter is lost, and then nothing is left behind.
     drift = export.export(run, tmp_path / "forced", "mlx-lm", merged=True, force=True)["drift"]
-    from mlx_lm import load
-
     import mlx.core as mx
+    from mlx_lm import load
 
     again, _ = load(str(tmp_path / "forced"))
     probe = np.random.default_rng(0).integers(0, model.config["vocab_size"], (4, 32))

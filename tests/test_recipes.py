@@ -13,9 +13,22 @@ from mlx_posttrain.convert import hub
 
 SHIPPED = sorted(recipe.shipped())
 DEFAULTS = {  # the learning path's own figures, which the recipes keep
-    "01_sft": {"train.lr": 2e-5, "train.schedule": "cosine", "train.warmup": 0.1, "model": "openai-community/gpt2", "data.source": "embedded/qa"},
+    "01_sft": {
+        "train.lr": 2e-5,
+        "train.schedule": "cosine",
+        "train.warmup": 0.1,
+        "model": "openai-community/gpt2",
+        "data.source": "embedded/qa",
+    },
     "02_templates": {"train.lr": 1e-5, "data.source": "yahma/alpaca-cleaned", "data.limit": 200},
-    "03_lora": {"train.lr": 1e-4, "adapter.rank": 16, "adapter.alpha": 32, "adapter.dropout": 0.1, "data.limit": 200, "data.source": "yahma/alpaca-cleaned"},
+    "03_lora": {
+        "train.lr": 1e-4,
+        "adapter.rank": 16,
+        "adapter.alpha": 32,
+        "adapter.dropout": 0.1,
+        "data.limit": 200,
+        "data.source": "yahma/alpaca-cleaned",
+    },
     "03_qlora": {"train.lr": 1e-4, "adapter.quantize": 4, "data.limit": 200},
     "06_kl_sft": {"train.lr": 2e-5, "train.epochs": 2, "kl.beta": 0.1, "data.clean.keep": 3000, "data.source": "tatsu-lab/alpaca"},
 }
@@ -89,8 +102,12 @@ def test_pretraining_learns_from_random_weights(engine, tmp_path):
 
 def test_the_commands_in_recipes_and_readme_parse(root):
     """Commands shown to people are ones that exist: recipe, keys and options."""
-    texts = [p.read_text() for p in recipe.shipped().values()] + [p.read_text() for p in (root / "README.md", root / "recipes" / "README.md") if p.is_file()]
-    commands = [m for text in texts for m in re.findall(r"mlx-posttrain (?:run|export|generate|chat|convert|doctor|demo|recipes|keys)[^\n`]*", text)]
+    texts = [p.read_text() for p in recipe.shipped().values()] + [
+        p.read_text() for p in (root / "README.md", root / "recipes" / "README.md") if p.is_file()
+    ]
+    commands = [
+        m for text in texts for m in re.findall(r"mlx-posttrain (?:run|export|generate|chat|convert|doctor|demo|recipes|keys)[^\n`]*", text)
+    ]
     assert len(commands) > 8
     from typer.main import get_command
 

@@ -185,7 +185,7 @@ class Engine(Protocol):
     ) -> Model:
         """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised."""
 
-    def trainer(self, model: Model, settings: AdamW) -> Trainer:
+    def trainer(self, model: Any, settings: AdamW) -> Trainer:
         """An optimizer over the model's trained parameters."""
 
     def seed(self, seed: int) -> None:

@@ -81,7 +81,12 @@ def test_streaming_sees_the_same_tokens(model):
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_engines_sample_the_same_tokens(random_gpt2, top_p):
     texts = [
-        [c.tokens for c in engines.get(e).load(random_gpt2).generate(PROMPTS, max_tokens=24, stop=None, temperature=1.1, top_p=top_p, samples=4, seed=9)]
+        [
+            c.tokens
+            for c in engines.get(e)
+            .load(random_gpt2)
+            .generate(PROMPTS, max_tokens=24, stop=None, temperature=1.1, top_p=top_p, samples=4, seed=9)
+        ]
         for e in ENGINES
     ]
     assert texts[0] == texts[1]

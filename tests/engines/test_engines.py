@@ -146,9 +146,7 @@ def test_an_adapter_starts_as_the_base_and_the_base_never_moves(engine, random_g
     # With the policy's own loss removed, the KL is measured against the untouched base.
     untouched = engine.load(random_gpt2)
     untouched.keep_reference()
-    assert untouched.evaluate(sft.loss, [batch])["loss"] == pytest.approx(
-        -float(np.mean(_reference_logprobs(model, batch))), rel=1e-4
-    )
+    assert untouched.evaluate(sft.loss, [batch])["loss"] == pytest.approx(-float(np.mean(_reference_logprobs(model, batch))), rel=1e-4)
 
 
 def _reference_logprobs(model, batch):
@@ -244,11 +242,11 @@ def test_optimizer_matches_a_numpy_adamw(engine, random_gpt2):
 def _finite_difference(engine, folder, batch, name, entry, step=2e-3):
     losses = []
     for sign in (1, -1):
-        from safetensors.numpy import load_file, save_file
-
         import shutil
         import tempfile
         from pathlib import Path
+
+        from safetensors.numpy import load_file, save_file
 
         with tempfile.TemporaryDirectory() as temporary:
             changed = Path(temporary) / "model"

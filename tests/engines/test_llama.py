@@ -61,6 +61,7 @@ def test_engines_agree_and_reopen_each_others_runs(adapter, llama, rows_file, tm
 def test_generation_is_the_same_on_both_engines(llama):
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
     texts = [
-        [c.tokens for c in open_model(llama, e)[0].generate(prompts, max_tokens=10, stop=0, temperature=0.9, samples=2, seed=4)] for e in ENGINES
+        [c.tokens for c in open_model(llama, e)[0].generate(prompts, max_tokens=10, stop=0, temperature=0.9, samples=2, seed=4)]
+        for e in ENGINES
     ]
     assert all(t == texts[0] for t in texts)

@@ -1,0 +1,124 @@
+"""Models for the MLX engine: read, quantise, recompute activations, merge into a quantised base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_posttrain.convert import gpt2, hub
+from mlx_posttrain.convert import weights as weight_files
+from mlx_posttrain.convert.files import copy_tokenizer
+from mlx_posttrain.errors import UserError
+
+
+def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.array]]:
+    weights = weight_files.load_weights(folder)
+    if config["model_type"] == "gpt2":
+        weights = gpt2.hf_to_mlx(weights, config["n_layer"])
+    return list(weights.items())
+
+
+def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None, group_size: int) -> nn.Module:
+    from mlx_lm.utils import _get_classes, load_model
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        model_class, args_class = _get_classes(config)
+        if config["model_type"] != "gpt2":
+            return model_class, args_class
+
+        class GPT2(model_class):  # mlx-lm's loader does not know the `transformer.` prefix that save_pretrained writes
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                return gpt2.hf_to_mlx(weights, self.args.n_layer)
+
+        return GPT2, args_class
+
+    try:
+        net, _ = load_model(
+            folder, model_config=weight_files.gpt2_config(config) if config["model_type"] == "gpt2" else None, get_model_classes=classes
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+    quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
+    if not quantised:
+        net.set_dtype(getattr(mx, dtype))
+    if quantize and not quantised:
+        # Embeddings stay as they are (Dettmers et al. 2023, section 3): only the linear layers that adapters stand on are packed.
+        bad = [p for p, m in net.named_modules() if isinstance(m, nn.Linear) and m.weight.shape[-1] % group_size]
+        if bad:
+            raise UserError(f"adapter.group_size={group_size} does not divide the width of {bad[0]}; use 32")
+        nn.quantize(net, group_size=group_size, bits=quantize, class_predicate=lambda _, m: isinstance(m, nn.Linear))
+    if quantised or quantize:
+        net.freeze()
+    mx.eval(net.parameters())
+    return net
+
+
+def checkpoint_blocks(net: nn.Module) -> None:
+    """Recompute each transformer block in the backward pass, in training only (Chen et al. 2016).
+
+    Done per instance: mlx-lm's own helper patches the layer's class for the whole process, reference and generation included.
+    """
+
+    def checkpointed(base: type) -> type:
+        class Checkpointed(base):
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                if not self.training:
+                    return super().__call__(*args, **kwargs)
+
+                def inner(parameters: Any, *args: Any) -> Any:
+                    self.update(parameters)
+                    return base.__call__(self, *args, **kwargs)
+
+                return mx.checkpoint(inner)(self.trainable_parameters(), *args)
+
+        Checkpointed.__name__ = base.__name__
+        return Checkpointed
+
+    classes: dict[type, type] = {}
+    for layer in net.layers:
+        layer.__class__ = classes.setdefault(type(layer), checkpointed(type(layer)))
+
+
+def dequantised_weights(folder: Path, bits: int, group_size: int) -> dict[str, mx.array]:
+    """A folder's weights after rounding to the quantisation grid and back: what a QLoRA adapter was trained on."""
+    from mlx_lm.utils import dequantize_model
+
+    net = load(folder, hub.check_config(folder), "float32", bits, group_size)
+    return dict(tree_flatten(dequantize_model(net).parameters()))
+
+
+def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, float]:
+    """Fuse an adapter into its quantised base, quantise again, write a folder for mlx-lm, and say what the rounding cost.
+
+    probe: [B, T] token ids. Returns ``lost``: rms of (merged - adapted) logits over rms of (adapted - base) logits, 0 for an exact
+    merge, about 1 when the adapter is gone; ``max_logit_difference``: the largest |merged - adapted|; ``kl``: mean
+    KL(adapted || merged) in nats per position.
+    """
+    from mlx_lm.utils import save_config
+
+    net = model.net.eval()
+    tokens = mx.array(probe.astype(np.int32))
+    adapted = net(tokens).astype(mx.float32)
+    with model.adapters_off():
+        base = net(tokens).astype(mx.float32)
+    mx.eval(adapted, base)
+    quantised = next(m.linear for _, m in model.adapted())
+    net.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in model.adapted()]))
+    merged = net(tokens).astype(mx.float32)
+    log_p, log_q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (adapted, merged))
+    drift = {
+        "lost": mx.sqrt(mx.mean(mx.square(merged - adapted)) / mx.maximum(mx.mean(mx.square(adapted - base)), 1e-20)).item(),
+        "max_logit_difference": mx.max(mx.abs(merged - adapted)).item(),
+        "kl": mx.mean(mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1)).item(),
+    }
+    weight_files.save_weights(folder, dict(tree_flatten(net.parameters())), format="mlx")
+    quantization = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
+    config = weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
+    save_config({**config, "quantization": quantization, "quantization_config": quantization}, folder / "config.json")
+    copy_tokenizer(model.folder, folder)
+    return drift
