@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from mlx_posttrain.errors import UserError
 
@@ -41,16 +41,22 @@ class Converted(NamedTuple):
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """Return a model folder's tensors as MLX arrays by name, from one safetensors file or from shards; the data is read when first used.
+    """Return a model folder's tensors by name, from one safetensors file or from shards: MLX arrays, or torch tensors where MLX is not installed.
+
+    MLX reads the data when it is first used.
 
     Raises:
         UserError: no safetensors weights, a shard that the index names is missing, or a file is cut off or is not safetensors.
     """
-    import mlx.core as mx
+    load: Callable[[str], Any]
+    try:
+        from mlx.core import load
+    except ImportError:  # Intel Macs
+        from safetensors.torch import load_file as load
 
     weights: dict[str, Any] = {}
     for file in _checked_files(path):
-        weights.update(cast(dict[str, Any], mx.load(str(file))))
+        weights.update(load(str(file)))
     return weights
 
 

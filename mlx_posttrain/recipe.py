@@ -111,6 +111,8 @@ class AdapterSection(Section):
             raise ValueError(f"quantize takes 2, 3, 4, 6 or 8 bits, not {self.quantize}")
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size takes 32, 64 or 128, not {self.group_size}")
+        if self.kind == "dora" and self.quantize in (3, 6):
+            raise ValueError("DoRA takes a base of 2, 4 or 8 bits")  # mlx-lm's layer miscounts the width of the others
         return self
 
 

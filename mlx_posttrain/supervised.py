@@ -139,8 +139,11 @@ def run(
     reference: bool = False,
     resume: bool = False,
     start: Callable[[Path], Path] | None = None,
+    prepare: Callable[[list[Conversation]], list[Conversation]] | None = None,
 ) -> dict[str, float]:
-    """Load, train, save. ``start(run_folder)`` makes the model to start from; by default it is ``recipe.model``.
+    """Load, train, save.
+
+    ``start(run_folder)`` makes the model to start from, by default ``recipe.model``; ``prepare`` changes the training rows.
 
     Returns the final evaluation. Raises UserError for every foreseeable failure, see fit.
     """
@@ -156,6 +159,8 @@ def run(
         source = start(run.folder) if start else loading.base_folder(recipe.model)
         tokenizer = load_tokenizer(source)
         train, held_out = split_rows(recipe.data, recipe.seed)
+        if prepare is not None:
+            train = prepare(train)
         model = load_model(engine, recipe, source, adapter)
         examples = encode_rows(train, recipe.data, tokenizer, model.context, recipe.seed, "training rows")
         held_out_examples = encode_rows(held_out, recipe.data, tokenizer, model.context, recipe.seed, "held-out rows")

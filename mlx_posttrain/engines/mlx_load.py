@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_posttrain.convert import gpt2, hub
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
+from mlx_posttrain.engines import mlx_gelu
 from mlx_posttrain.errors import UserError
 
 
@@ -43,6 +44,8 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
         )
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+    if config["model_type"] == "gpt2" and dtype == "float32":
+        mlx_gelu.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
     if not quantised:
         net.set_dtype(getattr(mx, dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -297,7 +298,7 @@ def test_windows_that_cannot_be_are_errors(tokenizer, settings):
 def test_repetition_counts_the_greedy_continuation_and_eos_does_not_end_it(tokenizer):
     table = Table(len(tokenizer))
     eos = encode.eos_id(tokenizer)
-    the, cat = (tokenizer(word)["input_ids"][-1] for word in ("the", "cat"))
+    cat, the = (tokenizer(text)["input_ids"][-1] for text in ("a cat", "on the"))
     table.table[the] = np.where(np.arange(len(tokenizer)) == eos, 0.0, -50.0)
     table.table[eos] = np.where(np.arange(len(tokenizer)) == the, 0.0, -50.0)  # the, EOS, the, EOS ...
     found = measure.continuations(table, tokenizer, ["a cat", "on the"], max_tokens=12)
@@ -339,14 +340,21 @@ def test_base_text_is_plain_prose():
 # -- both engines
 
 
-def transformers_logprobs(folder: Path, tokens: list[int]) -> np.ndarray:
-    """[T - 1, V] log-probabilities of what follows each token but the last."""
-    torch = pytest.importorskip("torch")
+@cache
+def transformers_model(folder: Path) -> Any:
+    pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    net = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def transformers_logprobs(folder: Path, tokens: list[int]) -> np.ndarray:
+    """[T, V] log-probabilities of what follows each token."""
+    net = transformers_model(folder)
+    import torch
+
     with torch.no_grad():
-        return net(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1).numpy()
+        return net(torch.tensor([tokens])).logits[0].log_softmax(-1).numpy()
 
 
 def test_token_logprobs_equal_transformers(model, folder, tokenizer):
@@ -394,12 +402,12 @@ def test_losses_on_an_engine_equal_one_pass_of_transformers(model, folder, token
 
 def test_sliding_windows_on_an_engine_equal_a_pass_per_window(model, folder, tokenizer):
     """A text longer than the context, in windows as long as the context: the last target of a window is no input."""
-    text = SAID[1] * 4
+    text = SAID[1] * 6
     ids = [encode.eos_id(tokenizer), *tokenizer(text)["input_ids"]]
     assert len(ids) > 2 * CONTEXT
     wanted = 0.0
     for begin, end, fresh in measure.windows(len(ids) - 1, CONTEXT, 40):
-        log_p = transformers_logprobs(folder, [*ids[begin:end], 0])  # the 0 is there to be cut off
+        log_p = transformers_logprobs(folder, ids[begin:end])
         wanted -= sum(log_p[i - begin, ids[i + 1]] for i in range(end - fresh, end))
     nll, tokens = measure.base_text_loss(model, tokenizer, [text], window=CONTEXT, stride=40)
     assert tokens.tolist() == [len(ids) - 1]

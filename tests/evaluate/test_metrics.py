@@ -121,6 +121,8 @@ def test_weights_make_a_loss_per_token():
     assert bootstrap(loss, weights=tokens, of=np.exp).mean == pytest.approx(math.e)
     assert bootstrap(loss, weights=tokens).high == 4.0  # all four draws are short rows with chance 1/16
     assert paired_bootstrap(loss, loss - 1, weights=tokens) == Interval(1.0, 1.0, 1.0)
+    # Two draws from 0 (weight 1) and 2 (weight 3) have means 0, 6/4, 2 with chances 1/4, 1/2, 1/4.
+    assert bootstrap([0.0, 2.0], weights=[1, 3], level=0.4) == Interval(1.5, 1.5, 1.5)
     rng = np.random.default_rng(5)
     hits = []
     for i in range(300):

@@ -1,0 +1,33 @@
+"""The demo as a newcomer runs it: a process, the shipped model, nothing from the network; and it must have learned something."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1700)
+def test_demo_learns_forgets_less_with_kl_and_exports(tmp_path):
+    out = tmp_path / "demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)], capture_output=True, text=True, timeout=1600, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    base, sft, lora, kl = json.loads((out / "comparison.json").read_text())
+    assert [r["name"] for r in (base, sft, lora, kl)] == ["base", "SFT", "LoRA", "KL-SFT"]
+    assert base["unseen_content"] < 0.05  # the base does not know the format
+    for tuned in (sft, lora, kl):
+        assert tuned["unseen_content"] > base["unseen_content"] + 0.2
+        assert tuned["unseen_phrasing"] > base["unseen_phrasing"] + 0.15
+        assert tuned["response_loss"] < base["response_loss"] - 1.0
+    # The leash holds: less of the base text is forgotten than by plain SFT.
+    assert abs(kl["base_text_perplexity"] - base["base_text_perplexity"]) < abs(sft["base_text_perplexity"] - base["base_text_perplexity"])
+    for words in ("unseen content", "base-text", "seq-rep-4", "wanted", "PEFT", "mlx-posttrain run 03_lora"):
+        assert words in done.stdout
+    assert (out / "lora-peft" / "adapter_model.safetensors").is_file()
+    again = subprocess.run([sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2 and "earlier demo" in again.stderr
