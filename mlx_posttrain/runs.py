@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mlx_posttrain.convert.files import write_atomically
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.recipe import Recipe
 
@@ -58,7 +59,7 @@ class Run:
         """Write the resolved recipe with the versions and machine it runs on."""
         environment = {"environment": environment_info()}
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomically(self.folder / "recipe.yaml", text + "\n" + yaml.safe_dump(environment, sort_keys=False))
+        write_text(self.folder / "recipe.yaml", text + "\n" + yaml.safe_dump(environment, sort_keys=False))
 
     # checkpoints
 
@@ -102,7 +103,7 @@ class Run:
             path = self.folder / name
             if path.is_file():
                 kept = [r for r in read_jsonl(path) if r.get("step", 0) <= step]
-                write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+                write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
     @property
     def finished(self) -> bool:
@@ -156,11 +157,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -181,15 +180,6 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}; {free:.1f} GB free): make room, then continue with --resume"
         ) from None
-
-
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise UserError when the disk that holds ``folder`` has fewer than ``needed`` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"not enough disk for {what}: {needed / 2**30:.2f} GB needed, {free / 2**30:.2f} GB free at {folder}; make room or choose another output=DIR"
-        )
 
 
 def environment_info() -> dict[str, Any]:

@@ -175,8 +175,8 @@ def run(
         model.keep_reference()
     data = Data(examples, held_out_examples, recipe.train, recipe.seed, model.context)
     result = fit(engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run))
-    runs.write_atomically(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    runs.write_text(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
     runs.replace_folder(run.final, model.save)
-    runs.write_atomically(run.folder / "card.md", export.model_card(loading.locate(run.folder), run.folder))
+    runs.write_text(run.folder / "card.md", export.model_card(loading.locate(run.folder), run.folder))
     say(f"{run.final} is written" + (f": held-out loss {result['loss']:.4f}" if "loss" in result else ""))
     return result

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_posttrain.convert.files import require_space
 from mlx_posttrain.data import batches
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import AdamW, Engine, Loss, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import Interrupted, Progress, interruptible
 from mlx_posttrain.recipe import TrainSection
-from mlx_posttrain.runs import Run, require_space
+from mlx_posttrain.runs import Run
 from mlx_posttrain.schedule import learning_rate
 
 
@@ -85,7 +86,7 @@ def fit(
     state: dict = {"best": None, "best_loss": None, "worse": 0, "evaluation": {}}
     first = _restore(engine, model, trainer, run, state) if resume else 0
     checkpoint_bytes = 12 * trained + 2**20  # float32 weights and two moments
-    require_space(run.folder, checkpoint_bytes, "a checkpoint")
+    require_space(run.folder, checkpoint_bytes)
     held_out = data.evaluation()
 
     def write(folder: Path) -> None:
@@ -93,7 +94,7 @@ def fit(
         trainer.save(folder / "optimizer.safetensors")
 
     def checkpoint(done: int) -> None:
-        require_space(run.folder, checkpoint_bytes, "a checkpoint")
+        require_space(run.folder, checkpoint_bytes)
         run.save_checkpoint(done, write, state, engine.random_state(), train.keep)
 
     def evaluate(done: int) -> bool:

@@ -29,5 +29,7 @@ def test_demo_learns_forgets_less_with_kl_and_exports(tmp_path):
     for words in ("unseen content", "base-text", "seq-rep-4", "wanted", "PEFT", "mlx-posttrain run 03_lora"):
         assert words in done.stdout
     assert (out / "lora-peft" / "adapter_model.safetensors").is_file()
-    again = subprocess.run([sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)], capture_output=True, text=True, timeout=60)
+    again = subprocess.run(
+        [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)], capture_output=True, text=True, timeout=60
+    )
     assert again.returncode == 2 and "earlier demo" in again.stderr

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_posttrain.engines.base import Completion
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.ops import ops
 
 Array = Any
 
@@ -35,14 +36,15 @@ class Decoder(Protocol):
         """One token per row and its log-probability; see :func:`pick`."""
 
 
-def pick(xp: Any, logits: Array, uniforms: Array, temperature: float, top_p: float) -> tuple[Array, Array]:
+def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tuple[Array, Array]:
     """One token per row by inverse CDF, and its log-probability under the tempered full softmax.
 
-    logits: [R, V] float32; uniforms: [R, 1] in [0, 1); ``xp`` is the library's namespace (see ops) extended by ``sort_desc``.
+    logits: [R, V] float32; uniforms: [R, 1] in [0, 1).
     temperature 0 takes the largest logit. ``top_p`` < 1 samples from the nucleus (Holtzman et al. 2020, section 3.1), the
     smallest set of tokens whose probability reaches top_p; the reported log-probability stays that of the full softmax,
     which is what reinforcement learning needs.
     """
+    xp = ops(logits)
     log_p = xp.log_softmax(logits / temperature if temperature > 0 else logits, axis=-1)
     if temperature == 0:
         tokens = xp.argmax(log_p, axis=-1)
@@ -51,7 +53,7 @@ def pick(xp: Any, logits: Array, uniforms: Array, temperature: float, top_p: flo
         # The first entry above u times the last one: rounding in a sum over V terms cannot push the draw past the end.
         tokens = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
     else:
-        order = xp.sort_desc(log_p)
+        order = xp.argsort_descending(log_p)
         p = xp.exp(xp.take_along_axis(log_p, order, axis=-1))
         before = xp.cumsum(p, axis=-1) - p
         cdf = xp.cumsum(xp.where(before < top_p, p, xp.zeros_like(p)), axis=-1)

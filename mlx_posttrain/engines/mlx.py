@@ -25,7 +25,6 @@ from mlx_posttrain.engines import decoding, files, mlx_load  # noqa: E402
 from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, check_fits, micro_batch_total  # noqa: E402
 from mlx_posttrain.errors import UserError  # noqa: E402
 from mlx_posttrain.losses.sft import token_logprobs  # noqa: E402
-from mlx_posttrain.ops import ops  # noqa: E402
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
@@ -262,9 +261,7 @@ class _MLXDecoder:
             c.filter(index)
 
     def pick(self, logits: mx.array, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
-        xp = ops(logits)
-        xp.sort_desc = lambda x: mx.argsort(-x, axis=-1)
-        tokens, log_p = decoding.pick(xp, logits, mx.array(uniforms)[:, None], temperature, top_p)
+        tokens, log_p = decoding.pick(logits, mx.array(uniforms)[:, None], temperature, top_p)
         return np.array(tokens), np.array(log_p)
 
 

@@ -20,7 +20,6 @@ from mlx_posttrain.engines import decoding, files
 from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, check_fits, micro_batch_total
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.sft import token_logprobs
-from mlx_posttrain.ops import ops
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
@@ -219,9 +218,7 @@ class _TorchDecoder:
         self.mask = self.mask[index]
 
     def pick(self, logits: torch.Tensor, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
-        xp = ops(logits)
-        xp.sort_desc = lambda x: torch.argsort(x, dim=-1, descending=True, stable=True)
-        tokens, log_p = decoding.pick(xp, logits, torch.from_numpy(uniforms)[:, None], temperature, top_p)
+        tokens, log_p = decoding.pick(logits, torch.from_numpy(uniforms)[:, None], temperature, top_p)
         return tokens.numpy(), log_p.numpy()
 
 

@@ -32,7 +32,9 @@ class PretrainSection(recipes.Section):
     width: int = Field(192, ge=8, description="hidden size, a multiple of heads")
     context: int = Field(512, ge=16, description="longest sequence in tokens")
     start: str | None = Field(None, description="continue from this model or run instead of new weights and a new tokenizer")
-    repeated: float = Field(0.0, ge=0, lt=1, description="share of documents that are random words of the texts said again and again; see repeated_lists")
+    repeated: float = Field(
+        0.0, ge=0, lt=1, description="share of documents that are random words of the texts said again and again; see repeated_lists"
+    )
 
 
 class Recipe(recipes.Recipe):
