@@ -31,6 +31,7 @@ def run(
         if recipe or overrides:
             raise UserError("--resume continues a run with its own recipe: give no recipe and no settings")
         _, raw = runs.reopen(resume)
+        raw.pop("untemplated", None)
         raw["output"] = str(resume)
         chosen = recipes.parse(raw, methods.get(str(raw.get("method"))).Recipe, str(resume / "recipe.yaml"))
     elif recipe is None:

@@ -26,7 +26,11 @@ class Source:
         """The template a run was trained with; None for a model that is no run."""
         if self.recipe is None:
             return None
-        template = self.recipe["data"].get("template", "instruction")
+        data = self.recipe["data"]
+        # Rows taken as they stand were trained without marks, and are asked without them.
+        if data.get("pack") or self.recipe.get("untemplated"):
+            return "none"
+        template = data.get("template", "instruction")
         return template if isinstance(template, str) else template[0]
 
     @property
@@ -43,7 +47,7 @@ def locate(name: str | Path) -> Source:
         if not run.finished:
             raise UserError(f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`")
         if (run.final / "adapter_config.json").is_file():
-            return Source(locate(recipe["model"]).folder, run.final, recipe)
+            return Source(base_folder(recipe["model"]), run.final, recipe)
         return Source(run.final, None, recipe)
     if (path / "adapter_config.json").is_file():
         from mlx_posttrain.convert import adapters
@@ -58,7 +62,7 @@ def locate(name: str | Path) -> Source:
 
 def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32") -> tuple[Model, Any, Source]:
     """(model, tokenizer, source) ready to generate or evaluate."""
-    from mlx_posttrain.supervised import load_tokenizer
+    from mlx_posttrain.supervised import check_vocabulary, load_tokenizer
 
     source = locate(name)
     chosen = engines.get(engine)
@@ -67,7 +71,9 @@ def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32") -
     if source.adapter is not None:
         model.add_adapter(files.spec_of(source.adapter), seed=0)
         model.load_trained(source.adapter)
-    return model, load_tokenizer(source.folder), source
+    tokenizer = load_tokenizer(source.folder)
+    check_vocabulary(tokenizer, model, source.folder)
+    return model, tokenizer, source
 
 
 def is_hub_id(name: str) -> bool:
@@ -87,6 +93,8 @@ def base_folder(name: str | Path) -> Path:
         raise UserError(
             f"{name}: a QLoRA run cannot be a new run's model; start from its adapter with adapter.path={name}, or export it with --merge"
         )
+    if source.recipe is None:
+        raise UserError(f"{name} is an adapter without a run: start from it with adapter.path={name} and model={source.folder}")
     merged = source.adapter.parent / "merged"
     if not merged.is_dir():
         from mlx_posttrain import export

@@ -22,7 +22,7 @@ from mlx_posttrain.errors import UserError
 class Section(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class CleanSection(Section):
@@ -51,6 +51,7 @@ class DataSection(Section):
     format: str = Field(
         "auto", description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer"
     )
+    families: list[str] | None = Field(None, description="kinds of embedded/tasks to take; null: all 30")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
     template: str | list[str] = Field("instruction", description="a template's name, or a list from which each row draws one by seed")
     train_on: Literal["completion", "assistant", "all"] = Field(
@@ -156,7 +157,7 @@ def find_recipe(name: str) -> Path:
         return path
     known = shipped()
     key = path.name.removesuffix(".yaml")
-    if key in known:
+    if key in known and path.parent == Path("."):
         return known[key]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "shipped recipes: " + ", ".join(known)
@@ -167,7 +168,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError naming file and line."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
@@ -189,7 +190,7 @@ def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise UserError(f"override {setting!r}: write key=value, for example train.lr=1e-5")
         try:
             value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             value = text
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
             with contextlib.suppress(ValueError):
@@ -222,7 +223,10 @@ def load(name: str, overrides: list[str] | None = None) -> Recipe:
     from mlx_posttrain import methods
 
     path = find_recipe(name)
-    raw = override(read_yaml(path), overrides or [])
+    raw = read_yaml(path)
+    for fact in ("environment", "untemplated"):  # a run's own recipe.yaml can be run again
+        raw.pop(fact, None)
+    raw = override(raw, overrides or [])
     if "method" not in raw:
         near = difflib.get_close_matches("method", [str(k) for k in raw], n=1, cutoff=0.6)
         hint = f" ({near[0]!r} is not a key; did you mean 'method'?)" if near else ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -55,9 +56,9 @@ class Run:
         """All records of metrics.jsonl."""
         return read_jsonl(self.folder / "metrics.jsonl")
 
-    def write_recipe(self, recipe: Recipe) -> None:
-        """Write the resolved recipe with the versions and machine it runs on."""
-        environment = {"environment": environment_info()}
+    def write_recipe(self, recipe: Recipe, **facts: Any) -> None:
+        """Write the resolved recipe with the versions and machine it runs on, and ``facts`` that became known since."""
+        environment = {"environment": environment_info(), **facts}
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_text(self.folder / "recipe.yaml", text + "\n" + yaml.safe_dump(environment, sort_keys=False))
 
@@ -143,7 +144,7 @@ def reopen(folder: str | Path) -> tuple[Run, dict[str, Any]]:
 
 def is_run(folder: str | Path) -> bool:
     """Whether ``folder`` is a run directory."""
-    return (Path(folder) / "recipe.yaml").is_file() and (Path(folder) / "final").parent.is_dir()
+    return (Path(folder) / "recipe.yaml").is_file()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -174,11 +175,16 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-    except OSError as error:
+    except UserError:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    except Exception as error:  # mlx and safetensors have errors of their own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError) and "rite" not in str(error) and "I/O" not in str(error):
+            raise
         free = shutil.disk_usage(target.parent).free / 2**30 if target.parent.is_dir() else 0.0
         raise UserError(
-            f"{target} cannot be written ({error.strerror or error}; {free:.1f} GB free): make room, then continue with --resume"
+            f"{target} cannot be written ({getattr(error, 'strerror', None) or error}; {free:.1f} GB free): make room, then continue with --resume"
         ) from None
 
 
@@ -195,6 +201,6 @@ def environment_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": versions,
     }

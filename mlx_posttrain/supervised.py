@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 def read_conversations(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Conversation]:
     """The rows of one split as conversations, cleaned if the recipe says so; prints what was dropped."""
-    rows = sources.load_rows(data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle)
+    rows = sources.load_rows(
+        data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle, families=data.families
+    )
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
     conversations = [row for row in parsed if isinstance(row, Conversation)]
     if len(conversations) < len(parsed):
@@ -92,12 +94,23 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
         if adapter.path is not None:
             start = Path(adapter.path)
             start = start / "final" if (start / "final").is_dir() else start
-            model.add_adapter(files.spec_of(start, adapter.dropout), recipe.seed)
+            spec = files.spec_of(start, adapter.dropout)
+            say(f"adapter from {start}: its own {spec.kind}, rank {spec.rank}, alpha {spec.alpha:g} hold, not the recipe's")
+            model.add_adapter(spec, recipe.seed)
             model.load_trained(start)
         else:
             targets = tuple(adapter.targets) if adapter.targets else None
             model.add_adapter(AdapterSpec(adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets), recipe.seed)
     return model
+
+
+def check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
+    """Raise UserError when the tokenizer has ids beyond the embedding: MLX would read out of bounds, silently."""
+    rows = model.config.get("vocab_size")
+    if rows is not None and len(tokenizer) > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows}: they do not belong together"
+        )
 
 
 def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Conversation], run: runs.Run) -> Callable[[int], None]:
@@ -107,7 +120,7 @@ def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Convers
     if sample.prompts:
         asked = [(Turn("user", p),) for p in sample.prompts]
         wanted = [None] * len(asked)
-        templated = True
+        templated = held_out[0].templated if held_out else True
     else:
         rows = held_out[: sample.count] if not data.pack else []
         asked = [c.turns[:-1] for c in rows]
@@ -162,13 +175,23 @@ def run(
         if prepare is not None:
             train = prepare(train)
         model = load_model(engine, recipe, source, adapter)
+        check_vocabulary(tokenizer, model, source)
+        untemplated = not train[0].templated
+        if recipe.data.pack and not untemplated:
+            raise UserError("data.pack joins plain text: these rows have prompts; leave out data.pack, or give rows with a column 'text'")
         examples = encode_rows(train, recipe.data, tokenizer, model.context, recipe.seed, "training rows")
         held_out_examples = encode_rows(held_out, recipe.data, tokenizer, model.context, recipe.seed, "held-out rows")
-    except UserError:
+    except Exception:
         if not resume:  # nothing has happened yet: the next try must not find the folder in use
-            shutil.rmtree(run.folder)
+            (run.folder / "recipe.yaml").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what else lies there is not ours to delete
+                run.folder.rmdir()
         raise
+    if untemplated and not resume:
+        run.write_recipe(recipe, untemplated=True)
     total, trained = model.parameter_counts()
+    if trained == 0:
+        raise UserError(f"{recipe.model} is quantised, so none of its weights can be trained: add an adapter, for example adapter.rank=16")
     say(f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     engine.seed(recipe.seed)
     if reference:

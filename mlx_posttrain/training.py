@@ -19,7 +19,7 @@ from mlx_posttrain.data import batches
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import AdamW, Engine, Loss, Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.progress import Interrupted, Progress, interruptible
+from mlx_posttrain.progress import Interrupted, Progress, interruptible, say
 from mlx_posttrain.recipe import TrainSection
 from mlx_posttrain.runs import Run
 from mlx_posttrain.schedule import learning_rate
@@ -73,17 +73,17 @@ def fit(
     resume: bool = False,
     on_evaluate: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Train ``model`` on ``data`` and leave the chosen weights in ``run.final``; returns the last evaluation.
+    """Train ``model`` on ``data`` and leave the chosen weights in ``run.final``; returns the evaluation of those weights and the step they are of.
 
-    ``on_evaluate(step)`` is called after each evaluation, to write samples. Raises UserError for a non-finite loss (the weights
-    of the step before are checkpointed, the batch is named), for a full disk, and for Ctrl-C (checkpointed).
+    ``on_evaluate(step)`` is called after each evaluation, to write samples. Raises UserError for a non-finite loss (earlier
+    checkpoints stay, the batch is named), for a full disk, and for Ctrl-C (checkpointed).
     """
     train = data.settings
     trainer = engine.trainer(model, adamw(train))
     total, trained = model.parameter_counts()
     eval_every = train.eval_every or max(1, data.steps // 10)
     save_every = train.save_every or eval_every
-    state: dict = {"best": None, "best_loss": None, "worse": 0, "evaluation": {}}
+    state: dict = {"best": None, "best_loss": None, "worse": 0, "evaluation": {}, "best_evaluation": {}}
     first = _restore(engine, model, trainer, run, state) if resume else 0
     checkpoint_bytes = 12 * trained + 2**20  # float32 weights and two moments
     require_space(run.folder, checkpoint_bytes)
@@ -107,9 +107,10 @@ def fit(
         if better:
             state["best"] = run.save_best(done, model.save) if train.select == "best" else None
             state["best_loss"], state["worse"] = metrics["loss"], 0
+            state["best_evaluation"] = {**metrics, "step": done}
         else:
             state["worse"] += 1
-        state["evaluation"] = metrics
+        state["evaluation"] = {**metrics, "step": done}
         progress.note(f"step {done}: held-out loss {metrics['loss']:.4f}{' (best)' if better else ''}")
         if on_evaluate is not None:
             on_evaluate(done)
@@ -130,10 +131,12 @@ def fit(
                 try:
                     metrics = trainer.step(loss, micro, lr)
                 except FloatingPointError as error:
-                    checkpoint(step)
+                    # These weights may be what is wrong (an update can overflow a step earlier): keep the checkpoints there are.
+                    saved = run.list_checkpoints()
+                    kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
                     raise UserError(
-                        f"step {step + 1}: {error}: stopped before the weights took it. Training rows {[i for part in rows for i in part][:16]} of the data (counted from 0 after filtering); "
-                        f"weights before it are in {run.checkpoints / f'step-{step:06d}'}. Lower train.lr or look at those rows"
+                        f"step {step + 1}: {error}: stopped before the weights took it; {kept}. The batch: training rows "
+                        f"{[i for part in rows for i in part][:16]}, counted from 0 after filtering. Look at those rows, or start anew with a lower train.lr"
                     ) from None
                 done = step + 1
                 tokens = sum(b.trained_tokens for b in micro)
@@ -159,6 +162,11 @@ def fit(
         progress.close()
     if state["best"] and train.select == "best":
         model.load_trained(run.checkpoints / state["best"])
+        state["evaluation"] = state["best_evaluation"]
+        if state["evaluation"]["step"] == 0:
+            say(
+                "no evaluation was better than the first: final/ holds the model as it was before training; see metrics.jsonl, or set train.select=last"
+            )
     return {**state["evaluation"], "parameters": total, "trained_parameters": trained}
 
 

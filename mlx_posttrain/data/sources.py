@@ -15,7 +15,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,20 @@ def load_rows(
     limit: int | None = None,
     seed: int = 0,
     shuffle: bool = False,
+    families: Sequence[str] | None = None,
 ) -> list[Row]:
     """Return the rows of one split as plain dicts, the first ``limit`` of them or ``limit`` drawn by ``seed`` with ``shuffle``.
 
     ``source`` is one of ``EMBEDDED``, a local file or folder, or a Hugging Face dataset id (``config`` names its configuration).
+    ``families`` names the kinds of ``embedded/tasks`` to take.
     Raises UserError, in one line, for whatever is wrong with the source: file, line and remedy named.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data limit {limit}: must be at least 1 (leave it out to take every row)")
+    if families and source != "embedded/tasks":
+        raise UserError(f"data.families belongs to embedded/tasks, not to {source}; leave it out")
     if source.startswith("embedded/"):
-        return _pick(_embedded(source, split, limit, seed), limit, seed, shuffle)
+        return _pick(_embedded(source, split, limit, seed, families), limit, seed, shuffle)
     if Path(source).expanduser().exists() or _looks_local(source):
         return _local(Path(source).expanduser(), split, limit, seed, shuffle)
     return _hub(source, split, config, limit, seed, shuffle)
@@ -83,7 +87,7 @@ def _looks_local(source: str) -> bool:
 # Embedded data
 
 
-def _embedded(source: str, split: str, limit: int | None, seed: int) -> list[Row]:
+def _embedded(source: str, split: str, limit: int | None, seed: int, families: Sequence[str] | None = None) -> list[Row]:
     if source not in EMBEDDED:
         raise UserError(f"no embedded data {source!r}{nearest(source, list(EMBEDDED))} (there are {', '.join(EMBEDDED)})")
     from mlx_posttrain.data import tasks
@@ -93,7 +97,9 @@ def _embedded(source: str, split: str, limit: int | None, seed: int) -> list[Row
             raise UserError(f"{source} has no split {split!r}, only 'train'")
         return list(tasks.question_answers())
     split = "valid" if SPLIT_NAMES.get(split) == "validation" else split
-    make = {"embedded/tasks": tasks.load, "embedded/preferences": tasks.preferences, "embedded/reasoning": tasks.reasoning}[source]
+    if source == "embedded/tasks":
+        return tasks.load(split=split, limit=limit, seed=seed, families=families)
+    make = {"embedded/preferences": tasks.preferences, "embedded/reasoning": tasks.reasoning}[source]
     return list(make(split=split, limit=limit, seed=seed))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain import supervised
@@ -21,7 +21,7 @@ from mlx_posttrain.losses.sft import full_kl, token_logprobs, token_mean
 
 
 class KLSection(recipes.Section):
-    """A leash to the starting model."""
+    """A leash to the starting model (with an adapter: to the model without it)."""
 
     beta: float = Field(0.1, ge=0, description="weight of the KL term, per trained token")
     direction: Literal["forward", "reverse"] = Field(
@@ -35,6 +35,18 @@ class Recipe(recipes.Recipe):
     method: Literal["sft"] = Field(description="sft: imitate rows")
     adapter: recipes.AdapterSection | None = Field(None, description="train an adapter instead of all weights; null: all weights")
     kl: KLSection | None = Field(None, description="keep near the starting model; null: plain imitation")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        if self.adapter is None:
+            if self.dtype != "float32":
+                raise ValueError("full training needs dtype float32: smaller formats round most updates away; use an adapter, or float32")
+            return self
+        if self.adapter.dropout and self.train.gradient_checkpointing:
+            raise ValueError(
+                "adapter.dropout and train.gradient_checkpointing exclude each other: the recomputation would draw another mask"
+            )
+        return self
 
 
 def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
