@@ -104,6 +104,12 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
     return model
 
 
+def _absolute(name: str) -> str:
+    """A path that exists, in full; anything else (``tiny``, a hub id, embedded data) as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name != "tiny" and path.exists() else name
+
+
 def check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
     """Raise UserError when the tokenizer has ids beyond the embedding: MLX would read out of bounds, silently."""
     rows = model.config.get("vocab_size")
@@ -162,6 +168,11 @@ def run(
     """
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
+    # Resolved, so that the run can be opened from any folder and is never resumed on another engine.
+    recipe.engine = engine.name  # type: ignore[assignment]
+    recipe.model, recipe.data.source = _absolute(recipe.model), _absolute(recipe.data.source)
+    if adapter is not None and adapter.path is not None:
+        adapter.path = _absolute(adapter.path)
     if resume:
         run, _ = runs.reopen(recipe.output)
         if run.finished:

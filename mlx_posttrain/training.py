@@ -56,10 +56,11 @@ class Data:
         return [batches.collate([self.train[i] for i in r], self.context) for r in rows]
 
     def evaluation(self) -> list[batches.Batch]:
-        """Held-out rows in batches; without gradients four times the rows fit."""
+        """Held-out rows in batches; without gradients four times the rows fit, within the same token budget."""
         lengths = [len(e.tokens) for e in self.held_out]
         return [
-            batches.collate([self.held_out[i] for i in r], self.context) for r in batches.by_length(lengths, 4 * self.settings.batch_size)
+            batches.collate([self.held_out[i] for i in r], self.context)
+            for r in batches.by_length(lengths, 4 * self.settings.batch_size, self.settings.token_budget)
         ]
 
 

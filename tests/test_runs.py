@@ -96,7 +96,9 @@ def test_a_tokenizer_of_another_model_is_refused(random_gpt2, rows_file, tmp_pat
     from mlx_posttrain.methods.pretrain import PretrainSection, make_model
 
     other = tmp_path / "model"
-    make_model(other, ["a few words only, again and again"] * 3, PretrainSection(vocab_size=300, layers=1, heads=2, width=64, context=64), 0)
+    make_model(
+        other, ["a few words only, again and again"] * 3, PretrainSection(vocab_size=300, layers=1, heads=2, width=64, context=64), 0
+    )
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         shutil.copy(random_gpt2 / name, other / name)
     with pytest.raises(UserError, match="do not belong together"):

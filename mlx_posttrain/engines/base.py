@@ -207,6 +207,16 @@ class Engine(Protocol):
         """For people: 'Apple M3 (Metal)', 'CPU, 2 threads'."""
 
 
+def match_targets(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """The layer paths that end in one of ``targets``, sorted. Raises UserError naming targets that match none, and what there is."""
+    chosen = {t: [p for p in paths if f".{p}".endswith(f".{t}")] for t in targets}
+    missing = [t for t, found in chosen.items() if not found]
+    if missing:
+        names = sorted({p.rpartition(".")[2] for p in paths})
+        raise UserError(f"adapter.targets: no layer is called {', '.join(missing)}; this model has {', '.join(names)}")
+    return sorted({p for found in chosen.values() for p in found})
+
+
 def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
     """First values of LoRA's A matrices, the same on both engines; B starts at zero (Hu et al. 2021, section 4.1).
 

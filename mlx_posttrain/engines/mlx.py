@@ -22,7 +22,17 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 from mlx_posttrain.convert import adapters, gpt2, hub  # noqa: E402
 from mlx_posttrain.data.batches import Batch  # noqa: E402
 from mlx_posttrain.engines import decoding, files, mlx_load  # noqa: E402
-from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, check_fits, micro_batch_total  # noqa: E402
+from mlx_posttrain.engines.base import (  # noqa: E402
+    AdamW,
+    AdapterSpec,
+    Completion,
+    DeviceBatch,
+    Loss,
+    adapter_start,
+    check_fits,
+    match_targets,
+    micro_batch_total,
+)
 from mlx_posttrain.errors import UserError  # noqa: E402
 from mlx_posttrain.losses.sft import token_logprobs  # noqa: E402
 
@@ -103,16 +113,8 @@ class MLXModel:
         spec = spec.resolved(self.config["model_type"])
         layer_type = DoRALinear if spec.kind == "dora" else LoRALinear
         self.net.freeze()
-        linear = [(p, m) for p, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)]
-
-        def matches(path: str, target: str) -> bool:
-            return f".{self._hf_path(path)}".endswith(f".{target}")
-
-        chosen = [(p, m) for p, m in linear if any(matches(p, t) for t in spec.targets or ())]
-        unmatched = [t for t in spec.targets or () if not any(matches(p, t) for p, _ in chosen)]
-        if unmatched:
-            names = sorted({p.rpartition(".")[2] for p, _ in linear})
-            raise UserError(f"adapter.targets: no layer is called {', '.join(unmatched)}; this model has {', '.join(names)}")
+        linear = {self._hf_path(p): (p, m) for p, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
+        chosen = [linear[path] for path in match_targets(list(linear), spec.targets or ())]
         self.spec = spec
         layers = {p: layer_type.from_base(m, r=spec.rank, dropout=spec.dropout, scale=spec.scale) for p, m in sorted(chosen)}
         start = adapter_start({self._hf_path(p): m.lora_a.shape[:1] + m.lora_b.shape[1:] for p, m in layers.items()}, spec.rank, seed)

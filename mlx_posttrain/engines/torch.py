@@ -17,7 +17,17 @@ import torch
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding, files
-from mlx_posttrain.engines.base import AdamW, AdapterSpec, Completion, DeviceBatch, Loss, adapter_start, check_fits, micro_batch_total
+from mlx_posttrain.engines.base import (
+    AdamW,
+    AdapterSpec,
+    Completion,
+    DeviceBatch,
+    Loss,
+    adapter_start,
+    check_fits,
+    match_targets,
+    micro_batch_total,
+)
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.sft import token_logprobs
 
@@ -41,12 +51,15 @@ class TorchModel:
         self.config = config
         self.context: int | None = getattr(net.config, "n_positions", None) or getattr(net.config, "max_position_embeddings", None)
         self._reference: Any = None
+        self._split = _splits(net)
 
     # the vocabulary of losses
 
     def _logits(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
         check_fits(batch.tokens.shape[1], self.context)
         # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
+        if not self._split:
+            return net(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[batch.index].float()
         backbone = getattr(net, net.base_model_prefix)
         hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state
         return net.get_output_embeddings()(hidden.flatten(0, 1)[batch.index]).float()
@@ -79,8 +92,10 @@ class TorchModel:
 
     def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
         from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
 
         spec = spec.resolved(self.net.config.model_type)
+        match_targets([p for p, m in self.net.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)], spec.targets or ())
         try:
             self.peft = get_peft_model(self.net, LoraConfig(
                 r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, use_rslora=spec.rslora, use_dora=spec.kind == "dora",
@@ -176,6 +191,14 @@ class TorchModel:
 
     def weights(self) -> Mapping[str, np.ndarray]:
         return {name: p.detach().float().numpy().copy() for name, p in self._parameters()}
+
+
+@torch.no_grad()
+def _splits(net: Any) -> bool:
+    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their logits): asked, not assumed."""
+    probe = torch.tensor([[1, 2, 3, 4]])
+    hidden = getattr(net, net.base_model_prefix)(input_ids=probe, use_cache=False).last_hidden_state
+    return torch.allclose(net.get_output_embeddings()(hidden).float(), net(input_ids=probe).logits.float(), rtol=1e-4, atol=1e-4)
 
 
 class _TorchDecoder:

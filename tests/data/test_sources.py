@@ -208,7 +208,7 @@ def test_embedded_sources_hand_over_split_limit_and_seed(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "mlx_posttrain.data.tasks", fake)
     monkeypatch.setattr(sys.modules["mlx_posttrain.data"], "tasks", fake, raising=False)
     assert load_rows("embedded/tasks", split="test", limit=4, seed=3) == ROWS[:4]
-    assert calls == [{"split": "test", "limit": 4, "seed": 3}]
+    assert calls == [{"split": "test", "limit": 4, "seed": 3, "families": None}]
     assert load_rows("embedded/qa", limit=2) == ROWS[:2]
     assert load_rows("embedded/preferences", split="validation") == ROWS
     assert calls[-1]["split"] == "valid"
