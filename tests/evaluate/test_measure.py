@@ -91,7 +91,7 @@ class Decoder:
         pass
 
     def pick(self, logits: np.ndarray, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
-        return decoding.pick(ops(logits), logits, uniforms[:, None], temperature, top_p)
+        return decoding.pick(logits, uniforms[:, None], temperature, top_p)
 
 
 class Counting(Table):
