@@ -98,7 +98,7 @@ class TorchModel:
         match_targets([p for p, m in self.net.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)], spec.targets or ())
         try:
             self.peft = get_peft_model(self.net, LoraConfig(
-                r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, use_rslora=spec.rslora, use_dora=spec.kind == "dora",
+                r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, use_rslora=spec.rslora, use_dora=spec.kind == "dora",  # type: ignore[arg-type]
                 target_modules=list(spec.targets or ()), fan_in_fan_out=self.net.config.model_type == "gpt2", task_type="CAUSAL_LM", bias="none",
             ))  # fmt: skip
         except ValueError as error:
