@@ -89,7 +89,7 @@ def _rows_of(one: Family, split: str, seed: int) -> Iterator[Row]:
             yield Row(one, item, usable[(first + later) % len(usable)])
 
 
-def rows(registry: Mapping[str, Family], split: str, seed: int, families: Sequence[str] | None = None) -> Iterator[Row]:
+def rows(catalogue: Mapping[str, Family], split: str, seed: int, families: Sequence[str] | None = None) -> Iterator[Row]:
     """Return the shuffled mix of a split, made as it is read: each round brings one row of every family that still has some.
 
     Raises:
@@ -97,11 +97,11 @@ def rows(registry: Mapping[str, Family], split: str, seed: int, families: Sequen
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of the embedded tasks; accepted: {', '.join(SPLITS)}")
-    names = list(registry) if families is None else list(dict.fromkeys(families))
+    names = list(catalogue) if families is None else list(dict.fromkeys(families))
     for name in names:
-        if name not in registry:
-            raise UserError(f"unknown family {name!r} of the embedded tasks; accepted: {', '.join(registry)}")
-    return _mixed({name: _rows_of(registry[name], split, seed) for name in names}, random.Random(f"{seed}/{split}/order"))
+        if name not in catalogue:
+            raise UserError(f"unknown family {name!r} of the embedded tasks; accepted: {', '.join(catalogue)}")
+    return _mixed({name: _rows_of(catalogue[name], split, seed) for name in names}, random.Random(f"{seed}/{split}/order"))
 
 
 def _mixed(streams: dict[str, Iterator[Row]], order: random.Random) -> Iterator[Row]:
