@@ -25,6 +25,7 @@ Modules = dict[str, Module]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+HEAD = "score.weight"  # of a sequence classifier
 
 # The magnitude's key has no ".weight" in files; PEFT adds it on loading. An adapter name may remain in keys of a raw state dict.
 _KEY = re.compile(r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.(?!weight$)[^.]+)?(\.weight)?$")
@@ -35,7 +36,7 @@ _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Options of PEFT's LoRA that add parameters or change the formula.
 UNSUPPORTED = (
-    "modules_to_save", "trainable_token_indices", "layers_to_transform", "layer_replication", "target_parameters", "lora_bias",
+    "trainable_token_indices", "layers_to_transform", "layer_replication", "target_parameters", "lora_bias",
     "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens", "megatron_config",
 )  # fmt: skip
 
@@ -113,8 +114,11 @@ def save_adapter(
     fan_in_fan_out: bool = True,
     extra_config: Mapping[str, Any] | None = None,
     model_type: str = "gpt2",
+    head: Any | None = None,
 ) -> None:
     """Write PEFT's adapter_config.json and adapter_model.safetensors (float32) for mlx-lm modules of NumPy, MLX or torch arrays.
+
+    With `head` (1, width) the task type is SEQ_CLS and the head, trained in full, is among the tensors.
 
     `targets` are module name endings as PEFT matches them, a regular expression, or None for the modules' own full paths.
     `fan_in_fan_out` is True for GPT-2's Conv1D, False elsewhere. The config is written last: a half-written folder is no adapter.
@@ -127,7 +131,8 @@ def save_adapter(
 
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+        "modules_to_save": None if head is None else ["score"],
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": rank,
@@ -144,6 +149,8 @@ def save_adapter(
     _check_against_config(modules, config, model_type, ValueError)
     _check_targets(modules, config["target_modules"], model_type)
     tensors = {name: to_float32(value).copy(order="C") for name, value in mlx_to_peft(modules, model_type).items()}
+    if head is not None:
+        tensors[PREFIX + HEAD] = to_float32(head).copy(order="C")
     data = save(tensors, metadata={"format": "pt"})
     require_space(folder, len(data))
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +161,8 @@ def save_adapter(
 def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any], Modules]:
     """Return a PEFT LoRA or DoRA adapter folder's config and its modules in mlx-lm's layout, as NumPy float32 arrays.
 
-    Ranks and scales that differ by module (`rank_pattern`, `alpha_pattern`) are supported: ask `rank_of` and `scale_of`.
+    Ranks and scales that differ by module (`rank_pattern`, `alpha_pattern`) are supported: ask `rank_of` and `scale_of`. A classifier's
+    head is left out: engines/files.py reads it.
 
     Raises:
         UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly; the message names what it is.
@@ -169,6 +177,10 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
     for key in UNSUPPORTED:
         if config.get(key):
             raise UserError(f"{where}: {key} is not supported; merge the adapter with PEFT (merge_and_unload) and start from that model")
+    if config.get("modules_to_save") not in (None, [], ["score"], ["classifier", "score"]):  # PEFT itself lists both for SEQ_CLS
+        raise UserError(
+            f"{where}: modules_to_save {config['modules_to_save']} is not supported; merge the adapter with PEFT (merge_and_unload) and start from that model"
+        )
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise UserError(
@@ -176,7 +188,8 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
             "save it with PEFT's path_initial_model_for_weight_conversion first"
         )
     config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, **config}
-    modules = peft_to_mlx(read_float32(folder / TENSORS), model_type)
+    tensors = read_float32(folder / TENSORS)
+    modules = peft_to_mlx({key: value for key, value in tensors.items() if key.removeprefix(PREFIX) != HEAD}, model_type)
     if not modules:
         raise UserError(f"{folder / TENSORS} holds no tensor")
     modules = {path: modules[path] for path in sorted(modules, key=_natural)}

@@ -6,8 +6,8 @@ trained positions by flat index, logits are computed for those positions only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,9 @@ class Batch:
     target: [N] int32, the token at ``t + 1``.
     weight: [N] float32, 1 for a trained token, 0 for padding of the index.
     row: [N] int32, the row that a position belongs to.
+    extra: further arrays of a method, by name: PPO's advantages, the margins of pairs.
+    units: what the loss is averaged over, summed with the step's other micro-batches of the same ``group``; None: trained tokens.
+    group: micro-batches of one step that are averaged together: PPO's own, and the texts mixed in beside them.
     """
 
     tokens: np.ndarray
@@ -33,11 +36,19 @@ class Batch:
     target: np.ndarray
     weight: np.ndarray
     row: np.ndarray
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+    units: float | None = None
+    group: str = ""
 
     @property
     def trained_tokens(self) -> float:
         """Sum of weights, the number of trained tokens."""
         return float(self.weight.sum())
+
+    @property
+    def count(self) -> float:
+        """How many units the batch adds to what its loss is averaged over."""
+        return self.trained_tokens if self.units is None else self.units
 
 
 def round_up(n: int, multiple: int) -> int:

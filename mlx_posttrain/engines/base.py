@@ -7,7 +7,7 @@ A method sees a :class:`Model` inside its loss and a :class:`Trainer` in its loo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +23,9 @@ Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A :class:`~mlx_posttrain.data.batches.Batch` as the engine's arrays, with the step's number of trained tokens.
+    """A :class:`~mlx_posttrain.data.batches.Batch` as the engine's arrays, with what the step's loss is averaged over.
 
-    total: scalar, sum of weights over all micro-batches of the optimizer step.
+    total: scalar, sum of ``Batch.count`` over all micro-batches of the optimizer step that have the batch's ``group``.
     """
 
     tokens: Array
@@ -34,6 +34,7 @@ class DeviceBatch:
     weight: Array
     row: Array
     total: Array
+    extra: dict[str, Array] = field(default_factory=dict)
 
     FIELDS = ("tokens", "index", "target", "weight", "row")
 
@@ -105,6 +106,12 @@ class Model(Protocol):
     def reference_logits(self, batch: DeviceBatch) -> Array:
         """[N, V] logits of the frozen reference, without gradient: adapters off, or the copy made by ``keep_reference``."""
 
+    def scores(self, batch: DeviceBatch) -> Array:
+        """[N] float32 outputs of the scalar head at ``batch.index``: a reward model's scores, a critic's values."""
+
+    def logits_and_scores(self, batch: DeviceBatch) -> tuple[Array, Array]:
+        """Both from one forward pass: a policy and its critic on a shared trunk."""
+
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
         """[B, T, V] float32 logits of unpadded rows [B, T], in evaluation mode: for parity checks and small probes."""
 
@@ -114,6 +121,13 @@ class Model(Protocol):
 
     def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
         """Freeze the model and put an adapter on every target; raises UserError when a target matches no layer."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a scalar head: after ``add_head``, or when the folder was a sequence classifier with one label."""
+
+    def add_head(self, weight: np.ndarray) -> None:
+        """Put a trained scalar head [1, width] without bias on the hidden states; see :func:`head_start`."""
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference (no copy is made where adapters can be switched off)."""
@@ -126,6 +140,9 @@ class Model(Protocol):
 
         In evaluation mode and without gradients: what a loss per row, and with it an interval, is made of.
         """
+
+    def apply(self, function: Callable[[Model, DeviceBatch], dict[str, Array]], batches: Sequence[Batch]) -> list[dict[str, np.ndarray]]:
+        """``function``'s arrays for each batch, in evaluation mode and without gradients: scores, values, log-probabilities."""
 
     def generate(
         self,
@@ -143,10 +160,16 @@ class Model(Protocol):
 
     # files
     def save(self, folder: Path) -> None:
-        """Write the trained weights in Hugging Face's format: a model folder, or a PEFT adapter folder."""
+        """Write the trained weights in Hugging Face's format: a model folder, or a PEFT adapter folder; a head in a file beside them."""
+
+    def save_classifier(self, folder: Path, pad: int) -> None:
+        """Write model and head as a sequence classifier with one label that pools at the last token other than ``pad``.
+
+        A folder for transformers' AutoModelForSequenceClassification, or a PEFT adapter of task type SEQ_CLS.
+        """
 
     def load_trained(self, folder: Path) -> None:
-        """Read back what ``save`` wrote into this model."""
+        """Read back what ``save`` or ``save_classifier`` wrote into this model."""
 
     def weights(self) -> Mapping[str, np.ndarray]:
         """Trained parameters as float32 NumPy arrays under Hugging Face's names."""
@@ -229,12 +252,22 @@ def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -
     }
 
 
+def head_start(width: int, seed: int | None) -> np.ndarray:
+    """First values of a scalar head, [1, width] float32: N(0, 1 / (width + 1)) (Stiennon et al. 2020's code), or zeros without a seed."""
+    if seed is None:
+        return np.zeros((1, width), np.float32)
+    return (np.random.default_rng([seed, 0x5C0E]).standard_normal((1, width)) / (width + 1) ** 0.5).astype(np.float32)
+
+
 def check_fits(length: int, context: int | None) -> None:
     """Raise UserError for a sequence longer than the model's context: MLX would read position embeddings out of bounds, silently."""
     if context is not None and length > context:
         raise UserError(f"a sequence of {length} tokens does not fit the model's context of {context}; shorten it")
 
 
-def micro_batch_total(batches: Sequence[Batch]) -> float:
-    """Trained tokens of a whole step; at least 1 so that an empty step divides by something."""
-    return max(1.0, sum(b.trained_tokens for b in batches))
+def micro_batch_totals(batches: Sequence[Batch]) -> dict[str, float]:
+    """What each group of a step's micro-batches is averaged over; at least 1 so that an empty step divides by something."""
+    totals: dict[str, float] = {}
+    for b in batches:
+        totals[b.group] = totals.get(b.group, 0.0) + b.count
+    return {group: max(1.0, total) for group, total in totals.items()}

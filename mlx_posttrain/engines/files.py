@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.convert import adapters, gpt2, weights
+from mlx_posttrain.convert.arrays import read_float32
 from mlx_posttrain.convert.files import copy_tokenizer, write_json
-from mlx_posttrain.convert.hub import check_config
+from mlx_posttrain.convert.hub import check_config, weight_files
 from mlx_posttrain.engines.base import AdapterSpec
 from mlx_posttrain.errors import UserError
 
@@ -18,29 +20,82 @@ from mlx_posttrain.errors import UserError
 Adapter = dict[str, dict[str, np.ndarray]]
 
 
-def save_model(folder: Path, tensors: Mapping[str, Any], base: Path) -> None:
-    """Write weights under Hugging Face's names with the base's config and tokenizer files, so that transformers loads the folder."""
+HEAD = "score.weight"  # the scalar head of *ForSequenceClassification with one label
+HEAD_FILE = "head.safetensors"  # a language model's scalar head lies beside it, where transformers does not look
+
+
+def save_model(folder: Path, tensors: Mapping[str, Any], base: Path, pad: int | None = None) -> None:
+    """Write weights under Hugging Face's names with the base's config and tokenizer files, so that transformers loads the folder.
+
+    With ``score.weight`` among them and ``pad`` it becomes a sequence classifier with one label.
+    """
+    if HEAD in tensors:
+        tensors = {name: value for name, value in tensors.items() if name != "lm_head.weight"}
     weights.save_weights(folder, tensors)
     config = {
         k: v for k, v in check_config(base).items() if k not in ("torch_dtype", "_name_or_path", "quantization", "quantization_config")
     }
     config["dtype"] = str(next(iter(tensors.values())).dtype).rpartition(".")[2]
     if config.get("model_type") == "gpt2":
-        config = {**weights.gpt2_config(config), "architectures": ["GPT2LMHeadModel"]}
+        config = {**weights.gpt2_config({**config, "architectures": None}), "architectures": ["GPT2LMHeadModel"]}
+    if HEAD in tensors:
+        name = str((config.get("architectures") or [""])[0])
+        stem = re.sub(r"(LMHeadModel|ForCausalLM|ForSequenceClassification)$", "", name)
+        config |= {"architectures": [f"{stem}ForSequenceClassification"], "num_labels": 1, "pad_token_id": pad}
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
     write_json(folder / "config.json", config)
     tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-    if (base / "generation_config.json").is_file():
+    if HEAD in tensors:
+        pass  # a classifier generates nothing
+    elif (base / "generation_config.json").is_file():
         (folder / "generation_config.json").write_bytes((base / "generation_config.json").read_bytes())
     else:
         write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
     copy_tokenizer(base, folder)
 
 
-def save_adapter(folder: Path, modules: Adapter, spec: AdapterSpec, model_type: str, base: str) -> None:
-    """Write a PEFT adapter folder."""
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a model folder's config says that it is a sequence classifier."""
+    return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
+
+
+def save_head(folder: Path, weight: np.ndarray) -> None:
+    """Write a scalar head [1, width] beside the model or adapter in ``folder``."""
+    from safetensors.numpy import save_file
+
+    save_file({HEAD: np.ascontiguousarray(weight, np.float32)}, folder / HEAD_FILE)
+
+
+def read_head(folder: Path) -> np.ndarray | None:
+    """The scalar head [1, width] of a classifier, of a classifier's adapter, or beside a model; None where there is none.
+
+    Raises UserError for a head with several labels.
+    """
+    from safetensors import safe_open
+
+    if (folder / HEAD_FILE).is_file():
+        names = [HEAD_FILE]
+    elif (folder / adapters.TENSORS).is_file():
+        names = [adapters.TENSORS]
+    else:
+        names = weight_files(folder)
+    for name in names:
+        with safe_open(folder / name, "numpy") as f:
+            for key in f.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                if key.removeprefix(adapters.PREFIX) == HEAD:
+                    weight = read_float32(folder / name)[key]
+                    if weight.ndim != 2 or len(weight) != 1:
+                        raise UserError(f"{folder}: its head has shape {weight.shape}; a reward model has one label, so (1, width)")
+                    return weight
+    return None
+
+
+def save_adapter(folder: Path, modules: Adapter, spec: AdapterSpec, model_type: str, base: str, head: np.ndarray | None = None) -> None:
+    """Write a PEFT adapter folder; with ``head`` [1, width] of task type SEQ_CLS, the head among its tensors."""
     adapters.save_adapter(
         folder, modules, base_model=base, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=list(spec.targets or ()),
         rslora=spec.rslora, dora=spec.kind == "dora", fan_in_fan_out=model_type == "gpt2",
+        head=head,
     )  # fmt: skip
 
 
@@ -74,8 +129,6 @@ def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
 def torch_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """A folder's tensors as torch tensors under transformers' names, whichever layout the folder has."""
     from safetensors.torch import load_file
-
-    from mlx_posttrain.convert.hub import weight_files
 
     tensors: dict[str, Any] = {}
     for file in weight_files(folder):

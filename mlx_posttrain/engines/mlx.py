@@ -31,14 +31,15 @@ from mlx_posttrain.engines.base import (  # noqa: E402
     adapter_start,
     check_fits,
     match_targets,
-    micro_batch_total,
+    micro_batch_totals,
 )
 from mlx_posttrain.errors import UserError  # noqa: E402
 from mlx_posttrain.losses.sft import token_logprobs  # noqa: E402
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
-    return DeviceBatch(**{name: mx.array(getattr(batch, name)) for name in DeviceBatch.FIELDS}, total=mx.array(total, mx.float32))
+    fields = {name: mx.array(getattr(batch, name)) for name in DeviceBatch.FIELDS}
+    return DeviceBatch(**fields, total=mx.array(total, mx.float32), extra={k: mx.array(v) for k, v in batch.extra.items()})
 
 
 class MLXModel:
@@ -54,6 +55,9 @@ class MLXModel:
         self._reload = reload
         self._reference: nn.Module | None = None
         self._split = _splits(net)
+        head = files.read_head(folder)
+        if head is not None:
+            self.add_head(head)
 
     # the vocabulary of losses
 
@@ -62,8 +66,11 @@ class MLXModel:
         # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
         if not self._split:
             return net(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
-        hidden = net.model(batch.tokens).flatten(0, 1)[batch.index]
-        return _head(net, hidden).astype(mx.float32)
+        return _head(net, self._hidden(net, batch)).astype(mx.float32)
+
+    def _hidden(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
+        check_fits(batch.tokens.shape[1], self.context)
+        return net.model(batch.tokens).flatten(0, 1)[batch.index]
 
     def logits(self, batch: DeviceBatch) -> mx.array:
         return self._logits(self.net, batch)
@@ -78,6 +85,15 @@ class MLXModel:
             raise RuntimeError("reference_logits needs keep_reference() first")
         with self.adapters_off():
             return mx.stop_gradient(self._logits(self.net, batch))
+
+    def scores(self, batch: DeviceBatch) -> mx.array:
+        return self.net.score(self._hidden(self.net, batch))[:, 0].astype(mx.float32)
+
+    def logits_and_scores(self, batch: DeviceBatch) -> tuple[mx.array, mx.array]:
+        if not self._split:
+            return self.logits(batch), self.scores(batch)
+        hidden = self._hidden(self.net, batch)
+        return _head(self.net, hidden).astype(mx.float32), self.net.score(hidden)[:, 0].astype(mx.float32)
 
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
         check_fits(tokens.shape[1], self.context)
@@ -114,8 +130,11 @@ class MLXModel:
         layer_type = DoRALinear if spec.kind == "dora" else LoRALinear
         self.net.freeze()
         linear = {self._hf_path(p): (p, m) for p, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
+        linear.pop("score", None)
         chosen = [linear[path] for path in match_targets(list(linear), spec.targets or ())]
         self.spec = spec
+        if self.has_head:
+            self.net.score.unfreeze()
         layers = {p: layer_type.from_base(m, r=spec.rank, dropout=spec.dropout, scale=spec.scale) for p, m in sorted(chosen)}
         start = adapter_start({self._hf_path(p): m.lora_a.shape[:1] + m.lora_b.shape[1:] for p, m in layers.items()}, spec.rank, seed)
         for path, layer in layers.items():
@@ -126,6 +145,20 @@ class MLXModel:
         self.net.update_modules(tree_unflatten(list(layers.items())))
         mx.eval(self.net.parameters())
 
+    @property
+    def has_head(self) -> bool:
+        return "score" in self.net
+
+    def add_head(self, weight: np.ndarray) -> None:
+        if not hasattr(self.net, "model"):
+            raise UserError(
+                f"{self.config['model_type']}: mlx-lm keeps no hidden states of this architecture apart, so it takes no scalar head"
+            )
+        score = nn.Linear(weight.shape[1], 1, bias=False)
+        score.weight = mx.array(weight)
+        self.net.score = score
+        mx.eval(score.parameters())
+
     def _hf_path(self, path: str) -> str:
         return adapters.hf_path(path, self.config["model_type"])
 
@@ -133,16 +166,17 @@ class MLXModel:
         if self.spec is None:
             reference = self._reload()
             # Real copies: a compiled function must not meet one array both as an input (the policy) and as a constant (the reference).
-            reference.update(tree_map(lambda v: v + mx.zeros((), v.dtype), self.net.parameters()))
+            own = {name: value for name, value in self.net.parameters().items() if name != "score"}
+            reference.update(tree_map(lambda v: v + mx.zeros((), v.dtype), own))
             mx.eval(reference.parameters())
             self._reference = reference.freeze().eval()
 
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
         self.net.eval()
-        total = micro_batch_total(batches)
+        totals = micro_batch_totals(batches)
         sums: dict[str, float] = {}
         for batch in batches:
-            value, metrics = loss(self, _device_batch(batch, total))
+            value, metrics = loss(self, _device_batch(batch, totals[batch.group]))
             metrics = {**metrics, "loss": value}
             mx.eval(metrics)
             for name, part in metrics.items():
@@ -152,6 +186,10 @@ class MLXModel:
     def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
         self.net.eval()
         return [np.array(self.logprobs(_device_batch(batch, 1.0))) for batch in batches]
+
+    def apply(self, function: Callable[[Any, DeviceBatch], dict[str, mx.array]], batches: Sequence[Batch]) -> list[dict[str, np.ndarray]]:
+        self.net.eval()
+        return [{name: np.array(v) for name, v in function(self, _device_batch(batch, batch.count)).items()} for batch in batches]
 
     def generate(
         self,
@@ -176,20 +214,38 @@ class MLXModel:
     def save(self, folder: Path) -> None:
         if self.spec is not None:
             files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.base_name)
-            return
+        else:
+            files.save_model(folder, {n: v for n, v in self._full().items() if n != files.HEAD}, self.folder)
+        if self.has_head:
+            files.save_head(folder, self._head())
+
+    def save_classifier(self, folder: Path, pad: int) -> None:
+        if self.spec is not None:
+            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.base_name, self._head())
+        else:
+            files.save_model(folder, self._full(), self.folder, pad)
+
+    def _full(self) -> dict[str, mx.array]:
         weights = dict(tree_flatten(self.net.parameters()))
-        if self.config["model_type"] == "gpt2":
-            weights = gpt2.mlx_to_hf(weights)
-        files.save_model(folder, weights, self.folder)
+        return gpt2.mlx_to_hf(weights) if self.config["model_type"] == "gpt2" else weights
+
+    def _head(self) -> np.ndarray:
+        return np.array(self.net.score.weight.astype(mx.float32))
 
     def load_trained(self, folder: Path) -> None:
         if self.spec is None:
-            self.net.load_weights(mlx_load.read_weights(folder, self.config), strict=True)
+            weights = mlx_load.read_weights(folder, self.config)
+            own = dict(tree_flatten(self.net.parameters()))
+            weights += [(files.HEAD, own[files.HEAD])] if self.has_head else []  # read below, from wherever it lies
+            self.net.load_weights(weights, strict=True)
         else:
             modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self.adapted()])
             for path, layer in self.adapted():
                 for name, value in modules[self._hf_path(path)].items():
                     setattr(layer, name, mx.array(value))
+        head = files.read_head(folder)
+        if head is not None:
+            self.add_head(head)
         mx.eval(self.net.parameters())
 
     def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
@@ -315,12 +371,12 @@ class MLXTrainer:
         net.train()
         gradient = self._gradient(loss)
         parameters = net.trainable_parameters()
-        total = micro_batch_total(batches)
+        totals = micro_batch_totals(batches)
         sums: dict[str, mx.array] = {}
         gradients: Any = None
         try:
             for batch in batches:
-                (value, metrics), part = gradient(parameters, vars(_device_batch(batch, total)))
+                (value, metrics), part = gradient(parameters, vars(_device_batch(batch, totals[batch.group])))
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 for name, m in {**metrics, "loss": value}.items():
                     sums[name] = sums[name] + m if name in sums else m

@@ -13,12 +13,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_posttrain.convert import gpt2, hub
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
-from mlx_posttrain.engines import mlx_gelu
+from mlx_posttrain.engines import files, mlx_gelu
 from mlx_posttrain.errors import UserError
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.array]]:
     weights = weight_files.load_weights(folder)
+    weights.pop(files.HEAD, None)
     if config["model_type"] == "gpt2":
         weights = gpt2.hf_to_mlx(weights, config["n_layer"])
     return list(weights.items())
@@ -29,19 +30,24 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
         model_class, args_class = _get_classes(config)
-        if config["model_type"] != "gpt2":
-            return model_class, args_class
 
-        class GPT2(model_class):  # mlx-lm's loader does not know the `transformer.` prefix that save_pretrained writes
+        class Adjusted(model_class):  # type: ignore[valid-type,misc]
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                return gpt2.hf_to_mlx(weights, self.args.n_layer)
+                # A classifier's head is put on afterwards; mlx-lm's GPT-2 does not know the `transformer.` prefix that save_pretrained writes.
+                weights = {name: value for name, value in weights.items() if name != files.HEAD}
+                if config["model_type"] == "gpt2":
+                    return gpt2.hf_to_mlx(weights, self.args.n_layer)
+                return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
 
-        return GPT2, args_class
+        return Adjusted, args_class
 
+    settings: dict[str, Any] | None = None
+    if files.is_classifier(config):
+        settings = config = {**config, "architectures": None, "tie_word_embeddings": True}  # its folder has no language-model head
+    if config["model_type"] == "gpt2":
+        settings = weight_files.gpt2_config(config)
     try:
-        net, _ = load_model(
-            folder, model_config=weight_files.gpt2_config(config) if config["model_type"] == "gpt2" else None, get_model_classes=classes
-        )
+        net, _ = load_model(folder, model_config=settings, get_model_classes=classes)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
     if config["model_type"] == "gpt2" and dtype == "float32":

@@ -26,7 +26,7 @@ from mlx_posttrain.engines.base import (
     adapter_start,
     check_fits,
     match_targets,
-    micro_batch_total,
+    micro_batch_totals,
 )
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.sft import token_logprobs
@@ -36,7 +36,9 @@ def _device_batch(batch: Batch, total: float) -> DeviceBatch:
     fields = {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in DeviceBatch.FIELDS}
     for name in ("tokens", "index", "target", "row"):
         fields[name] = fields[name].long()
-    return DeviceBatch(**fields, total=torch.tensor(total, dtype=torch.float32))
+    extra = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in batch.extra.items()}
+    extra = {name: v.long() if v.dtype == torch.int32 else v for name, v in extra.items()}
+    return DeviceBatch(**fields, total=torch.tensor(total, dtype=torch.float32), extra=extra)
 
 
 class TorchModel:
@@ -52,6 +54,9 @@ class TorchModel:
         self.context: int | None = getattr(net.config, "n_positions", None) or getattr(net.config, "max_position_embeddings", None)
         self._reference: Any = None
         self._split = _splits(net)
+        head = files.read_head(folder)
+        if head is not None:
+            self.add_head(head)
 
     # the vocabulary of losses
 
@@ -60,9 +65,12 @@ class TorchModel:
         # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
         if not self._split:
             return net(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[batch.index].float()
+        return net.get_output_embeddings()(self._hidden(net, batch)).float()
+
+    def _hidden(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
+        check_fits(batch.tokens.shape[1], self.context)
         backbone = getattr(net, net.base_model_prefix)
-        hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        return net.get_output_embeddings()(hidden.flatten(0, 1)[batch.index]).float()
+        return backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state.flatten(0, 1)[batch.index]
 
     def logits(self, batch: DeviceBatch) -> torch.Tensor:
         return self._logits(self.net, batch)
@@ -78,6 +86,15 @@ class TorchModel:
             raise RuntimeError("reference_logits needs keep_reference() first")
         with self.peft.disable_adapter():
             return self._logits(self.net, batch)
+
+    def scores(self, batch: DeviceBatch) -> torch.Tensor:
+        return self.net.score(self._hidden(self.net, batch))[:, 0].float()
+
+    def logits_and_scores(self, batch: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._split:
+            return self.logits(batch), self.scores(batch)
+        hidden = self._hidden(self.net, batch)
+        return self.net.get_output_embeddings()(hidden).float(), self.net.score(hidden)[:, 0].float()
 
     @torch.no_grad()
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -104,12 +121,27 @@ class TorchModel:
         except ValueError as error:
             raise UserError(f"adapter.targets {list(spec.targets or ())}: {str(error).splitlines()[0]}") from None
         self.spec = spec
+        if self.has_head:
+            self.net.score.requires_grad_(True)
         layers = dict(self._adapted())
         start = adapter_start({path: (layer.in_features, layer.out_features) for path, layer in layers.items()}, spec.rank, seed)
         with torch.no_grad():
             for path, layer in layers.items():
                 layer.lora_A["default"].weight.copy_(torch.from_numpy(start[path]))
                 layer.lora_B["default"].weight.zero_()
+
+    @property
+    def has_head(self) -> bool:
+        return hasattr(self.net, "score")
+
+    @torch.no_grad()
+    def add_head(self, weight: np.ndarray) -> None:
+        if self.has_head:  # the same parameter: an optimizer may know it
+            self.net.score.weight.copy_(torch.tensor(weight))
+            return
+        score = torch.nn.Linear(weight.shape[1], 1, bias=False)
+        score.weight = torch.nn.Parameter(torch.tensor(weight, dtype=torch.float32))
+        self.net.score = score
 
     def _adapted(self) -> Iterator[tuple[str, Any]]:
         from peft.tuners.lora import LoraLayer
@@ -123,10 +155,10 @@ class TorchModel:
     @torch.no_grad()
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
         self.net.eval()
-        total = micro_batch_total(batches)
+        totals = micro_batch_totals(batches)
         sums: dict[str, float] = {}
         for batch in batches:
-            value, metrics = loss(self, _device_batch(batch, total))
+            value, metrics = loss(self, _device_batch(batch, totals[batch.group]))
             for name, part in {**metrics, "loss": value}.items():
                 sums[name] = sums.get(name, 0.0) + float(part)
         return sums
@@ -135,6 +167,13 @@ class TorchModel:
     def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
         self.net.eval()
         return [self.logprobs(_device_batch(batch, 1.0)).numpy() for batch in batches]
+
+    @torch.no_grad()
+    def apply(
+        self, function: Callable[[Any, DeviceBatch], dict[str, torch.Tensor]], batches: Sequence[Batch]
+    ) -> list[dict[str, np.ndarray]]:
+        self.net.eval()
+        return [{name: v.numpy() for name, v in function(self, _device_batch(batch, batch.count)).items()} for batch in batches]
 
     @torch.no_grad()
     def generate(
@@ -161,7 +200,18 @@ class TorchModel:
         if self.spec is not None:
             files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name)
         else:
-            files.save_model(folder, {n: p.detach() for n, p in self._parameters()}, self.folder)
+            files.save_model(folder, {n: p.detach() for n, p in self._parameters() if n != files.HEAD}, self.folder)
+        if self.has_head:
+            files.save_head(folder, self._head())
+
+    def save_classifier(self, folder: Path, pad: int) -> None:
+        if self.spec is not None:
+            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name, self._head())
+        else:
+            files.save_model(folder, {n: p.detach() for n, p in self._parameters()}, self.folder, pad)
+
+    def _head(self) -> np.ndarray:
+        return self.net.score.weight.detach().float().numpy()
 
     def load_trained(self, folder: Path) -> None:
         if self.spec is not None:
@@ -174,6 +224,9 @@ class TorchModel:
                         layer.lora_magnitude_vector["default"].weight.copy_(torch.from_numpy(modules[path]["m"]))
         else:
             _load_weights(self.net, folder, self.config)
+        head = files.read_head(folder)
+        if head is not None:
+            self.add_head(head)
 
     def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
         found = {}
@@ -264,10 +317,10 @@ class TorchTrainer:
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         self.model.net.train()
-        total = micro_batch_total(batches)
+        totals = micro_batch_totals(batches)
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
-            value, metrics = loss(self.model, _device_batch(batch, total))
+            value, metrics = loss(self.model, _device_batch(batch, totals[batch.group]))
             value.backward()
             for name, part in {**metrics, "loss": value}.items():
                 sums[name] = sums.get(name, 0.0) + part.detach()
@@ -326,6 +379,8 @@ class TorchEngine:
         if config.get("quantization"):
             raise UserError(f"{folder}: an MLX-quantised model runs on engine=mlx only")
         hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if files.is_classifier(config):
+            hf.tie_word_embeddings = True  # its folder has no language-model head
         for name in list(vars(hf)):  # dropout is the recipe's business: the same loss on both engines
             if name.endswith(("_pdrop", "_dropout")) and isinstance(getattr(hf, name), float):
                 setattr(hf, name, 0.0)
@@ -370,6 +425,12 @@ class TorchEngine:
 def _load_weights(net: Any, folder: Path, config: dict[str, Any]) -> None:
     found = files.torch_weights(folder, config)
     parameters = dict(net.named_parameters())
+    for name in (
+        "lm_head.weight",
+        files.HEAD,
+    ):  # a classifier's folder has no language-model head; a scalar head may lie in a file of its own
+        if name in parameters and name not in found:
+            del parameters[name]
     missing = sorted(set(parameters) - set(found))
     if missing:
         raise UserError(f"{folder}: {len(missing)} weights are missing, for example {missing[0]}")
