@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_posttrain import runs
 from mlx_posttrain.convert import adapters, card, hub, merge, weights
 from mlx_posttrain.convert.files import output_folder
 from mlx_posttrain.engines import files
@@ -156,6 +157,12 @@ def _requantised(source: Source, folder: Path, force: bool) -> dict[str, float]:
             "keep the adapter apart (--to peft or --to mlx-lm without --merge), merge to full precision with --to hf --merge, or add --force"
         )
     return drift
+
+
+def run_card(run: Path) -> str:
+    """The card of a run whose ``final/`` is about to be written: a run that has it must have its card."""
+    _, recipe = runs.reopen(run)
+    return model_card(Source(run / "final", None, recipe), run)
 
 
 def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) -> str:

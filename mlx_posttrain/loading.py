@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,11 @@ def locate(name: str | Path) -> Source:
     return Source(hub.resolve(str(name)))
 
 
-def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32") -> tuple[Model, Any, Source]:
-    """(model, tokenizer, source) ready to generate or evaluate."""
-    from mlx_posttrain.supervised import check_vocabulary, load_tokenizer
+def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32", *, scores: bool = False) -> tuple[Model, Any, Source]:
+    """(model, tokenizer, source) ready to generate or evaluate.
 
+    Raises UserError for a reward model, or with ``scores`` for a model that is none.
+    """
     source = locate(name)
     chosen = engines.get(engine)
     group = ((source.recipe or {}).get("adapter") or {}).get("group_size", 64)
@@ -71,9 +73,44 @@ def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32") -
     if source.adapter is not None:
         model.add_adapter(files.spec_of(source.adapter), seed=0)
         model.load_trained(source.adapter)
+    if model.has_head and not scores:
+        raise UserError(f"{name} is a reward model: it scores texts and writes none; give a language model")
+    if scores and not model.has_head:
+        raise UserError(f"{name} is no reward model: train one with 07_reward, or give a sequence classifier with one label")
     tokenizer = load_tokenizer(source.folder)
     check_vocabulary(tokenizer, model, source.folder)
     return model, tokenizer, source
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's fast tokenizer. Raises UserError when there is none."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from None
+
+
+def check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
+    """Raise UserError when the tokenizer has ids beyond the embedding: MLX would read out of bounds, silently."""
+    rows = model.config.get("vocab_size")
+    if rows is not None and len(tokenizer) > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows}: they do not belong together"
+        )
+
+
+def pad_id(config: dict[str, Any], tokenizer: Any) -> int:
+    """The token that does not count when a score's position is looked for: the config's pad, else the tokenizer's, else EOS.
+
+    A GPT-2 has no pad, so it is EOS: a score is then read at the last token before it. See data/pairs.py, last_token.
+    """
+    for found in (config.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    raise UserError("neither the config nor the tokenizer names a pad or an end-of-text token, so scores have no position")
 
 
 def is_hub_id(name: str) -> bool:

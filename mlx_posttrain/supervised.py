@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mlx_posttrain import engines, export, loading, runs
+from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.engines import files
@@ -21,16 +21,7 @@ from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import AdapterSection, DataSection, Recipe
 from mlx_posttrain.training import Data, fit
 
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's fast tokenizer. Raises UserError when there is none."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from None
+Record = TypeVar("Record")
 
 
 def read_conversations(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Conversation]:
@@ -55,12 +46,12 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
     return conversations
 
 
-def split_rows(data: DataSection, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and held-out conversations: from a split of the source, or rows set aside by seed."""
-    train = read_conversations(data, split=data.split, limit=data.limit, seed=seed)
+def split_rows(data: DataSection, seed: int, read: Callable[..., list[Record]]) -> tuple[list[Record], list[Record]]:
+    """Training and held-out rows: from a split of the source, or rows set aside by seed. ``read`` as :func:`read_conversations`."""
+    train = read(data, split=data.split, limit=data.limit, seed=seed)
     eval_split = data.eval_split or ("valid" if data.source in ("embedded/tasks", "embedded/preferences", "embedded/reasoning") else None)
     if eval_split:
-        return train, read_conversations(data, split=eval_split, limit=data.eval_limit, seed=seed)
+        return train, read(data, split=eval_split, limit=data.eval_limit, seed=seed)
     aside = int(data.holdout if data.holdout >= 1 else round(data.holdout * len(train)))
     aside = min(aside, data.eval_limit or aside, len(train) - 1)
     chosen = set(np.random.default_rng([seed, 0xE7A1]).permutation(len(train))[:aside].tolist())
@@ -85,6 +76,8 @@ def encode_rows(
 def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSection | None) -> Model:
     """The recipe's model on an engine, with a new adapter or one to start from."""
     quantize = adapter.quantize if adapter else None
+    if quantize and hub.check_config(folder).get("quantization"):
+        raise UserError(f"{recipe.model} is quantised already: leave out adapter.quantize")
     model = engine.load(
         folder, dtype=recipe.dtype, quantize=quantize, group_size=adapter.group_size if adapter else 64,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
@@ -104,19 +97,10 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
     return model
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A path that exists, in full; anything else (``tiny``, a hub id, embedded data) as it is."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name != "tiny" and path.exists() else name
-
-
-def check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
-    """Raise UserError when the tokenizer has ids beyond the embedding: MLX would read out of bounds, silently."""
-    rows = model.config.get("vocab_size")
-    if rows is not None and len(tokenizer) > rows:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows}: they do not belong together"
-        )
 
 
 def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Conversation], run: runs.Run) -> Callable[[int], None]:
@@ -150,6 +134,51 @@ def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Convers
     return write
 
 
+def begin(recipe: Recipe, adapter: AdapterSection | None, resume: bool) -> tuple[Engine, runs.Run]:
+    """The recipe's engine and its run directory, new or reopened; what the recipe names by path is then named in full."""
+    engine = engines.get(recipe.engine)
+    assert recipe.output is not None
+    # Resolved, so that the run can be opened from any folder and is never resumed on another engine.
+    recipe.engine = engine.name  # type: ignore[assignment]
+    recipe.model, recipe.data.source = absolute(recipe.model), absolute(recipe.data.source)
+    if adapter is not None and adapter.path is not None:
+        adapter.path = absolute(adapter.path)
+    if resume:
+        run, _ = runs.reopen(recipe.output)
+        if run.finished:
+            raise UserError(f"{run.folder} is finished: there is nothing to resume")
+        return engine, run
+    return engine, runs.start(recipe.output, recipe)
+
+
+@contextlib.contextmanager
+def setting_up(run: runs.Run, resume: bool) -> Iterator[None]:
+    """Take the run directory away again if what happens inside fails: nothing has been trained, and the next try must not find it in use."""
+    try:
+        yield
+    except Exception:
+        if not resume:
+            (run.folder / "recipe.yaml").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what else lies there is not ours to delete
+                run.folder.rmdir()
+        raise
+
+
+def announce(recipe: Recipe, engine: Engine, model: Model) -> None:
+    """Say how much of the model trains. Raises UserError when nothing does."""
+    total, trained = model.parameter_counts()
+    if trained == 0:
+        raise UserError(f"{recipe.model} is quantised, so none of its weights can be trained: add an adapter, for example adapter.rank=16")
+    say(f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
+
+
+def finish(run: runs.Run, result: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Write figures, card and, last, ``final/``: a run that has it is complete."""
+    runs.write_text(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    runs.write_text(run.folder / "card.md", export.run_card(run.folder))
+    runs.replace_folder(run.final, write)
+
+
 def run(
     recipe: Recipe,
     loss: Loss,
@@ -166,51 +195,32 @@ def run(
 
     Returns the final evaluation. Raises UserError for every foreseeable failure, see fit.
     """
-    engine = engines.get(recipe.engine)
-    assert recipe.output is not None
-    # Resolved, so that the run can be opened from any folder and is never resumed on another engine.
-    recipe.engine = engine.name  # type: ignore[assignment]
-    recipe.model, recipe.data.source = _absolute(recipe.model), _absolute(recipe.data.source)
-    if adapter is not None and adapter.path is not None:
-        adapter.path = _absolute(adapter.path)
-    if resume:
-        run, _ = runs.reopen(recipe.output)
-        if run.finished:
-            raise UserError(f"{run.folder} is finished: there is nothing to resume")
-    else:
-        run = runs.start(recipe.output, recipe)
-    try:
+    engine, run = begin(recipe, adapter, resume)
+    with setting_up(run, resume):
         source = start(run.folder) if start else loading.base_folder(recipe.model)
-        tokenizer = load_tokenizer(source)
-        train, held_out = split_rows(recipe.data, recipe.seed)
+        tokenizer = loading.load_tokenizer(source)
+        train, held_out = split_rows(recipe.data, recipe.seed, read_conversations)
         if prepare is not None:
             train = prepare(train)
         model = load_model(engine, recipe, source, adapter)
-        check_vocabulary(tokenizer, model, source)
+        if model.has_head:
+            raise UserError(
+                f"{recipe.model} is a reward model: it scores texts and cannot learn to write them; start from a language model"
+            )
+        loading.check_vocabulary(tokenizer, model, source)
         untemplated = not train[0].templated
         if recipe.data.pack and not untemplated:
             raise UserError("data.pack joins plain text: these rows have prompts; leave out data.pack, or give rows with a column 'text'")
         examples = encode_rows(train, recipe.data, tokenizer, model.context, recipe.seed, "training rows")
         held_out_examples = encode_rows(held_out, recipe.data, tokenizer, model.context, recipe.seed, "held-out rows")
-    except Exception:
-        if not resume:  # nothing has happened yet: the next try must not find the folder in use
-            (run.folder / "recipe.yaml").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what else lies there is not ours to delete
-                run.folder.rmdir()
-        raise
     if untemplated and not resume:
         run.write_recipe(recipe, untemplated=True)
-    total, trained = model.parameter_counts()
-    if trained == 0:
-        raise UserError(f"{recipe.model} is quantised, so none of its weights can be trained: add an adapter, for example adapter.rank=16")
-    say(f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
+    announce(recipe, engine, model)
     engine.seed(recipe.seed)
     if reference:
         model.keep_reference()
     data = Data(examples, held_out_examples, recipe.train, recipe.seed, model.context)
     result = fit(engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run))
-    runs.write_text(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
-    runs.replace_folder(run.final, model.save)
-    runs.write_text(run.folder / "card.md", export.model_card(loading.locate(run.folder), run.folder))
+    finish(run, result, model.save)
     say(f"{run.final} is written" + (f": held-out loss {result['loss']:.4f}" if "loss" in result else ""))
     return result

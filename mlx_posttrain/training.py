@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +29,23 @@ from mlx_posttrain.schedule import learning_rate
 def adamw(train: TrainSection) -> AdamW:
     """The optimizer's settings from a recipe."""
     return AdamW(train.beta1, train.beta2, train.eps, train.weight_decay, train.clip)
+
+
+class TrainingData(Protocol):
+    """What the loop asks its data for; :class:`Data` for rows to imitate, pairs.PairData for pairs."""
+
+    settings: TrainSection
+    steps: int
+    steps_per_epoch: int
+
+    def rows(self, step: int) -> list[list[int]]:
+        """Row numbers of a step, by micro-batch."""
+
+    def micro_batches(self, rows: list[list[int]]) -> list[batches.Batch]:
+        """The batches of those rows."""
+
+    def evaluation(self) -> list[batches.Batch]:
+        """Held-out rows in batches."""
 
 
 class Data:
@@ -68,7 +86,7 @@ def fit(
     engine: Engine,
     model: Model,
     loss: Loss,
-    data: Data,
+    data: TrainingData,
     run: Run,
     *,
     resume: bool = False,

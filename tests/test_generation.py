@@ -38,7 +38,7 @@ def test_a_long_conversation_forgets_its_beginning_instead_of_failing(random_gpt
 
 
 def test_the_printer_holds_back_half_a_character(random_gpt2, capsys):
-    from mlx_posttrain.supervised import load_tokenizer
+    from mlx_posttrain.loading import load_tokenizer
 
     tokenizer = load_tokenizer(random_gpt2)
     printer = generation._Printer(tokenizer)

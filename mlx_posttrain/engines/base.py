@@ -154,6 +154,7 @@ class Model(Protocol):
         top_p: float = 1.0,
         samples: int = 1,
         seed: int = 0,
+        first_row: int = 0,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """``samples`` completions of each prompt, in order, from one decode batch; see engines/decoding.py."""

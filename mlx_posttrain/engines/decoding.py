@@ -73,12 +73,14 @@ def decode(
     top_p: float,
     samples: int,
     seed: int,
+    first_row: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """``samples`` completions of each prompt; entry ``p * samples + s`` is sample s of prompt p.
 
     A row ends at ``stop``, after ``max_tokens``, or where prompt and answer fill the ``context``. ``on_token(row, token)`` is
-    called as tokens appear. Raises UserError for an empty prompt or one that leaves no room in the context.
+    called as tokens appear. ``first_row`` numbers the first row: prompts decoded in several batches get the numbers, and so the
+    texts, that they would have in one. Raises UserError for an empty prompt or one that leaves no room in the context.
     """
     if not prompts:
         return []
@@ -90,7 +92,7 @@ def decode(
     room = [max_tokens if context is None else min(max_tokens, context - len(p)) for p in prompts for _ in range(samples)]
     rows = len(room)
     # A generator per row: the numbers of a row depend neither on how many rows there are nor on max_tokens.
-    uniforms = np.stack([np.random.default_rng([seed, row]).random(max(room), dtype=np.float32) for row in range(rows)])
+    uniforms = np.stack([np.random.default_rng([seed, first_row + row]).random(max(room), dtype=np.float32) for row in range(rows)])
     tokens: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     stopped = [False] * rows

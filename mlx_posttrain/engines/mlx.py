@@ -201,12 +201,13 @@ class MLXModel:
         top_p: float = 1.0,
         samples: int = 1,
         seed: int = 0,
+        first_row: int = 0,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         self.net.eval()  # dropout off, and with it gradient checkpointing
         return decoding.decode(
             _MLXDecoder(self.net), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
-            temperature=temperature, top_p=top_p, samples=samples, seed=seed, on_token=on_token,
+            temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token,
         )  # fmt: skip
 
     # files

@@ -1,0 +1,189 @@
+"""What a reward model knows: held-out pairs judged by it, by the length of the answers, and by their words alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain.data.types import Preference
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap
+
+BINS = 5  # of calibration, between .5 and 1
+L2 = 1.0  # of the bag-of-words baseline; fixed, never tuned on the rows that are judged
+WORDS = 20_000
+
+
+@dataclass(frozen=True)
+class PreferenceReport:
+    """Shares are of pairs, between 0 and 1; ties count one half. See :func:`report`."""
+
+    pairs: int
+    accuracy: Interval
+    longer: Interval
+    bag_of_words: Interval | None
+    over_longer: Interval
+    over_bag_of_words: Interval | None
+    loss: float
+    edges: list[float]
+    counts: list[int]
+    calibration: list[tuple[float, float, int]]
+    calibration_error: float
+    length_pearson: float
+    length_spearman: float
+    by_column: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        found = [
+            f"held-out pairs: {self.pairs}; right {_percent(self.accuracy)}, loss {self.loss:.4f} (a coin: {math.log(2):.4f})",
+            f"  the longer answer wins: {_percent(self.longer)}; the model has {self.over_longer.mean:+.1%} [{self.over_longer.low:+.1%}, {self.over_longer.high:+.1%}]",
+        ]
+        if self.bag_of_words is not None and self.over_bag_of_words is not None:
+            over = self.over_bag_of_words
+            found.append(
+                f"  bag of words: {_percent(self.bag_of_words)}; the model has {over.mean:+.1%} [{over.low:+.1%}, {over.high:+.1%}]"
+            )
+        found.append(f"  score and length of an answer: Pearson {self.length_pearson:+.2f}, Spearman {self.length_spearman:+.2f}")
+        shown = ", ".join(f"{said:.2f} said {was:.2f} right ({n})" for said, was, n in self.calibration)
+        found.append(f"  calibration error {self.calibration_error:.3f}: {shown}")
+        for column, shares in self.by_column.items():
+            found.append(f"  right by {column}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+        top = max(self.counts, default=0) or 1
+        found.append("  margins, chosen minus rejected:")
+        for low, high, n in zip(self.edges[:-1], self.edges[1:], self.counts, strict=True):
+            found.append(f"  {low:+7.2f} to {high:+7.2f} {'█' * round(30 * n / top)} {n}")
+        return found
+
+
+def report(
+    chosen: np.ndarray, rejected: np.ndarray, rows: Sequence[Preference], train: Sequence[Preference] | None = None, seed: int = 0
+) -> PreferenceReport:
+    """Judge scores of P held-out pairs.
+
+    chosen, rejected: [P] scores; rows: the pairs; train: the training pairs, for the bag-of-words baseline. Intervals are 95 % bootstrap
+    intervals over prompts: pairs of one prompt are drawn together. Calibration compares sigma(|margin|), how sure the model is, with the
+    share of pairs it has right, in BINS equal bins from .5 to 1; its error is the mean gap, weighted by pairs (Guo et al. 2017).
+    """
+    margins = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
+    groups = _groups(rows)
+    right = _wins(margins)
+    lengths = np.array([[len(r.chosen), len(r.rejected)] for r in rows], np.float64)
+    longer = _wins(lengths[:, 0] - lengths[:, 1])
+    words = _wins(bag_of_words(train, rows)) if train else None
+    sure = 1.0 / (1.0 + np.exp(-np.abs(margins)))
+    place = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    calibration = [
+        (float(sure[place == b].mean()), float(right[place == b].mean()), int((place == b).sum()))
+        for b in range(BINS)
+        if (place == b).any()
+    ]
+    reach = max(1e-6, float(np.quantile(np.abs(margins), 0.99)))
+    counts, edges = np.histogram(np.clip(margins, -reach, reach), bins=10, range=(-reach, reach))
+    scores, sizes = np.concatenate([chosen, rejected]), np.concatenate([lengths[:, 0], lengths[:, 1]])
+
+    def over(other: np.ndarray) -> Interval:
+        a, weight = _by_group(right, groups)
+        return paired_bootstrap(a, _by_group(other, groups)[0], weights=weight, seed=seed)
+
+    def share(wins: np.ndarray) -> Interval:
+        values, weight = _by_group(wins, groups)
+        return bootstrap(values, weights=weight, seed=seed)
+
+    return PreferenceReport(
+        pairs=len(rows), accuracy=share(right), longer=share(longer), bag_of_words=None if words is None else share(words),
+        over_longer=over(longer), over_bag_of_words=None if words is None else over(words), loss=float(np.mean(np.logaddexp(0.0, -margins))),
+        edges=[float(e) for e in edges], counts=[int(c) for c in counts], calibration=calibration,
+        calibration_error=float(sum(n * abs(said - was) for said, was, n in calibration) / len(rows)),
+        length_pearson=_correlation(scores, sizes), length_spearman=_correlation(_ranks(scores), _ranks(sizes)), by_column=_by_column(right, rows),
+    )  # fmt: skip
+
+
+def bag_of_words(train: Sequence[Preference], rows: Sequence[Preference], steps: int = 300) -> np.ndarray:
+    """Margins [P] of a logistic regression on the words of the answers, blind to their order and to the prompt.
+
+    Features are log(1 + count) of lower-case words and punctuation marks, chosen minus rejected; the words are those of at least two
+    training answers, the most frequent WORDS of them. L2-regularised maximum likelihood by accelerated gradient descent, so that the result depends
+    on nothing but the rows.
+    """
+    documents = [[_words(r.chosen), _words(r.rejected)] for r in train]
+    seen = Counter(word for pair in documents for side in pair for word in side)
+    known = {word: i for i, (word, n) in enumerate(sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:WORDS]) if n >= 2}
+    if not known:
+        return np.zeros(len(rows))
+    features = _sparse(documents, known)
+    row, column, value = features
+    # The loss is mean log(1 + exp(-x.w)) + L2/(2n) |w|^2; its curvature is at most max |x|^2 / 4 + L2/n.
+    n = len(documents)
+    norms = np.bincount(row, value**2, minlength=n)
+    rate = 1.0 / (float(norms.max(initial=0.0)) / 4 + L2 / n)
+    weights, ahead = np.zeros(len(known)), np.zeros(len(known))
+    for step in range(steps):
+        margins = np.bincount(row, value * ahead[column], minlength=n)
+        slope = -1.0 / (1.0 + np.exp(np.clip(margins, -50, 50)))
+        gradient = np.bincount(column, slope[row] * value, minlength=len(known)) / n + L2 / n * ahead
+        previous, weights = weights, ahead - rate * gradient
+        ahead = weights + step / (step + 3) * (weights - previous)  # Nesterov 1983
+    row, column, value = _sparse([[_words(r.chosen), _words(r.rejected)] for r in rows], known)
+    return np.bincount(row, value * weights[column], minlength=len(rows))
+
+
+def _words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+|[^\w\s]", text.lower()))
+
+
+def _sparse(documents: Sequence[Sequence[Counter[str]]], known: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    row, column, value = [], [], []
+    for i, (chosen, rejected) in enumerate(documents):
+        for word in chosen.keys() | rejected.keys():
+            if word in known and chosen[word] != rejected[word]:
+                row.append(i)
+                column.append(known[word])
+                value.append(math.log1p(chosen[word]) - math.log1p(rejected[word]))
+    return np.array(row, int), np.array(column, int), np.array(value, float)
+
+
+def _wins(margins: np.ndarray) -> np.ndarray:
+    return np.where(margins > 0, 1.0, np.where(margins == 0, 0.5, 0.0))
+
+
+def _groups(rows: Sequence[Preference]) -> np.ndarray:
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(row.prompt, len(numbers)) for row in rows])
+
+
+def _by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    size = np.bincount(groups).astype(np.float64)
+    return np.bincount(groups, values) / size, size
+
+
+def _by_column(right: np.ndarray, rows: Sequence[Preference]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for column in ("flaw", "family"):
+        names = [row.extra.get(column) for row in rows]
+        if all(isinstance(name, str) for name in names) and names:
+            found[column] = {str(n): float(right[[m == n for m in names]].mean()) for n in sorted(set(map(str, names)))}
+    return found
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, equal values sharing their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.mean:.1%} [{interval.low:.0%}, {interval.high:.0%}]"

@@ -1,0 +1,522 @@
+"""PPO from a reward: answer, score, and make better answers likelier, while the policy stays near its reference.
+
+One step (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"):
+
+1. sample answers from the policy's full softmax;
+2. per token, reward = -beta (log pi - log ref), and on the last token the score;
+3. advantages by GAE from the critic's values, whitened over all real tokens;
+4. for each epoch, in a new order, minibatches of the clipped objective (Schulman et al. 2017, eq. 7) and of the clipped value loss.
+
+Old log-probabilities come from the forward pass that trains, not from the one that sampled, so the first ratio is 1. Dropout is off
+everywhere. The pure parts are in losses/ppo.py (what is differentiated) and rl/ (what is not); this file is the loop.
+
+Where we differ: losses are averaged over all tokens of an optimizer step rather than per micro-batch; the score is on the last real
+token (TRL puts it one slot later where there is room); a separate critic has its own optimizer, so ``vf_coef`` weighs the two losses
+on a shared trunk only; the learning rate follows the steps, not the optimizer's updates.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from mlx_posttrain import loading, runs, supervised
+from mlx_posttrain import recipe as recipes
+from mlx_posttrain.convert.files import require_space
+from mlx_posttrain.data import batches as data_batches
+from mlx_posttrain.data import encode
+from mlx_posttrain.data.types import Example
+from mlx_posttrain.engines import files
+from mlx_posttrain.engines.base import AdamW, Array, DeviceBatch, Engine, Loss, Model, Trainer, head_start
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.losses import ppo as objective
+from mlx_posttrain.losses.sft import token_logprobs, token_mean
+from mlx_posttrain.methods.reward import width
+from mlx_posttrain.progress import Interrupted, Progress, interruptible, say
+from mlx_posttrain.rl import advantages, kl, prompts, rollouts, scoring
+from mlx_posttrain.rl.rollouts import Answer, Question
+from mlx_posttrain.schedule import learning_rate
+
+
+class RolloutSection(recipes.Section):
+    """How answers are sampled: from the full softmax, no top-k, no top-p, no repetition penalty."""
+
+    prompts: int = Field(16, ge=1, description="distinct prompts in a step")
+    samples: int = Field(1, ge=1, description="answers to each prompt")
+    max_tokens: int = Field(64, ge=1, description="longest answer in tokens, the stop token included")
+    temperature: float = Field(1.0, gt=0, description="of sampling, and of every log-probability")
+    missing_eos_penalty: float | None = Field(
+        1.0, ge=0, description="taken from the score of an answer that did not end by itself; null: none"
+    )
+    token_budget: int = Field(32768, ge=32, description="cached tokens of one decode batch: rows times prompt plus answer")
+
+
+class PPOSection(recipes.Section):
+    """The objective."""
+
+    epochs: int = Field(2, ge=1, description="passes over each step's answers")
+    clip: float = Field(0.2, gt=0, description="how far a token's ratio may move before its gradient stops")
+    value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from the old one; null: no clipping")
+    vf_coef: float = Field(0.1, ge=0, description="weight of the value loss on a shared trunk")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount per token")
+    lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE")
+    whiten_rewards: bool = Field(False, description="also whiten per-token rewards, keeping their mean")
+    score_clip: float | None = Field(None, gt=0, description="scores are held within +- this; null: as they are")
+    target_kl: float | None = Field(
+        None, gt=0, description="end a step's updates when approx-KL to the old policy passes this; null: never"
+    )
+
+
+class KLSection(recipes.Section):
+    """The leash to the reference: the policy as it was before PPO (with an adapter: without it)."""
+
+    controller: Literal["fixed", "adaptive"] = Field("fixed", description="beta stays, or follows the KL")
+    beta: float = Field(0.05, ge=0, description="penalty per nat; the first value of an adaptive one")
+    target: float = Field(6.0, gt=0, description="adaptive: nats per answer aimed at")
+    horizon: float = Field(10000.0, gt=0, description="adaptive: answers over which beta may change by a fifth")
+
+
+class CriticSection(recipes.Section):
+    """What predicts the return."""
+
+    kind: Literal["separate", "shared"] = Field("separate", description="a network of its own, or a zero head on the policy's trunk")
+    start: Literal["auto", "reward", "policy"] = Field(
+        "auto",
+        description="a separate critic starts as a copy of the first reward model, or of the policy with a zero head; auto: the first if there is one",
+    )
+    lr: float | None = Field(None, gt=0, description="a separate critic's learning rate; null: train.lr")
+
+
+class PTXSection(recipes.Section):
+    """Rows imitated beside the updates, against forgetting (PPO-ptx: Ouyang et al. 2022, eq. 2)."""
+
+    data: recipes.DataSection
+    coefficient: float = Field(27.8, ge=0, description="weight of their mean negative log-likelihood per token")
+    batch_size: int = Field(4, ge=1, description="rows beside each optimizer step")
+
+
+class PPOTrainSection(recipes.Section):
+    """The optimizer and its loop."""
+
+    steps: int = Field(150, ge=1, description="rollouts, each followed by ppo.epochs passes of updates")
+    batch_size: int = Field(4, ge=1, description="answers in a micro-batch")
+    accumulate: int = Field(4, ge=1, description="micro-batches per optimizer step")
+    token_budget: int | None = Field(None, ge=32, description="split micro-batches so that none holds more padded tokens than this")
+    lr: float = Field(5e-6, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="shape after the warm-up")
+    warmup: float = Field(0.0, ge=0, description="warm-up: a share of all steps below 1, or a number of steps")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of cosine and linear schedules")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay; applies to matrices only")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
+    clip: float | None = Field(0.5, gt=0, description="largest global gradient norm; null: no clipping")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in a run")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: as often as evaluation")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third slower")
+
+
+class Recipe(recipes.Recipe):
+    """PPO against a reward."""
+
+    method: Literal["ppo"] = Field(description="ppo: answer, score, improve")
+    adapter: recipes.AdapterSection | None = Field(None, description="train an adapter instead of all weights; null: all weights")
+    reward: list[scoring.RewardEntry] = Field(min_length=1, description="what answers are scored by, summed with weights")
+    judge: list[scoring.RewardEntry] = Field(
+        default_factory=list, description="scored at evaluations only: a second opinion, to see whether the reward is being fooled"
+    )
+    rollout: RolloutSection = Field(default_factory=lambda: RolloutSection())
+    ppo: PPOSection = Field(default_factory=lambda: PPOSection())
+    kl: KLSection = Field(default_factory=lambda: KLSection())
+    critic: CriticSection = Field(default_factory=lambda: CriticSection())
+    ptx: PTXSection | None = Field(None, description="rows imitated beside the updates; null: none")
+    train: PPOTrainSection = Field(default_factory=lambda: PPOTrainSection())  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        defaults = recipes.DataSection(source="")
+        for key in ("pack", "clean", "train_on"):
+            if getattr(self.data, key) != getattr(defaults, key):
+                raise ValueError(f"data.{key} means nothing for prompts; leave it out")
+        if not isinstance(self.data.template, str):
+            raise ValueError("data.template takes one name here")
+        if self.sample.prompts or self.sample.temperature:
+            raise ValueError("samples are the first held-out answers as they are scored: only sample.count is used here")
+        if self.critic.kind == "shared" and (self.critic.lr is not None or self.critic.start == "reward"):
+            raise ValueError("critic.lr and critic.start belong to a separate critic")
+        if self.critic.start == "reward" and not any(entry.model for entry in self.reward):
+            raise ValueError("critic.start=reward needs a reward model among `reward`")
+        if self.adapter is None:
+            if self.dtype != "float32":
+                raise ValueError("full training needs dtype float32: smaller formats round most updates away; use an adapter, or float32")
+        elif self.adapter.path is not None:
+            raise ValueError("adapter.path: the reference would be the model without it; give the adapter's run as `model` instead")
+        elif self.adapter.dropout:
+            raise ValueError("adapter.dropout must be 0: with dropout the ratio of new to old policy is noise")
+        return self
+
+
+# What is differentiated
+
+
+def policy_loss(recipe: Recipe) -> Loss:
+    """The clipped objective over a minibatch; with a shared critic its value loss too; for rows of ``ptx`` their likelihood."""
+    settings, temperature, shared = recipe.ppo, recipe.rollout.temperature, recipe.critic.kind == "shared"
+    coefficient = recipe.ptx.coefficient if recipe.ptx else 0.0
+
+    def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
+        def mean(values: Array) -> Array:
+            return token_mean(values, batch.weight, batch.total)
+
+        if "advantage" not in batch.extra:
+            nll = mean(-model.logprobs(batch))
+            return coefficient * nll, {"loss/ptx_avg": nll}
+        logits, values = model.logits_and_scores(batch) if shared else (model.logits(batch), None)
+        logits = logits / temperature
+        logprobs, mask, extra = token_logprobs(logits, batch.target), batch.weight, batch.extra
+        total = policy = mean(objective.clipped_policy(logprobs, extra["old"], extra["advantage"], mask, settings.clip))
+        seen = objective.update_statistics(logprobs, extra["old"], extra["advantage"], mask, settings.clip)
+        metrics = {
+            "loss/policy_avg": policy, "policy/entropy_avg": mean(objective.entropy(logits)), "policy/approxkl_avg": mean(seen["approx_kl"]),
+            "policy/clipfrac_avg": mean(seen["clip_fraction"]), "val/ratio": mean(seen["ratio"]), "ratio_squared": mean(seen["ratio"] ** 2),
+        }  # fmt: skip
+        if values is not None:
+            value, figures = _value_terms(values, batch, settings.value_clip)
+            total, metrics = policy + settings.vf_coef * value, metrics | figures
+        return total, metrics
+
+    return loss
+
+
+def value_loss(clip: float | None) -> Loss:
+    """The clipped value loss of a separate critic."""
+
+    def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
+        return _value_terms(model.scores(batch), batch, clip)
+
+    return loss
+
+
+def _value_terms(values: Array, batch: DeviceBatch, clip: float | None) -> tuple[Array, dict[str, Array]]:
+    extra = batch.extra
+    value = token_mean(objective.clipped_value(values, extra["old_value"], extra["return"], batch.weight, clip), batch.weight, batch.total)
+    clipped = objective.value_clip_fraction(values, extra["old_value"], extra["return"], batch.weight, clip)
+    return value, {"loss/value_avg": value, "val/clipfrac_avg": token_mean(clipped, batch.weight, batch.total)}
+
+
+# One step
+
+
+@dataclass
+class Parties:
+    """The models that take part: ``critic`` is None when it is a head on the policy's trunk."""
+
+    policy: Model
+    critic: Model | None
+    tokenizer: Any
+    scorer: scoring.Scorer
+    judge: scoring.Scorer
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Scored answers, and for each answer token: old log-probability, old value, advantage, return."""
+
+    answers: list[Answer]
+    figures: dict[str, list[np.ndarray]]
+    statistics: dict[str, float]
+
+
+def measure(parties: Parties, answers: Sequence[Answer], recipe: Recipe, context: int | None) -> dict[str, list[np.ndarray]]:
+    """``old`` and ``reference`` log-probabilities and ``old_value`` of every answer token, from the forward pass that trains."""
+    examples = [a.example for a in answers]
+    temperature, train = recipe.rollout.temperature, recipe.train
+    rows = data_batches.by_length([len(e.tokens) for e in examples], 4 * train.batch_size, train.token_budget)
+    batches = [data_batches.collate([examples[i] for i in part], context) for part in rows]
+
+    def of_policy(model: Model, batch: DeviceBatch) -> dict[str, Array]:
+        logits, values = model.logits_and_scores(batch) if parties.critic is None else (model.logits(batch), None)
+        found = {
+            "old": token_logprobs(logits / temperature, batch.target),
+            "reference": token_logprobs(model.reference_logits(batch) / temperature, batch.target),
+        }
+        return found if values is None else {**found, "old_value": values}
+
+    found = parties.policy.apply(of_policy, batches)
+    if parties.critic is not None:
+        values = parties.critic.apply(lambda model, batch: {"old_value": model.scores(batch)}, batches)
+        found = [{**f, **v} for f, v in zip(found, values, strict=True)]
+    figures: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(answers) for name in found[0]}
+    for part, batch, arrays in zip(rows, batches, found, strict=True):
+        for name, array in arrays.items():
+            for i, row in zip(part, rollouts.by_row(batch, array), strict=True):
+                figures[name][i] = row
+    return figures
+
+
+def experience(
+    answers: Sequence[Answer], scores: np.ndarray, figures: Mapping[str, list[np.ndarray]], recipe: Recipe, beta: float
+) -> Experience:
+    """Rewards, advantages and returns of scored answers. Pure: models have been asked before.
+
+    scores: [R], normalised; nan for an answer that no reward could score, which is left out. Raises UserError when that is all of them.
+    """
+    kept = [i for i, s in enumerate(scores) if np.isfinite(s)]
+    if not kept:
+        raise UserError("no answer of this step could be scored: every reward function returned None")
+    answers = [answers[i] for i in kept]
+    settings, raw = recipe.ppo, scores[kept]
+    final = raw - (recipe.rollout.missing_eos_penalty or 0.0) * np.array([not a.stopped for a in answers])
+    if settings.score_clip is not None:
+        final = np.clip(final, -settings.score_clip, settings.score_clip)
+    arrays = {name: rollouts.padded([values[i] for i in kept]) for name, values in figures.items()}
+    mask = arrays["old"][1]
+    old, reference, values = (arrays[name][0] for name in ("old", "reference", "old_value"))
+    rewards = advantages.token_rewards(old, reference, final, mask, beta)
+    if settings.whiten_rewards:
+        rewards = advantages.whiten(rewards, mask, shift_mean=False)
+    advantage, returns = advantages.gae(rewards, values, mask, settings.gamma, settings.lam)
+    whitened = advantages.whiten(advantage, mask)
+    divergence = ((old - reference) * mask).sum(1)
+    penalty = -beta * divergence
+    lengths = mask.sum(1)
+    statistics = {
+        "objective/kl": divergence.mean(), "objective/entropy": (-old * mask).sum(1).mean(), "objective/scores": raw.mean(),
+        "objective/non_score_reward": penalty.mean(), "objective/rlhf_reward": (final + penalty).mean(), "objective/scores_std": raw.std(),
+        "val/explained_variance": advantages.explained_variance(values, returns, mask), "val/num_eos_tokens": sum(a.stopped for a in answers),
+        "val/eos_share": np.mean([a.stopped for a in answers]), "val/length": lengths.mean(),
+        "val/reward_length_correlation": scoring.correlation(raw, lengths), "val/unscored": len(scores) - len(kept),
+    }  # fmt: skip
+    per_token = {"old": old, "old_value": values, "advantage": whitened, "return": returns}
+    return Experience(
+        list(answers), {n: rollouts.unpadded(v, mask) for n, v in per_token.items()}, {n: float(v) for n, v in statistics.items()}
+    )
+
+
+def update(
+    recipe: Recipe, trainer: Trainer, critic: Trainer | None, seen: Experience, losses: tuple[Loss, Loss], lr: float, step: int,
+    context: int | None, beside: Sequence[Example] = (),
+) -> dict[str, float]:  # fmt: skip
+    """``ppo.epochs`` passes of updates over one step's answers; returns means over the optimizer steps.
+
+    Every epoch has a new order, which depends on the recipe's seed and the step's number only. Raises FloatingPointError as Trainer.step.
+    """
+    train, examples = recipe.train, [a.example for a in seen.answers]
+    policy, value = losses
+    records: list[dict[str, float]] = []
+    for epoch in range(recipe.ppo.epochs):
+        rng = np.random.default_rng([recipe.seed, 0x990, step, epoch])
+        for micro in rollouts.minibatches(
+            [len(e.tokens) for e in examples],
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            token_budget=train.token_budget,
+            rng=rng,
+        ):
+            batches = [
+                rollouts.with_figures([examples[i] for i in rows], {n: [v[i] for i in rows] for n, v in seen.figures.items()}, context)
+                for rows in micro
+            ]
+            record = (
+                {}
+                if critic is None
+                else _named(critic.step(value, batches, recipe.critic.lr * lr / train.lr if recipe.critic.lr else lr), "val")
+            )
+            if recipe.ptx is not None:
+                rows = [beside[i] for i in rng.permutation(len(beside))[: recipe.ptx.batch_size]]
+                batches.append(replace(data_batches.collate(rows, context), group="ptx"))
+            record |= _named(trainer.step(policy, batches, lr), "policy")
+            records.append(record)
+            if recipe.ppo.target_kl is not None and record["policy/approxkl_avg"] > recipe.ppo.target_kl:
+                return _means(records)
+    return _means(records)
+
+
+def _named(metrics: dict[str, float], party: str) -> dict[str, float]:
+    return {name if "/" in name or name == "ratio_squared" else f"{party}/{name}": value for name, value in metrics.items()}
+
+
+def _means(records: list[dict[str, float]]) -> dict[str, float]:
+    found = {name: float(np.mean([r[name] for r in records])) for name in records[0]}
+    found["val/ratio_var"] = max(0.0, found.pop("ratio_squared") - found["val/ratio"] ** 2)
+    return found | {"updates": len(records)}
+
+
+# The run
+
+
+def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
+    """Run the recipe to the end; returns the figures of the last evaluation. Errors as supervised.run."""
+    for entry in (*recipe.reward, *recipe.judge):
+        if entry.model:
+            entry.model = supervised.absolute(entry.model)
+    engine, run = supervised.begin(recipe, recipe.adapter, resume)
+    with supervised.setting_up(run, resume):
+        folder = loading.base_folder(recipe.model)
+        tokenizer = loading.load_tokenizer(folder)
+        policy = supervised.load_model(engine, recipe, folder, recipe.adapter)
+        if policy.has_head:
+            raise UserError(f"{recipe.model} is a reward model: the policy of PPO is a language model")
+        loading.check_vocabulary(tokenizer, policy, folder)
+        questions, held_out = prompts.read(recipe.data, tokenizer, policy.context, recipe.rollout.max_tokens, recipe.seed)
+        beside = _ptx_rows(recipe, tokenizer, policy.context)
+        policy.keep_reference()
+        parties = Parties(
+            policy, _critic(engine, recipe, folder, policy), tokenizer,
+            scoring.Scorer(recipe.reward, engine, tokenizer, str(recipe.data.template)),
+            scoring.Scorer(recipe.judge, engine, tokenizer, str(recipe.data.template)),
+        )  # fmt: skip
+    supervised.announce(recipe, engine, policy)
+    engine.seed(recipe.seed)
+    result = fit(engine, parties, questions, held_out, beside, recipe, run, resume)
+
+    def write(target: Path) -> None:
+        policy.save(target)
+        (target / files.HEAD_FILE).unlink(missing_ok=True)  # a value head is of no use to whoever runs the model
+
+    supervised.finish(run, result, write)
+    say(f"{run.final} is written: score {result.get('score', float('nan')):.3f}, KL {result.get('kl', float('nan')):.2f} nats per answer")
+    return result
+
+
+def _critic(engine: Engine, recipe: Recipe, folder: Path, policy: Model) -> Model | None:
+    if recipe.critic.kind == "shared":
+        policy.add_head(head_start(width(policy), None))
+        return None
+    reward = next((entry.model for entry in recipe.reward if entry.model), None)
+    from_reward = recipe.critic.start == "reward" or (recipe.critic.start == "auto" and reward is not None)
+    source = loading.base_folder(reward) if from_reward and reward else folder
+    critic = engine.load(source, gradient_checkpointing=recipe.train.gradient_checkpointing)
+    if not critic.has_head:
+        critic.add_head(head_start(width(critic), None))
+    return critic
+
+
+def _ptx_rows(recipe: Recipe, tokenizer: Any, context: int | None) -> list[Example]:
+    if recipe.ptx is None:
+        return []
+    data = recipe.ptx.data
+    rows = supervised.read_conversations(data, split=data.split, limit=data.limit, seed=recipe.seed)
+    return supervised.encode_rows(rows, data, tokenizer, context, recipe.seed, "ptx rows")
+
+
+def fit(
+    engine: Engine, parties: Parties, questions: list[Question], held_out: list[Question], beside: list[Example], recipe: Recipe, run: runs.Run,
+    resume: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Train to the end; returns the last evaluation. A resumed run gives the figures of one that was not interrupted."""
+    train, policy, critic = recipe.train, parties.policy, parties.critic
+    settings = AdamW(train.beta1, train.beta2, train.eps, train.weight_decay, train.clip)
+    trainer = engine.trainer(policy, settings)
+    critic_trainer = engine.trainer(critic, settings) if critic is not None else None
+    losses = (policy_loss(recipe), value_loss(recipe.ppo.value_clip))
+    controller = kl.controller(recipe.kl.controller, recipe.kl.beta, recipe.kl.target, recipe.kl.horizon)
+    eval_every = train.eval_every or max(1, train.steps // 10)
+    save_every = train.save_every or eval_every
+    needed = 12 * (policy.parameter_counts()[1] + (critic.parameter_counts()[1] if critic else 0)) + 2**20
+    first, state = (0, {"evaluation": {}, "controller": controller.state(), "scorer": {}, "judge": {}})
+
+    if resume and run.list_checkpoints():
+        newest = run.list_checkpoints()[-1]
+        saved = json.loads((newest / "state.json").read_text())
+        first, state = saved["step"], {name: saved[name] for name in state}
+        policy.load_trained(newest / "weights")
+        trainer.load(newest / "optimizer.safetensors")
+        if critic is not None and critic_trainer is not None:
+            critic.load_trained(newest / "critic")
+            critic_trainer.load(newest / "critic_optimizer.safetensors")
+        with np.load(newest / "random.npz", allow_pickle=False) as arrays:
+            engine.set_random_state(dict(arrays))
+        controller.restore(state["controller"])
+        parties.scorer.restore(state["scorer"])
+        parties.judge.restore(state["judge"])
+    if resume:
+        run.truncate_logs(first if first else -1)
+
+    def answer(asked: Sequence[Question], samples: int, seed: int) -> list[Answer]:
+        r = recipe.rollout
+        return rollouts.sample(
+            policy, parties.tokenizer, asked, samples=samples, max_tokens=r.max_tokens, temperature=r.temperature,
+            stop=encode.eos_id(parties.tokenizer), seed=seed, token_budget=r.token_budget,
+        )  # fmt: skip
+
+    def checkpoint(done: int) -> None:
+        require_space(run.folder, needed)
+
+        def write(folder: Path) -> None:
+            policy.save(folder / "weights")
+            trainer.save(folder / "optimizer.safetensors")
+            if critic is not None and critic_trainer is not None:
+                critic.save(folder / "critic")
+                critic_trainer.save(folder / "critic_optimizer.safetensors")
+
+        run.save_checkpoint(done, write, state | {"controller": controller.state()}, engine.random_state(), train.keep)
+
+    def evaluate(done: int) -> None:
+        if not held_out:
+            return
+        answers = answer(held_out, 1, recipe.seed)
+        figures = measure(parties, answers, recipe, policy.context)
+        state["evaluation"] = {**scoring.evaluation(answers, figures, parties.scorer, parties.judge), "step": done}
+        run.log({"step": done, **{f"eval/{k}": v for k, v in state["evaluation"].items() if k != "step"}})
+        scores = parties.scorer(answers[: recipe.sample.count]) if recipe.sample.count else ()
+        for a, score in zip(answers, scores, strict=False):
+            run.sample({"step": done, "prompt": a.question.text, "answer": a.text, "stopped": a.stopped, "score": float(score)})
+        progress.note(f"step {done}: held-out " + scoring.sentence(state["evaluation"]))
+
+    require_space(run.folder, needed)
+    progress = Progress(run.folder.name, train.steps, first)
+    engine.reset_memory()
+    try:
+        with interruptible() as signals:
+            if first == 0:
+                asked = [questions[i] for i in prompts.order(len(questions), recipe.seed, -1)][:256]
+                reference = answer(asked, 1, recipe.seed + 1)
+                parties.scorer.normalise_on(reference)
+                parties.judge.normalise_on(reference)
+                state |= {"scorer": parties.scorer.state(), "judge": parties.judge.state()}
+                evaluate(0)
+            for step in range(first, train.steps):
+                begun = time.perf_counter()
+                chosen = prompts.of_step(len(questions), recipe.rollout.prompts, recipe.seed, step)
+                answers = answer([questions[i] for i in chosen], recipe.rollout.samples, recipe.seed * 1_000_003 + step + 2)
+                sampled = time.perf_counter()
+                beta = controller.beta
+                seen = experience(answers, parties.scorer(answers), measure(parties, answers, recipe, policy.context), recipe, beta)
+                lr = learning_rate(step, steps=train.steps, peak=train.lr, schedule=train.schedule, warmup=train.warmup, floor=train.min_lr)
+                try:
+                    figures = update(recipe, trainer, critic_trainer, seen, losses, lr, step, policy.context, beside)
+                except FloatingPointError as error:
+                    saved = run.list_checkpoints()
+                    kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
+                    raise UserError(
+                        f"step {step + 1}: {error}: stopped before the weights took it; {kept}. Start anew with a lower train.lr"
+                    ) from None
+                controller.update(seen.statistics["objective/kl"], len(seen.answers))
+                done, memory = step + 1, engine.memory()
+                tokens = sum(len(a.tokens) for a in seen.answers)
+                run.log({
+                    "step": done, "episode": done * recipe.rollout.prompts * recipe.rollout.samples, "lr": lr, "beta": beta, "tokens": tokens,
+                    **seen.statistics, **figures, "seconds/rollout": sampled - begun, "seconds": time.perf_counter() - begun, **memory,
+                })  # fmt: skip
+                progress.update(done, figures["loss/policy_avg"], tokens, memory["peak_gb"])
+                if done % eval_every == 0 or done == train.steps:
+                    evaluate(done)
+                if done % save_every == 0 or done == train.steps or signals:
+                    checkpoint(done)
+                if signals and done < train.steps:
+                    raise Interrupted(
+                        f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {run.folder}"
+                    )
+    finally:
+        progress.close()
+    total, trained = policy.parameter_counts()
+    return {**state["evaluation"], "parameters": total, "trained_parameters": trained}

@@ -1,0 +1,172 @@
+"""Reward model: learn from pairs which of two answers people (or checkers) prefer.
+
+    loss = mean over pairs of  -log sigma(r(chosen) - r(rejected) - margin)  +  centring * (r(chosen) + r(rejected))^2
+
+r is a scalar head on the backbone's hidden state at the row's last token (data/pairs.py, ``last_token``; the rule of transformers'
+sequence classifiers, so that an exported model gives the same scores there). All pairs of one prompt are in one batch, each
+answer read once (Ouyang et al. 2022, section 3.5): spread over an epoch they would be trained on several times. The head starts
+from N(0, 1 / (width + 1)) (Stiennon et al. 2020), new adapters as everywhere. ``final/`` is a sequence classifier with one label, or
+a PEFT adapter of one; ``report.json`` says what the model learned beyond what the length or the words of an answer give away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from mlx_posttrain import loading, runs, supervised
+from mlx_posttrain import recipe as recipes
+from mlx_posttrain.data import formats, pairs, sources
+from mlx_posttrain.data.types import Preference
+from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model, head_start
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate import preference
+from mlx_posttrain.losses.reward import bradley_terry, centring
+from mlx_posttrain.losses.sft import token_mean
+from mlx_posttrain.ops import ops
+from mlx_posttrain.progress import say
+from mlx_posttrain.rl.scoring import score_rows
+from mlx_posttrain.training import fit
+
+
+class RewardSection(recipes.Section):
+    """The pairwise loss."""
+
+    centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps scores around 0; 0.01 is usual")
+
+
+class Recipe(recipes.Recipe):
+    """A reward model from preference pairs."""
+
+    method: Literal["reward"] = Field(description="reward: score answers, trained on pairs")
+    adapter: recipes.AdapterSection | None = Field(
+        None, description="train an adapter and the head instead of all weights; null: all weights"
+    )
+    reward: RewardSection = Field(default_factory=lambda: RewardSection())
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        data, defaults = self.data, recipes.DataSection(source="")
+        for key in ("pack", "clean", "train_on"):
+            if getattr(data, key) != getattr(defaults, key):
+                raise ValueError(f"data.{key} means nothing for pairs; leave it out")
+        if not isinstance(data.template, str):
+            raise ValueError("data.template takes one name here: both answers to a prompt must be asked alike, and rollouts as they were")
+        if self.sample.prompts:
+            raise ValueError("a reward model writes no texts: sample.prompts means nothing here (sample.count: held-out pairs to show)")
+        if self.adapter is None and self.dtype != "float32":
+            raise ValueError("full training needs dtype float32: smaller formats round most updates away; use an adapter, or float32")
+        return self
+
+
+def pair_loss(weight: float = 0.0) -> Loss:
+    """Mean Bradley-Terry loss over pairs, plus ``weight`` times the centring term; metrics: accuracy, margin."""
+
+    def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
+        scores = model.scores(batch)
+        chosen, rejected = scores[batch.extra["chosen"]], scores[batch.extra["rejected"]]
+        xp = ops(scores)
+
+        def mean(values: Array) -> Array:
+            return token_mean(values, batch.extra["pair_weight"], batch.total)
+
+        nll = mean(bradley_terry(chosen, rejected, batch.extra["margin"]))
+        right = xp.astype(chosen > rejected, chosen) + 0.5 * xp.astype(chosen == rejected, chosen)
+        metrics = {"nll": nll, "accuracy": mean(right), "margin": mean(chosen - rejected)}
+        if not weight:
+            return nll, metrics
+        return nll + weight * mean(centring(chosen, rejected)), metrics
+
+    return loss
+
+
+def read_preferences(data: recipes.DataSection, *, split: str, limit: int | None, seed: int) -> list[Preference]:
+    """The pairs of one split; prints what was dropped. Raises UserError for rows that are no pairs."""
+    rows = sources.load_rows(
+        data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle, families=data.families
+    )
+    parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
+    found = [row for row in parsed if isinstance(row, Preference)]
+    if len(found) < len(parsed):
+        raise UserError(
+            f"{data.source}: a reward model learns from pairs: rows with prompt, chosen and rejected, or chosen and rejected dialogues"
+        )
+    for reason, count in dropped.items():
+        say(f"{data.source} {split}: {count} rows dropped: {reason}")
+    return found
+
+
+def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
+    """Run the recipe to the end; returns the figures of the final evaluation. Errors as supervised.run."""
+    engine, run = supervised.begin(recipe, recipe.adapter, resume)
+    data = recipe.data
+    with supervised.setting_up(run, resume):
+        folder = loading.base_folder(recipe.model)
+        tokenizer = loading.load_tokenizer(folder)
+        train, held_out = supervised.split_rows(data, recipe.seed, read_preferences)
+        model = supervised.load_model(engine, recipe, folder, recipe.adapter)
+        loading.check_vocabulary(tokenizer, model, folder)
+        if not model.has_head:
+            model.add_head(head_start(width(model), recipe.seed))
+        pad = loading.pad_id(model.config, tokenizer)
+        length = min(data.max_length, model.context or data.max_length)
+
+        def encoded(what: str, rows: list[Preference]) -> list[pairs.Pair]:
+            if not rows:
+                return []
+            found, report = pairs.encode_pairs(rows, tokenizer, template=str(data.template), max_length=length)
+            say(f"{what}: {report}")
+            return found
+
+        known, unseen = encoded("training pairs", train), encoded("held-out pairs", held_out)
+    supervised.announce(recipe, engine, model)
+    engine.seed(recipe.seed)
+    batches = pairs.PairData(known, unseen, recipe.train, recipe.seed, model.context, pad)
+    show = shower(model, tokenizer, unseen[: recipe.sample.count], pad, run)
+    result: dict[str, Any] = fit(engine, model, pair_loss(recipe.reward.centring), batches, run, resume=resume, on_evaluate=show)
+    losses = [r["nll"] for r in run.metrics() if "nll" in r]
+    result["mean_training_loss"] = float(np.mean(losses)) if losses else float("nan")
+    if unseen:
+        report = judge(model, unseen, train, pad, recipe.seed)
+        runs.write_text(
+            run.folder / "report.json", json.dumps(report.to_dict() | {"mean_training_loss": result["mean_training_loss"]}, indent=2) + "\n"
+        )
+        say(f"mean training loss {result['mean_training_loss']:.4f} (a coin has ln 2 = 0.6931)\n" + "\n".join(report.lines()))
+        result["accuracy"] = report.accuracy.mean
+    supervised.finish(run, result, lambda folder: model.save_classifier(folder, pad))
+    say(f"{run.final} is written")
+    return result
+
+
+def judge(model: Model, held_out: Sequence[pairs.Pair], train: Sequence[Preference], pad: int, seed: int) -> preference.PreferenceReport:
+    """Score held-out pairs and compare with what length and words alone would say."""
+    rows = [side for pair in held_out for side in (pair.chosen, pair.rejected)]
+    scores = score_rows(model, rows, pad)
+    return preference.report(scores[::2], scores[1::2], [pair.row for pair in held_out], train, seed)
+
+
+def width(model: Model) -> int:
+    """The size of the hidden states."""
+    size = model.config.get("n_embd") or model.config.get("hidden_size")
+    if not isinstance(size, int):
+        raise UserError(f"{model.config['model_type']}: config.json names neither n_embd nor hidden_size, so no head can be put on")
+    return size
+
+
+def shower(model: Model, tokenizer: Any, shown: Sequence[pairs.Pair], pad: int, run: runs.Run) -> Callable[[int], None]:
+    """A function that writes a few held-out pairs with their scores to samples.jsonl."""
+
+    def write(step: int) -> None:
+        if shown:
+            scores = score_rows(model, [side for pair in shown for side in (pair.chosen, pair.rejected)], pad)
+            for i, pair in enumerate(shown):
+                run.sample({
+                    "step": step, "prompt": pair.row.prompt[-1].content, "chosen": pair.row.chosen, "rejected": pair.row.rejected,
+                    "chosen_score": float(scores[2 * i]), "rejected_score": float(scores[2 * i + 1]),
+                })  # fmt: skip
+
+    return write

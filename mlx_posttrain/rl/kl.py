@@ -1,0 +1,68 @@
+"""How far the policy is from its reference, estimated from samples, and how hard to pull it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain.ops import ops
+
+
+def estimate(logprobs: Any, reference_logprobs: Any, kind: str = "k1") -> Any:
+    """KL(policy || reference) of one token sampled from the policy, in nats, elementwise.
+
+    k1: log pi - log ref, unbiased, may be negative. k2: half its square, biased, low variance. k3: ref/pi - 1 - log(ref/pi), unbiased,
+    never negative. Schulman 2020, "Approximating KL divergence". Raises ValueError for another kind.
+    """
+    delta = logprobs - reference_logprobs
+    if kind == "k1":
+        return delta
+    if kind == "k2":
+        return 0.5 * delta**2
+    if kind == "k3":
+        return ops(delta).expm1(-delta) + delta
+    raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
+
+
+class FixedKL:
+    """The same ``beta`` for ever."""
+
+    def __init__(self, beta: float):
+        self.beta = beta
+
+    def update(self, kl: float, n: int) -> None:
+        """Nothing to learn from ``n`` answers with a mean KL of ``kl``."""
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"beta": self.beta}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take it back."""
+        self.beta = state["beta"]
+
+
+class AdaptiveKL(FixedKL):
+    """A ``beta`` that steers the KL of an answer towards ``target`` nats: a proportional controller on the relative error.
+
+    beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon, after n answers. Ziegler et al. 2019, section 2.2.
+    """
+
+    def __init__(self, beta: float, target: float = 6.0, horizon: float = 10_000.0):
+        super().__init__(beta)
+        self.target, self.horizon = target, horizon
+
+    def update(self, kl: float, n: int) -> None:
+        """Take the mean KL in nats of ``n`` answers into account."""
+        self.beta *= 1.0 + float(np.clip(kl / self.target - 1.0, -0.2, 0.2)) * n / self.horizon
+
+
+def controller(kind: str, beta: float, target: float = 6.0, horizon: float = 10_000.0) -> FixedKL:
+    """The controller called ``fixed`` or ``adaptive``. Raises ValueError for another name."""
+    if kind == "fixed":
+        return FixedKL(beta)
+    if kind == "adaptive":
+        return AdaptiveKL(beta, target, horizon)
+    raise ValueError(f"kind must be fixed or adaptive, got {kind!r}")

@@ -1,0 +1,96 @@
+"""Prompts of a rollout: from any rows that have one, in an order that depends on the seed only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain import supervised
+from mlx_posttrain.data import encode, formats, sources
+from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.progress import say
+from mlx_posttrain.recipe import DataSection
+from mlx_posttrain.rl.rollouts import Question
+
+Asked = tuple[tuple[Turn, ...], bool, Mapping[str, Any]]  # turns before the answer, whether a template goes around them, other columns
+
+
+def read(data: DataSection, tokenizer: Any, context: int | None, max_tokens: int, seed: int) -> tuple[list[Question], list[Question]]:
+    """Training and held-out prompts as token ids.
+
+    Rows of any format will do, and rows with nothing but a ``prompt`` (text, or messages); a row's own answer becomes the column
+    ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens`` in the context, is dropped
+    and counted. Raises UserError when none is left.
+    """
+    found = supervised.split_rows(data, seed, _read)
+    room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
+    kept = []
+    for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
+        questions = [q for q in _encode(rows, tokenizer, str(data.template)) if len(q.tokens) <= room]
+        if rows:
+            say(f"{what}: {len(questions):,} of {len(rows):,} kept ({len(rows) - len(questions):,} longer than {room} tokens)")
+        if rows and not questions:
+            raise UserError(f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or lower rollout.max_tokens")
+        kept.append(questions)
+    return kept[0], kept[1]
+
+
+def _read(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Asked]:
+    rows = sources.load_rows(
+        data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle, families=data.families
+    )
+    renamed = [formats.rename(row, data.columns) for row in rows]
+    if data.format == "auto" and all("prompt" in row and not row.keys() & {"completion", "response", "chosen", "label"} for row in renamed):
+        return [_bare(row, f"{data.source}, row {i}") for i, row in enumerate(renamed, 1)]
+    parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
+    for reason, count in dropped.items():
+        say(f"{data.source} {split}: {count} rows dropped: {reason}")
+    return [_asked(row, data.source) for row in parsed]
+
+
+def _bare(row: Mapping[str, Any], where: str) -> Asked:
+    extra = {k: v for k, v in row.items() if k != "prompt"}
+    if isinstance(row["prompt"], str) and row["prompt"].strip():
+        return (Turn("user", row["prompt"].strip()),), True, extra
+    if isinstance(row["prompt"], list):
+        # An answer to strike out again makes a chat row of it, with all that the chat format checks.
+        full = formats.parse({"messages": [*row["prompt"], {"role": "assistant", "content": "."}]}, "messages", where=where)
+        assert isinstance(full, Conversation)
+        return full.turns[:-1], True, extra
+    raise UserError(f"{where}: column 'prompt' must be text or a list of messages, and not empty")
+
+
+def _asked(row: Conversation | Preference | Labelled, source: str) -> Asked:
+    if isinstance(row, Conversation):
+        if len(row.turns) < 2:
+            raise UserError(f"{source}: text rows have no prompt to answer; give rows with a column 'prompt'")
+        return row.turns[:-1], row.templated, {**row.extra, "reference_answer": row.turns[-1].content}
+    return row.prompt, row.templated, row.extra
+
+
+def _encode(rows: list[Asked], tokenizer: Any, template: str) -> list[Question]:
+    found: dict[int, Question] = {}
+    for templated in (True, False):
+        which = [i for i, row in enumerate(rows) if row[1] is templated]
+        ids = encode.encode_prompts([rows[i][0] for i in which], tokenizer, template, templated=templated) if which else []
+        found |= {i: Question(tuple(tokens), rows[i][0][-1].content, rows[i][2]) for i, tokens in zip(which, ids, strict=True)}
+    return [found[i] for i in range(len(rows))]
+
+
+def order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of the prompts for a pass over them; -1 is the pass that reference scores are taken on."""
+    return np.random.default_rng([seed, 0x9203, epoch + 1]).permutation(count).tolist()
+
+
+def of_step(count: int, wanted: int, seed: int, step: int) -> list[int]:
+    """The prompts of a step: ``wanted`` in a row from an endless list of passes, each in its own order."""
+    found: list[int] = []
+    for position in range(step * wanted, (step + 1) * wanted):
+        epoch, place = divmod(position, count)
+        if place == 0 or not found:
+            current = order(count, seed, epoch)
+        found.append(current[place])
+    return found

@@ -1,0 +1,131 @@
+"""Rollouts: a policy's answers to prompts, and token-aligned figures about them as batches to train on.
+
+Token ids are kept as they were sampled and never decoded and encoded again: another spelling of the same text would have other
+log-probabilities. An answer's tokens end with the stop token where the policy gave one; what it would have said after it is
+not part of the answer. NumPy only; models are asked through the engine's protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain.data.batches import Batch, by_length, collate
+from mlx_posttrain.data.types import Example
+from mlx_posttrain.engines.base import Model
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as token ids and as its last turn's text, and the row's other columns for reward functions."""
+
+    tokens: tuple[int, ...]
+    text: str
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled answer: its token ids (the stop token included when ``stopped``), its text without outer white space."""
+
+    question: Question
+    tokens: tuple[int, ...]
+    stopped: bool
+    text: str
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Prompt and answer: what reward model, policy and critic read."""
+        return self.question.tokens + self.tokens
+
+    @property
+    def example(self) -> Example:
+        """The row with the answer's tokens marked."""
+        return Example(self.row, (False,) * len(self.question.tokens) + (True,) * len(self.tokens))
+
+
+def sample(
+    model: Model,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    samples: int,
+    max_tokens: int,
+    temperature: float,
+    stop: int,
+    seed: int,
+    token_budget: int,
+) -> list[Answer]:
+    """``samples`` answers to each question from the full softmax; entry ``q * samples + s`` is sample s of question q.
+
+    One decode batch holds as many rows as fit ``token_budget`` cached tokens (rows times prompt plus answer), at least one
+    question's; an answer's tokens depend on ``seed`` and its place in the list, not on the budget.
+    Raises UserError for a prompt that leaves no room in the context.
+    """
+    found: list[Answer] = []
+    begin = 0
+    while begin < len(questions):
+        end, longest = begin, 0
+        while end < len(questions):
+            longest = max(longest, len(questions[end].tokens))
+            if end > begin and (end + 1 - begin) * samples * (longest + max_tokens) > token_budget:
+                break
+            end += 1
+        chunk = questions[begin:end]
+        completions = model.generate(
+            [q.tokens for q in chunk], max_tokens=max_tokens, stop=stop, temperature=temperature, samples=samples, seed=seed,
+            first_row=begin * samples,
+        )  # fmt: skip
+        for i, c in enumerate(completions):
+            tokens = (*c.tokens, stop) if c.stopped else tuple(c.tokens)
+            found.append(Answer(chunk[i // samples], tokens, c.stopped, tokenizer.decode(c.tokens).strip()))
+        begin = end
+    return found
+
+
+def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as [R, T] float64, and a mask [R, T] that is 1 where a row has a value."""
+    width = max(len(r) for r in rows)
+    values, mask = np.zeros((len(rows), width)), np.zeros((len(rows), width))
+    for i, row in enumerate(rows):
+        values[i, : len(row)] = row
+        mask[i, : len(row)] = 1.0
+    return values, mask
+
+
+def unpadded(values: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    """The rows back from :func:`padded`."""
+    return [row[: int(m.sum())] for row, m in zip(values, mask, strict=True)]
+
+
+def by_row(batch: Batch, values: np.ndarray) -> list[np.ndarray]:
+    """[N] values at a batch's positions as one array per row of the batch."""
+    real = batch.weight > 0
+    return [values[real & (batch.row == r)] for r in range(len(batch.tokens))]
+
+
+def with_figures(examples: Sequence[Example], figures: Mapping[str, Sequence[np.ndarray]], context: int | None) -> Batch:
+    """A batch of examples that carries token-aligned figures, one array per example and name, in ``extra`` as [N] float32."""
+    batch = collate(examples, context)
+
+    def flat(parts: Sequence[np.ndarray]) -> np.ndarray:
+        joined = np.concatenate(parts)
+        return np.pad(joined, (0, len(batch.weight) - len(joined))).astype(np.float32)
+
+    return replace(batch, extra={name: flat(parts) for name, parts in figures.items()})
+
+
+def minibatches(
+    lengths: Sequence[int], *, batch_size: int, accumulate: int, token_budget: int | None, rng: np.random.Generator
+) -> list[list[list[int]]]:
+    """One pass over all rows in a new order: optimizer steps of ``batch_size * accumulate`` random rows, cut into micro-batches.
+
+    Rows are sorted by length within a step only: a step made of one length would not be a fair sample of the answers.
+    """
+    order = rng.permutation(len(lengths))
+    group = batch_size * accumulate
+    steps = [order[i : i + group].tolist() for i in range(0, len(order), group)]
+    return [[[rows[i] for i in part] for part in by_length([lengths[r] for r in rows], batch_size, token_budget)] for rows in steps]
