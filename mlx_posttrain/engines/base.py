@@ -129,6 +129,9 @@ class Model(Protocol):
     def add_head(self, weight: np.ndarray) -> None:
         """Put a trained scalar head [1, width] without bias on the hidden states; see :func:`head_start`."""
 
+    def head(self) -> np.ndarray:
+        """The scalar head's weight, [1, width] float32."""
+
     def keep_reference(self) -> None:
         """Remember the present weights as the reference (no copy is made where adapters can be switched off)."""
 

@@ -218,11 +218,11 @@ class MLXModel:
         else:
             files.save_model(folder, {n: v for n, v in self._full().items() if n != files.HEAD}, self.folder)
         if self.has_head:
-            files.save_head(folder, self._head())
+            files.save_head(folder, self.head())
 
     def save_classifier(self, folder: Path, pad: int) -> None:
         if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.base_name, self._head())
+            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.base_name, self.head())
         else:
             files.save_model(folder, self._full(), self.folder, pad)
 
@@ -230,7 +230,7 @@ class MLXModel:
         weights = dict(tree_flatten(self.net.parameters()))
         return gpt2.mlx_to_hf(weights) if self.config["model_type"] == "gpt2" else weights
 
-    def _head(self) -> np.ndarray:
+    def head(self) -> np.ndarray:
         return np.array(self.net.score.weight.astype(mx.float32))
 
     def load_trained(self, folder: Path) -> None:

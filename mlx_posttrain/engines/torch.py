@@ -203,15 +203,15 @@ class TorchModel:
         else:
             files.save_model(folder, {n: p.detach() for n, p in self._parameters() if n != files.HEAD}, self.folder)
         if self.has_head:
-            files.save_head(folder, self._head())
+            files.save_head(folder, self.head())
 
     def save_classifier(self, folder: Path, pad: int) -> None:
         if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name, self._head())
+            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name, self.head())
         else:
             files.save_model(folder, {n: p.detach() for n, p in self._parameters()}, self.folder, pad)
 
-    def _head(self) -> np.ndarray:
+    def head(self) -> np.ndarray:
         return self.net.score.weight.detach().float().numpy()
 
     def load_trained(self, folder: Path) -> None:

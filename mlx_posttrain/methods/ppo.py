@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,88 +40,11 @@ from mlx_posttrain.losses import ppo as objective
 from mlx_posttrain.losses.sft import token_logprobs, token_mean
 from mlx_posttrain.methods.reward import width
 from mlx_posttrain.progress import Interrupted, Progress, interruptible, say
-from mlx_posttrain.rl import advantages, kl, prompts, rollouts, scoring
+from mlx_posttrain.rl import kl, prompts, rollouts, scoring
+from mlx_posttrain.rl.experience import Experience, Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Answer, Question
+from mlx_posttrain.rl.settings import CriticSection, KLSection, PPOSection, PPOTrainSection, PTXSection, RolloutSection
 from mlx_posttrain.schedule import learning_rate
-
-
-class RolloutSection(recipes.Section):
-    """How answers are sampled: from the full softmax, no top-k, no top-p, no repetition penalty."""
-
-    prompts: int = Field(16, ge=1, description="distinct prompts in a step")
-    samples: int = Field(1, ge=1, description="answers to each prompt")
-    max_tokens: int = Field(64, ge=1, description="longest answer in tokens, the stop token included")
-    temperature: float = Field(1.0, gt=0, description="of sampling, and of every log-probability")
-    missing_eos_penalty: float | None = Field(
-        1.0, ge=0, description="taken from the score of an answer that did not end by itself; null: none"
-    )
-    token_budget: int = Field(32768, ge=32, description="cached tokens of one decode batch: rows times prompt plus answer")
-
-
-class PPOSection(recipes.Section):
-    """The objective."""
-
-    epochs: int = Field(2, ge=1, description="passes over each step's answers")
-    clip: float = Field(0.2, gt=0, description="how far a token's ratio may move before its gradient stops")
-    value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from the old one; null: no clipping")
-    vf_coef: float = Field(0.1, ge=0, description="weight of the value loss on a shared trunk")
-    gamma: float = Field(1.0, gt=0, le=1, description="discount per token")
-    lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE")
-    whiten_rewards: bool = Field(False, description="also whiten per-token rewards, keeping their mean")
-    score_clip: float | None = Field(None, gt=0, description="scores are held within +- this; null: as they are")
-    target_kl: float | None = Field(
-        None, gt=0, description="end a step's updates when approx-KL to the old policy passes this; null: never"
-    )
-
-
-class KLSection(recipes.Section):
-    """The leash to the reference: the policy as it was before PPO (with an adapter: without it)."""
-
-    controller: Literal["fixed", "adaptive"] = Field("fixed", description="beta stays, or follows the KL")
-    beta: float = Field(0.05, ge=0, description="penalty per nat; the first value of an adaptive one")
-    target: float = Field(6.0, gt=0, description="adaptive: nats per answer aimed at")
-    horizon: float = Field(10000.0, gt=0, description="adaptive: answers over which beta may change by a fifth")
-
-
-class CriticSection(recipes.Section):
-    """What predicts the return."""
-
-    kind: Literal["separate", "shared"] = Field("separate", description="a network of its own, or a zero head on the policy's trunk")
-    start: Literal["auto", "reward", "policy"] = Field(
-        "auto",
-        description="a separate critic starts as a copy of the first reward model, or of the policy with a zero head; auto: the first if there is one",
-    )
-    lr: float | None = Field(None, gt=0, description="a separate critic's learning rate; null: train.lr")
-
-
-class PTXSection(recipes.Section):
-    """Rows imitated beside the updates, against forgetting (PPO-ptx: Ouyang et al. 2022, eq. 2)."""
-
-    data: recipes.DataSection
-    coefficient: float = Field(27.8, ge=0, description="weight of their mean negative log-likelihood per token")
-    batch_size: int = Field(4, ge=1, description="rows beside each optimizer step")
-
-
-class PPOTrainSection(recipes.Section):
-    """The optimizer and its loop."""
-
-    steps: int = Field(150, ge=1, description="rollouts, each followed by ppo.epochs passes of updates")
-    batch_size: int = Field(4, ge=1, description="answers in a micro-batch")
-    accumulate: int = Field(4, ge=1, description="micro-batches per optimizer step")
-    token_budget: int | None = Field(None, ge=32, description="split micro-batches so that none holds more padded tokens than this")
-    lr: float = Field(5e-6, gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="shape after the warm-up")
-    warmup: float = Field(0.0, ge=0, description="warm-up: a share of all steps below 1, or a number of steps")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of cosine and linear schedules")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay; applies to matrices only")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
-    eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
-    clip: float | None = Field(0.5, gt=0, description="largest global gradient norm; null: no clipping")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in a run")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: as often as evaluation")
-    keep: int = Field(2, ge=1, description="checkpoints kept")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third slower")
 
 
 class Recipe(recipes.Recipe):
@@ -212,93 +135,7 @@ def _value_terms(values: Array, batch: DeviceBatch, clip: float | None) -> tuple
     return value, {"loss/value_avg": value, "val/clipfrac_avg": token_mean(clipped, batch.weight, batch.total)}
 
 
-# One step
-
-
-@dataclass
-class Parties:
-    """The models that take part: ``critic`` is None when it is a head on the policy's trunk."""
-
-    policy: Model
-    critic: Model | None
-    tokenizer: Any
-    scorer: scoring.Scorer
-    judge: scoring.Scorer
-
-
-@dataclass(frozen=True)
-class Experience:
-    """Scored answers, and for each answer token: old log-probability, old value, advantage, return."""
-
-    answers: list[Answer]
-    figures: dict[str, list[np.ndarray]]
-    statistics: dict[str, float]
-
-
-def measure(parties: Parties, answers: Sequence[Answer], recipe: Recipe, context: int | None) -> dict[str, list[np.ndarray]]:
-    """``old`` and ``reference`` log-probabilities and ``old_value`` of every answer token, from the forward pass that trains."""
-    examples = [a.example for a in answers]
-    temperature, train = recipe.rollout.temperature, recipe.train
-    rows = data_batches.by_length([len(e.tokens) for e in examples], 4 * train.batch_size, train.token_budget)
-    batches = [data_batches.collate([examples[i] for i in part], context) for part in rows]
-
-    def of_policy(model: Model, batch: DeviceBatch) -> dict[str, Array]:
-        logits, values = model.logits_and_scores(batch) if parties.critic is None else (model.logits(batch), None)
-        found = {
-            "old": token_logprobs(logits / temperature, batch.target),
-            "reference": token_logprobs(model.reference_logits(batch) / temperature, batch.target),
-        }
-        return found if values is None else {**found, "old_value": values}
-
-    found = parties.policy.apply(of_policy, batches)
-    if parties.critic is not None:
-        values = parties.critic.apply(lambda model, batch: {"old_value": model.scores(batch)}, batches)
-        found = [{**f, **v} for f, v in zip(found, values, strict=True)]
-    figures: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(answers) for name in found[0]}
-    for part, batch, arrays in zip(rows, batches, found, strict=True):
-        for name, array in arrays.items():
-            for i, row in zip(part, rollouts.by_row(batch, array), strict=True):
-                figures[name][i] = row
-    return figures
-
-
-def experience(
-    answers: Sequence[Answer], scores: np.ndarray, figures: Mapping[str, list[np.ndarray]], recipe: Recipe, beta: float
-) -> Experience:
-    """Rewards, advantages and returns of scored answers. Pure: models have been asked before.
-
-    scores: [R], normalised; nan for an answer that no reward could score, which is left out. Raises UserError when that is all of them.
-    """
-    kept = [i for i, s in enumerate(scores) if np.isfinite(s)]
-    if not kept:
-        raise UserError("no answer of this step could be scored: every reward function returned None")
-    answers = [answers[i] for i in kept]
-    settings, raw = recipe.ppo, scores[kept]
-    final = raw - (recipe.rollout.missing_eos_penalty or 0.0) * np.array([not a.stopped for a in answers])
-    if settings.score_clip is not None:
-        final = np.clip(final, -settings.score_clip, settings.score_clip)
-    arrays = {name: rollouts.padded([values[i] for i in kept]) for name, values in figures.items()}
-    mask = arrays["old"][1]
-    old, reference, values = (arrays[name][0] for name in ("old", "reference", "old_value"))
-    rewards = advantages.token_rewards(old, reference, final, mask, beta)
-    if settings.whiten_rewards:
-        rewards = advantages.whiten(rewards, mask, shift_mean=False)
-    advantage, returns = advantages.gae(rewards, values, mask, settings.gamma, settings.lam)
-    whitened = advantages.whiten(advantage, mask)
-    divergence = ((old - reference) * mask).sum(1)
-    penalty = -beta * divergence
-    lengths = mask.sum(1)
-    statistics = {
-        "objective/kl": divergence.mean(), "objective/entropy": (-old * mask).sum(1).mean(), "objective/scores": raw.mean(),
-        "objective/non_score_reward": penalty.mean(), "objective/rlhf_reward": (final + penalty).mean(), "objective/scores_std": raw.std(),
-        "val/explained_variance": advantages.explained_variance(values, returns, mask), "val/num_eos_tokens": sum(a.stopped for a in answers),
-        "val/eos_share": np.mean([a.stopped for a in answers]), "val/length": lengths.mean(),
-        "val/reward_length_correlation": scoring.correlation(raw, lengths), "val/unscored": len(scores) - len(kept),
-    }  # fmt: skip
-    per_token = {"old": old, "old_value": values, "advantage": whitened, "return": returns}
-    return Experience(
-        list(answers), {n: rollouts.unpadded(v, mask) for n, v in per_token.items()}, {n: float(v) for n, v in statistics.items()}
-    )
+# One step's updates
 
 
 def update(
@@ -400,6 +237,15 @@ def _critic(engine: Engine, recipe: Recipe, folder: Path, policy: Model) -> Mode
     return critic
 
 
+def _fit_critic(parties: Parties, recipe: Recipe) -> None:
+    """Bring a critic that started as a reward model to the scale of the normalised scores."""
+    started = next((entry.model for entry in recipe.reward if entry.model), None)
+    if parties.critic is not None and recipe.critic.start != "policy" and started is not None:
+        mean, std = parties.scorer.scale_of(started)
+        parties.critic.add_head(parties.critic.head() / np.float32(std))
+        parties.value_offset = -mean / std
+
+
 def _ptx_rows(recipe: Recipe, tokenizer: Any, context: int | None) -> list[Example]:
     if recipe.ptx is None:
         return []
@@ -422,7 +268,8 @@ def fit(
     eval_every = train.eval_every or max(1, train.steps // 10)
     save_every = train.save_every or eval_every
     needed = 12 * (policy.parameter_counts()[1] + (critic.parameter_counts()[1] if critic else 0)) + 2**20
-    first, state = (0, {"evaluation": {}, "controller": controller.state(), "scorer": {}, "judge": {}})
+    first = 0
+    state: dict[str, Any] = {"evaluation": {}, "controller": controller.state(), "scorer": {}, "judge": {}, "value_offset": 0.0}
 
     if resume and run.list_checkpoints():
         newest = run.list_checkpoints()[-1]
@@ -438,6 +285,7 @@ def fit(
         controller.restore(state["controller"])
         parties.scorer.restore(state["scorer"])
         parties.judge.restore(state["judge"])
+        parties.value_offset = state["value_offset"]
     if resume:
         run.truncate_logs(first if first else -1)
 
@@ -464,7 +312,7 @@ def fit(
         if not held_out:
             return
         answers = answer(held_out, 1, recipe.seed)
-        figures = measure(parties, answers, recipe, policy.context)
+        figures = measure(parties, answers, recipe.rollout.temperature, train, policy.context)
         state["evaluation"] = {**scoring.evaluation(answers, figures, parties.scorer, parties.judge), "step": done}
         run.log({"step": done, **{f"eval/{k}": v for k, v in state["evaluation"].items() if k != "step"}})
         scores = parties.scorer(answers[: recipe.sample.count]) if recipe.sample.count else ()
@@ -482,7 +330,8 @@ def fit(
                 reference = answer(asked, 1, recipe.seed + 1)
                 parties.scorer.normalise_on(reference)
                 parties.judge.normalise_on(reference)
-                state |= {"scorer": parties.scorer.state(), "judge": parties.judge.state()}
+                _fit_critic(parties, recipe)
+                state |= {"scorer": parties.scorer.state(), "judge": parties.judge.state(), "value_offset": parties.value_offset}
                 evaluate(0)
             for step in range(first, train.steps):
                 begun = time.perf_counter()
@@ -490,7 +339,10 @@ def fit(
                 answers = answer([questions[i] for i in chosen], recipe.rollout.samples, recipe.seed * 1_000_003 + step + 2)
                 sampled = time.perf_counter()
                 beta = controller.beta
-                seen = experience(answers, parties.scorer(answers), measure(parties, answers, recipe, policy.context), recipe, beta)
+                seen = experience(
+                    answers, parties.scorer(answers), measure(parties, answers, recipe.rollout.temperature, train, policy.context),
+                    recipe.ppo, recipe.rollout.missing_eos_penalty, beta, parties.value_offset,
+                )  # fmt: skip
                 lr = learning_rate(step, steps=train.steps, peak=train.lr, schedule=train.schedule, warmup=train.warmup, floor=train.min_lr)
                 try:
                     figures = update(recipe, trainer, critic_trainer, seen, losses, lr, step, policy.context, beside)

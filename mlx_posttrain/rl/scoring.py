@@ -90,6 +90,13 @@ class Scorer:
                 if i in self._normalisers:
                     self._normalisers[i].fit(scores)
 
+    def scale_of(self, model: str) -> tuple[float, float]:
+        """(mean, std) that a reward model's scores are normalised by; (0, 1) where they are not."""
+        for i, entry in enumerate(self.entries):
+            if entry.model == model and i in self._normalisers:
+                return self._normalisers[i].mean, self._normalisers[i].std
+        return 0.0, 1.0
+
     def __call__(self, answers: Sequence[Answer]) -> np.ndarray:
         """[R] scores, nan where no reward has one."""
         if not self.entries or not answers:
