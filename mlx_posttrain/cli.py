@@ -53,7 +53,7 @@ def recipes() -> None:
 
 
 @app.command()
-def keys(method: Annotated[str, typer.Argument(help="sft or pretrain")] = "sft") -> None:
+def keys(method: Annotated[str, typer.Argument(help="sft, reward, ppo, pipeline or pretrain")] = "sft") -> None:
     """List every key a recipe may have, with its default."""
     from mlx_posttrain import methods
     from mlx_posttrain import recipe as module

@@ -49,7 +49,8 @@ class DataSection(Section):
     limit: int | None = Field(None, ge=1, description="take this many rows; null takes all")
     shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
     format: str = Field(
-        "auto", description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer"
+        "auto",
+        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer, chosen",
     )
     families: list[str] | None = Field(None, description="kinds of embedded/tasks to take; null: all 30")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")

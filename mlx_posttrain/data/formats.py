@@ -7,6 +7,7 @@
     text               text                                                Conversation, the text as it stands
     preference         prompt | question | instruction, chosen, rejected   Preference
     hh                 chosen, rejected: whole dialogues                   Preference     HH-RLHF (Bai et al. 2022)
+    chosen             chosen, optionally prompt: only the preferred answer    Conversation   (named in the recipe, to imitate one side of pairs)
     labelled           prompt, completion | response, label                Labelled       KTO (Ethayarajh et al. 2024)
 
 What is missing from a row (an empty answer, no common prompt) drops the row and is counted; what shows that the file is not what the
@@ -38,6 +39,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt",), ("completion", "response")),
     "question_answer": (("question",), ("answer",)),
     "text": (("text",),),
+    "chosen": (("chosen",),),
 }
 _ROLE_NAMES = {"system": ("system",), "user": ("user", "human", "prompter"), "assistant": ("assistant", "gpt", "bot", "chatgpt", "model")}
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
@@ -58,7 +60,7 @@ def detect(columns: Iterable[str]) -> str:
     """Return the format whose columns are all there; UserError says what was found, what is accepted and how to map."""
     have = list(columns)
     for name, need in FORMATS.items():
-        if all(any(c in have for c in alternatives) for alternatives in need):
+        if name != "chosen" and all(any(c in have for c in alternatives) for alternatives in need):
             return name
     raise UserError(
         f"columns {', '.join(have) or '(none)'} match no format; accepted: {accepted()}; "
@@ -285,6 +287,23 @@ def _hh(row: Row, where: str) -> Preference:
     return _pair(chosen[:-1], chosen[-1].content, rejected[-1].content, _extra(row, "chosen", "rejected"))
 
 
+def _chosen(row: Row, where: str) -> Conversation:
+    """The preferred answer alone, of a pair with a prompt or of a whole dialogue: what SFT before a reward model imitates."""
+    prompts = [n for n in FORMATS["preference"][0] if n in row]
+    if prompts:
+        turns, answer = _side(row, "chosen", where)
+        prompt = row[prompts[0]]
+        before = turns or (_messages(prompt, prompts[0], where) if isinstance(prompt, list) else (Turn("user", _content(str(prompt))),))
+        turns = (*before, Turn("assistant", _need(answer, "empty answer")))
+    elif isinstance(row.get("chosen"), list):
+        turns = _until_answer(_messages(row["chosen"], "chosen", where))
+    else:
+        turns = _until_answer(_dialogue(_text(row, "chosen", where).replace("\r\n", "\n")))
+    if len(turns) < 2 or not turns[0].content:
+        raise Dropped("empty prompt")
+    return Conversation(turns, extra=_extra(row, "chosen", "rejected", *prompts))
+
+
 def _dialogue(text: str) -> tuple[Turn, ...]:
     """Return the turns of a ``\\n\\nHuman: ... \\n\\nAssistant: ...`` dialogue."""
     before, *pieces = _HH_MARK.split(text)
@@ -332,4 +351,5 @@ _PARSERS: dict[str, Callable[[Row, str], Record]] = {
     "hh": _hh,
     "labelled": _labelled,
     "question_answer": _question_answer,
+    "chosen": _chosen,
 }

@@ -5,8 +5,9 @@ The position of a score is decided here once, for training, scoring, PPO and exp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from mlx_posttrain.data.encode import encode_all
 from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.recipe import TrainSection
+
+Sides = tuple[tuple[int, ...], tuple[int, ...]]  # the token ids of the chosen and of the rejected text
 
 
 @dataclass(frozen=True)
@@ -62,64 +65,76 @@ def encode_pairs(rows: Sequence[Preference], tokenizer: object, *, template: str
     """Pairs of at most ``max_length`` tokens a side, and a report of what was dropped.
 
     Each side has the tokens that encode.encode gives to prompt and answer, its EOS included. A dialogue that is too long loses its oldest
-    exchanges; a pair that is too long even then is dropped, since half an answer would be a text that nobody judged. A column ``margin``
-    becomes the pair's margin. Raises UserError when no pair is left, and for a margin that is no number.
+    exchanges, as few as it takes; a pair that is too long even then is dropped, since half an answer would be a text that nobody judged. A
+    column ``margin`` becomes the pair's margin. Raises UserError when no pair is left, for an answer without text, and for a margin that is
+    no finite number.
     """
-    encoded = [_sides(rows, tokenizer, template)]
+    for number, row in enumerate(rows, 1):
+        if not (row.chosen.strip() and row.rejected.strip()):
+            raise UserError(f"pair {number}: an answer has no text, so there is nothing to score; leave the pair out")
     prompts: dict[tuple[Turn, ...], int] = {}
-    found: list[Pair | None] = [None] * len(rows)
-    waiting, long, same, shortened = list(range(len(rows))), 0, 0, 0
-    current = list(rows)
-    while waiting:
-        sides, again = encoded[-1], []
-        for place, i in enumerate(waiting):
-            chosen, rejected = sides[place]
-            if max(len(chosen), len(rejected)) > max_length:
-                shorter = _without_oldest(current[i])
-                if shorter is None:
-                    long += 1
-                else:
-                    current[i] = shorter
-                    again.append(i)
-            elif chosen == rejected:
-                same += 1
-            else:
-                shortened += current[i] is not rows[i]
-                number = prompts.setdefault(rows[i].prompt, len(prompts))
-                found[i] = Pair(chosen, rejected, number, rows[i], _margin(rows[i], i))
-        waiting = again
-        encoded = [_sides([current[i] for i in waiting], tokenizer, template)]
-    pairs = [pair for pair in found if pair is not None]
+    pairs, long, same, shortened = [], 0, 0, 0
+    for i, fitted in enumerate(_fitted(rows, tokenizer, template, max_length)):
+        if fitted is None:
+            long += 1
+            continue
+        (chosen, rejected), left_out = fitted
+        if chosen == rejected:
+            same += 1
+            continue
+        shortened += left_out > 0
+        pairs.append(Pair(chosen, rejected, prompts.setdefault(rows[i].prompt, len(prompts)), rows[i], _margin(rows[i], i)))
     report = Report(len(rows), len(pairs), long, same, shortened)
     if not pairs:
         raise UserError(f"no pair left to train on: {report}; raise data.max_length ({max_length})")
     return pairs, report
 
 
-def _sides(rows: Sequence[Preference], tokenizer: object, template: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    if not rows:
-        return []
+def _fitted(rows: Sequence[Preference], tokenizer: object, template: str, max_length: int) -> list[tuple[Sides, int] | None]:
+    """For each row its sides and how many of its oldest exchanges are left out, the fewest with which both fit; None where none do.
+
+    Found by bisection: with one exchange less at a time a dialogue of n exchanges would be tokenised n times.
+    """
+    found: list[tuple[Sides, int] | None] = [None] * len(rows)
+    fewest, most = [0] * len(rows), [len(_later_questions(row)) for row in rows]
+    tried = [0] * len(rows)  # most dialogues fit as they are
+    waiting = list(range(len(rows)))
+    while waiting:
+        attempts = [_without_oldest(rows[i], tried[i]) for i in waiting]
+        for i, sides in zip(waiting, _sides(attempts, tokenizer, template), strict=True):
+            if max(map(len, sides)) <= max_length:
+                found[i], most[i] = (sides, tried[i]), tried[i] - 1
+            else:
+                fewest[i] = tried[i] + 1
+            tried[i] = (fewest[i] + most[i]) // 2
+        waiting = [i for i in waiting if fewest[i] <= most[i]]
+    return found
+
+
+def _sides(rows: Sequence[Preference], tokenizer: object, template: str) -> list[Sides]:
     both = [Conversation((*row.prompt, Turn("assistant", text)), row.templated) for row in rows for text in (row.chosen, row.rejected)]
     examples, _ = encode_all(both, tokenizer, templates=[template], max_length=2**31, train_on="all")
-    if len(examples) < len(both):
-        raise UserError("an answer has no token of its own: its pair cannot be scored")
     return [(examples[i].tokens, examples[i + 1].tokens) for i in range(0, len(examples), 2)]
 
 
-def _without_oldest(row: Preference) -> Preference | None:
-    """The row without the first question and its answers; None where only one question is left."""
+def _later_questions(row: Preference) -> list[int]:
+    """Where the row's turns other than system turns could begin instead of at the first."""
+    return [i for i, turn in enumerate(t for t in row.prompt if t.role != "system") if turn.role == "user" and i > 0]
+
+
+def _without_oldest(row: Preference, exchanges: int) -> Preference:
+    """The row without that many of its first questions and their answers; system turns stay."""
+    if not exchanges:
+        return row
     system = [t for t in row.prompt if t.role == "system"]
     turns = [t for t in row.prompt if t.role != "system"]
-    later = [i for i, t in enumerate(turns) if t.role == "user" and i > 0]
-    if not later:
-        return None
-    return Preference((*system, *turns[later[0] :]), row.chosen, row.rejected, row.templated, row.extra)
+    return replace(row, prompt=(*system, *turns[_later_questions(row)[exchanges - 1] :]))
 
 
 def _margin(row: Preference, number: int) -> float:
     value = row.extra.get("margin", 0.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"pair {number + 1}: the column 'margin' must be a number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"pair {number + 1}: the column 'margin' must be a finite number, found {value!r}")
     return float(value)
 
 
@@ -159,7 +174,8 @@ def collate_pairs(pairs: Sequence[Pair], pad: int | None, context: int | None = 
 class PairData:
     """Training and held-out pairs, and the batches of any step: what training.fit asks for. Pairs of one prompt are never parted.
 
-    A step takes as many prompts as have ``batch_size * accumulate`` pairs on average; with one pair to a prompt that is the number itself.
+    A step takes as many prompts as have ``batch_size * accumulate`` pairs on average, so that the number of steps does not depend on an
+    epoch's order; with one pair to a prompt that is ``batch_size * accumulate`` prompts. A token budget counts each distinct row once.
     """
 
     def __init__(
@@ -180,11 +196,8 @@ class PairData:
         s = self.settings
         rng = np.random.default_rng([self.seed, epoch])
         order = [self._groups[i] for i in rng.permutation(len(self._groups))]
-        wanted = s.batch_size * s.accumulate
-        # Every step takes the same number of prompts, so that the number of steps does not depend on an epoch's order.
-        count = max(1, -(-sum(map(len, order)) // wanted))
+        per_step = max(1, round(s.batch_size * s.accumulate * len(order) / len(self.train)))
         window: list[list[list[int]]] = []
-        per_step = -(-len(order) // count)
         for begin in range(0, len(order), 32 * per_step):
             ascending = sorted(order[begin : begin + 32 * per_step], key=lambda g: max(self.lengths[i] for i in g))
             window += [ascending[i : i + per_step] for i in range(0, len(ascending), per_step)]
@@ -196,7 +209,8 @@ class PairData:
         micro: list[list[int]] = [[]]
         for group in groups:
             joined = micro[-1] + group
-            padded = 2 * len(joined) * round_up(max(self.lengths[i] for i in joined), LENGTH_MULTIPLE)
+            distinct = len({side for i in joined for side in (self.train[i].chosen, self.train[i].rejected)})
+            padded = distinct * round_up(max(self.lengths[i] for i in joined), LENGTH_MULTIPLE)
             if micro[-1] and (len(joined) > s.batch_size or (s.token_budget is not None and padded > s.token_budget)):
                 micro.append(list(group))
             else:

@@ -243,7 +243,7 @@ class MLXModel:
             modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self.adapted()])
             for path, layer in self.adapted():
                 for name, value in modules[self._hf_path(path)].items():
-                    setattr(layer, name, mx.array(value))
+                    setattr(layer, name, mx.array(np.ascontiguousarray(value)))
         head = files.read_head(folder)
         if head is not None:
             self.add_head(head)
@@ -365,7 +365,10 @@ class MLXTrainer:
 
     def _update_plain(self, gradients: Any, parameters: Any, state: dict) -> Any:
         self.optimizer.state = state
-        return self.optimizer.apply_gradients(gradients, parameters), self.optimizer.state
+        updated = self.optimizer.apply_gradients(gradients, parameters)
+        # A gradient may come out transposed and hand its strides on; a weight read back from a checkpoint never does. With one layout for
+        # both, matmul rounds alike, and a resumed run equals an uninterrupted one.
+        return tree_map(mx.contiguous, updated), self.optimizer.state
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         net = self.model.net

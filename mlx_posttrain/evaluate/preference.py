@@ -15,7 +15,7 @@ from mlx_posttrain.data.types import Preference
 from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap
 
 BINS = 5  # of calibration, between .5 and 1
-L2 = 1.0  # of the bag-of-words baseline; fixed, never tuned on the rows that are judged
+L2 = 10.0  # of the bag-of-words baseline; chosen once by cross-validation on training pairs, never on the rows that are judged
 WORDS = 20_000
 
 
@@ -73,8 +73,17 @@ def report(
     chosen, rejected: [P] scores; rows: the pairs; train: the training pairs, for the bag-of-words baseline. Intervals are 95 % bootstrap
     intervals over prompts: pairs of one prompt are drawn together. Calibration compares sigma(|margin|), how sure the model is, with the
     share of pairs it has right, in BINS equal bins from .5 to 1; its error is the mean gap, weighted by pairs (Guo et al. 2017).
+    Margins beyond their 99 % quantile stand in the histogram's outer bars. A correlation with what does not vary is 0. Raises ValueError
+    where there is no pair, a score is not finite, or scores and pairs differ in number.
     """
-    margins = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
+    chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
+    if not len(rows) or not chosen.shape == rejected.shape == (len(rows),):
+        raise ValueError(
+            f"scores {chosen.shape} and {rejected.shape} of {len(rows)} pairs: there must be a score for each side of each pair"
+        )
+    if not np.all(np.isfinite(chosen)) or not np.all(np.isfinite(rejected)):
+        raise ValueError("a score is not finite, so nothing can be said of the model")
+    margins = chosen - rejected
     groups = _groups(rows)
     right = _wins(margins)
     lengths = np.array([[len(r.chosen), len(r.rejected)] for r in rows], np.float64)
@@ -108,33 +117,53 @@ def report(
     )  # fmt: skip
 
 
-def bag_of_words(train: Sequence[Preference], rows: Sequence[Preference], steps: int = 300) -> np.ndarray:
+def bag_of_words(train: Sequence[Preference], rows: Sequence[Preference]) -> np.ndarray:
     """Margins [P] of a logistic regression on the words of the answers, blind to their order and to the prompt.
 
     Features are log(1 + count) of lower-case words and punctuation marks, chosen minus rejected; the words are those of at least two
-    training answers, the most frequent WORDS of them. L2-regularised maximum likelihood by accelerated gradient descent, so that the result depends
-    on nothing but the rows.
+    training answers, the most frequent WORDS of them. Without such a word every margin is 0. The weights minimise the summed loss plus
+    L2/2 |w|^2, which has one minimum, so that the result depends on nothing but the rows.
     """
     documents = [[_words(r.chosen), _words(r.rejected)] for r in train]
     seen = Counter(word for pair in documents for side in pair for word in side)
     known = {word: i for i, (word, n) in enumerate(sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:WORDS]) if n >= 2}
-    if not known:
-        return np.zeros(len(rows))
-    features = _sparse(documents, known)
-    row, column, value = features
-    # The loss is mean log(1 + exp(-x.w)) + L2/(2n) |w|^2; its curvature is at most max |x|^2 / 4 + L2/n.
-    n = len(documents)
-    norms = np.bincount(row, value**2, minlength=n)
-    rate = 1.0 / (float(norms.max(initial=0.0)) / 4 + L2 / n)
-    weights, ahead = np.zeros(len(known)), np.zeros(len(known))
-    for step in range(steps):
-        margins = np.bincount(row, value * ahead[column], minlength=n)
-        slope = -1.0 / (1.0 + np.exp(np.clip(margins, -50, 50)))
-        gradient = np.bincount(column, slope[row] * value, minlength=len(known)) / n + L2 / n * ahead
-        previous, weights = weights, ahead - rate * gradient
-        ahead = weights + step / (step + 3) * (weights - previous)  # Nesterov 1983
+    weights = _logistic(*_sparse(documents, known), len(documents), len(known))
     row, column, value = _sparse([[_words(r.chosen), _words(r.rejected)] for r in rows], known)
     return np.bincount(row, value * weights[column], minlength=len(rows))
+
+
+def _logistic(row: np.ndarray, column: np.ndarray, value: np.ndarray, pairs: int, words: int) -> np.ndarray:
+    """Weights [words] that minimise sum log(1 + exp(-x.w)) + L2/2 |w|^2; x is the sparse [pairs, words] matrix of row, column, value.
+
+    Newton's method, each step solved by conjugate gradients with the diagonal as preconditioner; it ends where no slope exceeds 1e-4.
+    """
+
+    def forward(w: np.ndarray) -> np.ndarray:
+        return np.bincount(row, value * w[column], minlength=pairs)
+
+    def backward(slopes: np.ndarray) -> np.ndarray:
+        return np.bincount(column, value * slopes[row], minlength=words)
+
+    weights = np.zeros(words)
+    for _ in range(50):
+        wrong = 1.0 / (1.0 + np.exp(np.clip(forward(weights), -50, 50)))
+        residual = backward(wrong) - L2 * weights
+        if np.abs(residual).max(initial=0.0) < 1e-4:
+            break
+        curvature = wrong * (1.0 - wrong)
+        diagonal = L2 + np.bincount(column, value**2 * curvature[row], minlength=words)
+        step, direction = np.zeros(words), residual / diagonal
+        size = start = residual @ direction
+        while size > 1e-8 * start:
+            image = L2 * direction + backward(curvature * forward(direction))
+            length = size / (direction @ image)
+            step += length * direction
+            residual = residual - length * image
+            preconditioned = residual / diagonal
+            size, before = residual @ preconditioned, size
+            direction = preconditioned + size / before * direction
+        weights += step
+    return weights
 
 
 def _words(text: str) -> Counter[str]:

@@ -19,9 +19,9 @@ from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import measure
 from mlx_posttrain.evaluate.metrics import bootstrap, perplexity
+from mlx_posttrain.loading import load_tokenizer
 from mlx_posttrain.methods.pretrain import PretrainSection, make_model
 from mlx_posttrain.ops import ops
-from mlx_posttrain.loading import load_tokenizer
 
 CONTEXT = 64
 SAID = [
