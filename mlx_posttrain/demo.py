@@ -1,13 +1,16 @@
 """``mlx-posttrain demo``: the embedded tiny model tuned three ways, and what each way did, measured on the same held-out rows.
 
-Offline and within minutes: convert, full SFT, LoRA and KL-SFT on the embedded tasks, one comparison, one export.
+Offline and within minutes: convert, full SFT, LoRA and KL-SFT on the embedded tasks, one comparison, one export, and from the SFT model a
+reward model and PPO.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from mlx_posttrain.evaluate import measure
 from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, perplexity
 from mlx_posttrain.loading import open_model
 from mlx_posttrain.progress import say
+from mlx_posttrain.runs import read_jsonl
 
 STAGES = {"SFT": "demo_sft", "LoRA": "demo_lora", "KL-SFT": "demo_kl"}
 TEMPLATE = "question"  # the shortest: on a small machine every token of the prompt counts
@@ -81,15 +85,13 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
     model, tokenizer, _ = open_model("tiny", name)
     results.append(measured("base", model, tokenizer))
     for stage, recipe_name in STAGES.items():
-        folder = output / recipe_name.removeprefix("demo_")
-        say(f"\n{stage}: mlx-posttrain run {recipe_name} output={folder}")
-        chosen = recipe.load(recipe_name, [f"output={folder}", f"engine={name}", f"seed={seed}"])
-        methods.get(chosen.method).run(chosen)
+        folder = _run(stage, recipe_name, output, name, seed)
         model, tokenizer, _ = open_model(folder, name)
         results.append(measured(stage, model, tokenizer))
     _print_table(results)
     _print_samples(results)
     (output / "comparison.json").write_text(json.dumps([_summary(r) for r in results], indent=2) + "\n")
+    _rlhf(output, name, seed)
     adapter = output / "lora-peft"
     export.export(output / "lora", adapter, "peft")
     print(f"\nThe LoRA adapter is in {adapter}, in PEFT's format." + _peft_check(output / "lora", adapter))
@@ -100,6 +102,52 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
         "  mlx-posttrain run 03_lora data.source=YOUR.jsonl            your own rows\n"
         "  mlx-posttrain recipes                                       everything else"
     )
+
+
+def _run(stage: str, recipe_name: str, output: Path, engine: str, seed: int, *more: str) -> Path:
+    """Run one of the demo's recipes; returns its run directory."""
+    folder = output / recipe_name.removeprefix("demo_")
+    say(f"\n{stage}: " + shlex.join(["mlx-posttrain", "run", recipe_name, f"output={folder}", *more]))
+    chosen = recipe.load(recipe_name, [f"output={folder}", f"engine={engine}", f"seed={seed}", *more])
+    methods.get(chosen.method).run(chosen)
+    return folder
+
+
+def _rlhf(output: Path, engine: str, seed: int) -> None:
+    """The SFT model taken further: a reward model from pairs, then PPO against it, and what changed on held-out prompts."""
+    sft = output / "sft"
+    reward = _run("Reward model", "demo_reward", output, engine, seed, f"model={sft}")
+    report = json.loads((reward / "report.json").read_text())
+    low, high = (f"{report['accuracy'][i]:.0%}" for i in (1, 2))
+    print(
+        f"\nThe reward model prefers the better of two held-out answers in {report['accuracy'][0]:.1%} [{low}, {high}] of pairs; "
+        f"taking the longer one is right in {report['longer'][0]:.1%}, a bag of words in {report['bag_of_words'][0]:.1%}."
+    )
+    ppo = _run("PPO", "demo_ppo", output, engine, seed, f"model={sft}", f"reward=[{{model: {json.dumps(str(reward))}}}]")
+    records = read_jsonl(ppo / "metrics.jsonl")
+    curve = [r["objective/scores"] for r in records if "objective/scores" in r]
+    evaluations = [r for r in records if "eval/score" in r]
+    before, after = evaluations[0], evaluations[-1]
+    print("\nPPO: mean score of each step's answers, in standard deviations of the SFT model's:\n  " + sparkline(curve))
+    print("  held-out prompts, sampled      before     after")
+    for key, label, form in (
+        ("eval/score", "score", "{:+.2f}"), ("eval/kl", "KL from SFT, nats", "{:.2f}"), ("eval/length", "length, tokens", "{:.1f}"),
+        ("eval/accuracy", "right answers", "{:.1%}"), ("eval/eos_share", "ended by itself", "{:.0%}"),
+    ):  # fmt: skip
+        print(f"  {label:24} {form.format(before[key]):>12} {form.format(after[key]):>9}")
+    said = read_jsonl(ppo / "samples.jsonl")
+    first, last = ([r for r in said if r["step"] == step] for step in (0, said[-1]["step"]))
+    for a, b in zip(first, last, strict=True):
+        print(f"\n  {' '.join(a['prompt'].split())}")
+        for label, r in (("before", a), ("after", b)):
+            print(f"    {label:8} {r['score']:+.2f}  {' '.join(r['answer'].split())[:90]}")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A row of bars, one a value, with the first and the last value beside it."""
+    low, high = min(values), max(values)
+    bars = "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low or 1))] for v in values)
+    return f"{values[0]:+.2f} {bars} {values[-1]:+.2f}"
 
 
 def _summary(r: Measured) -> dict[str, Any]:

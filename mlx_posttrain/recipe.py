@@ -52,7 +52,7 @@ class DataSection(Section):
         "auto",
         description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer, chosen",
     )
-    families: list[str] | None = Field(None, description="kinds of embedded/tasks to take; null: all 30")
+    families: list[str] | None = Field(None, description="kinds of embedded/tasks or embedded/preferences to take; null: all 30")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
     template: str | list[str] = Field("instruction", description="a template's name, or a list from which each row draws one by seed")
     train_on: Literal["completion", "assistant", "all"] = Field(

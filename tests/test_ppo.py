@@ -116,7 +116,7 @@ def test_resumes_to_the_same_figures(engine, more, random_gpt2, rows_file, count
     shutil.rmtree(whole.final)
     shutil.rmtree(whole.checkpoints / "step-000004")
     run(*args, resume=True)
-    differing = {(a['step'], k): (a[k], b[k]) for a, b in zip(wanted, steps(whole), strict=True) for k in a if a[k] != b[k]}
+    differing = {(a["step"], k): (a[k], b[k]) for a, b in zip(wanted, steps(whole), strict=True) for k in a if a[k] != b[k]}
     assert not differing
     assert len(wanted) == 4
     if "kl.controller=adaptive" in more:

@@ -52,13 +52,13 @@ def load_rows(
     """Return the rows of one split as plain dicts, the first ``limit`` of them or ``limit`` drawn by ``seed`` with ``shuffle``.
 
     ``source`` is one of ``EMBEDDED``, a local file or folder, or a Hugging Face dataset id (``config`` names its configuration).
-    ``families`` names the kinds of ``embedded/tasks`` to take.
+    ``families`` names the kinds of ``embedded/tasks`` or ``embedded/preferences`` to take.
     Raises UserError, in one line, for whatever is wrong with the source: file, line and remedy named.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data limit {limit}: must be at least 1 (leave it out to take every row)")
-    if families and source != "embedded/tasks":
-        raise UserError(f"data.families belongs to embedded/tasks, not to {source}; leave it out")
+    if families and source not in ("embedded/tasks", "embedded/preferences"):
+        raise UserError(f"data.families belongs to embedded/tasks and embedded/preferences, not to {source}; leave it out")
     if source.startswith("embedded/"):
         return _pick(_embedded(source, split, limit, seed, families), limit, seed, shuffle)
     if Path(source).expanduser().exists() or _looks_local(source):
@@ -99,8 +99,9 @@ def _embedded(source: str, split: str, limit: int | None, seed: int, families: S
     split = "valid" if SPLIT_NAMES.get(split) == "validation" else split
     if source == "embedded/tasks":
         return tasks.load(split=split, limit=limit, seed=seed, families=families)
-    make = {"embedded/preferences": tasks.preferences, "embedded/reasoning": tasks.reasoning}[source]
-    return list(make(split=split, limit=limit, seed=seed))
+    if source == "embedded/preferences":
+        return tasks.preferences(split=split, limit=limit, seed=seed, families=families)
+    return tasks.reasoning(split=split, limit=limit, seed=seed)
 
 
 # Local files

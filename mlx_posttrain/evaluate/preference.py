@@ -46,13 +46,10 @@ class PreferenceReport:
         """The report for people."""
         found = [
             f"held-out pairs: {self.pairs}; right {_percent(self.accuracy)}, loss {self.loss:.4f} (a coin: {math.log(2):.4f})",
-            f"  the longer answer wins: {_percent(self.longer)}; the model has {self.over_longer.mean:+.1%} [{self.over_longer.low:+.1%}, {self.over_longer.high:+.1%}]",
+            f"  the longer answer wins: {_percent(self.longer)}; the model has {_gap(self.over_longer)}",
         ]
         if self.bag_of_words is not None and self.over_bag_of_words is not None:
-            over = self.over_bag_of_words
-            found.append(
-                f"  bag of words: {_percent(self.bag_of_words)}; the model has {over.mean:+.1%} [{over.low:+.1%}, {over.high:+.1%}]"
-            )
+            found.append(f"  bag of words: {_percent(self.bag_of_words)}; the model has {_gap(self.over_bag_of_words)}")
         found.append(f"  score and length of an answer: Pearson {self.length_pearson:+.2f}, Spearman {self.length_spearman:+.2f}")
         shown = ", ".join(f"{said:.2f} said {was:.2f} right ({n})" for said, was, n in self.calibration)
         found.append(f"  calibration error {self.calibration_error:.3f}: {shown}")
@@ -110,10 +107,12 @@ def report(
 
     return PreferenceReport(
         pairs=len(rows), accuracy=share(right), longer=share(longer), bag_of_words=None if words is None else share(words),
-        over_longer=over(longer), over_bag_of_words=None if words is None else over(words), loss=float(np.mean(np.logaddexp(0.0, -margins))),
+        over_longer=over(longer), over_bag_of_words=None if words is None else over(words),
+        loss=float(np.mean(np.logaddexp(0.0, -margins))),
         edges=[float(e) for e in edges], counts=[int(c) for c in counts], calibration=calibration,
         calibration_error=float(sum(n * abs(said - was) for said, was, n in calibration) / len(rows)),
-        length_pearson=_correlation(scores, sizes), length_spearman=_correlation(_ranks(scores), _ranks(sizes)), by_column=_by_column(right, rows),
+        length_pearson=_correlation(scores, sizes), length_spearman=_correlation(_ranks(scores), _ranks(sizes)),
+        by_column=_by_column(right, rows),
     )  # fmt: skip
 
 
@@ -216,3 +215,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _percent(interval: Interval) -> str:
     return f"{interval.mean:.1%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def _gap(interval: Interval) -> str:
+    return f"{interval.mean:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"

@@ -44,17 +44,19 @@ def load(split: str = "train", limit: int | None = None, seed: int = 0, families
     return [row(one) for one in islice(rows(_TASKS, split, seed, families), size(split, limit))]
 
 
-def preferences(split: str = "train", limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+def preferences(
+    split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Make preference pairs over the same contents and phrasings as ``load``.
 
     Returns:
         Rows with prompt, chosen, rejected, family, flaw ("wrong", "rude", "cut off" or "repetitive") and checker; sizes as ``load``.
 
     Raises:
-        UserError: an unknown split or a negative limit.
+        UserError: an unknown split or family, or a negative limit.
     """
     rng = random.Random(f"{seed}/{split}/pairs")
-    return [pairs.pair(one, rng) for one in islice(rows(_TASKS, split, seed), size(split, limit))]
+    return [pairs.pair(one, rng) for one in islice(rows(_TASKS, split, seed, families), size(split, limit))]
 
 
 def reasoning(split: str = "train", limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
