@@ -6,9 +6,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's own list of names, is on the disk and not only in memory that a power cut empties.
+
+    Raises:
+        OSError: the data of a file could not be written after all (a full or failing disk).
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot do it for folders, and then their renames need no help
+            raise
+    finally:
+        os.close(handle)
+
+
+def drive_to_disk(path: Path) -> None:
+    """On macOS, where fsync leaves data in the drive's own memory, empty that memory too; elsewhere `to_disk` has done so already."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # network drives do not know it
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+        finally:
+            os.close(handle)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one, never half of one."""
     # The suffix stays last, as mlx appends ".safetensors" to names without it; the leading dot hides the file from "model*" patterns.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         write(temporary)
+        to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,10 @@ from mlx_posttrain.errors import UserError
 
 Weights = dict[str, Any]
 
+# What GPT2Config takes for a key that config.json leaves out; mlx-lm has no defaults for them.
+DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5}
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+
 # The four weight matrices of a block that Hugging Face keeps as Conv1D.
 CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 NORMS = ("ln_1", "ln_2")
@@ -72,6 +76,40 @@ def mlx_to_hf(weights: Mapping[str, Any]) -> Weights:
             value = transposed(value)
         out["transformer." + name.removeprefix("model.") if name.startswith("model.") else name] = value
     return out
+
+
+def with_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a GPT-2 config with the sizes that it leaves to transformers' defaults; `where` names the file in errors.
+
+    Raises:
+        UserError: a size is not a whole number above 0, or n_head does not divide n_embd.
+    """
+    full = {**DEFAULTS, **config}
+    for key in SIZES:
+        if not isinstance(full[key], int) or isinstance(full[key], bool) or full[key] < 1:
+            raise UserError(f"{where} has {key} {full[key]!r}; it must be a whole number of at least 1")
+    if full["n_embd"] % full["n_head"]:
+        raise UserError(f"{where} has n_embd {full['n_embd']}, which its n_head {full['n_head']} does not divide; correct one of them")
+    return full
+
+
+def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Check the shape of each tensor of an mlx-lm GPT-2 against its config; quantised matrices, which are packed, are left alone.
+
+    Raises:
+        UserError: one differs; both shapes are given.
+    """
+    width = config["n_embd"]
+    sizes = {"attn.c_attn": (3 * width, width), "attn.c_proj": (width, width), "mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
+    shapes = {"model.wte.weight": (config["vocab_size"], width), "model.wpe.weight": (config["n_positions"], width)}
+    for name in expected_names(config["n_layer"]):
+        module, _, kind = name.rpartition(".")
+        rows, columns = sizes.get(module.split(".", 3)[-1], (width, width))
+        is_matrix = kind == "weight" and _CONV1D_WEIGHT.search(name) is not None
+        expected = shapes.get(name, (rows, columns) if is_matrix else (rows,))
+        found = tuple(weights[name].shape)
+        if found != expected and f"{module}.scales" not in weights:
+            raise UserError(f"{name} has shape {found}, and config.json asks for {expected} ((out, in) for matrices); one of the two is wrong")
 
 
 def expected_names(n_layer: int) -> list[str]:

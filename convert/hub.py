@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_posttrain.errors import UserError
 
+from . import gpt2
 from .files import read_json
 
 EMBEDDED = "tiny"
@@ -55,22 +56,41 @@ def resolve(model: str | Path, kind: str = "model") -> Path:
 
 
 def check_config(path: Path) -> dict[str, Any]:
-    """Read config.json of a model folder (or the file itself) as a dictionary.
+    """Read config.json of a model folder (or the file itself) as a dictionary, a GPT-2's completed with its default sizes.
 
     Raises:
-        UserError: it is missing, is broken JSON (line and column are named), or names no model_type.
+        UserError: it is missing, is broken JSON (line and column are named), names no model_type, or gives a GPT-2 impossible sizes.
     """
-    config = read_json(path / "config.json" if path.is_dir() else path)
+    file = path / "config.json" if path.is_dir() else path
+    config = read_json(file)
     if not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path / 'config.json' if path.is_dir() else path} names no model_type, so the architecture is unknown")
-    return config
+        raise UserError(f"{file} names no model_type, so the architecture is unknown")
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{file} has architectures {names!r}; it must be a list of class names, for example [\"GPT2LMHeadModel\"]")
+    return gpt2.with_sizes(config, str(file)) if config["model_type"] == "gpt2" else config
+
+
+def check_tensors(file: Path) -> None:
+    """Check that a file is in safetensors' format and as long as its header says; the tensors themselves are not read.
+
+    Raises:
+        UserError: it is cut off, empty, or another kind of file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged or is not a safetensors file ({error}); download or copy it again") from None
 
 
 def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> None:
     """Check that a folder holds a model (config.json and safetensors weights) or a PEFT adapter; `name` is what the user called it.
 
     Raises:
-        UserError: it does not; the message says what was found instead.
+        UserError: it does not, or a file of it is damaged; the message says what was found instead.
     """
     shown = name or str(folder)
     config = _config_name(kind)
@@ -83,8 +103,18 @@ def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> 
     if kind == "adapter":
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{shown} has no adapter_model.safetensors{_pickle_hint(folder, 'adapter_model.bin')}")
-    elif not weight_files(folder):
+        check_tensors(folder / "adapter_model.safetensors")
+        return
+    shards = weight_files(folder)
+    if not shards:
         raise UserError(f"{shown} has no model.safetensors{_pickle_hint(folder, 'pytorch_model*.bin')}")
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise UserError(f"{shown} lacks the shard {shard} that model.safetensors.index.json names; download or copy the model again")
+        check_tensors(folder / shard)
+    for settings in ("tokenizer_config.json", "generation_config.json"):
+        if (folder / settings).is_file():
+            read_json(folder / settings)
 
 
 def weight_files(folder: Path) -> list[str]:

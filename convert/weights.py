@@ -12,15 +12,13 @@ from mlx_posttrain.errors import UserError
 
 from . import gpt2
 from .files import copy_tokenizer, output_folder, require_space, write_atomically, write_json
-from .hub import check_config, resolve, weight_files
+from .hub import check_config, check_tensors, resolve, weight_files
 
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "float16", "bfloat16")
 BITS = (2, 3, 4, 5, 6, 8)
 INDEX = "model.safetensors.index.json"
 
-# What GPT2Config takes for a key that config.json leaves out; mlx-lm has no defaults for them.
-GPT2_DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5}
 # Options of transformers' GPT-2 that mlx-lm's GPT-2 ignores, with the values under which both compute the same.
 GPT2_FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -155,7 +153,7 @@ def gpt2_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a head that is not a language model's, or an option under which mlx-lm's GPT-2 would compute something else.
     """
-    full = {**GPT2_DEFAULTS, **config}
+    full = {**gpt2.DEFAULTS, **config}
     full.setdefault("n_ctx", full["n_positions"])
     for key, allowed in GPT2_FIXED.items():
         if full.get(key, allowed[0]) not in allowed:
@@ -169,8 +167,6 @@ def gpt2_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked_files(path: Path) -> Iterator[Path]:
-    from safetensors import SafetensorError, safe_open
-
     names = weight_files(path)
     if not names:
         raise UserError(f"{path} has no model.safetensors; only safetensors weights load")
@@ -178,12 +174,7 @@ def _checked_files(path: Path) -> Iterator[Path]:
         file = path / name
         if not file.is_file():
             raise UserError(f"{path} lacks the shard {name} that {INDEX} names; download or copy the model again")
-        try:
-            # Reads the header only, and compares the lengths it gives with the file's.
-            with safe_open(str(file), framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or is not a safetensors file ({error}); download or copy it again") from None
+        check_tensors(file)
         yield file
 
 
@@ -229,7 +220,8 @@ def _load_gpt2(source: Path, config: Mapping[str, Any], dtype: str | None) -> di
         weights = _dequantised(source)
     else:
         weights = load_weights(source)
-    weights = gpt2.hf_to_mlx(weights, int(config["n_layer"]), config.get("tie_word_embeddings", True))
+    weights = gpt2.hf_to_mlx(weights, config["n_layer"], config.get("tie_word_embeddings", True))
+    gpt2.check_shapes(weights, config)
     if dtype is None:
         return weights
     return {name: _cast(name, w, dtype) for name, w in weights.items()}

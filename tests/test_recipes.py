@@ -12,7 +12,18 @@ from mlx_posttrain import engines, methods, recipe
 from mlx_posttrain.convert import hub
 
 SHIPPED = sorted(recipe.shipped())
-DEFAULTS = {  # the learning path's own figures, which the recipes keep
+DEFAULTS: dict[str, dict] = {
+    "07_reward": {"train.lr": 1e-5, "train.epochs": 1, "data.limit": 5000, "data.source": "Anthropic/hh-rlhf"},
+    "07_ppo": {
+        "train.steps": 150,
+        "kl.beta": 0.5,
+        "train.lr": 5e-6,
+        "ppo.epochs": 2,
+        "train.batch_size": 4,
+        "train.accumulate": 4,
+        "train.clip": 0.5,
+        "data.limit": 300,
+    },
     "01_sft": {
         "train.lr": 2e-5,
         "train.schedule": "cosine",
@@ -55,24 +66,59 @@ def test_five_templates():
     assert recipe.load("02_templates").data.template == list(FIVE)
 
 
-@pytest.mark.parametrize("name", [n for n in SHIPPED if not n.startswith("00")])
+SMALL = {  # what makes a recipe of a method run within seconds, offline
+    "sft": ["model=tiny", "data.source=embedded/tasks", "data.limit=200", "data.eval_limit=8", "train.steps=1", "sample.max_tokens=4"],
+    "reward": ["model=tiny", "data.source=embedded/preferences", "data.eval_split=valid", "data.limit=60", "data.eval_limit=8", "train.steps=1"],
+    "ppo": [
+        "model=tiny", "reward=[{function: checker}]", "data.source=embedded/tasks", "data.eval_split=valid", "data.limit=60", "data.eval_limit=4",
+        "train.steps=1", "train.batch_size=4", "train.accumulate=1", "rollout.prompts=4", "rollout.max_tokens=8", "critic.kind=shared",
+    ],
+}  # fmt: skip
+SHOWN = {"sft": {"prompt", "answer", "wanted"}, "reward": {"chosen", "rejected", "chosen_score"}, "ppo": {"prompt", "answer", "score"}}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in SHIPPED if not n.startswith("00") and recipe.read_yaml(recipe.shipped()[n])["method"] in SMALL]
+)
 @pytest.mark.parametrize("engine", engines.available())
 def test_runs_on_the_tiny_model(name, engine, tmp_path):
-    try:
-        hub.resolve("tiny")
-    except Exception as error:
-        pytest.fail(str(error))
     if engine == "torch" and name == "03_qlora":
         pytest.skip("quantised training is MLX's")
-    chosen = recipe.load(name, [
-        "model=tiny", "data.source=embedded/tasks", "data.limit=200", "data.eval_limit=8", f"output={tmp_path / 'run'}", f"engine={engine}",
-        "train.steps=1", "sample.max_tokens=4",
-    ])  # fmt: skip
+    hub.resolve("tiny")
+    method = recipe.read_yaml(recipe.shipped()[name])["method"]
+    chosen = recipe.load(name, [*SMALL[method], f"output={tmp_path / 'run'}", f"engine={engine}"])
     result = methods.get(chosen.method).run(chosen)
-    assert 0 < result["loss"] < 20
+    assert 0 <= result["accuracy"] <= 1 if method == "ppo" else 0 < result["loss"] < 20
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert samples and {"step", "prompt", "answer", "wanted"} <= set(samples[0])
+    assert samples and {"step", *SHOWN[method]} <= set(samples[0])
     assert (tmp_path / "run" / "card.md").read_text().startswith("---")
+
+
+def test_rlhf_in_one_command(tmp_path):
+    """SFT, reward model and PPO as one pipeline, on the tiny model with real pairs' format, then the policy answers."""
+    tiny = {"sft": "sft", "reward": "reward", "ppo": "ppo"}
+    settings = [f"{stage}.{s}" for stage, method in tiny.items() for s in SMALL[method] if not s.startswith(("model=", "reward="))]
+    chosen = recipe.load("07_rlhf", [f"output={tmp_path / 'run'}", "sft.model=tiny", "sft.data.format=auto", "sft.data.template=question",
+                                     "reward.data.template=question", "ppo.data.template=question", *settings])  # fmt: skip
+    results = methods.get("pipeline").run(chosen)
+    assert list(results) == ["sft", "reward", "ppo"]
+    assert all((tmp_path / "run" / stage / "final").is_dir() for stage in tiny)
+    from mlx_posttrain.generation import answer
+
+    assert answer(str(tmp_path / "run" / "ppo"), ["Hello"], max_tokens=3)[0]["tokens"] <= 3
+
+
+def test_the_trade_off_compares_like_with_like():
+    """Two penalties, three seeds; nothing else differs between the runs."""
+    from mlx_posttrain.methods.pipeline import stage_recipes
+
+    stages = stage_recipes(recipe.load("07_tradeoff"))
+    runs = {name: own.model_dump() for name, own in stages.items() if own.method == "ppo"}
+    assert sorted((own["kl"]["beta"], own["seed"]) for own in runs.values()) == [(b, s) for b in (0.05, 0.5) for s in (0, 1, 2)]
+    for own in runs.values():
+        own["kl"].pop("beta"), own.pop("seed"), own.pop("output")
+    assert all(own == next(iter(runs.values())) for own in runs.values())
+    assert stages["reward"].seed != stages["judge"].seed
 
 
 @pytest.mark.parametrize("name", ["02_templates", "03_lora", "06_kl_sft"])

@@ -1,103 +1,257 @@
-"""The report on a reward model: every figure by hand, and baselines that see only what they should."""
+"""The report on a reward model: four pairs worked by hand, prompts drawn whole, and a bag of words that finds what words give away."""
 
 from __future__ import annotations
 
 import json
 import math
+import random
+import time
 
 import numpy as np
 import pytest
 
 from mlx_posttrain.data import formats, tasks
 from mlx_posttrain.data.types import Preference, Turn
-from mlx_posttrain.evaluate.preference import L2, bag_of_words, report
+from mlx_posttrain.evaluate import preference
+from mlx_posttrain.evaluate.metrics import Interval
+from mlx_posttrain.evaluate.preference import bag_of_words, report
 
 
-def row(prompt: str, chosen: str, rejected: str, **extra) -> Preference:
+def row(chosen: str, rejected: str, prompt: str = "?", **extra: str) -> Preference:
     return Preference((Turn("user", prompt),), chosen, rejected, extra=extra)
 
 
-ROWS = [
-    row("a", "long answer", "short", flaw="x"),
-    row("b", "short", "long answer", flaw="x"),
-    row("c", "same", "size", flaw="y"),
-    row("d", "aa", "b", flaw="y"),
+# Margins 2, -1, 0 and ln 3; the chosen answer is longer, shorter, as long, shorter.
+FOUR = [
+    row("aaaaa", "bbb", "1", flaw="rude"),
+    row("a", "bb", "2", flaw="wrong"),
+    row("aaa", "bbb", "3", flaw="wrong"),
+    row("aa", "bbbb", "4", flaw="wrong"),
 ]
-CHOSEN, REJECTED = np.array([3.0, 1.0, 0.0, -1.0]), np.array([1.0, 1.0, 1.0, -2.0])
+CHOSEN, REJECTED = np.array([2.0, 0.0, 1.0, math.log(3)]), np.array([0.0, 1.0, 1.0, 0.0])
 
 
-def test_by_hand():
-    found = report(CHOSEN, REJECTED, ROWS)
-    assert found.accuracy.mean == pytest.approx(0.625)  # right, tie, wrong, right
-    assert found.longer.mean == pytest.approx(0.625)  # right, wrong, tie, right
-    assert found.over_longer.mean == pytest.approx(0.0)
-    assert found.bag_of_words is None
-    assert found.loss == pytest.approx(np.mean([math.log1p(math.exp(-m)) for m in (2, 0, -1, 1)]))
+# -- figures by hand
+
+
+def test_accuracy_and_loss_by_hand():
+    found = report(CHOSEN, REJECTED, FOUR)
+    assert found.pairs == 4
+    assert found.accuracy.mean == (1 + 0 + 0.5 + 1) / 4
+    assert found.longer.mean == (1 + 0 + 0.5 + 0) / 4
+    assert found.over_longer.mean == 0.25
+    # -log sigma: ln(1 + e^-2), ln(1 + e), ln 2, ln(4/3)
+    assert found.loss == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.e) + math.log(2) + math.log(4 / 3)) / 4, abs=1e-12)
+    assert found.bag_of_words is None and found.over_bag_of_words is None
+    assert found.by_column == {"flaw": {"rude": 1.0, "wrong": 0.5}}
+
+
+def test_equal_scores_are_a_coin():
+    found = report(np.full(4, 7.0), np.full(4, 7.0), FOUR)
+    assert found.accuracy == Interval(0.5, 0.5, 0.5)
+    assert found.loss == pytest.approx(math.log(2))
+    assert found.calibration == [(0.5, 0.5, 4)] and found.calibration_error == 0.0
+    assert found.length_pearson == found.length_spearman == 0.0
     assert sum(found.counts) == 4
-    assert found.by_column == {"flaw": {"x": 0.75, "y": 0.5}}
-    # sigma(2)=.88, sigma(0)=.5, sigma(1)=.73 twice: bins of a tenth
-    assert [(round(said, 2), was, n) for said, was, n in found.calibration] == [(0.5, 0.5, 1), (0.73, 0.5, 2), (0.88, 1.0, 1)]
-    assert found.calibration_error == pytest.approx((2 * (0.7311 - 0.5) + (1 - 0.8808)) / 4, abs=1e-3)
-    text = "\n".join(found.lines())
-    assert "62.5%" in text and "0.6931" in text
-    json.dumps(found.to_dict())
 
 
-def test_correlation_with_length():
-    rows = [row(str(i), "w" * (i + 2), "w" * (20 - i)) for i in range(9)]
-    lengths = np.array([[len(r.chosen), len(r.rejected)] for r in rows], float)
-    found = report(lengths[:, 0], lengths[:, 1], rows)
-    assert found.length_pearson == pytest.approx(1.0) and found.length_spearman == pytest.approx(1.0)
-    assert found.accuracy == found.longer
-    squared = report(-(lengths[:, 0] ** 3), -(lengths[:, 1] ** 3), rows)
-    assert squared.length_spearman == pytest.approx(-1.0) and squared.length_pearson > -0.99
+def test_calibration_by_hand():
+    """How sure: sigma(2) = .88, sigma(1) = .73 and wrong, .5 and a tie, sigma(ln 3) = .75."""
+    sure = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
+    found = report(CHOSEN, REJECTED, FOUR)
+    assert [n for _, _, n in found.calibration] == [1, 2, 1]
+    expected = [(0.5, 0.5), ((sure[1] + 0.75) / 2, 0.5), (sure[0], 1.0)]
+    assert np.array(found.calibration)[:, :2] == pytest.approx(np.array(expected))
+    assert found.calibration_error == pytest.approx((0 + 2 * ((sure[1] + 0.75) / 2 - 0.5) + (1 - sure[0])) / 4)
 
 
-def test_prompts_are_drawn_whole():
-    """Ten copies of one pair say no more than one."""
+def test_a_model_that_says_what_happens_is_calibrated():
     rng = np.random.default_rng(0)
-    rows = [row(str(i), "x", "y") for i in range(30)]
-    right = rng.random(30) < 0.7
-    once = report(right * 2.0 - 1, np.zeros(30), rows)
-    tenfold = report(np.repeat(right * 2.0 - 1, 10), np.zeros(300), [r for r in rows for _ in range(10)])
-    assert tenfold.accuracy.mean == pytest.approx(once.accuracy.mean)
-    assert tenfold.accuracy.high - tenfold.accuracy.low == pytest.approx(once.accuracy.high - once.accuracy.low, rel=0.25)
+    margins = rng.normal(scale=2, size=4000)
+    right = rng.random(4000) < 1 / (1 + np.exp(-np.abs(margins)))
+    margins = np.where(right, np.abs(margins), -np.abs(margins))
+    rows = [row("a", "b", str(i)) for i in range(4000)]
+    assert report(margins, np.zeros(4000), rows).calibration_error < 0.03
+    assert report(3 * margins, np.zeros(4000), rows).calibration_error > 0.1  # the same order, three times too sure
 
 
-def test_bag_of_words_learns_a_word_and_no_noise():
+def test_length_correlations_by_hand():
+    """Lengths 1 2 4 8 with scores 1 2 3 4: in the same order, but not on a line."""
+    rows = [row("a", "bb", "1"), row("aaaa", "bbbbbbbb", "2")]
+    found = report(np.array([1.0, 3.0]), np.array([2.0, 4.0]), rows)
+    assert found.length_spearman == pytest.approx(1.0)
+    # sums of products about the means 3.75 and 2.5: 11.5 / sqrt(28.75 * 5)
+    assert found.length_pearson == pytest.approx(11.5 / math.sqrt(28.75 * 5))
+    # With lengths 1 1 4 8 the first two share rank 1/2: 4.5 / sqrt(4.5 * 5)
+    tied = report(np.array([1.0, 3.0]), np.array([2.0, 4.0]), [row("a", "b", "1"), rows[1]])
+    assert tied.length_spearman == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert report(np.array([4.0, 2.0]), np.array([3.0, 1.0]), rows).length_spearman == pytest.approx(-1.0)
+
+
+def test_histogram_counts_every_pair():
+    margins = np.array([-1.0, -0.95, 0.1, 0.9, 1.0])
+    found = report(margins, np.zeros(5), [row("a", "b", str(i)) for i in range(5)])
+    assert found.edges == pytest.approx(np.linspace(-1, 1, 11), abs=1e-2)
+    assert found.counts == [2, 0, 0, 0, 0, 1, 0, 0, 0, 2]
+    many = np.linspace(-1, 1, 400)
+    many[0] = -1e6  # one pair does not make one bar of all the others
+    found = report(many, np.zeros(400), [row("a", "b", str(i)) for i in range(400)])
+    assert found.edges[0] > -1.1 and sum(found.counts) == 400 and max(found.counts) < 60
+
+
+# -- intervals
+
+
+def test_pairs_of_one_prompt_are_drawn_together():
+    """Two prompts, one with 99 pairs all right, the other's only pair wrong: both draws may be of either."""
+    rows = [row("a", "b", "many")] * 99 + [row("a", "b", "one")]
+    margins = np.array([1.0] * 99 + [-1.0])
+    found = report(margins, np.zeros(100), rows)
+    assert found.accuracy == Interval(pytest.approx(0.99), 0.0, 1.0)
+    apart = report(margins, np.zeros(100), [row("a", "b", str(i)) for i in range(100)])
+    assert apart.accuracy.mean == pytest.approx(0.99) and apart.accuracy.low > 0.95
+
+
+def test_intervals_depend_on_the_seed_alone():
     rng = np.random.default_rng(1)
-    words = [f"w{i}" for i in range(50)]
-
-    def answer() -> str:
-        return " ".join(rng.choice(words, 8))
-
-    planted = [row(str(i), answer() + " please", answer()) for i in range(300)]
-    noise = [row(str(i), answer(), answer()) for i in range(600)]
-    assert (bag_of_words(planted[:200], planted[200:]) > 0).mean() > 0.95
-    assert 0.4 < (bag_of_words(noise[:300], noise[300:]) > 0).mean() < 0.6
-    assert not bag_of_words([row("a", "only", "once")], planted[:3]).any()
+    scores, rows = rng.normal(size=(2, 50)), [row("a", "b", str(i)) for i in range(50)]
+    assert report(*scores, rows, seed=1) == report(*scores, rows, seed=1)
+    assert len({report(*scores, rows, seed=seed).accuracy for seed in range(8)}) > 1
 
 
-def test_bag_of_words_is_the_regularised_optimum():
-    """One word, n pairs of which k have it on the right side: the gradient of its one weight is zero."""
-    rows = [row(str(i), "good", "") if i < 7 else row(str(i), "", "good") for i in range(10)]
-    rows = [Preference(r.prompt, r.chosen, r.rejected) for r in rows]
-    weight = float(bag_of_words(rows, [row("q", "good", "")])[0]) / math.log(2)
-    x = math.log(2)
+def test_sides_exchanged_turn_the_figures_over():
+    rng = np.random.default_rng(2)
+    scores = rng.normal(size=(2, 80))
+    rows = [row("a" * int(n), "b" * int(m), str(i)) for i, (n, m) in enumerate(rng.integers(1, 9, (80, 2)))]
+    found = report(scores[0], scores[1], rows)
+    other = report(scores[1], scores[0], [row(r.rejected, r.chosen, r.prompt[0].content) for r in rows])
+    assert found.accuracy.mean == pytest.approx(1 - other.accuracy.mean)
+    assert found.longer.mean == pytest.approx(1 - other.longer.mean)
+    assert found.counts == other.counts[::-1]
+    assert found.length_pearson == pytest.approx(other.length_pearson)
+    shifted = report(scores[0] + 5, scores[1] + 5, rows)  # only differences are judged
+    assert (shifted.loss, *shifted.accuracy) == pytest.approx((found.loss, *found.accuracy))
 
-    def slope(w: float) -> float:
-        return sum(-s * x / (1 + math.exp(s * x * w)) for s in [1] * 7 + [-1] * 3) / 10 + L2 * w / 10
 
-    assert slope(weight) == pytest.approx(0.0, abs=1e-4)
+# -- bag of words
 
 
-def test_the_embedded_pairs_are_not_given_away():
-    """What the reward model has to beat on our own pairs; the figures are the generator's promise."""
-    train, valid = (
-        [r for r in formats.parse_rows(tasks.preferences(split, limit), source="p")[0] if isinstance(r, Preference)]
-        for split, limit in (("train", 3000), ("valid", 600))
-    )
-    found = report(np.zeros(len(valid)), np.zeros(len(valid)), valid, train)
-    assert found.accuracy.mean == 0.5
-    assert found.bag_of_words is not None and found.bag_of_words.mean < 0.8
-    assert found.longer.mean < 0.65
+def test_one_pair_of_words_by_hand():
+    """40 pairs "x" over "y": weights w and -w with a slope of 40 ln2 sigma(-2 ln2 w) = L2 w, and a held-out margin of 2 w ln(1 + count)."""
+    train = [row("x", "y", str(i)) for i in range(40)]
+    margins = bag_of_words(train, [row("x", "y"), row("y", "X"), row("x x x", "y y y"), row("z", "q"), row("x z", "x")])
+    w = margins[0] / (2 * math.log(2))
+    assert 40 * math.log(2) / (1 + math.exp(margins[0])) == pytest.approx(preference.L2 * w, abs=1e-3)
+    assert margins[1] == -margins[0] < 0  # case does not matter
+    assert margins[2] == pytest.approx(2 * w * math.log(4))
+    assert margins[3] == margins[4] == 0.0  # words never seen
+
+
+def test_weights_are_at_the_minimum():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 30)) * 5 * (rng.random((200, 30)) < 0.3)
+    at, column = np.nonzero(x)
+    weights = preference._logistic(at, column, x[at, column], 200, 30)
+    slope = preference.L2 * weights - x.T @ (1 / (1 + np.exp(x @ weights)))
+    assert np.abs(slope).max() < 1e-4
+    assert np.abs(weights).max() > 0.05
+
+
+WORDS = ["red", "green", "blue", "big", "small", "old", "new", "fast", "slow", "warm", "cold", "sweet", "sour", "round", "flat"]
+
+
+def noise(count: int, seed: int, planted: str = "") -> list[Preference]:
+    rng = random.Random(seed)
+    texts = [[rng.choices(WORDS, k=rng.randint(3, 9)) for _ in range(2)] for _ in range(count)]
+    for chosen, _ in texts:
+        chosen[len(chosen) // 2 : len(chosen) // 2] = planted.split()
+    return [row(" ".join(chosen), " ".join(rejected), str(i)) for i, (chosen, rejected) in enumerate(texts)]
+
+
+def test_a_planted_word_is_learned_and_noise_is_not():
+    zeros = np.zeros(600)
+    planted = report(zeros, zeros, noise(600, 1, "please"), noise(600, 0, "please"))
+    assert planted.bag_of_words.mean > 0.97
+    assert planted.over_bag_of_words.high < -0.4  # a model that has learned nothing
+    plain = report(zeros, zeros, noise(600, 3), noise(600, 2))
+    assert plain.bag_of_words.low < 0.5 < plain.bag_of_words.high
+    assert 0.44 < plain.bag_of_words.mean < 0.56
+    # Punctuation is a word too.
+    assert report(zeros, zeros, noise(600, 1, "!"), noise(600, 0, "!")).bag_of_words.mean > 0.97
+
+
+def test_order_and_prompt_are_not_seen():
+    train = [row("yes we can", "can we yes", f"prompt {i}") for i in range(50)] + noise(50, 0)
+    assert bag_of_words(train, train[:50]).tolist() == [0.0] * 50
+    found = report(np.ones(50), np.zeros(50), train[:50], train)
+    assert found.bag_of_words == Interval(0.5, 0.5, 0.5)
+    assert found.over_bag_of_words == Interval(0.5, 0.5, 0.5)
+
+
+def test_a_word_of_one_training_answer_is_not_known(monkeypatch):
+    train = [row("good good good", "bad"), row("fine", "poor"), row("fine", "poor")]
+    margins = bag_of_words(train, [row("good", "bad"), row("fine", "poor")])
+    assert margins[0] == 0.0 and margins[1] > 0
+    assert bag_of_words(train[:1], train).tolist() == [0.0] * 3  # no word is known
+    monkeypatch.setattr(preference, "WORDS", 1)  # of fine and poor, both in two answers, the first of the alphabet is kept
+    only, both = bag_of_words(train, [row("fine", ""), row("fine", "poor")])
+    assert only == both > 0
+
+
+def embedded(split: str) -> list[Preference]:
+    return formats.parse_rows(tasks.preferences(split))[0]
+
+
+def test_baselines_on_the_embedded_pairs_in_little_time():
+    held_out, train = embedded("valid"), embedded("train")
+    zeros = np.zeros(len(held_out))
+    begun = time.process_time()
+    found = report(zeros, zeros, held_out, train)
+    assert time.process_time() - begun < 5
+    assert 0.53 < found.longer.mean < 0.61  # 57.0 %
+    assert 0.70 < found.bag_of_words.mean < 0.78  # 74.3 %
+    assert set(found.by_column) == {"flaw", "family"}
+    assert set(found.by_column["flaw"]) == {"wrong", "rude", "cut off", "repetitive"}
+
+
+def test_baselines_on_human_preferences(shared):
+    path = shared / "data" / "preference" / "hh-helpful-base.jsonl"
+    rows = formats.parse_rows([json.loads(line) for line in path.read_text().splitlines()])[0]
+    found = report(np.zeros(200), np.zeros(200), rows[-200:], rows[:-200])
+    assert 0.52 < found.bag_of_words.mean < 0.69  # 60.5 % of 200, from 990 pairs
+    assert 0.55 < found.longer.mean < 0.71  # 63.0 %
+
+
+# -- what comes out
+
+
+def test_report_is_json_and_text():
+    train = noise(40, 0, "please")
+    found = report(CHOSEN, REJECTED, FOUR, train)
+    again = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert again["accuracy"] == list(found.accuracy) and again["counts"] == found.counts and len(again["edges"]) == 11
+    lines = found.lines()
+    assert all(isinstance(line, str) and "\n" not in line for line in lines)
+    assert "right 62.5%" in lines[0] and "loss 0.6053 (a coin: 0.6931)" in lines[0]
+    assert "37.5%" in lines[1] and "+25.0%" in lines[1]
+    assert lines[2].startswith("  bag of words: 50.0%")
+    assert "right by flaw: rude 100%, wrong 50%" in "\n".join(lines)
+    bars = [line for line in lines if " to " in line]
+    assert [int(line.split()[-1]) for line in bars] == found.counts
+    assert [line.count("█") for line in bars] == [30 * n // max(found.counts) for n in found.counts]
+    assert not any("bag of words" in line for line in report(CHOSEN, REJECTED, FOUR).lines())
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, rows, message",
+    [
+        ([], [], [], "of 0 pairs"),
+        ([1.0], [0.0, 0.0], FOUR[:1], "a score for each side"),
+        ([1.0, 2.0], [0.0, 0.0], FOUR[:1], "a score for each side"),
+        ([math.nan], [0.0], FOUR[:1], "not finite"),
+        ([1.0], [math.inf], FOUR[:1], "not finite"),
+    ],
+)
+def test_scores_that_cannot_be_judged(chosen, rejected, rows, message):
+    with pytest.raises(ValueError, match=message):
+        report(np.array(chosen), np.array(rejected), rows)
