@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import runs
+from mlx_posttrain import loading, runs
 from mlx_posttrain.convert import adapters, card, hub, merge, weights
+from mlx_posttrain.convert.arrays import like
 from mlx_posttrain.convert.files import output_folder
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
@@ -86,7 +87,14 @@ def write_merged(source: Source, folder: Path) -> None:
     assert source.adapter is not None
     config, modules = adapters.read_adapter(source.adapter)
     base = _base_weights(source)
-    files.save_model(folder, merge.merge(base, modules, config, _model_type(source)), source.folder)
+    base.pop(files.HEAD, None)
+    merged = merge.merge(base, modules, config, _model_type(source))
+    head = files.read_head(source.adapter)
+    if head is None:
+        files.save_model(folder, merged, source.folder)
+        return
+    pad = loading.pad_id(hub.check_config(source.folder), loading.load_tokenizer(source.folder))
+    files.save_model(folder, {**merged, files.HEAD: like(head, next(iter(merged.values())))}, source.folder, pad)
 
 
 def _base_weights(source: Source) -> dict[str, Any]:

@@ -57,8 +57,11 @@ def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.
 def explained_variance(values: np.ndarray, returns: np.ndarray, mask: np.ndarray) -> float:
     """1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 for a constant one; 0 if returns do not vary."""
     real = mask > 0
-    spread = returns[real].var() if real.any() else 0.0
-    return float(1.0 - (returns[real] - values[real]).var() / spread) if spread > 0 else 0.0
+    wanted, said = returns[real], values[real]
+    # Equal numbers can have a variance of 1e-34, since their mean is rounded: compare them, not the variance with 0.
+    if not len(wanted) or np.ptp(wanted) == 0:
+        return 0.0
+    return float(1.0 - (wanted - said).var() / wanted.var())
 
 
 def _real(x: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -48,6 +48,7 @@ class AdaptiveKL(FixedKL):
     """A ``beta`` that steers the KL of an answer towards ``target`` nats: a proportional controller on the relative error.
 
     beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon, after n answers. Ziegler et al. 2019, section 2.2.
+    More answers at once than ``horizon`` count as ``horizon``, where the paper's formula would let beta fall below 0.
     """
 
     def __init__(self, beta: float, target: float = 6.0, horizon: float = 10_000.0):
@@ -56,7 +57,7 @@ class AdaptiveKL(FixedKL):
 
     def update(self, kl: float, n: int) -> None:
         """Take the mean KL in nats of ``n`` answers into account."""
-        self.beta *= 1.0 + float(np.clip(kl / self.target - 1.0, -0.2, 0.2)) * n / self.horizon
+        self.beta *= 1.0 + float(np.clip(kl / self.target - 1.0, -0.2, 0.2)) * min(n / self.horizon, 1.0)
 
 
 def controller(kind: str, beta: float, target: float = 6.0, horizon: float = 10_000.0) -> FixedKL:

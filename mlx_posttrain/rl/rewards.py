@@ -1,7 +1,8 @@
 """Reward functions: plain Python, ``f(prompts, completions, **columns) -> list[float | None]``, where None cannot be scored.
 
 ``prompts`` are the texts of the last user turns, ``completions`` the answers' texts without outer white space, and every other column of
-the data is passed by name if the function takes it (``**columns`` takes all). TRL's reward functions have the same shape.
+the data is passed by name if the function takes it (``**columns`` takes all). TRL's reward functions have the same shape, and may leave
+``prompts`` out as they do there: ``f(completions, **columns)``.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +44,8 @@ def exact_answer(prompts: list[str], completions: list[str], answer: Sequence[An
 
 
 def _last_number(text: str) -> float | None:
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    # A minus after a digit is a subtraction or a range, a comma before three digits separates thousands.
+    numbers = re.findall(r"(?<!\d)-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
     return float(numbers[-1]) if numbers else None
 
 
@@ -84,22 +87,27 @@ def _module(where: str) -> ModuleType:
         return module
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"reward function: {where} cannot be imported: {_place(error)}") from None
+    except (Exception, SystemExit) as error:  # a script without a main guard may call sys.exit
+        file = str(Path(where).expanduser()) if where.endswith(".py") else None
+        raise UserError(f"reward function: {where} cannot be imported: {_place(error, file)}") from None
 
 
 def call(function: RewardFunction, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]], name: str) -> np.ndarray:
     """The function's scores as float64 [R], nan for None.
 
-    Raises UserError naming the function for an exception inside it, a result of another length, and a score that is no finite number.
+    Raises UserError naming the function for a column that it needs and the rows lack, an exception inside it, a result that is no list or
+    has another length, and a score that is no finite number.
     """
-    parameters = inspect.signature(function).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    chosen = {k: v for k, v in columns.items() if (takes_all or k in parameters) and k not in ("prompts", "completions")}
+    positional, by_name = _arguments(function, prompts, completions, columns, name)
     try:
-        found = list(function(prompts, completions, **chosen))
+        returned = function(*positional, **by_name)
+        iterable = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping)
+        found = list(returned) if iterable else None
     except Exception as error:
-        raise UserError(f"reward function {name}: {_place(error)}") from None
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        raise UserError(f"reward function {name}: {_place(error, code and code.co_filename)}") from None
+    if found is None:
+        raise UserError(f"reward function {name}: it must return a list with a number or None per answer, found {type(returned).__name__}")
     if len(found) != len(completions):
         raise UserError(f"reward function {name}: {len(found)} scores for {len(completions)} answers")
     scores = np.full(len(found), np.nan)
@@ -107,19 +115,42 @@ def call(function: RewardFunction, prompts: list[str], completions: list[str], c
         if value is None:
             continue
         try:
-            scores[i] = float(value)
-        except (TypeError, ValueError):
+            scores[i] = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, OverflowError):
             raise UserError(f"reward function {name}: the score of answer {i + 1} must be a number or None, found {value!r}") from None
         if not np.isfinite(scores[i]):
             raise UserError(f"reward function {name}: the score of answer {i + 1} is {value}; return None where an answer cannot be scored")
     return scores
 
 
-def _place(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
+def _arguments(
+    function: RewardFunction, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]], name: str
+) -> tuple[list[list[str]], dict[str, list[Any]]]:
+    """What the function is called with, by position and by name; prompts and completions go by name where it knows the latter."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise UserError(f"reward function {name}: its arguments cannot be read; call it from a Python function of your own") from None
+    known = "completions" in parameters
+    given = {k: v for k, v in columns.items() if k not in ("prompts", "completions")}
+    offered = given | {"prompts": prompts, "completions": completions} if known else given
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    needed = [p.name for p in list(parameters.values())[0 if known else 2 :] if p.default is p.empty and p.kind not in _VARIADIC]
+    missing = next((n for n in needed if n not in offered), None)
+    if missing is not None:
+        there = f"{nearest(missing, list(given))} (there are {', '.join(given) or 'none'})"
+        raise UserError(f"reward function {name}: it needs the column {missing!r}, which the rows do not have{there}")
+    return [] if known else [prompts, completions], {k: v for k, v in offered.items() if takes_all or k in parameters}
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _place(error: BaseException, file: str | None) -> str:
+    """The error in one line, with the innermost line of the user's ``file`` rather than of a library that it calls."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and not f.filename.startswith("<frozen")]
+    frames = [f for f in frames if f.filename == file] or frames
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    if isinstance(error, SyntaxError):
-        where = f" (line {error.lineno})"
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}{where}"
 
 
@@ -134,7 +165,8 @@ def combine(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray
 class Normaliser:
     """(score - mean) / std of a reference's scores, so that one unit is one standard deviation of the answers before training.
 
-    Ziegler et al. 2019, section 2.2; Huang et al. 2024. The identity until ``fit``; a spread of 0 counts as 1.
+    Ziegler et al. 2019, section 2.2; Huang et al. 2024. The identity until ``fit``; a spread of 0, or below what float32 scores resolve
+    (a millionth of the largest), counts as 1.
     """
 
     def __init__(self) -> None:
@@ -145,7 +177,8 @@ class Normaliser:
         known = scores[np.isfinite(scores)]
         if len(known):
             self.mean = float(known.mean())
-            self.std = float(known.std()) or 1.0
+            std = float(known.std())
+            self.std = std if std > 1e-6 * float(np.abs(known).max()) else 1.0
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         return (scores - self.mean) / self.std

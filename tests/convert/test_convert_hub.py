@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain.convert import hub
+from mlx_posttrain.convert import gpt2, hub
 from mlx_posttrain.errors import UserError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = b'{"model_type": "gpt2"}'
-FILES = {"config.json": CONFIG, "model.safetensors": b"weights", "tokenizer.json": b"{}"}
+WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file without tensors
+FILES = {"config.json": CONFIG, "model.safetensors": WEIGHTS, "tokenizer.json": b"{}"}
 
 # The hub's settings are read when huggingface_hub is imported, so every case runs in a process of its own.
 SCRIPT = """
@@ -104,7 +105,7 @@ def test_folders_that_hold_no_model(tmp_path, files, message):
 
 
 def test_adapter_folders(tmp_path):
-    where = folder(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+    where = folder(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS})
     assert hub.resolve(str(where), kind="adapter") == where
     with pytest.raises(UserError, match=r"has no adapter_model.safetensors; adapter_model.bin is refused"):
         hub.resolve(str(folder(tmp_path / "b", {"adapter_config.json": b"{}", "adapter_model.bin": b""})), kind="adapter")
@@ -151,7 +152,8 @@ def test_the_embedded_model(tmp_path, monkeypatch):
 
 def test_check_config(tmp_path):
     where = folder(tmp_path / "m", {"config.json": b'{"model_type": "gpt2", "n_layer": 2}'})
-    assert hub.check_config(where) == hub.check_config(where / "config.json") == {"model_type": "gpt2", "n_layer": 2}
+    assert hub.check_config(where) == hub.check_config(where / "config.json") == {**gpt2.DEFAULTS, "model_type": "gpt2", "n_layer": 2}
+    assert hub.check_config(folder(tmp_path / "llama", {"config.json": b'{"model_type": "llama"}'})) == {"model_type": "llama"}
 
 
 @pytest.mark.parametrize(
@@ -180,8 +182,8 @@ def test_cached_models_need_no_network(tmp_path):
     other = cache(tmp_path, "distilgpt2")
     untokenised = cache(tmp_path, "acme/untokenised", without("tokenizer.json"))
     sharded = {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}).encode()}
-    shards = cache(tmp_path, "acme/sharded", {**without("model.safetensors"), **sharded, "model-00001-of-00001.safetensors": b"x"})
-    adapter = cache(tmp_path, "acme/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+    shards = cache(tmp_path, "acme/sharded", {**without("model.safetensors"), **sharded, "model-00001-of-00001.safetensors": WEIGHTS})
+    adapter = cache(tmp_path, "acme/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS})
     names = [
         "acme/model",
         "openai-community/gpt2",
@@ -225,7 +227,7 @@ def test_offline_and_not_cached(tmp_path):
 def test_an_interrupted_download_is_not_taken_for_a_model(tmp_path):
     index = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}).encode()
     cache(tmp_path, "acme/partial", {**without("model.safetensors"), "model.safetensors.index.json": index})
-    cache(tmp_path, "acme/noindex", {**without("model.safetensors"), "model-00001-of-00002.safetensors": b"x"})
+    cache(tmp_path, "acme/noindex", {**without("model.safetensors"), "model-00001-of-00002.safetensors": WEIGHTS})
     cache(tmp_path, "acme/config", {"config.json": CONFIG})
     answers, _ = run(["acme/partial", "acme/noindex", "acme/config"], tmp_path, HF_HUB_OFFLINE="1")
     for name, answer in zip(("partial", "noindex", "config"), answers):
