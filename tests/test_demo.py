@@ -26,7 +26,13 @@ def test_demo_learns_forgets_less_with_kl_and_exports(tmp_path):
         assert tuned["response_loss"] < base["response_loss"] - 2.0
     # The leash holds: less of the base text is forgotten than by plain SFT.
     assert abs(kl["base_text_perplexity"] - base["base_text_perplexity"]) < abs(sft["base_text_perplexity"] - base["base_text_perplexity"])
-    for words in ("unseen content", "base-text", "seq-rep-4", "wanted", "PEFT", "mlx-posttrain run 03_lora"):
+    # The reward model knows more than words or length give away, and PPO raises its score on prompts it was not trained on.
+    report = json.loads((out / "reward" / "report.json").read_text())
+    assert report["accuracy"][0] > max(report["bag_of_words"][0], report["longer"][0]) + 0.05
+    records = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    scores = [r["eval/score"] for r in records if "eval/score" in r]
+    assert scores[-1] > scores[0] + 0.3
+    for words in ("unseen content", "base-text", "seq-rep-4", "wanted", "PEFT", "mlx-posttrain run 03_lora", "before", "KL from SFT"):
         assert words in done.stdout
     assert (out / "lora-peft" / "adapter_model.safetensors").is_file()
     again = subprocess.run(
