@@ -100,7 +100,12 @@ def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         UserError: one differs; both shapes are given.
     """
     width = config["n_embd"]
-    sizes = {"attn.c_attn": (3 * width, width), "attn.c_proj": (width, width), "mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
+    sizes = {
+        "attn.c_attn": (3 * width, width),
+        "attn.c_proj": (width, width),
+        "mlp.c_fc": (4 * width, width),
+        "mlp.c_proj": (width, 4 * width),
+    }
     shapes = {"model.wte.weight": (config["vocab_size"], width), "model.wpe.weight": (config["n_positions"], width)}
     for name in expected_names(config["n_layer"]):
         module, _, kind = name.rpartition(".")
@@ -109,7 +114,9 @@ def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         expected = shapes.get(name, (rows, columns) if is_matrix else (rows,))
         found = tuple(weights[name].shape)
         if found != expected and f"{module}.scales" not in weights:
-            raise UserError(f"{name} has shape {found}, and config.json asks for {expected} ((out, in) for matrices); one of the two is wrong")
+            raise UserError(
+                f"{name} has shape {found}, and config.json asks for {expected} ((out, in) for matrices); one of the two is wrong"
+            )
 
 
 def expected_names(n_layer: int) -> list[str]:

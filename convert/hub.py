@@ -67,7 +67,7 @@ def check_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} names no model_type, so the architecture is unknown")
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f"{file} has architectures {names!r}; it must be a list of class names, for example [\"GPT2LMHeadModel\"]")
+        raise UserError(f'{file} has architectures {names!r}; it must be a list of class names, for example ["GPT2LMHeadModel"]')
     return gpt2.with_sizes(config, str(file)) if config["model_type"] == "gpt2" else config
 
 

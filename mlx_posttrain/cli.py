@@ -64,9 +64,9 @@ def keys(method: Annotated[str, typer.Argument(help="sft, reward, ppo, pipeline 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="folder for the runs")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(file_okay=False, help="folder for the runs")] = Path("runs/demo"),
     engine: EngineOption = "auto",
-    seed: Annotated[int, typer.Option(help="seed of every run")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of every run")] = 0,
 ) -> None:
     """Tune the embedded tiny model three ways and compare: a few minutes, no network."""
     from mlx_posttrain import demo as module
@@ -95,26 +95,28 @@ def convert(
 def generate(
     model: Annotated[str, typer.Argument(help="a run, a model or adapter folder, `tiny`, or a hub id")],
     prompt: Annotated[list[str] | None, typer.Option(help="prompt; may be given several times")] = None,
-    file: Annotated[Path | None, typer.Option(help="one prompt a line")] = None,
+    file: Annotated[Path | None, typer.Option(help="one prompt a line, as UTF-8 text")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="sample from the smallest set of tokens with this probability")] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="answers per prompt")] = 1,
-    seed: Annotated[int, typer.Option(help="fixes what is sampled")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="fixes what is sampled")] = 0,
     template: Annotated[str | None, typer.Option(help="prompt format; default: the run's own, `none` for a plain model")] = None,
     engine: EngineOption = "auto",
     json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
-    """Answer prompts in one batch."""
+    """Answer prompts, as many at once as memory allows."""
     from mlx_posttrain import generation
     from mlx_posttrain.errors import UserError
 
     prompts = list(prompt or [])
     if file is not None:
         try:
-            prompts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts += [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except OSError as error:
             raise UserError(f"--file {file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--file {file}: not UTF-8 text (byte {error.start + 1}); give a text file with one prompt a line") from None
     if not prompts:
         raise UserError("give a prompt: --prompt TEXT (several times if you like) or --file FILE")
     answers = generation.answer(
@@ -143,7 +145,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0)] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     template: Annotated[str | None, typer.Option(help="prompt format; default: the run's own")] = None,
     engine: EngineOption = "auto",
 ) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.types import Turn
+from mlx_posttrain.engines.base import Completion, Model
+from mlx_posttrain.errors import UserError
 from mlx_posttrain.loading import Source, open_model
+from mlx_posttrain.progress import say
+
+TOKEN_BUDGET = 16384  # cached tokens of one decode batch, rows times prompt plus answer: of GPT-2 124M they take 1.2 GB
 
 
 def template_for(source: Source, tokenizer: Any, template: str | None) -> tuple[str, bool]:
@@ -27,8 +34,8 @@ def answer(
     top_p: float = 1.0,
     samples: int = 1,
     seed: int = 0,
-) -> list[dict[str, Any]]:
-    """``samples`` answers to each prompt: {"prompt", "answer", "tokens", "stopped"} in order.
+) -> Iterator[dict[str, Any]]:
+    """``samples`` answers to each prompt: {"prompt", "answer", "tokens", "stopped"} in order, as each decode batch ends.
 
     ``stopped`` tells whether the answer ended by itself. Raises UserError for an unknown model or a prompt beyond the context.
     """
@@ -36,17 +43,46 @@ def answer(
     chosen, templated = template_for(source, tokenizer, template)
     room = model.context - 1 if model.context else None
     ids = encode.encode_prompts([(Turn("user", p),) for p in prompts], tokenizer, chosen, room, templated=templated)
-    completions = model.generate(
-        ids, max_tokens=max_tokens, stop=encode.eos_id(tokenizer), temperature=temperature, top_p=top_p, samples=samples, seed=seed
+    completions = decode(
+        model, ids, max_tokens=max_tokens, stop=encode.eos_id(tokenizer), temperature=temperature, top_p=top_p, samples=samples, seed=seed
     )
-    return [
-        {"prompt": prompts[i // samples], "answer": tokenizer.decode(c.tokens).strip(), "tokens": len(c.tokens), "stopped": c.stopped}
-        for i, c in enumerate(completions)
-    ]
+    for i, c in enumerate(completions):
+        text = tokenizer.decode(c.tokens).strip()
+        yield {"prompt": prompts[i // samples], "answer": text, "tokens": len(c.tokens), "stopped": c.stopped}
+
+
+def decode(
+    model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, samples: int = 1, token_budget: int = TOKEN_BUDGET, **settings: Any
+) -> Iterator[Completion]:
+    """``model.generate`` for any number of prompts: decode batches of at most ``token_budget`` cached tokens, or of one row.
+
+    The texts are those of a single batch: a row's random numbers come from the seed and its place in the whole.
+    """
+    answer_tokens = min(max_tokens, model.context or max_tokens)
+    begin = 0
+    while begin < len(prompts):
+        end, longest = begin, 0
+        while end < len(prompts):
+            longest = max(longest, len(prompts[end]))
+            if end > begin and (end + 1 - begin) * samples * (longest + answer_tokens) > token_budget:
+                break
+            end += 1
+        # One prompt's samples may be too many for a batch themselves.
+        part = samples if end > begin + 1 else max(1, min(samples, token_budget // (len(prompts[begin]) + answer_tokens)))
+        for first in range(0, samples, part):
+            yield from model.generate(
+                prompts[begin:end], max_tokens=max_tokens, samples=min(part, samples - first), first_row=begin * samples + first, **settings
+            )
+        begin = end
 
 
 def chat(name: str, *, engine: str, template: str | None, max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    """Read lines from standard input and stream answers to standard output until the input ends."""
+    """Read lines from standard input and stream answers to standard output until the input ends.
+
+    A line that leaves no room for an answer in the model's context is refused, and the chat goes on.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text must not end a chat
     model, tokenizer, source = open_model(name, engine)
     chosen, templated = template_for(source, tokenizer, template)
     turns: list[Turn] = []
@@ -61,8 +97,11 @@ def chat(name: str, *, engine: str, template: str | None, max_tokens: int, tempe
         if line == "/new":
             turns = []
             continue
-        turns.append(Turn("user", line))
-        ids = _fitting(turns, tokenizer, chosen, templated, model.context, max_tokens)
+        try:
+            turns, ids = _fitting([*turns, Turn("user", line)], tokenizer, chosen, templated, model.context, max_tokens)
+        except UserError as error:
+            say(f"mlx-posttrain: {error}")
+            continue
         printer = _Printer(tokenizer)
         completion = model.generate(
             [ids],
@@ -78,14 +117,17 @@ def chat(name: str, *, engine: str, template: str | None, max_tokens: int, tempe
         turns.append(Turn("assistant", tokenizer.decode(completion.tokens).strip()))
 
 
-def _fitting(turns: list[Turn], tokenizer: Any, template: str, templated: bool, context: int | None, max_tokens: int) -> list[int]:
-    # A long conversation forgets its oldest exchange first; the last question must fit by itself.
+def _fitting(
+    turns: list[Turn], tokenizer: Any, template: str, templated: bool, context: int | None, max_tokens: int
+) -> tuple[list[Turn], list[int]]:
+    """What is remembered of a conversation, and its token ids. Raises UserError when the last question does not fit by itself."""
+    # A long conversation forgets its oldest exchange first.
     while True:
         limit = context - 1 if context and len(turns) == 1 else None
         ids = encode.encode_prompts([tuple(turns)], tokenizer, template, limit, templated=templated)[0]
         if context is None or len(turns) == 1 or len(ids) + min(max_tokens, context // 2) <= context:
-            return ids
-        del turns[:2]
+            return turns, ids
+        turns = turns[2:]
 
 
 class _Printer:

@@ -65,6 +65,14 @@ class DataSection(Section):
     holdout: float = Field(0.1, ge=0, description="rows kept from training for evaluation: a share below 1, or a number of rows")
     eval_limit: int | None = Field(256, ge=1, description="evaluate on at most this many held-out rows")
 
+    @model_validator(mode="after")
+    def _possible_rows(self) -> DataSection:
+        if self.holdout >= 1 and self.holdout != int(self.holdout):
+            raise ValueError(f"holdout is a share below 1 or a whole number of rows, not {self.holdout}")
+        if self.families == []:
+            raise ValueError("families is empty: name at least one kind, or null for all")
+        return self
+
 
 class TrainSection(Section):
     """The optimizer and its loop."""
@@ -111,6 +119,8 @@ class AdapterSection(Section):
     def _known_bits(self) -> AdapterSection:
         if self.quantize not in (None, 2, 3, 4, 6, 8):
             raise ValueError(f"quantize takes 2, 3, 4, 6 or 8 bits, not {self.quantize}")
+        if self.targets == []:
+            raise ValueError("targets is empty: name at least one layer, or null for the usual ones")
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size takes 32, 64 or 128, not {self.group_size}")
         if self.kind == "dora" and self.quantize in (3, 6):
@@ -208,10 +218,10 @@ def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     return raw
 
 
-def parse(raw: dict[str, Any], cls: type[Recipe], where: str) -> Recipe:
-    """Check ``raw`` against a method's recipe class. Raises UserError, one line, naming the key."""
+def parse(raw: dict[str, Any], cls: type[Recipe], where: str, folder: Path | None = None) -> Recipe:
+    """Check ``raw``, read from a file in ``folder``, against a method's recipe class. Raises UserError, one line, naming the key."""
     try:
-        return cls.model_validate(_floats(raw))
+        return cls.model_validate(_floats(raw), context={"folder": folder})
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors()[:3])) from None
 
@@ -232,7 +242,7 @@ def load(name: str, overrides: list[str] | None = None) -> Recipe:
         near = difflib.get_close_matches("method", [str(k) for k in raw], n=1, cutoff=0.6)
         hint = f" ({near[0]!r} is not a key; did you mean 'method'?)" if near else ""
         raise UserError(f"{path.name}: the key 'method' is missing{hint}; methods: {', '.join(methods.NAMES)}")
-    recipe = parse(raw, methods.get(str(raw["method"])).Recipe, path.name)
+    recipe = parse(raw, methods.get(str(raw["method"])).Recipe, path.name, path.parent)
     if recipe.output is None:
         recipe.output = f"runs/{path.stem}"
     return recipe
@@ -265,7 +275,11 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
         return f"unknown key '{key}'; {hint}"
     if error["type"] == "missing":
         return f"the key '{key}' is missing"
-    return f"'{key}': {error['msg'].removeprefix('Value error, ')[0].lower()}{error['msg'].removeprefix('Value error, ')[1:]}, got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if error["type"] == "value_error" and isinstance(error["input"], dict):  # about several keys: the message says which
+        return f"'{key}': {message}" if key else message
+    return f"'{key}': {message}, got {error['input']!r}"
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

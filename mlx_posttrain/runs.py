@@ -3,31 +3,45 @@
 recipe.yaml      the resolved recipe with versions and machine
 metrics.jsonl    one line per step or evaluation
 samples.jsonl    texts written during training
-checkpoints/     step-N/ (trained weights, optimizer, random state, position); best-N/ (weights with the best evaluation)
+checkpoints/     step-N/ (trained weights, optimizer, random state, position); best-N/ (weights with the best evaluation);
+                 damaged-step-N/ (one that a resume found broken and went past)
 final/           a transformers model folder or a PEFT adapter folder
 card.md          what was done, for people
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shlex
 import shutil
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
-from mlx_posttrain.convert.files import write_atomically
+from mlx_posttrain.convert.files import drive_to_disk, to_disk, write_atomically
+from mlx_posttrain.convert.hub import check_tensors
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import Recipe
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint: its folder, the state and the random states that were saved with it."""
+
+    folder: Path
+    state: dict[str, Any]
+    arrays: dict[str, np.ndarray]
 
 
 class Run:
@@ -49,8 +63,12 @@ class Run:
         self._append("samples.jsonl", record)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as f:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        path = self.folder / name
+        try:
+            with path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise _cannot_write(path, error) from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records of metrics.jsonl."""
@@ -77,16 +95,73 @@ class Run:
         def fill(folder: Path) -> None:
             write(folder)
             np.savez(folder / "random.npz", allow_pickle=False, **arrays)  # type: ignore[arg-type]
-            (folder / "state.json").write_text(json.dumps({"step": step, **state}))
+            files = _sizes(folder, target.name)
+            if state.get("best"):
+                files |= _sizes(self.checkpoints / state["best"], state["best"])
+            (folder / "state.json").write_text(json.dumps({"step": step, **state, "files": files}))
+            for name in ("metrics.jsonl", "samples.jsonl"):  # no record may be missing that a resume takes as written
+                if (self.folder / name).is_file():
+                    to_disk(self.folder / name)
 
         replace_folder(target, fill)
         for old in self.list_checkpoints()[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-        # An older best may still be what the newest checkpoint knows; only then is it safe to drop the others.
+        # Every checkpoint that is kept keeps the best weights it knows, or it could not be gone back to.
+        wanted = set()
+        for kept in self.list_checkpoints():
+            with contextlib.suppress(_Damaged):
+                wanted.add(_read_state(kept).get("best"))
         for old in self.checkpoints.glob("best-*"):
-            if old.name != state.get("best"):
+            if old.name not in wanted:
                 shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint, None where there is none; newer ones that are damaged are renamed, and a line says so.
+
+        Whole means: every file of it and of the best weights that it names is there with the size it was written with, and opens.
+        """
+        for unfinished in self.checkpoints.glob(".*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        damaged = []
+        found = None
+        for folder in reversed(self._step_folders()):
+            try:
+                found = self._open(folder)
+                break
+            except _Damaged as error:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    folder.rename(aside)
+                damaged.append(f"{folder} is damaged ({error}) and now called {aside.name}")
+        if damaged:
+            say("; ".join(damaged) + (f": going on from {found.folder.name}" if found else ": no other is left, so starting from step 0"))
+        return found
+
+    def _open(self, folder: Path) -> Checkpoint:
+        state = _read_state(folder)
+        if not isinstance(state.get("step"), int) or not isinstance(state.get("files"), dict):
+            raise _Damaged("state.json is not what was written")
+        for name, size in state["files"].items():
+            path = self.checkpoints / name
+            if not path.is_file():
+                raise _Damaged(f"{name} is missing")
+            if path.stat().st_size != size:
+                raise _Damaged(f"{name} has {path.stat().st_size:,} bytes, not {size:,}")
+            if path.suffix == ".safetensors":
+                try:
+                    check_tensors(path)
+                except UserError:
+                    raise _Damaged(f"{name} is not a safetensors file") from None
+        try:
+            with np.load(folder / "random.npz", allow_pickle=False) as arrays:
+                return Checkpoint(folder, state, dict(arrays))
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            raise _Damaged("random.npz cannot be read") from None
+
+    def _step_folders(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name))  # a millionth step has one digit more
 
     def save_best(self, step: int, write: Callable[[Path], None]) -> str:
         """Write the weights with the best evaluation so far to ``checkpoints/best-N``; returns that name."""
@@ -96,7 +171,7 @@ class Run:
 
     def list_checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        return sorted(p for p in self.checkpoints.glob("step-*") if (p / "state.json").is_file())
+        return [folder for folder in self._step_folders() if (folder / "state.json").is_file()]
 
     def truncate_logs(self, step: int) -> None:
         """Drop records of steps after ``step``: a resumed run writes them again."""
@@ -110,6 +185,12 @@ class Run:
     def finished(self) -> bool:
         """Whether ``final/`` has been written."""
         return self.final.is_dir()
+
+    def discard(self) -> None:
+        """Take away a run in which nothing was trained, so that the next try does not find the folder in use; other files stay."""
+        (self.folder / "recipe.yaml").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 def start(folder: str | Path, recipe: Recipe) -> Run:
@@ -159,12 +240,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file completely or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    """Write a text file completely or not at all. Raises UserError on a full disk."""
+    try:
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder under a temporary name, then rename it to ``target``: a crash never leaves half of one.
+    """Fill a folder under a temporary name, then rename it to ``target``: neither a crash nor a power cut leaves half of one.
 
     An existing ``target`` (the same step written again after a resume) is removed first. Raises UserError on a full disk.
     """
@@ -173,8 +257,15 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
+        # The data before the name: file systems may write a rename earlier than what it names.
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                to_disk(Path(folder, name))
+            to_disk(Path(folder))
+        drive_to_disk(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
+        to_disk(target.parent)
     except UserError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -182,10 +273,32 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError) and "rite" not in str(error) and "I/O" not in str(error):
             raise
-        free = shutil.disk_usage(target.parent).free / 2**30 if target.parent.is_dir() else 0.0
-        raise UserError(
-            f"{target} cannot be written ({getattr(error, 'strerror', None) or error}; {free:.1f} GB free): make room, then continue with --resume"
-        ) from None
+        raise _cannot_write(target, error) from None
+
+
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return UserError(f"{path} cannot be written ({reason}; {free:.1f} GB free): make room, then continue with --resume")
+
+
+class _Damaged(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise _Damaged("state.json cannot be read") from None
+    if not isinstance(state, dict):
+        raise _Damaged("state.json is not what was written")
+    return state
+
+
+def _sizes(folder: Path, name: str) -> dict[str, int]:
+    """Bytes of every file in a folder, by its path from the folder's future parent."""
+    return {f"{name}/{p.relative_to(folder).as_posix()}": p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def environment_info() -> dict[str, Any]:

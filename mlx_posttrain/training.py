@@ -6,19 +6,19 @@ state, step number), so a run that is killed and resumed gives the losses of one
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from mlx_posttrain.convert.files import require_space
 from mlx_posttrain.data import batches
 from mlx_posttrain.data.types import Example
-from mlx_posttrain.engines.base import AdamW, Engine, Loss, Model
+from mlx_posttrain.engines.base import AdamW, Engine, Loss, Model, Trainer
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import Interrupted, Progress, interruptible, say
 from mlx_posttrain.recipe import TrainSection
@@ -94,26 +94,39 @@ def fit(
 ) -> dict[str, float]:
     """Train ``model`` on ``data`` and leave the chosen weights in ``run.final``; returns the evaluation of those weights and the step they are of.
 
-    ``on_evaluate(step)`` is called after each evaluation, to write samples. Raises UserError for a non-finite loss (earlier
-    checkpoints stay, the batch is named), for a full disk, and for Ctrl-C (checkpointed).
+    ``on_evaluate(step)`` is called after each evaluation, to write samples. Raises UserError for settings that the data cannot meet,
+    for data that differ from those of the run that is resumed, for a non-finite loss (earlier checkpoints stay, the batch is named),
+    for a full disk, and for Ctrl-C (checkpointed).
     """
     train = data.settings
     trainer = engine.trainer(model, adamw(train))
     total, trained = model.parameter_counts()
     eval_every = train.eval_every or max(1, data.steps // 10)
     save_every = train.save_every or eval_every
-    state: dict = {"best": None, "best_loss": None, "worse": 0, "evaluation": {}, "best_evaluation": {}}
-    first = _restore(engine, model, trainer, run, state) if resume else 0
-    checkpoint_bytes = 12 * trained + 2**20  # float32 weights and two moments
-    require_space(run.folder, checkpoint_bytes)
     held_out = data.evaluation()
+    checkpoint_bytes = 12 * trained + 2**20  # float32 weights and two moments
+    try:
+        check_settings(data, held_out)
+        state: dict[str, Any] = {"best": None, "best_loss": None, "worse": 0, "evaluation": {}, "best_evaluation": {}}
+        state["data"] = fingerprint(data, held_out)
+        require_space(run.folder, checkpoint_bytes)
+    except UserError:
+        if not resume:
+            run.discard()
+        raise
+    if not held_out and train.select == "best":
+        say("there are no held-out rows to choose the best weights by: final/ will hold those of the last step")
+    first = _restore(engine, model, trainer, run, state) if resume else 0
 
     def write(folder: Path) -> None:
         model.save(folder / "weights")
         trainer.save(folder / "optimizer.safetensors")
 
     def checkpoint(done: int) -> None:
-        require_space(run.folder, checkpoint_bytes)
+        try:
+            require_space(run.folder, checkpoint_bytes)
+        except UserError as error:
+            raise UserError(f"step {done} is not saved: {error}; then continue with --resume {run.folder}") from None
         run.save_checkpoint(done, write, state, engine.random_state(), train.keep)
 
     def evaluate(done: int) -> bool:
@@ -189,17 +202,72 @@ def fit(
     return {**state["evaluation"], "parameters": total, "trained_parameters": trained}
 
 
-def _restore(engine: Engine, model: Model, trainer, run: Run, state: dict) -> int:
-    checkpoints = run.list_checkpoints()
-    if not checkpoints:
+def _restore(engine: Engine, model: Model, trainer: Trainer, run: Run, state: dict[str, Any]) -> int:
+    newest = run.newest_checkpoint()
+    if newest is None:
         run.truncate_logs(-1)
         return 0
-    newest = checkpoints[-1]
-    saved = json.loads((newest / "state.json").read_text())
+    saved = newest.state
+    _same_data(saved["data"], state["data"], run)
     state.update({k: saved[k] for k in state})
-    model.load_trained(newest / "weights")
-    trainer.load(newest / "optimizer.safetensors")
-    with np.load(newest / "random.npz", allow_pickle=False) as arrays:
-        engine.set_random_state(dict(arrays))
+    model.load_trained(newest.folder / "weights")
+    trainer.load(newest.folder / "optimizer.safetensors")
+    engine.set_random_state(newest.arrays)
     run.truncate_logs(saved["step"])
     return saved["step"]
+
+
+def check_settings(data: TrainingData, held_out: Sequence[batches.Batch]) -> None:
+    """Raise UserError for settings that these rows cannot meet, before anything is trained."""
+    train = data.settings
+    if train.warmup >= 1 and train.warmup >= data.steps:
+        raise UserError(
+            f"train.warmup={train.warmup:g} steps, and the run has {data.steps}: the learning rate would not reach train.lr; "
+            "lower it, give a share of the steps (below 1), or train for longer"
+        )
+    if train.early_stop is not None and not held_out:
+        raise UserError("train.early_stop needs held-out rows to stop by: give data.eval_split or data.holdout, or leave it out")
+    if train.token_budget is None:
+        return
+    largest = max(b.tokens.size for b in [*held_out, *_epoch(data)])
+    if largest > train.token_budget:
+        raise UserError(
+            f"train.token_budget={train.token_budget} is too small: the longest row takes {largest} padded tokens by itself; "
+            f"raise it to {largest}, or lower data.max_length"
+        )
+
+
+def fingerprint(data: TrainingData, held_out: Sequence[batches.Batch]) -> dict[str, dict[str, Any]]:
+    """What a run's figures depend on besides its recipe: the number of rows of both parts, and a hash of their batches in order.
+
+    Of the training rows those of the first epoch, as far as the run takes them.
+    """
+    trained = sum(len(part) for step in range(min(data.steps, data.steps_per_epoch)) for part in data.rows(step))
+    return {
+        "training": {"rows": trained, "hash": _hash(_epoch(data))},
+        "held-out": {"rows": sum(len(b.tokens) for b in held_out), "hash": _hash(held_out)},
+    }
+
+
+def _epoch(data: TrainingData) -> Iterable[batches.Batch]:
+    for step in range(min(data.steps, data.steps_per_epoch)):
+        yield from data.micro_batches(data.rows(step))
+
+
+def _hash(parts: Iterable[batches.Batch]) -> str:
+    digest = hashlib.sha256()
+    for b in parts:
+        for array in (b.tokens, b.index, b.target, b.weight, b.row, *(b.extra[name] for name in sorted(b.extra))):
+            digest.update(str(array.shape).encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _same_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], run: Run) -> None:
+    for part, old in before.items():
+        if old != now[part]:
+            new = now[part]["rows"]
+            how = f"{old['rows']} rows then, {new} now" if old["rows"] != new else f"{new} rows as before, with other content"
+            raise UserError(
+                f"the {part} rows are not those that {run.folder} began with ({how}): put the data back as they were, or start anew with output=DIR"
+            )

@@ -6,35 +6,40 @@
       ppo:    {recipe: 07_ppo, set: {model: "{sft}", reward: [{model: "{reward}"}]}}
 
 ``{NAME}`` stands for that stage's run directory, ``output/NAME``. Every stage is an ordinary run: it can be looked at, exported and used
-alone. All recipes are checked before the first stage starts. ``--resume`` skips finished stages and continues the one that was cut off.
+alone. All recipes are read and checked when the pipeline is, so a mistyped key in the last stage is found before the first one starts.
+``pipeline.json`` says how far each stage is (waiting, running, finished, interrupted, failed), how long it took and what came out.
+``--resume`` skips finished stages and continues the one that was cut off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import gc
 import json
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
+from mlx_posttrain import engines, runs, supervised
 from mlx_posttrain import recipe as recipes
-from mlx_posttrain import runs
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import Interrupted, say
 
 _REFERENCE = re.compile(r"\{(\w+)\}")
+_FOR_ALL = ("engine", "seed", "output")  # what the pipeline gives every stage
 
 
 class StageSection(recipes.Section):
     """One stage."""
 
-    recipe: str = Field(description="a shipped recipe's name or a YAML file")
+    recipe: str | dict[str, Any] = Field(description="a shipped recipe's name, a YAML file (looked for beside this one first), or its keys")
     set: dict[str, Any] = Field(
-        default_factory=dict, description="keys of that recipe, dotted or nested; {NAME}: that stage's run directory"
+        default_factory=dict, description="keys of that recipe, dotted or nested; {NAME} in a text: that stage's run directory"
     )
 
 
@@ -43,52 +48,97 @@ class Recipe(recipes.Section):
 
     method: Literal["pipeline"] = Field(description="pipeline: several recipes in order")
     description: str = Field("", description="what this pipeline shows")
-    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="engine of all stages")
+    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="engine of all stages whose `set` names none")
     output: str | None = Field(None, description="directory with one run directory per stage; null: runs/<recipe's name>")
-    seed: int = Field(0, ge=0, description="seed of all stages that do not set their own")
+    seed: int = Field(0, ge=0, description="seed of all stages whose `set` names none")
     stages: dict[str, StageSection] = Field(min_length=1, description="stages by name, in order")
 
     @model_validator(mode="before")
     @classmethod
     def _overrides(cls, raw: Any) -> Any:
+        """Move ``STAGE.key=value`` of the command line into that stage's ``set``."""
         if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
             return raw
-        stages = {name: dict(stage) if isinstance(stage, dict) else stage for name, stage in raw["stages"].items()}
+        stages = {str(name): dict(stage) if isinstance(stage, dict) else stage for name, stage in raw["stages"].items()}
         rest = {}
+        for name, stage in stages.items():
+            if not re.fullmatch(r"\w+", name) or name in cls.model_fields:
+                raise ValueError(f"stage {name!r}: a name has letters, digits and underscores and is no key of a pipeline")
+            for key in stage if isinstance(stage, dict) else ():
+                if key not in StageSection.model_fields:
+                    raise ValueError(f"unknown key 'stages.{name}.{key}'; keys of the stage's recipe stand under 'stages.{name}.set'")
         for key, value in raw.items():
-            if key in stages and isinstance(value, dict) and isinstance(stages[key], dict):
-                stages[key]["set"] = _merged(_nested(stages[key].get("set") or {}), _nested(value))
-            elif key != "stages" and key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), [*stages, *cls.model_fields], n=1, cutoff=0.5)
-                raise ValueError(
-                    f"unknown key or stage '{key}'" + (f"; did you mean '{near[0]}'?" if near else f"; stages: {', '.join(stages)}")
-                )
-            else:
+            if key in stages:
+                stage = stages[key]
+                if not isinstance(value, dict):
+                    raise ValueError(f"'{key}' is a stage: write {key}.key=value, for example {key}.train.lr=1e-5")
+                if isinstance(stage, dict) and isinstance(stage.get("set") or {}, dict):
+                    stage["set"] = _merged(_nested(stage.get("set") or {}), _nested(value))
+            elif key in cls.model_fields:
                 rest[key] = value
+            else:
+                near = difflib.get_close_matches(str(key), [*stages, *cls.model_fields], n=1, cutoff=0.5)
+                hint = f"did you mean '{near[0]}'?" if near else f"stages: {', '.join(stages)}; keys: {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key or stage '{key}'; {hint}")
         return {**rest, "stages": stages}
 
     @model_validator(mode="after")
-    def _order(self) -> Recipe:
+    def _checked(self, info: ValidationInfo) -> Recipe:
+        """Read each stage's recipe, check it with its settings, and keep it whole: a resumed pipeline no longer needs the file."""
+        folder = (info.context or {}).get("folder")
         earlier: list[str] = []
         for name, stage in self.stages.items():
-            if not re.fullmatch(r"\w+", name):
-                raise ValueError(f"stage {name!r}: a name has letters, digits and underscores")
+            stage.set = {key: _as_text(value, self.stages) for key, value in _nested(stage.set).items()}
             for used in _references(stage.set):
                 if used not in earlier:
                     what = "comes later or is itself" if used in self.stages else "is no stage"
                     raise ValueError(f"stage {name} uses {{{used}}}, which {what}; before it: {', '.join(earlier) or 'nothing'}")
+            if "output" in stage.set:
+                raise ValueError(f"stage {name}: its output is the pipeline's output/{name}: leave it out, or set output for all")
+            try:
+                where = f"stage {name}"
+                if isinstance(stage.recipe, str):
+                    where += f" ({Path(stage.recipe).name})"
+                    stage.recipe = _read(stage.recipe, folder)
+                whole = _parsed(_merged(stage.recipe, stage.set), where)
+            except UserError as error:
+                text = str(error)
+                raise ValueError(text if text.startswith("stage ") else f"stage {name}: {text}") from None
+            stage.recipe = whole.model_dump(mode="json", exclude=set(_FOR_ALL))
             earlier.append(name)
         return self
 
 
-def _nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested mappings."""
+def _read(name: str, folder: Path | None) -> dict[str, Any]:
+    beside = folder / name if folder is not None else Path(name)
+    raw = recipes.read_yaml(beside if beside.is_file() else recipes.find_recipe(name))
+    return {key: value for key, value in raw.items() if key not in ("environment", "untemplated", "output")}
+
+
+def _parsed(raw: dict[str, Any], where: str) -> recipes.Recipe:
+    from mlx_posttrain import methods
+
+    method = str(raw.get("method"))
+    if method == "pipeline":
+        raise UserError(f"{where}: a pipeline cannot be a stage of another")
+    return recipes.parse(raw, methods.get(method).Recipe, where)
+
+
+# Settings
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested mappings; of two settings of one key the later holds."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         *parents, last = str(key).split(".")
         section = found
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise ValueError(f"setting '{key}': {parent!r} is a value, not a section")
         section[last] = _merged(section.get(last), _nested(value)) if isinstance(value, dict) else value
     return found
 
@@ -97,6 +147,16 @@ def _merged(below: Any, above: Any) -> Any:
     if isinstance(below, dict) and isinstance(above, dict):
         return {**below, **{k: _merged(below.get(k), v) for k, v in above.items()}}
     return above
+
+
+def _as_text(value: Any, names: Mapping[str, Any]) -> Any:
+    """``{sft}`` without quotes, which YAML reads as a mapping, as the text that was meant."""
+    if isinstance(value, dict):
+        name = next(iter(value), None)
+        if len(value) == 1 and name in names and value[name] is None:
+            return f"{{{name}}}"
+        return {k: _as_text(v, names) for k, v in value.items()}
+    return [_as_text(v, names) for v in value] if isinstance(value, list) else value
 
 
 def _references(value: Any) -> list[str]:
@@ -115,75 +175,137 @@ def _filled(value: Any, folder: Path) -> Any:
     return _REFERENCE.sub(lambda m: str(folder / m[1]), value) if isinstance(value, str) else value
 
 
-def stage_recipes(recipe: Recipe) -> dict[str, Any]:
-    """Each stage's checked recipe by name. Raises UserError naming stage and key."""
-    from mlx_posttrain import methods
+def _paths_in_full(value: Any, key: str = "") -> Any:
+    # A pipeline may be resumed from another folder, with stages to come that name files relative to this one.
+    if isinstance(value, dict):
+        return {k: _paths_in_full(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_paths_in_full(v, key) for v in value]
+    if isinstance(value, str) and key in ("model", "source", "path"):
+        return supervised.absolute(value)
+    return value
 
+
+def stage_recipes(recipe: Recipe) -> dict[str, recipes.Recipe]:
+    """Each stage's own recipe by name, with the run directories of ``recipe.output`` in place of ``{NAME}``."""
     assert recipe.output is not None
-    folder, found = Path(recipe.output), {}
+    folder, found = Path(recipe.output).expanduser().absolute(), {}
     for name, stage in recipe.stages.items():
-        path = recipes.find_recipe(stage.recipe)
-        raw = recipes.read_yaml(path)
-        for fact in ("environment", "untemplated"):
-            raw.pop(fact, None)
-        own = _nested(_filled(stage.set, folder))
-        raw = _merged(raw, {"seed": recipe.seed, **own, "engine": recipe.engine, "output": str(folder / name)})
-        if raw.get("method") == "pipeline":
-            raise UserError(f"stage {name}: a pipeline cannot be a stage of another")
-        found[name] = recipes.parse(raw, methods.get(str(raw.get("method"))).Recipe, f"stage {name} ({path.name})")
+        given = {"engine": recipe.engine, "seed": recipe.seed, **_filled(stage.set, folder), "output": str(folder / name)}
+        found[name] = _parsed(_merged(stage.recipe, given), f"stage {name}")
     return found
 
 
-def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
-    """Run all stages that have no result yet; returns {stage: its figures}. Raises UserError as the stages' methods do."""
-    from mlx_posttrain import methods
+# The run
 
+
+def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+    """Run all stages that have no result yet; returns {stage: its figures}.
+
+    Raises UserError as the stages' methods do, naming the stage, and Interrupted for Ctrl-C, saying how to resume the pipeline.
+    """
     assert recipe.output is not None
-    for stage in recipe.stages.values():  # a resumed pipeline may be called from another folder
-        if Path(stage.recipe).is_file():
-            stage.recipe = str(Path(stage.recipe).absolute())
     recipe.output = str(Path(recipe.output).expanduser().absolute())
-    chosen = stage_recipes(recipe)
-    whole = Path(recipe.output)
-    state: dict[str, Any] = {}
-    if resume:
-        if (whole / "pipeline.json").is_file():
-            state = json.loads((whole / "pipeline.json").read_text())
-        if all(runs.Run(whole / name).finished for name in chosen):
-            raise UserError(f"{whole} is finished: there is nothing to resume")
-    else:
+    recipe.engine = engines.get(recipe.engine).name  # type: ignore[assignment]  # a resumed pipeline stays on its engine
+    for stage in recipe.stages.values():
+        stage.recipe, stage.set = _paths_in_full(stage.recipe), _paths_in_full(stage.set)
+    chosen, whole = stage_recipes(recipe), Path(recipe.output)
+    for own in chosen.values():
+        engines.get(own.engine)
+    state = _state(whole, chosen)
+    if all(stage["state"] == "finished" for stage in state.values()):
+        raise UserError(
+            f"{whole} is finished: there is nothing to resume"
+            if resume
+            else f"{whole} holds a finished pipeline: choose another folder with output=DIR, or delete it"
+        )
+    if not resume:
         runs.start(whole, recipe)  # type: ignore[arg-type]
     for number, (name, own) in enumerate(chosen.items(), 1):
         one = runs.Run(whole / name)
-        if one.finished:
-            say(f"stage {number} of {len(chosen)}, {name}: finished before")
-            continue
-        say(f"stage {number} of {len(chosen)}, {name}: {own.description or own.method}")
-        begun = time.monotonic()
-        again = runs.is_run(one.folder)
-        if again:
-            own = recipes.parse(_unfinished(one), methods.get(own.method).Recipe, str(one.folder / "recipe.yaml"))
-        try:
-            methods.get(own.method).run(own, resume=again)
-        except Interrupted as stop:
-            raise Interrupted(f"stage {name} was interrupted: continue the pipeline with --resume {whole} ({stop})") from None
-        except UserError as error:
-            raise UserError(f"stage {name}: {error}") from None
-        state[name] = {"seconds": time.monotonic() - begun, "result": _result(one)}
-        runs.write_text(whole / "pipeline.json", json.dumps(state, indent=2) + "\n")
-    results = {name: _result(runs.Run(whole / name)) for name in chosen}
-    for name, figures in results.items():
-        say(f"{name:12} " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)))
-    return results
+        say(f"stage {number} of {len(chosen)}, {name}: {'finished before' if one.finished else own.description or own.method}")
+        if not one.finished:
+            _run_stage(name, own, one, state, whole)
+        state[name] |= {"state": "finished", "result": json.loads((one.folder / "result.json").read_text(encoding="utf-8"))}
+        _write(whole, state)
+        gc.collect()  # the next stage needs the memory that reference cycles would hold on to
+    for line in _table(chosen, state):
+        say(line)
+    return {name: stage["result"] for name, stage in state.items()}
 
 
-def _unfinished(one: runs.Run) -> dict[str, Any]:
-    raw = yaml.safe_load((one.folder / "recipe.yaml").read_text(encoding="utf-8"))
-    for fact in ("environment", "untemplated"):
-        raw.pop(fact, None)
-    return {**raw, "output": str(one.folder)}
+def _run_stage(name: str, own: recipes.Recipe, one: runs.Run, state: dict[str, Any], whole: Path) -> None:
+    from mlx_posttrain import methods
+
+    again = runs.is_run(one.folder)
+    if again:
+        _, raw = runs.reopen(one.folder)
+        raw.pop("untemplated", None)
+        own = _parsed({**raw, "output": str(one.folder)}, str(one.folder / "recipe.yaml"))
+    for half in one.folder.glob(".tmp-*"):  # a recipe.yaml that a kill cut off would make the folder look used
+        half.unlink()
+    state[name]["state"] = "running"
+    _write(whole, state)
+    begun, before = time.monotonic(), state[name]["seconds"]
+    try:
+        methods.get(own.method).run(own, resume=again)
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        state[name] |= {"state": "interrupted" if stopped else "failed", "seconds": before + time.monotonic() - begun}
+        with contextlib.suppress(UserError):  # a full disk: the error that says so must come through
+            _write(whole, state)
+        what = str(error).replace(f"--resume {one.folder}", f"--resume {whole}")
+        if stopped:
+            raise Interrupted(f"stage {name}: {what or f'interrupted: continue with --resume {whole}'}") from None
+        if isinstance(error, UserError):
+            raise UserError(f"stage {name}: {what}{_advice(name, one, whole, state)}") from None
+        raise
+    state[name]["seconds"] = before + time.monotonic() - begun
 
 
-def _result(one: runs.Run) -> dict[str, Any]:
-    path = one.folder / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _advice(name: str, one: runs.Run, whole: Path, state: dict[str, Any]) -> str:
+    """What to do after a failure; a pipeline whose first stage could not even start is taken away again."""
+    if one.folder.exists():
+        change = f"to change its settings first, delete {one.folder} and edit stages.{name}.set in {whole / 'recipe.yaml'}"
+        return f"; continue with --resume {whole} ({change})"
+    if any((whole / other).exists() for other in state):
+        return f"; correct stages.{name}.set in {whole / 'recipe.yaml'}, then continue with --resume {whole}"
+    (whole / "pipeline.json").unlink(missing_ok=True)
+    runs.Run(whole).discard()
+    return ""
+
+
+def _state(whole: Path, names: Mapping[str, Any]) -> dict[str, Any]:
+    path = whole / "pipeline.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: known.get(name, {"state": "waiting", "seconds": 0.0, "result": None}) for name in names}
+
+
+def _write(whole: Path, state: Mapping[str, Any]) -> None:
+    runs.write_text(whole / "pipeline.json", json.dumps(state, indent=2) + "\n")
+
+
+def _table(chosen: Mapping[str, recipes.Recipe], state: Mapping[str, Any]) -> list[str]:
+    width = max(map(len, [*chosen, "stage"]))
+    lines = [f"{'stage':{width}}  {'method':8}  {'seconds':>8}  figures"]
+    for name, own in chosen.items():
+        figures = ", ".join(f"{k} {v:.4g}" for k, v in state[name]["result"].items() if isinstance(v, float))
+        lines.append(f"{name:{width}}  {own.method:8}  {state[name]['seconds']:8.0f}  {figures}")
+    return lines
+
+
+def language_model(folder: str | Path) -> Path:
+    """The run directory of a finished pipeline's last stage that writes text: the model that is meant by the pipeline's own folder.
+
+    Raises UserError for an unfinished pipeline, naming the stages that can be used, and for one that has reward models only.
+    """
+    folder = Path(folder)
+    stages = runs.reopen(folder)[1]["stages"]
+    done = [name for name in stages if runs.Run(folder / name).finished]
+    writers = [name for name in done if stages[name]["recipe"]["method"] != "reward"]
+    if len(done) < len(stages):
+        use = f", or use a finished stage: {', '.join(str(folder / name) for name in writers)}" if writers else ""
+        raise UserError(f"{folder} is an unfinished pipeline: continue it with `mlx-posttrain run --resume {folder}`{use}")
+    if not writers:
+        raise UserError(f"{folder} has no stage that writes text; its reward models: {', '.join(str(folder / name) for name in done)}")
+    return folder / writers[-1]

@@ -27,6 +27,9 @@ from mlx_posttrain.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 def checker(prompts: list[str], completions: list[str], checker: Sequence[Any] | None = None, **columns: Any) -> list[float | None]:
     """1 where the row's checker (embedded tasks) accepts the answer, else 0; None for a row without one."""
@@ -73,10 +76,10 @@ def load(spec: str) -> RewardFunction:
 
 
 def _module(where: str) -> ModuleType:
+    path = Path(where).expanduser().absolute()  # as in tracebacks
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
-        path = Path(where).expanduser()
         if not path.is_file():
             raise UserError(f"reward function: there is no file {path}")
         name = f"mlx_posttrain_user_{path.stem}"
@@ -88,8 +91,7 @@ def _module(where: str) -> ModuleType:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a script without a main guard may call sys.exit
-        file = str(Path(where).expanduser()) if where.endswith(".py") else None
-        raise UserError(f"reward function: {where} cannot be imported: {_place(error, file)}") from None
+        raise UserError(f"reward function: {where} cannot be imported: {_place(error, str(path))}") from None
 
 
 def call(function: RewardFunction, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]], name: str) -> np.ndarray:
@@ -115,11 +117,14 @@ def call(function: RewardFunction, prompts: list[str], completions: list[str], c
         if value is None:
             continue
         try:
-            scores[i] = math.nan if isinstance(value, str) else float(value)
+            number = None if isinstance(value, str) else float(value)
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"reward function {name}: the score of answer {i + 1} must be a number or None, found {value!r}") from None
-        if not np.isfinite(scores[i]):
+            number = None
+        if number is None:
+            raise UserError(f"reward function {name}: the score of answer {i + 1} must be a number or None, found {value!r:.60}")
+        if not math.isfinite(number):
             raise UserError(f"reward function {name}: the score of answer {i + 1} is {value}; return None where an answer cannot be scored")
+        scores[i] = number
     return scores
 
 
@@ -131,19 +136,18 @@ def _arguments(
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         raise UserError(f"reward function {name}: its arguments cannot be read; call it from a Python function of your own") from None
-    known = "completions" in parameters
-    given = {k: v for k, v in columns.items() if k not in ("prompts", "completions")}
-    offered = given | {"prompts": prompts, "completions": completions} if known else given
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    needed = [p.name for p in list(parameters.values())[0 if known else 2 :] if p.default is p.empty and p.kind not in _VARIADIC]
+    positional: list[list[str]] = []
+    offered = {**columns, "prompts": prompts, "completions": completions}
+    if "completions" not in parameters:
+        positional, offered = [prompts, completions], {k: v for k, v in columns.items() if k not in ("prompts", "completions")}
+    first = [n for n, p in parameters.items() if p.kind in _BY_POSITION][: len(positional)]
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in _VARIADIC and n not in first]
     missing = next((n for n in needed if n not in offered), None)
     if missing is not None:
-        there = f"{nearest(missing, list(given))} (there are {', '.join(given) or 'none'})"
+        there = f"{nearest(missing, list(columns))} (there are {', '.join(columns) or 'none'})"
         raise UserError(f"reward function {name}: it needs the column {missing!r}, which the rows do not have{there}")
-    return [] if known else [prompts, completions], {k: v for k, v in offered.items() if takes_all or k in parameters}
-
-
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return positional, {k: v for k, v in offered.items() if (takes_all or k in parameters) and k not in first}
 
 
 def _place(error: BaseException, file: str | None) -> str:

@@ -128,7 +128,7 @@ def _reward_model(name: str, engine: Engine, tokenizer: Any, template: str) -> t
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson's correlation; 0 where one of the two does not vary."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 def evaluation(answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]], scorer: Scorer, judge: Scorer) -> dict[str, float]:
@@ -149,7 +149,8 @@ def evaluation(answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]
     if all("checker" in a.question.columns for a in answers):
         found["accuracy"] = float(np.mean([tasks.check(a.question.columns, a.text) for a in answers]))
     if judge.entries:
-        found["judge"] = float(np.nanmean(judge(answers)))
+        judged = judge(answers)
+        found["judge"] = float(judged[np.isfinite(judged)].mean()) if np.isfinite(judged).any() else float("nan")
     return found
 
 

@@ -271,6 +271,13 @@ def test_a_micro_batch_has_at_most_batch_size_pairs_unless_one_prompt_has_more()
     assert sizes[3] + sizes[4] > 5  # and prompts with few pairs are put together
 
 
+def test_the_batch_size_counts_pairs():
+    """60 prompts have 210 pairs: 16 pairs are 4.6 prompts, so a step takes 5, 17.5 pairs on average."""
+    made = data(uneven(), batch_size=16)
+    assert made.steps_per_epoch == 12
+    assert all(len({made.train[i].prompt for i in flat(step)}) == 5 for step in epoch(made))
+
+
 def test_one_pair_a_prompt_gives_steps_of_the_batch_size():
     made = data([pair(i) for i in range(17)], batch_size=4, accumulate=2)
     assert made.steps_per_epoch == made.steps == 3

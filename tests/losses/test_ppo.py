@@ -66,7 +66,7 @@ def test_policy_loss_by_hand(library):
     gain, mask = array(library, GAINS), array(library, np.ones(5))
     # A > 0 gains nothing above ratio 1.2, A < 0 nothing below 0.8; the other sides count in full.
     values = ppo.clipped_policy(array(library, new), old, gain, mask, 0.2)
-    assert np.array(values) == pytest.approx([-2.0, -2.4, -1.0, 3.0, 1.6], rel=1e-5)
+    assert numbers(values) == pytest.approx([-2.0, -2.4, -1.0, 3.0, 1.6], rel=1e-5)
     # d(-A r)/d logp = -A r, and exactly 0 where the clipped branch counts
     found = gradient(library, lambda v: ppo.clipped_policy(v, old, gain, mask, 0.2), new)
     assert found == pytest.approx([-2.0, 0.0, -1.0, 3.0, 0.0], abs=2e-5)
@@ -82,11 +82,11 @@ def test_value_loss_by_hand(library):
     values, old, returns = [0.5, -1.0, 0.1], array(library, [0.0] * 3), array(library, [1.0] * 3)
     mask = array(library, np.ones(3))
     found = ppo.clipped_value(array(library, values), old, returns, mask, 0.2)
-    assert np.array(found) == pytest.approx([0.5 * 0.8**2, 0.5 * 4.0, 0.5 * 0.9**2], rel=1e-5)
+    assert numbers(found) == pytest.approx([0.5 * 0.8**2, 0.5 * 4.0, 0.5 * 0.9**2], rel=1e-5)
     assert gradient(library, lambda v: ppo.clipped_value(v, old, returns, mask, 0.2), values) == pytest.approx([0.0, -2.0, -0.9], abs=1e-5)
     assert numbers(ppo.value_clip_fraction(array(library, values), old, returns, mask, 0.2)).tolist() == [1, 0, 0]
     plain = ppo.clipped_value(array(library, values), old, returns, mask, None)
-    assert np.array(plain) == pytest.approx([0.125, 2.0, 0.405], rel=1e-5)
+    assert numbers(plain) == pytest.approx([0.125, 2.0, 0.405], rel=1e-5)
     assert numbers(ppo.value_clip_fraction(array(library, values), old, returns, mask, None)).tolist() == [0, 0, 0]
 
 
@@ -104,6 +104,17 @@ def test_garbage_at_padding_reaches_nothing(library):
         assert gradient(library, lambda v: ppo.clipped_value(v, old, gain, mask, 0.2), new)[1:].tolist() == [0, 0, 0]
     seen = ppo.update_statistics(array(library, new), old, gain, mask)
     assert all(np.isfinite(numbers(v)).all() for v in seen.values())
+
+
+@pytest.mark.parametrize("library", [name for name in LIBRARIES if name != "numpy"])
+def test_statistics_have_no_gradient(library):
+    one, mask = array(library, [0.5, -0.5]), array(library, [1.0, 1.0])
+    for name in ("ratio", "approx_kl", "clip_fraction"):
+        # the second term gives torch a graph to walk
+        found = gradient(library, lambda x, name=name: ppo.update_statistics(x, one, x, mask)[name] + 2.0 * x, [0.1, 0.2])
+        assert found.tolist() == [2.0, 2.0]
+    found = gradient(library, lambda x: ppo.value_clip_fraction(x, one, one, mask) + 2.0 * x, [0.1, 0.2])
+    assert found.tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

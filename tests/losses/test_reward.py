@@ -36,6 +36,8 @@ def test_hand_worked(library):
     # equal scores: ln 2; a log-odds of -ln 3: sigma = 1/4; far wrong: the margin itself, without overflow
     assert numbers(bradley_terry(chosen, rejected)) == pytest.approx([math.log(2), math.log(4), 100.0], rel=1e-6)
     assert numbers(bradley_terry(chosen, rejected, margin=math.log(3)))[0] == pytest.approx(math.log(4), rel=1e-6)
+    each = numbers(bradley_terry(chosen, rejected, margin=array([math.log(3), 0.0, -100.0])))
+    assert each == pytest.approx([math.log(4), math.log(4), math.log(2)], rel=1e-6)
     assert numbers(centring(chosen, rejected)) == pytest.approx([4.0, math.log(3) ** 2, 0.0], abs=1e-5)
 
 

@@ -74,6 +74,8 @@ def test_explained_variance():
     assert explained_variance(np.zeros((1, 4)), returns, mask) == pytest.approx(0.0)
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
     assert explained_variance(returns, np.ones((1, 4)), mask) == 0.0
+    assert explained_variance(returns, np.full((1, 4), 0.1), mask) == 0.0  # whose variance is 2e-34, as their mean is rounded
+    assert explained_variance(returns, returns, np.zeros((1, 4))) == 0.0
 
 
 def test_reference_figures(shared):

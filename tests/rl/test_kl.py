@@ -29,7 +29,12 @@ def test_beta_follows_the_divergence_both_ways():
     high = adaptive.beta
     adaptive.update(5.4, 1000)  # a tenth below
     assert adaptive.beta == pytest.approx(high * (1 - 0.1 * 1000 / 10_000))
+    before = adaptive.beta
     adaptive.update(6.0, 1000)
+    assert adaptive.beta == before
+    steep = AdaptiveKL(0.5, target=6.0, horizon=10)
+    steep.update(0.0, 64)  # 6.4 horizons at once: -0.2 of beta, not -1.28
+    assert steep.beta == pytest.approx(0.4)
     again = controller("adaptive", 9.9)
     again.restore(adaptive.state())
     assert again.beta == adaptive.beta

@@ -9,7 +9,8 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.rl import rewards
 
 FILE = """
-import math
+import json, math
+import numpy as np
 def brief(prompts, completions, limit=None, **columns):
     return [None if not c else 1.0 / len(c) for c in completions]
 def named(prompts, completions, answer):
@@ -22,6 +23,22 @@ def wrong(prompts, completions):
     return ["high"] * len(completions)
 def endless(prompts, completions):
     return [math.inf] * len(completions)
+def huge(prompts, completions):
+    return [10**400] * len(completions)
+def text(prompts, completions):
+    return ["1"] * len(completions)
+def letters(prompts, completions):
+    return "12"
+def nothing(prompts, completions):
+    pass
+def deep(prompts, completions):
+    return [json.loads("no JSON") for _ in completions]
+def one(prompts):
+    return [1.0]
+def trl(completions, **columns):
+    return [float(len(c)) for c in completions]
+def counted(prompts, completions):
+    return (x for x in (True, np.float32(0.5)))
 number = 3
 """
 
@@ -41,6 +58,9 @@ def test_a_function_of_ones_own(path):
     # only the columns it takes are passed
     assert rewards.call(named, ["p"] * 2, ["x", "y"], {"answer": ["x", "z"], "other": [0, 0]}, "named").tolist() == [1.0, 0.0]
     assert rewards.load("math:sqrt")(4) == 2
+    assert rewards.call(rewards.load(f"{path}:trl"), ["p"] * 2, ["x", "yy"], {"answer": [1, 2]}, "trl").tolist() == [1.0, 2.0]
+    assert rewards.call(rewards.load(f"{path}:counted"), ["p"] * 2, ["x", "y"], {}, "counted").tolist() == [1.0, 0.5]
+    assert rewards.call(lambda p, c: [len(p[0]), len(c[1])], ["abc"] * 2, ["x", "yy"], {"p": [0, 0]}, "lambda").tolist() == [3.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -61,17 +81,55 @@ def test_what_cannot_be_loaded(path, spec, said):
 
 
 @pytest.mark.parametrize(
-    "name, said", [("broken", "ZeroDivisionError.*line 8"), ("short", "1 scores for 2"), ("wrong", "'high'"), ("endless", "inf")]
+    "name, said",
+    [
+        ("broken", r"ZeroDivisionError.*mine\.py, line 9"),
+        ("short", "1 scores for 2"),
+        ("wrong", "a number or None, found 'high'"),
+        ("endless", "answer 1 is inf"),
+        ("huge", r"answer 1 must be a number or None, found 10{50,60}$"),
+        ("text", "a number or None, found '1'"),
+        ("letters", "must return a list .* found str"),
+        ("nothing", "must return a list .* found NoneType"),
+        ("deep", r"JSONDecodeError.*\(mine\.py, line 25\)"),  # the user's line, not the library's
+        ("one", r"TypeError: one\(\) takes 1 positional argument but 2 were given$"),
+        ("named", r"needs the column 'answer', which the rows do not have; did you mean 'answers'\? \(there are answers\)"),
+    ],
 )
 def test_faults_inside(path, name, said):
     with pytest.raises(UserError, match=said):
-        rewards.call(rewards.load(f"{path}:{name}"), ["p"] * 2, ["a", "b"], {}, name)
+        rewards.call(rewards.load(f"{path}:{name}"), ["p"] * 2, ["a", "b"], {"answers": [1, 2]}, name)
 
 
-def test_a_file_that_fails_on_import(tmp_path):
-    (tmp_path / "bad.py").write_text("x = 1\nraise KeyError('k')\n")
-    with pytest.raises(UserError, match=r"KeyError.*bad\.py, line 2"):
-        rewards.load(f"{tmp_path / 'bad.py'}:f")
+def test_a_function_whose_arguments_cannot_be_read():
+    with pytest.raises(UserError, match="reward function max: its arguments cannot be read"):
+        rewards.call(max, ["p"], ["a"], {}, "max")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("x = 1\nraise KeyError('k')\n", r"KeyError: 'k' \(bad\.py, line 2\)$"),
+        ("x = 1\ny = (\n", r"SyntaxError: .*\(bad\.py, line 2\)$"),
+        ("import sys\nsys.exit(3)\n", r"SystemExit: 3 \(bad\.py, line 2\)$"),
+        ("import json\njson.loads('x')\n", r"JSONDecodeError.*\(bad\.py, line 2\)$"),
+        ("import no_such_module\n", r"ModuleNotFoundError.*\(bad\.py, line 1\)$"),
+    ],
+)
+def test_a_file_that_fails_on_import(tmp_path, monkeypatch, text, said):
+    (tmp_path / "bad.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for path in ("bad.py", f"{tmp_path / 'bad.py'}"):
+        with pytest.raises(UserError, match=said):
+            rewards.load(f"{path}:f")
+
+
+@pytest.mark.parametrize(
+    "text, number", [("about 7-8", 8.0), ("it is -5.", -5.0), ("1,234.50 in all", 1234.5), ("one of 12,34", 34.0), ("none", None)]
+)
+def test_the_last_number(text, number):
+    found = rewards.call(rewards.exact_answer, ["p"], [text], {"answer": [number if number is not None else 1]}, "exact_answer")
+    assert found.tolist() == [float(number is not None)]
 
 
 def test_built_ins():
@@ -105,3 +163,9 @@ def test_sums_and_scales():
     assert (again.mean, again.std) == (2.0, 1.0)
     n.fit(np.array([7.0, 7.0]))
     assert n(np.array([8.0])).tolist() == [1.0]
+    n.fit(np.full(3, 0.1))  # whose standard deviation is 1.4e-17, as their mean is rounded
+    assert n.std == 1.0
+    n.fit(np.array([-4.0]))
+    assert (n.mean, n.std) == (-4.0, 1.0)
+    n.fit(np.full(2, np.nan))  # nothing to learn from
+    assert (n.mean, n.std) == (-4.0, 1.0)

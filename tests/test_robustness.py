@@ -1,0 +1,285 @@
+"""What befalls a run from outside: damaged checkpoints, a full disk, other data under a resumed run, settings that its rows cannot meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import engines, methods, recipe, runs
+from mlx_posttrain.errors import UserError
+
+ENGINES = engines.available()
+
+
+def settings(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
+    return [
+        f"model={model}", f"data.source={rows}", "data.holdout=6", f"output={output}", f"engine={ENGINES[0]}", "train.steps=6", "train.eval_every=2",
+        "train.save_every=2", "train.keep=3", "train.lr=1e-3", "train.batch_size=4", "sample.count=1", "sample.max_tokens=2", *more,
+    ]  # fmt: skip
+
+
+def train(*overrides: str) -> dict:
+    chosen = recipe.load("01_sft", list(overrides))
+    return methods.get(chosen.method).run(chosen)
+
+
+def resume(folder: Path) -> dict:
+    _, raw = runs.reopen(folder)
+    chosen = recipe.parse(raw | {"output": str(folder)}, methods.get("sft").Recipe, "recipe.yaml")
+    return methods.get("sft").run(chosen, resume=True)
+
+
+def records(folder: Path) -> list[dict]:
+    """metrics.jsonl without clock and memory."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_gb")} for line in lines]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(random_gpt2, rows_file, tmp_path_factory) -> Path:
+    """A finished run with checkpoints of steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(*settings(random_gpt2, rows_file, folder))
+    return folder
+
+
+@pytest.fixture
+def unfinished(whole, tmp_path) -> Path:
+    """The same run as a kill just before its end would leave it."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    return tmp_path / "run"
+
+
+# damaged checkpoints
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def junk(path: Path) -> None:
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+DAMAGE = {
+    "truncated optimizer": lambda c: half(c / "optimizer.safetensors"),
+    "junk for weights": lambda c: junk(c / "weights" / "model.safetensors"),
+    "no weights": lambda c: (c / "weights" / "model.safetensors").unlink(),
+    "no config": lambda c: (c / "weights" / "config.json").unlink(),
+    "empty random state": lambda c: (c / "random.npz").write_bytes(b""),
+    "junk for the random state": lambda c: junk(c / "random.npz"),
+    "junk for the state": lambda c: junk(c / "state.json"),
+    "a list for the state": lambda c: (c / "state.json").write_text("[]"),
+    "a state without a step": lambda c: (c / "state.json").write_text("{}"),
+    "no state": lambda c: (c / "state.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_gone_past(damage, whole, unfinished, capfd):
+    DAMAGE[damage](unfinished / "checkpoints" / "step-000006")
+    resume(unfinished)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
+    assert "step-000006 is damaged" in line and line.endswith("going on from step-000004")
+    assert records(unfinished) == records(whole) and weights(unfinished) == weights(whole)
+    names = {p.name for p in (unfinished / "checkpoints").iterdir()}
+    assert {"step-000004", "step-000006", "damaged-step-000006"} <= names
+    if "random" in damage:
+        assert "random.npz" in line
+
+
+def test_without_a_whole_checkpoint_it_starts_over(whole, unfinished, capfd):
+    for checkpoint in (unfinished / "checkpoints").glob("step-*"):
+        half(checkpoint / "optimizer.safetensors")
+    resume(unfinished)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
+    assert line.count("is damaged") == 3 and line.endswith("starting from step 0")
+    assert records(unfinished) == records(whole) and weights(unfinished) == weights(whole)
+
+
+def test_lost_best_weights_count_as_damage(whole, unfinished, capfd):
+    """They are what final/ would be made of, so that is noticed before training and not after it."""
+    best = json.loads((unfinished / "checkpoints" / "step-000006" / "state.json").read_text())["best"]
+    assert best == "best-000006"
+    shutil.rmtree(unfinished / "checkpoints" / best)
+    resume(unfinished)
+    assert "best-000006/config.json is missing" in capfd.readouterr().err
+    assert weights(unfinished) == weights(whole)
+
+
+def test_the_first_evaluation_is_not_written_twice(whole, unfinished):
+    """Killed after it and before the first checkpoint."""
+    shutil.rmtree(unfinished / "checkpoints")
+    lines = (unfinished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (unfinished / "metrics.jsonl").write_text("".join(lines[:2]) + '{"step": 2, "lo')
+    resume(unfinished)
+    assert records(unfinished) == records(whole)
+    assert [r["step"] for r in records(unfinished) if "eval/loss" in r] == [0, 2, 4, 6]
+    samples = [json.loads(line)["step"] for line in (unfinished / "samples.jsonl").read_text().splitlines()]
+    assert samples == [0, 2, 4, 6]
+
+
+def test_each_checkpoint_that_is_kept_keeps_its_best(random_gpt2, tmp_path):
+    run = runs.Run(tmp_path / "run")
+
+    def write(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "file").write_text("weights")
+
+    def names() -> list[str]:
+        return sorted(p.name for p in run.checkpoints.iterdir())
+
+    for step in (2, 4):
+        run.save_checkpoint(step, write, {"best": run.save_best(step, write)}, {"x": np.zeros(1)}, keep=2)
+    assert names() == ["best-000002", "best-000004", "step-000002", "step-000004"]
+    run.save_checkpoint(6, write, {"best": "best-000004"}, {"x": np.zeros(1)}, keep=2)
+    assert names() == ["best-000004", "step-000004", "step-000006"]
+    (run.checkpoints / ".step-000008.tmp").mkdir()  # what a kill in the middle of writing leaves
+    newest = run.newest_checkpoint()
+    assert newest is not None and newest.folder.name == "step-000006" and newest.state["step"] == 6
+    assert ".step-000008.tmp" not in names()
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    run = runs.Run(tmp_path / "run")
+    for step in (999_999, 1_000_000):
+        run.save_checkpoint(step, lambda folder: None, {}, {}, keep=2)
+    assert [p.name for p in run.list_checkpoints()] == ["step-999999", "step-1000000"]
+
+
+def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    """A rename that reaches the disk before the data leaves an empty checkpoint after a power cut."""
+    events: list[str] = []
+    paths: dict[int, str] = {}
+    opened, synced, renamed = os.open, os.fsync, os.replace
+
+    def remember(path, flags, *rest, **more):
+        handle = opened(path, flags, *rest, **more)
+        paths[handle] = str(path)
+        return handle
+
+    monkeypatch.setattr(os, "open", remember)
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(Path(paths[handle]).name), synced(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"rename {Path(b).name}"), renamed(a, b)))
+
+    def fill(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "deep").write_text("x")
+        (folder / "top").write_text("x")
+
+    runs.replace_folder(tmp_path / "step-1", fill)
+    at = events.index("rename step-1")
+    assert sorted(events[:at]) == [".step-1.tmp", "deep", "inner", "top"]
+    assert events[at + 1 :] == [tmp_path.name]
+
+
+# a full disk
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(engine, random_gpt2, rows_file, tmp_path):
+    """A limit on the size of a file that the weights meet and the optimizer's moments do not, in a real process."""
+    whole = tmp_path / "whole"
+    train(*settings(random_gpt2, rows_file, whole, f"engine={engine}"))
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    size = (run / "checkpoints" / "step-000004" / "weights" / "model.safetensors").stat().st_size
+    assert (run / "checkpoints" / "step-000004" / "optimizer.safetensors").stat().st_size > 1.5 * size
+    before = {p: p.read_bytes() for p in (run / "checkpoints" / "step-000004").rglob("*") if p.is_file()}
+    command = [sys.executable, "-m", "mlx_posttrain", "run", "--resume", str(run)]
+    limited = ["bash", "-c", f'ulimit -f {size * 5 // 4 // 1024}; exec "$@"', "-", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "step-000006 cannot be written" in done.stderr.splitlines()[-1] and "--resume" in done.stderr.splitlines()[-1]
+    assert {p: p.read_bytes() for p in before} == before
+    assert not list((run / "checkpoints").glob(".*")), "half a checkpoint is left"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert records(run) == records(whole) and weights(run) == weights(whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_log_on_a_full_disk_is_one_line(tmp_path):
+    run = runs.Run(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device; .*--resume"):
+        run.log({"step": 1})
+
+
+# data that are not those of before
+
+
+def test_other_training_rows_are_refused(random_gpt2, rows_file, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    lines = rows_file.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines))
+    run = tmp_path / "run"
+    train(*settings(random_gpt2, rows, run, "train.epochs=1", "train.steps=null", "train.eval_every=3", "train.save_every=3"))
+    shutil.rmtree(run / "final")
+    log = (run / "metrics.jsonl").read_bytes()
+    for changed, words in (
+        ([*lines, lines[0]], r"training rows .* \(34 rows then, 35 now\)"),
+        ([line.replace("Repeat", "Say") for line in lines], r"training rows .* \(34 rows as before, with other content\)"),
+    ):
+        rows.write_text("".join(changed))
+        with pytest.raises(UserError, match=words):
+            resume(run)
+        assert (run / "metrics.jsonl").read_bytes() == log and not list((run / "checkpoints").glob("damaged*"))
+    rows.write_text("".join(lines))
+    resume(run)
+
+
+def test_other_held_out_rows_are_refused(random_gpt2, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"instruction": f"{split} {i}", "output": "yes"}) + "\n" for i in range(8))
+        )
+    run = tmp_path / "run"
+    train(*settings(random_gpt2, tmp_path, run, "data.eval_split=test", "train.steps=2"))
+    shutil.rmtree(run / "final")
+    (tmp_path / "test.jsonl").write_text((tmp_path / "test.jsonl").read_text().replace("yes", "no", 1))
+    with pytest.raises(UserError, match=r"the held-out rows are not those .* \(8 rows as before, with other content\)"):
+        resume(run)
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["train.warmup=6"], r"train.warmup=6 steps, and the run has 6"),
+        (["train.warmup=9", "train.steps=null", "train.epochs=1"], r"train.warmup=9 steps, and the run has 9"),
+        (["data.holdout=0", "train.early_stop=2"], r"train.early_stop needs held-out rows"),
+        (
+            ["train.token_budget=32"],
+            r"train.token_budget=32 is too small: the longest row takes 64 padded tokens by itself; raise it to 64",
+        ),
+        (["data.holdout=1.5"], r"data.*: holdout is a share below 1 or a whole number of rows, not 1.5"),
+        (["data.families=[]"], r"data.*: families is empty"),
+        (["adapter.targets=[]"], r"adapter.*: targets is empty"),
+    ],
+)
+def test_settings_that_the_rows_cannot_meet(more, words, random_gpt2, rows_file, tmp_path):
+    with pytest.raises(UserError, match=words):
+        train(*settings(random_gpt2, rows_file, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_they_just_meet(random_gpt2, rows_file, tmp_path, capfd):
+    train(*settings(random_gpt2, rows_file, tmp_path / "run", "train.warmup=5", "train.token_budget=64", "data.holdout=0"))
+    assert "final/ will hold those of the last step" in capfd.readouterr().err
