@@ -208,7 +208,7 @@ def _restore(engine: Engine, model: Model, trainer: Trainer, run: Run, state: di
         run.truncate_logs(-1)
         return 0
     saved = newest.state
-    _same_data(saved["data"], state["data"], run)
+    same_data(saved["data"], state["data"], run)
     state.update({k: saved[k] for k in state})
     model.load_trained(newest.folder / "weights")
     trainer.load(newest.folder / "optimizer.safetensors")
@@ -263,7 +263,8 @@ def _hash(parts: Iterable[batches.Batch]) -> str:
     return digest.hexdigest()
 
 
-def _same_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], run: Run) -> None:
+def same_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], run: Run) -> None:
+    """Raise UserError when a resumed run meets other rows than it began with; both as :func:`fingerprint` gives them."""
     for part, old in before.items():
         if old != now[part]:
             new = now[part]["rows"]

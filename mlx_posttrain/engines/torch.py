@@ -349,6 +349,9 @@ class TorchTrainer:
         from safetensors.torch import load_file
 
         state = load_file(path)
+        strangers = sorted({key.rpartition(":")[0] for key in state} - set(self.names))
+        if strangers:
+            raise UserError(f"{path}: its moments are of other parameters, for example {strangers[0]}: it belongs to another run")
         for name, p in zip(self.names, self.parameters, strict=True):
             found = {key.rpartition(":")[2]: value for key, value in state.items() if key.rpartition(":")[0] == name}
             if found:

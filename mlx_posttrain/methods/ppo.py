@@ -17,7 +17,7 @@ on a shared trunk only; the learning rate follows the steps, not the optimizer's
 
 from __future__ import annotations
 
-import json
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,6 +45,7 @@ from mlx_posttrain.rl.experience import Experience, Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Answer, Question
 from mlx_posttrain.rl.settings import CriticSection, KLSection, PPOSection, PPOTrainSection, PTXSection, RolloutSection
 from mlx_posttrain.schedule import learning_rate
+from mlx_posttrain.training import same_data
 
 
 class Recipe(recipes.Recipe):
@@ -254,6 +255,10 @@ def _ptx_rows(recipe: Recipe, tokenizer: Any, context: int | None) -> list[Examp
     return supervised.encode_rows(rows, data, tokenizer, context, recipe.seed, "ptx rows")
 
 
+def _fingerprint(questions: Sequence[Question]) -> dict[str, Any]:
+    return {"rows": len(questions), "hash": hashlib.sha256(repr([q.tokens for q in questions]).encode()).hexdigest()}
+
+
 def fit(
     engine: Engine, parties: Parties, questions: list[Question], held_out: list[Question], beside: list[Example], recipe: Recipe, run: runs.Run,
     resume: bool = False,
@@ -271,17 +276,17 @@ def fit(
     first = 0
     state: dict[str, Any] = {"evaluation": {}, "controller": controller.state(), "scorer": {}, "judge": {}, "value_offset": 0.0}
 
-    if resume and run.list_checkpoints():
-        newest = run.list_checkpoints()[-1]
-        saved = json.loads((newest / "state.json").read_text())
-        first, state = saved["step"], {name: saved[name] for name in state}
-        policy.load_trained(newest / "weights")
-        trainer.load(newest / "optimizer.safetensors")
+    state["data"] = {"training": _fingerprint(questions), "held-out": _fingerprint(held_out)}
+    newest = run.newest_checkpoint() if resume else None
+    if newest is not None:
+        same_data(newest.state["data"], state["data"], run)
+        first, state = newest.state["step"], {name: newest.state[name] for name in state}
+        policy.load_trained(newest.folder / "weights")
+        trainer.load(newest.folder / "optimizer.safetensors")
         if critic is not None and critic_trainer is not None:
-            critic.load_trained(newest / "critic")
-            critic_trainer.load(newest / "critic_optimizer.safetensors")
-        with np.load(newest / "random.npz", allow_pickle=False) as arrays:
-            engine.set_random_state(dict(arrays))
+            critic.load_trained(newest.folder / "critic")
+            critic_trainer.load(newest.folder / "critic_optimizer.safetensors")
+        engine.set_random_state(newest.arrays)
         controller.restore(state["controller"])
         parties.scorer.restore(state["scorer"])
         parties.judge.restore(state["judge"])
