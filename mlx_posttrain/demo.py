@@ -114,7 +114,7 @@ def _run(stage: str, recipe_name: str, output: Path, engine: str, seed: int, *mo
 
 
 def _rlhf(output: Path, engine: str, seed: int) -> None:
-    """The SFT model taken further: a reward model from pairs, then PPO against it, and what changed on held-out prompts."""
+    """A reward model from pairs; a model that imitates good and bad answers alike; PPO, which has to find out which are which."""
     sft = output / "sft"
     reward = _run("Reward model", "demo_reward", output, engine, seed, f"model={sft}")
     report = json.loads((reward / "report.json").read_text())
@@ -123,15 +123,19 @@ def _rlhf(output: Path, engine: str, seed: int) -> None:
         f"\nThe reward model prefers the better of two held-out answers in {report['accuracy'][0]:.1%} [{low}, {high}] of pairs; "
         f"taking the longer one is right in {report['longer'][0]:.1%}, a bag of words in {report['bag_of_words'][0]:.1%}."
     )
-    ppo = _run("PPO", "demo_ppo", output, engine, seed, f"model={sft}", f"reward=[{{model: {json.dumps(str(reward))}}}]")
+    crowd = _run("A model of mixed answers", "demo_crowd", output, engine, seed)
+    ppo = _run("PPO", "demo_ppo", output, engine, seed, f"model={crowd}", f"reward=[{{model: {json.dumps(str(reward))}}}]")
     records = read_jsonl(ppo / "metrics.jsonl")
     curve = [r["objective/scores"] for r in records if "objective/scores" in r]
     evaluations = [r for r in records if "eval/score" in r]
     before, after = evaluations[0], evaluations[-1]
-    print("\nPPO: mean score of each step's answers, in standard deviations of the SFT model's:\n  " + sparkline(curve))
+    print(
+        "\nPPO on a model that imitates good and bad answers alike; mean score of each step's answers, in standard deviations of its own:\n  "
+        + sparkline(curve)
+    )
     print("  held-out prompts, sampled      before     after")
     for key, label, form in (
-        ("eval/score", "score", "{:+.2f}"), ("eval/kl", "KL from SFT, nats", "{:.2f}"), ("eval/length", "length, tokens", "{:.1f}"),
+        ("eval/score", "score", "{:+.2f}"), ("eval/kl", "KL from the start, nats", "{:.2f}"), ("eval/length", "length, tokens", "{:.1f}"),
         ("eval/accuracy", "right answers", "{:.1%}"), ("eval/eos_share", "ended by itself", "{:.0%}"),
     ):  # fmt: skip
         print(f"  {label:24} {form.format(before[key]):>12} {form.format(after[key]):>9}")

@@ -50,7 +50,7 @@ class DataSection(Section):
     shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
     format: str = Field(
         "auto",
-        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer, chosen",
+        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer, chosen, either",
     )
     families: list[str] | None = Field(None, description="kinds of embedded/tasks or embedded/preferences to take; null: all 30")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")

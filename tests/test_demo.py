@@ -32,7 +32,7 @@ def test_demo_learns_forgets_less_with_kl_and_exports(tmp_path):
     records = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()]
     scores = [r["eval/score"] for r in records if "eval/score" in r]
     assert scores[-1] > scores[0] + 0.3
-    for words in ("unseen content", "base-text", "seq-rep-4", "wanted", "PEFT", "mlx-posttrain run 03_lora", "before", "KL from SFT"):
+    for words in ("unseen content", "base-text", "seq-rep-4", "wanted", "PEFT", "mlx-posttrain run 03_lora", "before", "KL from the start"):
         assert words in done.stdout
     assert (out / "lora-peft" / "adapter_model.safetensors").is_file()
     again = subprocess.run(

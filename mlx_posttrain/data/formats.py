@@ -8,6 +8,7 @@
     preference         prompt | question | instruction, chosen, rejected   Preference
     hh                 chosen, rejected: whole dialogues                   Preference     HH-RLHF (Bai et al. 2022)
     chosen             chosen, optionally prompt: only the preferred answer    Conversation   (named in the recipe, to imitate one side of pairs)
+    either             as preference: one of the two answers, by a fair coin    Conversation   (named in the recipe: a policy as good and bad as its data)
     labelled           prompt, completion | response, label                Labelled       KTO (Ethayarajh et al. 2024)
 
 What is missing from a row (an empty answer, no common prompt) drops the row and is counted; what shows that the file is not what the
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mlx_posttrain.data.sources import nearest
+from mlx_posttrain.data.templates import stable_hash
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 
@@ -40,6 +42,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "question_answer": (("question",), ("answer",)),
     "text": (("text",),),
     "chosen": (("chosen",),),
+    "either": (("prompt", "question", "instruction"), ("chosen",), ("rejected",)),
 }
 _ROLE_NAMES = {"system": ("system",), "user": ("user", "human", "prompter"), "assistant": ("assistant", "gpt", "bot", "chatgpt", "model")}
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
@@ -60,7 +63,7 @@ def detect(columns: Iterable[str]) -> str:
     """Return the format whose columns are all there; UserError says what was found, what is accepted and how to map."""
     have = list(columns)
     for name, need in FORMATS.items():
-        if name != "chosen" and all(any(c in have for c in alternatives) for alternatives in need):
+        if name not in ("chosen", "either") and all(any(c in have for c in alternatives) for alternatives in need):
             return name
     raise UserError(
         f"columns {', '.join(have) or '(none)'} match no format; accepted: {accepted()}; "
@@ -304,6 +307,13 @@ def _chosen(row: Row, where: str) -> Conversation:
     return Conversation(turns, extra=_extra(row, "chosen", "rejected", *prompts))
 
 
+def _either(row: Row, where: str) -> Conversation:
+    """One side of a pair; which one depends on the row alone, so that neither order nor number of rows changes it."""
+    pair = _preference(row, where)
+    answer = pair.chosen if stable_hash((pair.prompt, pair.chosen, pair.rejected), 0) % 2 else pair.rejected
+    return Conversation((*pair.prompt, Turn("assistant", answer)), extra=pair.extra)
+
+
 def _dialogue(text: str) -> tuple[Turn, ...]:
     """Return the turns of a ``\\n\\nHuman: ... \\n\\nAssistant: ...`` dialogue."""
     before, *pieces = _HH_MARK.split(text)
@@ -352,4 +362,5 @@ _PARSERS: dict[str, Callable[[Row, str], Record]] = {
     "labelled": _labelled,
     "question_answer": _question_answer,
     "chosen": _chosen,
+    "either": _either,
 }

@@ -228,3 +228,18 @@ def test_real_files(name: str) -> None:
     records, dropped = parse_rows(load_rows(str(path)), source=name)
     assert (len(records), sum(dropped.values())) == (rows - lost, lost)
     assert all(isinstance(r, kind) for r in records)
+
+
+def test_one_side_of_a_pair_can_be_imitated():
+    from mlx_posttrain.data.types import Conversation
+
+    rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(60)]
+    (first, *_), dropped = parse_rows(rows, format="chosen", source="x")
+    assert isinstance(first, Conversation) and [t.content for t in first.turns] == ["p0", "good"] and not dropped
+    mixed, _ = parse_rows(rows, format="either", source="x")
+    answers = [row.turns[-1].content for row in mixed]
+    assert 15 < answers.count("good") < 45
+    assert [row.turns[-1].content for row in parse_rows(rows[::-1], format="either", source="x")[0]] == answers[::-1]
+    dialogue = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}]
+    assert [t.content for t in parse_rows(dialogue, format="chosen", source="x")[0][0].turns] == ["Hi", "Hello"]
+    assert type(parse_rows(rows, source="x")[0][0]).__name__ == "Preference"  # never chosen by itself
