@@ -179,7 +179,7 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
             raise UserError(f"{where}: {key} is not supported; merge the adapter with PEFT (merge_and_unload) and start from that model")
     if config.get("modules_to_save") not in (None, [], ["score"], ["classifier", "score"]):  # PEFT itself lists both for SEQ_CLS
         raise UserError(
-            f"{where}: modules_to_save {config['modules_to_save']} is not supported; merge the adapter with PEFT (merge_and_unload) and start from that model"
+            f"{where}: modules_to_save is not supported; merge the adapter with PEFT (merge_and_unload) and start from that model"
         )
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
