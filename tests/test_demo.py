@@ -31,7 +31,7 @@ def test_demo_learns_forgets_less_with_kl_and_exports(tmp_path):
     assert report["accuracy"][0] > max(report["bag_of_words"][0], report["longer"][0]) + 0.05
     records = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()]
     scores = [r["eval/score"] for r in records if "eval/score" in r]
-    assert scores[-1] > scores[0] + 0.3
+    assert scores[-1] > scores[0] + 0.15
     for words in ("unseen content", "base-text", "seq-rep-4", "wanted", "PEFT", "mlx-posttrain run 03_lora", "before", "KL from the start"):
         assert words in done.stdout
     assert (out / "lora-peft" / "adapter_model.safetensors").is_file()
