@@ -67,7 +67,7 @@ def test_five_templates():
 
 
 SMALL = {  # what makes a recipe of a method run within seconds, offline
-    "sft": ["model=tiny", "data.source=embedded/tasks", "data.limit=200", "data.eval_limit=8", "train.steps=1", "sample.max_tokens=4"],
+    "sft": ["model=tiny", "data.source=embedded/tasks", "data.format=auto", "data.limit=200", "data.eval_limit=8", "train.steps=1", "sample.max_tokens=4"],
     "reward": ["model=tiny", "data.source=embedded/preferences", "data.eval_split=valid", "data.limit=60", "data.eval_limit=8", "train.steps=1"],
     "ppo": [
         "model=tiny", "reward=[{function: checker}]", "data.source=embedded/tasks", "data.eval_split=valid", "data.limit=60", "data.eval_limit=4",
