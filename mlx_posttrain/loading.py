@@ -45,6 +45,10 @@ def locate(name: str | Path) -> Source:
     path = Path(name)
     if runs.is_run(path):
         run, recipe = runs.reopen(path)
+        if recipe.get("method") == "pipeline":
+            from mlx_posttrain.methods.pipeline import language_model  # not at the top: pipeline imports this module
+
+            return locate(language_model(path))
         if not run.finished:
             raise UserError(f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`")
         if (run.final / "adapter_config.json").is_file():
