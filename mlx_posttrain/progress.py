@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from mlx_posttrain.errors import UserError
@@ -71,6 +72,11 @@ def _duration(seconds: float) -> str:
 
 class Interrupted(UserError):
     """Ctrl-C or a termination signal, after the checkpoint was written."""
+
+
+def interrupted(signals: list[str], done: int, folder: Path) -> Interrupted:
+    """What a loop raises when it ends early, after its checkpoint."""
+    return Interrupted(f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {folder}")
 
 
 @contextmanager

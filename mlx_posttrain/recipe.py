@@ -50,7 +50,7 @@ class DataSection(Section):
     shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
     format: str = Field(
         "auto",
-        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer, chosen, either",
+        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer, prompt, chosen, either",
     )
     families: list[str] | None = Field(None, description="kinds of embedded/tasks or embedded/preferences to take; null: all 30")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
@@ -74,11 +74,9 @@ class DataSection(Section):
         return self
 
 
-class TrainSection(Section):
-    """The optimizer and its loop."""
+class OptimizerSection(Section):
+    """What every loop has: micro-batches, AdamW, the schedule, how often to look and to save."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the data")
-    steps: int | None = Field(None, ge=1, description="optimizer steps; null: as many as `epochs` needs")
     batch_size: int = Field(8, ge=1, description="rows in a micro-batch")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
     token_budget: int | None = Field(None, ge=32, description="split micro-batches so that none holds more padded tokens than this")
@@ -94,9 +92,16 @@ class TrainSection(Section):
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in a run")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: as often as evaluation")
     keep: int = Field(2, ge=1, description="checkpoints kept, besides the best")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third slower")
+
+
+class TrainSection(OptimizerSection):
+    """The loop over fixed rows."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; null: as many as `epochs` needs")
     early_stop: int | None = Field(None, ge=1, description="stop after this many evaluations without a better loss; null: never")
     select: Literal["best", "last"] = Field("best", description="which weights become final: best held-out loss, or the last step's")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third slower")
 
 
 class AdapterSection(Section):
@@ -206,16 +211,69 @@ def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
-        section = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise UserError(f"override {setting!r}: {parent!r} is a value, not a section")
+        section, last = holder(raw, key)
         section[last] = value
     return raw
+
+
+def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """(mapping, last part) of ``key.sub`` in a nested mapping, with the sections on the way made where they lack.
+
+    Raises UserError where one of them is a value.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        if raw.get(parent) is None:
+            raw[parent] = {}
+        raw = raw[parent]
+        if not isinstance(raw, dict):
+            raise UserError(f"setting '{key}': {parent!r} is a value, not a section")
+    return raw, last
+
+
+#: Keys whose value may name a file or a folder.
+_PATHS = ("model", "source", "path", "start", "function")
+
+
+def paths_in_full(value: Any, key: str = "") -> Any:
+    """A recipe, or a part of one, with every existing path in it absolute, so that a run can be opened and resumed from any folder.
+
+    Hub ids, ``tiny`` and embedded data stay; of a reward function ``file.py:name`` the file becomes absolute. A recipe is changed in place.
+    """
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            setattr(value, name, paths_in_full(getattr(value, name), name))
+        return value
+    if isinstance(value, dict):
+        return {k: paths_in_full(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [paths_in_full(v, key) for v in value]
+    if key not in _PATHS or not isinstance(value, str) or value == "tiny":
+        return value
+    name, colon, rest = value.rpartition(":") if key == "function" else (value, "", "")
+    path = Path(name).expanduser()
+    return f"{path.absolute()}{colon}{rest}" if name and path.exists() else value
+
+
+def check_training(recipe: Any) -> None:
+    """Raise ValueError for a combination of number format, adapter and checkpointing that would train something else than it says."""
+    if recipe.adapter is None:
+        if recipe.dtype != "float32":
+            raise ValueError("full training needs dtype float32: smaller formats round most updates away; use an adapter, or float32")
+    elif recipe.adapter.dropout and recipe.train.gradient_checkpointing:
+        raise ValueError("adapter.dropout and train.gradient_checkpointing exclude each other: the recomputation would draw another mask")
+
+
+def check_one_way_of_asking(data: DataSection, sample: SampleSection, what: str) -> None:
+    """Raise ValueError when a recipe about answers to prompts sets keys that mean nothing there: an option is never ignored silently."""
+    for key in ("pack", "clean", "train_on"):
+        if getattr(data, key) != DataSection.model_fields[key].default:
+            raise ValueError(f"data.{key} means nothing for {what}; leave it out")
+    for key in ("prompts", "max_tokens", "temperature"):
+        if getattr(sample, key) != SampleSection.model_fields[key].get_default(call_default_factory=True):
+            raise ValueError(f"sample.{key} means nothing for {what}: samples are the first held-out rows, sample.count of them")
+    if not isinstance(data.template, str):
+        raise ValueError("data.template takes one name here: all answers to a prompt must be asked for alike")
 
 
 def parse(raw: dict[str, Any], cls: type[Recipe], where: str, folder: Path | None = None) -> Recipe:

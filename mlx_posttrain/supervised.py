@@ -18,26 +18,36 @@ from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdapterSpec, Engine, Loss, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
-from mlx_posttrain.recipe import AdapterSection, DataSection, Recipe
+from mlx_posttrain.recipe import AdapterSection, DataSection, Recipe, paths_in_full
 from mlx_posttrain.training import Data, fit
 
 Record = TypeVar("Record")
 
 
-def read_conversations(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Conversation]:
-    """The rows of one split as conversations, cleaned if the recipe says so; prints what was dropped."""
+def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[formats.Record]:
+    """The rows of one split as records; prints what was dropped."""
     rows = sources.load_rows(
         data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle, families=data.families
     )
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
+    for reason, count in dropped.items():
+        say(f"{data.source} {split}: {count} rows dropped: {reason}")
+    return parsed
+
+
+def read_conversations(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Conversation]:
+    """The rows of one split as conversations, cleaned if the recipe says so; prints what was dropped."""
+    parsed = read_rows(data, split=split, limit=limit, seed=seed)
     conversations = [row for row in parsed if isinstance(row, Conversation)]
     if len(conversations) < len(parsed):
         raise UserError(
             f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows, and this method imitates one answer: "
-            "say which with data.columns, for example {prompt: prompt, completion: chosen}"
+            "say which with data.format=chosen, or with data.columns, for example {prompt: prompt, completion: chosen}"
         )
-    for reason, count in dropped.items():
-        say(f"{data.source} {split}: {count} rows dropped: {reason}")
+    if any(row.turns[-1].role != "assistant" for row in conversations):
+        raise UserError(
+            f"{data.source}: these rows have a prompt and no answer to imitate; accepted: {formats.accepted()}; rename with data.columns"
+        )
     if data.clean is not None:
         from mlx_posttrain.data import quality
 
@@ -52,6 +62,8 @@ def split_rows(data: DataSection, seed: int, read: Callable[..., list[Record]]) 
     eval_split = data.eval_split or ("valid" if data.source in ("embedded/tasks", "embedded/preferences", "embedded/reasoning") else None)
     if eval_split:
         return train, read(data, split=eval_split, limit=data.eval_limit, seed=seed)
+    if data.holdout >= len(train):
+        raise UserError(f"data.holdout={data.holdout:g} leaves none of {len(train)} rows to train on; lower it")
     aside = int(data.holdout if data.holdout >= 1 else round(data.holdout * len(train)))
     aside = min(aside, data.eval_limit or aside, len(train) - 1)
     chosen = set(np.random.default_rng([seed, 0xE7A1]).permutation(len(train))[:aside].tolist())
@@ -97,12 +109,6 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
     return model
 
 
-def absolute(name: str) -> str:
-    """A path that exists, in full; anything else (``tiny``, a hub id, embedded data) as it is."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if name != "tiny" and path.exists() else name
-
-
 def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Conversation], run: runs.Run) -> Callable[[int], None]:
     """A function that answers a few prompts and writes them to samples.jsonl."""
     data, sample = recipe.data, recipe.sample
@@ -134,15 +140,13 @@ def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Convers
     return write
 
 
-def begin(recipe: Recipe, adapter: AdapterSection | None, resume: bool) -> tuple[Engine, runs.Run]:
+def begin(recipe: Recipe, resume: bool) -> tuple[Engine, runs.Run]:
     """The recipe's engine and its run directory, new or reopened; what the recipe names by path is then named in full."""
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
     # Resolved, so that the run can be opened from any folder and is never resumed on another engine.
     recipe.engine = engine.name  # type: ignore[assignment]
-    recipe.model, recipe.data.source = absolute(recipe.model), absolute(recipe.data.source)
-    if adapter is not None and adapter.path is not None:
-        adapter.path = absolute(adapter.path)
+    paths_in_full(recipe)
     if resume:
         run, _ = runs.reopen(recipe.output)
         if run.finished:
@@ -158,9 +162,7 @@ def setting_up(run: runs.Run, resume: bool) -> Iterator[None]:
         yield
     except Exception:
         if not resume:
-            (run.folder / "recipe.yaml").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what else lies there is not ours to delete
-                run.folder.rmdir()
+            run.discard()
         raise
 
 
@@ -195,7 +197,7 @@ def run(
 
     Returns the final evaluation. Raises UserError for every foreseeable failure, see fit.
     """
-    engine, run = begin(recipe, adapter, resume)
+    engine, run = begin(recipe, resume)
     with setting_up(run, resume):
         source = start(run.folder) if start else loading.base_folder(recipe.model)
         tokenizer = loading.load_tokenizer(source)

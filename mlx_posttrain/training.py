@@ -20,13 +20,13 @@ from mlx_posttrain.data import batches
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import AdamW, Engine, Loss, Model, Trainer
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.progress import Interrupted, Progress, interruptible, say
-from mlx_posttrain.recipe import TrainSection
+from mlx_posttrain.progress import Progress, interrupted, interruptible, say
+from mlx_posttrain.recipe import OptimizerSection, TrainSection
 from mlx_posttrain.runs import Run
 from mlx_posttrain.schedule import learning_rate
 
 
-def adamw(train: TrainSection) -> AdamW:
+def adamw(train: OptimizerSection) -> AdamW:
     """The optimizer's settings from a recipe."""
     return AdamW(train.beta1, train.beta2, train.eps, train.weight_decay, train.clip)
 
@@ -163,13 +163,9 @@ def fit(
                 try:
                     metrics = trainer.step(loss, micro, lr)
                 except FloatingPointError as error:
-                    # These weights may be what is wrong (an update can overflow a step earlier): keep the checkpoints there are.
-                    saved = run.list_checkpoints()
-                    kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
-                    raise UserError(
-                        f"step {step + 1}: {error}: stopped before the weights took it; {kept}. The batch: training rows "
-                        f"{[i for part in rows for i in part][:16]}, counted from 0 after filtering. Look at those rows, or start anew with a lower train.lr"
-                    ) from None
+                    batch = f"The batch: training rows {[i for part in rows for i in part][:16]}, counted from 0 after filtering"
+                    advice = f"{batch}. Look at those rows, or start anew with a lower train.lr"
+                    raise not_finite(step, error, run, advice) from None
                 done = step + 1
                 tokens = sum(b.trained_tokens for b in micro)
                 memory = engine.memory()
@@ -184,9 +180,7 @@ def fit(
                 if done % save_every == 0 or done == data.steps or signals or not going:
                     checkpoint(done)
                 if signals and done < data.steps:
-                    raise Interrupted(
-                        f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {run.folder}"
-                    )
+                    raise interrupted(signals, done, run.folder)
                 if not going:
                     progress.note(f"early stop: {state['worse']} evaluations without a better held-out loss")
                     break
@@ -217,14 +211,29 @@ def _restore(engine: Engine, model: Model, trainer: Trainer, run: Run, state: di
     return saved["step"]
 
 
+def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> UserError:
+    """What to say when step ``step``, counted from 0, had a loss or gradient that is not finite; the checkpoints there are stay.
+
+    The present weights are not saved: they may be what is wrong, as an update can overflow a step earlier.
+    """
+    saved = run.list_checkpoints()
+    kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
+    return UserError(f"step {step + 1}: {error}: stopped before the weights took it; {kept}. {advice}")
+
+
+def check_warmup(train: OptimizerSection, steps: int) -> None:
+    """Raise UserError for a warm-up that is as long as the run."""
+    if train.warmup >= 1 and train.warmup >= steps:
+        raise UserError(
+            f"train.warmup={train.warmup:g} steps, and the run has {steps}: the learning rate would not reach train.lr; "
+            "lower it, give a share of the steps (below 1), or train for longer"
+        )
+
+
 def check_settings(data: TrainingData, held_out: Sequence[batches.Batch]) -> None:
     """Raise UserError for settings that these rows cannot meet, before anything is trained."""
     train = data.settings
-    if train.warmup >= 1 and train.warmup >= data.steps:
-        raise UserError(
-            f"train.warmup={train.warmup:g} steps, and the run has {data.steps}: the learning rate would not reach train.lr; "
-            "lower it, give a share of the steps (below 1), or train for longer"
-        )
+    check_warmup(train, data.steps)
     if train.early_stop is not None and not held_out:
         raise UserError("train.early_stop needs held-out rows to stop by: give data.eval_split or data.holdout, or leave it out")
     if train.token_budget is None:

@@ -251,7 +251,7 @@ def test_an_early_stop_on_kl(random_gpt2, rows_file, counting, tmp_path):
         ("reward=[{}]", "a model or a function"),
         ("adapter={dropout: 0.1}", "dropout must be 0"),
         ("adapter={path: x}", "give the adapter's run as `model`"),
-        ("critic.start=reward", "needs a reward model"),
+        ("critic.init=reward", "needs a reward model"),
         ("data.pack=true", "means nothing for prompts"),
         ("ppo.clp=1", "did you mean 'ppo.clip'"),
         ("train.epochs=2", "unknown key 'train.epochs'"),

@@ -158,7 +158,7 @@ def test_helpful_base_rows_are_read(shared, tmp_path):
     [
         ("data.pack=true", "means nothing for pairs"),
         ("data.template=[question, plain]", "one name"),
-        ("sample.prompts=[a]", "writes no texts"),
+        ("sample.prompts=[a]", "sample.prompts means nothing for pairs"),
     ],
 )
 def test_recipes_that_cannot_be(override, said, random_gpt2, kind_rows, tmp_path):

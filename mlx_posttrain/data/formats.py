@@ -7,6 +7,7 @@
     text               text                                                Conversation, the text as it stands
     preference         prompt | question | instruction, chosen, rejected   Preference
     hh                 chosen, rejected: whole dialogues                   Preference     HH-RLHF (Bai et al. 2022)
+    prompt             prompt: a question to be answered (PPO)            Conversation without an answer
     chosen             chosen, optionally prompt: only the preferred answer    Conversation   (named in the recipe, to imitate one side of pairs)
     either             as preference: one of the two answers, by a fair coin    Conversation   (named in the recipe: a policy as good and bad as its data)
     labelled           prompt, completion | response, label                Labelled       KTO (Ethayarajh et al. 2024)
@@ -41,6 +42,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt",), ("completion", "response")),
     "question_answer": (("question",), ("answer",)),
     "text": (("text",),),
+    "prompt": (("prompt",),),
     "chosen": (("chosen",),),
     "either": (("prompt", "question", "instruction"), ("chosen",), ("rejected",)),
 }
@@ -290,6 +292,19 @@ def _hh(row: Row, where: str) -> Preference:
     return _pair(chosen[:-1], chosen[-1].content, rejected[-1].content, _extra(row, "chosen", "rejected"))
 
 
+def _prompt_alone(row: Row, where: str) -> Conversation:
+    """A prompt that a policy is to answer: text, or messages whose last is the user's."""
+    name = "prompt"
+    if isinstance(row.get(name), list):
+        turns = _messages(row[name], name, where)
+    else:
+        turns = (Turn("user", _content(_text(row, name, where))),)
+    if not turns or turns[-1].role == "assistant":
+        raise Dropped("a prompt that ends with an answer")
+    _need(turns[-1].content, "empty prompt")
+    return Conversation(turns, extra=_extra(row, name))
+
+
 def _chosen(row: Row, where: str) -> Conversation:
     """The preferred answer alone, of a pair with a prompt or of a whole dialogue: what SFT before a reward model imitates."""
     prompts = [n for n in FORMATS["preference"][0] if n in row]
@@ -361,6 +376,7 @@ _PARSERS: dict[str, Callable[[Row, str], Record]] = {
     "hh": _hh,
     "labelled": _labelled,
     "question_answer": _question_answer,
+    "prompt": _prompt_alone,
     "chosen": _chosen,
     "either": _either,
 }

@@ -256,6 +256,14 @@ def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -
     }
 
 
+def width(config: Mapping[str, Any]) -> int:
+    """Size of a model's hidden states. Raises UserError when its config does not say."""
+    size = config.get("n_embd") or config.get("hidden_size")
+    if not isinstance(size, int):
+        raise UserError(f"{config['model_type']}: config.json names neither n_embd nor hidden_size, so no head can be put on")
+    return size
+
+
 def head_start(width: int, seed: int | None) -> np.ndarray:
     """First values of a scalar head, [1, width] float32: N(0, 1 / (width + 1)) (Stiennon et al. 2020's code), or zeros without a seed."""
     if seed is None:
@@ -267,6 +275,13 @@ def check_fits(length: int, context: int | None) -> None:
     """Raise UserError for a sequence longer than the model's context: MLX would read position embeddings out of bounds, silently."""
     if context is not None and length > context:
         raise UserError(f"a sequence of {length} tokens does not fit the model's context of {context}; shorten it")
+
+
+def device_batch(batch: Batch, total: float, array: Callable[[np.ndarray], Array]) -> DeviceBatch:
+    """A batch as an engine's arrays, made by ``array``."""
+    fields = {name: array(np.ascontiguousarray(getattr(batch, name))) for name in DeviceBatch.FIELDS}
+    extra = {name: array(np.ascontiguousarray(value)) for name, value in batch.extra.items()}
+    return DeviceBatch(**fields, total=array(np.array(total, np.float32)), extra=extra)
 
 
 def micro_batch_totals(batches: Sequence[Batch]) -> dict[str, float]:

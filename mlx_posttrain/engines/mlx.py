@@ -30,6 +30,7 @@ from mlx_posttrain.engines.base import (  # noqa: E402
     Loss,
     adapter_start,
     check_fits,
+    device_batch,
     match_targets,
     micro_batch_totals,
 )
@@ -38,8 +39,7 @@ from mlx_posttrain.losses.sft import token_logprobs  # noqa: E402
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
-    fields = {name: mx.array(getattr(batch, name)) for name in DeviceBatch.FIELDS}
-    return DeviceBatch(**fields, total=mx.array(total, mx.float32), extra={k: mx.array(v) for k, v in batch.extra.items()})
+    return device_batch(batch, total, mx.array)
 
 
 class MLXModel:

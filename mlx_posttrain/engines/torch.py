@@ -25,6 +25,7 @@ from mlx_posttrain.engines.base import (
     Loss,
     adapter_start,
     check_fits,
+    device_batch,
     match_targets,
     micro_batch_totals,
 )
@@ -33,12 +34,11 @@ from mlx_posttrain.losses.sft import token_logprobs
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
-    fields = {name: torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in DeviceBatch.FIELDS}
-    for name in ("tokens", "index", "target", "row"):
-        fields[name] = fields[name].long()
-    extra = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in batch.extra.items()}
-    extra = {name: v.long() if v.dtype == torch.int32 else v for name, v in extra.items()}
-    return DeviceBatch(**fields, total=torch.tensor(total, dtype=torch.float32), extra=extra)
+    def array(values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.long() if tensor.dtype == torch.int32 else tensor  # torch indexes with 64 bits
+
+    return device_batch(batch, total, array)
 
 
 class TorchModel:

@@ -89,6 +89,14 @@ def perplexity(nll_sum: Any, tokens: Any) -> float:
         return math.inf
 
 
+# -- association ---------------------------------------------------------------------------------------------------------------------
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's correlation of two [R] arrays, -1 to 1; 0 where one of them does not vary or is empty, so that it can be written as JSON."""
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+
+
 # -- intervals -----------------------------------------------------------------------------------------------------------------------
 
 

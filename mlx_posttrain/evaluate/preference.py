@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.data.types import Preference
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, correlation, paired_bootstrap
 
 BINS = 5  # of calibration, between .5 and 1
 L2 = 10.0  # of the bag-of-words baseline; chosen once by cross-validation on training pairs, never on the rows that are judged
@@ -111,7 +111,7 @@ def report(
         loss=float(np.mean(np.logaddexp(0.0, -margins))),
         edges=[float(e) for e in edges], counts=[int(c) for c in counts], calibration=calibration,
         calibration_error=float(sum(n * abs(said - was) for said, was, n in calibration) / len(rows)),
-        length_pearson=_correlation(scores, sizes), length_spearman=_correlation(_ranks(scores), _ranks(sizes)),
+        length_pearson=correlation(scores, sizes), length_spearman=correlation(_ranks(scores), _ranks(sizes)),
         by_column=_by_column(right, rows),
     )  # fmt: skip
 
@@ -201,10 +201,6 @@ def _by_column(right: np.ndarray, rows: Sequence[Preference]) -> dict[str, dict[
         if all(isinstance(name, str) for name in names) and names:
             found[column] = {str(n): float(right[[m == n for m in names]].mean()) for n in sorted(set(map(str, names)))}
     return found
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

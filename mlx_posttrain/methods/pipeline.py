@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from mlx_posttrain import engines, runs, supervised
+from mlx_posttrain import engines, runs
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import Interrupted, say
@@ -131,14 +131,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as nested mappings; of two settings of one key the later holds."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        *parents, last = str(key).split(".")
-        section = found
-        for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise ValueError(f"setting '{key}': {parent!r} is a value, not a section")
+        section, last = recipes.holder(found, str(key))
         section[last] = _merged(section.get(last), _nested(value)) if isinstance(value, dict) else value
     return found
 
@@ -175,17 +168,6 @@ def _filled(value: Any, folder: Path) -> Any:
     return _REFERENCE.sub(lambda m: str(folder / m[1]), value) if isinstance(value, str) else value
 
 
-def _paths_in_full(value: Any, key: str = "") -> Any:
-    # A pipeline may be resumed from another folder, with stages to come that name files relative to this one.
-    if isinstance(value, dict):
-        return {k: _paths_in_full(v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_paths_in_full(v, key) for v in value]
-    if isinstance(value, str) and key in ("model", "source", "path"):
-        return supervised.absolute(value)
-    return value
-
-
 def stage_recipes(recipe: Recipe) -> dict[str, recipes.Recipe]:
     """Each stage's own recipe by name, with the run directories of ``recipe.output`` in place of ``{NAME}``."""
     assert recipe.output is not None
@@ -207,8 +189,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     assert recipe.output is not None
     recipe.output = str(Path(recipe.output).expanduser().absolute())
     recipe.engine = engines.get(recipe.engine).name  # type: ignore[assignment]  # a resumed pipeline stays on its engine
-    for stage in recipe.stages.values():
-        stage.recipe, stage.set = _paths_in_full(stage.recipe), _paths_in_full(stage.set)
+    for stage in recipe.stages.values():  # it may be resumed from another folder, with stages to come that name files relative to this one
+        stage.recipe, stage.set = recipes.paths_in_full(stage.recipe), recipes.paths_in_full(stage.set)
     chosen, whole = stage_recipes(recipe), Path(recipe.output)
     for own in chosen.values():
         engines.get(own.engine)

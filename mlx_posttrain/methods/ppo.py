@@ -34,18 +34,17 @@ from mlx_posttrain.data import batches as data_batches
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.base import AdamW, Array, DeviceBatch, Engine, Loss, Model, Trainer, head_start
+from mlx_posttrain.engines.base import Array, DeviceBatch, Engine, Loss, Model, Trainer, head_start, width
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses import ppo as objective
 from mlx_posttrain.losses.sft import token_logprobs, token_mean
-from mlx_posttrain.methods.reward import width
-from mlx_posttrain.progress import Interrupted, Progress, interruptible, say
+from mlx_posttrain.progress import Progress, interrupted, interruptible, say
 from mlx_posttrain.rl import kl, prompts, rollouts, scoring
 from mlx_posttrain.rl.experience import Experience, Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Answer, Question
 from mlx_posttrain.rl.settings import CriticSection, KLSection, PPOSection, PPOTrainSection, PTXSection, RolloutSection
 from mlx_posttrain.schedule import learning_rate
-from mlx_posttrain.training import same_data
+from mlx_posttrain.training import adamw, check_warmup, not_finite, same_data
 
 
 class Recipe(recipes.Recipe):
@@ -66,24 +65,15 @@ class Recipe(recipes.Recipe):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        defaults = recipes.DataSection(source="")
-        for key in ("pack", "clean", "train_on"):
-            if getattr(self.data, key) != getattr(defaults, key):
-                raise ValueError(f"data.{key} means nothing for prompts; leave it out")
-        if not isinstance(self.data.template, str):
-            raise ValueError("data.template takes one name here")
-        if self.sample.prompts or self.sample.temperature:
-            raise ValueError("samples are the first held-out answers as they are scored: only sample.count is used here")
-        if self.critic.kind == "shared" and (self.critic.lr is not None or self.critic.start == "reward"):
-            raise ValueError("critic.lr and critic.start belong to a separate critic")
-        if self.critic.start == "reward" and not any(entry.model for entry in self.reward):
-            raise ValueError("critic.start=reward needs a reward model among `reward`")
-        if self.adapter is None:
-            if self.dtype != "float32":
-                raise ValueError("full training needs dtype float32: smaller formats round most updates away; use an adapter, or float32")
-        elif self.adapter.path is not None:
+        recipes.check_one_way_of_asking(self.data, self.sample, "prompts")
+        recipes.check_training(self)
+        if self.critic.kind == "shared" and (self.critic.lr is not None or self.critic.init != "auto"):
+            raise ValueError("critic.lr and critic.init belong to a separate critic")
+        if self.critic.init == "reward" and not any(entry.model for entry in self.reward):
+            raise ValueError("critic.init=reward needs a reward model among `reward`")
+        if self.adapter is not None and self.adapter.path is not None:
             raise ValueError("adapter.path: the reference would be the model without it; give the adapter's run as `model` instead")
-        elif self.adapter.dropout:
+        if self.adapter is not None and self.adapter.dropout:
             raise ValueError("adapter.dropout must be 0: with dropout the ratio of new to old policy is noise")
         return self
 
@@ -193,10 +183,7 @@ def _means(records: list[dict[str, float]]) -> dict[str, float]:
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Run the recipe to the end; returns the figures of the last evaluation. Errors as supervised.run."""
-    for entry in (*recipe.reward, *recipe.judge):
-        if entry.model:
-            entry.model = supervised.absolute(entry.model)
-    engine, run = supervised.begin(recipe, recipe.adapter, resume)
+    engine, run = supervised.begin(recipe, resume)
     with supervised.setting_up(run, resume):
         folder = loading.base_folder(recipe.model)
         tokenizer = loading.load_tokenizer(folder)
@@ -204,6 +191,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         if policy.has_head:
             raise UserError(f"{recipe.model} is a reward model: the policy of PPO is a language model")
         loading.check_vocabulary(tokenizer, policy, folder)
+        check_warmup(recipe.train, recipe.train.steps)
         questions, held_out = prompts.read(recipe.data, tokenizer, policy.context, recipe.rollout.max_tokens, recipe.seed)
         beside = _ptx_rows(recipe, tokenizer, policy.context)
         policy.keep_reference()
@@ -225,24 +213,28 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     return result
 
 
+def _critic_source(recipe: Recipe) -> str | None:
+    """The reward model that a separate critic starts as a copy of; None when it starts as the policy."""
+    if recipe.critic.kind == "shared" or recipe.critic.init == "policy":
+        return None
+    return next((entry.model for entry in recipe.reward if entry.model), None)
+
+
 def _critic(engine: Engine, recipe: Recipe, folder: Path, policy: Model) -> Model | None:
     if recipe.critic.kind == "shared":
-        policy.add_head(head_start(width(policy), None))
+        policy.add_head(head_start(width(policy.config), None))
         return None
-    reward = next((entry.model for entry in recipe.reward if entry.model), None)
-    from_reward = recipe.critic.start == "reward" or (recipe.critic.start == "auto" and reward is not None)
-    source = loading.base_folder(reward) if from_reward and reward else folder
-    critic = engine.load(source, gradient_checkpointing=recipe.train.gradient_checkpointing)
+    reward = _critic_source(recipe)
+    critic = engine.load(loading.base_folder(reward) if reward else folder, gradient_checkpointing=recipe.train.gradient_checkpointing)
     if not critic.has_head:
-        critic.add_head(head_start(width(critic), None))
+        critic.add_head(head_start(width(critic.config), None))
     return critic
 
 
-def _fit_critic(parties: Parties, recipe: Recipe) -> None:
+def _fit_critic(parties: Parties, reward: str | None) -> None:
     """Bring a critic that started as a reward model to the scale of the normalised scores."""
-    started = next((entry.model for entry in recipe.reward if entry.model), None)
-    if parties.critic is not None and recipe.critic.start != "policy" and started is not None:
-        mean, std = parties.scorer.scale_of(started)
+    if parties.critic is not None and reward is not None:
+        mean, std = parties.scorer.scale_of(reward)
         parties.critic.add_head(parties.critic.head() / np.float32(std))
         parties.value_offset = -mean / std
 
@@ -265,9 +257,8 @@ def fit(
 ) -> dict[str, float]:  # fmt: skip
     """Train to the end; returns the last evaluation. A resumed run gives the figures of one that was not interrupted."""
     train, policy, critic = recipe.train, parties.policy, parties.critic
-    settings = AdamW(train.beta1, train.beta2, train.eps, train.weight_decay, train.clip)
-    trainer = engine.trainer(policy, settings)
-    critic_trainer = engine.trainer(critic, settings) if critic is not None else None
+    trainer = engine.trainer(policy, adamw(train))
+    critic_trainer = engine.trainer(critic, adamw(train)) if critic is not None else None
     losses = (policy_loss(recipe), value_loss(recipe.ppo.value_clip))
     controller = kl.controller(recipe.kl.controller, recipe.kl.beta, recipe.kl.target, recipe.kl.horizon)
     eval_every = train.eval_every or max(1, train.steps // 10)
@@ -335,7 +326,7 @@ def fit(
                 reference = answer(asked, 1, recipe.seed + 1)
                 parties.scorer.normalise_on(reference)
                 parties.judge.normalise_on(reference)
-                _fit_critic(parties, recipe)
+                _fit_critic(parties, _critic_source(recipe))
                 state |= {"scorer": parties.scorer.state(), "judge": parties.judge.state(), "value_offset": parties.value_offset}
                 evaluate(0)
             for step in range(first, train.steps):
@@ -352,11 +343,7 @@ def fit(
                 try:
                     figures = update(recipe, trainer, critic_trainer, seen, losses, lr, step, policy.context, beside)
                 except FloatingPointError as error:
-                    saved = run.list_checkpoints()
-                    kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
-                    raise UserError(
-                        f"step {step + 1}: {error}: stopped before the weights took it; {kept}. Start anew with a lower train.lr"
-                    ) from None
+                    raise not_finite(step, error, run, "Start anew with a lower train.lr") from None
                 controller.update(seen.statistics["objective/kl"], len(seen.answers))
                 done, memory = step + 1, engine.memory()
                 tokens = sum(len(a.tokens) for a in seen.answers)
@@ -370,9 +357,7 @@ def fit(
                 if done % save_every == 0 or done == train.steps or signals:
                     checkpoint(done)
                 if signals and done < train.steps:
-                    raise Interrupted(
-                        f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {run.folder}"
-                    )
+                    raise interrupted(signals, done, run.folder)
     finally:
         progress.close()
     total, trained = policy.parameter_counts()

@@ -20,9 +20,9 @@ from pydantic import Field, model_validator
 
 from mlx_posttrain import loading, runs, supervised
 from mlx_posttrain import recipe as recipes
-from mlx_posttrain.data import formats, pairs, sources
+from mlx_posttrain.data import pairs
 from mlx_posttrain.data.types import Preference
-from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model, head_start
+from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model, head_start, width
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import preference
 from mlx_posttrain.losses.reward import bradley_terry, centring
@@ -50,16 +50,8 @@ class Recipe(recipes.Recipe):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        data, defaults = self.data, recipes.DataSection(source="")
-        for key in ("pack", "clean", "train_on"):
-            if getattr(data, key) != getattr(defaults, key):
-                raise ValueError(f"data.{key} means nothing for pairs; leave it out")
-        if not isinstance(data.template, str):
-            raise ValueError("data.template takes one name here: both answers to a prompt must be asked alike, and rollouts as they were")
-        if self.sample.prompts:
-            raise ValueError("a reward model writes no texts: sample.prompts means nothing here (sample.count: held-out pairs to show)")
-        if self.adapter is None and self.dtype != "float32":
-            raise ValueError("full training needs dtype float32: smaller formats round most updates away; use an adapter, or float32")
+        recipes.check_one_way_of_asking(self.data, self.sample, "pairs")
+        recipes.check_training(self)
         return self
 
 
@@ -86,23 +78,18 @@ def pair_loss(weight: float = 0.0) -> Loss:
 
 def read_preferences(data: recipes.DataSection, *, split: str, limit: int | None, seed: int) -> list[Preference]:
     """The pairs of one split; prints what was dropped. Raises UserError for rows that are no pairs."""
-    rows = sources.load_rows(
-        data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle, families=data.families
-    )
-    parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
+    parsed = supervised.read_rows(data, split=split, limit=limit, seed=seed)
     found = [row for row in parsed if isinstance(row, Preference)]
     if len(found) < len(parsed):
         raise UserError(
             f"{data.source}: a reward model learns from pairs: rows with prompt, chosen and rejected, or chosen and rejected dialogues"
         )
-    for reason, count in dropped.items():
-        say(f"{data.source} {split}: {count} rows dropped: {reason}")
     return found
 
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Run the recipe to the end; returns the figures of the final evaluation. Errors as supervised.run."""
-    engine, run = supervised.begin(recipe, recipe.adapter, resume)
+    engine, run = supervised.begin(recipe, resume)
     data = recipe.data
     with supervised.setting_up(run, resume):
         folder = loading.base_folder(recipe.model)
@@ -111,7 +98,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         model = supervised.load_model(engine, recipe, folder, recipe.adapter)
         loading.check_vocabulary(tokenizer, model, folder)
         if not model.has_head:
-            model.add_head(head_start(width(model), recipe.seed))
+            model.add_head(head_start(width(model.config), recipe.seed))
         pad = loading.pad_id(model.config, tokenizer)
         length = min(data.max_length, model.context or data.max_length)
 
@@ -147,14 +134,6 @@ def judge(model: Model, held_out: Sequence[pairs.Pair], train: Sequence[Preferen
     rows = [side for pair in held_out for side in (pair.chosen, pair.rejected)]
     scores = score_rows(model, rows, pad)
     return preference.report(scores[::2], scores[1::2], [pair.row for pair in held_out], train, seed)
-
-
-def width(model: Model) -> int:
-    """The size of the hidden states."""
-    size = model.config.get("n_embd") or model.config.get("hidden_size")
-    if not isinstance(size, int):
-        raise UserError(f"{model.config['model_type']}: config.json names neither n_embd nor hidden_size, so no head can be put on")
-    return size
 
 
 def shower(model: Model, tokenizer: Any, shown: Sequence[pairs.Pair], pad: int, run: runs.Run) -> Callable[[int], None]:

@@ -38,14 +38,7 @@ class Recipe(recipes.Recipe):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        if self.adapter is None:
-            if self.dtype != "float32":
-                raise ValueError("full training needs dtype float32: smaller formats round most updates away; use an adapter, or float32")
-            return self
-        if self.adapter.dropout and self.train.gradient_checkpointing:
-            raise ValueError(
-                "adapter.dropout and train.gradient_checkpointing exclude each other: the recomputation would draw another mask"
-            )
+        recipes.check_training(self)
         return self
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_posttrain.data import batches as data_batches
 from mlx_posttrain.engines.base import Array, DeviceBatch, Model
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate.metrics import correlation
 from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.rl import advantages, rollouts, scoring
 from mlx_posttrain.rl.rollouts import Answer
@@ -107,7 +108,7 @@ def experience(
         "objective/non_score_reward": penalty.mean(), "objective/rlhf_reward": (final + penalty).mean(), "objective/scores_std": raw.std(),
         "val/explained_variance": advantages.explained_variance(values, returns, mask), "val/num_eos_tokens": sum(a.stopped for a in answers),
         "val/eos_share": np.mean([a.stopped for a in answers]), "val/length": lengths.mean(),
-        "val/reward_length_correlation": scoring.correlation(raw, lengths), "val/unscored": len(scores) - len(kept),
+        "val/reward_length_correlation": correlation(raw, lengths), "val/unscored": len(scores) - len(kept),
     }  # fmt: skip
     per_token = {"old": old, "old_value": said, "advantage": whitened, "return": returns - value_offset}
     return Experience(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain import supervised
-from mlx_posttrain.data import encode, formats, sources
+from mlx_posttrain.data import encode
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
@@ -21,8 +21,7 @@ Asked = tuple[tuple[Turn, ...], bool, Mapping[str, Any]]  # turns before the ans
 def read(data: DataSection, tokenizer: Any, context: int | None, max_tokens: int, seed: int) -> tuple[list[Question], list[Question]]:
     """Training and held-out prompts as token ids.
 
-    Rows of any format will do, and rows with nothing but a ``prompt`` (text, or messages); a row's own answer becomes the column
-    ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens`` in the context, is dropped
+    Rows of any format will do, those with nothing but a ``prompt`` too; a row's own answer becomes the column ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens`` in the context, is dropped
     and counted. Raises UserError when none is left.
     """
     found = supervised.split_rows(data, seed, _read)
@@ -39,36 +38,17 @@ def read(data: DataSection, tokenizer: Any, context: int | None, max_tokens: int
 
 
 def _read(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Asked]:
-    rows = sources.load_rows(
-        data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle, families=data.families
-    )
-    renamed = [formats.rename(row, data.columns) for row in rows]
-    if data.format == "auto" and all("prompt" in row and not row.keys() & {"completion", "response", "chosen", "label"} for row in renamed):
-        return [_bare(row, f"{data.source}, row {i}") for i, row in enumerate(renamed, 1)]
-    parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
-    for reason, count in dropped.items():
-        say(f"{data.source} {split}: {count} rows dropped: {reason}")
-    return [_asked(row, data.source) for row in parsed]
-
-
-def _bare(row: Mapping[str, Any], where: str) -> Asked:
-    extra = {k: v for k, v in row.items() if k != "prompt"}
-    if isinstance(row["prompt"], str) and row["prompt"].strip():
-        return (Turn("user", row["prompt"].strip()),), True, extra
-    if isinstance(row["prompt"], list):
-        # An answer to strike out again makes a chat row of it, with all that the chat format checks.
-        full = formats.parse({"messages": [*row["prompt"], {"role": "assistant", "content": "."}]}, "messages", where=where)
-        assert isinstance(full, Conversation)
-        return full.turns[:-1], True, extra
-    raise UserError(f"{where}: column 'prompt' must be text or a list of messages, and not empty")
+    return [_asked(row, data.source) for row in supervised.read_rows(data, split=split, limit=limit, seed=seed)]
 
 
 def _asked(row: Conversation | Preference | Labelled, source: str) -> Asked:
-    if isinstance(row, Conversation):
-        if len(row.turns) < 2:
-            raise UserError(f"{source}: text rows have no prompt to answer; give rows with a column 'prompt'")
-        return row.turns[:-1], row.templated, {**row.extra, "reference_answer": row.turns[-1].content}
-    return row.prompt, row.templated, row.extra
+    if not isinstance(row, Conversation):
+        return row.prompt, row.templated, row.extra
+    if row.turns[-1].role != "assistant":
+        return row.turns, row.templated, row.extra
+    if len(row.turns) < 2:
+        raise UserError(f"{source}: text rows have no prompt to answer; give rows with a column 'prompt'")
+    return row.turns[:-1], row.templated, {**row.extra, "reference_answer": row.turns[-1].content}
 
 
 def _encode(rows: list[Asked], tokenizer: Any, template: str) -> list[Question]:

@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mlx_posttrain import loading
-from mlx_posttrain.convert import hub
 from mlx_posttrain.data import pairs, tasks
 from mlx_posttrain.data.batches import by_length
 from mlx_posttrain.engines.base import Engine, Model
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate.metrics import correlation
 from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import Section
 from mlx_posttrain.rl import rewards
@@ -123,12 +123,7 @@ def _reward_model(name: str, engine: Engine, tokenizer: Any, template: str) -> t
     trained = source.template
     if trained is not None and trained != template:
         say(f"{name} was trained with the template {trained!r}, and the prompts here use {template!r}: its scores may mean little")
-    return model, loading.pad_id(hub.check_config(source.folder) if source.adapter is None else model.config, own)
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation; 0 where one of the two does not vary."""
-    return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+    return model, loading.pad_id(model.config, own)
 
 
 def evaluation(answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]], scorer: Scorer, judge: Scorer) -> dict[str, float]:

@@ -51,7 +51,7 @@ class CriticSection(recipes.Section):
     """What predicts the return."""
 
     kind: Literal["separate", "shared"] = Field("separate", description="a network of its own, or a zero head on the policy's trunk")
-    start: Literal["auto", "reward", "policy"] = Field(
+    init: Literal["auto", "reward", "policy"] = Field(
         "auto",
         description="a separate critic starts as a copy of the first reward model, or of the policy with a zero head; auto: the first if there is one",
     )
@@ -66,23 +66,15 @@ class PTXSection(recipes.Section):
     batch_size: int = Field(4, ge=1, description="rows beside each optimizer step")
 
 
-class PPOTrainSection(recipes.Section):
-    """The optimizer and its loop."""
+class PPOTrainSection(recipes.OptimizerSection):
+    """The optimizer and its loop, with PPO's own defaults."""
 
     steps: int = Field(150, ge=1, description="rollouts, each followed by ppo.epochs passes of updates")
     batch_size: int = Field(4, ge=1, description="answers in a micro-batch")
     accumulate: int = Field(4, ge=1, description="micro-batches per optimizer step")
-    token_budget: int | None = Field(None, ge=32, description="split micro-batches so that none holds more padded tokens than this")
     lr: float = Field(5e-6, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="shape after the warm-up")
     warmup: float = Field(0.0, ge=0, description="warm-up: a share of all steps below 1, or a number of steps")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of cosine and linear schedules")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay; applies to matrices only")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
     clip: float | None = Field(0.5, gt=0, description="largest global gradient norm; null: no clipping")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in a run")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: as often as evaluation")
     keep: int = Field(2, ge=1, description="checkpoints kept")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third slower")
