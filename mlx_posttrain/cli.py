@@ -53,12 +53,15 @@ def recipes() -> None:
 
 
 @app.command()
-def keys(method: Annotated[str, typer.Argument(help="sft, reward, ppo, pipeline or pretrain")] = "sft") -> None:
-    """List every key a recipe may have, with its default."""
+def keys(
+    method: Annotated[str, typer.Argument(help="a method (sft, reward, ppo, distill, pipeline, pretrain, report), or suite")] = "sft",
+) -> None:
+    """List every key a recipe may have, with its default; `keys suite`: what eval, compare, analyze and report take."""
     from mlx_posttrain import methods
     from mlx_posttrain import recipe as module
+    from mlx_posttrain.evaluate.suite import SuiteSection
 
-    for key, default, description in module.describe(methods.get(method).Recipe):
+    for key, default, description in module.describe(SuiteSection if method == "suite" else methods.get(method).Recipe):
         typer.echo(f"{key:32} {default:18} {description}")
 
 
@@ -177,6 +180,138 @@ def export(
     typer.echo(done["path"])
     if push:
         typer.echo(module.push(target, push))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a run, a model or adapter folder, `tiny`, or a hub id")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the suite, for example rows=my.jsonl limit=50 samples=4")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
+    engine: EngineOption = "auto",
+) -> None:
+    """Ask and read one model: right answers, losses, perplexity, repetition, each with its interval. `keys suite` lists the settings."""
+    _compare([model], settings, json, engine)
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="runs or models, the first is the baseline; then key=value of the suite")],
+    report: Annotated[Path | None, typer.Option(dir_okay=False, help="also write this HTML page, with charts beside it")] = None,
+    json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
+    engine: EngineOption = "auto",
+) -> None:
+    """Measure several models on the same questions and texts with the same decoding, and say which differences are beyond chance."""
+    _compare([m for m in models if not _setting(m)], [m for m in models if _setting(m)], json, engine, report)
+
+
+@app.command()
+def analyze(
+    runs: Annotated[list[str], typer.Argument(help="run directories; then key=value of the suite")],
+    base: Annotated[str | None, typer.Option(help="the model they are compared with; default: the one that the first started from")] = None,
+    output: Annotated[Path | None, typer.Option(dir_okay=False, help="also write this HTML page, with charts beside it")] = None,
+    json: Annotated[bool, typer.Option("--json", help="findings as JSON")] = False,
+    engine: EngineOption = "auto",
+) -> None:
+    """Say what runs show: forgetting, drift, foreign data, loops, templates, overfitting, loss against answers."""
+    import json as jsonlib
+
+    from mlx_posttrain.evaluate import analyze as module
+
+    names, suite = _suite(runs)
+    comparison, found = module.analyze(names, suite, engine, base=base)
+    if json:
+        typer.echo(jsonlib.dumps([f.to_dict() for f in found], indent=2, ensure_ascii=False))
+    else:
+        for f in found:
+            typer.echo(f"{f.question} {f.verdict}\n  {f.sentence}")
+    if output:
+        _page(output, names, comparison, found)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="run directories; then key=value of the suite")],
+    output: Annotated[Path, typer.Option(dir_okay=False, help="the page to write")] = Path("report.html"),
+    base: Annotated[str | None, typer.Option(help="the model they are compared with; default: the one that the first started from")] = None,
+    logs_only: Annotated[bool, typer.Option("--logs-only", help="curves, samples and recipes; load and measure no model")] = False,
+    engine: EngineOption = "auto",
+) -> None:
+    """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
+    from mlx_posttrain.evaluate import analyze as module
+    from mlx_posttrain.evaluate import findings as kinds
+    from mlx_posttrain.runs import Run
+
+    names, suite = _suite(runs)
+    if logs_only:
+        curve = kinds.overfitting({Path(n).name: Run(Path(n)).metrics() for n in names})
+        _page(output, names, None, [curve] if curve else [])
+    else:
+        _page(output, names, *module.analyze(names, suite, engine, base=base))
+
+
+def _setting(text: str) -> bool:
+    key, equals, _ = text.partition("=")
+    return bool(equals) and key.replace("_", "").isalnum() and not Path(text).exists()
+
+
+def _suite(arguments: list[str]) -> tuple[list[str], Any]:
+    """Names and suite settings, which stand in any order."""
+    from mlx_posttrain import recipe as module
+    from mlx_posttrain.evaluate.suite import SuiteSection
+
+    raw = module.override({}, [a for a in arguments if _setting(a)])
+    return [a for a in arguments if not _setting(a)], module.parse(raw, SuiteSection, "settings")
+
+
+def _compare(names: list[str], settings: list[str] | None, json: bool, engine: str, page: Path | None = None) -> None:
+    import json as jsonlib
+
+    from mlx_posttrain.errors import UserError
+    from mlx_posttrain.evaluate import suite as module
+
+    if not names:
+        raise UserError("name at least one run or model")
+    _, suite = _suite(settings or [])
+    found = module.compare(names, suite, engine)
+    typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else module.table(found))
+    if page:
+        _page(page, names, found, [])
+
+
+def _page(path: Path, names: list[str], comparison: Any, findings: list[Any]) -> None:
+    from mlx_posttrain.evaluate import report as module
+
+    typer.echo(module.write(path, names, [Path(n).name for n in names], comparison, findings), err=True)
+
+
+@app.command()
+def synthesize(
+    output: Annotated[Path, typer.Argument(dir_okay=False, help="JSONL file to write; an interrupted one is continued")],
+    teacher: Annotated[str, typer.Option(help="a run, a model or adapter folder, `tiny`, or a hub id")],
+    prompts: Annotated[str, typer.Option(help="questions: a file, embedded data, or a hub id, with answers where a rule checks")],
+    samples: Annotated[int, typer.Option(min=1, help="candidates drawn for each question")] = 8,
+    keep: Annotated[int, typer.Option(min=1, help="candidates kept of each question at most")] = 1,
+    reward: Annotated[str | None, typer.Option(help="a reward model that chooses the best, instead of the row's rule")] = None,
+    thoughts: Annotated[bool, typer.Option("--thoughts", help="keep only answers of the form <think> ... </think> answer")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 512,
+    near: Annotated[float, typer.Option(min=0, max=1, help="drop kept answers of one question that share this much; 0: keep all")] = 0.7,
+    template: Annotated[str | None, typer.Option(help="prompt format; default: the teacher's own")] = None,
+    system: Annotated[str | None, typer.Option(help="system prompt; default: the teacher's own")] = None,
+    format: Annotated[str, typer.Option(help="shape of a question's row, as data.format")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="ask this many questions")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="fixes what is sampled")] = 0,
+    engine: EngineOption = "auto",
+) -> None:
+    """Let a teacher answer questions many times, keep what is right (or what a reward model likes best), and write data for 08_distill."""
+    from mlx_posttrain import synthesize as module
+
+    settings = module.Settings(samples, temperature, top_p, max_tokens, template, system, reward, keep, near or None, thoughts, seed)
+    told = module.synthesize(teacher, prompts, output, settings, engine=engine, limit=limit, format=format)
+    typer.echo(f"{output}: " + ", ".join(f"{count} {what}" for what, count in told.items()))
 
 
 @app.command()

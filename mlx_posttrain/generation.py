@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.types import Turn
-from mlx_posttrain.engines.base import Completion, Model
+from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.loading import Source, open_model
 from mlx_posttrain.progress import say
-
-TOKEN_BUDGET = 16384  # cached tokens of one decode batch, rows times prompt plus answer: of GPT-2 124M they take 1.2 GB
 
 
 def template_for(source: Source, tokenizer: Any, template: str | None) -> tuple[str, bool]:
@@ -42,38 +40,14 @@ def answer(
     model, tokenizer, source = open_model(name, engine)
     chosen, templated = template_for(source, tokenizer, template)
     room = model.context - 1 if model.context else None
-    ids = encode.encode_prompts([(Turn("user", p),) for p in prompts], tokenizer, chosen, room, templated=templated)
-    completions = decode(
+    before = (Turn("system", source.system),) if source.system and templated else ()
+    ids = encode.encode_prompts([(*before, Turn("user", p)) for p in prompts], tokenizer, chosen, room, templated=templated)
+    completions = decoding.in_batches(
         model, ids, max_tokens=max_tokens, stop=encode.eos_id(tokenizer), temperature=temperature, top_p=top_p, samples=samples, seed=seed
     )
     for i, c in enumerate(completions):
         text = tokenizer.decode(c.tokens).strip()
         yield {"prompt": prompts[i // samples], "answer": text, "tokens": len(c.tokens), "stopped": c.stopped}
-
-
-def decode(
-    model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, samples: int = 1, token_budget: int = TOKEN_BUDGET, **settings: Any
-) -> Iterator[Completion]:
-    """``model.generate`` for any number of prompts: decode batches of at most ``token_budget`` cached tokens, or of one row.
-
-    The texts are those of a single batch: a row's random numbers come from the seed and its place in the whole.
-    """
-    answer_tokens = min(max_tokens, model.context or max_tokens)
-    begin = 0
-    while begin < len(prompts):
-        end, longest = begin, 0
-        while end < len(prompts):
-            longest = max(longest, len(prompts[end]))
-            if end > begin and (end + 1 - begin) * samples * (longest + answer_tokens) > token_budget:
-                break
-            end += 1
-        # One prompt's samples may be too many for a batch themselves.
-        part = samples if end > begin + 1 else max(1, min(samples, token_budget // (len(prompts[begin]) + answer_tokens)))
-        for first in range(0, samples, part):
-            yield from model.generate(
-                prompts[begin:end], max_tokens=max_tokens, samples=min(part, samples - first), first_row=begin * samples + first, **settings
-            )
-        begin = end
 
 
 def chat(name: str, *, engine: str, template: str | None, max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
@@ -85,6 +59,7 @@ def chat(name: str, *, engine: str, template: str | None, max_tokens: int, tempe
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text must not end a chat
     model, tokenizer, source = open_model(name, engine)
     chosen, templated = template_for(source, tokenizer, template)
+    before = (Turn("system", source.system),) if source.system and templated else ()
     turns: list[Turn] = []
     asked = 0
     while True:
@@ -98,7 +73,7 @@ def chat(name: str, *, engine: str, template: str | None, max_tokens: int, tempe
             turns = []
             continue
         try:
-            turns, ids = _fitting([*turns, Turn("user", line)], tokenizer, chosen, templated, model.context, max_tokens)
+            turns, ids = _fitting(before, [*turns, Turn("user", line)], tokenizer, chosen, templated, model.context, max_tokens)
         except UserError as error:
             say(f"mlx-posttrain: {error}")
             continue
@@ -118,13 +93,13 @@ def chat(name: str, *, engine: str, template: str | None, max_tokens: int, tempe
 
 
 def _fitting(
-    turns: list[Turn], tokenizer: Any, template: str, templated: bool, context: int | None, max_tokens: int
+    before: tuple[Turn, ...], turns: list[Turn], tokenizer: Any, template: str, templated: bool, context: int | None, max_tokens: int
 ) -> tuple[list[Turn], list[int]]:
-    """What is remembered of a conversation, and its token ids. Raises UserError when the last question does not fit by itself."""
+    """What is remembered of a conversation after ``before``, which is never forgotten, and its token ids. Raises UserError when the last question does not fit by itself."""
     # A long conversation forgets its oldest exchange first.
     while True:
         limit = context - 1 if context and len(turns) == 1 else None
-        ids = encode.encode_prompts([tuple(turns)], tokenizer, template, limit, templated=templated)[0]
+        ids = encode.encode_prompts([(*before, *turns)], tokenizer, template, limit, templated=templated)[0]
         if context is None or len(turns) == 1 or len(ids) + min(max_tokens, context // 2) <= context:
             return turns, ids
         turns = turns[2:]

@@ -35,6 +35,11 @@ class Source:
         return template if isinstance(template, str) else template[0]
 
     @property
+    def system(self) -> str | None:
+        """The system prompt that a run was trained with."""
+        return self.recipe["data"].get("system") if self.recipe is not None and "data" in self.recipe else None
+
+    @property
     def quantize(self) -> int | None:
         """Bits of a QLoRA run's base."""
         return ((self.recipe or {}).get("adapter") or {}).get("quantize")

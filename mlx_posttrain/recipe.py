@@ -11,7 +11,7 @@ import copy
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,6 +23,9 @@ class Section(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class CleanSection(Section):
@@ -50,15 +53,20 @@ class DataSection(Section):
     shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
     format: str = Field(
         "auto",
-        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, question_answer, prompt, chosen, either",
+        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, reasoning, gsm8k, "
+        "question_answer, prompt, chosen, either",
     )
-    families: list[str] | None = Field(None, description="kinds of embedded/tasks or embedded/preferences to take; null: all 30")
+    families: list[str] | None = Field(None, description="kinds of embedded rows to take; null: all")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
     template: str | list[str] = Field("instruction", description="a template's name, or a list from which each row draws one by seed")
     train_on: Literal["completion", "assistant", "all"] = Field(
         "completion", description="which tokens are trained: the last answer, every answer, or all text"
     )
-    max_length: int = Field(512, ge=8, description="longest row in tokens; longer answers are cut and counted")
+    max_length: int = Field(512, ge=8, description="longest row in tokens")
+    too_long: Literal["cut", "drop"] = Field(
+        "cut", description="a row longer than max_length: cut its answer's end, or drop the row; both are counted"
+    )
+    system: str | None = Field(None, description="system prompt put before every conversation that has none")
     pack: bool = Field(False, description="join text rows into blocks of max_length tokens (pre-training)")
     clean: CleanSection | None = Field(None, description="data-quality filters; null: none")
     eval_split: str | None = Field(None, description="split to evaluate on; null: `valid` of the embedded data, else `holdout`")
@@ -152,6 +160,9 @@ class Recipe(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the weights")
     output: str | None = Field(None, description="run directory; null: runs/<recipe's name>")
     seed: int = Field(0, ge=0, description="fixes data order, new parameters, dropout and samples")
+    log: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="where figures go besides metrics.jsonl: tensorboard (files in the run directory), wandb"
+    )
     data: DataSection
     train: TrainSection = Field(default_factory=lambda: TrainSection())
     sample: SampleSection = Field(default_factory=lambda: SampleSection())
@@ -232,7 +243,7 @@ def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 
 #: Keys whose value may name a file or a folder.
-_PATHS = ("model", "source", "path", "start", "function")
+_PATHS = ("model", "source", "path", "start", "function", "base", "reward", "rows", "texts", "last_words", "runs")
 
 
 def paths_in_full(value: Any, key: str = "") -> Any:
@@ -245,7 +256,7 @@ def paths_in_full(value: Any, key: str = "") -> Any:
             setattr(value, name, paths_in_full(getattr(value, name), name))
         return value
     if isinstance(value, dict):
-        return {k: paths_in_full(v, str(k)) for k, v in value.items()}
+        return {k: paths_in_full(v, key if key == "runs" else str(k)) for k, v in value.items()}
     if isinstance(value, list):
         return [paths_in_full(v, key) for v in value]
     if key not in _PATHS or not isinstance(value, str) or value == "tiny":
@@ -266,7 +277,7 @@ def check_training(recipe: Any) -> None:
 
 def check_one_way_of_asking(data: DataSection, sample: SampleSection, what: str) -> None:
     """Raise ValueError when a recipe about answers to prompts sets keys that mean nothing there: an option is never ignored silently."""
-    for key in ("pack", "clean", "train_on"):
+    for key in ("pack", "clean", "train_on", "too_long", "system"):
         if getattr(data, key) != DataSection.model_fields[key].default:
             raise ValueError(f"data.{key} means nothing for {what}; leave it out")
     for key in ("prompts", "max_tokens", "temperature"):
@@ -276,8 +287,8 @@ def check_one_way_of_asking(data: DataSection, sample: SampleSection, what: str)
         raise ValueError("data.template takes one name here: all answers to a prompt must be asked for alike")
 
 
-def parse(raw: dict[str, Any], cls: type[Recipe], where: str, folder: Path | None = None) -> Recipe:
-    """Check ``raw``, read from a file in ``folder``, against a method's recipe class. Raises UserError, one line, naming the key."""
+def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = None) -> S:
+    """Check ``raw``, read from a file in ``folder``, against a method's recipe class or another section. Raises UserError, one line, naming the key."""
     try:
         return cls.model_validate(_floats(raw), context={"folder": folder})
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 recipe.yaml      the resolved recipe with versions and machine
 metrics.jsonl    one line per step or evaluation
+tensorboard/     its figures as event files, and in wandb/ W&B's, where the recipe's ``log`` asks for them
 samples.jsonl    texts written during training
 checkpoints/     step-N/ (trained weights, optimizer, random state, position); best-N/ (weights with the best evaluation);
                  damaged-step-N/ (one that a resume found broken and went past)
@@ -18,9 +19,10 @@ import platform
 import shlex
 import shutil
 import sys
+import weakref
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +36,7 @@ from mlx_posttrain.convert.hub import check_tensors
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import Recipe
+from mlx_posttrain.trackers import Tracker, close_all
 
 
 class Checkpoint(NamedTuple):
@@ -51,12 +54,29 @@ class Run:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.final = folder / "final"
+        self.trackers: Sequence[Tracker] = ()
 
     # what happened
+
+    def track(self, trackers: Sequence[Tracker]) -> None:
+        """Give every record to ``trackers`` too, until :meth:`close`, or until the run is let go of because it failed."""
+        self.trackers = trackers
+        # Every method has a loop of its own and may end anywhere in it; none has to think of this. At the end of the process the
+        # trackers' packages see to themselves.
+        weakref.finalize(self, close_all, trackers, finished=False).atexit = False
+
+    def close(self) -> None:
+        """Close the trackers of a run that came to its end."""
+        close_all(self.trackers, finished=True)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl. Floats are written in full so that runs can be compared exactly."""
         self._append("metrics.jsonl", record)
+        try:
+            for tracker in self.trackers:
+                tracker.log(record)
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from None
 
     def sample(self, record: Mapping[str, Any]) -> None:
         """Append one record to samples.jsonl."""
@@ -180,6 +200,8 @@ class Run:
             if path.is_file():
                 kept = [r for r in read_jsonl(path) if r.get("step", 0) <= step]
                 write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+        for tracker in self.trackers:
+            tracker.rewind(step)
 
     @property
     def finished(self) -> bool:

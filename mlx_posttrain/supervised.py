@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from mlx_posttrain import engines, export, loading, runs
+from mlx_posttrain import engines, export, loading, runs, trackers
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Example, Turn
@@ -48,6 +49,9 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
         raise UserError(
             f"{data.source}: these rows have a prompt and no answer to imitate; accepted: {formats.accepted()}; rename with data.columns"
         )
+    if data.system is not None:
+        system = Turn("system", data.system)
+        conversations = [replace(c, turns=(system, *c.turns)) if c.templated and c.turns[0].role != "system" else c for c in conversations]
     if data.clean is not None:
         from mlx_posttrain.data import quality
 
@@ -59,7 +63,7 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
 def split_rows(data: DataSection, seed: int, read: Callable[..., list[Record]]) -> tuple[list[Record], list[Record]]:
     """Training and held-out rows: from a split of the source, or rows set aside by seed. ``read`` as :func:`read_conversations`."""
     train = read(data, split=data.split, limit=data.limit, seed=seed)
-    eval_split = data.eval_split or ("valid" if data.source in ("embedded/tasks", "embedded/preferences", "embedded/reasoning") else None)
+    eval_split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
     if eval_split:
         return train, read(data, split=eval_split, limit=data.eval_limit, seed=seed)
     if data.holdout >= len(train):
@@ -80,7 +84,10 @@ def encode_rows(
     if data.pack:
         return encode.pack([c.turns[-1].content for c in conversations], tokenizer, length)
     names = [data.template] if isinstance(data.template, str) else data.template
-    examples, report = encode.encode_all(conversations, tokenizer, templates=names, max_length=length, train_on=data.train_on, seed=seed)
+    truncate: encode.Truncate = "response" if data.too_long == "cut" else "drop"
+    examples, report = encode.encode_all(
+        conversations, tokenizer, templates=names, max_length=length, train_on=data.train_on, seed=seed, truncate=truncate
+    )
     say(f"{what}: {report}")
     return examples
 
@@ -142,6 +149,7 @@ def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Convers
 
 def begin(recipe: Recipe, resume: bool) -> tuple[Engine, runs.Run]:
     """The recipe's engine and its run directory, new or reopened; what the recipe names by path is then named in full."""
+    trackers.check(recipe.log)
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
     # Resolved, so that the run can be opened from any folder and is never resumed on another engine.
@@ -151,8 +159,10 @@ def begin(recipe: Recipe, resume: bool) -> tuple[Engine, runs.Run]:
         run, _ = runs.reopen(recipe.output)
         if run.finished:
             raise UserError(f"{run.folder} is finished: there is nothing to resume")
-        return engine, run
-    return engine, runs.start(recipe.output, recipe)
+    else:
+        run = runs.start(recipe.output, recipe)
+    run.track(trackers.make(recipe.log, run.folder, recipe))
+    return engine, run
 
 
 @contextlib.contextmanager
@@ -179,6 +189,7 @@ def finish(run: runs.Run, result: dict[str, Any], write: Callable[[Path], None])
     runs.write_text(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
     runs.write_text(run.folder / "card.md", export.run_card(run.folder))
     runs.replace_folder(run.final, write)
+    run.close()
 
 
 def run(
@@ -190,10 +201,12 @@ def run(
     resume: bool = False,
     start: Callable[[Path], Path] | None = None,
     prepare: Callable[[list[Conversation]], list[Conversation]] | None = None,
-) -> dict[str, float]:
+    judge: Callable[[runs.Run, Model, Any, list[Conversation]], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Load, train, save.
 
-    ``start(run_folder)`` makes the model to start from, by default ``recipe.model``; ``prepare`` changes the training rows.
+    ``start(run_folder)`` makes the model to start from, by default ``recipe.model``; ``prepare`` changes the training rows;
+    ``judge(run, model, tokenizer, held_out)`` looks at the trained model and returns further figures.
 
     Returns the final evaluation. Raises UserError for every foreseeable failure, see fit.
     """
@@ -222,7 +235,11 @@ def run(
     if reference:
         model.keep_reference()
     data = Data(examples, held_out_examples, recipe.train, recipe.seed, model.context)
-    result = fit(engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run))
+    result: dict[str, Any] = fit(
+        engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run)
+    )
+    if judge is not None:
+        result |= judge(run, model, tokenizer, held_out)
     finish(run, result, model.save)
     say(f"{run.final} is written" + (f": held-out loss {result['loss']:.4f}" if "loss" in result else ""))
     return result

@@ -232,7 +232,7 @@ def test_one_budget_or_another_samples_the_same(random_gpt2):
             a.tokens
             for a in rollouts.sample(model, tokenizer, asked, samples=2, max_tokens=6, temperature=1.0, stop=0, seed=4, token_budget=budget)
         ]
-        for budget in (32, 64, 10_000)
+        for budget in (32, 1024, 10_000)
     ]
     assert texts[0] == texts[1] == texts[2]
     assert len({*texts[0]}) > 5

@@ -73,8 +73,18 @@ SMALL = {  # what makes a recipe of a method run within seconds, offline
         "model=tiny", "reward=[{function: checker}]", "data.source=embedded/tasks", "data.eval_split=valid", "data.limit=60", "data.eval_limit=4",
         "train.steps=1", "train.batch_size=4", "train.accumulate=1", "rollout.prompts=4", "rollout.max_tokens=8", "critic.kind=shared",
     ],
+    "distill": [
+        "model=tiny", "data.source=embedded/reasoning", "data.config=null", "data.limit=40", "data.max_length=128", "data.eval_limit=4",
+        "data.system=null", "train.steps=1", "train.batch_size=4", "train.accumulate=1", "think.questions=2", "think.max_tokens=8",
+        "sample.max_tokens=4",
+    ],
 }  # fmt: skip
-SHOWN = {"sft": {"prompt", "answer", "wanted"}, "reward": {"chosen", "rejected", "chosen_score"}, "ppo": {"prompt", "answer", "score"}}
+SHOWN = {
+    "sft": {"prompt", "answer", "wanted"},
+    "reward": {"chosen", "rejected", "chosen_score"},
+    "ppo": {"prompt", "answer", "score"},
+    "distill": {"prompt", "answer", "wanted"},
+}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +117,26 @@ def test_rlhf_in_one_command(tmp_path):
 
     for folder in ("run/ppo", "run"):  # a pipeline answers as its last language model
         assert next(iter(answer(str(tmp_path / folder), ["Hello"], max_tokens=3)))["tokens"] <= 3
+
+
+@pytest.mark.slow
+def test_the_journey_in_one_command(tmp_path):
+    """All eight stages and the report, on the tiny model: the shipped recipe, its stages cut short."""
+    methods_of = {"sft": "sft", "templates": "sft", "lora": "sft", "kl": "sft", "reward": "reward", "ppo": "ppo", "distill": "distill"}
+    settings = [f"{stage}.{s}" for stage, method in methods_of.items() for s in SMALL[method] if not s.startswith("reward=")]
+    settings = [s for s in settings if s not in ("reward.model=tiny", "ppo.model=tiny")]
+    suite = ["limit=4", "max_tokens=6", "text_limit=3", "continuation=12", "samples=2"]
+    chosen = recipe.load("journey", [
+        f"output={tmp_path / 'run'}", *settings, "ppo.reward=[{model: '{reward}'}]", "reward.data.template=instruction",
+        "kl.data.clean=null", *(f"report.suite.{s}" for s in suite),
+    ])  # fmt: skip
+    results = methods.get("pipeline").run(chosen)
+    assert list(results) == [*methods_of, "report"]
+    page = (tmp_path / "run" / "report" / "final" / "report.html").read_text()
+    assert all(f">{name}<" in page or f" {name}" in page for name in methods_of)
+    numbers = json.loads((tmp_path / "run" / "report" / "final" / "comparison.json").read_text())
+    assert [m["name"] for m in numbers["models"]] == ["base", "sft", "templates", "lora", "kl", "ppo", "distill"]
+    assert "wins" in numbers["models"][1]["figures"] or "score" in numbers["models"][1]["figures"]
 
 
 def test_the_trade_off_compares_like_with_like():
@@ -153,7 +183,12 @@ def test_the_commands_in_recipes_and_readme_parse(root):
         p.read_text() for p in (root / "README.md", root / "recipes" / "README.md") if p.is_file()
     ]
     commands = [
-        m for text in texts for m in re.findall(r"mlx-posttrain (?:run|export|generate|chat|convert|doctor|demo|recipes|keys)[^\n`]*", text)
+        m
+        for text in texts
+        for m in re.findall(
+            r"mlx-posttrain (?:run|export|generate|chat|convert|doctor|demo|recipes|keys|eval|compare|analyze|report|synthesize)[^\n`]*",
+            text,
+        )
     ]
     assert len(commands) > 8
     from typer.main import get_command

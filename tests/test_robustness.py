@@ -77,6 +77,7 @@ DAMAGE = {
     "truncated optimizer": lambda c: half(c / "optimizer.safetensors"),
     "junk for weights": lambda c: junk(c / "weights" / "model.safetensors"),
     "no weights": lambda c: (c / "weights" / "model.safetensors").unlink(),
+    "empty tokenizer": lambda c: (c / "weights" / "tokenizer.json").write_bytes(b""),
     "no config": lambda c: (c / "weights" / "config.json").unlink(),
     "empty random state": lambda c: (c / "random.npz").write_bytes(b""),
     "junk for the random state": lambda c: junk(c / "random.npz"),

@@ -3,10 +3,13 @@
     alpaca             instruction, output | response, optionally input    Conversation   Alpaca (Taori et al. 2023)
     messages           messages | conversations (role/content, or ShareGPT's from/value)  Conversation
     prompt_completion  prompt, completion | response                       Conversation, the text as it stands
+    reasoning          question | problem | prompt, thinking | deepseek_reasoning | reasoning, answer | deepseek_solution | solution
+                                                                           Conversation: the answer is <think> trace </think> answer
     question_answer    question, answer                                    Conversation
     text               text                                                Conversation, the text as it stands
     preference         prompt | question | instruction, chosen, rejected   Preference
     hh                 chosen, rejected: whole dialogues                   Preference     HH-RLHF (Bai et al. 2022)
+    gsm8k              question, answer: steps, #### and the answer            Conversation, as reasoning (named in the recipe; Cobbe et al. 2021)
     prompt             prompt: a question to be answered (PPO)            Conversation without an answer
     chosen             chosen, optionally prompt: only the preferred answer    Conversation   (named in the recipe, to imitate one side of pairs)
     either             as preference: one of the two answers, by a fair coin    Conversation   (named in the recipe: a policy as good and bad as its data)
@@ -32,23 +35,30 @@ Record = Conversation | Preference | Labelled
 Row = Mapping[str, Any]
 
 # Checked in this order: chosen/rejected decide before all else, and `instruction` before the prompt or text columns that many
-# Alpaca files carry beside it. Each entry lists the columns that must be there, alternatives within a tuple.
+# Alpaca files carry beside it, and a trace before the question and answer that it stands between. Each entry lists the columns that must be there, alternatives within a tuple.
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "preference": (("prompt", "question", "instruction"), ("chosen",), ("rejected",)),
     "hh": (("chosen",), ("rejected",)),
     "alpaca": (("instruction",), ("output", "response")),
     "messages": (("messages", "conversations"),),
     "labelled": (("prompt",), ("completion", "response"), ("label",)),
+    "reasoning": (
+        ("question", "problem", "prompt"),
+        ("thinking", "deepseek_reasoning", "reasoning"),
+        ("answer", "deepseek_solution", "solution"),
+    ),
     "prompt_completion": (("prompt",), ("completion", "response")),
     "question_answer": (("question",), ("answer",)),
     "text": (("text",),),
     "prompt": (("prompt",),),
+    "gsm8k": (("question",), ("answer",)),
     "chosen": (("chosen",),),
     "either": (("prompt", "question", "instruction"), ("chosen",), ("rejected",)),
 }
 _ROLE_NAMES = {"system": ("system",), "user": ("user", "human", "prompter"), "assistant": ("assistant", "gpt", "bot", "chatgpt", "model")}
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 NO_INPUT = {"<noinput>", "<no input>", "noinput", "no input", "n/a"}
+THINK, END_THINK = "<think>", "</think>"  # DeepSeek-R1's marks around a trace (DeepSeek-AI 2025)
 _HH_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -65,7 +75,7 @@ def detect(columns: Iterable[str]) -> str:
     """Return the format whose columns are all there; UserError says what was found, what is accepted and how to map."""
     have = list(columns)
     for name, need in FORMATS.items():
-        if name not in ("chosen", "either") and all(any(c in have for c in alternatives) for alternatives in need):
+        if name not in ("chosen", "either", "gsm8k") and all(any(c in have for c in alternatives) for alternatives in need):
             return name
     raise UserError(
         f"columns {', '.join(have) or '(none)'} match no format; accepted: {accepted()}; "
@@ -243,6 +253,30 @@ def _question_answer(row: Row, where: str) -> Conversation:
     return Conversation((Turn("user", question), Turn("assistant", answer)), extra=_extra(row, "question"))
 
 
+def _reasoning(row: Row, where: str) -> Conversation:
+    """A trace and the answer it leads to, as DeepSeek-R1 writes them; the answer also stays in ``extra``, under its own name."""
+    question, trace, answer = (_first(row, names) for names in FORMATS["reasoning"])
+    asked = _need(_content(_text(row, question, where)), "empty prompt")
+    thought = _need(_content(_text(row, trace, where)), "empty trace")
+    said = _need(_content(_text(row, answer, where)), "empty answer")
+    return _thought(asked, thought, said, _extra(row, question, trace))
+
+
+def _gsm8k(row: Row, where: str) -> Conversation:
+    """Steps and answer stand in one column, parted by ``####``; the calculator's marks ``<<48/2=24>>`` in the steps are left out."""
+    steps, mark, answer = _text(row, "answer", where).rpartition("####")
+    if not mark:
+        raise Dropped("no #### before the answer")
+    steps = _need(_content(re.sub(r"<<[^<>]*>>", "", steps)), "empty trace")
+    asked = _need(_content(_text(row, "question", where)), "empty prompt")
+    return _thought(asked, steps, _need(_content(answer), "empty answer"), _extra(row, "question"))
+
+
+def _thought(asked: str, trace: str, answer: str, extra: dict[str, Any]) -> Conversation:
+    whole = f"{THINK}\n{trace}\n{END_THINK}\n{answer}"
+    return Conversation((Turn("user", asked), Turn("assistant", whole)), extra=extra | {"answer": answer})
+
+
 def _preference(row: Row, where: str) -> Preference:
     """``chosen`` and ``rejected`` are text, or messages whose last is the answer and whose earlier ones, if any, are the prompt."""
     name = _first(row, FORMATS["preference"][0])
@@ -375,6 +409,8 @@ _PARSERS: dict[str, Callable[[Row, str], Record]] = {
     "preference": _preference,
     "hh": _hh,
     "labelled": _labelled,
+    "reasoning": _reasoning,
+    "gsm8k": _gsm8k,
     "question_answer": _question_answer,
     "prompt": _prompt_alone,
     "chosen": _chosen,

@@ -90,6 +90,23 @@ def encode_pairs(rows: Sequence[Preference], tokenizer: object, *, template: str
     return pairs, report
 
 
+def encode_answers(
+    prompts: Sequence[Sequence[Turn]], answers: Sequence[str], tokenizer: object, template: str, context: int | None
+) -> list[tuple[int, ...] | None]:
+    """For each prompt and answer the token ids that a reward model reads, as in ``encode_pairs``; None for an answer without text, or one
+    that does not fit the context with its prompt: nobody judged half an answer.
+    """
+    found: list[tuple[int, ...] | None] = [None] * len(answers)
+    said = [i for i, answer in enumerate(answers) if answer.strip()]
+    if said:
+        whole = [Conversation((*prompts[i], Turn("assistant", answers[i]))) for i in said]
+        examples, _ = encode_all(whole, tokenizer, templates=[template], max_length=2**31, train_on="all")
+        for i, example in zip(said, examples, strict=True):
+            if context is None or len(example.tokens) <= context:
+                found[i] = example.tokens
+    return found
+
+
 def _fitted(rows: Sequence[Preference], tokenizer: object, template: str, max_length: int) -> list[tuple[Sides, int] | None]:
     """For each row its sides and how many of its oldest exchanges are left out, the fewest with which both fit; None where none do.
 

@@ -24,7 +24,8 @@ from mlx_posttrain.errors import UserError
 
 Row = dict[str, Any]
 
-EMBEDDED = ("embedded/tasks", "embedded/preferences", "embedded/reasoning", "embedded/qa")
+GENERATED = ("embedded/tasks", "embedded/preferences", "embedded/reasoning")  # by families, with splits held out
+EMBEDDED = (*GENERATED, "embedded/qa")
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 SPLIT_NAMES = {
     "train": "train",
@@ -52,13 +53,13 @@ def load_rows(
     """Return the rows of one split as plain dicts, the first ``limit`` of them or ``limit`` drawn by ``seed`` with ``shuffle``.
 
     ``source`` is one of ``EMBEDDED``, a local file or folder, or a Hugging Face dataset id (``config`` names its configuration).
-    ``families`` names the kinds of ``embedded/tasks`` or ``embedded/preferences`` to take.
+    ``families`` names the kinds to take of data in ``GENERATED``.
     Raises UserError, in one line, for whatever is wrong with the source: file, line and remedy named.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data limit {limit}: must be at least 1 (leave it out to take every row)")
-    if families and source not in ("embedded/tasks", "embedded/preferences"):
-        raise UserError(f"data.families belongs to embedded/tasks and embedded/preferences, not to {source}; leave it out")
+    if families and source not in GENERATED:
+        raise UserError(f"data.families belongs to {', '.join(GENERATED)}, not to {source}; leave it out")
     if source.startswith("embedded/"):
         return _pick(_embedded(source, split, limit, seed, families), limit, seed, shuffle)
     if Path(source).expanduser().exists() or _looks_local(source):
@@ -101,7 +102,7 @@ def _embedded(source: str, split: str, limit: int | None, seed: int, families: S
         return tasks.load(split=split, limit=limit, seed=seed, families=families)
     if source == "embedded/preferences":
         return tasks.preferences(split=split, limit=limit, seed=seed, families=families)
-    return tasks.reasoning(split=split, limit=limit, seed=seed)
+    return tasks.reasoning(split=split, limit=limit, seed=seed, families=families)
 
 
 # Local files

@@ -100,17 +100,24 @@ class Model(Protocol):
     def logits(self, batch: DeviceBatch) -> Array:
         """[N, V] float32 logits at the trained positions."""
 
-    def logprobs(self, batch: DeviceBatch) -> Array:
-        """[N] float32 log-probabilities of the targets."""
-
     def reference_logits(self, batch: DeviceBatch) -> Array:
         """[N, V] logits of the frozen reference, without gradient: adapters off, or the copy made by ``keep_reference``."""
 
+    # the same read off logits that exist for a part of the positions at a time: see fused.py. Logits are divided by ``temperature``.
+    def logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> Array:
+        """[N] float32 log-probabilities of the targets: :func:`mlx_posttrain.losses.sft.token_logprobs` of ``logits``."""
+
+    def reference_logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> Array:
+        """[N] float32 log-probabilities of the targets under the reference, without gradient."""
+
+    def logprobs_and_kl(self, batch: DeviceBatch, direction: str) -> tuple[Array, Array]:
+        """[N] ``logprobs``, and [N] :func:`mlx_posttrain.losses.sft.full_kl` of ``logits`` and ``reference_logits``."""
+
+    def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[Array, Array, Array | None]:
+        """One forward pass of a policy: [N] ``logprobs``, [N] entropies in nats, and [N] ``scores`` where it has a head, else None."""
+
     def scores(self, batch: DeviceBatch) -> Array:
         """[N] float32 outputs of the scalar head at ``batch.index``: a reward model's scores, a critic's values."""
-
-    def logits_and_scores(self, batch: DeviceBatch) -> tuple[Array, Array]:
-        """Both from one forward pass: a policy and its critic on a shared trunk."""
 
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
         """[B, T, V] float32 logits of unpadded rows [B, T], in evaluation mode: for parity checks and small probes."""
@@ -146,6 +153,9 @@ class Model(Protocol):
 
     def apply(self, function: Callable[[Model, DeviceBatch], dict[str, Array]], batches: Sequence[Batch]) -> list[dict[str, np.ndarray]]:
         """``function``'s arrays for each batch, in evaluation mode and without gradients: scores, values, log-probabilities."""
+
+    def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+        """Gradient of ``loss`` over all batches together with respect to the trained parameters, in evaluation mode, float32 by name."""
 
     def generate(
         self,

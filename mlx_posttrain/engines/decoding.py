@@ -8,16 +8,20 @@ on compaction, or on the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_posttrain.engines.base import Completion
+from mlx_posttrain.data.batches import round_up
+from mlx_posttrain.engines.base import Completion, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.ops import ops
 
 Array = Any
+
+CACHE_BLOCK = 256  # mlx-lm's caches grow by so many positions at once: a row of 20 tokens takes the memory of 256
+TOKEN_BUDGET = 32 * CACHE_BLOCK  # cached positions of one decode batch: of GPT-2 124M they take 0.6 GB
 
 
 class Decoder(Protocol):
@@ -118,3 +122,32 @@ def decode(
             alive, picked = alive[going], picked[going]
         logits = decoder.advance(picked)
     return [Completion(t, p, s) for t, p, s in zip(tokens, logprobs, stopped, strict=True)]
+
+
+def in_batches(
+    model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, samples: int = 1, token_budget: int = TOKEN_BUDGET, **settings: Any
+) -> Iterator[Completion]:
+    """``model.generate`` for any number of prompts: decode batches of at most ``token_budget`` cached positions, or of one row.
+
+    The texts are those of a single batch: a row's random numbers come from the seed and its place in the whole.
+    """
+    answer_tokens = min(max_tokens, model.context or max_tokens)
+
+    def positions(prompt_tokens: int) -> int:
+        return round_up(prompt_tokens + answer_tokens, CACHE_BLOCK)
+
+    begin = 0
+    while begin < len(prompts):
+        end, longest = begin, 0
+        while end < len(prompts):
+            longest = max(longest, len(prompts[end]))
+            if end > begin and (end + 1 - begin) * samples * positions(longest) > token_budget:
+                break
+            end += 1
+        # One prompt's samples may be too many for a batch themselves.
+        part = samples if end > begin + 1 else max(1, min(samples, token_budget // positions(len(prompts[begin]))))
+        for first in range(0, samples, part):
+            yield from model.generate(
+                prompts[begin:end], max_tokens=max_tokens, samples=min(part, samples - first), first_row=begin * samples + first, **settings
+            )
+        begin = end

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 from mlx_posttrain.convert import adapters, gpt2, hub  # noqa: E402
 from mlx_posttrain.data.batches import Batch  # noqa: E402
-from mlx_posttrain.engines import decoding, files, mlx_load  # noqa: E402
+from mlx_posttrain.engines import decoding, files, mlx_fused, mlx_load  # noqa: E402
 from mlx_posttrain.engines.base import (  # noqa: E402
     AdamW,
     AdapterSpec,
@@ -35,7 +35,8 @@ from mlx_posttrain.engines.base import (  # noqa: E402
     micro_batch_totals,
 )
 from mlx_posttrain.errors import UserError  # noqa: E402
-from mlx_posttrain.losses.sft import token_logprobs  # noqa: E402
+from mlx_posttrain.losses.ppo import entropy  # noqa: E402
+from mlx_posttrain.losses.sft import full_kl, token_logprobs  # noqa: E402
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
@@ -75,25 +76,63 @@ class MLXModel:
     def logits(self, batch: DeviceBatch) -> mx.array:
         return self._logits(self.net, batch)
 
-    def logprobs(self, batch: DeviceBatch) -> mx.array:
-        return token_logprobs(self.logits(batch), batch.target)
+    @contextmanager
+    def _frozen(self) -> Iterator[nn.Module]:
+        if self._reference is not None:
+            yield self._reference
+        elif self.spec is None:
+            raise RuntimeError("a reference needs keep_reference() first")
+        else:
+            with self.adapters_off():
+                yield self.net
 
     def reference_logits(self, batch: DeviceBatch) -> mx.array:
-        if self._reference is not None:
-            return mx.stop_gradient(self._logits(self._reference, batch))
-        if self.spec is None:
-            raise RuntimeError("reference_logits needs keep_reference() first")
-        with self.adapters_off():
-            return mx.stop_gradient(self._logits(self.net, batch))
+        with self._frozen() as net:
+            return mx.stop_gradient(self._logits(net, batch))
+
+    def _fused_head(self, net: nn.Module) -> tuple[mx.array, dict[str, bool]] | None:
+        """The head's weight [V, d] and its way to a gradient, see fused.py; None for a head that is not one plain matrix."""
+        if not self._split:
+            return None
+        layer = _head_layer(net)
+        if type(layer) not in (nn.Linear, nn.Embedding) or "bias" in layer:
+            return None
+        trained = "weight" in layer.trainable_parameters()
+        return layer.weight, {"trained": trained, "steered": net.training and not trained}
+
+    def _logprobs(self, net: nn.Module, batch: DeviceBatch, temperature: float) -> mx.array:
+        head = self._fused_head(net)
+        if head is None:
+            return token_logprobs(self._logits(net, batch) / temperature, batch.target)
+        return mlx_fused.logprobs(self._hidden(net, batch) / temperature, head[0], batch.target, **head[1])
+
+    def logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> mx.array:
+        return self._logprobs(self.net, batch, temperature)
+
+    def reference_logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> mx.array:
+        with self._frozen() as net:
+            return mx.stop_gradient(self._logprobs(net, batch, temperature))
+
+    def logprobs_and_kl(self, batch: DeviceBatch, direction: str) -> tuple[mx.array, mx.array]:
+        head = self._fused_head(self.net)
+        if head is None:
+            logits = self.logits(batch)
+            return token_logprobs(logits, batch.target), full_kl(logits, self.reference_logits(batch), direction)
+        with self._frozen() as net:
+            hidden, weight = mx.stop_gradient(self._hidden(net, batch)), _head_layer(net).weight
+        return mlx_fused.logprobs_and_kl(self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, **head[1])
+
+    def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[mx.array, mx.array, mx.array | None]:
+        head = self._fused_head(self.net)
+        if head is None:
+            logits = self.logits(batch) / temperature
+            return token_logprobs(logits, batch.target), entropy(logits), self.scores(batch) if self.has_head else None
+        hidden = self._hidden(self.net, batch)
+        terms = mlx_fused.logprobs_and_entropy(hidden / temperature, head[0], batch.target, **head[1])
+        return *terms, self.net.score(hidden)[:, 0].astype(mx.float32) if self.has_head else None
 
     def scores(self, batch: DeviceBatch) -> mx.array:
         return self.net.score(self._hidden(self.net, batch))[:, 0].astype(mx.float32)
-
-    def logits_and_scores(self, batch: DeviceBatch) -> tuple[mx.array, mx.array]:
-        if not self._split:
-            return self.logits(batch), self.scores(batch)
-        hidden = self._hidden(self.net, batch)
-        return _head(self.net, hidden).astype(mx.float32), self.net.score(hidden)[:, 0].astype(mx.float32)
 
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
         check_fits(tokens.shape[1], self.context)
@@ -191,6 +230,25 @@ class MLXModel:
         self.net.eval()
         return [{name: np.array(v) for name, v in function(self, _device_batch(batch, batch.count)).items()} for batch in batches]
 
+    def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+        self.net.eval()
+        totals = micro_batch_totals(batches)
+        parameters = self.net.trainable_parameters()
+
+        def value(parameters: Any, batch: DeviceBatch) -> mx.array:
+            self.net.update(parameters)
+            return loss(self, batch)[0]
+
+        gradients: Any = None
+        try:
+            for batch in batches:
+                part = mx.grad(value)(parameters, _device_batch(batch, totals[batch.group]))
+                gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+                mx.eval(gradients)
+        finally:
+            self.net.update(parameters)  # tracing leaves placeholders in the module
+        return {name: np.array(g.astype(mx.float32)) for name, g in tree_flatten(gradients)}
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -263,11 +321,15 @@ class MLXModel:
         return {name: np.array(v.astype(mx.float32)) for name, v in trained.items()}
 
 
-def _head(net: nn.Module, hidden: mx.array) -> mx.array:
+def _head_layer(net: nn.Module) -> nn.Module:
     if "lm_head" in net:
-        return net.lm_head(hidden)
-    embedding = net.model.wte if "wte" in net.model else net.model.embed_tokens
-    return embedding.as_linear(hidden)
+        return net.lm_head
+    return net.model.wte if "wte" in net.model else net.model.embed_tokens
+
+
+def _head(net: nn.Module, hidden: mx.array) -> mx.array:
+    layer = _head_layer(net)
+    return layer(hidden) if "lm_head" in net else layer.as_linear(hidden)
 
 
 def _splits(net: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data.batches import Batch
-from mlx_posttrain.engines import decoding, files
+from mlx_posttrain.engines import decoding, files, torch_fused
 from mlx_posttrain.engines.base import (
     AdamW,
     AdapterSpec,
@@ -30,7 +30,8 @@ from mlx_posttrain.engines.base import (
     micro_batch_totals,
 )
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.losses.sft import token_logprobs
+from mlx_posttrain.losses.ppo import entropy
+from mlx_posttrain.losses.sft import full_kl, token_logprobs
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
@@ -75,26 +76,59 @@ class TorchModel:
     def logits(self, batch: DeviceBatch) -> torch.Tensor:
         return self._logits(self.net, batch)
 
-    def logprobs(self, batch: DeviceBatch) -> torch.Tensor:
-        return token_logprobs(self.logits(batch), batch.target)
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[Any]:
+        with torch.no_grad():
+            if self._reference is not None:
+                yield self._reference
+            elif self.peft is None:
+                raise RuntimeError("a reference needs keep_reference() first")
+            else:
+                with self.peft.disable_adapter():
+                    yield self.net
 
-    @torch.no_grad()
     def reference_logits(self, batch: DeviceBatch) -> torch.Tensor:
-        if self._reference is not None:
-            return self._logits(self._reference, batch)
-        if self.peft is None:
-            raise RuntimeError("reference_logits needs keep_reference() first")
-        with self.peft.disable_adapter():
-            return self._logits(self.net, batch)
+        with self._frozen() as net:
+            return self._logits(net, batch)
+
+    def _fused_head(self, net: Any) -> torch.Tensor | None:
+        """The head's weight [V, d]; None for a head that is not one plain matrix."""
+        layer = net.get_output_embeddings() if self._split else None
+        return layer.weight if type(layer) is torch.nn.Linear and layer.bias is None else None
+
+    def _logprobs(self, net: Any, batch: DeviceBatch, temperature: float) -> torch.Tensor:
+        weight = self._fused_head(net)
+        if weight is None:
+            return token_logprobs(self._logits(net, batch) / temperature, batch.target)
+        return torch_fused.logprobs(self._hidden(net, batch) / temperature, weight, batch.target)
+
+    def logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> torch.Tensor:
+        return self._logprobs(self.net, batch, temperature)
+
+    def reference_logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> torch.Tensor:
+        with self._frozen() as net:
+            return self._logprobs(net, batch, temperature)
+
+    def logprobs_and_kl(self, batch: DeviceBatch, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self._fused_head(self.net)
+        if weight is None:
+            logits = self.logits(batch)
+            return token_logprobs(logits, batch.target), full_kl(logits, self.reference_logits(batch), direction)
+        with self._frozen() as net:
+            hidden, frozen = self._hidden(net, batch), net.get_output_embeddings().weight
+        return torch_fused.logprobs_and_kl(self._hidden(self.net, batch), weight, hidden, frozen, batch.target, direction)
+
+    def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        weight = self._fused_head(self.net)
+        if weight is None:
+            logits = self.logits(batch) / temperature
+            return token_logprobs(logits, batch.target), entropy(logits), self.scores(batch) if self.has_head else None
+        hidden = self._hidden(self.net, batch)
+        terms = torch_fused.logprobs_and_entropy(hidden / temperature, weight, batch.target)
+        return *terms, self.net.score(hidden)[:, 0].float() if self.has_head else None
 
     def scores(self, batch: DeviceBatch) -> torch.Tensor:
         return self.net.score(self._hidden(self.net, batch))[:, 0].float()
-
-    def logits_and_scores(self, batch: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._split:
-            return self.logits(batch), self.scores(batch)
-        hidden = self._hidden(self.net, batch)
-        return self.net.get_output_embeddings()(hidden).float(), self.net.score(hidden)[:, 0].float()
 
     @torch.no_grad()
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -174,6 +208,15 @@ class TorchModel:
     ) -> list[dict[str, np.ndarray]]:
         self.net.eval()
         return [{name: v.numpy() for name, v in function(self, _device_batch(batch, batch.count)).items()} for batch in batches]
+
+    def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+        self.net.eval()
+        totals = micro_batch_totals(batches)
+        for batch in batches:
+            loss(self, _device_batch(batch, totals[batch.group]))[0].backward()
+        gradients = {name: p.grad.float().numpy().copy() for name, p in self._parameters() if p.grad is not None}
+        self.net.zero_grad(set_to_none=True)
+        return gradients
 
     @torch.no_grad()
     def generate(

@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.data import encode, formats, tasks
+from mlx_posttrain.data import encode, formats, tasks, templates
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, Batch, by_length, round_up
 from mlx_posttrain.data.types import Conversation, Example, Labelled, Preference, Turn
-from mlx_posttrain.engines.base import Completion, Model
+from mlx_posttrain.engines.base import Completion, DeviceBatch, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.metrics import seq_rep_n
+from mlx_posttrain.losses.sft import token_logprobs
+from mlx_posttrain.ops import ops
 
 TOKEN_BUDGET = 2048  # padded tokens of a scoring batch: with GPT-2's vocabulary their logits take 0.4 GB
+KL_BUDGET = 512  # of two models at once, and in float32 on the host
 
 
 class Answer(NamedTuple):
@@ -71,21 +74,26 @@ def answers(
     samples: int = 1,
     seed: int = 0,
     batch: int = 64,
+    begin: str = "",
 ) -> list[Answer]:
     """``samples`` answers to each row's prompt; entry ``r * samples + s`` is sample s of row r.
 
     rows: conversations (asked for their last answer), or rows of any format of data/formats.py, ``tasks.load`` among them; a row that is
     not templated is asked as it stands. Prompts of similar length decode together, at most ``batch`` rows at a time (one prompt's samples
     are never split). A sampled text depends on ``seed``, on ``batch`` and on the rows; two models with one tokenizer meet the same
-    random numbers. An answer is shorter than ``max_tokens`` where prompt and answer fill the context.
+    random numbers. ``begin`` is put into the model's mouth: every answer goes on from it, and it is part of the text and not of the
+    tokens. An answer is shorter than ``max_tokens`` where prompt and answer fill the context.
     Raises UserError for a row without a prompt, or a prompt that leaves no room in the context.
     """
     prompts = _encode(_prompts(rows), tokenizer, template, model.context)
+    if begin:
+        lead = templates.TEMPLATES[template].lead if template in templates.TEMPLATES else ""
+        prompts = [p + tokenizer(lead + begin, add_special_tokens=False)["input_ids"] for p in prompts]
     completions = _generate(
         model, prompts, batch, stop=encode.eos_id(tokenizer), max_tokens=max_tokens, temperature=temperature, top_p=top_p,
         samples=samples, seed=seed,
     )  # fmt: skip
-    return [Answer(tokenizer.decode(c.tokens).strip(), list(c.tokens), c.stopped) for c in completions]
+    return [Answer((begin + tokenizer.decode(c.tokens)).strip(), list(c.tokens), c.stopped) for c in completions]
 
 
 def task_accuracy(rows: Sequence[Mapping[str, Any] | Conversation], found: Sequence[Answer | str]) -> np.ndarray:
@@ -182,6 +190,68 @@ def base_text_loss(
     Texts without a token have 0 of both. Raises UserError for a window beyond the context or a stride outside 1 to window.
     Source: sliding windows as in Baevski & Auli 2019, "Adaptive Input Representations for Neural Language Modeling".
     """
+    rows, owner = _text_rows(model, tokenizer, texts, window, stride)
+    return _per_text(*_score(model, rows, batch), owner, len(texts))
+
+
+def base_text_kl(
+    base: Model, tuned: Model, tokenizer: Any, texts: Sequence[str], *, window: int | None = None, stride: int | None = None
+) -> RowLoss:
+    """KL(base || tuned) over the whole vocabulary, summed over each text's tokens: [R] nats, [R] numbers of tokens.
+
+    Windows as in ``base_text_loss``. Range 0 (nothing changed) upwards; it sees what perplexity cannot, a model that predicts the text
+    as well as before but would say other things. Both models must share the tokenizer. Raises UserError where they do not.
+    """
+    if base.config.get("vocab_size") != tuned.config.get("vocab_size"):
+        raise UserError("the two models have vocabularies of different size: a KL between them has no meaning")
+    rows, owner = _text_rows(base, tokenizer, texts, window, stride)
+    sums = np.zeros(len(rows))
+    for group in by_length([len(inputs) for inputs, _, _ in rows], 32, KL_BUDGET):
+        packed = _batch([rows[i] for i in group], base.context)
+        (p,), (q,) = (model.apply(_all_logprobs, [packed]) for model in (base, tuned))
+        kl = (np.exp(p["logprobs"]) * (p["logprobs"] - q["logprobs"])).sum(-1, dtype=np.float64)
+        real = packed.weight > 0
+        sums[group] = np.bincount(packed.row[real], kl[real], len(group))
+    return _per_text(sums, np.array([int(scored.sum()) for _, _, scored in rows], np.int64), owner, len(texts))
+
+
+def _all_logprobs(model: Model, batch: DeviceBatch) -> dict[str, Any]:
+    logits = model.logits(batch)
+    return {"logprobs": ops(logits).log_softmax(logits, axis=-1)}
+
+
+def last_words(model: Model, tokenizer: Any, texts: Sequence[str], batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Whether greedy decoding ends each text with its own last word, [R] 0 or 1, and what that word costs, [R] nats.
+
+    The last word and the space before it are what is scored, all its tokens together; what stands before is given. Raises UserError for
+    a text of one word or one beyond the context. Source: LAMBADA (Paperno et al. 2016), in the form that lm-eval-harness scores.
+    """
+    rows = []
+    start = encode.bos_ids(tokenizer)
+    for number, text in enumerate(texts, 1):
+        before, space, word = text.rstrip().rpartition(" ")
+        if not before.strip():
+            raise UserError(f"text {number} has no word before its last one")
+        ids, last = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (before, space + word))
+        sequence = np.array([*start, *ids, *last], np.int32)
+        rows.append((sequence[:-1], sequence[1:], np.arange(len(sequence) - 1) >= len(sequence) - 1 - len(last)))
+    right, nll = np.ones(len(rows)), np.zeros(len(rows))
+    for group in by_length([len(inputs) for inputs, _, _ in rows], batch, TOKEN_BUDGET):
+        packed = _batch([rows[i] for i in group], model.context)
+        (found,) = model.apply(_target_and_top, [packed])
+        real = packed.weight > 0
+        nll[group] = np.bincount(packed.row[real], -found["logprobs"][real].astype(np.float64), len(group))
+        right[group] = np.bincount(packed.row[real], found["top"][real] != packed.target[real], len(group)) == 0
+    return right, nll
+
+
+def _target_and_top(model: Model, batch: DeviceBatch) -> dict[str, Any]:
+    logits = model.logits(batch)
+    return {"logprobs": token_logprobs(logits, batch.target), "top": ops(logits).argmax(logits, axis=-1)}
+
+
+def _text_rows(model: Model, tokenizer: Any, texts: Sequence[str], window: int | None, stride: int | None) -> tuple[list[_Row], list[int]]:
+    """Return the windows over all texts as rows, and the text that each belongs to."""
     window = min(model.context or 512, 512) if window is None else window
     stride = window if stride is None else stride
     if window < 1 or (model.context is not None and window > model.context):
@@ -197,10 +267,13 @@ def base_text_loss(
             scored = np.arange(begin, end) >= end - fresh
             rows.append((sequence[begin:end], sequence[begin + 1 : end + 1], scored))
             owner.append(number)
-    nll, tokens = _score(model, rows, batch)
-    sums = np.bincount(owner, nll, len(texts)) if owner else np.zeros(len(texts))
-    counts = np.bincount(owner, tokens, len(texts)) if owner else np.zeros(len(texts))
-    return RowLoss(sums, counts.astype(np.int64))
+    return rows, owner
+
+
+def _per_text(values: np.ndarray, tokens: np.ndarray, owner: list[int], texts: int) -> RowLoss:
+    if not owner:
+        return RowLoss(np.zeros(texts), np.zeros(texts, np.int64))
+    return RowLoss(np.bincount(owner, values, texts), np.bincount(owner, tokens, texts).astype(np.int64))
 
 
 def windows(length: int, window: int, stride: int) -> list[Window]:

@@ -116,6 +116,37 @@ def report(
     )  # fmt: skip
 
 
+def length_controlled_wins(scores: np.ndarray, others: np.ndarray, lengths: np.ndarray, other_lengths: np.ndarray) -> np.ndarray:
+    """[R] values whose mean is the share of answers that would win against the others', were every two of one length.
+
+    scores, others: the reward model's scores of two models' answers to the same prompts; lengths: tokens of those answers. A win is 1, a
+    tie .5; a row where either score is nan is nan. The logistic model P(win) = sigma(a + b tanh(difference in length / its standard
+    deviation)) is fitted, and the rate is sigma(a). Row i's value is win_i - P_i + sigma(a): their mean is that rate exactly, and their
+    spread that of the wins, so that a bootstrap over rows gives its interval (b taken as known).
+    Source: Dubois et al. 2024, "Length-Controlled AlpacaEval", eq. 2, without the terms for instructions and with a small ridge on b.
+    """
+    margins = np.asarray(scores, np.float64) - np.asarray(others, np.float64)
+    known = np.isfinite(margins)
+    found = np.full(len(margins), np.nan)
+    if not known.any():
+        return found
+    wins = _wins(margins[known])
+    longer = (np.asarray(lengths, np.float64) - np.asarray(other_lengths, np.float64))[known]
+    spread = longer.std()
+    features = np.stack([np.ones(len(wins)), np.tanh(longer / spread) if spread > 0 else np.zeros(len(wins))], 1)
+    ridge, weights = np.diag([1e-6, 0.1]), np.zeros(2)
+    for _ in range(50):  # Newton; with two weights it is there in a few steps
+        p = 1.0 / (1.0 + np.exp(-features @ weights))
+        slope = features.T @ (wins - p) - ridge @ weights
+        step = np.linalg.solve((features * (p * (1 - p))[:, None]).T @ features + ridge, slope)
+        weights += np.clip(step, -2.0, 2.0)
+        if np.abs(slope).max() < 1e-9:
+            break
+    p = 1.0 / (1.0 + np.exp(-features @ weights))
+    found[known] = wins - p + 1.0 / (1.0 + np.exp(-weights[0]))
+    return found
+
+
 def bag_of_words(train: Sequence[Preference], rows: Sequence[Preference]) -> np.ndarray:
     """Margins [P] of a logistic regression on the words of the answers, blind to their order and to the prompt.
 

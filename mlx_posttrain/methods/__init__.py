@@ -11,7 +11,7 @@ from types import ModuleType
 
 from mlx_posttrain.errors import UserError
 
-NAMES = ("sft", "reward", "ppo", "pipeline", "pretrain")
+NAMES = ("sft", "reward", "ppo", "distill", "pipeline", "pretrain", "report")
 
 
 def get(name: str) -> ModuleType:

@@ -5,7 +5,7 @@
       reward: {recipe: 07_reward, set: {model: "{sft}"}}
       ppo:    {recipe: 07_ppo, set: {model: "{sft}", reward: [{model: "{reward}"}]}}
 
-``{NAME}`` stands for that stage's run directory, ``output/NAME``. Every stage is an ordinary run: it can be looked at, exported and used
+``{NAME}`` stands for that stage's run directory, ``output/NAME``, in ``set`` and in a recipe that is written out in the pipeline. Every stage is an ordinary run: it can be looked at, exported and used
 alone. All recipes are read and checked when the pipeline is, so a mistyped key in the last stage is found before the first one starts.
 ``pipeline.json`` says how far each stage is (waiting, running, finished, interrupted, failed), how long it took and what came out.
 ``--resume`` skips finished stages and continues the one that was cut off.
@@ -19,7 +19,7 @@ import gc
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,10 @@ class Recipe(recipes.Section):
         earlier: list[str] = []
         for name, stage in self.stages.items():
             stage.set = {key: _as_text(value, self.stages) for key, value in _nested(stage.set).items()}
-            for used in _references(stage.set):
+            if isinstance(stage.recipe, dict):
+                stage.recipe = {key: _as_text(value, self.stages) for key, value in stage.recipe.items()}
+            # In a recipe's own texts braces may be anything else; in `set` they are a reference.
+            for used in [*_references(stage.set), *(name for name in _references(stage.recipe) if name in self.stages)]:
                 if used not in earlier:
                     what = "comes later or is itself" if used in self.stages else "is no stage"
                     raise ValueError(f"stage {name} uses {{{used}}}, which {what}; before it: {', '.join(earlier) or 'nothing'}")
@@ -160,12 +163,12 @@ def _references(value: Any) -> list[str]:
     return _REFERENCE.findall(value) if isinstance(value, str) else []
 
 
-def _filled(value: Any, folder: Path) -> Any:
+def _filled(value: Any, folder: Path, names: Collection[str]) -> Any:
     if isinstance(value, dict):
-        return {k: _filled(v, folder) for k, v in value.items()}
+        return {k: _filled(v, folder, names) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(v, folder) for v in value]
-    return _REFERENCE.sub(lambda m: str(folder / m[1]), value) if isinstance(value, str) else value
+        return [_filled(v, folder, names) for v in value]
+    return _REFERENCE.sub(lambda m: str(folder / m[1]) if m[1] in names else m[0], value) if isinstance(value, str) else value
 
 
 def stage_recipes(recipe: Recipe) -> dict[str, recipes.Recipe]:
@@ -173,8 +176,8 @@ def stage_recipes(recipe: Recipe) -> dict[str, recipes.Recipe]:
     assert recipe.output is not None
     folder, found = Path(recipe.output).expanduser().absolute(), {}
     for name, stage in recipe.stages.items():
-        given = {"engine": recipe.engine, "seed": recipe.seed, **_filled(stage.set, folder), "output": str(folder / name)}
-        found[name] = _parsed(_merged(stage.recipe, given), f"stage {name}")
+        given = {"engine": recipe.engine, "seed": recipe.seed, **_filled(stage.set, folder, recipe.stages), "output": str(folder / name)}
+        found[name] = _parsed(_merged(_filled(stage.recipe, folder, recipe.stages), given), f"stage {name}")
     return found
 
 
@@ -284,7 +287,7 @@ def language_model(folder: str | Path) -> Path:
     folder = Path(folder)
     stages = runs.reopen(folder)[1]["stages"]
     done = [name for name in stages if runs.Run(folder / name).finished]
-    writers = [name for name in done if stages[name]["recipe"]["method"] != "reward"]
+    writers = [name for name in done if stages[name]["recipe"]["method"] not in ("reward", "report")]
     if len(done) < len(stages):
         use = f", or use a finished stage: {', '.join(str(folder / name) for name in writers)}" if writers else ""
         raise UserError(f"{folder} is an unfinished pipeline: continue it with `mlx-posttrain run --resume {folder}`{use}")

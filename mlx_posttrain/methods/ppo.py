@@ -37,7 +37,7 @@ from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Array, DeviceBatch, Engine, Loss, Model, Trainer, head_start, width
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses import ppo as objective
-from mlx_posttrain.losses.sft import token_logprobs, token_mean
+from mlx_posttrain.losses.sft import token_mean
 from mlx_posttrain.progress import Progress, interrupted, interruptible, say
 from mlx_posttrain.rl import kl, prompts, rollouts, scoring
 from mlx_posttrain.rl.experience import Experience, Parties, experience, measure
@@ -83,7 +83,7 @@ class Recipe(recipes.Recipe):
 
 def policy_loss(recipe: Recipe) -> Loss:
     """The clipped objective over a minibatch; with a shared critic its value loss too; for rows of ``ptx`` their likelihood."""
-    settings, temperature, shared = recipe.ppo, recipe.rollout.temperature, recipe.critic.kind == "shared"
+    settings, temperature = recipe.ppo, recipe.rollout.temperature
     coefficient = recipe.ptx.coefficient if recipe.ptx else 0.0
 
     def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
@@ -93,13 +93,12 @@ def policy_loss(recipe: Recipe) -> Loss:
         if "advantage" not in batch.extra:
             nll = mean(-model.logprobs(batch))
             return coefficient * nll, {"loss/ptx_avg": nll}
-        logits, values = model.logits_and_scores(batch) if shared else (model.logits(batch), None)
-        logits = logits / temperature
-        logprobs, mask, extra = token_logprobs(logits, batch.target), batch.weight, batch.extra
+        logprobs, entropy, values = model.policy_terms(batch, temperature)
+        mask, extra = batch.weight, batch.extra
         total = policy = mean(objective.clipped_policy(logprobs, extra["old"], extra["advantage"], mask, settings.clip))
         seen = objective.update_statistics(logprobs, extra["old"], extra["advantage"], mask, settings.clip)
         metrics = {
-            "loss/policy_avg": policy, "policy/entropy_avg": mean(objective.entropy(logits)), "policy/approxkl_avg": mean(seen["approx_kl"]),
+            "loss/policy_avg": policy, "policy/entropy_avg": mean(entropy), "policy/approxkl_avg": mean(seen["approx_kl"]),
             "policy/clipfrac_avg": mean(seen["clip_fraction"]), "val/ratio": mean(seen["ratio"]), "ratio_squared": mean(seen["ratio"] ** 2),
         }  # fmt: skip
         if values is not None:

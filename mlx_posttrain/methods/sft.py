@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain import supervised
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
-from mlx_posttrain.losses.sft import full_kl, token_logprobs, token_mean
+from mlx_posttrain.losses.sft import token_mean
 
 
 class KLSection(recipes.Section):
@@ -52,9 +52,9 @@ def kl_loss(beta: float, direction: str) -> Loss:
     """The same plus ``beta`` times the mean KL to the reference at the trained positions."""
 
     def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
-        logits = model.logits(batch)
-        nll = token_mean(-token_logprobs(logits, batch.target), batch.weight, batch.total)
-        kl = token_mean(full_kl(logits, model.reference_logits(batch), direction), batch.weight, batch.total)
+        logprobs, divergence = model.logprobs_and_kl(batch, direction)
+        nll = token_mean(-logprobs, batch.weight, batch.total)
+        kl = token_mean(divergence, batch.weight, batch.total)
         return nll + beta * kl, {"nll": nll, "kl": kl}
 
     return loss

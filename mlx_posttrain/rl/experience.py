@@ -12,7 +12,6 @@ from mlx_posttrain.data import batches as data_batches
 from mlx_posttrain.engines.base import Array, DeviceBatch, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.metrics import correlation
-from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.rl import advantages, rollouts, scoring
 from mlx_posttrain.rl.rollouts import Answer
 from mlx_posttrain.rl.settings import PPOSection, PPOTrainSection
@@ -51,11 +50,8 @@ def measure(
     batches = [data_batches.collate([examples[i] for i in part], context) for part in rows]
 
     def of_policy(model: Model, batch: DeviceBatch) -> dict[str, Array]:
-        logits, values = model.logits_and_scores(batch) if parties.critic is None else (model.logits(batch), None)
-        found = {
-            "old": token_logprobs(logits / temperature, batch.target),
-            "reference": token_logprobs(model.reference_logits(batch) / temperature, batch.target),
-        }
+        old, _, values = model.policy_terms(batch, temperature)
+        found = {"old": old, "reference": model.reference_logprobs(batch, temperature)}
         return found if values is None else {**found, "old_value": values}
 
     found = parties.policy.apply(of_policy, batches)

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from mlx_posttrain.data import tasks
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate.verify import last_number
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -41,15 +41,9 @@ def exact_answer(prompts: list[str], completions: list[str], answer: Sequence[An
     """1 where the last number of the completion is the last one of the column ``answer`` (GSM8K's convention), else 0; None without one."""
     found: list[float | None] = []
     for text, wanted in zip(completions, answer or [None] * len(completions), strict=True):
-        right = _last_number(str(wanted)) if wanted is not None else None
-        found.append(None if right is None else float(_last_number(text) == right))
+        right = last_number(str(wanted)) if wanted is not None else None
+        found.append(None if right is None else float(last_number(text) == right))
     return found
-
-
-def _last_number(text: str) -> float | None:
-    # A minus after a digit is a subtraction or a range, a comma before three digits separates thousands.
-    numbers = re.findall(r"(?<!\d)-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
-    return float(numbers[-1]) if numbers else None
 
 
 BUILT_IN: dict[str, RewardFunction] = {"checker": checker, "exact_answer": exact_answer}

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_posttrain.data.batches import Batch, by_length, collate
 from mlx_posttrain.data.types import Example
+from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import Model
 
 
@@ -61,29 +62,18 @@ def sample(
 ) -> list[Answer]:
     """``samples`` answers to each question from the full softmax; entry ``q * samples + s`` is sample s of question q.
 
-    One decode batch holds as many rows as fit ``token_budget`` cached tokens (rows times prompt plus answer), at least one
-    question's; an answer's tokens depend on ``seed`` and its place in the list, not on the budget.
+    Decode batches are bounded by ``token_budget`` (decoding.in_batches); an answer's tokens depend on ``seed`` and its place in the list,
+    not on the budget.
     Raises UserError for a prompt that leaves no room in the context.
     """
-    found: list[Answer] = []
-    begin = 0
-    while begin < len(questions):
-        end, longest = begin, 0
-        while end < len(questions):
-            longest = max(longest, len(questions[end].tokens))
-            if end > begin and (end + 1 - begin) * samples * (longest + max_tokens) > token_budget:
-                break
-            end += 1
-        chunk = questions[begin:end]
-        completions = model.generate(
-            [q.tokens for q in chunk], max_tokens=max_tokens, stop=stop, temperature=temperature, samples=samples, seed=seed,
-            first_row=begin * samples,
-        )  # fmt: skip
-        for i, c in enumerate(completions):
-            tokens = (*c.tokens, stop) if c.stopped else tuple(c.tokens)
-            found.append(Answer(chunk[i // samples], tokens, c.stopped, tokenizer.decode(c.tokens).strip()))
-        begin = end
-    return found
+    completions = decoding.in_batches(
+        model, [q.tokens for q in questions], max_tokens=max_tokens, samples=samples, token_budget=token_budget,
+        stop=stop, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    return [
+        Answer(questions[i // samples], (*c.tokens, stop) if c.stopped else tuple(c.tokens), c.stopped, tokenizer.decode(c.tokens).strip())
+        for i, c in enumerate(completions)
+    ]
 
 
 def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

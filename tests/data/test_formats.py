@@ -44,7 +44,7 @@ def fault(call: Callable, *args: object, **kwargs: object) -> str:
         (["instruction", "output", "chosen", "rejected"], "preference"),
         (["chosen", "rejected"], "hh"),
         (["prompt", "completion", "label"], "labelled"),
-        (["question", "thinking", "answer", "response"], "question_answer"),
+        (["question", "thinking", "answer", "response"], "reasoning"),
     ],
 )
 def test_detect(columns: list, expected: str) -> None:

@@ -109,9 +109,9 @@ def test_a_zero_head_scores_zero_and_one_pass_gives_both(engine, random_gpt2):
     model.add_head(head_start(64, None))
     assert np.array_equal(scores(model), np.zeros(3))
     model.add_head(head_start(64, 1))
-    found = model.apply(lambda m, b: dict(zip(("logits", "scores"), m.logits_and_scores(b), strict=True)), [batch()])[0]
+    found = model.apply(lambda m, b: dict(zip(("logprobs", "entropy", "scores"), m.policy_terms(b), strict=True)), [batch()])[0]
     assert found["scores"] == pytest.approx(scores(model), abs=1e-6)
-    assert found["logits"] == pytest.approx(model.apply(lambda m, b: {"l": m.logits(b)}, [batch()])[0]["l"], abs=1e-5)
+    assert found["logprobs"] == pytest.approx(model.token_logprobs([batch()])[0], abs=1e-5)
 
 
 def test_adapter_freezes_all_but_itself_and_the_head(engine, random_gpt2):

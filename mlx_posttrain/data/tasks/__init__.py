@@ -59,7 +59,7 @@ def preferences(
     return [pairs.pair(one, rng) for one in islice(rows(_TASKS, split, seed, families), size(split, limit))]
 
 
-def reasoning(split: str = "train", limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+def reasoning(split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Make questions with a trace of true steps to the answer.
 
     Returns:
@@ -67,7 +67,7 @@ def reasoning(split: str = "train", limit: int | None = None, seed: int = 0) -> 
         ``load``.
 
     Raises:
-        UserError: an unknown split or a negative limit.
+        UserError: an unknown split or family, or a negative limit.
     """
 
     def row(one: Row) -> dict[str, Any]:
@@ -83,4 +83,4 @@ def reasoning(split: str = "train", limit: int | None = None, seed: int = 0) -> 
             "phrasing": one.phrasing,
         }
 
-    return [row(one) for one in islice(rows(_TRACES, split, seed), size(split, limit))]
+    return [row(one) for one in islice(rows(_TRACES, split, seed, families), size(split, limit))]

@@ -1,0 +1,137 @@
+"""The charts of a report, drawn by matplotlib: each is a function from plain numbers to a figure.
+
+A figure goes into the page as SVG whose ink is ``currentColor``, so that it follows the page's light or dark scheme, and beside it to a
+folder as SVG and PNG on white. Colours are Okabe and Ito's (2008), told apart by people who see few colours; lines differ in dash as well.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a", "#B8A800")
+DASHES = ("-", "--", "-.", ":")
+_INK = "#010203"  # stands for currentColor until the SVG is written
+
+Curve = tuple[Sequence[float], Sequence[float]]  # x and y
+
+
+#: Names whose place is their colour in every chart of a report; others come after them.
+NAMED: ContextVar[tuple[str, ...]] = ContextVar("NAMED", default=())
+
+
+def style(name: str, number: int) -> dict[str, Any]:
+    """Colour and dash of the series called ``name``, the ``number``-th of its chart."""
+    known = NAMED.get()
+    place = known.index(name) if name in known else len(known) + number
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // 2 % len(DASHES)]}
+
+
+def _axes(columns: int = 1, width: float = 4.6, height: float = 3.0, **more: Any) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({
+        "svg.fonttype": "none", "svg.hashsalt": "mlx-posttrain", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
+        "ytick.color": _INK, "legend.frameon": False, "axes.titlesize": 10, "legend.fontsize": 8,
+    })  # fmt: skip
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **more)
+    return figure, list(axes[0])
+
+
+def curves(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", points: Mapping[str, Curve] | None = None) -> Any:
+    """Lines over steps, one a name; ``points`` are drawn as marks in the line's colour (evaluations beside training)."""
+    figure, (axis,) = _axes(width=5.2)
+    for number, (name, (xs, ys)) in enumerate(series.items()):
+        axis.plot(xs, ys, label=name, linewidth=1.4, **style(name, number))
+        if points and name in points:
+            axis.plot(*points[name], "o", markersize=4, color=style(name, number)["color"])
+    axis.set(xlabel=x, ylabel=y, title=title)
+    axis.legend()
+    return figure
+
+
+def bars(
+    figures: Mapping[str, tuple[float, float, float]], *, y: str, title: str = "", ceiling: float | None = None, log: bool = False
+) -> Any:
+    """One bar a name with its interval (mean, low, high); ``ceiling`` is drawn as a line."""
+    figure, (axis,) = _axes(width=max(3.6, 0.75 * len(figures) + 1.6))
+    for number, (name, (mean, low, high)) in enumerate(figures.items()):
+        axis.bar(number, mean, color=style(name, number)["color"], width=0.7, yerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
+                 ecolor=_INK, capsize=3)  # fmt: skip
+    axis.set_xticks(
+        range(len(figures)), list(figures), rotation=25 if len(figures) > 4 else 0, ha="right" if len(figures) > 4 else "center"
+    )
+    if ceiling is not None:
+        axis.axhline(ceiling, linestyle=":", linewidth=1, color=_INK)
+        axis.annotate("ceiling", (1, ceiling), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    if log:
+        axis.set_yscale("log")
+    axis.set(ylabel=y, title=title)
+    return figure
+
+
+def scatter(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", path: bool = False) -> Any:
+    """Points, one set a name; with ``path`` joined in order, the last one larger: a run's way through reward and KL."""
+    figure, (axis,) = _axes(width=5.2)
+    for number, (name, (xs, ys)) in enumerate(series.items()):
+        look = style(name, number)
+        if path:
+            axis.plot(xs, ys, linewidth=1.2, marker="o", markersize=3, label=name, **look)
+            axis.plot(xs[-1:], ys[-1:], "o", markersize=8, color=look["color"])
+        else:
+            axis.plot(xs, ys, "o", markersize=7, label=name, color=look["color"])
+            for a, b in zip(xs, ys, strict=True):
+                axis.annotate(name, (a, b), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel=x, ylabel=y, title=title)
+    if path:
+        axis.legend()
+    return figure
+
+
+def heatmap(
+    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, title: str = "", low: float = -1.0, high: float = 1.0
+) -> Any:
+    """A matrix of numbers, written into its cells."""
+    figure, (axis,) = _axes(width=0.75 * len(columns) + 1.8, height=0.5 * len(rows) + 1.4)
+    image = axis.imshow(values, vmin=low, vmax=high, cmap="PuOr_r", aspect="auto")
+    axis.set_xticks(range(len(columns)), list(columns), rotation=30, ha="right")
+    axis.set_yticks(range(len(rows)), list(rows))
+    for i, j in np.ndindex(values.shape):
+        if np.isfinite(values[i, j]):
+            strong = abs(2 * (values[i, j] - low) / (high - low) - 1) > 0.6
+            axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color="#ffffff" if strong else "#111111", fontsize=8)
+    axis.set_title(title)
+    figure.colorbar(image, ax=axis, fraction=0.05)
+    return figure
+
+
+def svg(figure: Any) -> str:
+    """The figure as an ``<svg>`` element for a page: no XML header, no fixed size, ink in currentColor."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    # Ids are unique within a figure only, and a page has many: a clip path of another figure would cut this one.
+    salt = format(abs(hash(text)) % 16**8, "08x")
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{salt}-\1"', text)
+    text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>{salt}-", text)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2\3", text, count=1)
+
+
+def save(figure: Any, folder: Path, name: str) -> None:
+    """Write NAME.svg and NAME.png on white into a folder, ink in black."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending in ("svg", "png"):
+        more: dict[str, Any] = {"metadata": {"Date": None}} if ending == "svg" else {}
+        figure.savefig(folder / f"{name}.{ending}", dpi=150, facecolor="white", **more)

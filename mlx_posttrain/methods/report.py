@@ -1,0 +1,64 @@
+"""Not a training method but the stage that ends a journey: measure a set of runs, say what they show, write the page.
+
+In a pipeline ``runs`` names earlier stages, ``{sft: "{sft}", ppo: "{ppo}"}``; alone, any run directories.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mlx_posttrain import engines, progress, supervised
+from mlx_posttrain import recipe as recipes
+from mlx_posttrain import runs as rundirs
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate.suite import SuiteSection
+
+
+class Recipe(recipes.Section):
+    """A comparison, an analysis and a report of runs."""
+
+    method: Literal["report"] = Field(description="report: compare runs and write an HTML page")
+    description: str = Field("", description="what this report shows")
+    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="mlx, torch, or the first of them that this machine has")
+    output: str | None = Field(None, description="folder of the report; null: runs/<recipe's name>")
+    seed: int = Field(0, ge=0, description="fixes intervals, samples and what the analysis draws")
+    runs: dict[str, str] = Field(min_length=1, description="what to call each run: its directory")
+    base: str | None = Field(None, description="the model they are compared with; null: the one that the first run started from")
+    suite: SuiteSection = Field(default_factory=lambda: SuiteSection(), description="what is asked and read")
+
+
+def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+    """Measure and write ``final/report.html`` with its charts and figures, and ``report.txt``; returns the main figures of every model.
+
+    Raises UserError as compare; a resumed report starts over.
+    """
+    from mlx_posttrain.evaluate import analyze, report
+
+    engine = engines.get(recipe.engine)
+    assert recipe.output is not None
+    recipe.engine = engine.name  # type: ignore[assignment]
+    recipes.paths_in_full(recipe)
+    folder = Path(recipe.output)
+    one = rundirs.Run(folder) if resume else rundirs.start(folder, recipe)  # type: ignore[arg-type]
+    if resume and one.finished:
+        raise UserError(f"{folder} is finished: there is nothing to resume")
+    suite = recipe.suite.model_copy(update={"seed": recipe.seed})
+    with supervised.setting_up(one, resume):
+        comparison, found = analyze.analyze(list(recipe.runs.values()), suite, engine.name, base=recipe.base, labels=list(recipe.runs))
+
+    said = report.text(comparison, found)
+
+    def fill(final: Path) -> None:
+        report.write(final / "report.html", list(recipe.runs.values()), list(recipe.runs), comparison, found)
+        (final / "report.txt").write_text(said + "\n", encoding="utf-8")
+
+    result = {f"{m.name}/{name}": m.figure(name).mean for m in comparison.models for name in ("accuracy", "perplexity") if name in m.values}
+    rundirs.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    rundirs.replace_folder(one.final, fill)
+    progress.say(said)
+    progress.say(f"the report is {one.final / 'report.html'}")
+    return result

@@ -1,0 +1,103 @@
+"""The report of real runs: complete, self-contained, the same numbers as its JSON, and a page that a browser shows without a complaint."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mlx_posttrain import cli, engines, methods, recipe
+
+ENGINE = engines.available()[0]
+BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
+SUITE = ["limit=12", "families=[quotes,true_false]", "max_tokens=12", "text_limit=6", "continuation=16"]
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory) -> Path:
+    """Two supervised runs, full and LoRA, and what a report of them is, made through the command line."""
+    folder = tmp_path_factory.mktemp("journey")
+    for name, more in (("sft", []), ("lora", ["adapter.rank=4"])):
+        chosen = recipe.load("01_sft", [
+            "model=tiny", f"engine={ENGINE}", "data.source=embedded/tasks", "data.families=[quotes,true_false]", "data.limit=64", "data.eval_limit=16",
+            "data.template=question", "data.max_length=96", "train.steps=8", "train.batch_size=8", "train.accumulate=1", "train.lr=1e-3",
+            "train.eval_every=4", "sample.count=1", "sample.max_tokens=8", f"output={folder / name}", *more,
+        ])  # fmt: skip
+        methods.get("sft").run(chosen)
+    cli.app(["report", str(folder / "sft"), str(folder / "lora"), *SUITE, "--output", str(folder / "report.html")], standalone_mode=False)
+    return folder
+
+
+def test_the_page_is_whole_and_needs_no_network(journey):
+    page = (journey / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page) and "<script" not in page and "@import" not in page
+    for text in (
+        "What the runs show",
+        "The stages side by side",
+        "Was base text forgotten?",
+        "Do templates interfere",
+        "sft",
+        "lora",
+        "true_false",
+    ):
+        assert text in page, text
+    assert (
+        page.count("<svg") == len(list((journey / "report-charts").glob("*.svg"))) == len(list((journey / "report-charts").glob("*.png")))
+    )
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))  # a clip path of one chart must not cut another
+    for target in re.findall(r"""(?:xlink:href="#|href="#|url\(#)([^")]+)""", page):
+        assert target in ids, target
+
+
+def test_the_page_says_what_the_json_says(journey):
+    page = (journey / "report.html").read_text()
+    numbers = json.loads((journey / "comparison.json").read_text())
+    assert [m["name"] for m in numbers["models"]] == ["base", "sft", "lora"]
+    for model in numbers["models"]:
+        assert f"{model['figures']['perplexity']['mean']:.1f}" in page
+        assert f"{model['figures']['accuracy']['mean']:.1%}" in page
+    findings = json.loads((journey / "findings.json").read_text())
+    assert {f["verdict"] for f in findings} <= {"yes", "no", "cannot say"} and len(findings) == 7
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it(journey, scheme, tmp_path):
+    shot = tmp_path / "shot.png"
+    more = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    common = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", *more]
+    address = (journey / "report.html").as_uri()
+    seen = subprocess.run(
+        [*common, "--enable-logging=stderr", "--window-size=1280,2400", f"--screenshot={shot}", address], capture_output=True, text=True, timeout=120
+    )  # fmt: skip
+    assert seen.returncode == 0 and "CONSOLE" not in seen.stderr, seen.stderr[-2000:]
+    dom = subprocess.run([*common, "--dump-dom", address], capture_output=True, text=True, timeout=120).stdout
+    assert "Was base text forgotten?" in dom and "base-text perplexity" in dom
+    assert shot.stat().st_size > 20_000
+    dark = _corner(shot) < 80
+    assert dark == (scheme == "dark")
+
+
+def _corner(path: Path) -> int:
+    """Brightness of the top left pixel of a PNG, 0 to 255."""
+    from matplotlib.image import imread
+
+    return int(255 * float(imread(path)[2, 2, :3].mean()))
+
+
+def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
+    cli.app(["report", str(journey / "sft"), "--logs-only", "--output", str(tmp_path / "r.html")], standalone_mode=False)
+    page = (tmp_path / "r.html").read_text()
+    assert "Did a run learn its rows by heart?" in page and "side by side" not in page
+    chosen = recipe.parse(
+        {"method": "report", "engine": ENGINE, "output": str(tmp_path / "report"), "runs": {"full": str(journey / "sft"), "low rank": str(journey / "lora")},
+         "suite": {"limit": 4, "max_tokens": 8, "families": ["quotes"], "text_limit": 3, "continuation": 12}},
+        methods.get("report").Recipe, "test",
+    )  # fmt: skip
+    result = methods.get("report").run(chosen)
+    assert (tmp_path / "report" / "final" / "report.html").is_file() and "low rank/accuracy" in result

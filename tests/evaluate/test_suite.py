@@ -1,0 +1,178 @@
+"""The comparison of models: every figure against its definition, differences over the same rows, errors in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import cli, engines, loading
+from mlx_posttrain.engines.base import head_start
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate import measure, suite
+from mlx_posttrain.evaluate.metrics import perplexity
+from mlx_posttrain.evaluate.preference import length_controlled_wins
+from mlx_posttrain.evaluate.suite import SuiteSection
+
+ENGINES = engines.available()
+TEXTS = [
+    "The cat sat on the mat and looked at the moon for a long time before it went home.",
+    "A small dog ran over the hill to find its ball, and then it ran home again with a stick.",
+    "Once upon a time there was a king who liked apples more than gold, and so did his cook.",
+]
+
+
+@pytest.fixture(scope="module")
+def texts_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def other_gpt2(random_gpt2, tmp_path_factory) -> Path:
+    """The random GPT-2 with its weights moved a little: same tokenizer, another model."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("other") / "gpt2"
+    shutil.copytree(random_gpt2, folder)
+    rng = np.random.default_rng(3)
+    weights = {k: v + 0.05 * rng.standard_normal(v.shape).astype(v.dtype) for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    path.write_text(
+        "".join(json.dumps({"question": f"Say {w}.", "answer": w}) + "\n" for w in ("cat", "dog", "moon", "hill", "king", "gold"))
+    )
+    return path
+
+
+def small(rows: Path, **more) -> SuiteSection:
+    return SuiteSection(rows=str(rows), max_tokens=8, template="none", opening_words=3, continuation=12, **more)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_figures_are_what_they_say_and_a_model_equals_itself(engine, random_gpt2, other_gpt2, texts_file, questions_file):
+    settings = small(questions_file, texts=str(texts_file), last_words=str(texts_file), samples=2)
+    found = suite.compare([str(random_gpt2), str(other_gpt2), str(random_gpt2)], settings, engine, ["a", "b", "c"])
+    a, b, again = found.models
+    assert len(a.answers) == 6 and set(found.metrics()) == set(suite.METRICS) - {"accuracy_phrasing", "score", "wins"}
+    model, tokenizer, _ = loading.open_model(random_gpt2, engine)
+    loss = measure.base_text_loss(model, tokenizer, TEXTS)
+    assert a.figure("perplexity").mean == pytest.approx(perplexity(*loss), rel=1e-9)
+    for name in found.metrics():
+        if name == "kl":  # of the base itself: zero but for rounding
+            assert abs(again.figure("kl").mean) < 1e-6 < b.figure("kl").mean and "kl" not in a.values
+            continue
+        assert found.difference(name, again) == (0, 0, 0), name
+    gap = found.difference("perplexity", b)
+    assert gap.mean == pytest.approx(np.log(b.figure("perplexity").mean) - np.log(a.figure("perplexity").mean), abs=1e-9)
+    text = suite.table(found)
+    assert "base-text perplexity" in text and "difference to a" in text
+    numbers = json.loads(json.dumps(found.to_dict()))
+    assert numbers["baseline"] == "a" and numbers["models"][1]["minus_baseline"]["perplexity"]["low"] <= gap.mean
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kl_and_last_words_equal_their_definitions(engine, random_gpt2, other_gpt2):
+    (p, tokenizer, _), (q, _, _) = (loading.open_model(f, engine) for f in (random_gpt2, other_gpt2))
+    kl = measure.base_text_kl(p, q, tokenizer, TEXTS[:2])
+    eos = tokenizer.eos_token_id
+    for i, text in enumerate(TEXTS[:2]):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        a, b = (_log_softmax(m.full_logits(np.array([[eos, *ids[:-1]]]))[0]) for m in (p, q))
+        assert kl.tokens[i] == len(ids)
+        assert kl.nll[i] == pytest.approx((np.exp(a) * (a - b)).sum(), rel=1e-3, abs=1e-5)
+    right, nll = measure.last_words(p, tokenizer, TEXTS)
+    for i, text in enumerate(TEXTS):
+        before, _, word = text.rpartition(" ")
+        start, last = tokenizer(before)["input_ids"], tokenizer(" " + word)["input_ids"]
+        log_p = _log_softmax(p.full_logits(np.array([[*start, *last[:-1]]]))[0])[len(start) - 1 :]
+        assert nll[i] == pytest.approx(-sum(log_p[k, t] for k, t in enumerate(last)), rel=1e-4)
+        assert right[i] == float(all(log_p[k].argmax() == t for k, t in enumerate(last)))
+    # A text that ends with what greedy decoding says is right by construction.
+    start = tokenizer("The cat sat")["input_ids"]
+    with pytest.raises(UserError, match="no word before"):
+        measure.last_words(p, tokenizer, ["alone"])
+    assert len(start)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_length_controlled_wins_take_the_length_out():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 50, 4000).astype(float)
+    others = rng.integers(5, 50, 4000).astype(float)
+    noise = rng.logistic(size=4000)
+    # A judge that likes length alone: 1 win in 2 for models of one length, whatever the longer one wins.
+    longer = length_controlled_wins(np.tanh((lengths + 10 - others) / 20) + noise, np.zeros(4000), lengths + 10, others)
+    raw = (np.tanh((lengths + 10 - others) / 20) + noise > 0).mean()
+    assert raw > 0.55 and longer.mean() == pytest.approx(0.5, abs=0.03)
+    # Equal lengths: the plain share of wins, a tie a half, and rows without a score stay out.
+    plain = length_controlled_wins(np.array([1.0, 2, 0, np.nan]), np.array([0.0, 0, 0, 0]), np.ones(4), np.ones(4))
+    assert np.isnan(plain[3]) and np.nanmean(plain) == pytest.approx(2.5 / 3, abs=1e-6)
+    # Winning everything is no failure of the fit.
+    assert length_controlled_wins(np.ones(9), np.zeros(9), np.arange(9.0), np.ones(9)).mean() > 0.9
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_a_reward_model_scores_answers(engine, random_gpt2, other_gpt2, questions_file, tmp_path):
+    judge, tokenizer, _ = loading.open_model(random_gpt2, engine)
+    judge.add_head(head_start(64, 0))
+    judge.save_classifier(tmp_path / "judge", loading.pad_id(judge.config, tokenizer))
+    found = suite.compare(
+        [str(random_gpt2), str(other_gpt2)], small(questions_file, texts=None, reward=str(tmp_path / "judge")), engine, ["a", "b"]
+    )
+    scored = ["score" in m.values for m in found.models]
+    assert scored == [any(m.answers) for m in found.models]  # answers without a word have no score, and no mean either
+    assert "wins" not in found.models[0].values and ("wins" in found.models[1].values) == any(
+        a and b for a, b in zip(found.models[0].answers, found.models[1].answers, strict=True)
+    )
+
+
+def test_labels_templates_and_questions(tmp_path):
+    embedded = suite.read_questions(SuiteSection(limit=6))
+    assert [q.extra["held_out"] for q in embedded] == ["content"] * 6 + ["phrasing"] * 6
+    assert suite.judged(embedded, [q.turns[-1].content for q in embedded]).tolist() == [1.0] * 12
+    assert suite._labels(["runs/a/sft", "runs/b/sft", "tiny"]) == ["runs/a/sft", "runs/b/sft", "tiny"]
+    assert suite._labels(["runs/a/sft", "x/lora"]) == ["sft", "lora"]
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question": "2 + 3?", "answer": "2 + 3 = 5 #### 5"}) + "\n")
+    (question,) = suite.read_questions(SuiteSection(rows=str(path)))
+    assert suite.judged([question], ["It is 5."])[0] == 1 and suite.judged([question], ["6"])[0] == 0
+    path.write_text(json.dumps({"text": "plain"}) + "\n")
+    with pytest.raises(UserError, match="ask nothing"):
+        suite.read_questions(SuiteSection(rows=str(path)))
+    path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(UserError, match="have two"):
+        suite.read_questions(SuiteSection(rows=str(path)))
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["compare", "tiny", "limt=3"], "did you mean 'limit'"),
+        (["compare", "tiny", "limit=0"], "limit"),
+        (["eval", "no/such/run"], "no/such/run"),
+        (["eval", "tiny", "rows=none.jsonl"], "none.jsonl"),
+        (["compare", "limit=3"], "name at least one"),
+        (["analyze", "limit=3"], "writes text"),
+    ],
+)
+def test_mistakes_give_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and said in captured[-1] and captured[-1].startswith("mlx-posttrain: ")

@@ -1,0 +1,126 @@
+"""Distillation: thoughts are read, trained, asked for and judged; what is left out is counted; the merged model is the trained one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import engines, loading, methods, recipe
+from mlx_posttrain.data import formats, tasks
+from mlx_posttrain.data.types import Conversation, Turn
+from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.runs import Run
+
+ENGINES = engines.available()
+
+
+def test_what_is_a_thought():
+    assert reasoning.thought_of("<think>\n1 + 2 = 3\n</think>\n3") == ("1 + 2 = 3", "3")
+    for bad in ("3", "<think>a", "<think></think>3", "<think>a</think>", "b <think>a</think>3", "<think>a</think><think>b</think>3",
+                "<think>a</think>3</think>"):  # fmt: skip
+        assert reasoning.thought_of(bad) is None, bad
+    assert reasoning.steps_of("<think>\n1 + 2 = 3\n\n3 + 4 = 7\n</think>\n7") == 2
+    assert reasoning.steps_of("7") == 0
+    full = "<think>\nFirst, 1 + 2 = 3 because so.\nCheck: it is right.\nSo the answer is 3\n</think>\n3"
+    assert reasoning.shape_score(full) == 1.0 and reasoning.shape_score("3") == 0.0
+    # The look of a thought says nothing of its truth.
+    assert reasoning.shape_score(full.replace("= 3", "= 9")) == 1.0
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"question": "q", "thinking": "t", "answer": "a"}, "<think>\nt\n</think>\na"),
+        ({"problem": "q", "deepseek_reasoning": "t", "deepseek_solution": "a", "domain": "math"}, "<think>\nt\n</think>\na"),
+        ({"question": "q", "thinking": "t", "answer": "a", "response": "<think>x</think>y"}, "<think>\nt\n</think>\na"),
+    ],
+)
+def test_the_trace_is_read_and_not_the_answer_alone(row, said):
+    (found,), dropped = formats.parse_rows([row])
+    assert isinstance(found, Conversation) and found.turns == (Turn("user", "q"), Turn("assistant", said)) and not dropped
+    assert found.extra["answer"] == "a"
+
+
+def test_gsm8k_steps_become_a_thought():
+    row = {"question": "q", "answer": "48/2 = <<48/2=24>>24 clips.\nIn all 72.\n#### 72"}
+    (found,), _ = formats.parse_rows([row], format="gsm8k")
+    assert found.turns[-1].content == "<think>\n48/2 = 24 clips.\nIn all 72.\n</think>\n72" and found.extra["answer"] == "72"
+    (plain,), _ = formats.parse_rows([row])
+    assert plain.turns[-1].content == row["answer"]
+
+
+def test_shared_reasoning_files_are_read(shared):
+    from mlx_posttrain.data.sources import load_rows
+    from mlx_posttrain.evaluate import verify
+
+    for name, format, count in (("gsm8k-train", "gsm8k", 7473), ("thinking-traces", "auto", 153), ("countdown-train", "auto", 2000)):
+        found, dropped = formats.parse_rows(load_rows(str(shared / "data" / "reasoning" / f"{name}.jsonl")), format=format)
+        assert len(found) + sum(dropped.values()) == count and sum(dropped.values()) <= 2, (name, dropped)
+        assert all(reasoning.thought_of(c.turns[-1].content) for c in found), name
+        if name != "thinking-traces":
+            assert all(verify.verify(c.extra, c.turns[-1].content) for c in found), name
+
+
+def load(output, *overrides: str):
+    return recipe.load("08_distill", [
+        "model=tiny", "data.source=embedded/reasoning", "data.config=null", "data.families=[long_sum]", "data.limit=48", "data.system=null",
+        "data.template=question", "data.max_length=128", "data.eval_limit=12", "train.epochs=1", "train.batch_size=8", "train.accumulate=1",
+        "train.steps=4", "train.lr=1e-3", "think.questions=6", "think.max_tokens=24", "sample.count=1", f"output={output}", *overrides,
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_ends_with_a_report_and_a_merged_model(engine, tmp_path, capsys):
+    result = methods.get("distill").run(load(tmp_path / "run", f"engine={engine}"))
+    run = Run(tmp_path / "run")
+    report = json.loads((run.folder / "report.json").read_text())
+    assert report["questions"] == 6 and report["accuracy"][0] == result["accuracy"] and "base_accuracy" in report
+    answers = [json.loads(line) for line in (run.folder / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 6 and all(a["at_once"].startswith("<think>\n\n</think>") for a in answers)
+    merged = engines.get(engine).load(run.folder / "merged")
+    trained, tokenizer, _ = loading.open_model(run.folder, engine)
+    tokens = np.array([tokenizer.encode("What is 2 + 3?")])
+    # The embedded base is stored in float16, and a merge keeps its base's format: logits around 10 differ in the third decimal.
+    np.testing.assert_allclose(merged.full_logits(tokens), trained.full_logits(tokens), atol=1e-2)
+    assert "merged into" in capsys.readouterr().err
+
+
+def test_long_traces_are_left_out_and_counted(tmp_path, capsys):
+    methods.get("distill").run(load(tmp_path / "run", "data.max_length=96", "data.families=null", "think.questions=0", "train.steps=1"))
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("training rows"))
+    assert "0 truncated" in said and int(said.partition("trained token, ")[2].split()[0]) > 0
+
+
+def test_a_system_prompt_is_trained_and_asked_with(tmp_path):
+    methods.get("distill").run(
+        load(tmp_path / "run", "data.system=Think first.", "think.base=false", "data.template=chatml", "data.max_length=192")
+    )
+    assert loading.locate(tmp_path / "run").system == "Think first."
+    from mlx_posttrain import supervised
+
+    chosen = load(tmp_path / "other", "data.system=Think first.")
+    (first, *_) = supervised.read_conversations(chosen.data, split="train", limit=2, seed=0)
+    assert first.turns[0] == Turn("system", "Think first.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_thoughts_are_learned(engine, tmp_path):
+    """Sums of two numbers and more in steps of one: after a few minutes some come out right, and only by thinking."""
+    chosen = load(
+        tmp_path / "run", f"engine={engine}", "adapter=null", "data.limit=3200", "train.batch_size=32", "train.steps=100", "train.lr=2e-3",
+        "data.eval_limit=60", "think.questions=60", "think.max_tokens=80", "think.base=false",
+    )  # fmt: skip
+    result = methods.get("distill").run(chosen)
+    assert result["format_rate"] > 0.9
+    assert result["accuracy"] >= result["accuracy_at_once"]
+    assert result["loss"] < 0.6  # 5.6 before; the operands and the form are certain, the sums are not yet
+
+
+def test_the_embedded_rows_verify_themselves():
+    from mlx_posttrain.evaluate import verify
+
+    for row in tasks.reasoning("valid", limit=50):
+        assert verify.verify(row, row["response"]) and not verify.verify(row, "<think>\n1\n</think>\nno idea")

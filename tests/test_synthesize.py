@@ -1,0 +1,139 @@
+"""A teacher's answers, chosen by rule and by reward model; provenance; an interrupted command goes on to the same file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_posttrain import engines, loading, recipe, synthesize
+from mlx_posttrain.data import sources
+from mlx_posttrain.engines.base import head_start
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate import verify
+from mlx_posttrain.synthesize import Settings
+
+ENGINE = engines.available()[0]
+SETTINGS = Settings(samples=4, max_tokens=12, keep=2, near=None)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Rules that some of a random model's answers follow and some do not."""
+    path = tmp_path_factory.mktemp("q") / "questions.jsonl"
+    rule = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    path.write_text(
+        "".join(json.dumps({"prompt": f"Write about {w}.", **rule}) + "\n" for w in ("cats", "dogs", "kings", "hills", "moons"))
+    )
+    return path
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make(output: Path, questions: Path, settings: Settings = SETTINGS, **more) -> dict[str, int]:
+    return synthesize.synthesize("tiny", str(questions), output, settings, engine=ENGINE, **more)
+
+
+def test_only_what_the_rule_accepts_is_kept(questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    told = make(tmp_path / "out.jsonl", questions)
+    found = rows(tmp_path / "out.jsonl")
+    assert found and told["written"] == len(found) == told["kept"]
+    assert told["kept"] + told["wrong"] + told["not ended"] + told["not needed"] == 5 * 4
+    assert told["wrong"] or told["not ended"]
+    for row in found:
+        assert verify.verify(row, row["response"]) and "," not in row["response"]
+        assert row["provenance"]["teacher"] == "tiny" and len(row["provenance"]["weights"]) == 16
+    counts = [sum(r["provenance"]["question"] == q for r in found) for q in range(5)]
+    assert max(counts) <= 2
+    assert sources.load_rows(str(tmp_path / "out.jsonl"))  # a data set for the next recipe
+
+
+def _early_stop(tokenizer) -> int:
+    return tokenizer.encode(" the")[0]  # a random text's commonest token: answers end now and then
+
+
+def test_an_interrupted_command_goes_on_to_the_same_file(questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    monkeypatch.setattr(synthesize, "CHUNK", 2)
+    make(tmp_path / "whole.jsonl", questions)
+    calls = []
+    append = synthesize._append
+
+    def cut(output, written, state):
+        if calls:
+            with output.open("a") as f:  # killed in the middle of the second chunk
+                f.write(json.dumps(written[0] if written else {"provenance": {"question": 2}}) + "\n" + '{"question": "hal')
+            raise KeyboardInterrupt
+        calls.append(1)
+        append(output, written, state)
+
+    monkeypatch.setattr(synthesize, "_append", cut)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut.jsonl", questions)
+    monkeypatch.setattr(synthesize, "_append", append)
+    make(tmp_path / "cut.jsonl", questions)
+    assert rows(tmp_path / "cut.jsonl") == rows(tmp_path / "whole.jsonl")
+    with pytest.raises(UserError, match="other settings \\(temperature\\)"):
+        make(tmp_path / "cut.jsonl", questions, Settings(samples=4, max_tokens=12, keep=2, near=None, temperature=1.5))
+
+
+def test_a_reward_model_chooses_the_best(questions, tmp_path, random_gpt2, monkeypatch):
+    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    judge, tokenizer, _ = loading.open_model("tiny", ENGINE)
+    judge.add_head(head_start(judge.config["n_embd"], 0))
+    judge.save_classifier(tmp_path / "judge", loading.pad_id(judge.config, tokenizer))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "judge" / name).is_file()
+    make(tmp_path / "all.jsonl", questions, Settings(samples=6, max_tokens=12, keep=6, near=None, reward=str(tmp_path / "judge")))
+    make(tmp_path / "best.jsonl", questions, Settings(samples=6, max_tokens=12, keep=1, near=None, reward=str(tmp_path / "judge")))
+    everything, best = rows(tmp_path / "all.jsonl"), rows(tmp_path / "best.jsonl")
+    for row in best:
+        own = [r["provenance"]["score"] for r in everything if r["question"] == row["question"]]
+        assert row["provenance"]["score"] == pytest.approx(max(own), rel=1e-5) and row["provenance"]["chosen_by"] == str(tmp_path / "judge")
+
+
+def test_near_duplicates_and_order(monkeypatch):
+    texts = ["a b c d e f g h i", "a b c d e f g h i", "q r s t u v w x y", "z"]
+    fate = [None, None, None, "wrong"]
+    chosen = synthesize._chosen(texts, fate, None, Settings(keep=5, near=0.7))
+    assert chosen == [0, 2] and fate == [None, "near duplicate", None, "wrong"]
+    import numpy as np
+
+    assert synthesize._chosen(texts[:3], [None, None, None], np.array([0.0, 1.0, 2.0]), Settings(keep=1, near=None)) == [2]
+
+
+def test_questions_that_nobody_can_judge(tmp_path, questions):
+    path = tmp_path / "open.jsonl"
+    path.write_text(json.dumps({"prompt": "Tell me a story."}) + "\n")
+    with pytest.raises(UserError, match="--reward"):
+        make(tmp_path / "out.jsonl", path)
+    (tmp_path / "used.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="exists"):
+        make(tmp_path / "used.jsonl", questions)
+    path.write_text(json.dumps({"text": "no question"}) + "\n")
+    with pytest.raises(UserError, match="ask no question"):
+        make(tmp_path / "out.jsonl", path)
+
+
+def test_the_result_trains(questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    make(tmp_path / "out.jsonl", questions)
+    monkeypatch.undo()
+    from mlx_posttrain import methods
+
+    chosen = recipe.load(
+        "01_sft",
+        [
+            "model=tiny",
+            f"engine={ENGINE}",
+            f"data.source={tmp_path / 'out.jsonl'}",
+            f"output={tmp_path / 'run'}",
+            "train.steps=1",
+            "data.holdout=1",
+        ],
+    )
+    assert methods.get("sft").run(chosen)["loss"] > 0
