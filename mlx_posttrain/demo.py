@@ -30,7 +30,6 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
     chosen = recipe.load("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
     methods.get("pipeline").run(chosen)
     report = output / "report" / "final"
-    print((report / "report.txt").read_text(encoding="utf-8"))
     _print_reward_model(output / "reward")
     _print_ppo(output / "ppo")
     _print_thinking(output / "distill")

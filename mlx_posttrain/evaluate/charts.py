@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -123,7 +124,7 @@ def svg(figure: Any) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     # Ids are unique within a figure only, and a page has many: a clip path of another figure would cut this one.
-    salt = format(abs(hash(text)) % 16**8, "08x")
+    salt = format(zlib.crc32(text.encode()), "08x")
     text = re.sub(r'\bid="([^"]+)"', rf'id="{salt}-\1"', text)
     text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>{salt}-", text)
     return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2\3", text, count=1)

@@ -25,7 +25,7 @@ from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import measure, verify
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, diversity, paired_bootstrap, seq_rep_n
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, distinct_n, diversity, paired_bootstrap, seq_rep_n
 from mlx_posttrain.evaluate.preference import length_controlled_wins
 from mlx_posttrain.progress import say
 
@@ -78,6 +78,7 @@ METRICS: dict[str, Metric] = {
     "last_word": Metric("last word", "{:.1%}", "higher", "100 %", "texts whose last word greedy decoding finds"),
     "last_word_perplexity": Metric("last-word perplexity", "{:.1f}", "lower", "1", "exp of the last word's mean cost", math.exp),
     "seq_rep_4": Metric("repetition", "{:.3f}", "lower", "0", "seq-rep-4 of greedy continuations: share of 4-grams that came before"),
+    "distinct_2": Metric("distinct-2", "{:.3f}", "higher", "1", "share of different 2-grams in a greedy continuation"),
     "diversity": Metric("diversity", "{:.3f}", "higher", "1", "product of 1 - seq-rep-n, n = 2..4, of greedy continuations"),
     "seq_rep_4_sampled": Metric("repetition, sampled", "{:.3f}", "lower", "0", "the same of sampled continuations"),
     "ended": Metric("ended by itself", "{:.0%}", "neither", "100 %", "greedy answers that ended before the limit"),
@@ -331,6 +332,7 @@ def _read(one: Measured, model: Model, tokenizer: Any, texts: Sequence[str], sui
         return
     greedy = one.continuations = measure.continuations(model, tokenizer, openings, max_tokens=suite.continuation)
     one.values["seq_rep_4"] = Values(np.array([seq_rep_n(tokens) for tokens in greedy]))
+    one.values["distinct_2"] = Values(np.array([distinct_n([tokens]) for tokens in greedy]))
     one.values["diversity"] = Values(np.array([diversity(tokens) for tokens in greedy]))
     if suite.samples:
         sampled = measure.continuations(
@@ -368,32 +370,38 @@ def differences(comparison: Comparison) -> list[str]:
 
 
 def table(comparison: Comparison) -> str:
-    """The comparison for a terminal: one line a figure, one column a model, and below each figure its difference to the baseline."""
+    """The comparison for a terminal: one line a model, one column a figure, in as many tables as the width asks for."""
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(
-        title=f"{len(comparison.questions)} questions in the template {comparison.template!r}, greedy; 95 % bootstrap intervals, below them the "
-        f"difference to {comparison.models[0].name} (* beyond chance)"
-        if len(comparison.models) > 1
-        else f"{len(comparison.questions)} questions in the template {comparison.template!r}, greedy; 95 % bootstrap intervals"
-    )
-    grid.add_column("")
-    for model in comparison.models:
-        grid.add_column(model.name, justify="right")
-    grid.add_column("best possible", style="dim")
-    for name in comparison.metrics():
-        cells = []
+    names, base = comparison.metrics(), comparison.models[0]
+    console = Console(width=None if Console().is_terminal else 120)  # a pipe or a file has no width of its own
+    label = max(len("best possible"), *(len(m.name) for m in comparison.models))
+    fitting = max(1, (console.width - label - 4) // 18)
+    said = [
+        f"{len(comparison.questions)} questions in the template {comparison.template!r}, greedy; 95 % bootstrap intervals"
+        + (f"; * differs from {base.name} beyond chance" if len(comparison.models) > 1 else "")
+    ]
+    for begin in range(0, len(names), fitting):
+        grid = Table()
+        grid.add_column("", no_wrap=True)
+        for name in names[begin : begin + fitting]:
+            grid.add_column(METRICS[name].label, justify="right")
         for model in comparison.models:
-            d = comparison.difference(name, model)
-            change = "" if d is None else f"\n{(comparison.sentence(name, model) or '').partition(': no')[0]}{'*' if _beyond(d) else ''}"
-            cells.append(comparison.cell(name, model) + change)
-        grid.add_row(METRICS[name].label, *cells, METRICS[name].ceiling)
-    # A pipe or a file has no width of its own.
-    console = Console(width=None if Console().is_terminal else 60 + 40 * len(comparison.models))
-    with console.capture() as captured:
-        console.print(grid)
-    return captured.get()
+            grid.add_row(model.name, *(_short(comparison, name, model) for name in names[begin : begin + fitting]))
+        grid.add_section()
+        grid.add_row("best possible", *(METRICS[name].ceiling.partition(":")[0] for name in names[begin : begin + fitting]), style="dim")
+        with console.capture() as captured:
+            console.print(grid)
+        said.append(captured.get())
+    return "\n".join(said)
+
+
+def _short(comparison: Comparison, metric: str, model: Measured) -> str:
+    value, _, interval = comparison.cell(metric, model).partition(" ")
+    low, _, high = interval.strip("[]").replace("%", "").partition(", ")
+    d = comparison.difference(metric, model)
+    return f"{value}{'*' if d is not None and _beyond(d) else ''}\n" + (f"{low} to {high}" if interval else "")
 
 
 def _beyond(d: Interval) -> bool:

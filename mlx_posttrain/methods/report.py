@@ -59,6 +59,6 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     result = {f"{m.name}/{name}": m.figure(name).mean for m in comparison.models for name in ("accuracy", "perplexity") if name in m.values}
     rundirs.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     rundirs.replace_folder(one.final, fill)
-    progress.say(said)
+    print(said)
     progress.say(f"the report is {one.final / 'report.html'}")
     return result

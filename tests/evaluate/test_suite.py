@@ -76,7 +76,8 @@ def test_figures_are_what_they_say_and_a_model_equals_itself(engine, random_gpt2
     gap = found.difference("perplexity", b)
     assert gap.mean == pytest.approx(np.log(b.figure("perplexity").mean) - np.log(a.figure("perplexity").mean), abs=1e-9)
     text = suite.table(found)
-    assert "base-text perplexity" in text and "difference to a" in text
+    assert all(suite.METRICS[name].label in text for name in found.metrics()) and "differs from a" in text
+    assert max(map(len, text.splitlines())) <= 120
     numbers = json.loads(json.dumps(found.to_dict()))
     assert numbers["baseline"] == "a" and numbers["models"][1]["minus_baseline"]["perplexity"]["low"] <= gap.mean
 
