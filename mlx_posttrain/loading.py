@@ -13,6 +13,9 @@ from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
 
+#: Any of these makes a folder one with a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tokenizer_config.json")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -58,6 +61,7 @@ def locate(name: str | Path) -> Source:
             raise UserError(f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`")
         if (run.final / "adapter_config.json").is_file():
             return Source(base_folder(recipe["model"]), run.final, recipe)
+        hub.check_folder(run.final)
         return Source(run.final, None, recipe)
     if (path / "adapter_config.json").is_file():
         from mlx_posttrain.convert import adapters
@@ -96,10 +100,14 @@ def load_tokenizer(folder: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
+        raise UserError(f"{folder} has no tokenizer: copy its base's tokenizer.json and tokenizer_config.json there")
     try:
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a damaged file fails anywhere in the libraries that read it
+        raise UserError(
+            f"{folder}: no tokenizer can be loaded from it ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from None
 
 
 def check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_posttrain import cli, engines
 from mlx_posttrain.convert import gpt2, hub
 from mlx_posttrain.convert.weights import convert
+from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.loading import open_model
@@ -180,3 +181,47 @@ def test_a_chat_outlives_a_question_that_is_too_long(engine, random_gpt2):
     (line,) = done.stderr.decode().strip().splitlines()
     assert "more than the 63 that fit; shorten it" in line
     assert done.stdout.count(b"\n") == 3  # the first, the bytes that are no text, the last
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_config_that_contradicts_its_weights_is_one_line(engine, random_gpt2, tmp_path, capfd):
+    for key, value in (("n_layer", 5), ("n_embd", 96), ("vocab_size", 7), ("n_head", 5)):
+        folder = tmp_path / f"{key}-{engine}"
+        shutil.copytree(random_gpt2, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        said = one_line(["generate", str(folder), "--prompt", "Hi", "--max-tokens", "2", "--engine", engine], capfd)
+        assert str(folder) in said or "config" in said, (key, said)
+
+
+def test_a_folder_without_a_tokenizer(random_gpt2, tmp_path, capfd):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(random_gpt2 / name, folder / name)
+    assert "has no tokenizer" in one_line(["generate", str(folder), "--prompt", "Hi"], capfd)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_moments_of_another_run_are_refused(engine, random_gpt2, tmp_path):
+    from mlx_posttrain.engines.base import AdamW, AdapterSpec
+
+    own = engines.get(engine)
+    full, adapted = own.load(random_gpt2), own.load(random_gpt2)
+    adapted.add_adapter(AdapterSpec(rank=2), seed=0)
+    full_trainer, adapter_trainer = own.trainer(full, AdamW()), own.trainer(adapted, AdamW())
+    for model, trainer in ((full, full_trainer), (adapted, adapter_trainer)):
+        tokens = np.array([[1, 2, 3, 4]], np.int32)
+        index = np.arange(3, dtype=np.int32)
+        batch = Batch(tokens, index, tokens[0, 1:], np.ones(3, np.float32), np.zeros(3, np.int32))
+        trainer.step(_nll, [batch], 1e-3)
+        del model
+    full_trainer.save(tmp_path / "full.safetensors")
+    with pytest.raises(UserError, match="belongs to another run"):
+        adapter_trainer.load(tmp_path / "full.safetensors")
+    full_trainer.load(tmp_path / "full.safetensors")
+
+
+def _nll(model, batch):
+    value = -model.logprobs(batch).mean()
+    return value, {"nll": value}

@@ -468,7 +468,12 @@ class MLXTrainer:
         mx.save_safetensors(str(path), dict(tree_flatten(self.optimizer.state)))
 
     def load(self, path: Path) -> None:
-        self.optimizer.state = tree_unflatten(list(mx.load(str(path)).items()))
+        state: dict[str, mx.array] = dict(mx.load(str(path)))
+        known: dict[str, mx.array] = dict(tree_flatten(self.optimizer.state))
+        strangers = sorted(set(state) ^ set(known)) or sorted(n for n, v in state.items() if v.shape != known[n].shape)
+        if strangers:
+            raise UserError(f"{path}: its moments are of other parameters, for example {strangers[0]}: it belongs to another run")
+        self.optimizer.state = tree_unflatten(list(state.items()))
 
 
 def _compile(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:

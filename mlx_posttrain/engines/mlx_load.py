@@ -48,8 +48,10 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
         settings = weight_files.gpt2_config(config)
     try:
         net, _ = load_model(folder, model_config=settings, get_model_classes=classes)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+    except UserError as error:
+        raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+    except Exception as error:  # a config that contradicts its weights fails anywhere in a library that trusts it
+        raise UserError(f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
     if config["model_type"] == "gpt2" and dtype == "float32":
         mlx_gelu.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())

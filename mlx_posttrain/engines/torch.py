@@ -417,7 +417,6 @@ class TorchEngine:
             raise UserError(
                 "adapter.quantize needs engine=mlx: torch on a CPU has no quantised training here; use engine=mlx, or leave quantize out for LoRA"
             )
-        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.set_verbosity_error()
@@ -425,6 +424,19 @@ class TorchEngine:
         config = hub.check_config(folder)
         if config.get("quantization"):
             raise UserError(f"{folder}: an MLX-quantised model runs on engine=mlx only")
+        try:
+            net = self._net(folder, config, dtype)
+        except UserError as error:
+            raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+        except Exception as error:  # a config that contradicts its weights fails anywhere in a library that trusts it
+            raise UserError(f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
+        if gradient_checkpointing:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        return TorchModel(net.eval(), folder, config)
+
+    def _net(self, folder: Path, config: dict[str, Any], dtype: str) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if files.is_classifier(config):
             hf.tie_word_embeddings = True  # its folder has no language-model head
@@ -438,9 +450,7 @@ class TorchEngine:
             net = AutoModelForCausalLM.from_pretrained(
                 folder, config=hf, attn_implementation="sdpa", dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
             )
-        if gradient_checkpointing:
-            net.gradient_checkpointing_enable({"use_reentrant": False})
-        return TorchModel(net.eval(), folder, config)
+        return net
 
     def trainer(self, model: TorchModel, settings: AdamW) -> TorchTrainer:
         return TorchTrainer(model, settings)
