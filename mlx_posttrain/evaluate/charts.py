@@ -39,7 +39,7 @@ def _axes(columns: int = 1, width: float = 4.6, height: float = 3.0, **more: Any
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": "mlx-posttrain", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
+        "svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "mlx-posttrain", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
         "axes.spines.right": False, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
         "ytick.color": _INK, "legend.frameon": False, "axes.titlesize": 10, "legend.fontsize": 8,
     })  # fmt: skip
