@@ -218,8 +218,11 @@ def analyze(
     import json as jsonlib
 
     from mlx_posttrain.evaluate import analyze as module
+    from mlx_posttrain.evaluate import report as pages
 
     names, suite = _suite(runs)
+    if output:
+        pages.check_target(output)
     comparison, found = module.analyze(names, suite, engine, base=base)
     if json:
         typer.echo(jsonlib.dumps([f.to_dict() for f in found], indent=2, ensure_ascii=False))
@@ -241,11 +244,14 @@ def report(
     """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
     from mlx_posttrain.evaluate import analyze as module
     from mlx_posttrain.evaluate import findings as kinds
-    from mlx_posttrain.runs import Run
+    from mlx_posttrain.evaluate import report as pages
+    from mlx_posttrain.evaluate.suite import labels_of
+    from mlx_posttrain.runs import reopen
 
     names, suite = _suite(runs)
+    pages.check_target(output)
     if logs_only:
-        curve = kinds.overfitting({Path(n).name: Run(Path(n)).metrics() for n in names})
+        curve = kinds.overfitting({label: reopen(n)[0].metrics() for n, label in zip(names, labels_of(names), strict=True)})
         _page(output, names, None, [curve] if curve else [])
     else:
         _page(output, names, *module.analyze(names, suite, engine, base=base))
@@ -253,7 +259,7 @@ def report(
 
 def _setting(text: str) -> bool:
     key, equals, _ = text.partition("=")
-    return bool(equals) and key.replace("_", "").isalnum() and not Path(text).exists()
+    return bool(equals) and key.replace("_", "").replace(".", "").isalnum() and not Path(text).exists()
 
 
 def _suite(arguments: list[str]) -> tuple[list[str], Any]:
@@ -273,7 +279,13 @@ def _compare(names: list[str], settings: list[str] | None, json: bool, engine: s
 
     if not names:
         raise UserError("name at least one run or model")
-    _, suite = _suite(settings or [])
+    others, suite = _suite(settings or [])
+    if others:
+        raise UserError(f"{others[0]!r} is no setting (write key=value); several models are measured by `mlx-posttrain compare`")
+    if page:
+        from mlx_posttrain.evaluate import report as pages
+
+        pages.check_target(page)
     found = module.compare(names, suite, engine)
     typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else module.table(found))
     if page:
@@ -282,8 +294,9 @@ def _compare(names: list[str], settings: list[str] | None, json: bool, engine: s
 
 def _page(path: Path, names: list[str], comparison: Any, findings: list[Any]) -> None:
     from mlx_posttrain.evaluate import report as module
+    from mlx_posttrain.evaluate.suite import labels_of
 
-    typer.echo(module.write(path, names, [Path(n).name for n in names], comparison, findings), err=True)
+    typer.echo(module.write(path, names, labels_of(names), comparison, findings), err=True)
 
 
 @app.command()

@@ -74,17 +74,27 @@ def synthesize(
     judge = loading.open_model(settings.reward, engine, scores=True) if settings.reward else None
     stamp = {
         "teacher": teacher, "weights": _hash(source), "samples": settings.samples, "temperature": settings.temperature, "top_p": settings.top_p,
-        "max_tokens": settings.max_tokens, "template": template, "system": system, "seed": settings.seed, "chosen_by": settings.reward or "rule",
+        "max_tokens": settings.max_tokens, "keep": settings.keep, "near": settings.near, "thoughts": settings.thoughts, "prompts": prompts,
+        "format": format, "template": template, "system": system, "seed": settings.seed, "chosen_by": settings.reward or "rule",
         "mlx_posttrain": __version__,
     }  # fmt: skip
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from None
     begin = _begun(output, stamp)
     if begin:
         say(f"{output}: going on after {begin} questions")
     for first in range(begin, len(rows), CHUNK):
         part = rows[first : first + CHUNK]
+        done, numbers = first + len(part), list(range(first, first + len(part)))
         asked = [((Turn("system", system),) if system and templated else ()) + _question(row) for row in part]
-        room = None if model.context is None else model.context - 1
-        ids = encode.encode_prompts(asked, tokenizer, template, room, templated=templated)
+        ids = encode.encode_prompts(asked, tokenizer, template, templated=templated)
+        if model.context is not None:
+            fitting = [i for i, row in enumerate(ids) if len(row) < model.context]
+            told["questions beyond the context"] += len(ids) - len(fitting)
+            numbers = [numbers[i] for i in fitting]
+            part, asked, ids = [part[i] for i in fitting], [asked[i] for i in fitting], [ids[i] for i in fitting]
         # A seed of its own for each chunk: a resumed run draws the same candidates as one that was not cut off.
         own = int(np.random.SeedSequence([settings.seed, first]).generate_state(1)[0])
         completions = list(decoding.in_batches(
@@ -106,10 +116,10 @@ def synthesize(
                 fate = [f or ("not scored" if not np.isfinite(s) else None) for f, s in zip(fate, scores, strict=True)]
             for number in _chosen(texts, fate, scores, settings):
                 score = None if scores is None else float(scores[number])
-                written.append(_row(row, texts[number], {**stamp, "question": first + i, "sample": number, "score": score}))
+                written.append(_row(row, texts[number], {**stamp, "question": numbers[i], "sample": number, "score": score}))
             told.update("kept" if f is None else f for f in fate)
-        _append(output, written, {"stamp": stamp, "questions": first + len(part), "fates": dict(told)})
-        say(f"{first + len(part)} of {len(rows)} questions, {told['kept']} of {sum(told.values()) - told['questions']} candidates kept")
+        _append(output, written, {"stamp": stamp, "questions": done})
+        say(f"{done} of {len(rows)} questions, {told['kept']} candidates kept")
     told["written"] = sum(1 for _ in output.open(encoding="utf-8")) if output.is_file() else 0
     return told
 
@@ -121,6 +131,9 @@ def formats_of(prompts: str, format: str, limit: int | None, seed: int) -> Itera
     for reason, count in dropped.items():
         say(f"{prompts}: {count} rows dropped: {reason}")
     for row in parsed:
+        if isinstance(row, Conversation) and sum(turn.role == "user" for turn in row.turns) > 1:
+            say(f"{prompts}: a question with a dialogue before it is left out")
+            continue
         if not isinstance(row, Conversation) or not _question(row):
             raise UserError(f"{prompts}: these rows ask no question with one answer; accepted: {formats.accepted()}")
         if row.turns[-1].role == "assistant":
@@ -168,11 +181,14 @@ def _row(row: Conversation, text: str, provenance: dict[str, Any]) -> dict[str, 
 def _begun(output: Path, stamp: dict[str, Any]) -> int:
     """How many questions an earlier, interrupted command with the same settings finished. Rows beyond its last note are taken away."""
     note = output.with_name(output.name + ".state.json")
-    if not output.exists() and not note.exists():
+    if not output.exists():  # a note alone is of a file that was deleted
         return 0
     if not note.is_file():
         raise UserError(f"{output} exists: choose another file, or delete it")
-    state = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        state = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{note} is damaged: choose another file, or delete it and {output.name}") from None
     if state["stamp"] != stamp:
         other = sorted(k for k in stamp if stamp[k] != state["stamp"].get(k))
         raise UserError(f"{output} was begun with other settings ({', '.join(other)}): choose another file, or delete it and {note.name}")
@@ -183,7 +199,6 @@ def _begun(output: Path, stamp: dict[str, Any]) -> int:
 
 
 def _append(output: Path, rows: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with output.open("a", encoding="utf-8") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

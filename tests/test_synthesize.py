@@ -81,6 +81,24 @@ def test_an_interrupted_command_goes_on_to_the_same_file(questions, tmp_path, mo
         make(tmp_path / "cut.jsonl", questions, Settings(samples=4, max_tokens=12, keep=2, near=None, temperature=1.5))
 
 
+def test_what_is_deleted_is_made_anew_and_long_questions_are_left_out(tmp_path, monkeypatch, questions):
+    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    path = tmp_path / "q.jsonl"
+    long = json.dumps({"prompt": "word " * 600, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]})
+    path.write_text(long + "\n" + questions.read_text())
+    told = make(tmp_path / "out.jsonl", path)
+    first = rows(tmp_path / "out.jsonl")
+    assert told["questions beyond the context"] == 1 and first and all(r["provenance"]["question"] > 0 for r in first)
+    (tmp_path / "out.jsonl").unlink()
+    make(tmp_path / "out.jsonl", path)
+    assert rows(tmp_path / "out.jsonl") == first
+    with pytest.raises(UserError, match="other settings"):
+        make(tmp_path / "out.jsonl", questions)
+    (tmp_path / "out.jsonl.state.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        make(tmp_path / "out.jsonl", path)
+
+
 def test_a_reward_model_chooses_the_best(questions, tmp_path, random_gpt2, monkeypatch):
     monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
     judge, tokenizer, _ = loading.open_model("tiny", ENGINE)

@@ -19,6 +19,7 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import charts, findings, measure
 from mlx_posttrain.evaluate.findings import Finding
 from mlx_posttrain.evaluate.suite import Comparison, SuiteSection, compare, read_texts
+from mlx_posttrain.evaluate.suite import labels_of as suite_labels
 from mlx_posttrain.methods import sft
 from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import DataSection
@@ -39,6 +40,8 @@ def root(name: str | Path) -> str:
 
             name = language_model(name)
             continue
+        if recipe.get("method") == "report":
+            raise UserError(f"{name} is a report, not a model: give the runs that it is about")
         made = Path(name) / "start"  # pretrain makes its own
         if recipe["method"] == "pretrain" and made.is_dir():
             return str(made)
@@ -59,7 +62,7 @@ def analyze(
     Runs of reward models take part with their curves only. Raises UserError where no run writes text.
     """
     names = [str(name) for name in names]
-    labels = list(labels) if labels else [Path(name).name for name in names]
+    labels = list(labels) if labels else suite_labels(names)
     writers = [(n, label) for n, label in zip(names, labels, strict=True) if writes_text(n)]
     if not writers:
         raise UserError("none of these runs writes text: give a run of a language model")
@@ -69,15 +72,25 @@ def analyze(
     found: list[Finding | None] = [findings.forgetting(comparison)]
     found.append(findings.drift({label: drift(base, n) for n, label in writers}))
     model, tokenizer, source = loading.open_model(base, engine)
-    trained = {label: n for n, label in writers if _training_rows(n)}
+    trained: dict[str, str] = {}
+    for n, label in writers:
+        try:
+            if _training_rows(n):
+                trained[label] = n
+        except UserError as error:  # a file that is gone costs its finding, not the whole analysis
+            say(f"the training rows of {label} are left out: {error}")
     texts = read_texts(suite.texts, suite.text_limit) if suite.texts else []
     if texts:
         plain = measure.base_text_loss(model, tokenizer, texts, window=suite.window, stride=suite.stride)
         seen = {label: _under(model, tokenizer, n) for label, n in trained.items()}
-        found.append(findings.shift({k: (v.nll, v.tokens) for k, v in seen.items()}, (plain.nll, plain.tokens)))
+        found.append(findings.shift({k: (v.nll, v.tokens) for k, v in seen.items() if len(v.nll)}, (plain.nll, plain.tokens)))
         found.append(findings.repetition({m.name: m.continuations for m in comparison.models}))
     if trained and source.quantize is None:
-        found.append(interference(model, tokenizer, _training_rows(next(iter(trained.values())))[:GRADIENT_ROWS], suite.seed))
+        rows = _training_rows(next(iter(trained.values())))[:GRADIENT_ROWS]
+        try:
+            found.append(interference(model, tokenizer, rows, suite.seed))
+        except UserError as error:
+            say(f"template interference is left out: {error}")
     del model
     gc.collect()
     found.append(
@@ -125,7 +138,10 @@ def _under(model: Model, tokenizer: Any, name: str) -> measure.RowLoss:
     data = runs.reopen(name)[1]["data"]
     names = [data["template"]] if isinstance(data["template"], str) else data["template"]
     length = min(data["max_length"], model.context or data["max_length"])
-    examples, _ = encode.encode_all(_training_rows(name), tokenizer, templates=names, max_length=length)
+    try:
+        examples, _ = encode.encode_all(_training_rows(name), tokenizer, templates=names, max_length=length)
+    except UserError:  # none of them fits the base's context
+        examples = []
     return measure.response_loss(model, examples)
 
 
@@ -137,6 +153,8 @@ def interference(
     The rows are cut into ``PARTS`` parts, each of which has one gradient in each template; the parts are halved at random ``SPLITS`` times,
     and every entry compares two different halves, so that entries differ in templates alone.
     """
+    if len(rows) < 2 * PARTS:
+        raise UserError(f"{len(rows)} training rows are too few to compare gradients on; it takes {2 * PARTS}")
     say(f"gradients of {len(names)} templates on {len(rows)} rows")
     rng = np.random.default_rng([seed, 0x1F7E])
     parts = [[rows[i] for i in part] for part in np.array_split(rng.permutation(len(rows)), PARTS)]

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_posttrain.evaluate import charts
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, perplexity
-from mlx_posttrain.evaluate.suite import METRICS, Comparison
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap
+from mlx_posttrain.evaluate.suite import METRICS, MIN_ROWS, Comparison
 
 Verdict = Literal["yes", "no", "cannot say"]
 
@@ -47,7 +47,8 @@ def forgetting(comparison: Comparison) -> Finding | None:
         return None
     figures = {m.name: m.figure("perplexity") for m in [base, *tuned]}
     gaps = {m.name: comparison.difference("perplexity", m) for m in tuned}
-    lost = [name for name, d in gaps.items() if d is not None and d.low > 0]
+    lost = [m.name for m in tuned if (d := gaps[m.name]) is not None and d.low > 0 and comparison.sure("perplexity", m)]
+    enough = np.isfinite(base.values["perplexity"].rows).sum() >= MIN_ROWS
     worst = max(tuned, key=lambda m: figures[m.name].mean)
     least = min(tuned, key=lambda m: figures[m.name].mean)
     sentence = (
@@ -60,7 +61,7 @@ def forgetting(comparison: Comparison) -> Finding | None:
     if kl:
         drawn["kl"] = charts.bars(kl, y="KL(base || model), nats a token", title="Distance from the base on plain text")
     return Finding(
-        "Was base text forgotten?", sentence, "yes" if lost else "no",
+        "Was base text forgotten?", sentence, "yes" if lost else "no" if enough else "cannot say",
         {"perplexity": figures, "nats_minus_base": gaps, "kl": kl}, drawn,
     )  # fmt: skip
 
@@ -84,8 +85,8 @@ def drift(changes: Mapping[str, Mapping[str, float]]) -> Finding | None:
     most = max(totals, key=lambda n: totals[n])
     layer = int(np.argmax(by_layer[most][1]))
     sentence = (
-        f"{most} moved its weights most, {totals[most]:.2%} of a matrix's size on average, in layer {by_layer[most][0][layer]} "
-        f"{by_layer[most][1][layer]:.2%}."
+        f"{most} moved its weights most, {totals[most]:.2%} of a matrix's size on average, and layer {by_layer[most][0][layer]} "
+        f"the most, {by_layer[most][1][layer]:.2%}."
         if totals[most] > 0
         else f"No weight of {first} moved."
     )
@@ -152,7 +153,7 @@ def repetition(continuations: Mapping[str, Sequence[Sequence[int]]]) -> Finding 
     for name in others:
         a, b = ([float(loop_start(t) is not None) for t in continuations[n]] for n in (name, base))
         d = paired_bootstrap(a, b)
-        worse += [name] if d.low > 0 else []
+        worse += [name] if d.low > 0 and len(a) >= MIN_ROWS else []
     if others:
         most = max(others, key=lambda n: looping[n].mean)
         sentence += f"; {most} in {looping[most].mean:.0%}" + (" (more than the base, beyond chance)" if most in worse else "")
@@ -165,7 +166,11 @@ def repetition(continuations: Mapping[str, Sequence[Sequence[int]]]) -> Finding 
         x="token of the continuation", y="share of texts in a loop", title="Where greedy decoding loops",
     )  # fmt: skip
     return Finding(
-        "Did tuning make the model repeat itself?", sentence + ".", "yes" if worse else "no", {"looping": looping}, {"loops": drawn}
+        "Did tuning make the model repeat itself?",
+        sentence + ".",
+        "yes" if worse else "no" if len(continuations[base]) >= MIN_ROWS else "cannot say",
+        {"looping": looping},
+        {"loops": drawn},
     )
 
 
@@ -178,18 +183,17 @@ def interference(templates: Sequence[str], cosines: np.ndarray) -> Finding:
     same = cosines[:, np.arange(n), np.arange(n)].mean(1)
     off = ~np.eye(n, dtype=bool)
     other = cosines[:, off].mean(1)
-    gap = paired_bootstrap(other, same)
     against = float(cosines[:, off].min())
     mean = cosines.mean(0)
     verdict: Verdict = "cannot say" if len(cosines) < 3 else "yes" if other.mean() < 0 else "no"
     sentence = (
-        f"Gradients of different templates have a cosine of {other.mean():.2f} on average (lowest {against:.2f}); two halves of the rows in one "
+        f"At the base, gradients of different templates have a cosine of {other.mean():.2f} on average (lowest {against:.2f}); two halves of the rows in one "
         f"template {same.mean():.2f}. "
         + (
             "Different templates pull against each other."
             if verdict == "yes"
             else "They agree less than the control but do not pull against each other."
-            if gap.high < 0
+            if other.mean() < same.mean() - 2 * float((other - same).std())
             else "They agree as well as random halves of one template do."
         )
     )
@@ -247,7 +251,8 @@ def loss_and_quality(comparison: Comparison) -> Finding | None:
     for a, b in itertools.combinations(models, 2):
         loss = paired_bootstrap(a.values["response_loss"].rows, b.values["response_loss"].rows, weights=a.values["response_loss"].weights)
         right = paired_bootstrap(a.values["accuracy"].rows, b.values["accuracy"].rows)
-        if not (_sure(loss) and _sure(right)):
+        few = min(len(a.values["accuracy"].rows), len(a.values["response_loss"].rows)) < MIN_ROWS
+        if few or not (_sure(loss) and _sure(right)):
             unsure += 1
         elif (loss.mean < 0) == (right.mean > 0):
             agree += 1
@@ -265,8 +270,3 @@ def loss_and_quality(comparison: Comparison) -> Finding | None:
         "Can a model with a lower loss be the worse one?", told, verdict,
         {"agree": agree, "disagree": disagree, "within_chance": unsure}, {"loss_quality": chart},
     )  # fmt: skip
-
-
-def perplexity_of(loss: Any) -> float:
-    """exp of the mean loss of a RowLoss."""
-    return perplexity(loss.nll, loss.tokens)

@@ -120,21 +120,23 @@ def length_controlled_wins(scores: np.ndarray, others: np.ndarray, lengths: np.n
     """[R] values whose mean is the share of answers that would win against the others', were every two of one length.
 
     scores, others: the reward model's scores of two models' answers to the same prompts; lengths: tokens of those answers. A win is 1, a
-    tie .5; a row where either score is nan is nan. The logistic model P(win) = sigma(a + b tanh(difference in length / its standard
-    deviation)) is fitted, and the rate is sigma(a). Row i's value is win_i - P_i + sigma(a): their mean is that rate exactly, and their
-    spread that of the wins, so that a bootstrap over rows gives its interval (b taken as known).
-    Source: Dubois et al. 2024, "Length-Controlled AlpacaEval", eq. 2, without the terms for instructions and with a small ridge on b.
+    tie .5; a row where either score is nan is nan. The logistic model P(win) = sigma(a + b (difference in length, in root mean squares of
+    it)) is fitted, and the rate is sigma(a). Row i's value is win_i - P_i + sigma(a): their mean is that rate exactly, and their spread
+    that of the wins, so that a bootstrap over rows gives an interval, a little too narrow because it takes b as known. All nan where
+    hardly any two answers are of one length (the mean difference is over twice its standard deviation): the data cannot say.
+    Source: Dubois et al. 2024, "Length-Controlled AlpacaEval", eq. 2, without the terms for instructions, and linear in the difference:
+    their tanh saturates where one model is mostly the longer.
     """
     margins = np.asarray(scores, np.float64) - np.asarray(others, np.float64)
     known = np.isfinite(margins)
     found = np.full(len(margins), np.nan)
-    if not known.any():
+    longer = (np.asarray(lengths, np.float64) - np.asarray(other_lengths, np.float64))[known]
+    if not known.any() or abs(longer.mean()) > 2 * longer.std():
         return found
     wins = _wins(margins[known])
-    longer = (np.asarray(lengths, np.float64) - np.asarray(other_lengths, np.float64))[known]
-    spread = longer.std()
-    features = np.stack([np.ones(len(wins)), np.tanh(longer / spread) if spread > 0 else np.zeros(len(wins))], 1)
-    ridge, weights = np.diag([1e-6, 0.1]), np.zeros(2)
+    size = float(np.sqrt((longer**2).mean())) or 1.0
+    features = np.stack([np.ones(len(wins)), longer / size], 1)
+    ridge, weights = np.diag([1e-6, 1e-2]), np.zeros(2)
     for _ in range(50):  # Newton; with two weights it is there in a few steps
         p = 1.0 / (1.0 + np.exp(-features @ weights))
         slope = features.T @ (wins - p) - ridge @ weights

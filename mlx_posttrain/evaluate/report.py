@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import runs
+from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import charts
 from mlx_posttrain.evaluate.findings import Finding
 from mlx_posttrain.evaluate.suite import METRICS, Comparison, judged_texts, table
@@ -76,6 +77,16 @@ def write(path: Path, names: Sequence[str], labels: Sequence[str], comparison: C
     return path
 
 
+def check_target(path: Path) -> None:
+    """Raise UserError where no page can be written: before measuring, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / f".{path.name}.tmp").write_bytes(b"")
+        (path.parent / f".{path.name}.tmp").unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
 def text(comparison: Comparison, findings: Sequence[Finding], samples: int = 3) -> str:
     """The same for a terminal: the table, a few questions with every model's answer, the findings."""
     said = [table(comparison), "The same questions, answered:"]
@@ -114,7 +125,7 @@ def _table(comparison: Comparison | None) -> list[dict[str, Any]]:
             value, _, interval = comparison.cell(name, model).partition(" [")
             d = comparison.difference(name, model)
             tone = ""
-            if d is not None and (d.low > 0 or d.high < 0) and metric.better != "neither":
+            if d is not None and comparison.sure(name, model) and metric.better != "neither":
                 tone = "good" if (d.mean > 0) == (metric.better == "higher") else "bad"
             change = (comparison.sentence(name, model) or "").partition(": no difference")[0]
             cells.append({"value": value, "interval": f"[{interval}" if interval else "", "change": change, "tone": tone})
@@ -135,7 +146,7 @@ def _samples(comparison: Comparison | None) -> list[dict[str, Any]]:
     return [
         {
             "prompt": comparison.questions[i]["prompt"][:600], "wanted": comparison.questions[i]["wanted"][:600],
-            "answers": [{"text": m.answers[i][:600], "right": bool(right[m.name][i])} for m in comparison.models],
+            "answers": [{"text": m.answers[i][:600], "right": right[m.name][i] == 1} for m in comparison.models],
         }
         for i in chosen
     ]  # fmt: skip

@@ -11,7 +11,7 @@ import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +39,7 @@ class SuiteSection(recipes.Section):
     format: str = Field("auto", description="shape of a question's row, as data.format")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
     families: list[str] | None = Field(None, description="kinds of embedded questions to take; null: all")
-    limit: int = Field(160, ge=1, description="ask this many questions")
+    limit: int = Field(160, ge=1, description="ask this many questions, and with `phrasings` as many again")
     phrasings: bool = Field(True, description="with embedded/tasks: ask known contents in unseen words as well")
     template: str | None = Field(None, description="how every model is asked; null: as most of the runs were trained")
     max_tokens: int = Field(64, ge=1, description="longest answer in tokens")
@@ -55,6 +55,12 @@ class SuiteSection(recipes.Section):
     continuation: int = Field(64, ge=8, description="tokens of each continuation")
     reward: str | None = Field(None, description="a reward-model run or sequence classifier that scores the answers; null: none")
     seed: int = Field(0, ge=0, description="fixes samples and intervals")
+
+
+MIN_ROWS = 20  # below this many rows a percentile interval is too narrow to call a difference beyond chance
+
+#: Figures per token, which mean nothing across tokenizers.
+PER_TOKEN = ("response_loss", "perplexity", "kl", "seq_rep_4", "seq_rep_4_sampled", "distinct_2", "diversity", "length")
 
 
 class Metric(NamedTuple):
@@ -104,7 +110,7 @@ class Measured:
     path: str
     values: dict[str, Values] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)  # greedy, one per question
-    continuations: list[list[int]] = field(default_factory=list)  # greedy, one per base text
+    continuations: list[list[int]] = field(default_factory=list)  # greedy, one per base text, to their end of text
 
     def figure(self, metric: str) -> Interval:
         """Mean and 95 % bootstrap interval."""
@@ -134,6 +140,14 @@ class Comparison:
         if not np.isfinite(rows - theirs).any():
             return None
         return paired_bootstrap(rows, theirs, weights=base.values[metric].weights)
+
+    def sure(self, metric: str, model: Measured) -> bool:
+        """Whether the difference to the baseline is beyond chance: 0 lies outside its 95 % interval, over at least MIN_ROWS rows."""
+        d = self.difference(metric, model)
+        if d is None:
+            return False
+        both = np.isfinite(model.values[metric].rows - self.models[0].values[metric].rows).sum()
+        return bool(both >= MIN_ROWS and (d.low > 0 or d.high < 0))
 
     def to_dict(self) -> dict[str, Any]:
         """All figures with intervals and differences, for comparison.json."""
@@ -167,7 +181,7 @@ class Comparison:
             return None
         unit = "nats" if METRICS[metric].of else ""
         form = "{:+.3f}" if METRICS[metric].of else METRICS[metric].form.replace("{:", "{:+").replace("++", "+")
-        sure = "" if d.low > 0 or d.high < 0 else ": no difference that these rows can show"
+        sure = "" if self.sure(metric, model) else ": no difference that these rows can show"
         return f"{form.format(d.mean)} [{form.format(d.low)}, {form.format(d.high)}] {unit}".strip() + sure
 
 
@@ -177,7 +191,7 @@ def compare(names: Sequence[str], suite: SuiteSection, engine: str = "auto", lab
     names: whatever ``loading.locate`` knows. Raises UserError for unknown models or rows, and for models that do not share a tokenizer
     where a figure compares tokens.
     """
-    labels = list(labels) if labels else _labels(names)
+    labels = list(labels) if labels else labels_of(names)
     located = [loading.locate(name) for name in names]
     template = suite.template or _usual_template(located)
     questions = read_questions(suite)
@@ -189,13 +203,17 @@ def compare(names: Sequence[str], suite: SuiteSection, engine: str = "auto", lab
     scores: list[np.ndarray] = []
     for name, label in zip(names, labels, strict=True):
         say(f"measuring {label}")
-        model, tokenizer, _ = loading.open_model(name, engine)
+        model, tokenizer, source = loading.open_model(name, engine)
         one = Measured(label, str(name))
-        _ask(one, model, tokenizer, questions, suite, template)
+        # A model that was trained with a system prompt is used with it, and is asked with it.
+        _ask(one, model, tokenizer, [_with_system(q, source.system) for q in questions], suite, template)
         _read(one, model, tokenizer, texts, suite)
-        if texts and base is None:
-            base, base_tokenizer = model, tokenizer
-        elif texts and base is not None and tokenizer.get_vocab() == base_tokenizer.get_vocab():
+        if base is None:
+            base, vocabulary = model, tokenizer.get_vocab()
+        elif tokenizer.get_vocab() != vocabulary:
+            say(f"{label} has another tokenizer than {labels[0]}: figures per token are left out")
+            one.values = {k: v for k, v in one.values.items() if k not in PER_TOKEN}
+        elif texts:
             kl = measure.base_text_kl(base, model, tokenizer, texts, window=suite.window, stride=suite.stride)
             one.values["kl"] = Values(kl.per_token, kl.tokens)
         if words:
@@ -204,7 +222,7 @@ def compare(names: Sequence[str], suite: SuiteSection, engine: str = "auto", lab
         if judge is not None:
             scores.append(_score(judge, questions, one.answers, template))
             one.values["score"] = Values(scores[-1])
-            if found:
+            if found and "length" in one.values:
                 own, theirs = one.values["length"].rows, found[0].values["length"].rows
                 one.values["wins"] = Values(length_controlled_wins(scores[-1], scores[0], own, theirs))
         one.values = {k: v for k, v in one.values.items() if np.isfinite(v.rows).any()}  # every answer empty: no score has a mean
@@ -217,6 +235,12 @@ def compare(names: Sequence[str], suite: SuiteSection, engine: str = "auto", lab
         for q in questions
     ]
     return Comparison(suite.model_dump(mode="json"), template, found, asked)
+
+
+def _with_system(question: Conversation, system: str | None) -> Conversation:
+    if system is None or not question.templated or question.turns[0].role == "system":
+        return question
+    return replace(question, turns=(Turn("system", system), *question.turns))
 
 
 def read_questions(suite: SuiteSection) -> list[Conversation]:
@@ -253,12 +277,17 @@ def read_texts(source: str, limit: int | None) -> list[str]:
     if source == "embedded":
         return measure.base_text()[:limit]
     rows = sources.load_rows(source, limit=limit)
-    if not rows or "text" not in rows[0]:
+    if not rows or not any("text" in row for row in rows):
         raise UserError(f"{source}: base text is a file with a column 'text'; found {', '.join(rows[0]) if rows else 'no row'}")
-    return [str(row["text"]) for row in rows if str(row["text"]).strip()]
+    texts = [row["text"] for row in rows if isinstance(row.get("text"), str) and row["text"].strip()]
+    if len(texts) < len(rows):
+        say(f"{source}: {len(rows) - len(texts)} rows without text are left out")
+    if not texts:
+        raise UserError(f"{source}: no row has any text")
+    return texts
 
 
-def _labels(names: Sequence[str]) -> list[str]:
+def labels_of(names: Sequence[str]) -> list[str]:
     """Short names that differ: the last part of each path, or the whole where two end alike."""
     short = [Path(name).name or str(name) for name in names]
     twice = {s for s, count in Counter(short).items() if count > 1}
@@ -330,7 +359,9 @@ def _read(one: Measured, model: Model, tokenizer: Any, texts: Sequence[str], sui
     openings = measure.openings(texts, suite.opening_words)
     if not openings:
         return
-    greedy = one.continuations = measure.continuations(model, tokenizer, openings, max_tokens=suite.continuation)
+    greedy = measure.continuations(model, tokenizer, openings, max_tokens=suite.continuation)
+    end = encode.eos_id(tokenizer)  # what a reader would see ends there; the measures of repetition compare equal lengths
+    one.continuations = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in greedy]
     one.values["seq_rep_4"] = Values(np.array([seq_rep_n(tokens) for tokens in greedy]))
     one.values["distinct_2"] = Values(np.array([distinct_n([tokens]) for tokens in greedy]))
     one.values["diversity"] = Values(np.array([diversity(tokens) for tokens in greedy]))
@@ -354,19 +385,6 @@ def _score(
     known = [i for i, row in enumerate(rows) if row is not None]
     scores[known] = score_rows(model, [row for row in rows if row is not None], loading.pad_id(model.config, tokenizer))
     return scores
-
-
-def differences(comparison: Comparison) -> list[str]:
-    """One sentence for each model and figure that differs from the baseline beyond chance."""
-    said = []
-    for model in comparison.models[1:]:
-        for name in comparison.metrics():
-            d = comparison.difference(name, model)
-            if d is not None and (d.low > 0 or d.high < 0) and METRICS[name].better != "neither":
-                good = (d.mean > 0) == (METRICS[name].better == "higher")
-                said.append(f"{model.name}: {METRICS[name].label} {'better' if good else 'worse'} than {comparison.models[0].name}, "
-                            f"{comparison.sentence(name, model)}")  # fmt: skip
-    return said
 
 
 def table(comparison: Comparison) -> str:
@@ -400,9 +418,4 @@ def table(comparison: Comparison) -> str:
 def _short(comparison: Comparison, metric: str, model: Measured) -> str:
     value, _, interval = comparison.cell(metric, model).partition(" ")
     low, _, high = interval.strip("[]").replace("%", "").partition(", ")
-    d = comparison.difference(metric, model)
-    return f"{value}{'*' if d is not None and _beyond(d) else ''}\n" + (f"{low} to {high}" if interval else "")
-
-
-def _beyond(d: Interval) -> bool:
-    return d.low > 0 or d.high < 0
+    return f"{value}{'*' if comparison.sure(metric, model) else ''}\n" + (f"{low} to {high}" if interval else "")

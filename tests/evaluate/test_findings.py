@@ -87,7 +87,7 @@ def test_repetition_and_overfitting():
 
 def test_drift_and_shift():
     found = findings.drift({"a": {"h.0.w": 0.1, "h.1.w": 0.3}, "b": {"h.0.w": 0.01, "h.1.w": 0.02}})
-    assert found.verdict == "yes" and found.sentence.startswith("a moved") and "layer 1 30.00%" in found.sentence
+    assert found.verdict == "yes" and found.sentence.startswith("a moved") and "layer 1 the most, 30.00%" in found.sentence
     assert findings.drift({"a": {"h.0.w": 0.0}}).verdict == "no" and findings.drift({"a": {}}) is None
     tokens = np.full(40, 10)
     plain = np.random.default_rng(0).normal(30, 3, 40)

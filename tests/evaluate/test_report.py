@@ -14,7 +14,7 @@ from mlx_posttrain import cli, engines, methods, recipe
 
 ENGINE = engines.available()[0]
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
-SUITE = ["limit=12", "families=[quotes,true_false]", "max_tokens=12", "text_limit=6", "continuation=16"]
+SUITE = ["limit=24", "families=[quotes,true_false]", "max_tokens=12", "text_limit=6", "continuation=16"]
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,23 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     )  # fmt: skip
     result = methods.get("report").run(chosen)
     assert (tmp_path / "report" / "final" / "report.html").is_file() and "low rank/accuracy" in result
+
+
+def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys):
+    """Too few rows for one finding cost that finding; two folders of one name stay two models."""
+    rows = tmp_path / "five.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Say {w}.", "output": w}) + "\n" for w in ("cat", "dog", "hen", "cow", "pig")))
+    for name in ("a", "b"):
+        chosen = recipe.load("01_sft", [
+            "model=tiny", f"engine={ENGINE}", f"data.source={rows}", "data.holdout=0", "data.template=question", "train.steps=1", "sample.count=0",
+            f"output={tmp_path / name / 'run'}",
+        ])  # fmt: skip
+        methods.get("sft").run(chosen)
+    names = [str(tmp_path / name / "run") for name in ("a", "b")]
+    cli.app(["report", *names, *SUITE, "--output", str(tmp_path / "r.html")], standalone_mode=False)
+    assert "template interference is left out: 5 training rows" in capsys.readouterr().err
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    assert [m["name"] for m in numbers["models"]] == ["base", *names]
+    rows.unlink()
+    cli.app(["analyze", names[0], *SUITE], standalone_mode=False)
+    assert "the training rows of run are left out" in capsys.readouterr().err

@@ -114,18 +114,20 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_length_controlled_wins_take_the_length_out():
     rng = np.random.default_rng(0)
-    lengths = rng.integers(5, 50, 4000).astype(float)
-    others = rng.integers(5, 50, 4000).astype(float)
-    noise = rng.logistic(size=4000)
-    # A judge that likes length alone: 1 win in 2 for models of one length, whatever the longer one wins.
-    longer = length_controlled_wins(np.tanh((lengths + 10 - others) / 20) + noise, np.zeros(4000), lengths + 10, others)
-    raw = (np.tanh((lengths + 10 - others) / 20) + noise > 0).mean()
-    assert raw > 0.55 and longer.mean() == pytest.approx(0.5, abs=0.03)
+    n = 4000
+    others = rng.integers(5, 60, n).astype(float)
+    for more in (4, 20):  # a judge that likes length alone: 1 win in 2 for answers of one length, whatever the longer ones win
+        lengths = others + rng.normal(more, 15, n)
+        scores = 0.1 * (lengths - others) + rng.logistic(size=n)
+        assert (scores > 0).mean() > 0.54
+        assert length_controlled_wins(scores, np.zeros(n), lengths, others).mean() == pytest.approx(0.5, abs=0.04)
+    # Always longer by as much: nothing can tell length from worth.
+    assert np.isnan(length_controlled_wins(scores, np.zeros(n), others + 20, others)).all()
     # Equal lengths: the plain share of wins, a tie a half, and rows without a score stay out.
     plain = length_controlled_wins(np.array([1.0, 2, 0, np.nan]), np.array([0.0, 0, 0, 0]), np.ones(4), np.ones(4))
     assert np.isnan(plain[3]) and np.nanmean(plain) == pytest.approx(2.5 / 3, abs=1e-6)
     # Winning everything is no failure of the fit.
-    assert length_controlled_wins(np.ones(9), np.zeros(9), np.arange(9.0), np.ones(9)).mean() > 0.9
+    assert length_controlled_wins(np.ones(9), np.zeros(9), np.arange(9.0) - 4, np.zeros(9)).mean() > 0.9
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
@@ -147,8 +149,8 @@ def test_labels_templates_and_questions(tmp_path):
     embedded = suite.read_questions(SuiteSection(limit=6))
     assert [q.extra["held_out"] for q in embedded] == ["content"] * 6 + ["phrasing"] * 6
     assert suite.judged(embedded, [q.turns[-1].content for q in embedded]).tolist() == [1.0] * 12
-    assert suite._labels(["runs/a/sft", "runs/b/sft", "tiny"]) == ["runs/a/sft", "runs/b/sft", "tiny"]
-    assert suite._labels(["runs/a/sft", "x/lora"]) == ["sft", "lora"]
+    assert suite.labels_of(["runs/a/sft", "runs/b/sft", "tiny"]) == ["runs/a/sft", "runs/b/sft", "tiny"]
+    assert suite.labels_of(["runs/a/sft", "x/lora"]) == ["sft", "lora"]
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"question": "2 + 3?", "answer": "2 + 3 = 5 #### 5"}) + "\n")
     (question,) = suite.read_questions(SuiteSection(rows=str(path)))
@@ -161,6 +163,23 @@ def test_labels_templates_and_questions(tmp_path):
         suite.read_questions(SuiteSection(rows=str(path)))
 
 
+def test_few_rows_show_no_difference():
+    """One row makes a point of an interval, and a point is never beside 0 by chance."""
+    from mlx_posttrain.evaluate.suite import Comparison, Measured, Values
+
+    for rows, sure in ((1, False), (suite.MIN_ROWS - 1, False), (suite.MIN_ROWS, True)):
+        a, b = (Measured(n, n, {"accuracy": Values(np.full(rows, v))}) for n, v in (("a", 0.0), ("b", 1.0)))
+        made = Comparison({}, "question", [a, b], [])
+        assert made.sure("accuracy", b) is sure and (": no difference" in made.sentence("accuracy", b)) is not sure
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_another_tokenizer_has_no_figures_per_token(engine, random_gpt2, questions_file, texts_file, capsys):
+    found = suite.compare([str(random_gpt2), "tiny"], small(questions_file, texts=str(texts_file)), engine)
+    assert not set(suite.PER_TOKEN) & set(found.models[1].values) and "another tokenizer" in capsys.readouterr().err
+    assert found.models[1].values["ended"] is not None
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -170,9 +189,14 @@ def test_labels_templates_and_questions(tmp_path):
         (["eval", "tiny", "rows=none.jsonl"], "none.jsonl"),
         (["compare", "limit=3"], "name at least one"),
         (["analyze", "limit=3"], "writes text"),
+        (["eval", "tiny", "limt"], "is no setting"),
+        (["compare", "tiny", "--report", "{here}/x.html"], "cannot be written"),
+        (["report", "tiny", "--logs-only"], "not a run"),
     ],
 )
-def test_mistakes_give_one_line(arguments, said, capsys):
+def test_mistakes_give_one_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [a.replace("{here}", __file__) for a in arguments]
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     captured = capsys.readouterr().err.strip().splitlines()
