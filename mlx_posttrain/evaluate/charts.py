@@ -70,9 +70,8 @@ def bars(
     for number, (name, (mean, low, high)) in enumerate(figures.items()):
         axis.bar(number, mean, color=style(name, number)["color"], width=0.7, yerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
                  ecolor=_INK, capsize=3)  # fmt: skip
-    axis.set_xticks(
-        range(len(figures)), list(figures), rotation=25 if len(figures) > 4 else 0, ha="right" if len(figures) > 4 else "center"
-    )
+    shown = [name if len(name) <= 20 else "…" + name[-19:] for name in figures]  # a path as a name would leave no room for bars
+    axis.set_xticks(range(len(figures)), shown, rotation=25 if len(figures) > 4 else 0, ha="right" if len(figures) > 4 else "center")
     if ceiling is not None:
         axis.axhline(ceiling, linestyle=":", linewidth=1, color=_INK)
         axis.annotate("ceiling", (1, ceiling), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)

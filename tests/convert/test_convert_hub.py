@@ -116,7 +116,8 @@ def test_adapter_folders(tmp_path):
 @pytest.mark.parametrize(
     "name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere-at-all", "runs/sft/final", "runs/", "a\\b", "m.safetensors"]
 )
-def test_a_path_that_does_not_exist(name):
+def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the demo leaves a folder runs/ in the project's
     with pytest.raises(UserError, match=r"does not exist; give an existing folder or a hub id such as openai-community/gpt2"):
         hub.resolve(name)
 
