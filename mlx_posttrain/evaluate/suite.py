@@ -334,21 +334,18 @@ def _ask(one: Measured, model: Model, tokenizer: Any, questions: Sequence[Conver
 
 def judged(questions: Sequence[Conversation], answers: Sequence[str]) -> np.ndarray:
     """1 for each answer that its row's rule accepts, 0 for each other, nan for a row without a rule: [R] float64."""
-    verdicts = [verify.verify(q.extra, text) for q, text in zip(questions, answers, strict=True)]
-    return np.array([np.nan if v is None else float(v) for v in verdicts])
+    return _verdicts([q.extra for q in questions], answers)
 
 
 def judged_texts(comparison: Comparison) -> dict[str, np.ndarray]:
-    """For each model whether each question's greedy answer is right, [questions]; nan where there is no rule."""
-    return {
-        m.name: np.array(
-            [
-                np.nan if (v := verify.verify(q["rule"], text)) is None else float(v)
-                for q, text in zip(comparison.questions, m.answers, strict=True)
-            ]
-        )
-        for m in comparison.models
-    }
+    """The same for each model's greedy answers, by its name: [questions] float64."""
+    rules = [q["rule"] for q in comparison.questions]
+    return {m.name: _verdicts(rules, m.answers) for m in comparison.models}
+
+
+def _verdicts(rules: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.ndarray:
+    verdicts = [verify.verify(rule, text) for rule, text in zip(rules, answers, strict=True)]
+    return np.array([np.nan if v is None else float(v) for v in verdicts])
 
 
 def _read(one: Measured, model: Model, tokenizer: Any, texts: Sequence[str], suite: SuiteSection) -> None:

@@ -98,7 +98,8 @@ def _fitting(rows: list[Conversation], tokenizer: Any, template: str, context: i
     lengths = [
         len(ids) for ids in encode.encode_prompts([row.turns[:-1] for row in rows], tokenizer, template, templated=rows[0].templated)
     ]
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length + room + len(reasoning.AT_ONCE) <= context]
+    begun = len(tokenizer(reasoning.AT_ONCE, add_special_tokens=False)["input_ids"])
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length + room + begun <= context]
     if len(kept) < len(rows):
         say(f"{len(rows) - len(kept)} of {len(rows)} questions are too long to be answered in the model's context and are left out")
     return kept
