@@ -328,6 +328,54 @@ def synthesize(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
+    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Say what a recipe would take before it runs: parameters, steps, tokens, memory by part, and what to change if it does not fit."""
+    from mlx_posttrain import plan as module
+    from mlx_posttrain import recipe as recipes
+
+    found = module.of_recipe(recipes.load(recipe, overrides))
+    if json:
+        import json as jsonlib
+
+        typer.echo(jsonlib.dumps([p.to_dict() for p in found], indent=2))
+    else:
+        typer.echo("\n\n".join(p.text() for p in found))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (random weights), tiny, or a folder or run")] = "gpt2",
+    what: Annotated[str, typer.Option(help="of sft, lora, kl, kl-lora, reward, ppo, generate, generate-single")] = "sft,lora,kl,generate",
+    engines: Annotated[str | None, typer.Option(help="of mlx-gpu, mlx-cpu, torch-cpu; default: what this machine has")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="also mlx-lm's and TRL's own trainers, where they are installed")] = False,
+    units: Annotated[int, typer.Option(min=1, help="timed units of each engine, after one that warms up")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="rows of a training unit")] = 32,
+    length: Annotated[
+        int | None, typer.Option(min=8, help="tokens of every row; default: prompts of 20 to 60, answers of 10 to 200")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    output: Annotated[Path, typer.Option(file_okay=False, help="folder for bench.json, bench.md and the chart")] = Path("runs/bench"),
+) -> None:
+    """Time engines on the same weights and rows in turns; prints speed, memory, and ratios where the losses agree."""
+    from mlx_posttrain import bench as module
+    from mlx_posttrain.bench import render
+
+    def names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    result = module.bench(
+        model, names(what), names(engines) if engines else None, peers=peers, units=units, shape=module.Shape(rows, length, batch_size)
+    )
+    typer.echo(render.block(result))
+    render.write(result, output)
+    typer.echo(f"{output}: bench.json, bench.md, bench.svg, bench.png", err=True)
+
+
+@app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
     """Show what this machine has, what is used, and what to fix."""
     from mlx_posttrain import doctor as module

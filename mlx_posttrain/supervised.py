@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mlx_posttrain import engines, export, loading, runs, trackers
+from mlx_posttrain import engines, export, loading, plan, runs, trackers
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Example, Turn
@@ -192,6 +193,36 @@ def finish(run: runs.Run, result: dict[str, Any], write: Callable[[Path], None])
     run.close()
 
 
+def read_examples(
+    recipe: Recipe, tokenizer: Any, context: int | None, prepare: Callable[[list[Conversation]], list[Conversation]] | None
+) -> tuple[list[Conversation], list[Conversation], Data]:
+    """Training and held-out rows, and their batches."""
+    train, held_out = split_rows(recipe.data, recipe.seed, read_conversations)
+    if prepare is not None:
+        train = prepare(train)
+    if recipe.data.pack and train[0].templated:
+        raise UserError("data.pack joins plain text: these rows have prompts; leave out data.pack, or give rows with a column 'text'")
+    examples = encode_rows(train, recipe.data, tokenizer, context, recipe.seed, "training rows")
+    unseen = encode_rows(held_out, recipe.data, tokenizer, context, recipe.seed, "held-out rows")
+    return train, held_out, Data(examples, unseen, recipe.train, recipe.seed, context)
+
+
+def planned(
+    recipe: Recipe,
+    *,
+    reference: bool = False,
+    start: Callable[[Path], Path] | None = None,
+    prepare: Callable[[list[Conversation]], list[Conversation]] | None = None,
+) -> list[plan.Plan]:
+    """What a run would take; arguments as of :func:`run`. Makes no run directory and loads no weights."""
+    engine = engines.get(recipe.engine)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = start(Path(scratch)) if start else loading.base_folder(recipe.model)
+        of = plan.size(source)
+        _, _, data = read_examples(recipe, loading.load_tokenizer(source), of.context, prepare)
+    return [plan.of_data(recipe, engine.name, of, data, reference=reference)]
+
+
 def run(
     recipe: Recipe,
     loss: Loss,
@@ -214,27 +245,21 @@ def run(
     with setting_up(run, resume):
         source = start(run.folder) if start else loading.base_folder(recipe.model)
         tokenizer = loading.load_tokenizer(source)
-        train, held_out = split_rows(recipe.data, recipe.seed, read_conversations)
-        if prepare is not None:
-            train = prepare(train)
         model = load_model(engine, recipe, source, adapter)
         if model.has_head:
             raise UserError(
                 f"{recipe.model} is a reward model: it scores texts and cannot learn to write them; start from a language model"
             )
         loading.check_vocabulary(tokenizer, model, source)
+        train, held_out, data = read_examples(recipe, tokenizer, model.context, prepare)
         untemplated = not train[0].templated
-        if recipe.data.pack and not untemplated:
-            raise UserError("data.pack joins plain text: these rows have prompts; leave out data.pack, or give rows with a column 'text'")
-        examples = encode_rows(train, recipe.data, tokenizer, model.context, recipe.seed, "training rows")
-        held_out_examples = encode_rows(held_out, recipe.data, tokenizer, model.context, recipe.seed, "held-out rows")
     if untemplated and not resume:
         run.write_recipe(recipe, untemplated=True)
     announce(recipe, engine, model)
+    say(plan.of_data(recipe, engine.name, plan.size(source), data, reference=reference).line())
     engine.seed(recipe.seed)
     if reference:
         model.keep_reference()
-    data = Data(examples, held_out_examples, recipe.train, recipe.seed, model.context)
     result: dict[str, Any] = fit(
         engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run)
     )

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 from mlx_posttrain.convert import adapters, gpt2, hub  # noqa: E402
 from mlx_posttrain.data.batches import Batch  # noqa: E402
-from mlx_posttrain.engines import decoding, files, mlx_fused, mlx_load  # noqa: E402
+from mlx_posttrain.engines import decoding, files, mlx_fused, mlx_lean, mlx_load  # noqa: E402
 from mlx_posttrain.engines.base import (  # noqa: E402
     AdamW,
     AdapterSpec,
@@ -166,6 +166,8 @@ class MLXModel:
         from mlx_lm.tuner.lora import LoRALinear
 
         spec = spec.resolved(self.config["model_type"])
+        if spec.dropout and self.config["model_type"] == "gpt2":
+            mlx_lean.undo(self.net)
         layer_type = DoRALinear if spec.kind == "dora" else LoRALinear
         self.net.freeze()
         linear = {self._hf_path(p): (p, m) for p, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
@@ -264,7 +266,7 @@ class MLXModel:
     ) -> list[Completion]:
         self.net.eval()  # dropout off, and with it gradient checkpointing
         return decoding.decode(
-            _MLXDecoder(self.net), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
+            _MLXDecoder(self.net, self._split), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
             temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token,
         )  # fmt: skip
 
@@ -344,8 +346,8 @@ def _splits(net: nn.Module) -> bool:
 class _MLXDecoder:
     """mlx-lm's caches; left padding where every layer keeps a plain KV cache."""
 
-    def __init__(self, net: nn.Module):
-        self.net = net
+    def __init__(self, net: nn.Module, split: bool):
+        self.net, self.split = net, split
 
     def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> mx.array:
         from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
@@ -369,7 +371,10 @@ class _MLXDecoder:
         return logits
 
     def _forward(self, tokens: mx.array) -> mx.array:
-        logits = self.net(tokens, cache=self.caches)[:, -1].astype(mx.float32)
+        if self.split:  # the head at the last position only
+            logits = _head(self.net, self.net.model(tokens, cache=self.caches)[:, -1]).astype(mx.float32)
+        else:
+            logits = self.net(tokens, cache=self.caches)[:, -1].astype(mx.float32)
         mx.eval(logits, [c.state for c in self.caches])
         return logits
 
@@ -395,6 +400,10 @@ class _AdamW(optim.AdamW):
         return optim.Adam.apply_single(self, gradient, parameter, state)
 
 
+#: Bytes of gradients whose parameters are updated together.
+UPDATE_BYTES = 64 * 2**20
+
+
 class MLXTrainer:
     """Gradient and update as pure functions of (parameters, state, batch), compiled once per batch shape."""
 
@@ -410,6 +419,7 @@ class MLXTrainer:
             bias_correction=True,
         )
         self.optimizer.init(model.net.trainable_parameters())
+        self._state: dict[str, mx.array] = dict(tree_flatten(self.optimizer.state))
         self._gradients: dict[Loss, Callable[..., Any]] = {}
         self._update = _compile(self._update_plain)
 
@@ -425,12 +435,43 @@ class MLXTrainer:
             self._gradients[loss] = _compile(function, inputs=mx.random.state, outputs=mx.random.state)
         return self._gradients[loss]
 
-    def _update_plain(self, gradients: Any, parameters: Any, state: dict) -> Any:
-        self.optimizer.state = state
-        updated = self.optimizer.apply_gradients(gradients, parameters)
+    def _update_plain(
+        self,
+        gradients: list[mx.array],
+        parameters: list[mx.array],
+        moments: list[dict[str, mx.array]],
+        step: mx.array,
+        lr: mx.array,
+        factor: mx.array,
+    ) -> Any:
+        self.optimizer.state = {"step": step, "learning_rate": lr}
+        updated = [
+            self.optimizer.apply_single(g * factor.astype(g.dtype), p, own)
+            for g, p, own in zip(gradients, parameters, moments, strict=True)
+        ]
         # A gradient may come out transposed and hand its strides on; a weight read back from a checkpoint never does. With one layout for
         # both, matmul rounds alike, and a resumed run equals an uninterrupted one.
-        return tree_map(mx.contiguous, updated), self.optimizer.state
+        return [mx.contiguous(u) for u in updated], moments
+
+    def _apply(self, gradients: list[tuple[str, mx.array]], lr: float, factor: mx.array) -> None:
+        """Update the parameters a group at a time: all at once, every weight and moment would be there twice."""
+        net, state = self.model.net, self._state
+        rate = mx.array(lr, mx.float32)
+        state["step"] = state["step"] + 1
+        while gradients:
+            group, size = [], 0
+            while gradients and size < UPDATE_BYTES:
+                group.append(gradients.pop())
+                size += group[-1][1].nbytes
+            names = [name for name, _ in group]
+            known = dict(tree_flatten(net.trainable_parameters()))
+            updated, moments = self._update(
+                [g for _, g in group], [known.pop(name) for name in names], [{m: state.pop(f"{name}.{m}") for m in ("m", "v")} for name in names],
+                state["step"], rate, factor,
+            )  # fmt: skip
+            net.update(tree_unflatten(list(zip(names, updated, strict=True))))
+            state |= {f"{name}.{m}": value for name, own in zip(names, moments, strict=True) for m, value in own.items()}
+            mx.eval(updated, moments)
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         net = self.model.net
@@ -454,26 +495,22 @@ class MLXTrainer:
         result = {name: float(v.item()) for name, v in sums.items()}
         if not np.isfinite(result["loss"]) or not np.isfinite(result["grad_norm"]):
             raise FloatingPointError(f"loss {result['loss']}, gradient norm {result['grad_norm']}")
-        if self.settings.clip is not None:
-            factor = mx.minimum(self.settings.clip / (norm + 1e-6), 1.0)
-            gradients = tree_map(lambda g: g * factor.astype(g.dtype), gradients)
-        self.optimizer.learning_rate = lr
-        updated, state = self._update(gradients, parameters, self.optimizer.state)
-        self.optimizer.state = state
-        net.update(updated)
-        mx.eval(updated, state)
+        factor = mx.array(1.0) if self.settings.clip is None else mx.minimum(self.settings.clip / (norm + 1e-6), 1.0)
+        flat = tree_flatten(gradients)
+        del gradients, part, parameters
+        self._apply(flat, lr, factor)
         return result
 
     def save(self, path: Path) -> None:
-        mx.save_safetensors(str(path), dict(tree_flatten(self.optimizer.state)))
+        mx.save_safetensors(str(path), self._state)
 
     def load(self, path: Path) -> None:
         state: dict[str, mx.array] = dict(mx.load(str(path)))
-        known: dict[str, mx.array] = dict(tree_flatten(self.optimizer.state))
+        known = self._state
         strangers = sorted(set(state) ^ set(known)) or sorted(n for n, v in state.items() if v.shape != known[n].shape)
         if strangers:
             raise UserError(f"{path}: its moments are of other parameters, for example {strangers[0]}: it belongs to another run")
-        self.optimizer.state = tree_unflatten(list(state.items()))
+        self._state = state
 
 
 def _compile(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:

@@ -59,6 +59,8 @@ def use_in(net: nn.Module) -> None:
     from mlx_lm.models.gpt2 import MLP
 
     class FastMLP(MLP):
+        activation = staticmethod(gelu)
+
         def __call__(self, x: mx.array) -> mx.array:
             return self.c_proj(gelu(self.c_fc(x)))
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_posttrain.convert import gpt2, hub
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
-from mlx_posttrain.engines import files, mlx_gelu
+from mlx_posttrain.engines import files, mlx_gelu, mlx_lean
 from mlx_posttrain.errors import UserError
 
 
@@ -52,8 +52,10 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
     except Exception as error:  # a config that contradicts its weights fails anywhere in a library that trusts it
         raise UserError(f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
-    if config["model_type"] == "gpt2" and dtype == "float32":
-        mlx_gelu.use_in(net)
+    if config["model_type"] == "gpt2":
+        mlx_lean.use_in(net)
+        if dtype == "float32":
+            mlx_gelu.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
     if not quantised:
         net.set_dtype(getattr(mx, dtype))
@@ -90,6 +92,7 @@ def checkpoint_blocks(net: nn.Module) -> None:
         Checkpointed.__name__ = base.__name__
         return Checkpointed
 
+    mlx_lean.undo(net)
     classes: dict[type, type] = {}
     for layer in net.layers:
         layer.__class__ = classes.setdefault(type(layer), checkpointed(type(layer)))

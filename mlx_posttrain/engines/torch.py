@@ -444,6 +444,10 @@ class TorchEngine:
             if name.endswith(("_pdrop", "_dropout")) and isinstance(getattr(hf, name), float):
                 setattr(hf, name, 0.0)
         if config.get("model_type") == "gpt2":
+            if (
+                hf.activation_function == "gelu_new"
+            ):  # the same function as one operation: transformers' own keeps five arrays for its gradient
+                hf.activation_function = "gelu_pytorch_tanh"
             net = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa", dtype=getattr(torch, dtype))
             _load_weights(net, folder, config)
         else:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mlx_posttrain import engines, loading, runs, supervised
+from mlx_posttrain import plan as plans
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.types import Conversation
@@ -58,6 +59,11 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         assert recipe.output is not None
         say(f"merged into {loading.base_folder(recipe.output)}")
     return result
+
+
+def plan(recipe: Recipe) -> list[plans.Plan]:
+    """What the training would take; see supervised.planned. The questions asked afterwards come on top in time, not in memory."""
+    return supervised.planned(recipe)
 
 
 def judge(recipe: Recipe, run: runs.Run, student: Model, tokenizer: Any, held_out: list[Conversation]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, model_validator
 
 from mlx_posttrain import engines, runs
+from mlx_posttrain import plan as plans
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import Interrupted, say
@@ -217,6 +218,25 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     for line in _table(chosen, state):
         say(line)
     return {name: stage["result"] for name, stage in state.items()}
+
+
+def plan(recipe: Recipe) -> list[plans.Plan]:
+    """What each stage that trains would take, in order. A stage's model that is yet to be made has the size of the one it starts from."""
+    from mlx_posttrain import methods
+
+    recipe.output = recipe.output or "runs/pipeline"
+    made: dict[str, str] = {}
+    found: list[plans.Plan] = []
+    for own in stage_recipes(recipe).values():
+        if not hasattr(methods.get(own.method), "plan"):
+            continue
+        own.model = made.get(own.model, own.model)
+        for entry in [*getattr(own, "reward", []), *getattr(own, "judge", [])] if own.method == "ppo" else []:
+            entry.model = made.get(entry.model, entry.model)
+        assert own.output is not None
+        made[own.output] = own.model
+        found += methods.get(own.method).plan(own)
+    return found
 
 
 def _run_stage(name: str, own: recipes.Recipe, one: runs.Run, state: dict[str, Any], whole: Path) -> None:

@@ -27,7 +27,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from mlx_posttrain import loading, runs, supervised
+from mlx_posttrain import engines, loading, runs, supervised
+from mlx_posttrain import plan as plans
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain.convert.files import require_space
 from mlx_posttrain.data import batches as data_batches
@@ -200,6 +201,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
             scoring.Scorer(recipe.judge, engine, tokenizer, str(recipe.data.template)),
         )  # fmt: skip
     supervised.announce(recipe, engine, policy)
+    say(_plan(recipe, engine.name, folder, [*questions, *held_out]).line())
     engine.seed(recipe.seed)
     result = fit(engine, parties, questions, held_out, beside, recipe, run, resume)
 
@@ -210,6 +212,18 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     supervised.finish(run, result, write)
     say(f"{run.final} is written: score {result.get('score', float('nan')):.3f}, KL {result.get('kl', float('nan')):.2f} nats per answer")
     return result
+
+
+def plan(recipe: Recipe) -> list[plans.Plan]:
+    """What the recipe would take; makes no run directory and loads no weights."""
+    folder = loading.base_folder(recipe.model)
+    found = prompts.read(recipe.data, loading.load_tokenizer(folder), plans.size(folder).context, recipe.rollout.max_tokens, recipe.seed)
+    return [_plan(recipe, engines.get(recipe.engine).name, folder, [*found[0], *found[1]])]
+
+
+def _plan(recipe: Recipe, engine: str, folder: Path, questions: Sequence[Question]) -> plans.Plan:
+    scorers = [plans.size(loading.base_folder(entry.model)) for entry in [*recipe.reward, *recipe.judge] if entry.model]
+    return plans.of_ppo(recipe, engine, plans.size(folder), max(len(q.tokens) for q in questions), scorers)
 
 
 def _critic_source(recipe: Recipe) -> str | None:

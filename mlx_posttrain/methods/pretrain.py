@@ -7,6 +7,7 @@ by 1/sqrt(2 * layers) (Radford et al. 2019, section 2.3), and every token of the
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from mlx_posttrain import loading, supervised
+from mlx_posttrain import plan as plans
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain.data import sources
 from mlx_posttrain.data.types import Conversation, Turn
@@ -46,6 +48,18 @@ class Recipe(recipes.Recipe):
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Make tokenizer and random weights in ``output/start`` (or take ``pretrain.start``), then train on every token."""
+    start, prepare = _parts(recipe)
+    return supervised.run(recipe, sft.loss, start=start, resume=resume, prepare=prepare)
+
+
+def plan(recipe: Recipe) -> list[plans.Plan]:
+    """What the recipe would take: its tokenizer is made for this, since it says how many tokens the texts have."""
+    start, prepare = _parts(recipe)
+    return supervised.planned(recipe, start=start, prepare=prepare)
+
+
+def _parts(recipe: Recipe) -> tuple[Callable[[Path], Path], Callable[[list[Conversation]], list[Conversation]] | None]:
+    """What makes the first model, and what adds to the texts."""
     share = recipe.pretrain.repeated
 
     def start(folder: Path) -> Path:
@@ -69,7 +83,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         order = np.random.default_rng([recipe.seed, 0x11575]).permutation(len(mixed))
         return [mixed[i] for i in order]
 
-    return supervised.run(recipe, sft.loss, start=start, resume=resume, prepare=with_lists if share else None)
+    return start, with_lists if share else None
 
 
 def repeated_lists(texts: list[str], characters: int, seed: int) -> list[str]:

@@ -18,8 +18,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from mlx_posttrain import loading, runs, supervised
+from mlx_posttrain import engines, loading, runs, supervised
+from mlx_posttrain import plan as plans
 from mlx_posttrain import recipe as recipes
+from mlx_posttrain.convert import hub
 from mlx_posttrain.data import pairs
 from mlx_posttrain.data.types import Preference
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model, head_start, width
@@ -87,32 +89,46 @@ def read_preferences(data: recipes.DataSection, *, split: str, limit: int | None
     return found
 
 
+def read_pairs(recipe: Recipe, tokenizer: Any, context: int | None, pad: int) -> tuple[list[Preference], list[pairs.Pair], pairs.PairData]:
+    """Training rows, held-out pairs as token ids, and the batches of both; prints what was dropped."""
+    data = recipe.data
+    train, held_out = supervised.split_rows(data, recipe.seed, read_preferences)
+    length = min(data.max_length, context or data.max_length)
+
+    def encoded(what: str, rows: list[Preference]) -> list[pairs.Pair]:
+        if not rows:
+            return []
+        found, report = pairs.encode_pairs(rows, tokenizer, template=str(data.template), max_length=length)
+        say(f"{what}: {report}")
+        return found
+
+    known, unseen = encoded("training pairs", train), encoded("held-out pairs", held_out)
+    return train, unseen, pairs.PairData(known, unseen, recipe.train, recipe.seed, context, pad)
+
+
+def plan(recipe: Recipe) -> list[plans.Plan]:
+    """What the recipe would take; makes no run directory and loads no weights."""
+    folder = loading.base_folder(recipe.model)
+    of, tokenizer = plans.size(folder), loading.load_tokenizer(folder)
+    _, _, batches = read_pairs(recipe, tokenizer, of.context, loading.pad_id(hub.check_config(folder), tokenizer))
+    return [plans.of_data(recipe, engines.get(recipe.engine).name, of, batches)]
+
+
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Run the recipe to the end; returns the figures of the final evaluation. Errors as supervised.run."""
     engine, run = supervised.begin(recipe, resume)
-    data = recipe.data
     with supervised.setting_up(run, resume):
         folder = loading.base_folder(recipe.model)
         tokenizer = loading.load_tokenizer(folder)
-        train, held_out = supervised.split_rows(data, recipe.seed, read_preferences)
         model = supervised.load_model(engine, recipe, folder, recipe.adapter)
         loading.check_vocabulary(tokenizer, model, folder)
         if not model.has_head:
             model.add_head(head_start(width(model.config), recipe.seed))
         pad = loading.pad_id(model.config, tokenizer)
-        length = min(data.max_length, model.context or data.max_length)
-
-        def encoded(what: str, rows: list[Preference]) -> list[pairs.Pair]:
-            if not rows:
-                return []
-            found, report = pairs.encode_pairs(rows, tokenizer, template=str(data.template), max_length=length)
-            say(f"{what}: {report}")
-            return found
-
-        known, unseen = encoded("training pairs", train), encoded("held-out pairs", held_out)
+        train, unseen, batches = read_pairs(recipe, tokenizer, model.context, pad)
     supervised.announce(recipe, engine, model)
+    say(plans.of_data(recipe, engine.name, plans.size(folder), batches).line())
     engine.seed(recipe.seed)
-    batches = pairs.PairData(known, unseen, recipe.train, recipe.seed, model.context, pad)
     show = shower(model, tokenizer, unseen[: recipe.sample.count], pad, run)
     result: dict[str, Any] = fit(engine, model, pair_loss(recipe.reward.centring), batches, run, resume=resume, on_evaluate=show)
     losses = [r["nll"] for r in run.metrics() if "nll" in r]

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from mlx_posttrain import plan as plans
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain import supervised
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
@@ -64,3 +65,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Run the recipe to the end; returns the figures of the final evaluation. See supervised.run for files and errors."""
     chosen = loss if recipe.kl is None else kl_loss(recipe.kl.beta, recipe.kl.direction)
     return supervised.run(recipe, chosen, adapter=recipe.adapter, reference=recipe.kl is not None, resume=resume)
+
+
+def plan(recipe: Recipe) -> list[plans.Plan]:
+    """What the recipe would take; see supervised.planned."""
+    return supervised.planned(recipe, reference=recipe.kl is not None)

@@ -1,0 +1,217 @@
+"""Engines, and other trainers, timed on the same work: `mlx-posttrain bench`.
+
+Every engine works in a process of its own (worker.py) and all are open at once; they take turns, one unit of work at a time in alternating
+order, so that whatever else the machine does falls on all of them. The first unit is warm-up: it compiles. A ratio is the median of the
+ratios of units that were done beside each other, with the smallest and the largest; it is left out where the losses say that the work was not
+the same.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain.bench.material import SIZES, Shape, model_folder, reward_folder
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.progress import say
+
+ENGINES = ("mlx-gpu", "mlx-cpu", "torch-cpu")
+WHAT = ("sft", "lora", "kl", "kl-lora", "reward", "ppo", "generate", "generate-single")
+
+#: How far the losses of one unit may be apart, as a share, for a ratio to be printed: between engines, which compute the same, and between
+#: ours and a peer, whose masks and averages are its own.
+AGREE, AGREE_PEER = 5e-3, 5e-2
+
+
+@dataclass
+class Timing:
+    """One engine at one kind of work: seconds and losses of its units, the warm-up left out, and what it used."""
+
+    engine: str
+    what: str
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    rows: float = 0.0
+    tokens: float = 0.0
+    peak_gb: float = 0.0
+    process_gb: float = 0.0
+    device: str = ""
+    shapes: int | None = None
+    error: str | None = None
+    ratio: tuple[float, float, float] | None = None  # seconds over those of the first engine: median, least, most
+    disagreement: float | None = None  # largest relative difference of a unit's loss from the first engine's
+    flops_share: float | None = None
+    bandwidth_share: float | None = None
+
+
+class _Worker:
+    """The driver's end of a worker's pipe."""
+
+    def __init__(self, spec: dict[str, Any]):
+        command = [sys.executable, "-m", "mlx_posttrain.bench.worker", json.dumps(spec)]
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.log.seek(0)
+        said = self.log.read().strip().splitlines()
+        return {"error": said[-1] if said else f"ended with exit code {self.process.wait()}"}
+
+    def ask(self, word: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return self.hear()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def bench(
+    model: str = "gpt2",
+    what: Sequence[str] = ("sft", "lora", "kl", "generate"),
+    engines: Sequence[str] | None = None,
+    *,
+    peers: bool = False,
+    units: int = 3,
+    shape: Shape | None = None,
+) -> dict[str, Any]:
+    """Time ``engines`` (by default all that are here) at each kind of work; returns timings, this machine's peaks, and its description.
+
+    units: timed units after the warm-up; a unit is a pass over the rows, one PPO iteration, or one batch of answers. Raises UserError for an
+    unknown kind of work or engine, and for a model that cannot be had; an engine that fails is a line of the result.
+    """
+    shape = shape or Shape()
+    engines = list(engines or here())
+    for name, known, key in [*((w, WHAT, "--what") for w in what), *((e, ENGINES, "--engines") for e in engines)]:
+        if name not in known:
+            raise UserError(f"{key} {name!r}: give one or more of {', '.join(known)}, with commas between")
+    if shape.rows % shape.batch_size:
+        raise UserError(f"--rows {shape.rows} is no multiple of --batch-size {shape.batch_size}: a peer would leave the rest out")
+    from mlx_posttrain.bench import peers as others
+
+    extra = list(others.installed()) if peers else []
+    if peers and not extra:
+        raise UserError(f"--peers: none of {', '.join(others.CAN)} is installed")
+    machine = describe()
+    peaks = {name: measure_peaks(name) for name in engines}
+    timings: list[Timing] = []
+    with tempfile.TemporaryDirectory(prefix="mlx-posttrain-bench-") as scratch:
+        folder = model_folder(model, Path(scratch))
+        spec: dict[str, Any] = {"folder": str(folder), "shape": asdict(shape)}
+        if "ppo" in what:
+            spec["reward"] = str(reward_folder(folder, Path(scratch)))
+        for kind in what:
+            names = [*engines, *(p for p in extra if kind in others.CAN[p])]
+            found = _take_turns([{**spec, "engine": name, "what": kind} for name in names], units)
+            _compare(found)
+            for t in found:
+                if t.error is None and t.engine in peaks:
+                    _shares(t, folder, shape, peaks[t.engine])
+            timings += found
+    return {
+        "model": f"{model}, random weights" if model in SIZES else model, "shape": asdict(shape), "units": units, "machine": machine,
+        "peaks": peaks, "timings": [asdict(t) for t in timings],
+    }  # fmt: skip
+
+
+def here() -> list[str]:
+    """The engines that this machine can run."""
+    from mlx_posttrain import engines
+
+    found = []
+    if "mlx" in engines.available():
+        import mlx.core as mx
+
+        found = ["mlx-gpu"] if mx.is_available(mx.Device(mx.gpu)) else ["mlx-cpu"]
+    return found + (["torch-cpu"] if "torch" in engines.available() else [])
+
+
+def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
+    timings = [Timing(spec["engine"], spec["what"]) for spec in specs]
+    workers = [_Worker(spec) for spec in specs]
+    try:
+        for t, w in zip(timings, workers, strict=True):
+            t.error = w.hear().get("error")
+        for unit in range(units + 1):
+            pairs = list(zip(timings, workers, strict=True))
+            for t, w in pairs if unit % 2 else reversed(pairs):
+                if t.error is not None:
+                    continue
+                heard = w.ask("go")
+                t.error = heard.get("error")
+                if t.error is None and unit:
+                    t.seconds.append(heard["seconds"])
+                    t.losses.append(heard["loss"])
+                    t.rows, t.tokens = heard["rows"], heard["tokens"]
+                    say(f"{t.what} {t.engine}, unit {unit} of {units}: {heard['seconds']:.2f} s")
+        for t, w in zip(timings, workers, strict=True):
+            if t.error is None:
+                heard = w.ask("end")
+                t.peak_gb, t.process_gb, t.device = heard["peak_gb"], heard["process_gb"], heard["device"]
+                t.shapes = heard.get("shapes")
+    finally:
+        for w in workers:
+            w.end()
+    return timings
+
+
+def _compare(timings: Sequence[Timing]) -> None:
+    """Ratios to the first that worked, where the losses agree."""
+    from mlx_posttrain.bench.peers import CAN
+
+    worked = [t for t in timings if t.error is None]
+    for t in worked[1:]:
+        first = worked[0]
+        t.disagreement = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(t.losses, first.losses, strict=True))
+        allowed = AGREE_PEER if t.engine in CAN or first.engine in CAN else AGREE
+        if t.disagreement <= allowed:
+            ratios = [a / b for a, b in zip(t.seconds, first.seconds, strict=True)]
+            t.ratio = (statistics.median(ratios), min(ratios), max(ratios))
+
+
+def _shares(t: Timing, folder: Path, shape: Shape, peaks: dict[str, float]) -> None:
+    """What part of the machine's own peaks the useful work took: products for training, reading the weights for decoding."""
+    from mlx_posttrain.bench.work import decode_bytes, training_flops
+
+    seconds = statistics.median(t.seconds)
+    if t.what == "generate":
+        t.bandwidth_share = decode_bytes(folder) / seconds / 1e9 / peaks["gb_per_s"]
+    elif t.what in ("sft", "lora", "kl", "kl-lora"):
+        t.flops_share = training_flops(folder, t.what, shape) / seconds / 1e9 / peaks["gflops"]
+
+
+def measure_peaks(engine: str) -> dict[str, float]:
+    """This machine's own peaks on an engine's device: ``gflops`` of float32 products, ``gb_per_s`` read by a sum, in a process of its own."""
+    code = f"import json; from mlx_posttrain.bench.work import peaks; print(json.dumps(peaks({engine!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise UserError(f"{engine} cannot be used: {said[-1] if said else 'it ended without a word'}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def describe() -> dict[str, str]:
+    """Chip, memory and versions, for whoever reads the figures elsewhere."""
+    from mlx_posttrain import doctor
+
+    wanted = ("system", "chip", "Python", "memory", "mlx-posttrain", "mlx", "mlx-lm", "torch", "peft", "transformers", "MLX's BLAS")
+    found = {c.name: c.value for c in doctor.collect() if c.name in wanted}
+    found["Python"] = found.get("Python", "").split(" (")[0]
+    found["memory"] = found.get("memory", "").split(",")[0]
+    return found

@@ -1,0 +1,122 @@
+"""What a benchmark works on: a model folder, perhaps of random weights, and rows like those of an instruction set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain.convert import hub
+from mlx_posttrain.data.types import Example
+from mlx_posttrain.engines.base import head_start, width
+from mlx_posttrain.errors import UserError
+
+#: GPT-2's published sizes: layers, heads, width (Radford et al. 2019, table 2).
+SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+VOCABULARY, CONTEXT = 50257, 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The rows of a benchmark: ``length`` tokens each, or where it is None prompts of 20 to 60 and answers of 10 to 200 tokens."""
+
+    rows: int = 32
+    length: int | None = None
+    batch_size: int = 8
+
+
+def rows(shape: Shape, vocabulary: int, seed: int = 0) -> list[Example]:
+    """Rows of random tokens, common ones more often (Zipf), with their answers trained; the same in every process."""
+    rng = np.random.default_rng([seed, 0xBE7C4])
+    found = []
+    for _ in range(shape.rows):
+        prompt, answer = int(rng.integers(20, 61)), int(rng.integers(10, 201))
+        if shape.length is not None:
+            prompt = max(1, shape.length // 8)
+            answer = shape.length - prompt
+        tokens = np.minimum(rng.zipf(1.2, prompt + answer), vocabulary - 2)
+        found.append(Example(tuple(tokens.tolist()), (False,) * prompt + (True,) * answer))
+    return found
+
+
+def model_folder(name: str, scratch: Path) -> Path:
+    """The folder of a model: a named size with random weights, made in ``scratch``, or what ``name`` means elsewhere.
+
+    Raises UserError as loading does.
+    """
+    if name not in SIZES or Path(name).exists():
+        from mlx_posttrain import loading
+
+        return loading.base_folder(name)
+    from safetensors.numpy import save_file
+
+    from mlx_posttrain.methods.pretrain import PretrainSection, random_weights
+
+    layers, heads, size = SIZES[name]
+    folder = scratch / name
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": VOCABULARY, "n_positions": CONTEXT, "n_ctx": CONTEXT,
+        "n_embd": size, "n_layer": layers, "n_head": heads, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": VOCABULARY - 1, "eos_token_id": VOCABULARY - 1,
+        "tie_word_embeddings": True, "dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    sizes = PretrainSection(vocab_size=VOCABULARY, layers=layers, heads=heads, width=size, context=CONTEXT)
+    # Under the hub's names, which mlx-lm reads too.
+    found = {name.removeprefix("transformer."): value for name, value in random_weights(VOCABULARY, sizes, 0).items()}
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    _numbered_words(folder)
+    return folder
+
+
+def _numbered_words(folder: Path) -> None:
+    """A tokenizer whose words are the numbers of its tokens: random weights have no other."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY - 1)} | {end: VOCABULARY - 1}, unk_token=end))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="")
+    tokenizer.add_special_tokens([end])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
+        "model_max_length": CONTEXT,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def reward_folder(folder: Path, scratch: Path) -> Path:
+    """A reward model of the same weights with a random head, as a sequence classifier.
+
+    Raises UserError for an architecture whose classifier is not GPT-2's.
+    """
+    from mlx_posttrain.convert import weights
+    from mlx_posttrain.convert.files import copy_tokenizer
+
+    config = hub.check_config(folder)
+    if config["model_type"] != "gpt2":
+        raise UserError(f"bench: PPO is measured on GPT-2 only, not on {config['model_type']}; leave ppo out of --what")
+    target = scratch / "reward"
+    target.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {
+        f"transformer.{name.removeprefix('transformer.')}": np.array(value)
+        for name, value in weights.load_weights(folder).items()
+        if not name.startswith("lm_head")
+    }
+    found["score.weight"] = head_start(width(config), 0)
+    weights.save_weights(target, found)
+    classifier = {
+        **config, "architectures": ["GPT2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+        "pad_token_id": config.get("eos_token_id"),
+    }  # fmt: skip
+    (target / "config.json").write_text(json.dumps(classifier, indent=2) + "\n")
+    copy_tokenizer(folder, target)
+    return target

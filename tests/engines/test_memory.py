@@ -1,0 +1,62 @@
+"""What training keeps in memory: no second copy of weights and moments in the update, and nothing that grows."""
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from mlx_posttrain import loading  # noqa: E402
+from mlx_posttrain.data.batches import collate  # noqa: E402
+from mlx_posttrain.data.types import Example  # noqa: E402
+from mlx_posttrain.engines import mlx as engine_module  # noqa: E402
+from mlx_posttrain.engines.base import AdamW  # noqa: E402
+from mlx_posttrain.engines.mlx import MLXEngine  # noqa: E402
+from mlx_posttrain.methods import sft  # noqa: E402
+
+
+def batch(length: int, seed: int = 0) -> object:
+    rng = np.random.default_rng(seed)
+    row = Example(tuple(rng.integers(1, 4000, length).tolist()), (False,) + (True,) * (length - 1))
+    return collate([row] * 2, 512)
+
+
+def test_updates_in_groups_equal_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for size in (1, 2**40):
+        monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
+        model = MLXEngine().load(loading.base_folder("tiny"))
+        trainer = MLXEngine().trainer(model, AdamW(weight_decay=0.1))
+        for _ in range(3):
+            trainer.step(sft.loss, [batch(40)], 1e-3)
+        found.append(dict(model.weights()))
+    for name, value in found[0].items():
+        np.testing.assert_array_equal(value, found[1][name], err_msg=name)
+
+
+def test_the_update_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = []
+    for size in (2**20, 2**40):
+        monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
+        model = MLXEngine().load(loading.base_folder("tiny"))
+        trainer = MLXEngine().trainer(model, AdamW())
+        trainer.step(sft.loss, [batch(32)], 1e-3)
+        mx.reset_peak_memory()
+        trainer.step(sft.loss, [batch(32)], 1e-3)
+        peaks.append(mx.get_peak_memory() / (4 * model.parameter_counts()[0]))
+    assert peaks[0] < 0.85 * peaks[1], f"{peaks[0]:.2f} and {peaks[1]:.2f} times the weights"
+
+
+def test_memory_stays_flat_over_many_steps() -> None:
+    model = MLXEngine().load(loading.base_folder("tiny"))
+    trainer = MLXEngine().trainer(model, AdamW())
+    batches = [batch(length, length) for length in (32, 64, 96, 128)]
+    active, peaks = [], []
+    for round_ in range(6):
+        mx.reset_peak_memory()
+        for b in batches:
+            trainer.step(sft.loss, [b], 1e-4)
+        if round_:
+            active.append(mx.get_active_memory())
+            peaks.append(mx.get_peak_memory())
+    assert max(active) - min(active) < 2**20
+    assert max(peaks) < 1.02 * min(peaks)

@@ -1,0 +1,57 @@
+"""The lean block against mlx-lm's own: the same loss and gradients, less memory."""
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from mlx_posttrain import loading  # noqa: E402
+from mlx_posttrain.data.batches import collate  # noqa: E402
+from mlx_posttrain.data.types import Example  # noqa: E402
+from mlx_posttrain.engines import mlx_lean  # noqa: E402
+from mlx_posttrain.engines.base import AdamW, AdapterSpec  # noqa: E402
+from mlx_posttrain.engines.mlx import MLXEngine  # noqa: E402
+from mlx_posttrain.methods import sft  # noqa: E402
+
+
+def rows(count: int, length: int) -> list:
+    rng = np.random.default_rng(0)
+    return [Example(tuple(rng.integers(1, 4000, length).tolist()), (False,) * 4 + (True,) * (length - 4)) for _ in range(count)]
+
+
+def steps(lean: bool, adapter: bool, count: int = 3) -> tuple[list[dict], dict, float]:
+    """Metrics of a few optimizer steps, the weights after them, and the peak of memory in GB."""
+    engine = MLXEngine()
+    model = engine.load(loading.base_folder("tiny"))
+    if not lean:
+        mlx_lean.undo(model.net)
+    if adapter:
+        model.add_adapter(AdapterSpec(rank=4), seed=0)
+    trainer = engine.trainer(model, AdamW())
+    batch = collate(rows(8, 256), model.context)
+    trainer.step(sft.loss, [batch], 1e-3)
+    engine.reset_memory()
+    found = [trainer.step(sft.loss, [batch], 1e-3) for _ in range(count)]
+    return found, dict(model.weights()), engine.memory()["peak_gb"]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_same_figures_with_less_memory(adapter: bool) -> None:
+    stock, lean = steps(False, adapter), steps(True, adapter)
+    for a, b in zip(stock[0], lean[0], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    assert stock[1].keys() == lean[1].keys()
+    assert lean[2] < 0.75 * stock[2], f"{lean[2]:.3f} GB against {stock[2]:.3f}"
+
+
+def test_blocks_are_lean_unless_an_adapter_drops_out() -> None:
+    model = MLXEngine().load(loading.base_folder("tiny"))
+    assert all(type(layer) is mlx_lean.LeanBlock for layer in model.net.layers)
+    model.add_adapter(AdapterSpec(rank=4, dropout=0.1), seed=0)  # a mask must not be drawn twice
+    assert not any(isinstance(layer, mlx_lean.LeanBlock) for layer in model.net.layers)
+
+
+def test_whole_blocks_are_recomputed_once() -> None:
+    model = MLXEngine().load(loading.base_folder("tiny"), gradient_checkpointing=True)
+    assert not any(isinstance(layer, mlx_lean.LeanBlock) for layer in model.net.layers)
