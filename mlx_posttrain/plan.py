@@ -8,6 +8,7 @@ text says so. A step's peak is the largest of its moments: the end of the forwar
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ KEPT = {
 }
 #: Arrays of one chunk of logits that are alive at once (engines/fused.py).
 CHUNKS_ALIVE = 3
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|\w*embed\w*|lm_head)\.")
 #: The interpreter and libraries, GB: the torch engine's memory is the whole process, MLX counts its arrays only.
 PROGRAM = {"mlx": 0.0, "torch": 0.45}
 
@@ -198,11 +200,7 @@ class Training:
         number = DTYPE_BYTES[self.dtype]
         packed = 0.0
         if self.bits:  # linear layers only, with a scale and an offset for each group of 64
-            linear = sum(
-                math.prod(s)
-                for n, s in self.size.tensors.items()
-                if len(s) == 2 and ".wte" not in n and ".wpe" not in n and "embed" not in n
-            )
+            linear = sum(math.prod(shape) for name, shape in self.size.tensors.items() if len(shape) == 2 and not _EMBEDDING.search(name))
             packed = linear * (number - self.bits / 8 - 2 * number / 64)
         return (self.size.parameters * number + (self.trained * 4 if self.adapter else 0) - packed) / GB
 
