@@ -265,6 +265,7 @@ class MLXModel:
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         self.net.eval()  # dropout off, and with it gradient checkpointing
+        _tidy()
         return decoding.decode(
             _MLXDecoder(self.net, self._split), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
             temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token,
@@ -499,6 +500,7 @@ class MLXTrainer:
         flat = tree_flatten(gradients)
         del gradients, part, parameters
         self._apply(flat, lr, factor)
+        _tidy()
         return result
 
     def save(self, path: Path) -> None:
@@ -511,6 +513,12 @@ class MLXTrainer:
         if strangers:
             raise UserError(f"{path}: its moments are of other parameters, for example {strangers[0]}: it belongs to another run")
         self._state = state
+
+
+def _tidy() -> None:
+    """Give buffers that nobody uses back to the system once they outweigh those in use: with rows of many lengths they pile up."""
+    if mx.get_cache_memory() > mx.get_active_memory():
+        mx.clear_cache()
 
 
 def _compile(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:

@@ -60,3 +60,14 @@ def test_memory_stays_flat_over_many_steps() -> None:
             peaks.append(mx.get_peak_memory())
     assert max(active) - min(active) < 2**20
     assert max(peaks) < 1.02 * min(peaks)
+
+
+def test_unused_buffers_are_given_back() -> None:
+    many = [mx.ones((2**16,)) + i for i in range(200)]
+    mx.eval(many)
+    del many
+    before = mx.get_cache_memory()
+    if before <= mx.get_active_memory():
+        pytest.skip("this device keeps too few unused buffers to tell")
+    engine_module._tidy()
+    assert mx.get_cache_memory() < before
