@@ -10,8 +10,9 @@ from typing import Any
 from mlx_posttrain import engines, runs
 from mlx_posttrain.convert import hub
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.base import Model
+from mlx_posttrain.engines.base import AdapterSpec, Model
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.recipe import AdapterSection
 
 #: Any of these makes a folder one with a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tokenizer_config.json")
@@ -93,6 +94,20 @@ def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32", *
     tokenizer = load_tokenizer(source.folder)
     check_vocabulary(tokenizer, model, source.folder)
     return model, tokenizer, source
+
+
+def adapter_spec(adapter: AdapterSection) -> AdapterSpec:
+    """The adapter that a recipe asks for: its own, or with ``adapter.path`` that of the adapter it starts from."""
+    if adapter.path is not None:
+        return files.spec_of(adapter_folder(adapter.path), adapter.dropout)
+    targets = tuple(adapter.targets) if adapter.targets else None
+    return AdapterSpec(adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets)
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of a PEFT adapter, which of a run is its ``final/``."""
+    path = Path(name)
+    return path / "final" if (path / "final").is_dir() else path
 
 
 def load_tokenizer(folder: Path) -> Any:

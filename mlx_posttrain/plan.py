@@ -2,23 +2,26 @@
 
 Weights, gradients and moments are counted. What the backward pass keeps is reckoned from the largest batch by coefficients that were measured
 on GPT-2 with both engines (``KEPT``); tests/test_plan.py holds the sum against runs. For another architecture they are a guess, and the
-text says so. A step's peak is the largest of its moments: the end of the forward pass, the update, an evaluation, a rollout.
+text says so. The peak is that of the phase that
+takes most: the end of the forward pass, the update, an evaluation, a rollout.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_posttrain.convert import hub
+from mlx_posttrain import loading
+from mlx_posttrain.convert import gpt2, hub
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import fused
-from mlx_posttrain.engines.base import AdapterSpec
+from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, AdapterSpec, block_bytes, match_targets
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.progress import say
 
 GB = 2**30
 WARN_ABOVE = 0.75  # share of this machine's memory
@@ -26,33 +29,38 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Kept(NamedTuple):
-    """What blocks keep for their backward pass, in numbers: for each token ``width`` times the model's width and ``inner`` times the
-    feed-forward's in every block; for each head and pair of positions ``attention`` in all, the blocks taking turns. ``again``: how many blocks'
-    worth is alive where whole blocks are recomputed."""
+    """What blocks keep for their backward pass, in numbers.
+
+    width, inner: for each token so many times the model's width and the feed-forward's, in every block. pairs: for each head and pair of
+    positions, in every block. working: the same in all, since the blocks take turns. again: how many blocks' worth is alive where whole blocks
+    are recomputed.
+    """
 
     width: float
     inner: float
-    attention: float
+    pairs: float
+    working: float
     again: float
 
 
-#: (engine, with an adapter) -> measured on GPT-2 124M at 8 x 128 and 4 x 512 tokens.
+#: Measured on GPT-2 124M at 8 x 128 and 4 x 512 tokens. mlx: as mlx-lm has it (engines/base.py, block_bytes); mlx lean: engines/mlx_lean.py.
 KEPT = {
-    ("mlx", False): Kept(9.0, 1.5, 3.0, 6.0),
-    ("mlx", True): Kept(9.0, 1.5, 3.0, 6.0),
-    ("torch", False): Kept(12.0, 2.5, 0.0, 2.0),
-    ("torch", True): Kept(15.0, 2.85, 0.0, 2.0),
+    "mlx": Kept(13.0, 3.0, 1.25, 3.0, 6.0),
+    "mlx lean": Kept(9.0, 1.5, 0.0, 3.0, 6.0),
+    "torch": Kept(12.0, 2.5, 0.0, 0.0, 2.0),
+    "torch with an adapter": Kept(15.0, 2.85, 0.0, 0.0, 2.0),
 }
 #: Arrays of one chunk of logits that are alive at once (engines/fused.py).
 CHUNKS_ALIVE = 3
-_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|\w*embed\w*|lm_head)\.")
+_NO_LINEAR = re.compile(r"(^|\.)(wte|wpe|\w*embed\w*|lm_head|score)$")
 #: The interpreter and libraries, GB: the torch engine's memory is the whole process, MLX counts its arrays only.
-PROGRAM = {"mlx": 0.0, "torch": 0.45}
+PROGRAM = {"mlx": 0.0, "torch": 0.48}
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model as its files describe it. tensors: shapes by name."""
+    """A model as its files describe it. tensors: shapes by name, those of the weights that packed ones stand for; file_bytes: what they take
+    on disk; packed: whether the folder is quantised."""
 
     layers: int
     width: int
@@ -61,13 +69,22 @@ class Size:
     vocabulary: int
     context: int | None
     model_type: str
-    tied: bool
     tensors: Mapping[str, tuple[int, ...]]
+    file_bytes: int = 0
+    packed: bool = False
 
     @property
     def parameters(self) -> int:
         """How many there are; a tied head counts once."""
         return sum(math.prod(shape) for shape in self.tensors.values())
+
+    @property
+    def linear(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the linear layers' weights, by the layers' paths; embeddings and a head are none."""
+        found = {
+            name.removesuffix(".weight"): shape for name, shape in self.tensors.items() if name.endswith(".weight") and len(shape) == 2
+        }
+        return {path: shape for path, shape in found.items() if not _NO_LINEAR.search(path)}
 
 
 class Shape(NamedTuple):
@@ -80,7 +97,7 @@ class Shape(NamedTuple):
 
 @dataclass
 class Plan:
-    """What a run takes. parts: GB at the peak, by what they hold; moment: when that is."""
+    """What a run takes. parts: GB at the peak, by what they hold; phase: when that is; shapes: of its batches, of which MLX compiles a step each."""
 
     name: str
     engine: str
@@ -90,8 +107,9 @@ class Plan:
     trained_a_step: float  # tokens that the loss counts; of a reward model the scores
     positions_a_step: float  # tokens that the model reads, padding included
     parts: dict[str, float]
-    moment: str
+    phase: str
     memory_gb: float
+    shapes: int
     sure: bool = True
     advice: list[str] = field(default_factory=list)
 
@@ -121,9 +139,9 @@ class Plan:
         lines = [
             f"{self.name} on {self.engine}: {self.trained:,} of {self.parameters:,} parameters train",
             f"{self.steps:,} steps of about {self.trained_a_step:,.0f} trained tokens ({self.positions_a_step:,.0f} read, padding included); "
-            f"{self.steps * self.trained_a_step:,.0f} trained in all",
+            f"{self.steps * self.trained_a_step:,.0f} trained in all; batches of {self.shapes} shapes",
             *(f"  {part:12} {gb:8.2f} GB" for part, gb in self.parts.items() if gb >= 0.005),
-            f"  {'peak':12} {self.total_gb:8.2f} GB, {self.moment}; this machine has {self.memory_gb:.1f} GB ({self.share:.0%})",
+            f"  {'peak':12} {self.total_gb:8.2f} GB, {self.phase}; this machine has {self.memory_gb:.1f} GB ({self.share:.0%})",
         ]
         if not self.sure:
             lines.append("  measured on GPT-2: for this architecture what the blocks keep is a guess")
@@ -138,14 +156,21 @@ def size(folder: Path) -> Size:
 
     config = hub.check_config(folder)
     tensors: dict[str, tuple[int, ...]] = {}
-    for name in hub.weight_files(folder):
+    files = hub.weight_files(folder)
+    for name in files:
         with safe_open(str(folder / name), framework="np") as file:
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 if not key.endswith((".attn.bias", ".attn.masked_bias")):
                     tensors[key] = tuple(file.get_slice(key).get_shape())
-    tied = bool(config.get("tie_word_embeddings", config["model_type"] == "gpt2"))
-    if tied:
+    if config.get("tie_word_embeddings", config["model_type"] == "gpt2"):
         tensors.pop("lm_head.weight", None)
+    bits = (config.get("quantization") or {}).get("bits", 0)
+    for scales in [name for name in tensors if name.endswith(".scales")] if bits else []:
+        path = scales.removesuffix(".scales")
+        out, packed = tensors[f"{path}.weight"]
+        tensors[f"{path}.weight"] = (out, packed * 32 // bits)
+        del tensors[scales]
+        tensors.pop(f"{path}.biases", None)
 
     def number(*names: str) -> int:
         for name in names:
@@ -157,26 +182,27 @@ def size(folder: Path) -> Size:
     return Size(
         layers=number("n_layer", "num_hidden_layers"), width=width, heads=number("n_head", "num_attention_heads"),
         inner=config.get("n_inner") or config.get("intermediate_size") or 4 * width, vocabulary=number("vocab_size"),
-        context=config.get("n_positions") or config.get("max_position_embeddings"), model_type=config["model_type"], tied=tied,
-        tensors=tensors,
+        context=config.get("n_positions") or config.get("max_position_embeddings"), model_type=config["model_type"],
+        tensors=tensors, file_bytes=sum((folder / name).stat().st_size for name in files), packed=bits > 0,
     )  # fmt: skip
 
 
 def adapter_parameters(of: Size, spec: AdapterSpec) -> int:
-    """How many parameters an adapter has: rank * (in + out) a target, and out more for DoRA's magnitudes (Hu et al. 2021, section 4.1)."""
-    targets = spec.resolved(of.model_type).targets or ()
+    """How many parameters an adapter has: rank * (in + out) a target, and out more for DoRA's magnitudes (Hu et al. 2021, section 4.1).
+
+    Raises UserError when a target matches no layer.
+    """
     found = 0
-    for name, shape in of.tensors.items():
-        path, _, kind = name.rpartition(".")
-        if kind == "weight" and len(shape) == 2 and path.endswith(tuple(f".{t}" for t in targets)):
-            out = shape[1] if of.model_type == "gpt2" else shape[0]  # GPT-2's Conv1D is [in, out]
-            found += spec.rank * sum(shape) + (out if spec.kind == "dora" else 0)
+    for path in match_targets(list(of.linear), spec.resolved(of.model_type).targets or ()):
+        shape = of.linear[path]
+        conv1d = of.model_type == "gpt2" and not gpt2.is_mlx(of.tensors)  # [in, out]; every other file has [out, in]
+        found += spec.rank * sum(shape) + (shape[1 if conv1d else 0] if spec.kind == "dora" else 0)
     return found
 
 
-def shapes(steps: Iterable[Sequence[Batch]]) -> list[Shape]:
-    """The distinct shapes of the micro-batches of some steps."""
-    return sorted({Shape(b.tokens.shape[0], b.tokens.shape[1], len(b.index)) for step in steps for b in step})
+def shapes(batches: Iterable[Batch]) -> list[Shape]:
+    """The distinct shapes of batches."""
+    return sorted({Shape(b.tokens.shape[0], b.tokens.shape[1], len(b.index)) for b in batches})
 
 
 @dataclass(frozen=True)
@@ -189,7 +215,9 @@ class Training:
     adapter: bool
     dtype: str = "float32"
     bits: int | None = None
+    group_size: int = 64
     checkpointing: bool = False
+    dropout: bool = False
     reference: bool = False
     accumulate: bool = False
     batches: Sequence[Shape] = ()
@@ -197,18 +225,20 @@ class Training:
 
     def weights(self) -> float:
         """GB of the weights as they are held, an adapter's included."""
+        adapter = 4 * self.trained if self.adapter else 0
+        if self.size.packed:
+            return (self.size.file_bytes + adapter) / GB
         number = DTYPE_BYTES[self.dtype]
-        packed = 0.0
-        if self.bits:  # linear layers only, with a scale and an offset for each group of 64
-            linear = sum(math.prod(shape) for name, shape in self.size.tensors.items() if len(shape) == 2 and not _EMBEDDING.search(name))
-            packed = linear * (number - self.bits / 8 - 2 * number / 64)
-        return (self.size.parameters * number + (self.trained * 4 if self.adapter else 0) - packed) / GB
+        saved = 0.0
+        if self.bits:  # the linear layers, each group of weights with a scale and an offset
+            saved = sum(map(math.prod, self.size.linear.values())) * (number - self.bits / 8 - 2 * number / self.group_size)
+        return (self.size.parameters * number + adapter - saved) / GB
 
-    def copy(self) -> float:
+    def reference_copy(self) -> float:
         """GB of the frozen reference: with an adapter it is the same weights."""
         return self.size.parameters * 4 / GB if self.reference and not self.adapter else 0.0
 
-    def moments(self) -> float:
+    def optimizer(self) -> float:
         """GB of AdamW's two moments."""
         return 8 * self.trained / GB
 
@@ -218,13 +248,18 @@ class Training:
 
     def activations(self, batch: Shape) -> float:
         """GB that the blocks keep for the backward pass."""
-        s, kept = self.size, KEPT[self.engine, self.adapter]
-        tokens = batch.rows * batch.length
-        block = tokens * (kept.width * s.width + kept.inner * s.inner)
-        attention = kept.attention * batch.rows * s.heads * batch.length**2
+        s, kept = self.size, KEPT[self._blocks(batch)]
+        tokens, pairs = batch.rows * batch.length, batch.rows * s.heads * batch.length**2
+        block = tokens * (kept.width * s.width + kept.inner * s.inner) + kept.pairs * pairs
         if self.checkpointing:  # each block's input, and some blocks in full
-            return 4 * (s.layers * tokens * s.width + kept.again * block + attention) / GB
-        return 4 * (s.layers * block + attention) / GB
+            return 4 * (s.layers * tokens * s.width + kept.again * block + kept.working * pairs) / GB
+        return 4 * (s.layers * block + kept.working * pairs) / GB
+
+    def _blocks(self, batch: Shape) -> str:
+        if self.engine == "torch":
+            return "torch with an adapter" if self.adapter else "torch"
+        much = block_bytes(batch.rows, batch.length, self.size.width, self.size.heads) > LEAN_ABOVE
+        return "mlx lean" if self.size.model_type == "gpt2" and much and not self.dropout else "mlx"
 
     def logits(self, batch: Shape) -> float:
         """GB of the chunk of logits that is alive, on both sides of a divergence from a reference."""
@@ -240,39 +275,38 @@ class Training:
         s = self.size
         return 4 * (batch.rows * batch.length * (6 * s.width + 2 * s.inner) + 2 * batch.rows * s.heads * batch.length**2) / GB
 
-    def moments_of_step(self) -> list[tuple[str, dict[str, float]]]:
-        """What is there, besides weights and moments, at each moment that may be the peak."""
+    def phases(self) -> list[tuple[str, dict[str, float]]]:
+        """What each phase of training holds besides weights and optimizer: GB by part, under the phase's name."""
         found: list[tuple[str, dict[str, float]]] = []
         beside = self.gradients() - 4 * self.trained / GB
         for b in self.batches:
             kept, logits = self.activations(b), self.logits(b)
             found.append(("as the backward pass begins", {"activations": kept, "logits": logits, "gradients": self.head() + beside}))
-        update = {"mlx": 3 * 4 * max_tensor(self.size, self.trained), "torch": 0.0}[self.engine] / GB
-        found.append(("in the update", {"gradients": self.gradients(), "update": update}))
+        found.append(("in the update", {"gradients": self.gradients(), "update": self.update()}))
         found += [("in an evaluation", {"activations": self.forward(b), "logits": self.logits(b)}) for b in self.evaluations]
         return found
 
-
-def max_tensor(of: Size, trained: int) -> int:
-    """Elements updated together on MLX: the largest tensor, or a group of them (engines/mlx.py, UPDATE_BYTES)."""
-    return min(trained, max([2**24, *(math.prod(s) for s in of.tensors.values())]))
+    def update(self) -> float:
+        """GB of new weights and moments beside the old: on MLX of a group of parameters, or of the largest; torch writes in place."""
+        largest = max([UPDATE_BYTES, *(4 * math.prod(shape) for shape in self.size.tensors.values())])
+        return 3 * min(4 * self.trained, largest) / GB if self.engine == "mlx" else 0.0
 
 
 def peak(name: str, training: Training, steps: int, tokens: tuple[float, float], more: Mapping[str, float] | None = None,
          others: Sequence[tuple[str, dict[str, float]]] = ()) -> Plan:  # fmt: skip
     """The plan of one trained network. tokens: trained and read in a step; more: what is there all the time beside it, GB by name;
-    others: further moments."""
+    others: further phases."""
     from mlx_posttrain.doctor import memory
 
     always = {
-        "program": PROGRAM[training.engine], "weights": training.weights(), "reference": training.copy(), "optimizer": training.moments(),
+        "program": PROGRAM[training.engine], "weights": training.weights(), "reference": training.reference_copy(), "optimizer": training.optimizer(),
         **(more or {}),
     }  # fmt: skip
-    moment, parts = max([*training.moments_of_step(), *others], key=lambda found: sum(found[1].values()))
+    phase, parts = max([*training.phases(), *others], key=lambda found: sum(found[1].values()))
     return Plan(
         name=name, engine=training.engine, parameters=training.size.parameters + (training.trained if training.adapter else 0),
         trained=training.trained, steps=steps, trained_a_step=tokens[0], positions_a_step=tokens[1], parts={**always, **parts},
-        moment=moment, memory_gb=memory()[0] / GB, sure=training.size.model_type == "gpt2", advice=_advice(training),
+        phase=phase, memory_gb=memory()[0] / GB, shapes=len(training.batches), sure=training.size.model_type == "gpt2", advice=_advice(training),
     )  # fmt: skip
 
 
@@ -291,6 +325,14 @@ def _advice(t: Training) -> list[str]:
 # From recipes
 
 
+def tell(make: Callable[[], Plan]) -> None:
+    """Say what a run will take before it starts; a model whose size cannot be told is no reason not to train it."""
+    try:
+        say(make().line())
+    except UserError as error:
+        say(f"memory: not planned: {error}")
+
+
 def of_recipe(recipe: Any) -> list[Plan]:
     """The plan of a recipe, or of each stage of a pipeline that trains. Reads the data; loads no weights. Errors as running it."""
     from mlx_posttrain import methods
@@ -303,14 +345,17 @@ def of_recipe(recipe: Any) -> list[Plan]:
 
 def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = False) -> Plan:
     """The plan of a run over fixed rows. data: what training.fit is given."""
-    epoch = [data.micro_batches(data.rows(step)) for step in range(min(data.steps, data.steps_per_epoch))]
+    seen: set[Shape] = set()
+    trained = read = steps = most = 0.0
+    for step in range(min(data.steps, data.steps_per_epoch)):
+        micro = data.micro_batches(data.rows(step))
+        seen |= set(shapes(micro))
+        trained, read, steps = trained + sum(b.trained_tokens for b in micro), read + sum(b.tokens.size for b in micro), steps + 1
+        most = max(most, len(micro))
     training = replace(
-        _training(recipe, engine, of), reference=reference, batches=shapes(epoch), evaluations=shapes([data.evaluation()]),
-        accumulate=any(len(step) > 1 for step in epoch),
-    )  # fmt: skip
-    flat = [b for step in epoch for b in step]
-    tokens = sum(b.trained_tokens for b in flat) / len(epoch), sum(b.tokens.size for b in flat) / len(epoch)
-    return peak(_name(recipe), training, data.steps, tokens)
+        _training(recipe, engine, of), reference=reference, batches=sorted(seen), evaluations=shapes(data.evaluation()), accumulate=most > 1
+    )
+    return peak(_name(recipe), training, data.steps, (trained / steps, read / steps))
 
 
 def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Sequence[Size]) -> Plan:
@@ -328,14 +373,17 @@ def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seq
     rows = min(train.batch_size, train.token_budget // length or 1) if train.token_budget else train.batch_size
     policy = replace(
         _training(recipe, engine, of), reference=True, batches=[shape(rows)], evaluations=[shape(min(answers, 4 * rows))],
-        accumulate=train.accumulate > 1,
+        accumulate=train.accumulate > 1 or recipe.ptx is not None,
     )  # fmt: skip
+    if recipe.ptx is not None:
+        longest = round_up(min(recipe.ptx.data.max_length, of.context or recipe.ptx.data.max_length), LENGTH_MULTIPLE)
+        policy = replace(policy, batches=[*policy.batches, Shape(recipe.ptx.batch_size, longest, recipe.ptx.batch_size * longest)])
     more = {"reward": sum(s.parameters for s in rewards) * 4 / GB}
     others: list[tuple[str, dict[str, float]]] = []
     if recipe.critic.kind == "separate":
         critic = replace(policy, trained=of.parameters, adapter=False, bits=None, dtype="float32", reference=False)
-        more["critic"] = critic.weights() + critic.moments()
-        others = [(f"{moment} of the critic", {**parts, "logits": 0.0}) for moment, parts in critic.moments_of_step()]
+        more["critic"] = critic.weights() + critic.optimizer()
+        others = [(f"{phase} of the critic", {**parts, "logits": 0.0}) for phase, parts in critic.phases()]
     positions = round_up(longest_prompt + r.max_tokens, CACHE_BLOCK)
     together = max(1, min(answers, r.token_budget // positions))
     held = positions if engine == "mlx" else longest_prompt + r.max_tokens
@@ -350,11 +398,8 @@ def _name(recipe: Any) -> str:
 
 def _training(recipe: Any, engine: str, of: Size) -> Training:
     section = getattr(recipe, "adapter", None)
-    trained = of.parameters
-    if section is not None:
-        trained = adapter_parameters(
-            of, AdapterSpec(section.kind, section.rank, section.alpha, targets=tuple(section.targets) if section.targets else None)
-        )
-    return Training(
-        engine, of, trained, section is not None, recipe.dtype, section.quantize if section else None, recipe.train.gradient_checkpointing
-    )
+    checkpointing = recipe.train.gradient_checkpointing
+    if section is None:
+        return Training(engine, of, of.parameters, False, recipe.dtype, checkpointing=checkpointing)
+    trained = adapter_parameters(of, loading.adapter_spec(section))
+    return Training(engine, of, trained, True, recipe.dtype, section.quantize, section.group_size, checkpointing, section.dropout > 0)

@@ -16,14 +16,15 @@ from mlx_posttrain import engines, export, loading, plan, runs, trackers
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Example, Turn
-from mlx_posttrain.engines import files
-from mlx_posttrain.engines.base import AdapterSpec, Engine, Loss, Model
+from mlx_posttrain.engines.base import Engine, Loss, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import AdapterSection, DataSection, Recipe, paths_in_full
 from mlx_posttrain.training import Data, fit
 
 Record = TypeVar("Record")
+Start = Callable[[Path], Path]  # makes the model that a run starts from in the run's folder
+Prepare = Callable[[list[Conversation]], list[Conversation]]  # changes the training rows
 
 
 def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[formats.Record]:
@@ -104,16 +105,12 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
     )  # fmt: skip
     model.base_name = recipe.model if loading.is_hub_id(recipe.model) else str(folder)
     if adapter is not None:
+        spec = loading.adapter_spec(adapter)
+        model.add_adapter(spec, recipe.seed)
         if adapter.path is not None:
-            start = Path(adapter.path)
-            start = start / "final" if (start / "final").is_dir() else start
-            spec = files.spec_of(start, adapter.dropout)
+            start = loading.adapter_folder(adapter.path)
             say(f"adapter from {start}: its own {spec.kind}, rank {spec.rank}, alpha {spec.alpha:g} hold, not the recipe's")
-            model.add_adapter(spec, recipe.seed)
             model.load_trained(start)
-        else:
-            targets = tuple(adapter.targets) if adapter.targets else None
-            model.add_adapter(AdapterSpec(adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets), recipe.seed)
     return model
 
 
@@ -193,34 +190,24 @@ def finish(run: runs.Run, result: dict[str, Any], write: Callable[[Path], None])
     run.close()
 
 
-def read_examples(
-    recipe: Recipe, tokenizer: Any, context: int | None, prepare: Callable[[list[Conversation]], list[Conversation]] | None
-) -> tuple[list[Conversation], list[Conversation], Data]:
-    """Training and held-out rows, and their batches."""
-    train, held_out = split_rows(recipe.data, recipe.seed, read_conversations)
-    if prepare is not None:
-        train = prepare(train)
+def training_data(recipe: Recipe, train: list[Conversation], held_out: list[Conversation], tokenizer: Any, context: int | None) -> Data:
+    """Rows as token ids, and the batches of any step; prints what was dropped. Raises UserError where rows and ``data.pack`` do not go together."""
     if recipe.data.pack and train[0].templated:
         raise UserError("data.pack joins plain text: these rows have prompts; leave out data.pack, or give rows with a column 'text'")
     examples = encode_rows(train, recipe.data, tokenizer, context, recipe.seed, "training rows")
     unseen = encode_rows(held_out, recipe.data, tokenizer, context, recipe.seed, "held-out rows")
-    return train, held_out, Data(examples, unseen, recipe.train, recipe.seed, context)
+    return Data(examples, unseen, recipe.train, recipe.seed, context)
 
 
-def planned(
-    recipe: Recipe,
-    *,
-    reference: bool = False,
-    start: Callable[[Path], Path] | None = None,
-    prepare: Callable[[list[Conversation]], list[Conversation]] | None = None,
-) -> list[plan.Plan]:
-    """What a run would take; arguments as of :func:`run`. Makes no run directory and loads no weights."""
-    engine = engines.get(recipe.engine)
+def planned(recipe: Recipe, *, reference: bool = False, start: Start | None = None, prepare: Prepare | None = None) -> list[plan.Plan]:
+    """What a run would take; arguments as of :func:`run`. Makes no run directory and loads no weights. Raises UserError as reading the data does."""
     with tempfile.TemporaryDirectory() as scratch:
-        source = start(Path(scratch)) if start else loading.base_folder(recipe.model)
+        source = start(Path(scratch)) if start else loading.locate(recipe.model).folder
         of = plan.size(source)
-        _, _, data = read_examples(recipe, loading.load_tokenizer(source), of.context, prepare)
-    return [plan.of_data(recipe, engine.name, of, data, reference=reference)]
+        train, held_out = split_rows(recipe.data, recipe.seed, read_conversations)
+        train = prepare(train) if prepare else train
+        data = training_data(recipe, train, held_out, loading.load_tokenizer(source), of.context)
+    return [plan.of_data(recipe, engines.get(recipe.engine).name, of, data, reference=reference)]
 
 
 def run(
@@ -230,8 +217,8 @@ def run(
     adapter: AdapterSection | None = None,
     reference: bool = False,
     resume: bool = False,
-    start: Callable[[Path], Path] | None = None,
-    prepare: Callable[[list[Conversation]], list[Conversation]] | None = None,
+    start: Start | None = None,
+    prepare: Prepare | None = None,
     judge: Callable[[runs.Run, Model, Any, list[Conversation]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Load, train, save.
@@ -245,18 +232,20 @@ def run(
     with setting_up(run, resume):
         source = start(run.folder) if start else loading.base_folder(recipe.model)
         tokenizer = loading.load_tokenizer(source)
+        train, held_out = split_rows(recipe.data, recipe.seed, read_conversations)
+        train = prepare(train) if prepare else train
         model = load_model(engine, recipe, source, adapter)
         if model.has_head:
             raise UserError(
                 f"{recipe.model} is a reward model: it scores texts and cannot learn to write them; start from a language model"
             )
         loading.check_vocabulary(tokenizer, model, source)
-        train, held_out, data = read_examples(recipe, tokenizer, model.context, prepare)
+        data = training_data(recipe, train, held_out, tokenizer, model.context)
         untemplated = not train[0].templated
     if untemplated and not resume:
         run.write_recipe(recipe, untemplated=True)
     announce(recipe, engine, model)
-    say(plan.of_data(recipe, engine.name, plan.size(source), data, reference=reference).line())
+    plan.tell(lambda: plan.of_data(recipe, engine.name, plan.size(source), data, reference=reference))
     engine.seed(recipe.seed)
     if reference:
         model.keep_reference()

@@ -12,6 +12,7 @@ from mlx_posttrain.bench.material import Shape, model_folder, rows
 from mlx_posttrain.cli import app
 from mlx_posttrain.convert import hub
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.plan import Size
 
 
 def timing(engine: str, seconds: list[float], losses: list[float]) -> bench.Timing:
@@ -40,12 +41,12 @@ def test_rows_are_the_same_everywhere_and_as_long_as_said() -> None:
     assert {len(e.tokens) for e in rows(Shape(rows=4, length=40), 4096)} == {40}
 
 
-def test_operations_by_hand(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"n_layer": 1, "n_embd": 2, "vocab_size": 10}))
+def test_operations_by_hand() -> None:
+    tiny = Size(1, 2, 8, 1, 10, 32, "gpt2", {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)})
     shape = Shape(rows=1, length=8)  # 1 prompt token, 7 trained
     attention = 2 * 2 * 2 * 64 / 2
-    assert work.training_flops(tmp_path, "sft", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 3 * attention
-    assert work.training_flops(tmp_path, "kl-lora", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
+    assert work.training_flops(tiny, "sft", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 3 * attention
+    assert work.training_flops(tiny, "kl-lora", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """What a plan predicts: counts worked by hand, parts that move as they must, and the peak of real training."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def gpt2() -> plan.Size:
         for name, shape in (("attn.c_attn", (d, 3 * d)), ("attn.c_proj", (d, d)), ("mlp.c_fc", (d, 4 * d)), ("mlp.c_proj", (4 * d, d))):
             tensors |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
         tensors |= {f"h.{i}.{ln}.{part}": (d,) for ln in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    return plan.Size(12, d, 4 * d, 12, 50257, 1024, "gpt2", True, tensors)
+    return plan.Size(12, d, 4 * d, 12, 50257, 1024, "gpt2", tensors)
 
 
 def test_counts_of_gpt2() -> None:
@@ -40,10 +42,10 @@ def test_parts_by_hand() -> None:
     batch = plan.Shape(4, 128, 256)
     full = plan.Training("mlx", gpt2(), 124_439_808, False, batches=[batch])
     assert full.weights() == pytest.approx(124_439_808 * 4 / 2**30)
-    assert full.moments() == 2 * full.weights() == 2 * full.gradients()
-    assert full.copy() == 0 and replace(full, reference=True).copy() == full.weights()
+    assert full.optimizer() == 2 * full.weights() == 2 * full.gradients()
+    assert full.reference_copy() == 0 and replace(full, reference=True).reference_copy() == full.weights()
     lora = replace(full, trained=1_622_016, adapter=True, reference=True)
-    assert lora.copy() == 0 and lora.head() == 0  # the same weights are the reference, and the head does not train
+    assert lora.reference_copy() == 0 and lora.head() == 0  # the same weights are the reference, and the head does not train
     assert lora.weights() == pytest.approx((124_439_808 + 1_622_016) * 4 / 2**30)
     four_bits = replace(lora, bits=4)
     packed = 12 * 12 * 768**2  # the linear layers
@@ -61,7 +63,7 @@ def test_logits_do_not_grow_with_the_batch() -> None:
 def test_the_peak_is_the_largest_moment() -> None:
     small = plan.peak("run", plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(1, 32, 64)]), 1, (1, 1))
     large = plan.peak("run", plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(8, 1024, 4096)]), 1, (1, 1))
-    assert small.moment == "in the update" and large.moment == "as the backward pass begins"
+    assert small.phase == "in the update" and large.phase == "as the backward pass begins"
     assert large.total_gb == pytest.approx(sum(large.parts.values())) and large.total_gb > 2 * small.total_gb
 
 
@@ -96,8 +98,67 @@ def test_prediction_against_training(adapter: bool) -> None:
     trainer.step(sft.loss, [batch], 1e-4)
     engine.reset_memory()
     trainer.step(sft.loss, [batch], 1e-4)
-    predicted = plan.peak("run", plan.Training("mlx", of, trained, adapter, batches=plan.shapes([[batch]])), 1, (1, 1)).total_gb
+    predicted = plan.peak("run", plan.Training("mlx", of, trained, adapter, batches=plan.shapes([batch])), 1, (1, 1)).total_gb
     assert predicted == pytest.approx(engine.memory()["peak_gb"], rel=0.3)
+
+
+@pytest.mark.parametrize("engine", engines.available())
+def test_every_run_says_it_first_and_comes_near(engine: str, tmp_path: Path) -> None:
+    """A real run of either engine, in a process of its own, as torch's memory is the process's."""
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_posttrain",
+        "run",
+        "demo_sft",
+        f"engine={engine}",
+        "data.limit=64",
+        "data.eval_limit=16",
+        "train.steps=3",
+    ]
+    done = subprocess.run([*command, f"output={tmp_path / 'run'}", "sample.count=0"], capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    (told,) = [i for i, line in enumerate(lines) if line.startswith("memory: about ")]
+    assert told < min(i for i, line in enumerate(lines) if "step 0" in line)
+    measured = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    peak = max(m["peak_gb"] for m in measured if "peak_gb" in m)
+    assert float(lines[told].split()[2]) == pytest.approx(peak, rel=0.3), lines[told]
+
+
+def test_quantised_folders_count_what_they_stand_for(tmp_path: Path) -> None:
+    pytest.importorskip("mlx")
+    from mlx_posttrain.convert.weights import convert
+
+    convert("tiny", tmp_path / "q4", to="mlx", quantize=4)
+    of = plan.size(tmp_path / "q4")
+    model = engines.get("mlx").load(tmp_path / "q4")
+    model.add_adapter(AdapterSpec(rank=4), seed=0)
+    trained = plan.adapter_parameters(of, AdapterSpec(rank=4))
+    assert (of.parameters + trained, trained) == model.parameter_counts()
+    training = plan.Training("mlx", of, trained, True)
+    assert training.weights() < 0.5 * replace(training, size=plan.size(loading.base_folder("tiny"))).weights()
+
+
+def test_targets_that_match_nothing_are_an_error_here_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no layer is called q_proj"):
+        plan.of_recipe(recipes.load("demo_lora", ["adapter.targets=[q_proj]", "data.limit=16"]))
+
+
+def test_an_adapter_to_start_from_decides_its_own_size(tmp_path: Path) -> None:
+    engine = engines.get("auto")
+    model = engine.load(loading.base_folder("tiny"))
+    model.add_adapter(AdapterSpec(rank=3), seed=0)
+    model.save(tmp_path / "adapter")
+    (found,) = plan.of_recipe(recipes.load("demo_lora", [f"adapter.path={tmp_path / 'adapter'}", "adapter.rank=32", "data.limit=16"]))
+    assert found.trained == model.parameter_counts()[1]
+
+
+def test_a_size_that_cannot_be_told_stops_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> plan.Plan:
+        raise UserError("config.json names no width")
+
+    plan.tell(fail)
+    assert "memory: not planned: config.json names no width" in capsys.readouterr().err
 
 
 def test_command_line_and_pipeline(tmp_path: Path) -> None:

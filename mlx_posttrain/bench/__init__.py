@@ -8,6 +8,7 @@ the same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_posttrain import plan
 from mlx_posttrain.bench.material import SIZES, Shape, model_folder, reward_folder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
@@ -70,11 +72,9 @@ class _Worker:
 
     def ask(self, word: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said last tells why
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
         return self.hear()
 
     def end(self) -> None:
@@ -113,6 +113,7 @@ def bench(
     timings: list[Timing] = []
     with tempfile.TemporaryDirectory(prefix="mlx-posttrain-bench-") as scratch:
         folder = model_folder(model, Path(scratch))
+        of = plan.size(folder)
         spec: dict[str, Any] = {"folder": str(folder), "shape": asdict(shape)}
         if "ppo" in what:
             spec["reward"] = str(reward_folder(folder, Path(scratch)))
@@ -122,7 +123,7 @@ def bench(
             _compare(found)
             for t in found:
                 if t.error is None and t.engine in peaks:
-                    _shares(t, folder, shape, peaks[t.engine])
+                    _shares(t, of, shape, peaks[t.engine])
             timings += found
     return {
         "model": f"{model}, random weights" if model in SIZES else model, "shape": asdict(shape), "units": units, "machine": machine,
@@ -185,15 +186,15 @@ def _compare(timings: Sequence[Timing]) -> None:
             t.ratio = (statistics.median(ratios), min(ratios), max(ratios))
 
 
-def _shares(t: Timing, folder: Path, shape: Shape, peaks: dict[str, float]) -> None:
+def _shares(t: Timing, of: plan.Size, shape: Shape, peaks: dict[str, float]) -> None:
     """What part of the machine's own peaks the useful work took: products for training, reading the weights for decoding."""
     from mlx_posttrain.bench.work import decode_bytes, training_flops
 
     seconds = statistics.median(t.seconds)
     if t.what == "generate":
-        t.bandwidth_share = decode_bytes(folder) / seconds / 1e9 / peaks["gb_per_s"]
+        t.bandwidth_share = decode_bytes(of) / seconds / 1e9 / peaks["gb_per_s"]
     elif t.what in ("sft", "lora", "kl", "kl-lora"):
-        t.flops_share = training_flops(folder, t.what, shape) / seconds / 1e9 / peaks["gflops"]
+        t.flops_share = training_flops(of, t.what, shape) / seconds / 1e9 / peaks["gflops"]
 
 
 def measure_peaks(engine: str) -> dict[str, float]:
@@ -202,7 +203,7 @@ def measure_peaks(engine: str) -> dict[str, float]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise UserError(f"{engine} cannot be used: {said[-1] if said else 'it ended without a word'}")
+        raise UserError(f"{engine} cannot be used here: {said[-1].partition(': ')[2] or said[-1] if said else 'it ended without a word'}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

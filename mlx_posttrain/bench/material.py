@@ -53,21 +53,15 @@ def model_folder(name: str, scratch: Path) -> Path:
         return loading.base_folder(name)
     from safetensors.numpy import save_file
 
-    from mlx_posttrain.methods.pretrain import PretrainSection, random_weights
+    from mlx_posttrain.methods.pretrain import PretrainSection, gpt2_config, random_weights
 
-    layers, heads, size = SIZES[name]
+    layers, heads, wide = SIZES[name]
+    size = PretrainSection(vocab_size=VOCABULARY, layers=layers, heads=heads, width=wide, context=CONTEXT)
     folder = scratch / name
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": VOCABULARY, "n_positions": CONTEXT, "n_ctx": CONTEXT,
-        "n_embd": size, "n_layer": layers, "n_head": heads, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": VOCABULARY - 1, "eos_token_id": VOCABULARY - 1,
-        "tie_word_embeddings": True, "dtype": "float32",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    sizes = PretrainSection(vocab_size=VOCABULARY, layers=layers, heads=heads, width=size, context=CONTEXT)
+    (folder / "config.json").write_text(json.dumps(gpt2_config(VOCABULARY, size, eos=VOCABULARY - 1), indent=2) + "\n")
     # Under the hub's names, which mlx-lm reads too.
-    found = {name.removeprefix("transformer."): value for name, value in random_weights(VOCABULARY, sizes, 0).items()}
+    found = {name.removeprefix("transformer."): value for name, value in random_weights(VOCABULARY, size, 0).items()}
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     _numbered_words(folder)
     return folder
@@ -99,7 +93,7 @@ def reward_folder(folder: Path, scratch: Path) -> Path:
     Raises UserError for an architecture whose classifier is not GPT-2's.
     """
     from mlx_posttrain.convert import weights
-    from mlx_posttrain.convert.files import copy_tokenizer
+    from mlx_posttrain.engines import files
 
     config = hub.check_config(folder)
     if config["model_type"] != "gpt2":
@@ -109,14 +103,8 @@ def reward_folder(folder: Path, scratch: Path) -> Path:
     found: dict[str, Any] = {
         f"transformer.{name.removeprefix('transformer.')}": np.array(value)
         for name, value in weights.load_weights(folder).items()
-        if not name.startswith("lm_head")
+        if not name.startswith("lm_head")  # a copy of the embedding
     }
-    found["score.weight"] = head_start(width(config), 0)
-    weights.save_weights(target, found)
-    classifier = {
-        **config, "architectures": ["GPT2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
-        "pad_token_id": config.get("eos_token_id"),
-    }  # fmt: skip
-    (target / "config.json").write_text(json.dumps(classifier, indent=2) + "\n")
-    copy_tokenizer(folder, target)
+    found[files.HEAD] = head_start(width(config), 0)
+    files.save_model(target, found, folder, pad=config["eos_token_id"])
     return target

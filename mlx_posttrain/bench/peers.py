@@ -56,13 +56,17 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     data = [(list(e.tokens), sum(not t for t in e.trained)) for e in examples]
     tokens = float(sum(sum(e.trained) for e in examples))
     steps = len(data) // shape.batch_size
-    losses: list[float] = []
+    losses: list[tuple[float, float]] = []  # of each step, and by how many tokens: its own mean is one of batches, ours one of tokens
 
     class Pace(TrainingCallback):
+        seen = 0.0
+
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
-            losses.append(info["train_loss"])
+            losses.append((info["train_loss"], info["trained_tokens"] - self.seen))
+            self.seen = info["trained_tokens"]
             if len(losses) == steps:
-                gate.report(loss=sum(losses) / steps, rows=steps * shape.batch_size, tokens=tokens)
+                mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+                gate.report(loss=mean, rows=steps * shape.batch_size, tokens=tokens)
                 losses.clear()
                 if not gate.open():
                     raise _Finished
@@ -164,7 +168,7 @@ def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         settings = PPOConfig(
-            output_dir=scratch, per_device_train_batch_size=batch_size, gradient_accumulation_steps=count // batch_size, num_ppo_epochs=2,
+            output_dir=scratch, per_device_train_batch_size=batch_size, gradient_accumulation_steps=max(1, count // batch_size), num_ppo_epochs=2,
             num_mini_batches=1, total_episodes=10**6, response_length=ROLLOUT["max_tokens"], temperature=1.0, learning_rate=LEARNING_RATE,
             num_sample_generations=0, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, fp16=False,
             disable_tqdm=True, gradient_checkpointing=False,

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
-from pathlib import Path
 
 from mlx_posttrain.bench.material import Shape, rows
+from mlx_posttrain.plan import Size
 
 
-def training_flops(folder: Path, what: str, shape: Shape) -> float:
+def training_flops(of: Size, what: str, shape: Shape) -> float:
     """Floating-point operations in the matrix products of one pass over the rows, padding and recomputation not counted.
 
     2 for each weight and token forward, 2 for the gradient of the input and, where the weight trains, 2 for its own (Kaplan et al. 2020,
     section 2.1); attention by the length squared, halved because it looks back only; the head at trained positions; the reference's pass.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    layers, width, vocabulary = config["n_layer"], config["n_embd"], config["vocab_size"]
-    per_token = 12 * layers * width**2
+    per_token = sum(map(math.prod, of.linear.values()))
     factor = 4 if what.endswith("lora") else 6
     reference = 2 if what.startswith("kl") else 0
     total = 0.0
-    for e in rows(shape, vocabulary):
+    for e in rows(shape, of.vocabulary):
         length, trained = len(e.tokens), sum(e.trained)
-        attention = 2 * 2 * layers * width * length**2 / 2
-        total += (factor + reference) * (per_token * length + width * vocabulary * trained) + (3 + reference / 2) * attention
+        attention = 2 * 2 * of.layers * of.width * length**2 / 2
+        total += (factor + reference) * (per_token * length + of.width * of.vocabulary * trained) + (3 + reference / 2) * attention
     return total
 
 
-def decode_bytes(folder: Path) -> float:
+def decode_bytes(of: Size) -> float:
     """Bytes of weights that decoding reads: all of them for every token of the batch's rows."""
     from mlx_posttrain.bench.worker import ROLLOUT
 
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return float(size * ROLLOUT["max_tokens"])
+    return float(of.file_bytes * ROLLOUT["max_tokens"])
 
 
 def peaks(engine: str, seconds: float = 0.5) -> dict[str, float]:

@@ -9,7 +9,6 @@ ready, one what each unit took, and one, at the end, what it used.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_posttrain import doctor
 from mlx_posttrain.bench.material import Shape, rows
 from mlx_posttrain.errors import UserError
 
@@ -49,9 +49,13 @@ class Gate:
 
     def close(self, **figures: Any) -> None:
         """What was used in all: ``peak_gb`` by the library's own account, ``process_gb`` of the whole process."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        whole = peak / (2**30 if sys.platform == "darwin" else 2**20)
+        whole = doctor.process_peak() / 2**30
         self._say(peak_gb=self.peak() if self.peak else whole, process_gb=whole, **figures)
+
+    def fail(self, error: Exception) -> None:
+        """What went wrong, in one line."""
+        first = (str(error).splitlines() or [""])[0]
+        self._say(error=first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
 
     def _say(self, **record: Any) -> None:
         print(json.dumps(record), file=self._out, flush=True)
@@ -87,7 +91,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     examples = rows(shape, model.config["vocab_size"])
     if what.endswith("lora"):
         model.add_adapter(AdapterSpec(rank=16, alpha=32.0), seed=0)
-    settings = TrainSection(batch_size=shape.batch_size if what != "reward" else shape.batch_size // 2)
+    settings = TrainSection(batch_size=shape.batch_size if what != "reward" else max(1, shape.batch_size // 2))
     loss: Any = sft.loss
     data: Any
     if what == "reward":
@@ -152,7 +156,7 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
     batch_size = spec["shape"]["batch_size"]
     recipe = method.Recipe.model_validate({
         "method": "ppo", "model": str(folder), "engine": engine.name, "data": {"source": "embedded/tasks", "template": "none"},
-        "reward": [{"model": spec["reward"]}], "train": {"batch_size": batch_size, "accumulate": 32 // batch_size},
+        "reward": [{"model": spec["reward"]}], "train": {"batch_size": batch_size, "accumulate": max(1, 32 // batch_size)},
         "rollout": {**ROLLOUT, "missing_eos_penalty": None},
     })  # fmt: skip
     tokenizer = loading.load_tokenizer(folder)
@@ -194,16 +198,14 @@ def main() -> None:
     """Do what the first argument says, as JSON; a failure is one line too."""
     spec, gate = json.loads(sys.argv[1]), Gate()
     try:
-        if spec["engine"] in ("mlx-lm", "trl"):
-            from mlx_posttrain.bench import peers
+        from mlx_posttrain.bench import peers
 
+        if spec["engine"] in peers.WORK:
             peers.WORK[spec["engine"]](spec, gate)
         else:
             WORK[spec["what"]](spec, gate)
     except Exception as error:
-        gate._say(
-            error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}" if not isinstance(error, UserError) else str(error)
-        )
+        gate.fail(error)
         raise SystemExit(1) from error
 
 

@@ -20,6 +20,18 @@ Array = Any
 #: loss(model, batch) -> (scalar, metrics): each already divided by ``batch.total``, so that micro-batches add up.
 Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
 
+#: Bytes of gradients whose parameters MLX updates together: new weights and moments of so many are there beside the old.
+UPDATE_BYTES = 64 * 2**20
+
+#: A GPT-2 block on MLX that would keep more bytes than this for its backward pass computes part of them again (mlx_lean.py).
+LEAN_ABOVE = 128 * 2**20
+
+
+def block_bytes(rows: int, length: int, width: int, heads: int) -> float:
+    """What mlx-lm's GPT-2 block keeps for its backward pass, as measured: 25 numbers for each token and unit of width, and 1.25 for each
+    head and pair of positions."""
+    return 4 * (25 * rows * length * width + 1.25 * rows * heads * length**2)
+
 
 @dataclass(frozen=True)
 class DeviceBatch:

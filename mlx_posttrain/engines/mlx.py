@@ -23,6 +23,7 @@ from mlx_posttrain.convert import adapters, gpt2, hub  # noqa: E402
 from mlx_posttrain.data.batches import Batch  # noqa: E402
 from mlx_posttrain.engines import decoding, files, mlx_fused, mlx_lean, mlx_load  # noqa: E402
 from mlx_posttrain.engines.base import (  # noqa: E402
+    UPDATE_BYTES,
     AdamW,
     AdapterSpec,
     Completion,
@@ -399,10 +400,6 @@ class _AdamW(optim.AdamW):
         if parameter.ndim > 1:
             return super().apply_single(gradient, parameter, state)
         return optim.Adam.apply_single(self, gradient, parameter, state)
-
-
-#: Bytes of gradients whose parameters are updated together.
-UPDATE_BYTES = 64 * 2**20
 
 
 class MLXTrainer:

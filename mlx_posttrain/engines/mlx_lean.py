@@ -1,11 +1,12 @@
-"""A GPT-2 block that keeps less for the backward pass.
+"""A GPT-2 block that keeps less for the backward pass when that is much.
 
 Of a block's forward pass the backward pass needs most intermediate arrays: about 25 numbers per token and unit of width, and the attention
-weights, whose number grows with the square of the length. Here it keeps what is expensive to make again, the outputs of products with a weight
-and of attention (10 numbers), and computes the rest once more: layer norms, the activation, the attention weights. That is selective recomputation (Korthikanti et
-al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 5); unlike gradient checkpointing it repeats no product
-with a weight, since MLX never evaluates what nobody asks for. mlx-lm's own block stays the one that is run outside training, and the truth
-in tests/engines/test_mlx_lean.py.
+weights, whose number grows with the square of the length. From ``LEAN_ABOVE`` bytes on, the block keeps what is expensive to make again, the
+outputs of products with a weight and of attention (10 numbers), and computes the rest once more: layer norms, the activation, the attention
+weights. That is selective recomputation (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
+section 5); unlike gradient checkpointing it repeats no product with a weight, since MLX never evaluates what nobody asks for. It costs a tenth of
+a step of GPT-2 124M and a quarter of one of the embedded model, which is why small batches are left alone. mlx-lm's own block is what is run
+otherwise, and the truth in tests/engines/test_mlx_lean.py.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gpt2 import TransformerBlock
 
+from mlx_posttrain.engines.base import LEAN_ABOVE, block_bytes
+
 
 class LeanBlock(TransformerBlock):
     """mlx-lm's block: the same numbers, fewer of them kept."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if not self.training or cache is not None:
-            return super().__call__(x, mask, cache)
         attn, mlp = self.attn, self.mlp
+        if not self.training or cache is not None or block_bytes(x.shape[0], x.shape[1], x.shape[2], attn.n_head) <= LEAN_ABOVE:
+            return super().__call__(x, mask, cache)
         qkv = _recomputed([self.ln_1, attn.c_attn], lambda x: attn.c_attn(self.ln_1(x)), x)
         h = x + attn.c_proj(_recomputed([], lambda qkv: _attention(qkv, attn.n_head, attn.scale, mask), qkv))
         inner = _recomputed([self.ln_2, mlp.c_fc], lambda h: mlp.c_fc(self.ln_2(h)), h)

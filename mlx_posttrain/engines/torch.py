@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import resource
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlx_posttrain import doctor
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding, files, torch_fused
@@ -470,13 +469,10 @@ class TorchEngine:
             torch.set_rng_state(torch.from_numpy(np.ascontiguousarray(state["torch"])))
 
     def memory(self) -> dict[str, float]:
-        # A CPU has one memory: the process's own peak. Linux counts in KiB, macOS in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"peak_gb": peak / (2**30 if sys.platform == "darwin" else 2**20)}
+        return {"peak_gb": doctor.process_peak() / 2**30}  # a CPU has one memory: the process's own
 
     def reset_memory(self) -> None:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+        doctor.forget_process_peak()
 
     def device(self) -> str:
         return f"CPU, {torch.get_num_threads()} threads"

@@ -201,7 +201,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
             scoring.Scorer(recipe.judge, engine, tokenizer, str(recipe.data.template)),
         )  # fmt: skip
     supervised.announce(recipe, engine, policy)
-    say(_plan(recipe, engine.name, folder, [*questions, *held_out]).line())
+    plans.tell(lambda: _plan(recipe, engine.name, folder, [*questions, *held_out]))
     engine.seed(recipe.seed)
     result = fit(engine, parties, questions, held_out, beside, recipe, run, resume)
 
@@ -215,14 +215,14 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What the recipe would take; makes no run directory and loads no weights."""
-    folder = loading.base_folder(recipe.model)
+    """What the recipe would take; makes no run directory and loads no weights. Raises UserError as reading the data does."""
+    folder = loading.locate(recipe.model).folder
     found = prompts.read(recipe.data, loading.load_tokenizer(folder), plans.size(folder).context, recipe.rollout.max_tokens, recipe.seed)
     return [_plan(recipe, engines.get(recipe.engine).name, folder, [*found[0], *found[1]])]
 
 
 def _plan(recipe: Recipe, engine: str, folder: Path, questions: Sequence[Question]) -> plans.Plan:
-    scorers = [plans.size(loading.base_folder(entry.model)) for entry in [*recipe.reward, *recipe.judge] if entry.model]
+    scorers = [plans.size(loading.locate(entry.model).folder) for entry in [*recipe.reward, *recipe.judge] if entry.model]
     return plans.of_ppo(recipe, engine, plans.size(folder), max(len(q.tokens) for q in questions), scorers)
 
 

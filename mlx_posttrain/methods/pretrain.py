@@ -7,7 +7,6 @@ by 1/sqrt(2 * layers) (Radford et al. 2019, section 2.3), and every token of the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +57,7 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
     return supervised.planned(recipe, start=start, prepare=prepare)
 
 
-def _parts(recipe: Recipe) -> tuple[Callable[[Path], Path], Callable[[list[Conversation]], list[Conversation]] | None]:
+def _parts(recipe: Recipe) -> tuple[supervised.Start, supervised.Prepare | None]:
     """What makes the first model, and what adds to the texts."""
     share = recipe.pretrain.repeated
 
@@ -114,17 +113,22 @@ def make_model(folder: Path, texts: list[str], size: PretrainSection, seed: int)
     folder.mkdir(parents=True, exist_ok=True)
     vocab = make_tokenizer(folder, texts, size.vocab_size, size.context)
     eos = 0
-    config = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocab, "n_positions": size.context, "n_ctx": size.context,
-        "n_embd": size.width, "n_layer": size.layers, "n_head": size.heads, "n_inner": None, "activation_function": "gelu_new",
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-        "bos_token_id": eos, "eos_token_id": eos, "tie_word_embeddings": True, "dtype": "float32",
-    }  # fmt: skip
+    config = gpt2_config(vocab, size, eos)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}, indent=2) + "\n"
     )
     save_file(random_weights(vocab, size, seed), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def gpt2_config(vocab: int, size: PretrainSection, eos: int) -> dict[str, Any]:
+    """config.json of a GPT-2 of this size, without dropout, float32."""
+    return {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocab, "n_positions": size.context, "n_ctx": size.context,
+        "n_embd": size.width, "n_layer": size.layers, "n_head": size.heads, "n_inner": None, "activation_function": "gelu_new",
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+        "bos_token_id": eos, "eos_token_id": eos, "tie_word_embeddings": True, "dtype": "float32",
+    }  # fmt: skip
 
 
 def make_tokenizer(folder: Path, texts: list[str], vocab_size: int, context: int) -> int:

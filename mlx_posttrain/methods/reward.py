@@ -89,29 +89,30 @@ def read_preferences(data: recipes.DataSection, *, split: str, limit: int | None
     return found
 
 
-def read_pairs(recipe: Recipe, tokenizer: Any, context: int | None, pad: int) -> tuple[list[Preference], list[pairs.Pair], pairs.PairData]:
-    """Training rows, held-out pairs as token ids, and the batches of both; prints what was dropped."""
-    data = recipe.data
-    train, held_out = supervised.split_rows(data, recipe.seed, read_preferences)
-    length = min(data.max_length, context or data.max_length)
+def training_pairs(
+    recipe: Recipe, train: list[Preference], held_out: list[Preference], tokenizer: Any, context: int | None, pad: int
+) -> pairs.PairData:
+    """Pairs as token ids, and the batches of any step; prints what was dropped."""
+    length = min(recipe.data.max_length, context or recipe.data.max_length)
 
     def encoded(what: str, rows: list[Preference]) -> list[pairs.Pair]:
         if not rows:
             return []
-        found, report = pairs.encode_pairs(rows, tokenizer, template=str(data.template), max_length=length)
+        found, report = pairs.encode_pairs(rows, tokenizer, template=str(recipe.data.template), max_length=length)
         say(f"{what}: {report}")
         return found
 
     known, unseen = encoded("training pairs", train), encoded("held-out pairs", held_out)
-    return train, unseen, pairs.PairData(known, unseen, recipe.train, recipe.seed, context, pad)
+    return pairs.PairData(known, unseen, recipe.train, recipe.seed, context, pad)
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What the recipe would take; makes no run directory and loads no weights."""
-    folder = loading.base_folder(recipe.model)
+    """What the recipe would take; makes no run directory and loads no weights. Raises UserError as reading the data does."""
+    folder = loading.locate(recipe.model).folder
     of, tokenizer = plans.size(folder), loading.load_tokenizer(folder)
-    _, _, batches = read_pairs(recipe, tokenizer, of.context, loading.pad_id(hub.check_config(folder), tokenizer))
-    return [plans.of_data(recipe, engines.get(recipe.engine).name, of, batches)]
+    train, held_out = supervised.split_rows(recipe.data, recipe.seed, read_preferences)
+    data = training_pairs(recipe, train, held_out, tokenizer, of.context, loading.pad_id(hub.check_config(folder), tokenizer))
+    return [plans.of_data(recipe, engines.get(recipe.engine).name, of, data)]
 
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
@@ -120,14 +121,16 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     with supervised.setting_up(run, resume):
         folder = loading.base_folder(recipe.model)
         tokenizer = loading.load_tokenizer(folder)
+        train, held_out = supervised.split_rows(recipe.data, recipe.seed, read_preferences)
         model = supervised.load_model(engine, recipe, folder, recipe.adapter)
         loading.check_vocabulary(tokenizer, model, folder)
         if not model.has_head:
             model.add_head(head_start(width(model.config), recipe.seed))
         pad = loading.pad_id(model.config, tokenizer)
-        train, unseen, batches = read_pairs(recipe, tokenizer, model.context, pad)
+        batches = training_pairs(recipe, train, held_out, tokenizer, model.context, pad)
+        unseen = batches.held_out
     supervised.announce(recipe, engine, model)
-    say(plans.of_data(recipe, engine.name, plans.size(folder), batches).line())
+    plans.tell(lambda: plans.of_data(recipe, engine.name, plans.size(folder), batches))
     engine.seed(recipe.seed)
     show = shower(model, tokenizer, unseen[: recipe.sample.count], pad, run)
     result: dict[str, Any] = fit(engine, model, pair_loss(recipe.reward.centring), batches, run, resume=resume, on_evaluate=show)

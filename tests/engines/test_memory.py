@@ -1,7 +1,12 @@
 """What training keeps in memory: no second copy of weights and moments in the update, and nothing that grows."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+
+from mlx_posttrain import doctor
 
 mx = pytest.importorskip("mlx.core")
 
@@ -51,7 +56,7 @@ def test_memory_stays_flat_over_many_steps() -> None:
     trainer = MLXEngine().trainer(model, AdamW())
     batches = [batch(length, length) for length in (32, 64, 96, 128)]
     active, peaks = [], []
-    for round_ in range(6):
+    for round_ in range(9):
         mx.reset_peak_memory()
         for b in batches:
             trainer.step(sft.loss, [b], 1e-4)
@@ -59,7 +64,7 @@ def test_memory_stays_flat_over_many_steps() -> None:
             active.append(mx.get_active_memory())
             peaks.append(mx.get_peak_memory())
     assert max(active) - min(active) < 2**20
-    assert max(peaks) < 1.1 * min(peaks)  # MLX's order of work, and with it the peak, is not quite the same every time
+    assert max(peaks[4:]) < 1.02 * max(peaks[:4])  # the order of MLX's work, and so the peak, has some play; what matters is growth
 
 
 def test_unused_buffers_are_given_back() -> None:
@@ -71,3 +76,15 @@ def test_unused_buffers_are_given_back() -> None:
         pytest.skip("this device keeps too few unused buffers to tell")
     engine_module._tidy()
     assert mx.get_cache_memory() < before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot forget a peak")
+def test_a_process_peak_is_its_own_and_can_be_forgotten() -> None:
+    block = np.ones(2**26)  # half a gigabyte, in the parent
+    code = "from mlx_posttrain import doctor; print(doctor.process_peak())"
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert child < 2**28 and doctor.process_peak() > block.nbytes
+    before = doctor.process_peak()
+    del block
+    doctor.forget_process_peak()
+    assert doctor.process_peak() < before - 2**28

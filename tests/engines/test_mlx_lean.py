@@ -8,7 +8,7 @@ mx = pytest.importorskip("mlx.core")
 from mlx_posttrain import loading  # noqa: E402
 from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
-from mlx_posttrain.engines import mlx_lean  # noqa: E402
+from mlx_posttrain.engines import base, mlx_lean  # noqa: E402
 from mlx_posttrain.engines.base import AdamW, AdapterSpec  # noqa: E402
 from mlx_posttrain.engines.mlx import MLXEngine  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
@@ -19,12 +19,16 @@ def rows(count: int, length: int) -> list:
     return [Example(tuple(rng.integers(1, 4000, length).tolist()), (False,) * 4 + (True,) * (length - 4)) for _ in range(count)]
 
 
-def steps(lean: bool, adapter: bool, count: int = 3) -> tuple[list[dict], dict, float]:
-    """Metrics of a few optimizer steps, the weights after them, and the peak of memory in GB."""
+def steps(above: float, adapter: bool, count: int = 3) -> tuple[list[dict], dict, float]:
+    """Metrics of a few optimizer steps with blocks that are lean from so many bytes on, the weights after them, and the peak in GB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlx_lean, "LEAN_ABOVE", above)
+        return _steps(adapter, count)
+
+
+def _steps(adapter: bool, count: int) -> tuple[list[dict], dict, float]:
     engine = MLXEngine()
     model = engine.load(loading.base_folder("tiny"))
-    if not lean:
-        mlx_lean.undo(model.net)
     if adapter:
         model.add_adapter(AdapterSpec(rank=4), seed=0)
     trainer = engine.trainer(model, AdamW())
@@ -37,12 +41,26 @@ def steps(lean: bool, adapter: bool, count: int = 3) -> tuple[list[dict], dict, 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_same_figures_with_less_memory(adapter: bool) -> None:
-    stock, lean = steps(False, adapter), steps(True, adapter)
+    stock, lean = steps(float("inf"), adapter), steps(0, adapter)
     for a, b in zip(stock[0], lean[0], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
     assert stock[1].keys() == lean[1].keys()
+    for name, value in stock[1].items():
+        np.testing.assert_allclose(lean[1][name].mean(), value.mean(), atol=1e-4, err_msg=name)
     assert lean[2] < 0.75 * stock[2], f"{lean[2]:.3f} GB against {stock[2]:.3f}"
+
+
+def test_small_batches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[int] = []
+    stock = mlx_lean._recomputed
+    monkeypatch.setattr(mlx_lean, "_recomputed", lambda *given: (again.append(1), stock(*given))[1])
+    size = base.block_bytes(8, 256, 192, 6)
+    assert size < base.LEAN_ABOVE
+    for above, recomputes in ((base.LEAN_ABOVE, False), (size - 1, True)):
+        monkeypatch.setattr(mlx_lean, "LEAN_ABOVE", above)
+        _steps(False, 1)
+        assert bool(again) is recomputes
 
 
 def test_blocks_are_lean_unless_an_adapter_drops_out() -> None:
