@@ -1,5 +1,6 @@
 """What a plan predicts: counts worked by hand, parts that move as they must, and the peak of real training."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_prediction_against_training(adapter: bool) -> None:
     """MLX counts its own arrays, so the embedded model will do; of torch only a whole process can be measured."""
     pytest.importorskip("mlx")
     folder = loading.base_folder("tiny")
+    gc.collect()  # what earlier tests left would count
     engine = engines.get("mlx")
     model = engine.load(folder)
     of = plan.size(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines
+from mlx_posttrain import engines, loading
 from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import AdamW, AdapterSpec
@@ -256,3 +256,15 @@ def _finite_difference(engine, folder, batch, name, entry, step=2e-3):
             save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
             losses.append(engine.load(changed).evaluate(sft.loss, [batch])["loss"])
     return (losses[0] - losses[1]) / (2 * step)
+
+
+def test_torch_answers_as_transformers_does() -> None:
+    """With the fused activation in place of transformers' own, on the embedded model, whose activations are large enough to tell them apart."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder = loading.base_folder("tiny")
+    tokens = np.random.default_rng(0).integers(1, 4000, (4, 64))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(engines.get("torch").load(folder).full_logits(tokens), wanted, atol=1e-4)

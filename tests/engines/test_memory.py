@@ -1,5 +1,6 @@
 """What training keeps in memory: no second copy of weights and moments in the update, and nothing that grows."""
 
+import gc
 import subprocess
 import sys
 
@@ -41,6 +42,7 @@ def test_updates_in_groups_equal_one_update(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_update_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = []
     for size in (2**20, 2**40):
+        gc.collect()  # a model and its compiled step refer to each other
         monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
         model = MLXEngine().load(loading.base_folder("tiny"))
         trainer = MLXEngine().trainer(model, AdamW())
@@ -48,7 +50,7 @@ def test_the_update_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> Non
         mx.reset_peak_memory()
         trainer.step(sft.loss, [batch(32)], 1e-3)
         peaks.append(mx.get_peak_memory() / (4 * model.parameter_counts()[0]))
-    assert peaks[0] < 0.85 * peaks[1], f"{peaks[0]:.2f} and {peaks[1]:.2f} times the weights"
+    assert peaks[0] < 0.6 * peaks[1], f"{peaks[0]:.2f} and {peaks[1]:.2f} times the weights"
 
 
 def test_memory_stays_flat_over_many_steps() -> None:
