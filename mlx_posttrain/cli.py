@@ -367,6 +367,7 @@ def bench(
     def names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
 
+    render.claim(output)
     result = module.bench(
         model, names(what), names(engines) if engines else None, peers=peers, units=units, shape=module.Shape(rows, length, batch_size)
     )
@@ -401,7 +402,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except UserError as error:
         print(f"mlx-posttrain: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except SystemExit as done:
+        if done.code != 130:  # what Typer makes of Ctrl-C, without a word
+            raise
         print("mlx-posttrain: interrupted", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `| head` closed our output

@@ -1,6 +1,10 @@
 """The benchmark: real processes that take turns, ratios that are refused, and what is written."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,9 +68,36 @@ def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
     if len(have) > 1:
         assert timings["sft", have[1]]["ratio"] is not None, timings["sft", have[1]]["disagreement"]
         assert timings["generate", have[1]]["disagreement"] < 5e-3  # the same answers, sampled from the same numbers
+    again = CliRunner().invoke(app, ["bench", "--model", "tiny", "--output", str(tmp_path / "out")])
+    assert "holds a benchmark already" in str(again.exception)  # and nothing was measured for it
     text = (tmp_path / "out" / "bench.md").read_text()
     assert "- chip: " in text and "| sft | " in text
     assert all((tmp_path / "out" / f"bench.{ending}").stat().st_size > 1000 for ending in ("svg", "png"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_with_a_word(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_posttrain",
+        "bench",
+        "--model",
+        "tiny",
+        "--what",
+        "sft",
+        "--units",
+        "500",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    assert "unit 1 of 500" in process.stderr.readline()  # both engines are open and have warmed up
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 2 and rest.strip().splitlines()[-1] == "mlx-posttrain: interrupted"
+    assert not (tmp_path / "out" / "bench.json").exists()
 
 
 @pytest.mark.slow
@@ -95,6 +126,6 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
         (["--rows", "12"], "no multiple of --batch-size 8"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], said: str) -> None:
-    done = CliRunner().invoke(app, ["bench", *arguments])
+def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", "--output", str(tmp_path), *arguments])
     assert isinstance(done.exception, UserError) and said in str(done.exception)

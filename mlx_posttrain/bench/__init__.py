@@ -202,8 +202,8 @@ def measure_peaks(engine: str) -> dict[str, float]:
     code = f"import json; from mlx_posttrain.bench.work import peaks; print(json.dumps(peaks({engine!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise UserError(f"{engine} cannot be used here: {said[-1].partition(': ')[2] or said[-1] if said else 'it ended without a word'}")
+        said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise UserError(f"--engines {engine}: {said.rpartition(': ')[2]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

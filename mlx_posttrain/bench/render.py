@@ -64,10 +64,19 @@ def block(result: Mapping[str, Any]) -> str:
     return "\n".join([*(f"- {fact}" for fact in facts), "", table(result), "", note]) + "\n"
 
 
-def write(result: Mapping[str, Any], folder: Path) -> None:
-    """``bench.json``, ``bench.md``, ``bench.svg`` and ``bench.png`` in a folder, which is made. Raises UserError when it cannot be."""
+def claim(folder: Path) -> None:
+    """Make the folder, before anything is measured for it. Raises UserError when it cannot be, or holds a benchmark already."""
+    if (folder / "bench.json").exists():
+        raise UserError(f"--output {folder} holds a benchmark already: give another folder, or delete it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be made: {error.strerror}") from None
+
+
+def write(result: Mapping[str, Any], folder: Path) -> None:
+    """``bench.json``, ``bench.md``, ``bench.svg`` and ``bench.png`` in a folder. Raises UserError when it cannot be written."""
+    try:
         write_atomically(folder / "bench.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
         write_atomically(folder / "bench.md", lambda path: path.write_text(block(result), encoding="utf-8"))
     except OSError as error:
