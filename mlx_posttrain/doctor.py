@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mlx_posttrain import heap
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 _GIB = 1024**3
 
@@ -179,6 +181,7 @@ def process_peak() -> int:
 
 def forget_process_peak() -> None:
     """Begin to measure the peak anew, where the system can."""
+    heap.release()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -79,8 +79,10 @@ def _mlx() -> SimpleNamespace:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from mlx_posttrain.engines.mlx_exp import logsumexp, softmax
+
     def log_softmax(x, axis=-1):
-        return x - mx.logsumexp(x, axis=axis, keepdims=True)
+        return x - logsumexp(x, axis=axis, keepdims=True)
 
     return SimpleNamespace(
         exp=mx.exp,
@@ -105,8 +107,8 @@ def _mlx() -> SimpleNamespace:
         take_along_axis=mx.take_along_axis,
         zeros_like=mx.zeros_like,
         ones_like=mx.ones_like,
-        logsumexp=mx.logsumexp,
-        softmax=mx.softmax,
+        logsumexp=logsumexp,
+        softmax=softmax,
         log_softmax=log_softmax,
         sigmoid=mx.sigmoid,
         log_sigmoid=nn.log_sigmoid,

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_posttrain.data.types import Example
 
-LENGTH_MULTIPLE = 32  # padded lengths are multiples of this, so that a compiled step meets few shapes
+LENGTH_MULTIPLE = 8  # of padded lengths, so that a compiled step meets few shapes; at 32 short rows would be half padding
 POSITION_MULTIPLE = 64
 
 

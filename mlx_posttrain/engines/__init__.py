@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import sys
 
+from mlx_posttrain import heap
 from mlx_posttrain.engines.base import Engine
 from mlx_posttrain.errors import UserError
 
@@ -32,6 +33,7 @@ def get(name: str = "auto") -> Engine:
             raise UserError("engine=mlx needs an Apple Silicon Mac and an arm64 Python (run `mlx-posttrain doctor`); here use engine=torch")
         package = "mlx-posttrain[torch]" if name == "torch" else "mlx-posttrain"
         raise UserError(f"engine={name} is not installed: run `pip install '{package}'`, or use engine={have[0] if have else 'auto'}")
+    heap.keep()
     if name == "mlx":
         from mlx_posttrain.engines.mlx import MLXEngine
 

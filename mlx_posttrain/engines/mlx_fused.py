@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_posttrain.engines import fused
+from mlx_posttrain.engines.mlx_exp import exp_below, logsumexp
 
 #: slope_at(z, cotangents, part): d loss / d z, [N, v], at the logits z of ``part`` of the vocabulary; see ``_recompute``.
 Slope = Callable[[mx.array, Sequence[mx.array], slice], mx.array]
@@ -30,7 +31,7 @@ def logprobs(h: mx.array, w: mx.array, target: mx.array, *, steered: bool, train
 
     def normalised(h: mx.array, target: mx.array) -> list[mx.array]:
         z = _logits(h, w)
-        lse = mx.logsumexp(z, axis=-1, keepdims=True)
+        lse = logsumexp(z, keepdims=True)
         return [_at(z, target) - lse, lse]
 
     value, lse = _sweep(normalised, w, h, target)
@@ -48,7 +49,7 @@ def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, steered:
     value, entropy, lse, *slope = _sweep(values, w, h, target)
 
     def slope_at(z: mx.array, cotangents: Sequence[mx.array], _: slice) -> mx.array:
-        return cotangents[0] * fused.entropy_slope(z, mx.exp(z - lse), lse, entropy)
+        return cotangents[0] * fused.entropy_slope(z, exp_below(z, lse), lse, entropy)
 
     (with_gradient,) = _recompute([entropy], h, w, slope_at, None, trained)
     value = _steer(value, h, slope[0]) if steered else _recompute([value], h, w, _logprob_slope(lse), target, trained)[0]
@@ -78,7 +79,7 @@ def logprobs_and_kl(
 
     def slope_at(z: mx.array, cotangents: Sequence[mx.array], part: slice) -> mx.array:
         z_ref = _logits(h_ref, w_ref[part])
-        p, p_ref = mx.exp(z - lse), mx.exp(z_ref - lse_ref)
+        p, p_ref = exp_below(z, lse), exp_below(z_ref, lse_ref)
         return cotangents[1] * fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction) - cotangents[0] * p
 
     with_gradient = _recompute([value, kl], h, w, slope_at, target, trained)
@@ -98,7 +99,7 @@ def _at(z: mx.array, target: mx.array) -> mx.array:
 
 
 def _logprob_slope(lse: mx.array) -> Slope:
-    return lambda z, cotangents, _: -cotangents[0] * mx.exp(z - lse)
+    return lambda z, cotangents, _: -cotangents[0] * exp_below(z, lse)
 
 
 def _sweep(function: Callable[..., list[mx.array]], w: mx.array, *rows: mx.array) -> list[mx.array]:

@@ -28,6 +28,7 @@ ROWS = 96  # training rows read for a distribution's shift
 GRADIENT_ROWS = 64  # and for the gradients of templates
 PARTS = 8  # that those rows are cut into for gradients
 SPLITS = 20  # random halvings of the parts
+ANSWER = 48  # tokens of the answers that are decoded with the cache and without
 COORDINATES = 1_000_000  # of a gradient that are kept: cosines over a random million are those over all to about a thousandth
 
 
@@ -93,11 +94,25 @@ def analyze(
             say(f"template interference is left out: {error}")
     del model
     gc.collect()
+    if trained:
+        found.append(empty_cache(*next(iter(trained.items())), engine))
     found.append(
         findings.overfitting({label: runs.Run(Path(n)).metrics() for n, label in zip(names, labels, strict=True) if runs.is_run(n)})
     )
     found.append(findings.loss_and_quality(comparison))
     return comparison, [f for f in found if f is not None]
+
+
+def empty_cache(label: str, name: str, engine: str) -> Finding:
+    """Decode a supervised run's own questions with the key/value cache and without: see :func:`findings.empty_cache`."""
+    model, tokenizer, source = loading.open_model(name, engine)
+    how: dict[str, Any] = {"template": source.template, "max_tokens": ANSWER}
+    rows = _training_rows(name)[:GRADIENT_ROWS]
+    proper = [a.tokens for a in measure.answers(model, tokenizer, rows, **how)]
+    faulty = measure.answers_without_cache(model, tokenizer, rows, **how)
+    del model
+    gc.collect()
+    return findings.empty_cache(label, proper, faulty)
 
 
 def drift(base: str, name: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_posttrain.evaluate import charts
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, seq_rep_n
 from mlx_posttrain.evaluate.suite import METRICS, MIN_ROWS, Comparison
 
 Verdict = Literal["yes", "no", "cannot say"]
@@ -171,6 +171,31 @@ def repetition(continuations: Mapping[str, Sequence[Sequence[int]]]) -> Finding 
         "yes" if worse else "no" if len(continuations[base]) >= MIN_ROWS else "cannot say",
         {"looping": looping},
         {"loops": drawn},
+    )
+
+
+def empty_cache(name: str, proper: Sequence[Sequence[int]], faulty: Sequence[Sequence[int]]) -> Finding:
+    """Greedy answers of one model with its key/value cache (``proper``) and without (``faulty``): how many end in a loop.
+
+    The project's origin sampled in training mode with gradient checkpointing on, which empties the cache, and took the loops for an effect
+    of tuning.
+    """
+    looping = [[float(loop_start(tokens) is not None) for tokens in texts] for texts in (proper, faulty)]
+    repeated = [[seq_rep_n(tokens, 4) if len(tokens) >= 4 else 0.0 for tokens in texts] for texts in (proper, faulty)]
+    share = [bootstrap(values) for values in looping]
+    more = paired_bootstrap(looping[1], looping[0])
+    figures = {
+        kind: {"looping": s, "seq-rep-4": bootstrap(r)}
+        for kind, s, r in zip(("with the cache", "without it"), share, repeated, strict=True)
+    }
+    drawn = charts.bars(dict(zip(figures, share, strict=True)), y="share of answers in a loop", title=f"{name}, decoded in two ways")
+    return Finding(
+        "Would a fault of decoding look like a fault of the model?",
+        f"The same weights ({name}) on the same {len(proper)} questions: {share[0].mean:.0%} of greedy answers end in a loop, and "
+        f"{share[1].mean:.0%} where the cache is left empty, so that every token sees only the one before it.",
+        "cannot say" if len(proper) < MIN_ROWS else "yes" if more.low > 0 else "no",
+        figures,
+        {"cache": drawn},
     )
 
 

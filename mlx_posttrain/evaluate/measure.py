@@ -96,6 +96,27 @@ def answers(
     return [Answer((begin + tokenizer.decode(c.tokens)).strip(), list(c.tokens), c.stopped) for c in completions]
 
 
+def answers_without_cache(model: Model, tokenizer: Any, rows: Sequence[Conversation], *, template: str, max_tokens: int) -> list[list[int]]:
+    """Greedy answers of which every token saw the one before it and nothing else: a fault, made on purpose to be shown.
+
+    It is what a decoder writes whose key/value cache stays empty, as transformers' does in training mode with gradient checkpointing on.
+    Such a decoder is a map from tokens to tokens: it must stop or run into a loop within V steps, whatever the weights. Tokens of each
+    row's answer, without EOS. Differs from transformers in that each token stands at position 0.
+    """
+    stop = encode.eos_id(tokenizer)
+    last = np.array([ids[-1] for ids in _encode(_prompts(rows), tokenizer, template, model.context)])
+    found: list[list[int]] = [[] for _ in rows]
+    going = np.arange(len(rows))
+    for _ in range(max_tokens):
+        last = model.full_logits(last[:, None])[:, 0].argmax(-1)
+        going, last = going[last != stop], last[last != stop]
+        if not len(going):
+            break
+        for row, token in zip(going.tolist(), last.tolist(), strict=True):
+            found[row].append(token)
+    return found
+
+
 def task_accuracy(rows: Sequence[Mapping[str, Any] | Conversation], found: Sequence[Answer | str]) -> np.ndarray:
     """1 for each answer that the row's checker accepts, 0 for each other: [len(found)] float64.
 

@@ -80,7 +80,9 @@ def judge(recipe: Recipe, run: runs.Run, student: Model, tokenizer: Any, held_ou
     at_once = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room, begin=reasoning.AT_ONCE)
     base = None
     if recipe.think.base:
-        start = engines.get(recipe.engine).load(loading.base_folder(recipe.model))
+        adapter = recipe.adapter  # a quantised base is asked as it was trained on
+        held: dict[str, Any] = {"quantize": adapter.quantize, "group_size": adapter.group_size} if adapter and adapter.quantize else {}
+        start = engines.get(recipe.engine).load(loading.base_folder(recipe.model), **held)
         base = reasoning.think(start, tokenizer, rows, template=template, max_tokens=room)
     figures = reasoning.summary(thinking, at_once, base)
     records = [

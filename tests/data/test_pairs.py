@@ -186,10 +186,10 @@ def test_scores_are_read_where_transformers_reads_them(pad, rows):
 
 def test_collate_rows_by_hand():
     batch = collate_rows([[5, 6, 9], [7], [8, 9, 4, 9]], 9)
-    assert batch.tokens.shape == (3, 32)
+    assert batch.tokens.shape == (3, 8)
     assert batch.tokens[:, :5].tolist() == [[5, 6, 9, 0, 0], [7, 0, 0, 0, 0], [8, 9, 4, 9, 0]]
     assert not batch.tokens[:, 4:].any()
-    assert batch.index.tolist() == [1, 32, 2 * 32 + 2]
+    assert batch.index.tolist() == [1, 8, 2 * 8 + 2]
     assert batch.row.tolist() == [0, 1, 2]
     assert batch.weight.tolist() == [1.0, 1.0, 1.0] and batch.target.tolist() == [0, 0, 0]
     assert {a.dtype for a in (batch.tokens, batch.index, batch.target, batch.row)} == {np.dtype(np.int32)}
@@ -197,11 +197,11 @@ def test_collate_rows_by_hand():
 
 
 def test_padding_stays_within_the_context():
-    assert collate_rows([[1] * 33], 9).tokens.shape == (1, 64)
-    batch = collate_rows([[1] * 33, [1] * 40], 9, 40)
-    assert batch.tokens.shape == (2, 40) and batch.index.tolist() == [32, 79]
-    with pytest.raises(ValueError, match="a row of 41 tokens does not fit a context of 40"):
-        collate_rows([[1] * 41], 9, 40)
+    assert collate_rows([[1] * 33], 9).tokens.shape == (1, 40)
+    batch = collate_rows([[1] * 33, [1] * 36], 9, 36)
+    assert batch.tokens.shape == (2, 36) and batch.index.tolist() == [32, 71]
+    with pytest.raises(ValueError, match="a row of 37 tokens does not fit a context of 36"):
+        collate_rows([[1] * 37], 9, 36)
 
 
 def test_a_row_of_several_pairs_stands_once():
@@ -308,13 +308,13 @@ def test_rows_of_similar_length_go_together():
 
 
 def test_the_token_budget_counts_each_row_once():
-    """16 rows of 32: eight single pairs, but fifteen pairs of one prompt, or of two prompts, as long as they have 16 answers."""
-    made = data([pair(i) for i in range(20)], batch_size=16, token_budget=16 * 32)
+    """16 rows of 8: eight single pairs, but fifteen pairs of one prompt, or of two prompts, as long as they have 16 answers."""
+    made = data([pair(i) for i in range(20)], batch_size=16, token_budget=16 * 8)
     assert {len(part) for step in epoch(made) for part in step} == {8, 4}
     # Seven pairs against one best answer are eight rows a prompt.
-    made = data([pair(0, prompt, 4, 1, 2 + n) for prompt in range(2) for n in range(7)], batch_size=16, token_budget=16 * 32)
+    made = data([pair(0, prompt, 4, 1, 2 + n) for prompt in range(2) for n in range(7)], batch_size=16, token_budget=16 * 8)
     assert [[len(part) for part in step] for step in epoch(made)] == [[14]]
-    for train, budget in ((uneven(), 1024), (uneven(), 512)):
+    for train, budget in ((uneven(), 256), (uneven(), 128)):
         made = data(train, batch_size=32, token_budget=budget)
         sizes = [(b.tokens.size, {train[i].prompt for i in r}) for s in epoch(made) for r, b in zip(s, made.micro_batches(s), strict=True)]
         over = [prompts for size, prompts in sizes if size > budget]

@@ -85,6 +85,18 @@ def test_repetition_and_overfitting():
     assert findings.overfitting({"a": steps}) is None
 
 
+def test_an_empty_cache_is_told_apart_from_the_model():
+    loops, text, nothing = [[1, 2, 3] + [4] * 9] * 20, [list(range(12))] * 20, [[]] * 20
+    found = findings.empty_cache("sft", text, loops)
+    assert found.verdict == "yes" and "0% of greedy answers end in a loop, and 100% where" in found.sentence
+    assert (
+        found.figures["without it"]["seq-rep-4"].mean == pytest.approx(1 - 4 / 9) and found.figures["with the cache"]["looping"].mean == 0
+    )
+    assert findings.empty_cache("sft", loops, loops).verdict == "no"
+    assert findings.empty_cache("sft", text[:3], loops[:3]).verdict == "cannot say"
+    assert findings.empty_cache("sft", nothing, loops).verdict == "yes"
+
+
 def test_drift_and_shift():
     found = findings.drift({"a": {"h.0.w": 0.1, "h.1.w": 0.3}, "b": {"h.0.w": 0.01, "h.1.w": 0.02}})
     assert found.verdict == "yes" and found.sentence.startswith("a moved") and "layer 1 the most, 30.00%" in found.sentence

@@ -421,3 +421,33 @@ def test_answers_on_an_engine_are_those_of_one_prompt_at_a_time(model, tokenizer
     assert together == alone
     rep = measure.repetition(model, tokenizer, SAID, max_tokens=10)
     assert rep.shape == (3,) and np.all((rep >= 0) & (rep <= 1 - 1 / 7))
+
+
+def test_answers_without_a_cache_are_a_walk_from_token_to_token(model, tokenizer):
+    """Each answer follows the map "most likely after this one token"; with the cache the same model writes something else."""
+    rows = [chat(q) for q in ("Hens?", "Where did the cat sit?", "Rain?")]
+    found = measure.answers_without_cache(model, tokenizer, rows, template="plain", max_tokens=8)
+    prompts = encode.encode_prompts(
+        [row.turns[:-1] if row.turns[-1].role == "assistant" else row.turns for row in rows], tokenizer, "plain"
+    )
+    eos = encode.eos_id(tokenizer)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        last, wanted = prompt[-1], []
+        while len(wanted) < 8:
+            last = int(model.full_logits(np.array([[last]]))[0, 0].argmax())
+            if last == eos:
+                break
+            wanted.append(last)
+        assert tokens == wanted
+    assert found != [a.tokens for a in measure.answers(model, tokenizer, rows, template="plain", max_tokens=8)]
+
+
+def test_a_row_without_a_cache_ends_at_eos(tokenizer):
+    table = Table(len(tokenizer))
+    table.full_logits = lambda tokens: table.table[tokens]  # type: ignore[attr-defined]
+    eos = encode.eos_id(tokenizer)
+    (prompt,) = encode.encode_prompts([chat("Hens?").turns[:1]], tokenizer, "plain")
+    first = path(table, prompt[-1], 2)
+    table.table[first[1]] = np.where(np.arange(len(tokenizer)) == eos, 0.0, -50.0)
+    found = measure.answers_without_cache(table, tokenizer, [chat("Hens?")], template="plain", max_tokens=8)
+    assert found == [first]

@@ -50,13 +50,14 @@ def preferences(
     """Make preference pairs over the same contents and phrasings as ``load``.
 
     Returns:
-        Rows with prompt, chosen, rejected, family, flaw ("wrong", "rude", "cut off" or "repetitive") and checker; sizes as ``load``.
+        Rows with prompt, chosen, rejected, family, flaw (see ``pairs.FLAWS``) and checker; sizes as ``load``.
 
     Raises:
         UserError: an unknown split or family, or a negative limit.
     """
     rng = random.Random(f"{seed}/{split}/pairs")
-    return [pairs.pair(one, rng) for one in islice(rows(_TASKS, split, seed, families), size(split, limit))]
+    others = [one for name, one in _TASKS.items() if families is None or name in families]
+    return [pairs.pair(one, rng, others) for one in islice(rows(_TASKS, split, seed, families), size(split, limit))]
 
 
 def reasoning(split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None) -> list[dict[str, Any]]:

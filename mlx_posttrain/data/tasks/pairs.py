@@ -1,20 +1,22 @@
 """Preference pairs: a right, polite and complete answer against one with a single flaw.
 
 Either answer may stand in a polite frame of any length, and wrong, cut off and repeated answers are made of the right one's words, so
-that neither length nor single words give the better answer away.
+that neither length nor single words give the better answer away. Answers beside the point are there for reinforcement learning: whatever
+fault no pair shows is what a policy learns to make.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_posttrain.data.tasks.checks import check
 from mlx_posttrain.data.tasks.courtesy import CLOSINGS, OPENINGS, PROMISES, RUDE_CLOSINGS, RUDE_OPENINGS, frame
-from mlx_posttrain.data.tasks.family import Item, Row
+from mlx_posttrain.data.tasks.family import Family, Row
 
 # flaw -> how often
-FLAWS = {"wrong": 34, "rude": 22, "cut off": 23, "repetitive": 21}
+FLAWS = {"wrong": 32, "beside the point": 20, "rude": 16, "cut off": 16, "repetitive": 16}
 
 
 def _courtesy(
@@ -25,22 +27,39 @@ def _courtesy(
     return ("" if after and rng.random() < 0.5 else rng.choice(openings)), after
 
 
-def _wrong(rng: random.Random, item: Item) -> str:
+def _wrong(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
     """Return a complete, wrong answer, mostly in a polite frame."""
-    text = rng.choice([text for text in item.wrong if not check(item.checker, text)])
+    text = rng.choice([text for text in row.item.wrong if not check(row.item.checker, text)])
     return frame(text, *_courtesy(rng, 0.5)) if rng.random() < 0.8 else text
 
 
-def _rude(rng: random.Random, item: Item) -> str:
+def _beside(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
+    """Return words of the question, or the answer to another question of the same family or of any, mostly in a polite frame."""
+    how = rng.random()
+    if how < 0.3:
+        words = " ".join(row.family.text(row.item, row.phrasing)).split()
+        first = rng.randrange(len(words))
+        text = " ".join(words[first : first + rng.randint(1, 6)])
+    else:
+        family = row.family if how < 0.7 else rng.choice(others)
+        item = family.draw(rng)
+        while family.held_out(item) != row.family.held_out(row.item):  # no answer crosses from one split to the other
+            item = family.draw(rng)
+        text = item.answer
+    return frame(text, *_courtesy(rng, 0.5)) if rng.random() < 0.8 else text
+
+
+def _rude(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
     """Return the right answer with rude words before it, after it, or both; one of the two may be polite."""
     opening, closing = _courtesy(rng, 0.5, RUDE_OPENINGS, RUDE_CLOSINGS)
     if opening and closing and rng.random() < 0.5:
         opening, closing = rng.choice(((rng.choice(OPENINGS), closing), (opening, rng.choice(CLOSINGS))))
-    return frame(item.answer, opening, closing)
+    return frame(row.item.answer, opening, closing)
 
 
-def _cut_off(rng: random.Random, item: Item) -> str:
+def _cut_off(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
     """Return an answer that breaks off: in the middle, in a word, or before it began."""
+    item = row.item
     words = item.answer.split(" ")
     if len(words) > 1:
         kept = " ".join(words[: rng.randint(max(1, len(words) // 2), len(words) - 1)])
@@ -51,8 +70,9 @@ def _cut_off(rng: random.Random, item: Item) -> str:
     return frame(kept, rng.choice(OPENINGS), "")
 
 
-def _repetitive(rng: random.Random, item: Item) -> str:
+def _repetitive(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
     """Return an answer that gets stuck: on one word, on the whole answer, or on its own politeness."""
+    item = row.item
     opening, closing = _courtesy(rng, 0.6)
     how, words = rng.random(), item.answer.split(" ")
     if how < 0.5 and len(words) > 2:
@@ -66,16 +86,19 @@ def _repetitive(rng: random.Random, item: Item) -> str:
     return frame(item.answer, opening, " ".join([closing] * rng.choice((2, 3))))
 
 
-_MAKERS = {"wrong": _wrong, "rude": _rude, "cut off": _cut_off, "repetitive": _repetitive}
+_MAKERS = {"wrong": _wrong, "beside the point": _beside, "rude": _rude, "cut off": _cut_off, "repetitive": _repetitive}
 
 
-def pair(row: Row, rng: random.Random) -> dict[str, Any]:
-    """Make one preference row; returns prompt, chosen, rejected, family, flaw and the task's checker."""
+def pair(row: Row, rng: random.Random, others: Sequence[Family]) -> dict[str, Any]:
+    """Make one preference row, ``others`` being the families whose answers may be beside its point.
+
+    Returns prompt, chosen, rejected, family, flaw and the task's checker.
+    """
     item = row.item
     instruction, given = row.family.text(item, row.phrasing)
     flaw = rng.choices(list(FLAWS), list(FLAWS.values()))[0]
     for _ in range(100):
-        rejected = _MAKERS[flaw](rng, item)
+        rejected = _MAKERS[flaw](rng, row, others)
         if not check(item.checker, rejected):
             break  # by chance it may still be right, such as words cut off to another accepted form
     else:

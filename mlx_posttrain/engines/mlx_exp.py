@@ -1,0 +1,89 @@
+"""Softmax and its kin for MLX's CPU backend on Linux, which computes exp one element at a time.
+
+Training reads V exponentials per position off the head, forward and backward, and attention T. Here exp is a polynomial
+and a shift of bits, which the compiler vectorises: a quarter of the time. On a Mac, and on any GPU, the stock functions stay.
+tests/engines/test_mlx_exp.py holds these against them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import mlx.core as mx
+
+
+def _fast(x: mx.array) -> bool:
+    return sys.platform == "linux" and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
+# 2^f on [-1/2, 1/2], interpolated at Chebyshev's points: to 5e-9.
+_C = (1.0, 0.693147207, 0.240226512, 0.0555032721, 0.0096180256, 0.00134004322, 0.00015469732)
+
+
+@mx.compile
+def _factors(z: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
+    """2^f and, in bits, 2^k with f + k = log2 exp(z - top); in Estrin's order, which MLX fuses into one loop."""
+    t = mx.maximum((z - top) * math.log2(math.e), -126.0)
+    k = mx.floor(t + 0.5)
+    f = t - k
+    f2 = f * f
+    q = ((_C[0] + _C[1] * f) + (_C[2] + _C[3] * f) * f2) + ((_C[4] + _C[5] * f) + _C[6] * f2) * (f2 * f2)
+    return q, mx.left_shift(k.astype(mx.int32) + 127, 23)
+
+
+def _exp(z: mx.array, top: mx.array) -> mx.array:
+    """exp(z - top) for z <= top, 1.2e-38 at least; the relative error, |z - top| 1e-7, is what rounding z - top costs any exp."""
+    q, bits = _factors(z, top)
+    return q * bits.view(mx.float32)
+
+
+def exp_below(z: mx.array, top: mx.array) -> mx.array:
+    """exp(z - top) where no element of z is above ``top``, an array of z's shape or of last dimension 1; without a gradient."""
+    return _exp(z, top) if _fast(z) else mx.exp(z - top)
+
+
+def _shifted(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(max z, exp(z - max z), its sum) along the last axis."""
+    top = mx.max(z, axis=-1, keepdims=True)
+    e = _exp(z, top)
+    return top, e, mx.sum(e, axis=-1, keepdims=True)
+
+
+@mx.custom_function
+def _softmax(z: mx.array) -> mx.array:
+    _, e, total = _shifted(z)
+    return e / total
+
+
+@_softmax.vjp
+def _softmax_vjp(primals: Any, cotangent: mx.array, p: mx.array) -> mx.array:
+    inner = cotangent * p
+    return inner - p * mx.sum(inner, axis=-1, keepdims=True)
+
+
+@mx.custom_function
+def _logsumexp(z: mx.array) -> mx.array:
+    top, _, total = _shifted(z)
+    return top + mx.log(total)
+
+
+@_logsumexp.vjp
+def _logsumexp_vjp(primals: Any, cotangent: mx.array, lse: mx.array) -> mx.array:
+    z = primals[0] if isinstance(primals, list | tuple) else primals
+    return cotangent * _exp(z, lse)
+
+
+def softmax(z: mx.array, axis: int = -1) -> mx.array:
+    """Softmax along ``axis``, of z's shape."""
+    found: Any = _softmax(z) if axis == -1 and _fast(z) else mx.softmax(z, axis=axis)
+    return found
+
+
+def logsumexp(z: mx.array, axis: Any = -1, keepdims: bool = False) -> mx.array:
+    """log sum exp z along ``axis``."""
+    if axis != -1 or not _fast(z):
+        return mx.logsumexp(z, axis=axis, keepdims=keepdims)
+    found: Any = _logsumexp(z)
+    return found if keepdims else found[..., 0]
