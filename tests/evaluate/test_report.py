@@ -62,7 +62,8 @@ def test_the_page_says_what_the_json_says(journey):
         assert f"{model['figures']['perplexity']['mean']:.1f}" in page
         assert f"{model['figures']['accuracy']['mean']:.1%}" in page
     findings = json.loads((journey / "findings.json").read_text())
-    assert {f["verdict"] for f in findings} <= {"yes", "no", "cannot say"} and len(findings) == 7
+    assert {f["verdict"] for f in findings} <= {"yes", "no", "cannot say"} and len(findings) == 8
+    assert "where the cache is left empty" in page
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
