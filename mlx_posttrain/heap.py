@@ -21,15 +21,18 @@ SPARE = (1 << 31) - 1  # bytes kept free at the top of the heap before any go ba
 
 @cache
 def keep() -> bool:
-    """Set it up once for the process; returns whether it was done. Settings of the user's own (``MALLOC_*``) are left alone."""
+    """Set it up once for the process; returns whether it was done, for blocks of any size up to ``BLOCK``. Settings of the user's own (``MALLOC_*``) are left alone."""
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if chosen or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
         return False
-    # An older glibc takes no more than 32 MB for the first.
-    return bool((mallopt(_MMAP_THRESHOLD, BLOCK) or mallopt(_MMAP_THRESHOLD, 32 << 20)) and mallopt(_TRIM_THRESHOLD, SPARE))
+    # An older glibc takes no more than 32 MB for the first, and goes on mapping what is larger.
+    whole = bool(mallopt(_MMAP_THRESHOLD, BLOCK))
+    if not whole:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+    return bool(mallopt(_TRIM_THRESHOLD, SPARE)) and whole
 
 
 def release() -> None:

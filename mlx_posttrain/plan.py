@@ -259,7 +259,7 @@ class Training:
         if self.engine == "torch":
             return "torch with an adapter" if self.adapter else "torch"
         much = block_bytes(batch.rows, batch.length, self.size.width, self.size.heads) > LEAN_ABOVE
-        return "mlx lean" if self.size.model_type == "gpt2" and much and not self.dropout else "mlx"
+        return "mlx lean" if self.size.model_type == "gpt2" and much and not self.dropout and not self.checkpointing else "mlx"
 
     def logits(self, batch: Shape) -> float:
         """GB of the chunk of logits that is alive, on both sides of a divergence from a reference."""

@@ -37,6 +37,12 @@ def test_no_ratio_where_losses_disagree() -> None:
     assert "no ratio: losses differ by 1.0%" in render._ratio(vars(found[1]))
 
 
+def test_no_ratio_where_a_loss_is_not_finite() -> None:
+    found = [timing("mlx-cpu", [1.0, 1.0], [3.0, 3.0]), timing("torch-cpu", [2.0, 2.0], [3.0, float("nan")])]
+    bench._compare(found)
+    assert found[1].ratio is None and "not finite" in (found[1].error or "") and not found[1].losses and found[0].error is None
+
+
 def test_rows_are_the_same_everywhere_and_as_long_as_said() -> None:
     shape = Shape(rows=64)
     assert rows(shape, 4096) == rows(shape, 4096)

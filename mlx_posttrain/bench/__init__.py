@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -103,6 +104,10 @@ def bench(
             raise UserError(f"{key} {name!r}: give one or more of {', '.join(known)}, with commas between")
     if shape.rows % shape.batch_size:
         raise UserError(f"--rows {shape.rows} is no multiple of --batch-size {shape.batch_size}: a peer would leave the rest out")
+    if "reward" in what and shape.rows % 2:
+        raise UserError(f"--rows {shape.rows}: a reward model is trained on pairs of rows, so give an even number")
+    if "ppo" in what and 32 % shape.batch_size:
+        raise UserError(f"--batch-size {shape.batch_size}: an iteration of ppo has 32 answers; give a number that divides them")
     from mlx_posttrain.bench import peers as others
 
     extra = list(others.installed()) if peers else []
@@ -164,6 +169,9 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
         for t, w in zip(timings, workers, strict=True):
             if t.error is None:
                 heard = w.ask("end")
+                t.error = heard.get("error")
+                if t.error is not None:
+                    continue
                 t.peak_gb, t.process_gb, t.device = heard["peak_gb"], heard["process_gb"], heard["device"]
                 t.shapes = heard.get("shapes")
     finally:
@@ -176,6 +184,9 @@ def _compare(timings: Sequence[Timing]) -> None:
     """Ratios to the first that worked, where the losses agree."""
     from mlx_posttrain.bench.peers import CAN
 
+    for t in timings:
+        if not all(map(math.isfinite, t.losses)):
+            t.error, t.losses = "a loss was not finite: what diverges is not compared", []
     worked = [t for t in timings if t.error is None]
     for t in worked[1:]:
         first = worked[0]

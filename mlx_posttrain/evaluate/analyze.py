@@ -95,7 +95,10 @@ def analyze(
     del model
     gc.collect()
     if trained:
-        found.append(empty_cache(*next(iter(trained.items())), engine))
+        try:
+            found.append(empty_cache(*next(iter(trained.items())), engine))
+        except UserError as error:  # a question that fills the context
+            say(f"decoding without a cache is left out: {error}")
     found.append(
         findings.overfitting({label: runs.Run(Path(n)).metrics() for n, label in zip(names, labels, strict=True) if runs.is_run(n)})
     )
