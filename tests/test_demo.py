@@ -31,7 +31,7 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     assert found["kl"]["kl"] < found["sft"]["kl"]
     # The reward model knows more than words or length give away, and PPO raises its score on prompts it was not trained on.
     report = json.loads((out / "reward" / "report.json").read_text())
-    assert report["accuracy"][0] > max(report["bag_of_words"][0], report["longer"][0]) + 0.02
+    assert report["accuracy"][0] > max(report["bag_of_words"][0], report["longer"][0]) + 0.05
     records = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()]
     scores = [r["eval/score"] for r in records if "eval/score" in r]
     assert scores[-1] > scores[0] + 0.15

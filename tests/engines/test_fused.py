@@ -288,12 +288,12 @@ def test_a_quantised_head_takes_the_plain_path(random_gpt2):
 @pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
 @pytest.mark.parametrize("trained", [True, False])
 def test_mlx_never_holds_all_logits(trained, monkeypatch):
-    """MLX allocates for operations that are still queued: twenty chunks and more are alive at once, however many there are in all."""
+    """MLX allocates for operations that are still queued: some twenty chunks are alive at once, however many there are in all."""
     import mlx.core as mx
 
     from mlx_posttrain.engines import mlx_fused
 
-    monkeypatch.setattr(fused, "CHUNK_BYTES", 4 * 2**20)
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 8 * 2**20)
     n, v, d = 2048, 50257, 64
     h, w, target = mx.random.normal((n, d)), mx.random.normal((v, d)), mx.random.randint(0, v, (n,))
     mx.eval(h, w, target)
