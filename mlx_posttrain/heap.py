@@ -21,7 +21,10 @@ SPARE = (1 << 31) - 1  # bytes kept free at the top of the heap before any go ba
 
 @cache
 def keep() -> bool:
-    """Set it up once for the process; returns whether it was done, for blocks of any size up to ``BLOCK``. Settings of the user's own (``MALLOC_*``) are left alone."""
+    """Set it up once for the process; returns whether it was done for blocks of any size up to ``BLOCK`` bytes.
+
+    Where the user has settings of their own (``MALLOC_*``, or glibc.malloc in ``GLIBC_TUNABLES``), they are left alone.
+    """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if chosen or not sys.platform.startswith("linux"):
         return False

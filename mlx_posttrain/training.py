@@ -149,7 +149,6 @@ def fit(
         return train.early_stop is None or state["worse"] < train.early_stop
 
     progress = Progress(run.folder.name, data.steps, first)
-    shapes: set[tuple[int, ...]] = set()
     engine.reset_memory()
     try:
         with interruptible() as signals:
@@ -169,7 +168,6 @@ def fit(
                     raise not_finite(step, error, run, advice) from None
                 done = step + 1
                 tokens = sum(b.trained_tokens for b in micro)
-                shapes |= {b.tokens.shape + b.index.shape for b in micro}
                 memory = engine.memory()
                 run.log({
                     "step": done, "epoch": done / data.steps_per_epoch, "lr": lr, "tokens": tokens, **metrics,
@@ -188,8 +186,8 @@ def fit(
                     break
     finally:
         progress.close()
-    if shapes and engine.name == "mlx":
-        say(f"the batches had {len(shapes)} shapes, for each of which the step was compiled once")
+    if trainer.compiled:
+        say(f"the batches had {trainer.compiled} shapes, for each of which the step was compiled once")
     if state["best"] and train.select == "best":
         model.load_trained(run.checkpoints / state["best"])
         state["evaluation"] = state["best_evaluation"]

@@ -204,6 +204,10 @@ class Model(Protocol):
 class Trainer(Protocol):
     """A model's optimizer."""
 
+    @property
+    def compiled(self) -> int:
+        """For how many shapes of batches a step was compiled so far; 0 where nothing is compiled."""
+
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         """One optimizer step over micro-batches: gradient of the summed loss, clip, update.
 

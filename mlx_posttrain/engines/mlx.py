@@ -420,6 +420,11 @@ class MLXTrainer:
         self._state: dict[str, mx.array] = dict(tree_flatten(self.optimizer.state))
         self._gradients: dict[Loss, Callable[..., Any]] = {}
         self._update = _compile(self._update_plain)
+        self._shapes: set[tuple[Any, ...]] = set()
+
+    @property
+    def compiled(self) -> int:
+        return len(self._shapes) if _compile_works() else 0
 
     def _gradient(self, loss: Loss) -> Callable[..., Any]:
         if loss not in self._gradients:
@@ -481,6 +486,7 @@ class MLXTrainer:
         gradients: Any = None
         try:
             for batch in batches:
+                self._shapes.add((loss, batch.tokens.shape, batch.index.shape))
                 (value, metrics), part = gradient(parameters, vars(_device_batch(batch, totals[batch.group])))
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 for name, m in {**metrics, "loss": value}.items():

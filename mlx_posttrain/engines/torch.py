@@ -344,6 +344,8 @@ class _TorchDecoder:
 class TorchTrainer:
     """torch.optim.AdamW over a model's trained parameters."""
 
+    compiled = 0
+
     def __init__(self, model: TorchModel, settings: AdamW):
         self.model = model
         self.settings = settings

@@ -81,8 +81,11 @@ def judge(recipe: Recipe, run: runs.Run, student: Model, tokenizer: Any, held_ou
     base = None
     if recipe.think.base:
         adapter = recipe.adapter  # a quantised base is asked as it was trained on
-        held: dict[str, Any] = {"quantize": adapter.quantize, "group_size": adapter.group_size} if adapter and adapter.quantize else {}
-        start = engines.get(recipe.engine).load(loading.base_folder(recipe.model), **held)
+        start = engines.get(recipe.engine).load(
+            loading.base_folder(recipe.model),
+            quantize=adapter.quantize if adapter else None,
+            group_size=adapter.group_size if adapter else 64,
+        )
         base = reasoning.think(start, tokenizer, rows, template=template, max_tokens=room)
     figures = reasoning.summary(thinking, at_once, base)
     records = [

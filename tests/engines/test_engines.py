@@ -268,3 +268,13 @@ def test_torch_answers_as_transformers_does() -> None:
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.from_numpy(tokens)).logits.numpy()
     np.testing.assert_allclose(engines.get("torch").load(folder).full_logits(tokens), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", engines.available())
+def test_a_trainer_counts_the_shapes_it_compiled(engine, random_gpt2):
+    from mlx_posttrain.engines.compile_check import compile_works
+
+    trainer = engines.get(engine).trainer(engines.get(engine).load(random_gpt2), AdamW())
+    for length in (8, 16, 8):
+        trainer.step(sft.loss, [collate([Example(tuple(range(1, length)), (True,) * (length - 1))])], 1e-4)
+    assert trainer.compiled == (2 if engine == "mlx" and compile_works() else 0)
