@@ -130,6 +130,8 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
         (["--what", "sfd"], "sfd"),
         (["--engines", "cuda"], "mlx-gpu, mlx-cpu, torch-cpu"),
         (["--rows", "12"], "no multiple of --batch-size 8"),
+        (["--what", "reward", "--rows", "9", "--batch-size", "3"], "give an even number"),
+        (["--what", "ppo", "--rows", "10", "--batch-size", "5"], "give a number that divides them"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_parts_by_hand() -> None:
     assert replace(full, checkpointing=True, engine="torch").activations(batch) < full.activations(batch) / 2
 
 
+def test_checkpointed_blocks_are_never_lean() -> None:
+    """Recomputing whole blocks takes the lean ones off: a larger batch keeps more, also beyond the bound from which blocks are lean."""
+    one = plan.Training("mlx", gpt2(), 124_439_808, False, batches=[], checkpointing=True)
+    sizes = [one.activations(plan.Shape(rows, 256, 64)) for rows in range(1, 13)]
+    assert sizes == sorted(sizes) and sizes[-1] == pytest.approx(12 * sizes[0])
+
+
 def test_logits_do_not_grow_with_the_batch() -> None:
     training = plan.Training("mlx", gpt2(), 124_439_808, False)
     assert training.logits(plan.Shape(64, 1024, 60_000)) == training.logits(plan.Shape(8, 128, 1024)) < 0.2

@@ -46,7 +46,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     one = rundirs.Run(folder) if resume else rundirs.start(folder, recipe)  # type: ignore[arg-type]
     if resume and one.finished:
         raise UserError(f"{folder} is finished: there is nothing to resume")
-    suite = recipe.suite if "seed" in recipe.suite.model_fields_set else recipe.suite.model_copy(update={"seed": recipe.seed})
+    suite = recipe.suite.model_copy(update={"seed": recipe.suite.seed or recipe.seed})  # 0, the default of both, leaves it to the other
     with supervised.setting_up(one, resume):
         comparison, found = analyze.analyze(list(recipe.runs.values()), suite, engine.name, base=recipe.base, labels=list(recipe.runs))
 

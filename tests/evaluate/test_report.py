@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_posttrain import cli, engines, methods, recipe
+from mlx_posttrain.errors import UserError
 
 ENGINE = engines.available()[0]
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
@@ -104,6 +105,21 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     assert (tmp_path / "report" / "final" / "report.html").is_file() and "low rank/accuracy" in result
 
 
+@pytest.mark.parametrize(("asked", "used"), [({}, 3), ({"seed": 7}, 7)])
+def test_a_report_draws_by_the_seed_it_was_given(asked, used, journey, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(names, suite, *rest, **more):
+        seen.append(suite.seed)
+        raise UserError("enough")
+
+    monkeypatch.setattr("mlx_posttrain.evaluate.analyze.analyze", stop)
+    fields = {"method": "report", "seed": 3, "output": str(tmp_path / "report"), "runs": {"full": str(journey / "sft")}, "suite": asked}
+    with pytest.raises(UserError, match="enough"):
+        methods.get("report").run(recipe.parse(fields, methods.get("report").Recipe, "test"))
+    assert seen == [used]
+
+
 def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys):
     """Too few rows for one finding cost that finding; two folders of one name stay two models."""
     rows = tmp_path / "five.jsonl"
@@ -119,6 +135,9 @@ def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys
     assert "template interference is left out: 5 training rows" in capsys.readouterr().err
     numbers = json.loads((tmp_path / "comparison.json").read_text())
     assert [m["name"] for m in numbers["models"]] == ["base", *names]
+    rows.write_text(json.dumps({"instruction": "Say it. " * 600, "output": "it"}) + "\n")
+    cli.app(["analyze", names[0], *SUITE], standalone_mode=False)
+    assert "decoding without a cache is left out: prompt 1" in capsys.readouterr().err
     rows.unlink()
     cli.app(["analyze", names[0], *SUITE], standalone_mode=False)
     assert "the training rows of run are left out" in capsys.readouterr().err
