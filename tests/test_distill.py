@@ -29,6 +29,12 @@ def test_what_is_a_thought():
     assert reasoning.shape_score(full.replace("= 3", "= 9")) == 1.0
 
 
+def test_a_trace_is_the_thought_alone():
+    assert reasoning.trace_of("<think>\n1 + 2 = 3\n</think>\n3") == "1 + 2 = 3"
+    assert reasoning.trace_of("<think>1 + 2 = ") == "1 + 2 ="  # cut off
+    assert reasoning.trace_of("3") == reasoning.trace_of("<think>\n\n</think>\n3") == ""
+
+
 @pytest.mark.parametrize(
     "row, said",
     [
@@ -85,6 +91,32 @@ def test_a_run_ends_with_a_report_and_a_merged_model(engine, tmp_path, capsys):
     # The embedded base is stored in float16, and a merge keeps its base's format: logits around 10 differ in the third decimal.
     np.testing.assert_allclose(merged.full_logits(tokens), trained.full_logits(tokens), atol=1e-2)
     assert "merged into" in capsys.readouterr().err
+
+
+def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, monkeypatch):
+    """Context 64: a row is answered up to its end, not up to half of it, and no question that could be answered is left out."""
+    found = {}
+    think = reasoning.think
+
+    def spy(*arguments, **more):
+        found[more.get("begin", "")] = think(*arguments, **more)
+        return found[more.get("begin", "")]
+
+    monkeypatch.setattr(reasoning, "think", spy)
+    monkeypatch.setattr("mlx_posttrain.data.encode.eos_id", lambda tokenizer: 10**6)  # nothing ends by itself
+    student, tokenizer, _ = loading.open_model(random_gpt2, ENGINES[0])
+    chosen = load(tmp_path, "think.base=false", "think.max_tokens=null", "data.max_length=64", "data.template=none")
+    rows = [Conversation((Turn("user", "2 + 3?" + " more" * more), Turn("assistant", "5")), extra={"answer": "5"}) for more in (0, 5)]
+    asked = [len(tokenizer.encode(row.turns[0].content)) for row in rows]
+    distill = methods.get("distill")
+    distill.judge(chosen, Run(tmp_path), student, tokenizer, rows, kept=0.5)
+    begun = len(tokenizer.encode(" " + reasoning.AT_ONCE))
+    assert found[""].output_tokens.tolist() == [64 - n for n in asked] and not found[""].ended.any()
+    assert found[reasoning.AT_ONCE].output_tokens.tolist() == [64 - n - begun for n in asked]
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["questions"] == 2 and figures["kept"] == 0.5 and figures["ended"][0] == 0
+    distill.judge(load(tmp_path, "think.base=false", "think.max_tokens=7"), Run(tmp_path), student, tokenizer, rows)
+    assert found[""].output_tokens.tolist() == [7, 7]
 
 
 def test_long_traces_are_left_out_and_counted(tmp_path, capsys):

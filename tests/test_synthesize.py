@@ -9,7 +9,7 @@ import pytest
 
 from mlx_posttrain import engines, loading, recipe, synthesize
 from mlx_posttrain.data import sources
-from mlx_posttrain.engines.base import head_start
+from mlx_posttrain.engines.base import Completion, head_start
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import verify
 from mlx_posttrain.synthesize import Settings
@@ -135,6 +135,33 @@ def test_questions_that_nobody_can_judge(tmp_path, questions):
     path.write_text(json.dumps({"text": "no question"}) + "\n")
     with pytest.raises(UserError, match="ask no question"):
         make(tmp_path / "out.jsonl", path)
+
+
+def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
+    """What synthesize keeps of a teacher that thinks is what 08_distill trains on: trace and answer, the wrong one left out."""
+    said = ["<think>\n2 + 3 = 5\n</think>\n5", "<think>\n2 + 3 = 6\n</think>\n6", "5", "<think>\nfive\n</think>\n5"]
+
+    def candidates(model, prompts, **settings):
+        tokenizer = loading.load_tokenizer(loading.locate("tiny").folder)
+        return [Completion(tokenizer.encode(text), [], True) for _ in prompts for text in said]
+
+    monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps({"question": f"What is {n} + {5 - n}?", "answer": "5"}) + "\n" for n in range(6)))
+    told = make(tmp_path / "traces.jsonl", path, Settings(samples=4, max_tokens=12, keep=2, near=None, thoughts=True))
+    assert (told["written"], told["wrong"], told["no thought"]) == (12, 6, 6)
+    monkeypatch.undo()
+    chosen = recipe.load("08_distill", [
+        "model=tiny", f"engine={ENGINE}", f"data.source={tmp_path / 'traces.jsonl'}", "data.config=null", "data.holdout=2", "data.system=null",
+        "data.template=question", "data.max_length=96", "train.steps=1", "train.batch_size=4", "train.accumulate=1", "think.questions=2",
+        "think.max_tokens=8", "think.base=false", "sample.count=0", f"output={tmp_path / 'run'}",
+    ])  # fmt: skip
+    from mlx_posttrain import methods, supervised
+
+    read = supervised.read_conversations(chosen.data, split="train", limit=None, seed=0)
+    assert {row.turns[-1].content for row in read} == {said[0], said[3]} and all(row.extra["answer"] == "5" for row in read)
+    assert methods.get("distill").run(chosen)["loss"] > 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["questions"] == 2
 
 
 def test_the_result_trains(questions, tmp_path, monkeypatch):

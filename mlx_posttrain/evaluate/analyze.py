@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import loading, runs, supervised
+from mlx_posttrain import export, loading, runs, supervised
 from mlx_posttrain.convert import arrays, gpt2, hub
 from mlx_posttrain.data import batches, encode, templates
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import charts, findings, measure
+from mlx_posttrain.evaluate import ceilings, charts, findings, measure
+from mlx_posttrain.evaluate.comparison import Comparison
 from mlx_posttrain.evaluate.findings import Finding
-from mlx_posttrain.evaluate.suite import Comparison, SuiteSection, compare, read_texts
+from mlx_posttrain.evaluate.suite import SuiteSection, base_texts, compare, text_loss
 from mlx_posttrain.evaluate.suite import labels_of as suite_labels
 from mlx_posttrain.methods import sft
 from mlx_posttrain.progress import say
@@ -26,10 +28,9 @@ from mlx_posttrain.recipe import DataSection
 
 ROWS = 96  # training rows read for a distribution's shift
 GRADIENT_ROWS = 64  # and for the gradients of templates
-PARTS = 8  # that those rows are cut into for gradients
-SPLITS = 20  # random halvings of the parts
+PARTS = 16  # that those rows are cut into for gradients
 ANSWER = 48  # tokens of the answers that are decoded with the cache and without
-COORDINATES = 1_000_000  # of a gradient that are kept: cosines over a random million are those over all to about a thousandth
+COORDINATES = 500_000  # of a gradient that are kept: cosines over a random half million are those over all to about .0014
 
 
 def root(name: str | Path) -> str:
@@ -55,24 +56,64 @@ def writes_text(name: str | Path) -> bool:
     return not runs.is_run(name) or runs.reopen(name)[1].get("method") != "reward"
 
 
+def with_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names and labels with the model that the first run started from, called ``base``, unless it is there already.
+
+    It comes last, because the first is what the others are compared with; a single run is compared with it. It is left out with a line
+    where it is no longer to be found, and where no run is named.
+    """
+    first = next((name for name in names if runs.is_run(name)), None)
+    if first is None or "base" in labels:
+        return list(names), list(labels)
+    try:
+        base = root(first)
+        place = loading.locate(base)
+    except UserError as error:
+        say(f"the base is left out: {error}")
+        return list(names), list(labels)
+    if place in [loading.locate(name) for name in names]:
+        return list(names), list(labels)
+    return ([base, *names], ["base", *labels]) if len(names) == 1 else ([*names, base], [*labels, "base"])
+
+
+def of_comparison(comparison: Comparison, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
+    """What a comparison and the runs' logs show without a further look at any model. logs: {label: records of metrics.jsonl}."""
+    found = [
+        findings.forgetting(comparison),
+        findings.repetition(comparison),
+        ceilings.finding(comparison),
+        findings.overfitting(logs),
+        findings.loss_and_quality(comparison),
+    ]
+    return [f for f in found if f is not None]
+
+
+def logs_of(names: Sequence[str], labels: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The records of the runs among ``names``, by label."""
+    return {label: runs.Run(Path(name)).metrics() for name, label in zip(names, labels, strict=True) if runs.is_run(name)}
+
+
 def analyze(
     names: Sequence[str], suite: SuiteSection, engine: str = "auto", *, base: str | None = None, labels: Sequence[str] | None = None
 ) -> tuple[Comparison, list[Finding]]:
-    """Compare runs with the model that they started from (``base``, by default the first run's root) and say what it shows.
+    """Compare every run with the model that it started from, or all with ``base``, and say what it shows.
 
-    Runs of reward models take part with their curves only. Raises UserError where no run writes text.
+    A model that is no run is compared with what the first run started from. Runs of reward models take part with their curves only. Raises UserError where no run writes text.
     """
     names = [str(name) for name in names]
     labels = list(labels) if labels else suite_labels(names)
     writers = [(n, label) for n, label in zip(names, labels, strict=True) if writes_text(n)]
     if not writers:
         raise UserError("none of these runs writes text: give a run of a language model")
-    base = base or root(writers[0][0])
-    charts.NAMED.set(("base", *labels))
-    comparison = compare([base, *(n for n, _ in writers)], suite, engine, ["base", *(label for _, label in writers)])
-    found: list[Finding | None] = [findings.forgetting(comparison)]
-    found.append(findings.drift({label: drift(base, n) for n, label in writers}))
-    model, tokenizer, source = loading.open_model(base, engine)
+    first = root(next((n for n, _ in writers if runs.is_run(n)), writers[0][0]))
+    starts = {label: base or (root(n) if runs.is_run(n) else first) for n, label in writers}
+    bases = {start: "base" if not place else f"base of {next(label for label in starts if starts[label] == start)}"
+             for place, start in enumerate(dict.fromkeys(starts.values()))}  # fmt: skip
+    charts.NAMED.set((*bases.values(), *labels))
+    places = [*range(len(bases)), *(list(bases).index(starts[label]) for _, label in writers)]
+    comparison = compare([*bases, *(n for n, _ in writers)], suite, engine, [*bases.values(), *(label for _, label in writers)], places)
+    found: list[Finding | None] = [*of_comparison(comparison, logs_of(names, labels))]
+    found.append(findings.drift({label: drift(starts[label], n) for n, label in writers}))
     trained: dict[str, str] = {}
     for n, label in writers:
         try:
@@ -80,33 +121,43 @@ def analyze(
                 trained[label] = n
         except UserError as error:  # a file that is gone costs its finding, not the whole analysis
             say(f"the training rows of {label} are left out: {error}")
-    texts = read_texts(suite.texts, suite.text_limit) if suite.texts else []
-    if texts:
-        plain = measure.base_text_loss(model, tokenizer, texts, window=suite.window, stride=suite.stride)
-        seen = {label: _under(model, tokenizer, n) for label, n in trained.items()}
-        found.append(findings.shift({k: (v.nll, v.tokens) for k, v in seen.items() if len(v.nll)}, (plain.nll, plain.tokens)))
-        found.append(findings.repetition({m.name: m.continuations for m in comparison.models}))
-    if trained and source.quantize is None:
-        rows = _training_rows(next(iter(trained.values())))[:GRADIENT_ROWS]
-        try:
-            found.append(interference(model, tokenizer, rows, suite.seed))
-        except UserError as error:
-            say(f"template interference is left out: {error}")
-    del model
-    gc.collect()
+    found += at_the_start(trained, starts, suite, engine)
     if trained:
         try:
-            found.append(empty_cache(*next(iter(trained.items())), engine))
+            found.append(empty_cache(*next(iter(trained.items())), engine, suite.seed))
         except UserError as error:  # a question that fills the context
             say(f"decoding without a cache is left out: {error}")
-    found.append(
-        findings.overfitting({label: runs.Run(Path(n)).metrics() for n, label in zip(names, labels, strict=True) if runs.is_run(n)})
-    )
-    found.append(findings.loss_and_quality(comparison))
     return comparison, [f for f in found if f is not None]
 
 
-def empty_cache(label: str, name: str, engine: str) -> Finding:
+def at_the_start(trained: Mapping[str, str], starts: Mapping[str, str], suite: SuiteSection, engine: str) -> list[Finding | None]:
+    """What runs' training rows are to the models that the runs started from: foreign or not, and the first run's in different templates.
+
+    trained: {label: run} with training rows that can be read; starts: {label: the model it started from}.
+    """
+    texts, _ = base_texts(suite)
+    seen: dict[str, measure.RowLoss] = {}
+    plain: dict[str, measure.RowLoss] = {}
+    pulls: Finding | None = None
+    for start in dict.fromkeys(starts[label] for label in trained):
+        model, tokenizer, source = loading.open_model(start, engine)
+        if texts:
+            own = text_loss(model, tokenizer, texts, suite)
+            under = {label: _under(model, tokenizer, n) for label, n in trained.items() if starts[label] == start}
+            seen |= {label: loss for label, loss in under.items() if len(loss.nll)}
+            plain |= dict.fromkeys(under, own)
+        first = next(iter(trained))
+        if starts[first] == start and source.quantize is None:
+            try:
+                pulls = interference(model, tokenizer, _training_rows(trained[first])[:GRADIENT_ROWS], suite.seed)
+            except UserError as error:
+                say(f"template interference is left out: {error}")
+        del model
+        gc.collect()
+    return [findings.shift(seen, plain, suite.seed), pulls]
+
+
+def empty_cache(label: str, name: str, engine: str, seed: int = 0) -> Finding:
     """Decode a supervised run's own questions with the key/value cache and without: see :func:`findings.empty_cache`."""
     model, tokenizer, source = loading.open_model(name, engine)
     how: dict[str, Any] = {"template": source.template, "max_tokens": ANSWER}
@@ -115,23 +166,33 @@ def empty_cache(label: str, name: str, engine: str) -> Finding:
     faulty = measure.answers_without_cache(model, tokenizer, rows, **how)
     del model
     gc.collect()
-    return findings.empty_cache(label, proper, faulty)
+    return findings.empty_cache(label, proper, faulty, seed)
 
 
 def drift(base: str, name: str) -> dict[str, float]:
     """|W - W0| / |W0| of every matrix that two models share, by its path in Hugging Face's names; an adapter counts as merged.
 
-    A quantised run is left out ({}): its base is rounded, which is no drift.
+    A quantised run is left out ({}): its base is rounded, which is no drift. Nothing is written into a run's folder.
     """
     if loading.locate(name).quantize:
         return {}
-    before, after = (_matrices(loading.base_folder(n)) for n in (base, name))
+    before, after = (_whole(n) for n in (base, name))
     changed = {}
     for path, weight in after.items():
         start = before.get(path)
         if start is not None and start.shape == weight.shape and weight.ndim == 2 and np.linalg.norm(start) > 0:
             changed[path] = float(np.linalg.norm(weight - start) / np.linalg.norm(start))
     return changed
+
+
+def _whole(name: str) -> dict[str, np.ndarray]:
+    """All matrices of a model, those of an adapter merged into its base."""
+    source = loading.locate(name)
+    if source.adapter is None:
+        return _matrices(source.folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        export.write_merged(source, Path(scratch))
+        return _matrices(Path(scratch))
 
 
 def _matrices(folder: Path) -> dict[str, np.ndarray]:
@@ -166,34 +227,36 @@ def _under(model: Model, tokenizer: Any, name: str) -> measure.RowLoss:
 def interference(
     model: Model, tokenizer: Any, rows: Sequence[Conversation], seed: int = 0, names: Sequence[str] = templates.FIVE
 ) -> Finding:
-    """Cosines between the gradients of the supervised loss in different templates, and in one template on different rows.
+    """Whether the gradients of the supervised loss in different templates pull against one another: see :func:`findings.interference`.
 
-    The rows are cut into ``PARTS`` parts, each of which has one gradient in each template; the parts are halved at random ``SPLITS`` times,
-    and every entry compares two different halves, so that entries differ in templates alone.
+    Raises UserError for fewer than two rows a part.
     """
     if len(rows) < 2 * PARTS:
         raise UserError(f"{len(rows)} training rows are too few to compare gradients on; it takes {2 * PARTS}")
     say(f"gradients of {len(names)} templates on {len(rows)} rows")
-    rng = np.random.default_rng([seed, 0x1F7E])
-    parts = [[rows[i] for i in part] for part in np.array_split(rng.permutation(len(rows)), PARTS)]
+    order = np.random.default_rng([seed, 0x9A27]).permutation(len(rows))
+    parts = [[rows[i] for i in part] for part in np.array_split(order, PARTS)]
+    return findings.interference(names, gradient_products(model, tokenizer, parts, names, seed), seed)
+
+
+def gradient_products(
+    model: Model, tokenizer: Any, parts: Sequence[Sequence[Conversation]], names: Sequence[str], seed: int = 0
+) -> np.ndarray:
+    """[n, P, n, P] inner products of gradients: entry [i, p, j, q] of template i on part p with template j on part q.
+
+    A part's gradient is that of its trained tokens' summed loss, so that those of parts add up to that of their rows. At most COORDINATES
+    coordinates, the same random ones for all, are kept. Rows that do not fit 256 tokens or the context are cut or dropped as in training.
+    """
+    rng = np.random.default_rng([seed, 0xC002])
     chosen: np.ndarray | None = None
-    gradients: list[list[np.ndarray]] = []
-    tokens = np.zeros((len(names), PARTS))
-    for n, name in enumerate(names):
-        gradients.append([])
-        for p, part in enumerate(parts):
+    flat: list[np.ndarray] = []
+    for name in names:
+        for part in parts:
             examples, report = encode.encode_all(part, tokenizer, templates=[name], max_length=min(256, model.context or 256))
             gradient = model.gradient(sft.loss, [batches.collate(examples, model.context)])
-            flat = np.concatenate([gradient[key].ravel() for key in sorted(gradient)])
+            whole = np.concatenate([gradient[key].ravel() for key in sorted(gradient)])
             if chosen is None:
-                chosen = rng.choice(len(flat), COORDINATES, replace=False) if len(flat) > COORDINATES else np.arange(len(flat))
-            gradients[-1].append(flat[chosen])
-            tokens[n, p] = report.trained_tokens
-    stacked = np.stack([np.stack(g) for g in gradients]) * tokens[..., None].astype(np.float32)
-    cosines = np.empty((SPLITS, len(names), len(names)))
-    for split in range(SPLITS):
-        order = rng.permutation(PARTS)
-        halves = [stacked[:, half].sum(1, dtype=np.float64) for half in np.array_split(order, 2)]
-        a, b = (h / np.linalg.norm(h, axis=1, keepdims=True) for h in halves)
-        cosines[split] = a @ b.T
-    return findings.interference(names, cosines)
+                chosen = rng.choice(len(whole), COORDINATES, replace=False) if len(whole) > COORDINATES else np.arange(len(whole))
+            flat.append(whole[chosen] * np.float32(report.trained_tokens))  # the loss is a mean over tokens
+    stacked = np.stack(flat)
+    return (stacked @ stacked.T).astype(np.float64).reshape(len(names), len(parts), len(names), len(parts))

@@ -23,6 +23,7 @@ from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.ops import ops
 
 TOKEN_BUDGET = 2048  # padded tokens of a scoring batch: with GPT-2's vocabulary their logits take 0.4 GB
+DECODE_BUDGET = 16_384  # cached positions of a decode batch, 64 rows of 256: with GPT-2 124M they take 1.2 GB
 KL_BUDGET = 512  # of two models at once, and in float32 on the host
 
 
@@ -80,7 +81,7 @@ def answers(
 
     rows: conversations (asked for their last answer), or rows of any format of data/formats.py, ``tasks.load`` among them; a row that is
     not templated is asked as it stands. Prompts of similar length decode together, at most ``batch`` rows at a time (one prompt's samples
-    are never split). A sampled text depends on ``seed``, on ``batch`` and on the rows; two models with one tokenizer meet the same
+    are never split), and fewer where they are long. A sampled text depends on ``seed``, on ``batch``, on ``max_tokens`` and on the rows; two models with one tokenizer meet the same
     random numbers. ``begin`` is put into the model's mouth: every answer goes on from it, and it is part of the text and not of the
     tokens. An answer is shorter than ``max_tokens`` where prompt and answer fill the context.
     Raises UserError for a row without a prompt, or a prompt that leaves no room in the context.
@@ -167,11 +168,12 @@ def _encode(prompts: Sequence[tuple[tuple[Turn, ...], bool]], tokenizer: Any, te
 def _generate(
     model: Model, prompts: Sequence[Sequence[int]], batch: int, *, samples: int = 1, seed: int = 0, **settings: Any
 ) -> list[Completion]:
-    """``model.generate`` over any number of prompts, in batches of similar length, in the prompts' order."""
+    """``model.generate`` over any number of prompts, in batches of similar length that fit DECODE_BUDGET, in the prompts' order."""
     if batch < 1 or samples < 1:
         raise ValueError(f"batch {batch}, samples {samples}: both must be at least 1")
     found: list[Completion | None] = [None] * (len(prompts) * samples)
-    for number, group in enumerate(by_length([len(p) for p in prompts], max(1, batch // samples))):
+    limit = min(settings["max_tokens"], model.context or settings["max_tokens"])
+    for number, group in enumerate(by_length([len(p) + limit for p in prompts], max(1, batch // samples), DECODE_BUDGET // samples)):
         # generate() numbers the rows of each call from 0: with one seed, row i of every batch would be dealt the same random numbers.
         own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         completions = model.generate([prompts[i] for i in group], samples=samples, seed=own, **settings)
@@ -195,9 +197,19 @@ def response_loss(model: Model, examples: Sequence[Example], batch: int = 32) ->
 
 
 def base_text_loss(
-    model: Model, tokenizer: Any, texts: Sequence[str], *, window: int | None = None, stride: int | None = None, batch: int = 32
+    model: Model,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch: int = 32,
+    by_window: bool = False,
 ) -> RowLoss:
     """Loss of every token of each text on its own, for perplexity: [R] sums of nats, [R] numbers of tokens.
+
+    ``by_window`` gives a value for each window instead of each text, in their order: of one long text a bootstrap can draw nothing else.
+    What it then says is of more of the same text, and a little too sure where neighbouring windows are alike.
 
     The protocol. A text's L tokens stand after one start token (BOS where the tokenizer begins texts with it, else EOS: how GPT-2 saw
     documents begin), which is seen and not scored; no EOS is put at the end. The model reads windows of at most ``window`` tokens
@@ -212,15 +224,23 @@ def base_text_loss(
     Source: sliding windows as in Baevski & Auli 2019, "Adaptive Input Representations for Neural Language Modeling".
     """
     rows, owner = _text_rows(model, tokenizer, texts, window, stride)
-    return _per_text(*_score(model, rows, batch), owner, len(texts))
+    loss = RowLoss(*_score(model, rows, batch))
+    return loss if by_window else _per_text(*loss, owner, len(texts))
 
 
 def base_text_kl(
-    base: Model, tuned: Model, tokenizer: Any, texts: Sequence[str], *, window: int | None = None, stride: int | None = None
+    base: Model,
+    tuned: Model,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    by_window: bool = False,
 ) -> RowLoss:
     """KL(base || tuned) over the whole vocabulary, summed over each text's tokens: [R] nats, [R] numbers of tokens.
 
-    Windows as in ``base_text_loss``. Range 0 (nothing changed) upwards; it sees what perplexity cannot, a model that predicts the text
+    Windows and ``by_window`` as in ``base_text_loss``. Range 0 (nothing changed) upwards; it sees what perplexity cannot, a model that predicts the text
     as well as before but would say other things. Both models must share the tokenizer. Raises UserError where they do not.
     """
     if base.config.get("vocab_size") != tuned.config.get("vocab_size"):
@@ -230,10 +250,11 @@ def base_text_kl(
     for group in by_length([len(inputs) for inputs, _, _ in rows], 32, KL_BUDGET):
         packed = _batch([rows[i] for i in group], base.context)
         (p,), (q,) = (model.apply(_all_logprobs, [packed]) for model in (base, tuned))
-        kl = (np.exp(p["logprobs"]) * (p["logprobs"] - q["logprobs"])).sum(-1, dtype=np.float64)
+        each = (np.exp(p["logprobs"]) * (p["logprobs"] - q["logprobs"])).sum(-1, dtype=np.float64)
         real = packed.weight > 0
-        sums[group] = np.bincount(packed.row[real], kl[real], len(group))
-    return _per_text(sums, np.array([int(scored.sum()) for _, _, scored in rows], np.int64), owner, len(texts))
+        sums[group] = np.bincount(packed.row[real], each[real], len(group))
+    kl = RowLoss(sums, np.array([int(scored.sum()) for _, _, scored in rows], np.int64))
+    return kl if by_window else _per_text(*kl, owner, len(texts))
 
 
 def _all_logprobs(model: Model, batch: DeviceBatch) -> dict[str, Any]:
@@ -368,8 +389,8 @@ def continuations(
 ) -> list[list[int]]:
     """Token ids that follow each opening, ``max_tokens`` of them always; entry ``r * samples + s`` is sample s of opening r.
 
-    Openings are continued as they stand, no template around them and no repetition penalty. EOS does not end a continuation: it stays
-    in it as a token and what the model says next counts as well, because measures of repetition compare only equal lengths.
+    Openings are continued as they stand, no template around them and no repetition penalty. EOS is forbidden, and so is never in a
+    continuation: measures of repetition compare only equal lengths, and what a model says after the end of a text is not about it.
     Raises UserError where an opening and ``max_tokens`` do not fit the context together.
     """
     if model.context is not None and max_tokens >= model.context:
@@ -377,8 +398,9 @@ def continuations(
     room = None if model.context is None else model.context - max_tokens
     ids = encode.encode_prompts([(Turn("user", text),) for text in prompts], tokenizer, max_length=room, templated=False)
     completions = _generate(
-        model, ids, batch, stop=None, max_tokens=max_tokens, temperature=temperature, top_p=top_p, samples=samples, seed=seed
-    )
+        model, ids, batch, stop=None, forbidden=(encode.eos_id(tokenizer),), max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+        samples=samples, seed=seed,
+    )  # fmt: skip
     return [list(c.tokens) for c in completions]
 
 

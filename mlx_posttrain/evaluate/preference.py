@@ -119,34 +119,48 @@ def report(
 def length_controlled_wins(scores: np.ndarray, others: np.ndarray, lengths: np.ndarray, other_lengths: np.ndarray) -> np.ndarray:
     """[R] values whose mean is the share of answers that would win against the others', were every two of one length.
 
-    scores, others: the reward model's scores of two models' answers to the same prompts; lengths: tokens of those answers. A win is 1, a
-    tie .5; a row where either score is nan is nan. The logistic model P(win) = sigma(a + b (difference in length, in root mean squares of
-    it)) is fitted, and the rate is sigma(a). Row i's value is win_i - P_i + sigma(a): their mean is that rate exactly, and their spread
-    that of the wins, so that a bootstrap over rows gives an interval, a little too narrow because it takes b as known. All nan where
-    hardly any two answers are of one length (the mean difference is over twice its standard deviation): the data cannot say.
+    scores, others: the reward model's scores of two models' answers to the same prompts; lengths: tokens of those answers. A score of
+    -inf is that of an answer without a word: it loses to any other whatever the lengths, and two such tie. A win is 1, a tie .5; a row
+    where either score is nan is nan.
+
+    On the rows where both said something the logistic model P(win) = sigma(a + b (difference in length, in root mean squares of it)) is
+    fitted, and the rate there is g = sigma(a). Row i's value is g + g (1 - g) n [H^-1 x_i (win_i - P_i)]_0, with x_i = (1, difference), H
+    the negative Hessian and n such rows: what the row adds to the rate, so that metrics.share draws an interval that knows b to be
+    estimated as well (influence values: Hampel 1974; for a maximum of likelihood White 1982). All nan where equal lengths lie more than
+    one standard deviation from the mean difference: what happens there would be the straight line's word alone, so the data cannot say.
     Source: Dubois et al. 2024, "Length-Controlled AlpacaEval", eq. 2, without the terms for instructions, and linear in the difference:
     their tanh saturates where one model is mostly the longer.
     """
-    margins = np.asarray(scores, np.float64) - np.asarray(others, np.float64)
-    known = np.isfinite(margins)
-    found = np.full(len(margins), np.nan)
-    longer = (np.asarray(lengths, np.float64) - np.asarray(other_lengths, np.float64))[known]
-    if not known.any() or abs(longer.mean()) > 2 * longer.std():
-        return found
-    wins = _wins(margins[known])
+    scores, others = np.asarray(scores, np.float64), np.asarray(others, np.float64)
+    won = np.where(np.isnan(scores) | np.isnan(others), np.nan, np.where(scores > others, 1.0, np.where(scores == others, 0.5, 0.0)))
+    said = np.isfinite(scores) & np.isfinite(others)
+    longer = (np.asarray(lengths, np.float64) - np.asarray(other_lengths, np.float64))[said]
+    if not said.any():
+        return won
+    if abs(longer.mean()) > longer.std():
+        return np.full(len(won), np.nan)
+    won[said] = _at_equal_length(won[said], longer)
+    return won
+
+
+def _at_equal_length(wins: np.ndarray, longer: np.ndarray) -> np.ndarray:
+    """Influence values [n] around the rate of winning where ``longer`` is 0; see ``length_controlled_wins``."""
+    if np.ptp(wins) == 0:
+        return wins  # the rate is 0, .5 or 1 at every length, and no logistic model has a finite a for 0 and 1
     size = float(np.sqrt((longer**2).mean())) or 1.0
     features = np.stack([np.ones(len(wins)), longer / size], 1)
     ridge, weights = np.diag([1e-6, 1e-2]), np.zeros(2)
     for _ in range(50):  # Newton; with two weights it is there in a few steps
         p = 1.0 / (1.0 + np.exp(-features @ weights))
         slope = features.T @ (wins - p) - ridge @ weights
-        step = np.linalg.solve((features * (p * (1 - p))[:, None]).T @ features + ridge, slope)
-        weights += np.clip(step, -2.0, 2.0)
+        curvature = (features * (p * (1 - p))[:, None]).T @ features + ridge
+        weights += np.clip(np.linalg.solve(curvature, slope), -2.0, 2.0)
         if np.abs(slope).max() < 1e-9:
             break
-    p = 1.0 / (1.0 + np.exp(-features @ weights))
-    found[known] = wins - p + 1.0 / (1.0 + np.exp(-weights[0]))
-    return found
+    # The ridge's pull is shared out among the rows, so that the values' mean is the rate exactly.
+    pulls = features * (wins - p)[:, None] - ridge @ weights / len(wins)
+    rate = float(1.0 / (1.0 + np.exp(-weights[0])))
+    return rate + rate * (1 - rate) * len(wins) * np.linalg.solve(curvature, pulls.T)[0]
 
 
 def bag_of_words(train: Sequence[Preference], rows: Sequence[Preference]) -> np.ndarray:

@@ -13,7 +13,7 @@ from mlx_posttrain.data.formats import END_THINK, THINK
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.evaluate import measure
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, share
 from mlx_posttrain.evaluate.verify import verify
 
 #: An empty thought: after it a model answers at once (Ma et al. 2025, "Reasoning Models Can Be Effective Without Thinking").
@@ -37,8 +37,12 @@ class Thinking:
     """1 for a right final answer, else 0."""
     formed: np.ndarray
     """1 for exactly one closed thought, not empty, and an answer after it."""
+    ended: np.ndarray
+    """1 for an output that ended by itself, 0 for one that the limit or the context cut off."""
     trace_tokens: np.ndarray
-    """Tokens of the whole output, thought and answer."""
+    """Tokens of the thought alone; of one that was never closed, to the end; 0 without a thought."""
+    output_tokens: np.ndarray
+    """Tokens of the whole output, thought and answer, without what was put into the model's mouth."""
     steps: np.ndarray
     """Lines of the thought (see ``steps_of``)."""
     heuristic: np.ndarray
@@ -55,6 +59,11 @@ def thought_of(text: str) -> tuple[str, str] | None:
     return (trace, answer) if trace and answer else None
 
 
+def trace_of(text: str) -> str:
+    """What stands between the first ``<think>`` and the ``</think>`` after it, or the end where none comes; "" without a thought."""
+    return text.partition(THINK)[2].partition(END_THINK)[0].strip()
+
+
 def steps_of(text: str) -> int:
     """Lines of text in the thought of an output, 0 where there is no closed thought: how far it goes on, not whether it leads anywhere."""
     found = thought_of(text)
@@ -62,52 +71,62 @@ def steps_of(text: str) -> int:
 
 
 def shape_score(text: str) -> float:
-    """Mean of five marks of a "good" thought: its form, connectives, order, checking, a conclusion. 0 to 1, ceiling 1.
+    """Mean of the five marks of a "good" thought that this project's origin looked for: its form, connectives, order, checking, a conclusion. 0 to 1, ceiling 1.
 
-    A keyword score of the kind that this project's origin reported as reasoning quality; it is given for comparison only, because a model
-    can learn the words without the thought, and because it does not look at the answer.
+    A keyword score of the kind that the origin reported as reasoning quality; it is given for comparison only, because a model can learn
+    the words without the thought, and because it does not look at the answer.
     """
     found = thought_of(text)
     trace = found[0].lower() if found else ""
     return (bool(found) + sum(bool(re.search(cue, trace)) for cue in _CUES.values())) / (1 + len(_CUES))
 
 
-def think(
-    model: Model, tokenizer: Any, rows: Sequence[Conversation], *, template: str, max_tokens: int, begin: str = "", batch: int = 64
-) -> Thinking:
+def think(model: Model, tokenizer: Any, rows: Sequence[Conversation], *, template: str, max_tokens: int, begin: str = "") -> Thinking:
     """Ask every row greedily and judge the answers by the rows' own rules (evaluate/verify.py).
 
     rows: conversations whose ``extra`` can be verified. ``begin`` is put into the model's mouth; ``AT_ONCE`` leaves no room to think.
-    Raises UserError as measure.answers.
+    An output is at most ``max_tokens`` long, and shorter where question, ``begin`` and output fill the context. Raises UserError as
+    measure.answers.
     """
-    found = measure.answers(model, tokenizer, rows, template=template, max_tokens=max_tokens, begin=begin, batch=batch)
+    found = measure.answers(model, tokenizer, rows, template=template, max_tokens=max_tokens, begin=begin)
     texts = [a.text for a in found]
     return Thinking(
         right=np.array([bool(verify(row.extra, text)) for row, text in zip(rows, texts, strict=True)], np.float64),
         formed=np.array([thought_of(text) is not None for text in texts], np.float64),
-        trace_tokens=np.array([len(a.tokens) for a in found], np.float64),
+        ended=np.array([a.stopped for a in found], np.float64),
+        trace_tokens=np.array(
+            [len(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]) for t in map(trace_of, texts)], np.float64
+        ),
+        output_tokens=np.array([len(a.tokens) for a in found], np.float64),
         steps=np.array([steps_of(text) for text in texts], np.float64),
         heuristic=np.array([shape_score(text) for text in texts], np.float64),
         texts=texts,
     )
 
 
-def summary(thinking: Thinking, at_once: Thinking, base: Thinking | None = None) -> dict[str, Any]:
-    """The figures of a report: means with 95 % bootstrap intervals over questions, and paired differences."""
+def summary(thinking: Thinking, at_once: Thinking, base: Thinking | None = None, kept: float | None = None) -> dict[str, Any]:
+    """The figures of a report: means with 95 % intervals over questions, and paired differences.
+
+    kept: share of the training rows that were short enough to train on, where it is known.
+    """
     figures: dict[str, Any] = {
         "questions": len(thinking.right),
-        "accuracy": bootstrap(thinking.right),
-        "accuracy_at_once": bootstrap(at_once.right),
+        "accuracy": share(thinking.right),
+        "accuracy_at_once": share(at_once.right),
         "thinking_minus_at_once": paired_bootstrap(thinking.right, at_once.right),
-        "format_rate": bootstrap(thinking.formed),
-        "output_tokens": float(thinking.trace_tokens.mean()),
+        "format_rate": share(thinking.formed),
+        "ended": share(thinking.ended),
+        "trace_tokens": bootstrap(thinking.trace_tokens),
+        "output_tokens": float(thinking.output_tokens.mean()),
         "steps": float(thinking.steps.mean()),
         "shape_score": float(thinking.heuristic.mean()),
         "shape_score_of_wrong_answers": float(thinking.heuristic[thinking.right == 0].mean()) if (thinking.right == 0).any() else None,
     }
+    if kept is not None:
+        figures["kept"] = kept
     if base is not None:
         figures |= {
-            "base_accuracy": bootstrap(base.right),
+            "base_accuracy": share(base.right),
             "gain": paired_bootstrap(thinking.right, base.right),
             "base_shape_score": float(base.heuristic.mean()),
         }
@@ -117,14 +136,15 @@ def summary(thinking: Thinking, at_once: Thinking, base: Thinking | None = None)
 def lines(figures: dict[str, Any]) -> list[str]:
     """The same for people."""
 
-    def share(value: Interval) -> str:
+    def said_of(value: Interval) -> str:
         return f"{value.mean:.1%} [{value.low:.0%}, {value.high:.0%}]"
 
     said = [
-        f"right answers on {figures['questions']} held-out questions: {share(figures['accuracy'])} after thinking, "
-        f"{share(figures['accuracy_at_once'])} when made to answer at once",
-        f"form kept in {share(figures['format_rate'])}; {figures['output_tokens']:.0f} tokens and {figures['steps']:.1f} lines an answer",
-        f"look of the thoughts (keywords, for comparison only): {figures['shape_score']:.2f} of 1"
+        f"right answers on {figures['questions']} held-out questions: {said_of(figures['accuracy'])} after thinking, "
+        f"{said_of(figures['accuracy_at_once'])} when made to answer at once",
+        f"form kept in {said_of(figures['format_rate'])}, ended by itself in {said_of(figures['ended'])}; {figures['trace_tokens'].mean:.0f} "
+        f"tokens and {figures['steps']:.1f} lines a thought",
+        f"look of the thoughts (the origin's five keyword marks, for comparison only): {figures['shape_score']:.2f} of 1"
         + (
             f", of wrong answers {figures['shape_score_of_wrong_answers']:.2f}"
             if figures["shape_score_of_wrong_answers"] is not None
@@ -132,5 +152,5 @@ def lines(figures: dict[str, Any]) -> list[str]:
         ),
     ]
     if "base_accuracy" in figures:
-        said.insert(1, f"the model before training: {share(figures['base_accuracy'])}; gain {share(figures['gain'])}")
+        said.insert(1, f"the model before training: {said_of(figures['base_accuracy'])}; gain {said_of(figures['gain'])}")
     return said

@@ -1,19 +1,16 @@
-"""One set of questions, texts and settings for every model, and a table of what each of them did: the comparison of stages.
+"""One set of questions, texts and settings for every model, and what each of them did with it: the comparison of stages.
 
-Every model meets the same rows, the same template and the same decoding. Every figure is a mean of values per row, which stay, so that a
-difference between two models is drawn over the same rows (metrics.paired_bootstrap). What a figure's ceiling is, and which way is better,
-stands beside it in ``METRICS``.
+Every model meets the same rows and the same decoding, each asked as it was trained to be (evaluate/ask.py). What comes out is a
+comparison.Comparison.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -24,8 +21,9 @@ from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import measure, verify
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, distinct_n, diversity, paired_bootstrap, seq_rep_n
+from mlx_posttrain.evaluate import ask, measure, verify
+from mlx_posttrain.evaluate.comparison import PER_TOKEN, Comparison, Measured, Values
+from mlx_posttrain.evaluate.metrics import distinct_by_text, diversity, seq_rep_n
 from mlx_posttrain.evaluate.preference import length_controlled_wins
 from mlx_posttrain.progress import say
 
@@ -41,206 +39,90 @@ class SuiteSection(recipes.Section):
     families: list[str] | None = Field(None, description="kinds of embedded questions to take; null: all")
     limit: int = Field(160, ge=1, description="ask this many questions, and with `phrasings` as many again")
     phrasings: bool = Field(True, description="with embedded/tasks: ask known contents in unseen words as well")
-    template: str | None = Field(None, description="how every model is asked; null: as most of the runs were trained")
+    template: str = Field(ask.OWN, description="own: each as it was trained, a model that is no run as most of the runs; or one for all")
     max_tokens: int = Field(64, ge=1, description="longest answer in tokens")
-    samples: int = Field(0, ge=0, description="sampled answers to each question beside the greedy one; 0: none")
-    temperature: float = Field(0.7, gt=0, description="temperature of the sampled answers")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of the sampled answers")
+    think_tokens: int | None = Field(None, ge=1, description="that of a distilled run, thought and answer; null: its longest training row")
+    samples: int = Field(4, ge=0, description="sampled answers and continuations beside each greedy one; 0: none")
+    temperature: float = Field(0.7, gt=0, description="temperature of what is sampled")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of what is sampled")
     texts: str | None = Field("embedded", description="base text: `embedded`, or a file with a column text; null: none")
-    text_limit: int = Field(100, ge=1, description="read at most this many base texts")
+    text_config: str | None = Field(None, description="configuration name of a Hugging Face data set of base texts")
+    text_split: str = Field("train", description="its split, or that of a folder's file")
+    text_limit: int | None = Field(100, ge=1, description="read at most this many base texts; null: all")
+    join: bool = Field(False, description="read the base texts as one, with blank lines between: WikiText's on the hub are lines")
     window: int | None = Field(None, ge=1, description="tokens a model reads base text in at a time; null: its context, at most 512")
     stride: int | None = Field(None, ge=1, description="tokens from one window to the next; null: the window")
     last_words: str | None = Field(None, description="a file with a column text whose last word is to be guessed (LAMBADA); null: none")
-    opening_words: int = Field(12, ge=1, description="words of each base text that are continued, to see whether a model repeats itself")
+    opening_words: int = Field(12, ge=1, description="words of each base text (of the first 200) that are continued, to see what repeats")
     continuation: int = Field(64, ge=8, description="tokens of each continuation")
     reward: str | None = Field(None, description="a reward-model run or sequence classifier that scores the answers; null: none")
-    seed: int = Field(0, ge=0, description="fixes samples and intervals")
+    seed: int = Field(
+        0, ge=0, description="fixes what is sampled, and what intervals, tests and an analysis draw; greedy text draws nothing"
+    )
 
 
-MIN_ROWS = 20  # below this many rows a percentile interval is too narrow to call a difference beyond chance
-
-#: Figures per token, which mean nothing across tokenizers.
-PER_TOKEN = ("response_loss", "perplexity", "kl", "seq_rep_4", "seq_rep_4_sampled", "distinct_2", "diversity", "length")
+OPENINGS = 200  # base texts that are continued at most
 
 
-class Metric(NamedTuple):
-    """A figure: how it is written, which way is better, and what is the best that can be had."""
+def compare(
+    names: Sequence[str],
+    suite: SuiteSection,
+    engine: str = "auto",
+    labels: Sequence[str] | None = None,
+    origins: Sequence[int] | None = None,
+) -> Comparison:
+    """Measure every model on the suite; differences, the KL and wins are against the first, or where given the one at ``origins``.
 
-    label: str
-    form: str
-    better: Literal["higher", "lower", "neither"]
-    ceiling: str
-    about: str
-    of: Callable[[float], float] | None = None  # monotone, laid on mean and bounds: exp makes a loss a perplexity
-
-
-METRICS: dict[str, Metric] = {
-    "accuracy": Metric("right answers", "{:.1%}", "higher", "100 %", "greedy answers that the row's rule accepts; contents no run was trained on"),
-    "accuracy_phrasing": Metric("right, unseen phrasing", "{:.1%}", "higher", "100 %", "the same for known contents in words no run was trained on"),
-    "accuracy_sampled": Metric("right answers, sampled", "{:.1%}", "higher", "100 %", "mean over several sampled answers to each question"),
-    "response_loss": Metric("response loss", "{:.3f}", "lower", "0", "nats per token of the wanted answers"),
-    "perplexity": Metric("base-text perplexity", "{:.1f}", "lower", "1", "of plain text, in windows, each token scored once", math.exp),
-    "kl": Metric("KL from the base", "{:.3f}", "neither", "0: unchanged", "KL(base || model) on plain text, nats per token"),
-    "last_word": Metric("last word", "{:.1%}", "higher", "100 %", "texts whose last word greedy decoding finds"),
-    "last_word_perplexity": Metric("last-word perplexity", "{:.1f}", "lower", "1", "exp of the last word's mean cost", math.exp),
-    "seq_rep_4": Metric("repetition", "{:.3f}", "lower", "0", "seq-rep-4 of greedy continuations: share of 4-grams that came before"),
-    "distinct_2": Metric("distinct-2", "{:.3f}", "higher", "1", "share of different 2-grams in a greedy continuation"),
-    "diversity": Metric("diversity", "{:.3f}", "higher", "1", "product of 1 - seq-rep-n, n = 2..4, of greedy continuations"),
-    "seq_rep_4_sampled": Metric("repetition, sampled", "{:.3f}", "lower", "0", "the same of sampled continuations"),
-    "ended": Metric("ended by itself", "{:.0%}", "neither", "100 %", "greedy answers that ended before the limit"),
-    "length": Metric("answer tokens", "{:.1f}", "neither", "the limit", "tokens of the greedy answers"),
-    "score": Metric("reward score", "{:+.2f}", "higher", "none", "the reward model's score of the greedy answers"),
-    "wins": Metric("wins, length-controlled", "{:.1%}", "higher", "100 %; baseline 50 %",
-                   "share of answers that the reward model prefers to the baseline's, were both of one length"),
-}  # fmt: skip
-
-
-class Values(NamedTuple):
-    """One model's values of a metric, [R] each; the figure is their weighted mean."""
-
-    rows: np.ndarray
-    weights: np.ndarray | None = None
-
-
-@dataclass
-class Measured:
-    """What one model did."""
-
-    name: str
-    path: str
-    values: dict[str, Values] = field(default_factory=dict)
-    answers: list[str] = field(default_factory=list)  # greedy, one per question
-    continuations: list[list[int]] = field(default_factory=list)  # greedy, one per base text, to their end of text
-
-    def figure(self, metric: str) -> Interval:
-        """Mean and 95 % bootstrap interval."""
-        rows, weights = self.values[metric]
-        return bootstrap(rows, weights=weights, of=METRICS[metric].of)
-
-
-@dataclass
-class Comparison:
-    """Several models on one suite; the first is the baseline."""
-
-    suite: dict[str, Any]
-    template: str
-    models: list[Measured]
-    questions: list[dict[str, Any]]  # prompt, wanted, family, and the row that the answer's rule reads
-
-    def metrics(self) -> list[str]:
-        """Names of what was measured, in the order of ``METRICS``."""
-        return [name for name in METRICS if any(name in m.values for m in self.models)]
-
-    def difference(self, metric: str, model: Measured) -> Interval | None:
-        """``model`` minus the baseline over the same rows, in the unit of the rows (nats where the figure is a perplexity)."""
-        base = self.models[0]
-        if model is base or metric not in model.values or metric not in base.values:
-            return None
-        rows, theirs = model.values[metric].rows, base.values[metric].rows
-        if not np.isfinite(rows - theirs).any():
-            return None
-        return paired_bootstrap(rows, theirs, weights=base.values[metric].weights)
-
-    def sure(self, metric: str, model: Measured) -> bool:
-        """Whether the difference to the baseline is beyond chance: 0 lies outside its 95 % interval, over at least MIN_ROWS rows."""
-        d = self.difference(metric, model)
-        if d is None:
-            return False
-        both = np.isfinite(model.values[metric].rows - self.models[0].values[metric].rows).sum()
-        return bool(both >= MIN_ROWS and (d.low > 0 or d.high < 0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """All figures with intervals and differences, for comparison.json."""
-        return {
-            "suite": self.suite,
-            "template": self.template,
-            "baseline": self.models[0].name,
-            "metrics": {name: {"label": METRICS[name].label, "better": METRICS[name].better, "ceiling": METRICS[name].ceiling,
-                               "about": METRICS[name].about} for name in self.metrics()},
-            "models": [
-                {
-                    "name": m.name, "path": m.path,
-                    "figures": {name: m.figure(name)._asdict() for name in m.values},
-                    "minus_baseline": {name: d._asdict() for name in m.values if (d := self.difference(name, m)) is not None},
-                }
-                for m in self.models
-            ],
-        }  # fmt: skip
-
-    def cell(self, metric: str, model: Measured) -> str:
-        """A figure with its interval as text; '-' where it was not measured."""
-        if metric not in model.values:
-            return "-"
-        form, value = METRICS[metric].form, model.figure(metric)
-        return f"{form.format(value.mean)} [{form.format(value.low)}, {form.format(value.high)}]"
-
-    def sentence(self, metric: str, model: Measured) -> str | None:
-        """In words, what the difference to the baseline says; None for the baseline itself."""
-        d = self.difference(metric, model)
-        if d is None:
-            return None
-        unit = "nats" if METRICS[metric].of else ""
-        form = "{:+.3f}" if METRICS[metric].of else METRICS[metric].form.replace("{:", "{:+").replace("++", "+")
-        sure = "" if self.sure(metric, model) else ": no difference that these rows can show"
-        return f"{form.format(d.mean)} [{form.format(d.low)}, {form.format(d.high)}] {unit}".strip() + sure
-
-
-def compare(names: Sequence[str], suite: SuiteSection, engine: str = "auto", labels: Sequence[str] | None = None) -> Comparison:
-    """Measure every model on the suite; the first is the baseline of differences, of the KL and of wins.
-
-    names: whatever ``loading.locate`` knows. Raises UserError for unknown models or rows, and for models that do not share a tokenizer
-    where a figure compares tokens.
+    names: whatever ``loading.locate`` knows; origins: for each model the place of the one that it is compared with, itself or an earlier
+    one. Raises UserError for unknown models or rows, and for models that do not share a tokenizer where a figure compares tokens.
     """
+    origins = list(origins) if origins else [0] * len(names)
     labels = list(labels) if labels else labels_of(names)
     located = [loading.locate(name) for name in names]
-    template = suite.template or _usual_template(located)
+    ways = ask.ways(located, template=suite.template, max_tokens=suite.max_tokens, think_tokens=suite.think_tokens)
     questions = read_questions(suite)
-    texts = read_texts(suite.texts, suite.text_limit) if suite.texts else []
+    texts, lines = base_texts(suite)
+    openings = measure.openings(lines, suite.opening_words)[:OPENINGS]
     words = read_texts(suite.last_words, None) if suite.last_words else []
     judge = loading.open_model(suite.reward, engine, scores=True) if suite.reward else None
-    base: Model | None = None
+    kept: dict[int, Model] = {}  # models that later ones are compared with
     found: list[Measured] = []
-    scores: list[np.ndarray] = []
-    for name, label in zip(names, labels, strict=True):
+    scores: list[tuple[np.ndarray, np.ndarray]] = []
+    for place, (name, label, way) in enumerate(zip(names, labels, ways, strict=True)):
         say(f"measuring {label}")
-        model, tokenizer, source = loading.open_model(name, engine)
-        one = Measured(label, str(name))
-        # A model that was trained with a system prompt is used with it, and is asked with it.
-        _ask(one, model, tokenizer, [_with_system(q, source.system) for q in questions], suite, template)
-        _read(one, model, tokenizer, texts, suite)
-        if base is None:
-            base, vocabulary = model, tokenizer.get_vocab()
+        model, tokenizer, _ = loading.open_model(name, engine)
+        one = Measured(label, str(name), template=way.template, origin=origins[place], seed=suite.seed)
+        _ask(one, model, tokenizer, questions, suite, way)
+        _read(one, model, tokenizer, texts, openings, suite)
+        if place == 0:
+            vocabulary = tokenizer.get_vocab()
         elif tokenizer.get_vocab() != vocabulary:
             say(f"{label} has another tokenizer than {labels[0]}: figures per token are left out")
             one.values = {k: v for k, v in one.values.items() if k not in PER_TOKEN}
-        elif texts:
-            kl = measure.base_text_kl(base, model, tokenizer, texts, window=suite.window, stride=suite.stride)
+        elif origins[place] != place and "perplexity" in found[origins[place]].values:
+            how: dict[str, Any] = {"window": suite.window, "stride": suite.stride, "by_window": len(texts) == 1}
+            kl = measure.base_text_kl(kept[origins[place]], model, tokenizer, texts, **how)
             one.values["kl"] = Values(kl.per_token, kl.tokens)
         if words:
             right, nll = measure.last_words(model, tokenizer, words)
             one.values |= {"last_word": Values(right), "last_word_perplexity": Values(nll)}
         if judge is not None:
-            scores.append(_score(judge, questions, one.answers, template))
-            one.values["score"] = Values(scores[-1])
-            if found and "length" in one.values:
-                own, theirs = one.values["length"].rows, found[0].values["length"].rows
-                one.values["wins"] = Values(length_controlled_wins(scores[-1], scores[0], own, theirs))
-        one.values = {k: v for k, v in one.values.items() if np.isfinite(v.rows).any()}  # every answer empty: no score has a mean
+            scores.append(_score(judge, questions, one.answers, ask.usual_template(located)))
         found.append(one)
-        if model is not base:
-            del model
+        if place in origins[place + 1 :]:
+            kept[place] = model
+        kept = {p: m for p, m in kept.items() if p in origins[place + 1 :]}
+        del model
         gc.collect()  # a model in a reference cycle would lie beside the next one
+    if judge is not None:
+        _rank(found, scores)
+    for one in found:  # no row with a value: nothing to average
+        one.values = {name: values for name, values in one.values.items() if np.isfinite(values.rows).any()}
     asked = [
         {"prompt": q.turns[-2].content, "wanted": q.turns[-1].content, "family": str(q.extra.get("family", "")), "rule": q.extra}
         for q in questions
     ]
-    return Comparison(suite.model_dump(mode="json"), template, found, asked)
-
-
-def _with_system(question: Conversation, system: str | None) -> Conversation:
-    if system is None or not question.templated or question.turns[0].role == "system":
-        return question
-    return replace(question, turns=(Turn("system", system), *question.turns))
+    return Comparison(suite.model_dump(mode="json"), suite.template, found, asked)
 
 
 def read_questions(suite: SuiteSection) -> list[Conversation]:
@@ -272,17 +154,28 @@ def read_questions(suite: SuiteSection) -> list[Conversation]:
     return found
 
 
-def read_texts(source: str, limit: int | None) -> list[str]:
-    """Base texts: the embedded ones, or the column ``text`` of a file or data set. Raises UserError for other rows."""
+def base_texts(suite: SuiteSection) -> tuple[list[str], list[str]]:
+    """(texts whose loss is read, texts that are continued): the same, or with ``suite.join`` one text and its lines."""
+    if suite.texts is None:
+        return [], []
+    lines = read_texts(suite.texts, suite.text_limit, split=suite.text_split, config=suite.text_config, empty=suite.join)
+    return (["\n\n".join(lines)] if suite.join else lines), lines
+
+
+def read_texts(source: str, limit: int | None, *, split: str = "train", config: str | None = None, empty: bool = False) -> list[str]:
+    """Base texts: the embedded ones, or the column ``text`` of a file or data set; rows without text only with ``empty``.
+
+    Raises UserError for other rows, and where no row has any text.
+    """
     if source == "embedded":
         return measure.base_text()[:limit]
-    rows = sources.load_rows(source, limit=limit)
+    rows = sources.load_rows(source, split=split, config=config, limit=limit)
     if not rows or not any("text" in row for row in rows):
         raise UserError(f"{source}: base text is a file with a column 'text'; found {', '.join(rows[0]) if rows else 'no row'}")
-    texts = [row["text"] for row in rows if isinstance(row.get("text"), str) and row["text"].strip()]
+    texts = [row["text"] for row in rows if isinstance(row.get("text"), str) and (empty or row["text"].strip())]
     if len(texts) < len(rows):
         say(f"{source}: {len(rows) - len(texts)} rows without text are left out")
-    if not texts:
+    if not any(text.strip() for text in texts):
         raise UserError(f"{source}: no row has any text")
     return texts
 
@@ -294,21 +187,12 @@ def labels_of(names: Sequence[str]) -> list[str]:
     return [str(name) if s in twice else s for name, s in zip(names, short, strict=True)]
 
 
-def _usual_template(located: Sequence[loading.Source]) -> str:
-    """The template that most of the runs were trained with; the first of them where there is a tie."""
-    known = [s.template for s in located if s.template and s.template != "none"]
-    if not known:
-        return "instruction"
-    template = Counter(known).most_common(1)[0][0]
-    others = sorted(set(known) - {template})
-    if others:
-        say(f"all models are asked in the template {template!r}; some runs were trained with {', '.join(others)} (suite.template chooses)")
-    return template
-
-
-def _ask(one: Measured, model: Model, tokenizer: Any, questions: Sequence[Conversation], suite: SuiteSection, template: str) -> None:
+def _ask(one: Measured, model: Model, tokenizer: Any, questions: Sequence[Conversation], suite: SuiteSection, way: ask.Way) -> None:
+    # A model that was trained with a system prompt is used with it, and is asked with it.
+    questions = [ask.with_system(q, way.system) for q in questions]
     held_out = np.array([q.extra["held_out"] for q in questions])
-    found = measure.answers(model, tokenizer, questions, template=template, max_tokens=suite.max_tokens)
+    how: dict[str, Any] = {"template": way.template, "max_tokens": way.max_tokens}
+    found = measure.answers(model, tokenizer, questions, **how)
     one.answers = [a.text for a in found]
     one.values["ended"] = Values(np.array([a.stopped for a in found], np.float64))
     one.values["length"] = Values(np.array([len(a.tokens) for a in found], np.float64))
@@ -317,19 +201,25 @@ def _ask(one: Measured, model: Model, tokenizer: Any, questions: Sequence[Conver
         if np.isfinite(right[held_out == which]).any():
             one.values[key] = Values(right[held_out == which])
     unseen = [q for q in questions if q.extra["held_out"] == "content"]
-    if suite.samples and "accuracy" in one.values:
+    if suite.samples:
         sampled = measure.answers(
-            model, tokenizer, unseen, template=template, max_tokens=suite.max_tokens, samples=suite.samples,
-            temperature=suite.temperature, top_p=suite.top_p, seed=suite.seed,
-        )  # fmt: skip
-        each = judged([q for q in unseen for _ in range(suite.samples)], [a.text for a in sampled])
-        one.values["accuracy_sampled"] = Values(each.reshape(len(unseen), suite.samples).mean(1))
+            model, tokenizer, unseen, samples=suite.samples, temperature=suite.temperature, top_p=suite.top_p, seed=suite.seed, **how
+        )
+        each = {
+            "accuracy_sampled": judged([q for q in unseen for _ in range(suite.samples)], [a.text for a in sampled]),
+            "ended_sampled": np.array([a.stopped for a in sampled], np.float64),
+            "length_sampled": np.array([len(a.tokens) for a in sampled], np.float64),
+        }
+        one.values |= {name: Values(values.reshape(len(unseen), suite.samples).mean(1)) for name, values in each.items()}
     answered = [q for q in unseen if q.turns[-1].content]
     if answered:
-        length = model.context or 2048
-        examples = [encode.encode(q, tokenizer, template=template, max_length=length) for q in answered]
+        examples = [encode.encode(q, tokenizer, template=way.template, max_length=model.context or 2048) for q in answered]
+        fitting = [i for i, e in enumerate(examples) if e is not None]
         loss = measure.response_loss(model, [e for e in examples if e is not None])
-        one.values["response_loss"] = Values(loss.per_token, loss.tokens)
+        # A row that another model's prompt leaves room for keeps its place: differences are drawn row by row.
+        rows, tokens = np.full(len(answered), np.nan), np.zeros(len(answered), np.int64)
+        rows[fitting], tokens[fitting] = loss.per_token, loss.tokens
+        one.values["response_loss"] = Values(rows, tokens)
 
 
 def judged(questions: Sequence[Conversation], answers: Sequence[str]) -> np.ndarray:
@@ -348,71 +238,69 @@ def _verdicts(rules: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.nda
     return np.array([np.nan if v is None else float(v) for v in verdicts])
 
 
-def _read(one: Measured, model: Model, tokenizer: Any, texts: Sequence[str], suite: SuiteSection) -> None:
-    if not texts:
-        return
-    loss = measure.base_text_loss(model, tokenizer, texts, window=suite.window, stride=suite.stride)
-    one.values["perplexity"] = Values(loss.per_token, loss.tokens)
-    openings = measure.openings(texts, suite.opening_words)
+def text_loss(model: Model, tokenizer: Any, texts: Sequence[str], suite: SuiteSection) -> measure.RowLoss:
+    """Loss of base texts as the suite reads them, of each text, or where there is one, of each of its windows."""
+    return measure.base_text_loss(model, tokenizer, texts, window=suite.window, stride=suite.stride, by_window=len(texts) == 1)
+
+
+def _read(one: Measured, model: Model, tokenizer: Any, texts: Sequence[str], openings: Sequence[str], suite: SuiteSection) -> None:
+    if texts:
+        loss = text_loss(model, tokenizer, texts, suite)
+        one.values["perplexity"] = Values(loss.per_token, loss.tokens)
     if not openings:
         return
-    greedy = measure.continuations(model, tokenizer, openings, max_tokens=suite.continuation)
-    end = encode.eos_id(tokenizer)  # what a reader would see ends there; the measures of repetition compare equal lengths
-    one.continuations = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in greedy]
-    one.values["seq_rep_4"] = Values(np.array([seq_rep_n(tokens) for tokens in greedy]))
-    one.values["distinct_2"] = Values(np.array([distinct_n([tokens]) for tokens in greedy]))
-    one.values["diversity"] = Values(np.array([diversity(tokens) for tokens in greedy]))
+    one.continuations = measure.continuations(model, tokenizer, openings, max_tokens=suite.continuation)
+    one.values |= _repetition(one.continuations, len(openings), "")
     if suite.samples:
         sampled = measure.continuations(
-            model, tokenizer, openings, max_tokens=suite.continuation, temperature=suite.temperature, top_p=suite.top_p, seed=suite.seed
-        )
-        one.values["seq_rep_4_sampled"] = Values(np.array([seq_rep_n(tokens) for tokens in sampled]))
+            model, tokenizer, openings, max_tokens=suite.continuation, temperature=suite.temperature, top_p=suite.top_p,
+            samples=suite.samples, seed=suite.seed,
+        )  # fmt: skip
+        one.values |= _repetition(sampled, len(openings), "_sampled")
+
+
+def _repetition(continuations: Sequence[Sequence[int]], texts: int, how: str) -> dict[str, Values]:
+    """Measures of repetition by their names with ``how`` behind; a text's value is the mean over its continuations, or its part in all."""
+    each = len(continuations) // texts
+    of_text = [continuations[begin : begin + each] for begin in range(0, len(continuations), each)]
+    return {
+        f"seq_rep_4{how}": Values(np.array([np.mean([seq_rep_n(tokens) for tokens in text]) for text in of_text])),
+        f"distinct_2{how}": Values(distinct_by_text(of_text)),
+        f"diversity{how}": Values(np.array([np.mean([diversity(tokens) for tokens in text]) for text in of_text])),
+    }
 
 
 def _score(
     judge: tuple[Model, Any, loading.Source], questions: Sequence[Conversation], answers: Sequence[str], template: str
-) -> np.ndarray:
-    """The reward model's scores of the answers, [R]; an answer without a word scores nan."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The reward model's scores of the answers and how many of its tokens it read of each, [R] each.
+
+    A thought is not read: the judge was made of answers. What leaves nothing to read scores -inf, and nan what does not fit the judge's
+    context.
+    """
     from mlx_posttrain.data.pairs import encode_answers
     from mlx_posttrain.rl.scoring import score_rows
 
     model, tokenizer, source = judge
-    rows = encode_answers([q.turns[:-1] for q in questions], answers, tokenizer, source.template or template, model.context)
-    scores = np.full(len(answers), np.nan)
+    said = [verify.after_thought(answer) for answer in answers]
+    rows = encode_answers([q.turns[:-1] for q in questions], said, tokenizer, source.template or template, model.context)
+    scores = np.array([np.nan if text.strip() else -np.inf for text in said])
     known = [i for i, row in enumerate(rows) if row is not None]
     scores[known] = score_rows(model, [row for row in rows if row is not None], loading.pad_id(model.config, tokenizer))
-    return scores
+    return scores, np.array([len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in said], np.float64)
 
 
-def table(comparison: Comparison) -> str:
-    """The comparison for a terminal: one line a model, one column a figure, in as many tables as the width asks for."""
-    from rich.console import Console
-    from rich.table import Table
+def _rank(found: Sequence[Measured], scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Fill in scores and wins from each model's scores and lengths; says of how many answers there was nothing to read.
 
-    names, base = comparison.metrics(), comparison.models[0]
-    console = Console(width=None if Console().is_terminal else 120)  # a pipe or a file has no width of its own
-    label = max(len("best possible"), *(len(m.name) for m in comparison.models))
-    fitting = max(1, (console.width - label - 4) // 18)
-    said = [
-        f"{len(comparison.questions)} questions in the template {comparison.template!r}, greedy; 95 % bootstrap intervals"
-        + (f"; * differs from {base.name} beyond chance" if len(comparison.models) > 1 else "")
-    ]
-    for begin in range(0, len(names), fitting):
-        grid = Table()
-        grid.add_column("", no_wrap=True)
-        for name in names[begin : begin + fitting]:
-            grid.add_column(METRICS[name].label, justify="right")
-        for model in comparison.models:
-            grid.add_row(model.name, *(_short(comparison, name, model) for name in names[begin : begin + fitting]))
-        grid.add_section()
-        grid.add_row("best possible", *(METRICS[name].ceiling.partition(":")[0] for name in names[begin : begin + fitting]), style="dim")
-        with console.capture() as captured:
-            console.print(grid)
-        said.append(captured.get())
-    return "\n".join(said)
-
-
-def _short(comparison: Comparison, metric: str, model: Measured) -> str:
-    value, _, interval = comparison.cell(metric, model).partition(" ")
-    low, _, high = interval.strip("[]").replace("%", "").partition(", ")
-    return f"{value}{'*' if comparison.sure(metric, model) else ''}\n" + (f"{low} to {high}" if interval else "")
+    Leaving such answers out would reward a model for saying nothing: they lose, and have the lowest score that any answer of any model got.
+    """
+    lowest = min((float(own[np.isfinite(own)].min()) for own, _ in scores if np.isfinite(own).any()), default=np.nan)
+    for place, (one, (own, lengths)) in enumerate(zip(found, scores, strict=True)):
+        empty = np.isneginf(own)
+        if empty.any():
+            say(f"{one.name}: {empty.sum()} of {len(own)} answers are empty; they count as lost, and with the lowest score of all answers")
+        one.values["score"] = Values(np.where(empty, lowest, own))
+        if one.origin != place:
+            theirs, other_lengths = scores[one.origin]
+            one.values["wins"] = Values(length_controlled_wins(own, theirs, lengths, other_lengths))

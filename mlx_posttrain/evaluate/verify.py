@@ -40,7 +40,7 @@ def final_answer(text: str) -> str:
     ``####``, else the inside of the last ``\\boxed{...}`` with balanced braces, else all of it. A thought that is never closed has no
     answer: "".
     """
-    said = _said(text)
+    said = after_thought(text)
     if marked := _ANSWER.findall(said):
         return marked[-1].strip()
     if "####" in said:
@@ -49,8 +49,8 @@ def final_answer(text: str) -> str:
     return (said if boxed is None else boxed).strip()
 
 
-def _said(text: str) -> str:
-    """The text after the last thought; a text without one as it is."""
+def after_thought(text: str) -> str:
+    """The text after the last thought, "" where that is never closed; a text without one as it is."""
     if text.rfind(THINK) > text.rfind(END_THINK):
         return ""
     _, closed, rest = text.rpartition(END_THINK)
@@ -140,7 +140,7 @@ def verify(row: Mapping[str, Any], text: str) -> bool | None:
     if rule == "checker":
         return tasks.check(row, text)
     if rule == "ifeval":
-        return ifeval.strict(row, _said(text))
+        return ifeval.strict(row, after_thought(text))
     if rule == "countdown":
         return _countdown([Fraction(str(one)) for one in row["numbers"]], Fraction(str(row["target"])), final_answer(text))
     wanted = _wanted(row)

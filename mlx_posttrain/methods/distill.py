@@ -24,12 +24,16 @@ from mlx_posttrain.evaluate import reasoning, verify
 from mlx_posttrain.methods import sft
 from mlx_posttrain.progress import say
 
+LEAST_ROOM = 32  # tokens: a question that leaves less in the context has no room for a thought
+
 
 class ThinkSection(recipes.Section):
     """The questions that are asked afterwards."""
 
     questions: int = Field(200, ge=0, description="held-out questions whose answer can be checked, asked after training; 0: none")
-    max_tokens: int = Field(512, ge=1, description="longest output, thought and answer")
+    max_tokens: int | None = Field(
+        None, ge=1, description="longest output, thought and answer; null: as long as the longest training row, data.max_length"
+    )
     base: bool = Field(True, description="ask the model before training as well")
 
 
@@ -51,8 +55,8 @@ class Recipe(recipes.Recipe):
 def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     """Run the recipe to the end; returns the final evaluation with the report's figures. See supervised.run for files and errors."""
 
-    def judged(run: runs.Run, model: Model, tokenizer: Any, held_out: list[Conversation]) -> dict[str, Any]:
-        return judge(recipe, run, model, tokenizer, held_out)
+    def judged(run: runs.Run, model: Model, tokenizer: Any, held_out: list[Conversation], kept: float) -> dict[str, Any]:
+        return judge(recipe, run, model, tokenizer, held_out, kept)
 
     result = supervised.run(recipe, sft.loss, adapter=recipe.adapter, resume=resume, judge=judged)
     if recipe.adapter is not None and recipe.adapter.quantize is None:  # a merge into few bits loses much of an adapter
@@ -66,12 +70,18 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
     return supervised.planned(recipe)
 
 
-def judge(recipe: Recipe, run: runs.Run, student: Model, tokenizer: Any, held_out: list[Conversation]) -> dict[str, Any]:
-    """Ask and compare; writes report.json and answers.jsonl and returns the main figures."""
+def judge(
+    recipe: Recipe, run: runs.Run, student: Model, tokenizer: Any, held_out: list[Conversation], kept: float | None = None
+) -> dict[str, Any]:
+    """Ask and compare; writes report.json and answers.jsonl and returns the main figures.
+
+    A thought has what its question leaves of the context, and by default no less room than the longest row had in training: what was
+    learned is never cut off. kept: share of the training rows that were not left out as too long.
+    """
     template = str(recipe.data.template)
     rows = [row for row in held_out if verify.kind(row.extra) is not None]
-    room = max(1, min(recipe.think.max_tokens, (student.context or 2 * recipe.think.max_tokens) // 2))
-    rows = _fitting(rows, tokenizer, template, student.context, room)[: recipe.think.questions]
+    room = recipe.think.max_tokens or recipe.data.max_length
+    rows = _fitting(rows, tokenizer, template, student.context)[: recipe.think.questions]
     if not rows:
         if recipe.think.questions:
             say("no held-out question has an answer that can be checked and fits the context: nothing is asked")
@@ -87,7 +97,7 @@ def judge(recipe: Recipe, run: runs.Run, student: Model, tokenizer: Any, held_ou
             group_size=adapter.group_size if adapter else 64,
         )
         base = reasoning.think(start, tokenizer, rows, template=template, max_tokens=room)
-    figures = reasoning.summary(thinking, at_once, base)
+    figures = reasoning.summary(thinking, at_once, base, kept)
     records = [
         {
             "question": row.turns[-2].content, "wanted": row.extra.get("answer"),
@@ -102,15 +112,15 @@ def judge(recipe: Recipe, run: runs.Run, student: Model, tokenizer: Any, held_ou
     return {name: figures[name].mean for name in ("accuracy", "accuracy_at_once", "format_rate")}
 
 
-def _fitting(rows: list[Conversation], tokenizer: Any, template: str, context: int | None, room: int) -> list[Conversation]:
-    """The rows whose question leaves ``room`` tokens for thought and answer; says how many do not."""
+def _fitting(rows: list[Conversation], tokenizer: Any, template: str, context: int | None) -> list[Conversation]:
+    """The rows whose question leaves LEAST_ROOM tokens for thought and answer; says how many do not."""
     if context is None or not rows:
         return rows
     lengths = [
         len(ids) for ids in encode.encode_prompts([row.turns[:-1] for row in rows], tokenizer, template, templated=rows[0].templated)
     ]
     begun = len(tokenizer(reasoning.AT_ONCE, add_special_tokens=False)["input_ids"])
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length + room + begun <= context]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length + begun + LEAST_ROOM <= context]
     if len(kept) < len(rows):
         say(f"{len(rows) - len(kept)} of {len(rows)} questions are too long to be answered in the model's context and are left out")
     return kept

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlx_posttrain import engines, progress, supervised
 from mlx_posttrain import recipe as recipes
@@ -29,6 +29,19 @@ class Recipe(recipes.Section):
     runs: dict[str, str] = Field(min_length=1, description="what to call each run: its directory")
     base: str | None = Field(None, description="the model they are compared with; null: the one that the first run started from")
     suite: SuiteSection = Field(default_factory=lambda: SuiteSection(), description="what is asked and read")
+    gains: dict[str, list[tuple[str, str]]] = Field(
+        default_factory=dict, description="what is to be shown as a gain: pairs of runs, one pair a seed, the first against the second"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Recipe:
+        for name, pairs in self.gains.items():
+            for run in (run for pair in pairs for run in pair):
+                if run not in self.runs:
+                    raise ValueError(f"gains.{name} names {run!r}, which is none of the runs ({', '.join(self.runs)})")
+            if not pairs:
+                raise ValueError(f"gains.{name} names no pair of runs")
+        return self
 
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
@@ -36,20 +49,20 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
 
     Raises UserError as compare; a resumed report starts over.
     """
-    from mlx_posttrain.evaluate import analyze, report
+    from mlx_posttrain.evaluate import analyze, gains, report
 
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
     recipe.engine = engine.name  # type: ignore[assignment]
     recipes.paths_in_full(recipe)
-    folder = Path(recipe.output)
-    one = rundirs.Run(folder) if resume else rundirs.start(folder, recipe)  # type: ignore[arg-type]
+    folder = Path(recipe.output).expanduser()
+    one = rundirs.reopen(folder, write=True)[0] if resume else rundirs.start(folder, recipe)  # type: ignore[arg-type]
     if resume and one.finished:
         raise UserError(f"{folder} is finished: there is nothing to resume")
     suite = recipe.suite.model_copy(update={"seed": recipe.suite.seed or recipe.seed})  # 0, the default of both, leaves it to the other
     with supervised.setting_up(one, resume):
         comparison, found = analyze.analyze(list(recipe.runs.values()), suite, engine.name, base=recipe.base, labels=list(recipe.runs))
-
+    found = [*gains.findings(comparison, recipe.gains), *found]
     said = report.text(comparison, found)
 
     def fill(final: Path) -> None:
@@ -59,6 +72,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     result = {f"{m.name}/{name}": m.figure(name).mean for m in comparison.models for name in ("accuracy", "perplexity") if name in m.values}
     rundirs.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     rundirs.replace_folder(one.final, fill)
+    one.close()
     print(said)
     progress.say(f"the report is {one.final / 'report.html'}")
     return result

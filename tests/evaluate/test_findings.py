@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from mlx_posttrain.evaluate import analyze, findings
+from mlx_posttrain.evaluate.comparison import Comparison, Measured, Values
 from mlx_posttrain.evaluate.findings import loop_start
-from mlx_posttrain.evaluate.suite import Comparison, Measured, Values
+from mlx_posttrain.evaluate.measure import RowLoss
+from mlx_posttrain.evaluate.metrics import sign_flip
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,19 @@ def test_forgetting_tells_more_from_chance():
     assert findings.forgetting(comparison(base={"perplexity": base})) is None
 
 
+def test_forgetting_is_told_from_what_each_model_started_from():
+    """The second base is worse than the first from the start: its run has forgotten nothing."""
+    rng = np.random.default_rng(0)
+    near, far = rng.normal(3, 0.5, 60), rng.normal(5, 0.5, 60)
+    made = comparison(base={"perplexity": near}, other={"perplexity": far}, a={"perplexity": near + 0.5 + rng.normal(0, 0.1, 60)},
+                      b={"perplexity": far + rng.normal(0, 0.1, 60)})  # fmt: skip
+    for model, origin in zip(made.models, (0, 1, 0, 1)):
+        model.origin = origin
+    found = findings.forgetting(made)
+    assert found.verdict == "yes" and found.sentence.startswith("a forgot most") and set(found.figures["nats_minus_base"]) == {"a", "b"}
+    assert "(other)" in found.sentence
+
+
 def test_lower_loss_is_worse_only_where_the_rows_show_it():
     rng = np.random.default_rng(1)
     loss, right = rng.normal(2, 0.3, 80), (rng.random(80) < 0.5).astype(float)
@@ -58,31 +73,126 @@ def test_lower_loss_is_worse_only_where_the_rows_show_it():
         a={"response_loss": loss, "accuracy": right}, b={"response_loss": loss + 1e-9 * rng.normal(size=80), "accuracy": right}
     ))  # fmt: skip
     assert chance.verdict == "cannot say"
+    few = findings.loss_and_quality(comparison(
+        a={"response_loss": loss[:19] - 0.5, "accuracy": np.ones(19)}, b={"response_loss": loss[:19], "accuracy": np.zeros(19)}
+    ))  # fmt: skip
+    assert few.verdict == "cannot say"
+
+
+def test_seven_equal_models_hardly_ever_show_a_difference(monkeypatch):
+    """Seven models, alike in right answers and far apart in loss: any pair that "disagrees" does so by chance. 21 pairs, each at .05, would
+    find one in most of the comparisons."""
+    monkeypatch.setattr(findings, "sign_flip", lambda a, b, **more: sign_flip(a, b, **more, flips=2000))
+    monkeypatch.setattr(findings.charts, "scatter", lambda *_, **__: None)
+    rng = np.random.default_rng(8)
+    said = []
+    for _ in range(40):
+        loss = rng.normal(2, 0.3, 60)
+        made = comparison(**{
+            f"m{i}": {"response_loss": loss + 0.1 * i, "accuracy": (rng.random(60) < 0.5).astype(float)} for i in range(7)
+        })  # fmt: skip
+        said.append(findings.loss_and_quality(made).verdict)
+    assert said.count("cannot say") >= 35
+
+
+def gradients(means: np.ndarray, noise: float, parts: int = 16, seed: int = 0) -> np.ndarray:
+    """Inner products [n, P, n, P] of gradients that are their template's mean [n, D], plus what each part adds to all, plus noise."""
+    rng = np.random.default_rng(seed)
+    n, width = means.shape
+    drawn = means[:, None] + noise * (rng.normal(size=(1, parts, width)) + 0.5 * rng.normal(size=(n, parts, width)))
+    return np.einsum("ipd,jqd->ipjq", drawn, drawn)
+
+
+def directions(cosines: np.ndarray, width: int = 400) -> np.ndarray:
+    """Unit vectors [n, D] with these cosines."""
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(width, len(cosines))))[0].T
+    return np.linalg.cholesky(cosines) @ basis
+
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def alike(other: float) -> np.ndarray:
+    return np.full((4, 4), other) + (1 - other) * np.eye(4)
+
+
+def test_one_pair_that_pulls_against_each_other_is_interference():
+    """Five pairs agree and one does not: their mean says nothing of the one."""
+    cosines = alike(0.3)
+    cosines[0, 2] = cosines[2, 0] = -0.4
+    found = findings.interference(NAMES, gradients(directions(cosines), 0.02))
+    assert found.verdict == "yes" and found.sentence.endswith("pull against each other: a and c.") and "-0.3" in found.sentence
+    off = ~np.eye(4, dtype=bool)
+    assert np.array(found.figures["mean"])[off].mean() > 0.1
+    assert found.figures["cosine"]["a and c"].high < 0 < found.figures["cosine"]["a and b"].low
 
 
 def test_interference_is_judged_against_its_control():
-    names = ["a", "b", "c"]
-    rng = np.random.default_rng(0)
-
-    def cosines(same: float, other: float) -> np.ndarray:
-        return np.stack([np.full((3, 3), other) + (same - other) * np.eye(3) + rng.normal(0, 0.01, (3, 3)) for _ in range(6)])
-
-    assert findings.interference(names, cosines(0.5, -0.4)).verdict == "yes"
-    agree = findings.interference(names, cosines(0.5, 0.2))
+    agree = findings.interference(NAMES, gradients(directions(alike(0.5)), 0.02))
     assert agree.verdict == "no" and "less than the control" in agree.sentence
-    assert "as well as random halves" in findings.interference(names, cosines(0.5, 0.5)).sentence
-    assert findings.interference(names, cosines(0.5, -0.4)[:2]).verdict == "cannot say"
+    same = findings.interference(NAMES, gradients(directions(alike(0.9999)), 0.02))
+    assert same.verdict == "no" and "as well as random halves" in same.sentence
+    noise = findings.interference(NAMES, gradients(directions(alike(0.5)), 2.0))
+    assert noise.verdict == "cannot say" and "cannot say" in noise.sentence
+    with pytest.raises(ValueError, match="3 parts"):
+        findings.interference(NAMES, gradients(directions(alike(0.5)), 0.02)[:, :3, :, :3])
+
+
+def test_half_cosines_by_hand():
+    parts = np.array([[[1.0, 0.0], [1.0, 2.0]], [[0.0, 3.0], [1.0, 1.0]]])  # [template, part, D]
+    products = np.einsum("ipd,jqd->ipjq", parts, parts)
+    first = np.array([[1.0, 0.0]])
+    found = findings.half_cosines(products, first, 1 - first)
+    across = [1 / np.sqrt(2), 2 / np.sqrt(5)]  # a on part 1 with b on part 2, b on part 1 with a on part 2
+    wanted = [[1 / np.sqrt(5), np.mean(across)], [np.mean(across), 1 / np.sqrt(2)]]
+    assert found == pytest.approx(np.array(wanted))
+    whole = np.ones((1, 2))  # both parts on both sides: the cosine of the sums
+    assert findings.half_cosines(products, whole, whole)[0, 1] == pytest.approx((2 * 1 + 2 * 4) / np.sqrt(8 * 17))
+
+
+def test_templates_that_do_not_pull_are_hardly_ever_said_to(monkeypatch):
+    """Orthogonal gradients, six pairs: one analysis in twenty may say yes."""
+    monkeypatch.setattr(findings.charts, "heatmap", lambda *_, **__: None)
+    means = directions(np.eye(4))
+    verdicts = [findings.interference(NAMES, gradients(means, 0.1, seed=s), seed=s).verdict for s in range(100)]
+    assert verdicts.count("yes") <= 10
+
+
+def looping(**texts: list[list[int]]) -> Comparison:
+    return Comparison({}, "question", [Measured(name, name, continuations=found) for name, found in texts.items()], [])
 
 
 def test_repetition_and_overfitting():
     loops, text = [[1, 2, 3] + [4] * 9] * 20, [list(range(12))] * 20
-    assert findings.repetition({"base": text, "sft": loops}).verdict == "yes"
-    assert findings.repetition({"base": loops, "sft": loops}).verdict == "no"
+    found = findings.repetition(looping(base=text, sft=loops))
+    assert found.verdict == "yes" and "sft in 100% (more than before, beyond chance)" in found.sentence
+    assert found.figures["looping"]["base"].high == pytest.approx(0.161, abs=1e-3)  # none of 20 is no certainty
+    assert findings.repetition(looping(base=loops, sft=loops)).verdict == "no"
+    assert findings.repetition(looping(base=text, sft=loops[:3] + text[:17])).verdict == "no"  # 3 of 20: chance
+    assert findings.repetition(looping(base=text[:9], sft=loops[:9])).verdict == "cannot say"
+    assert findings.repetition(looping(base=[])) is None
     steps = [{"step": s, "nll": 2.0 / s} for s in range(1, 30)]
     rising = [{"step": 10, "eval/nll": 1.0}, {"step": 20, "eval/nll": 0.8}, {"step": 29, "eval/nll": 1.2}]
-    assert findings.overfitting({"a": steps + rising}).verdict == "yes"
-    assert findings.overfitting({"a": steps + rising[:2]}).verdict == "no"
-    assert findings.overfitting({"a": steps}) is None
+    falling = [{"step": 10, "eval/nll": 1.0}, {"step": 20, "eval/nll": 0.8}, {"step": 29, "eval/nll": 0.81}]
+    found = findings.overfitting({"a": steps + rising})
+    assert found.verdict == "yes" and "in a (a threshold" in found.sentence
+    assert findings.overfitting({"a": steps + falling}).verdict == "no"
+    few = findings.overfitting({"a": steps + falling, "b": steps + rising[:2]})
+    assert few.verdict == "cannot say" and "fewer than three times: b" in few.sentence
+    assert findings.overfitting({"a": steps}).verdict == "cannot say"
+    assert findings.overfitting({"a": []}) is findings.overfitting({}) is None
+
+
+def test_reward_models_have_a_chart_and_a_gap_of_their_own():
+    def run(train: float, held: float, **more: float) -> list[dict[str, float]]:
+        return [{"step": s, "nll": train, **more} for s in range(9)] + [{"step": s, "eval/nll": held} for s in (3, 6, 9)]
+
+    found = findings.overfitting({"sft": run(1.0, 1.25), "reward": run(0.1, 0.6, margin=1.0)})
+    assert "in nats a token: sft, 1.00 on training rows, 1.25" in found.sentence
+    assert "in nats a pair: reward, 0.10 on training rows, 0.60" in found.sentence
+    drawn = {name: chart.axes[0] for name, chart in found.charts.items()}
+    assert {name: axis.get_ylabel() for name, axis in drawn.items()} == {"curves": "nats a token", "curves_pairs": "nats a pair"}
+    assert [axis.get_legend_handles_labels()[1] for axis in drawn.values()] == [["sft"], ["reward"]]
 
 
 def test_an_empty_cache_is_told_apart_from_the_model():
@@ -100,11 +210,34 @@ def test_an_empty_cache_is_told_apart_from_the_model():
 def test_drift_and_shift():
     found = findings.drift({"a": {"h.0.w": 0.1, "h.1.w": 0.3}, "b": {"h.0.w": 0.01, "h.1.w": 0.02}})
     assert found.verdict == "yes" and found.sentence.startswith("a moved") and "layer 1 the most, 30.00%" in found.sentence
-    assert findings.drift({"a": {"h.0.w": 0.0}}).verdict == "no" and findings.drift({"a": {}}) is None
+    assert findings.drift({"a": {"h.0.w": 0.0}}).verdict == "no" and findings.drift({}) is None
+    assert findings.drift({"a": {"h.0.w": 3e-8}}).verdict == "no"  # rounding
+    assert findings.drift({"a": {}}).verdict == "cannot say"
+    mixed = findings.drift({"a": {"h.0.w": 0.0}, "q": {}})
+    assert mixed.verdict == "cannot say" and "No matrix of q" in mixed.sentence
     tokens = np.full(40, 10)
-    plain = np.random.default_rng(0).normal(30, 3, 40)
-    assert findings.shift({"a": (plain + 20, tokens)}, (plain, tokens)).verdict == "yes"
-    assert findings.shift({"a": (plain, tokens)}, (plain, tokens)).verdict == "no"
+    plain = RowLoss(np.random.default_rng(0).normal(30, 3, 40), tokens)
+    worse = RowLoss(plain.nll + 20, tokens)
+    assert findings.shift({"a": worse}, {"a": plain}).verdict == "yes"
+    assert findings.shift({"a": plain}, {"a": plain}).verdict == "no" and findings.shift({}, {}) is None
+    few = RowLoss(worse.nll[:19], tokens[:19])
+    assert findings.shift({"a": few}, {"a": plain}).verdict == "cannot say"
+    assert findings.shift({"a": worse}, {"a": RowLoss(plain.nll[:19], tokens[:19])}).verdict == "cannot say"
+
+
+def test_the_run_whose_rows_are_foreign_is_the_one_that_is_named():
+    """``odd`` has the highest perplexity and the widest spread, and is within chance; ``far`` is foreign beyond it."""
+    rng = np.random.default_rng(0)
+    tokens = np.full(60, 10)
+    plain = RowLoss(rng.normal(30, 1, 60), tokens)
+    odd = RowLoss(np.where(np.arange(60) < 2, 400.0, rng.normal(26, 1, 60)), tokens)
+    found = findings.shift({"odd": odd, "far": RowLoss(plain.nll + 5, tokens)}, {"odd": plain, "far": plain})
+    figures = found.figures["perplexity"]
+    assert figures["odd"].mean > figures["far"].mean and found.verdict == "yes"
+    assert "the answers that far was trained on" in found.sentence and "So are" not in found.sentence
+    # Each beside the text that its own start has read: 60 nats a row are nothing new to a start that pays as much for any text.
+    foreign = RowLoss(plain.nll + 30, tokens)
+    assert findings.shift({"a": foreign}, {"a": RowLoss(plain.nll + 30, tokens)}).verdict == "no"
 
 
 def test_drift_of_a_model_is_that_of_its_weights(random_gpt2, tmp_path):

@@ -286,6 +286,15 @@ def test_base_text_loss_equals_the_sum_over_the_document(tokenizer):
     assert max(b.tokens.shape[1] for b in table.batches) <= CONTEXT
 
 
+def test_losses_by_window_are_the_texts_in_parts(model, tokenizer):
+    whole = measure.base_text_loss(model, tokenizer, [SAID[1] * 6], window=20, stride=8)
+    parts = measure.base_text_loss(model, tokenizer, [SAID[1] * 6], window=20, stride=8, by_window=True)
+    assert parts.tokens.tolist() == [w.fresh for w in measure.windows(int(whole.tokens[0]), 20, 8)]
+    assert parts.nll.sum() == pytest.approx(whole.nll[0]) and parts.mean == pytest.approx(whole.mean)
+    kl = measure.base_text_kl(model, model, tokenizer, [SAID[1] * 6], window=20, stride=8, by_window=True)
+    assert kl.tokens.tolist() == parts.tokens.tolist()
+
+
 @pytest.mark.parametrize("settings", [{"window": CONTEXT + 1}, {"window": 0}, {"window": 8, "stride": 9}, {"stride": 0}])
 def test_windows_that_cannot_be_are_errors(tokenizer, settings):
     with pytest.raises(UserError, match="must lie between 1 and"):
@@ -295,20 +304,20 @@ def test_windows_that_cannot_be_are_errors(tokenizer, settings):
 # -- continuations
 
 
-def test_repetition_counts_the_greedy_continuation_and_eos_does_not_end_it(tokenizer):
+def test_repetition_is_that_of_equally_long_continuations_without_an_end_of_text(tokenizer):
+    """A model that would end every text and then say the same is not one that repeats itself: the end is forbidden, the rest is its own."""
     table = Table(len(tokenizer))
     eos = encode.eos_id(tokenizer)
-    cat, the = (tokenizer(text)["input_ids"][-1] for text in ("a cat", "on the"))
-    table.table[the] = np.where(np.arange(len(tokenizer)) == eos, 0.0, -50.0)
-    table.table[eos] = np.where(np.arange(len(tokenizer)) == the, 0.0, -50.0)  # the, EOS, the, EOS ...
+    table.table[:, eos] = 0.0  # most likely after anything
     found = measure.continuations(table, tokenizer, ["a cat", "on the"], max_tokens=12)
-    assert found == [path(table, cat, 12), [eos, the] * 6]
+    table.table[:, eos] = -50.0
+    assert found == [path(table, tokenizer(text)["input_ids"][-1], 12) for text in ("a cat", "on the")]
+    table.table[:, eos] = 0.0
     rep = measure.repetition(table, tokenizer, ["a cat", "on the"], max_tokens=12, batch=1)
-    assert rep[1] == 1 - 2 / 9
-    assert rep[0] == 1 - len({tuple(found[0][i : i + 4]) for i in range(9)}) / 9
-    assert all(call["stop"] is None and call["temperature"] == 0.0 for call in table.calls)
+    assert rep.tolist() == [1 - len({tuple(tokens[i : i + 4]) for i in range(9)}) / 9 for tokens in found]
     sampled = measure.continuations(table, tokenizer, ["a cat"], max_tokens=5, temperature=1.0, samples=3)
     assert [len(tokens) for tokens in sampled] == [5] * 3 and len({tuple(tokens) for tokens in sampled}) == 3
+    assert all(eos not in tokens for tokens in [*found, *sampled])
 
 
 def test_continuations_must_all_fit(tokenizer):

@@ -12,15 +12,17 @@ import pytest
 
 from mlx_posttrain import cli, engines, methods, recipe
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate import report
+from mlx_posttrain.evaluate.comparison import Comparison, Measured
 
 ENGINE = engines.available()[0]
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
-SUITE = ["limit=24", "families=[quotes,true_false]", "max_tokens=12", "text_limit=6", "continuation=16"]
+SUITE = ["limit=24", "families=[quotes,true_false]", "max_tokens=12", "text_limit=6", "continuation=16", "samples=1"]
 
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory) -> Path:
-    """Two supervised runs, full and LoRA, and what a report of them is, made through the command line."""
+    """Two supervised runs, full and LoRA, a distilled one, and a report of them, made through the command line."""
     folder = tmp_path_factory.mktemp("journey")
     for name, more in (("sft", []), ("lora", ["adapter.rank=4"])):
         chosen = recipe.load("01_sft", [
@@ -29,7 +31,12 @@ def journey(tmp_path_factory) -> Path:
             "train.eval_every=4", "sample.count=1", "sample.max_tokens=8", f"output={folder / name}", *more,
         ])  # fmt: skip
         methods.get("sft").run(chosen)
-    cli.app(["report", str(folder / "sft"), str(folder / "lora"), *SUITE, "--output", str(folder / "report.html")], standalone_mode=False)
+    methods.get("distill").run(recipe.load("demo_distill", [
+        f"engine={ENGINE}", "data.limit=33", "data.eval_limit=8", "data.max_length=96", "train.steps=2", "train.batch_size=8", "think.questions=4",
+        "sample.count=1", "sample.max_tokens=8", f"output={folder / 'distilled'}",
+    ]))  # fmt: skip
+    names = [str(folder / name) for name in ("sft", "lora", "distilled")]
+    cli.app(["report", *names, *SUITE, "--output", str(folder / "report.html")], standalone_mode=False)
     return folder
 
 
@@ -57,14 +64,25 @@ def test_the_page_is_whole_and_needs_no_network(journey):
 
 def test_the_page_says_what_the_json_says(journey):
     page = (journey / "report.html").read_text()
-    numbers = json.loads((journey / "comparison.json").read_text())
-    assert [m["name"] for m in numbers["models"]] == ["base", "sft", "lora"]
+    numbers = json.loads((journey / "report-comparison.json").read_text())
+    assert [m["name"] for m in numbers["models"]] == ["base", "sft", "lora", "distilled"]
     for model in numbers["models"]:
         assert f"{model['figures']['perplexity']['mean']:.1f}" in page
         assert f"{model['figures']['accuracy']['mean']:.1%}" in page
-    findings = json.loads((journey / "findings.json").read_text())
-    assert {f["verdict"] for f in findings} <= {"yes", "no", "cannot say"} and len(findings) == 8
-    assert "where the cache is left empty" in page
+    findings = json.loads((journey / "report-findings.json").read_text())
+    assert {f["verdict"] for f in findings} <= {"yes", "no", "cannot say"} and len(findings) == 9
+    assert "where the cache is left empty" in page and "Was a score full before anything was trained?" in page
+
+
+def test_the_page_shows_what_thinking_is_worth(journey):
+    page = (journey / "report.html").read_text()
+    figures = json.loads((journey / "distilled" / "report.json").read_text())
+    section = page[page.index('<h2 id="thoughts">') :].partition("<h2 id=")[2]
+    for value in (figures["accuracy"], figures["accuracy_at_once"], figures["base_accuracy"], figures["format_rate"], figures["ended"]):
+        assert f"{value[0]:.1%} [{value[1]:.0%}, {value[2]:.0%}]" in section
+    assert f"{figures['trace_tokens'][0]:.0f} [" in section and f"{figures['kept']:.1%}" in section and figures["kept"] < 1
+    assert "keyword score of this project's origin, for comparison only" in section
+    assert (journey / "report-charts" / "reasoning.svg").is_file()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -85,6 +103,22 @@ def test_a_browser_shows_it(journey, scheme, tmp_path):
     assert dark == (scheme == "dark")
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_what_is_folded_is_printed(journey, tmp_path):
+    """A printed page has no one to unfold a recipe: it takes as many sheets as with all of it unfolded."""
+    sheets = {}
+    page = (journey / "report.html").read_text()
+    for name, text in (("folded", page), ("unfolded", page.replace("<details>", "<details open>"))):
+        (tmp_path / f"{name}.html").write_text(text)
+        pdf = tmp_path / f"{name}.pdf"
+        subprocess.run(
+            [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={pdf}",
+             (tmp_path / f"{name}.html").as_uri()], check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+        sheets[name] = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+    assert sheets["folded"] == sheets["unfolded"] > 3
+
+
 def _corner(path: Path) -> int:
     """Brightness of the top left pixel of a PNG, 0 to 255."""
     from matplotlib.image import imread
@@ -103,6 +137,40 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     )  # fmt: skip
     result = methods.get("report").run(chosen)
     assert (tmp_path / "report" / "final" / "report.html").is_file() and "low rank/accuracy" in result
+
+
+def test_reports_of_one_folder_keep_their_figures_apart(journey, tmp_path):
+    """Also what compare writes: the findings that need no further model, the curves, and the base though nobody named it."""
+    for name in ("sft", "lora"):
+        target = str(tmp_path / f"{name}.html")
+        cli.app(["compare", str(journey / name), str(journey / "distilled"), *SUITE, "--report", target], standalone_mode=False)
+    for name in ("sft", "lora"):
+        numbers = json.loads((tmp_path / f"{name}-comparison.json").read_text())
+        assert [m["name"] for m in numbers["models"]] == [name, "distilled", "base"] and numbers["baseline"] == name
+        asked = {f["question"] for f in json.loads((tmp_path / f"{name}-findings.json").read_text())}
+        assert asked == {
+            "Was base text forgotten?", "Did tuning make the model repeat itself?", "Was a score full before anything was trained?",
+            "Did a run learn its rows by heart?", "Can a model with a lower loss be the worse one?",
+        }  # fmt: skip
+        assert (tmp_path / f"{name}-charts" / "curves.svg").is_file()
+    assert not (tmp_path / "comparison.json").exists()
+
+
+def test_one_run_is_compared_with_its_base(journey, capsys):
+    cli.app(["eval", str(journey / "sft"), *SUITE, "--json"], standalone_mode=False)
+    numbers = json.loads(capsys.readouterr().out)
+    assert [m["name"] for m in numbers["models"]] == ["base", "sft"] and "kl" in numbers["models"][1]["figures"]
+
+
+def test_a_report_says_whether_its_judge_was_a_teacher(tmp_path):
+    for name, reward in (("ppo", "reward"), ("other", "elsewhere")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(f"method: ppo\nreward: [{{model: {tmp_path / reward}}}, {{function: checker}}]\n")
+    models = [Measured(name, str(tmp_path / name)) for name in ("ppo", "other")]
+    note = report.judge_note(Comparison({"reward": str(tmp_path / "reward")}, "own", models, []))
+    assert "which ppo was trained to please" in note and "other was" not in note
+    assert "none of these runs was trained" in report.judge_note(Comparison({"reward": str(tmp_path / "judge")}, "own", models, []))
+    assert report.judge_note(Comparison({"reward": None}, "own", models, [])) == ""
 
 
 @pytest.mark.parametrize(("asked", "used"), [({}, 3), ({"seed": 7}, 7)])
@@ -133,7 +201,7 @@ def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys
     names = [str(tmp_path / name / "run") for name in ("a", "b")]
     cli.app(["report", *names, *SUITE, "--output", str(tmp_path / "r.html")], standalone_mode=False)
     assert "template interference is left out: 5 training rows" in capsys.readouterr().err
-    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    numbers = json.loads((tmp_path / "r-comparison.json").read_text())
     assert [m["name"] for m in numbers["models"]] == ["base", *names]
     rows.write_text(json.dumps({"instruction": "Say it. " * 600, "output": "it"}) + "\n")
     cli.app(["analyze", names[0], *SUITE], standalone_mode=False)

@@ -11,8 +11,9 @@ import pytest
 from mlx_posttrain import cli, engines, loading
 from mlx_posttrain.engines.base import head_start
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import measure, suite
-from mlx_posttrain.evaluate.metrics import perplexity
+from mlx_posttrain.evaluate import comparison, measure, suite
+from mlx_posttrain.evaluate.comparison import Comparison, Measured, Values
+from mlx_posttrain.evaluate.metrics import distinct_n, perplexity, share
 from mlx_posttrain.evaluate.preference import length_controlled_wins
 from mlx_posttrain.evaluate.suite import SuiteSection
 
@@ -64,7 +65,7 @@ def test_figures_are_what_they_say_and_a_model_equals_itself(engine, random_gpt2
     settings = small(questions_file, texts=str(texts_file), last_words=str(texts_file), samples=2)
     found = suite.compare([str(random_gpt2), str(other_gpt2), str(random_gpt2)], settings, engine, ["a", "b", "c"])
     a, b, again = found.models
-    assert len(a.answers) == 6 and set(found.metrics()) == set(suite.METRICS) - {"accuracy_phrasing", "score", "wins"}
+    assert len(a.answers) == 6 and set(found.metrics()) == set(comparison.METRICS) - {"accuracy_phrasing", "score", "wins"}
     model, tokenizer, _ = loading.open_model(random_gpt2, engine)
     loss = measure.base_text_loss(model, tokenizer, TEXTS)
     assert a.figure("perplexity").mean == pytest.approx(perplexity(*loss), rel=1e-9)
@@ -75,8 +76,11 @@ def test_figures_are_what_they_say_and_a_model_equals_itself(engine, random_gpt2
         assert found.difference(name, again) == (0, 0, 0), name
     gap = found.difference("perplexity", b)
     assert gap.mean == pytest.approx(np.log(b.figure("perplexity").mean) - np.log(a.figure("perplexity").mean), abs=1e-9)
-    text = suite.table(found)
-    assert all(suite.METRICS[name].label in text for name in found.metrics()) and "differs from a" in text
+    pooled = distinct_n(a.continuations, 2)
+    assert a.figure("distinct_2").mean == pytest.approx(pooled) and len({len(tokens) for tokens in a.continuations}) == 1
+    text = comparison.table(found)
+    assert all(comparison.METRICS[name].label in text for name in found.metrics())
+    assert "differs from a beyond chance: p < .05" in text and "Holm" in text
     assert max(map(len, text.splitlines())) <= 120
     numbers = json.loads(json.dumps(found.to_dict()))
     assert numbers["baseline"] == "a" and numbers["models"][1]["minus_baseline"]["perplexity"]["low"] <= gap.mean
@@ -116,18 +120,50 @@ def test_length_controlled_wins_take_the_length_out():
     rng = np.random.default_rng(0)
     n = 4000
     others = rng.integers(5, 60, n).astype(float)
-    for more in (4, 20):  # a judge that likes length alone: 1 win in 2 for answers of one length, whatever the longer ones win
+    for more in (4, 12):  # a judge that likes length alone: 1 win in 2 for answers of one length, whatever the longer ones win
         lengths = others + rng.normal(more, 15, n)
         scores = 0.1 * (lengths - others) + rng.logistic(size=n)
         assert (scores > 0).mean() > 0.54
         assert length_controlled_wins(scores, np.zeros(n), lengths, others).mean() == pytest.approx(0.5, abs=0.04)
-    # Always longer by as much: nothing can tell length from worth.
+    # Always longer by as much, or hardly ever as short: nothing can tell length from worth.
     assert np.isnan(length_controlled_wins(scores, np.zeros(n), others + 20, others)).all()
+    assert np.isnan(length_controlled_wins(scores, np.zeros(n), others + rng.normal(20, 15, n), others)).all()
     # Equal lengths: the plain share of wins, a tie a half, and rows without a score stay out.
     plain = length_controlled_wins(np.array([1.0, 2, 0, np.nan]), np.array([0.0, 0, 0, 0]), np.ones(4), np.ones(4))
     assert np.isnan(plain[3]) and np.nanmean(plain) == pytest.approx(2.5 / 3, abs=1e-6)
-    # Winning everything is no failure of the fit.
-    assert length_controlled_wins(np.ones(9), np.zeros(9), np.arange(9.0) - 4, np.zeros(9)).mean() > 0.9
+    # Winning everything is no failure of the fit, and nine rows are no certainty.
+    won = share(length_controlled_wins(np.ones(9), np.zeros(9), np.arange(9.0) - 4, np.zeros(9)))
+    assert won.mean == 1.0 and won.low == pytest.approx(0.70, abs=0.01)
+
+
+def test_an_empty_answer_loses_whatever_its_length():
+    rng = np.random.default_rng(4)
+    n = 2000
+    lengths, others = rng.integers(5, 40, (2, n)).astype(float)
+    scores, theirs = rng.normal(size=(2, n))
+    even = length_controlled_wins(scores, theirs, lengths, others).mean()
+    empty = rng.random(n) < 0.3
+    scores[empty], lengths[empty] = -np.inf, 0.0
+    with_empty = length_controlled_wins(scores, theirs, lengths, others)
+    assert (with_empty[empty] == 0).all() and with_empty.mean() == pytest.approx(0.7 * even, abs=0.03)
+    assert length_controlled_wins(theirs, scores, others, lengths).mean() == pytest.approx(1 - with_empty.mean(), abs=1e-6)
+    both = length_controlled_wins(np.full(3, -np.inf), np.array([-np.inf, 1.0, np.nan]), np.zeros(3), np.ones(3))
+    assert both[:2].tolist() == [0.5, 0.0] and np.isnan(both[2])
+
+
+@pytest.mark.parametrize("gap, a, b", [(0.0, 0.0, 0.5), (0.5, 1.5, 0.5), (0.9, 0.0, 1.0)])
+def test_the_interval_of_wins_covers_the_rate_at_equal_length(gap, a, b):
+    """Rows whose wins follow the model, ``gap`` standard deviations longer on average; taking b as known covers 91, 86 and 75 %."""
+    rng = np.random.default_rng(6)
+    rate, hits = 1 / (1 + np.exp(-a)), []
+    while len(hits) < 300:
+        longer = rng.normal(gap, 1, 80)
+        won = (rng.random(80) < 1 / (1 + np.exp(-a - b * longer))).astype(float)
+        values = length_controlled_wins(won, np.full(80, 0.5), longer, np.zeros(80))
+        if np.isfinite(values).all():
+            _, low, high = share(values, samples=300, seed=len(hits))
+            hits.append(low <= rate <= high)
+    assert 0.92 <= np.mean(hits) <= 0.98  # nominal .95; 300 trials have a standard error of .013
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
@@ -138,11 +174,18 @@ def test_a_reward_model_scores_answers(engine, random_gpt2, other_gpt2, question
     found = suite.compare(
         [str(random_gpt2), str(other_gpt2)], small(questions_file, texts=None, reward=str(tmp_path / "judge")), engine, ["a", "b"]
     )
-    scored = ["score" in m.values for m in found.models]
-    assert scored == [any(m.answers) for m in found.models]  # answers without a word have no score, and no mean either
-    assert "wins" not in found.models[0].values and ("wins" in found.models[1].values) == any(
-        a and b for a, b in zip(found.models[0].answers, found.models[1].answers, strict=True)
+    assert ["score" in m.values for m in found.models] == [any(a for m in found.models for a in m.answers)] * 2
+    assert "wins" not in found.models[0].values and len(found.models[1].values["wins"].rows) == 6
+
+
+def test_answers_without_a_word_have_the_lowest_score_and_lose(capsys):
+    a, b = Measured("a", "a"), Measured("b", "b")
+    suite._rank(
+        [a, b], [(np.array([1.0, 3.0, -np.inf]), np.array([4.0, 4, 0])), (np.array([2.0, -np.inf, -np.inf]), np.array([4.0, 0, 0]))]
     )
+    assert a.values["score"].rows.tolist() == [1, 3, 1] and b.values["score"].rows.tolist() == [2, 1, 1]
+    assert b.values["wins"].rows.tolist() == [1.0, 0.0, 0.5] and "wins" not in a.values
+    assert "a: 1 of 3 answers are empty" in (said := capsys.readouterr().err) and "b: 2 of 3" in said
 
 
 def test_labels_templates_and_questions(tmp_path):
@@ -165,18 +208,80 @@ def test_labels_templates_and_questions(tmp_path):
 
 def test_few_rows_show_no_difference():
     """One row makes a point of an interval, and a point is never beside 0 by chance."""
-    from mlx_posttrain.evaluate.suite import Comparison, Measured, Values
-
-    for rows, sure in ((1, False), (suite.MIN_ROWS - 1, False), (suite.MIN_ROWS, True)):
+    for rows, sure in ((1, False), (comparison.MIN_ROWS - 1, False), (comparison.MIN_ROWS, True)):
         a, b = (Measured(n, n, {"accuracy": Values(np.full(rows, v))}) for n, v in (("a", 0.0), ("b", 1.0)))
         made = Comparison({}, "question", [a, b], [])
         assert made.sure("accuracy", b) is sure and (": no difference" in made.sentence("accuracy", b)) is not sure
 
 
+def test_of_many_equal_models_hardly_any_is_marked():
+    """Of 100 tables of nine models that differ by chance, 5 should mark one; with each difference judged alone it would be 30."""
+    rng = np.random.default_rng(5)
+    marked, alone = 0, 0
+    for seed in range(60):
+        rows = rng.random((9, 40)) < 0.5
+        models = [Measured(str(i), str(i), {"accuracy": Values(r.astype(float))}) for i, r in enumerate(rows)]
+        made = Comparison({"seed": seed}, "question", models, [])
+        marked += any(made.sure("accuracy", m) for m in models)
+        alone += any(d.low > 0 or d.high < 0 for m in models[1:] if (d := made.difference("accuracy", m)))
+    assert marked <= 7 and alone >= 12
+
+
+def test_wins_are_held_against_a_half():
+    rng = np.random.default_rng(0)
+    base = Measured("base", "base", {"score": Values(np.zeros(80))})
+    for won, sure in ((0.5, False), (0.8, True)):
+        wins = (np.arange(80) < 80 * won).astype(float)
+        model = Measured("b", "b", {"wins": Values(rng.permutation(wins))})
+        made = Comparison({}, "question", [base, model], [])
+        assert made.difference("wins", model).mean == pytest.approx(won - 0.5) and made.sure("wins", model) is sure
+        assert made.sentence("wins", model).startswith("+30.0% [" if sure else "+0.0% [")
+
+
+def test_shares_have_wilsons_bounds_and_intervals_follow_the_seed():
+    none = Measured("a", "a", {"accuracy": Values(np.zeros(40)), "seq_rep_4": Values(np.zeros(40))})
+    made = Comparison({}, "question", [none], [])
+    assert made.cell("accuracy", none) == "0.0% [0.0%, 8.8%]" and made.cell("seq_rep_4", none) == "0.000 [0.000, 0.000]"
+    rows = np.random.default_rng(0).normal(size=(2, 30))
+    drawn = set()
+    for seed in (0, 0, 1):
+        a, b = (Measured(n, n, {"response_loss": Values(r)}, seed=seed) for n, r in zip("ab", rows, strict=True))
+        drawn.add((a.figure("response_loss"), Comparison({"seed": seed}, "question", [a, b], []).difference("response_loss", b)))
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_models_are_compared_with_their_origins(engine, random_gpt2, other_gpt2, texts_file, questions_file):
+    settings = small(questions_file, texts=str(texts_file), samples=0, seed=3)
+    found = suite.compare([str(random_gpt2), str(other_gpt2), str(other_gpt2)], settings, engine, ["a", "b", "b2"], [0, 1, 1])
+    a, b, again = found.models
+    assert found.baseline(again) is b and found.baseline(b) is b and {m.seed for m in found.models} == {3}
+    assert "kl" not in a.values and "kl" not in b.values and abs(again.figure("kl").mean) < 1e-6
+    assert found.difference("perplexity", b) is None and found.difference("perplexity", again) == (0, 0, 0)
+    assert [m["baseline"] for m in found.to_dict()["models"]] == ["a", "b", "b"]
+    assert "the model that each started from" in comparison.table(found)
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_lines_are_read_as_one_text_with_an_interval_over_its_windows(engine, random_gpt2, tmp_path, questions_file):
+    lines = [" = Title = \n", "", TEXTS[0] + " \n", "", TEXTS[1] + " \n", TEXTS[2]]
+    path = tmp_path / "wiki.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    settings = small(questions_file, texts=str(path), join=True, text_limit=None, window=16, samples=0)
+    found = suite.compare([str(random_gpt2), str(random_gpt2)], settings, engine, ["a", "b"])
+    model, tokenizer, _ = loading.open_model(random_gpt2, engine)
+    whole = measure.base_text_loss(model, tokenizer, ["\n\n".join(lines)], window=16)
+    a, b = found.models
+    assert a.figure("perplexity").mean == pytest.approx(perplexity(*whole), rel=1e-9)
+    assert len(a.values["perplexity"].rows) == len(b.values["kl"].rows) == -(-whole.tokens[0] // 16) > 3
+    assert a.figure("perplexity").low < a.figure("perplexity").mean < a.figure("perplexity").high
+    assert len(a.continuations) == 3  # of the lines that are long enough, not of the whole
+
+
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_another_tokenizer_has_no_figures_per_token(engine, random_gpt2, questions_file, texts_file, capsys):
     found = suite.compare([str(random_gpt2), "tiny"], small(questions_file, texts=str(texts_file)), engine)
-    assert not set(suite.PER_TOKEN) & set(found.models[1].values) and "another tokenizer" in capsys.readouterr().err
+    assert not set(comparison.PER_TOKEN) & set(found.models[1].values) and "another tokenizer" in capsys.readouterr().err
     assert found.models[1].values["ended"] is not None
 
 
