@@ -37,6 +37,8 @@ ADVICE = (
     "MLX uses the slow reference BLAS on this machine: install SciPy's wheel (pip install scipy) or an OpenBLAS "
     "(Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas-threads)"
 )
+UNCHECKED = "which BLAS MLX multiplies with could not be checked ({}): `mlx-posttrain doctor` measures how fast it is"
+UNCHANGED = "MLX keeps the slow reference BLAS, since its import table cannot be changed here ({}): use an MLX built with a fast one, or engine=torch"
 
 # What libmlx calls in every forward and backward pass. LAPACK (mx.linalg) stays with the library that MLX was built with.
 _ROUTINES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
@@ -79,7 +81,10 @@ def _load() -> BlasInfo:
         return BlasInfo(None)
     import mlx.core  # noqa: F401  maps libmlx into the process
 
-    slots = _import_slots("libmlx.so", _ROUTINES)
+    try:
+        slots = _import_slots("libmlx.so", _ROUTINES)
+    except LookupError as error:
+        return BlasInfo(None, advice=UNCHECKED.format(error.args[0]))
     if "cblas_sgemm" not in slots:
         return BlasInfo("built into MLX")
     present = _library_of(slots["cblas_sgemm"].value)
@@ -97,8 +102,11 @@ def _load() -> BlasInfo:
         except (OSError, ArithmeticError, LookupError) as error:
             problem = f"{path}: {error}"
             continue
-        for routine, slot in slots.items():
-            slot.redirect(_address(library, prefix + routine))
+        try:
+            for routine, slot in slots.items():
+                slot.redirect(_address(library, prefix + routine))
+        except OSError as error:  # no other library would fare better
+            return BlasInfo(None, present, UNCHANGED.format(error))
         return BlasInfo(_describe(library, prefix), _library_of(slots["cblas_sgemm"].value))
     return BlasInfo(None, present, f"{ENV}: {problem}" if wish else ADVICE)
 
@@ -184,10 +192,11 @@ def _self_test(sgemm: Any) -> None:
 # -- redirecting one library's imports (ELF, 64 bit) ------------------------------------------------------------------------
 
 # Names and numbers as in elf.h and the processors' ABI supplements.
-_PT_DYNAMIC, _PT_GNU_RELRO = 2, 0x6474E552
+_PT_DYNAMIC = 2
 _DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_JMPREL = 2, 5, 6, 7, 8, 23
 _FUNCTION_RELOCATIONS = {"x86_64": (6, 7), "aarch64": (1025, 1026)}  # GLOB_DAT, JUMP_SLOT
 _RELA_SIZE, _SYM_SIZE = 24, 24
+_READ, _WRITE, _EXECUTE = 1, 2, 4  # mprotect(2)
 
 
 class _ProgramHeader(ctypes.Structure):
@@ -209,32 +218,58 @@ class _DynamicLibrary(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Slot:
-    """One entry of a library's import table: the address it calls for one function."""
+    """One entry of a library's import table: where the address lies that it calls for one function."""
 
     address: int
-    protected: bool
 
     @property
     def value(self) -> int:
         return ctypes.c_uint64.from_address(self.address).value
 
     def redirect(self, target: int) -> None:
-        """Write another function's address: one aligned word, so a thread that calls meanwhile sees the old or the new one."""
-        if not self.protected:
-            ctypes.c_uint64.from_address(self.address).value = target
-            return
-        page = os.sysconf("SC_PAGE_SIZE")
-        libc, start = ctypes.CDLL(None, use_errno=True), self.address // page * page
-        read, write = 1, 2
-        if libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), read | write):
-            raise OSError(ctypes.get_errno(), "the import table of libmlx cannot be changed")
+        """Write another function's address: one aligned word, so a thread that calls meanwhile sees the old or the new one.
+
+        The page is as writable afterwards as the loader left it. Raises OSError where it may not be written.
+        """
+        before = _protection(self.address)
+        if not before & _WRITE:
+            _protect(self.address, before | _WRITE)
         ctypes.c_uint64.from_address(self.address).value = target
-        libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), read)
+        if not before & _WRITE:
+            _protect(self.address, before)
+
+
+def _protection(address: int) -> int:
+    """What this process may do with the page at ``address``, as mprotect's bits. Raises OSError when the system does not tell."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, _, rest = line.partition("-")
+        end, letters = rest.split()[:2]
+        if int(begin, 16) <= address < int(end, 16):
+            return sum(bit for letter, bit in (("r", _READ), ("w", _WRITE), ("x", _EXECUTE)) if letter in letters)
+    raise OSError(f"nothing is mapped at {address:#x}")
+
+
+def _protect(address: int, bits: int) -> None:
+    """Change it. Raises OSError."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address // page * page), ctypes.c_size_t(page), bits):
+        number = ctypes.get_errno()
+        raise OSError(number, f"mprotect: {os.strerror(number)}")
 
 
 def _import_slots(library: str, routines: tuple[str, ...]) -> dict[str, _Slot]:
-    """Return where the loaded ``library`` keeps the addresses of imported ``routines``; empty if it has none or is not loaded."""
-    kinds = _FUNCTION_RELOCATIONS.get(os.uname().machine)
+    """Return where the loaded ``library`` keeps the addresses of imported ``routines``; empty if it imports none.
+
+    Raises LookupError with a few words where that cannot be found out.
+    """
+    machine = os.uname().machine
+    kinds = _FUNCTION_RELOCATIONS.get(machine)
+    if kinds is None:
+        raise LookupError(f"unknown processor {machine}")
+    walk = getattr(ctypes.CDLL(None), "dl_iterate_phdr", None)
+    if walk is None:
+        raise LookupError("this C library does not tell what is loaded")
     segments: list[tuple[int, int, int, int]] = []  # type, start, size, base
 
     def visit(info: Any, _size: int, _data: Any) -> int:
@@ -246,10 +281,10 @@ def _import_slots(library: str, routines: tuple[str, ...]) -> dict[str, _Slot]:
         return 0
 
     visitor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_LoadedObject), ctypes.c_size_t, ctypes.c_void_p)
-    ctypes.CDLL(None).dl_iterate_phdr(visitor(visit), None)
+    walk(visitor(visit), None)
     dynamic = next((s for s in segments if s[0] == _PT_DYNAMIC), None)
-    if kinds is None or dynamic is None:
-        return {}
+    if dynamic is None:
+        raise LookupError(f"{library} is not among the libraries loaded")
     _, start, size, base = dynamic
     words = (ctypes.c_uint64 * (size // 8)).from_address(start)
     table = {words[i]: words[i + 1] for i in range(0, len(words) - 1, 2) if words[i]}
@@ -269,15 +304,15 @@ def _import_slots(library: str, routines: tuple[str, ...]) -> dict[str, _Slot]:
             name_at = ctypes.c_uint32.from_address(pointer(_DT_SYMTAB) + symbol * _SYM_SIZE).value
             name = ctypes.string_at(pointer(_DT_STRTAB) + name_at).decode(errors="replace")
             if name in routines:
-                at = base + offset
-                slots[name] = _Slot(at, any(k == _PT_GNU_RELRO and s <= at < s + n for k, s, n, _ in segments))
+                slots[name] = _Slot(base + offset)
     return slots
 
 
 def _library_of(address: int) -> str:
     """Return the file that the code at ``address`` was loaded from, '' if unknown."""
     info = _DynamicLibrary()
-    found = ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(info))
+    tell = getattr(ctypes.CDLL(None), "dladdr", None)
+    found = tell is not None and tell(ctypes.c_void_p(address), ctypes.byref(info))
     return (info.file or b"").decode(errors="replace") if found else ""
 
 

@@ -242,7 +242,7 @@ def _blas() -> list[Check]:
 
     info = blas.load(quiet=True)
     rate = measure_gflops()
-    value = f"{info.name or 'reference BLAS'}, {rate:.0f} GFLOP/s (float32 matmul, default device)"
+    value = f"{info.name or ('reference BLAS' if info.path else 'unknown BLAS')}, {rate:.0f} GFLOP/s (float32 matmul, default device)"
     if sys.platform == "linux" and info.name is None:
         return [Check("MLX's BLAS", value, WARN, info.advice or f"{blas.ENV}=none is set: unset it for speed")]
     return [Check("MLX's BLAS", value)]

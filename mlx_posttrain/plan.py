@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_posttrain import loading
+from mlx_posttrain import reference as references
 from mlx_posttrain.convert import gpt2, hub
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import fused
@@ -343,8 +344,8 @@ def of_recipe(recipe: Any) -> list[Plan]:
     return method.plan(recipe)
 
 
-def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = False) -> Plan:
-    """The plan of a run over fixed rows. data: what training.fit is given."""
+def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = False, cache_gb: float = 0.0) -> Plan:
+    """The plan of a run over fixed rows. data: what training.fit is given; cache_gb: what a reference's hidden states may take."""
     seen: set[Shape] = set()
     trained = read = steps = most = 0.0
     for step in range(min(data.steps, data.steps_per_epoch)):
@@ -355,7 +356,8 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
     training = replace(
         _training(recipe, engine, of), reference=reference, batches=sorted(seen), evaluations=shapes(data.evaluation()), accumulate=most > 1
     )
-    return peak(_name(recipe), training, data.steps, (trained / steps, read / steps))
+    kept = references.share(data, of.width, cache_gb).gb if reference else 0.0
+    return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": kept})
 
 
 def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Sequence[Size]) -> Plan:

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from mlx_posttrain import bench, engines
-from mlx_posttrain.bench import render, work
+from mlx_posttrain.bench import comparison, peers, render, scaling, work, worker
 from mlx_posttrain.bench.material import Shape, model_folder, rows
 from mlx_posttrain.cli import app
 from mlx_posttrain.convert import hub
@@ -19,28 +20,118 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.plan import Size
 
 
-def timing(engine: str, seconds: list[float], losses: list[float]) -> bench.Timing:
-    return bench.Timing(engine, "sft", seconds=seconds, losses=losses, rows=8, tokens=100)
+def timing(engine: str, seconds: list[float], losses: list[float], **more: Any) -> bench.Timing:
+    return bench.Timing(engine, more.pop("what", "sft"), seconds=seconds, losses=losses, rows=8, tokens=100, **more)
+
+
+ROWS = [(30.0, 10), (44.0, 11), (12.0, 4)]  # of three rows the summed loss and the trained tokens: 86 / 25 = 3.44 in all
+
+
+def ours(**more: Any) -> bench.Timing:
+    return timing("torch-cpu", [1.0, 2.0], [3.4, 3.3], first={"rows": ROWS}, **more)
+
+
+def peer(loss: float = 74 / 21, tokens: int = 21, losses: tuple[float, float] = (3.41, 3.32)) -> bench.Timing:
+    """A trainer whose first batch are the first two rows."""
+    first = {"rows": [1, 0], "loss": loss, "tokens": tokens}
+    return timing("trl-cpu", [3.0, 4.0], list(losses), against="torch-cpu", version="1.16.0", first=first)
 
 
 def test_ratio_is_the_median_of_pairs() -> None:
-    found = [timing("mlx-cpu", [1.0, 2.0, 4.0], [3.0] * 3), timing("torch-cpu", [2.0, 2.0, 12.0], [3.0] * 3)]
-    bench._compare(found)
-    assert found[0].ratio is None and found[1].ratio == (2.0, 1.0, 3.0)
+    found = [timing("mlx-cpu", [1.0, 2.0, 4.0], [3.0] * 3), timing("torch-cpu", [2.0, 2.0, 12.0], [3.0] * 3, against="mlx-cpu")]
+    comparison.compare(found)
+    assert found[0].ratio is None and found[1].ratio == (2.0, 1.0, 3.0) and found[1].disagreement == 0
+
+
+def test_every_engine_is_compared_with_its_own_kind() -> None:
+    """Another library's or device's engine as the base would make a peer look fast or slow for what is not its doing."""
+    found = [timing("mlx-cpu", [10.0, 10.0], [3.4, 3.3]), ours(against="mlx-cpu"), peer()]
+    comparison.compare(found)
+    assert found[2].ratio == (2.5, 2.0, 3.0)
+    text = render.table({"timings": [vars(t) for t in found]})
+    assert "2.50 [2.00, 3.00] of torch-cpu" in text and "0.15 [0.10, 0.20] of mlx-cpu" in text
+
+
+def test_peers_are_measured_on_the_device_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: True)
+    assert peers.beside(["mlx-cpu"]) == {"mlx-lm-cpu": "mlx-cpu"}
+    both = peers.beside(["mlx-gpu", "mlx-cpu", "torch-cpu"])
+    assert both == {"mlx-lm-gpu": "mlx-gpu", "mlx-lm-cpu": "mlx-cpu", "transformers-cpu": "torch-cpu", "trl-cpu": "torch-cpu"}
+    assert {peers.peer(name) for name in both} == set(peers.PEERS) == set(peers.WORK)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (peer(), None),
+        (peer(tokens=60), "its first batch trains 60 tokens, ours of the same rows 21"),  # prompts too
+        (peer(loss=74 / 21 * 1.002), "losses before training differ by 0.20%"),
+        (peer(losses=(3.44, 3.44)), "its loss fell 0.00 times as far as ours"),  # nothing is trained
+        (peer(losses=(3.0, 2.9)), "its loss fell 3.86 times as far as ours"),
+    ],
+)
+def test_a_peer_must_begin_alike_and_learn_alike(other: bench.Timing, said: str | None) -> None:
+    found = [ours(), other]
+    comparison.compare(found)
+    assert other.mismatch == said and (other.ratio is None) == (said is not None)
+    if said:
+        assert said in render._ratio(vars(other))
+
+
+@pytest.mark.parametrize(
+    ("first", "entropy", "said"),
+    [
+        ({"kl": 0.0, "score": 0.1}, 10.7, None),
+        ({"kl": 0.4, "score": 0.1}, 10.7, "trl-cpu's first divergence from the reference is 0.400, not 0"),
+        ({"kl": 0.0, "score": 3.1}, 10.7, "mean scores of the first rollout differ: 3.100, and 0.000 +- 0.500"),
+        ({"kl": 0.0, "score": 0.1}, 9.0, "entropies differ by 15.9%"),
+    ],
+)
+def test_a_peers_first_rollout_is_of_the_same_policy_and_scorer(first: dict[str, float], entropy: float, said: str | None) -> None:
+    base = timing("torch-cpu", [1.0], [10.7], what="ppo", first={"kl": 0.0, "score": 0.0, "score_std": 1.0})
+    other = timing("trl-cpu", [2.0], [entropy], what="ppo", against="torch-cpu", version="1.12.0", first=first)
+    comparison.compare([base, other])
+    assert other.mismatch == said
 
 
 def test_no_ratio_where_losses_disagree() -> None:
-    found = [timing("mlx-cpu", [1.0], [3.0]), timing("torch-cpu", [2.0], [3.03]), timing("mlx-lm", [2.0], [3.03])]
-    bench._compare(found)
-    assert found[1].ratio is None and found[1].disagreement == pytest.approx(0.01)
-    assert found[2].ratio is not None  # a peer's masks and averages are its own
-    assert "no ratio: losses differ by 1.0%" in render._ratio(vars(found[1]))
+    found = [timing("mlx-cpu", [1.0], [3.0]), timing("torch-cpu", [2.0], [3.006], against="mlx-cpu")]
+    comparison.compare(found)
+    assert found[1].ratio is None and found[1].disagreement == pytest.approx(0.002)
+    assert "no ratio: losses differ by 0.20%" in render._ratio(vars(found[1]))
 
 
 def test_no_ratio_where_a_loss_is_not_finite() -> None:
-    found = [timing("mlx-cpu", [1.0, 1.0], [3.0, 3.0]), timing("torch-cpu", [2.0, 2.0], [3.0, float("nan")])]
-    bench._compare(found)
+    found = [timing("mlx-cpu", [1.0, 1.0], [3.0, 3.0]), timing("torch-cpu", [2.0, 2.0], [3.0, float("nan")], against="mlx-cpu")]
+    comparison.compare(found)
     assert found[1].ratio is None and "not finite" in (found[1].error or "") and not found[1].losses and found[0].error is None
+    failed = [timing("mlx-cpu", [1.0], [float("inf")]), timing("torch-cpu", [2.0], [3.0], against="mlx-cpu")]
+    comparison.compare(failed)
+    assert failed[1].ratio is None and failed[1].mismatch == "mlx-cpu failed"
+
+
+def test_what_a_kind_of_work_takes_over_another() -> None:
+    def done(what: str, seconds: list[float], peak: float) -> bench.Timing:
+        return timing("mlx-cpu", seconds, [3.0], what=what, peak_gb=peak)
+
+    found = [done("sft", [2.0, 2.0, 4.0], 2.0), done("kl", [2.8, 3.0, 3.0], 3.0), done("lora", [1.0, 1.2, 1.4], 1.0)]
+    kl, lora = comparison.relations([*found, timing("mlx-lm-cpu", [9.0], [3.0], what="lora", version="1")])
+    assert (kl["what"], kl["over"], kl["time"], kl["memory"]) == ("kl", "sft", (1.5, 0.7, 1.5), 1.5)
+    assert (lora["what"], lora["over"], lora["time"], lora["memory"]) == ("lora", "sft", (0.6, 0.25, 0.7), 0.5)
+    assert render._relation(kl) == "kl / sft on mlx-cpu: 1.50 [0.70, 1.50] of the time, 1.50 of the memory"
+
+
+def test_what_is_collected_is_shown() -> None:
+    t = vars(ours()) | {"steps": 4, "shapes": 3, "disagreement": 1.5e-5, "against": "mlx-cpu", "ratio": (2.0, 1.9, 2.1), "flops_share": 0.5}
+    (row,) = render.table({"timings": [t]}).splitlines()[2:]
+    shown = dict(zip(render.COLUMNS, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
+    assert shown["seconds a step"] == "0.375" and shown["shapes"] == "3" and shown["losses differ"] == "0.0015%"
+    assert shown["of product peak"] == "50%"
+    result = {
+        "shape": vars(Shape()), "peaks": {}, "machine": {"chip": "x", "transformers": "5"}, "model": "tiny", "units": 2, "relations": [],
+        "scaling": {}, "timings": [t, vars(peer())],
+    }  # fmt: skip
+    assert "- trl: 1.16.0" in render.block(result)
 
 
 def test_rows_are_the_same_everywhere_and_as_long_as_said() -> None:
@@ -57,6 +148,46 @@ def test_operations_by_hand() -> None:
     attention = 2 * 2 * 2 * 64 / 2
     assert work.training_flops(tiny, "sft", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 3 * attention
     assert work.training_flops(tiny, "kl-lora", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
+    assert work.training_flops(tiny, "reward", shape) == 6 * 12 * 4 * 8 + 3 * attention  # its head is one number a row
+
+
+def test_operations_of_ppo_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Size(1, 2, 8, 1, 10, 32, "gpt2", {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)})
+    monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 1, "samples": 2, "max_tokens": 4})
+    monkeypatch.setattr(worker, "prompts", lambda vocabulary: [[1, 2, 3]])
+    body, attention, head = 2 * 48 * 7, 2 * 2 * 2 * 49 / 2, 2 * 2 * 10 * 4  # one answer forward: 3 + 4 tokens, 4 of them with logits
+    decoding = 2 * (2 * 48 * 4 + attention + head) + 2 * 48 * 3  # the prompt is read once for both
+    assert work.ppo_flops(tiny) == decoding + 2 * (4 * (body + attention) + 2 * head) + 2 * 2 * (6 * (body + attention) + 3 * head)
+
+
+def test_decoding_row_by_row_reads_the_weights_for_every_row() -> None:
+    tiny = Size(1, 2, 8, 1, 10, 32, "gpt2", {}, file_bytes=1000)
+    assert work.decode_bytes(tiny) == 64_000 and work.decode_bytes(tiny, 32) == 32 * 64_000
+
+
+def test_lines_of_scaling() -> None:
+    seconds = {case: 0.1 * case.rows * case.length / 1024 + 1e-4 * case.rows * case.trained for case in scaling.cases(256)}
+    found = {
+        "cases": [{**case._asdict(), "seconds": [s]} for case, s in seconds.items()],
+        "loss": [{"positions": 1024, "vocabulary": 8192, "mb": 50.0, "logits_mb": 32.0}],
+    }
+    text = "\n".join(scaling.lines("mlx-cpu", found))
+    assert "4 times the rows: 4.00 times the time" in text
+    assert "0.12, 0.50 and 0.88 of the tokens trained: 0.59, 0.80 and 1 of the time (on a straight line 0.80 in the middle)" in text
+    assert "the same tokens in rows 4 times as long: 1.00 times the time" in text  # 512 tokens do not fit
+    assert "| 1024 | 8192 | 50 | 32 |" in text
+
+
+@pytest.mark.parametrize("engine", engines.available())
+def test_the_loss_knows_neither_positions_nor_vocabulary(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_posttrain.engines import fused
+
+    if engine == "torch" and sys.platform != "linux":
+        pytest.skip("other systems cannot forget a process's peak")
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
+    scaling.loss_peak(engine, 256, 4096)  # what a library sets up when it is first used
+    small, large = scaling.loss_peak(engine, 512, 4096), scaling.loss_peak(engine, 2048, 16384)
+    assert large < small + 12 and large < 2048 * 16384 * 4 / 2**20 / 2
 
 
 @pytest.mark.slow
@@ -78,7 +209,30 @@ def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
     assert "holds a benchmark already" in str(again.exception)  # and nothing was measured for it
     text = (tmp_path / "out" / "bench.md").read_text()
     assert "- chip: " in text and "| sft | " in text
+    assert timings["sft", have[0]]["steps"] == 2 and timings["sft", have[0]]["shapes"] >= 1
     assert all((tmp_path / "out" / f"bench.{ending}").stat().st_size > 1000 for ending in ("svg", "png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["sft", "lora"])
+def test_installed_peers_do_the_same_work(what: str) -> None:
+    """Real trainers on the embedded model: their losses before training are ours, and fall as ours do."""
+    result = bench.bench("tiny", [what], peers=True, units=2, shape=Shape(rows=16))
+    found = [t for t in result["timings"] if t["version"]]
+    assert found
+    for t in found:
+        assert t["error"] is None and t["mismatch"] is None and t["ratio"], (t["engine"], t["error"], t["mismatch"])
+        assert t["disagreement"] < 1e-4 and t["against"].partition("-")[0] == peers.PEERS[peers.peer(t["engine"])].engine
+
+
+@pytest.mark.slow
+def test_scaling_of_the_embedded_model(tmp_path: Path) -> None:
+    result = bench.bench("tiny", ["scaling"], [bench.here()[0]], units=1)
+    (found,) = result["scaling"].values()
+    assert len(found["cases"]) == 8 and all(len(c["seconds"]) == 2 for c in found["cases"]) and len(found["loss"]) == 4
+    assert "times the rows" in render.block(result)
+    render.write(result, tmp_path)
+    assert (tmp_path / "bench.json").is_file()
 
 
 @pytest.mark.slow

@@ -198,6 +198,57 @@ def test_a_library_that_cannot_be_used_is_one_line_and_mlx_still_works(tmp_path)
     assert python(code, MLX_POSTTRAIN_BLAS="none") == ""
 
 
+@linux
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("blas._protection = lambda address: 1; blas._protect = refuse", "cannot be changed here ([Errno 13] mprotect: Permission denied)"),
+        ("blas._protection = refuse", "cannot be changed here"),  # no /proc
+        ("blas._FUNCTION_RELOCATIONS = {}", "could not be checked (unknown processor"),
+        ("ctypes.CDLL = lambda *given, **named: object()", "could not be checked (this C library does not tell"),
+        ("blas._import_slots = lambda *given: real('libnowhere.so', *given[1:])", "could not be checked (libnowhere.so is not among"),
+    ],
+    ids=["mprotect fails", "no /proc", "unknown processor", "missing symbol", "library under another name"],
+)
+def test_where_mlx_cannot_be_redirected_one_line_says_why_and_it_still_works(broken, said):
+    pytest.importorskip("mlx")
+    out = python(
+        f"""
+        import ctypes, sys
+        sys.stderr = sys.stdout
+        import mlx.core as mx
+        from mlx_posttrain import blas
+        def refuse(*given):
+            raise PermissionError(13, "mprotect: Permission denied")
+        real = blas._import_slots
+        {broken}
+        info = blas.load()
+        assert info.name is None and (mx.ones((3, 4)) @ mx.ones((4, 2))).sum().item() == 24
+        """,
+        MLX_POSTTRAIN_BLAS="",
+    )
+    (line,) = out.splitlines()
+    assert said in line and ("engine=torch" in line or "doctor" in line)
+
+
+@linux
+@pytest.mark.parametrize("bits", [1, 3], ids=["read-only", "writable"])
+def test_a_page_is_as_writable_after_a_redirection_as_before(bits):
+    import ctypes
+    import mmap
+
+    from mlx_posttrain import blas
+
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page)) + 16
+    blas._protect(address, bits)
+    assert blas._protection(address) == bits
+    slot = blas._Slot(address)
+    slot.redirect(77)
+    assert slot.value == 77 and blas._protection(address) == bits
+    blas._protect(address, 3)
+
+
 def test_a_library_that_multiplies_wrongly_is_refused():
     from mlx_posttrain import blas
 

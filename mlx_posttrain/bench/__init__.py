@@ -2,56 +2,31 @@
 
 Every engine works in a process of its own (worker.py) and all are open at once; they take turns, one unit of work at a time in alternating
 order, so that whatever else the machine does falls on all of them. The first unit is warm-up: it compiles. A ratio is the median of the
-ratios of units that were done beside each other, with the smallest and the largest; it is left out where the losses say that the work was not
-the same.
+ratios of units that were done beside each other, with the smallest and the largest; it is left out where the work was not the same
+(comparison.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import plan
+from mlx_posttrain.bench.comparison import Timing, compare, relations
 from mlx_posttrain.bench.material import SIZES, Shape, model_folder, reward_folder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
 
 ENGINES = ("mlx-gpu", "mlx-cpu", "torch-cpu")
-WHAT = ("sft", "lora", "kl", "kl-lora", "reward", "ppo", "generate", "generate-single")
-
-#: How far the losses of one unit may be apart, as a share, for a ratio to be printed: between engines, which compute the same, and between
-#: ours and a peer, whose masks and averages are its own.
-AGREE, AGREE_PEER = 5e-3, 5e-2
-
-
-@dataclass
-class Timing:
-    """One engine at one kind of work: seconds and losses of its units, the warm-up left out, and what it used."""
-
-    engine: str
-    what: str
-    seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    rows: float = 0.0
-    tokens: float = 0.0
-    peak_gb: float = 0.0
-    process_gb: float = 0.0
-    device: str = ""
-    shapes: int | None = None
-    error: str | None = None
-    ratio: tuple[float, float, float] | None = None  # seconds over those of the first engine: median, least, most
-    disagreement: float | None = None  # largest relative difference of a unit's loss from the first engine's
-    flops_share: float | None = None
-    bandwidth_share: float | None = None
+WHAT = ("sft", "lora", "kl", "kl-lora", "reward", "ppo", "generate", "generate-single", "scaling")
 
 
 class _Worker:
@@ -94,8 +69,9 @@ def bench(
 ) -> dict[str, Any]:
     """Time ``engines`` (by default all that are here) at each kind of work; returns timings, this machine's peaks, and its description.
 
-    units: timed units after the warm-up; a unit is a pass over the rows, one PPO iteration, or one batch of answers. Raises UserError for an
-    unknown kind of work or engine, and for a model that cannot be had; an engine that fails is a line of the result.
+    peers: also other trainers that are installed, each beside the engine of ours on its library and device. units: timed units after the
+    warm-up; a unit is a pass over the rows, one PPO iteration, one batch of answers, or of ``scaling`` two steps of every case. Raises
+    UserError for an unknown kind of work or engine, and for a model that cannot be had; an engine that fails is a line of the result.
     """
     shape = shape or Shape()
     engines = list(engines or here())
@@ -110,12 +86,13 @@ def bench(
         raise UserError(f"--batch-size {shape.batch_size}: an iteration of ppo has 32 answers; give a number that divides them")
     from mlx_posttrain.bench import peers as others
 
-    extra = list(others.installed()) if peers else []
+    extra = others.beside(engines) if peers else {}
     if peers and not extra:
-        raise UserError(f"--peers: none of {', '.join(others.CAN)} is installed")
+        raise UserError(f"--peers: none of {', '.join(others.PEERS)} is installed that runs on {', '.join(engines)}")
     machine = describe()
     peaks = {name: measure_peaks(name) for name in engines}
     timings: list[Timing] = []
+    scaled: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mlx-posttrain-bench-") as scratch:
         folder = model_folder(model, Path(scratch))
         of = plan.size(folder)
@@ -123,16 +100,21 @@ def bench(
         if "ppo" in what:
             spec["reward"] = str(reward_folder(folder, Path(scratch)))
         for kind in what:
-            names = [*engines, *(p for p in extra if kind in others.CAN[p])]
-            found = _take_turns([{**spec, "engine": name, "what": kind} for name in names], units)
-            _compare(found)
+            if kind == "scaling":
+                scaled = {name: _scaling({**spec, "engine": name, "what": kind}, units) for name in engines}
+                continue
+            against: dict[str, str | None] = {name: engines[0] if name != engines[0] else None for name in engines}
+            against |= {name: ours for name, ours in extra.items() if kind in others.PEERS[others.peer(name)].can}
+            given = [{**spec, "engine": name, "what": kind, "against": base, "peers": bool(extra)} for name, base in against.items()]
+            found = _take_turns(given, units)
+            compare(found)
             for t in found:
                 if t.error is None and t.engine in peaks:
                     _shares(t, of, shape, peaks[t.engine])
             timings += found
     return {
         "model": f"{model}, random weights" if model in SIZES else model, "shape": asdict(shape), "units": units, "machine": machine,
-        "peaks": peaks, "timings": [asdict(t) for t in timings],
+        "peaks": peaks, "timings": [asdict(t) for t in timings], "relations": relations(timings), "scaling": scaled,
     }  # fmt: skip
 
 
@@ -149,7 +131,7 @@ def here() -> list[str]:
 
 
 def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
-    timings = [Timing(spec["engine"], spec["what"]) for spec in specs]
+    timings = [Timing(spec["engine"], spec["what"], spec.get("against")) for spec in specs]
     workers = [_Worker(spec) for spec in specs]
     try:
         for t, w in zip(timings, workers, strict=True):
@@ -164,7 +146,7 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
                 if t.error is None and unit:
                     t.seconds.append(heard["seconds"])
                     t.losses.append(heard["loss"])
-                    t.rows, t.tokens = heard["rows"], heard["tokens"]
+                    t.rows, t.tokens, t.steps = heard["rows"], heard["tokens"], heard.get("steps")
                     say(f"{t.what} {t.engine}, unit {unit} of {units}: {heard['seconds']:.2f} s")
         for t, w in zip(timings, workers, strict=True):
             if t.error is None:
@@ -173,39 +155,46 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
                 if t.error is not None:
                     continue
                 t.peak_gb, t.process_gb, t.device = heard["peak_gb"], heard["process_gb"], heard["device"]
-                t.shapes = heard.get("shapes")
+                t.shapes, t.version, t.first = heard.get("shapes"), heard.get("version", ""), heard.get("first", {})
     finally:
         for w in workers:
             w.end()
     return timings
 
 
-def _compare(timings: Sequence[Timing]) -> None:
-    """Ratios to the first that worked, where the losses agree."""
-    from mlx_posttrain.bench.peers import CAN
-
-    for t in timings:
-        if not all(map(math.isfinite, t.losses)):
-            t.error, t.losses = "a loss was not finite: what diverges is not compared", []
-    worked = [t for t in timings if t.error is None]
-    for t in worked[1:]:
-        first = worked[0]
-        t.disagreement = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(t.losses, first.losses, strict=True))
-        allowed = AGREE_PEER if t.engine in CAN or first.engine in CAN else AGREE
-        if t.disagreement <= allowed:
-            ratios = [a / b for a, b in zip(t.seconds, first.seconds, strict=True)]
-            t.ratio = (statistics.median(ratios), min(ratios), max(ratios))
+def _scaling(spec: dict[str, Any], units: int) -> dict[str, Any]:
+    """Seconds of every case in all units after the warm-up, and the memory of the loss (scaling.py); ``error`` where the engine failed."""
+    worker = _Worker(spec)
+    try:
+        heard = worker.hear()
+        cases: list[dict[str, Any]] = []
+        for unit in range(units + 1):
+            heard = heard if "error" in heard else worker.ask("go")
+            if "error" not in heard and unit:
+                cases += heard["cases"]
+                say(f"scaling {spec['engine']}, unit {unit} of {units}: {heard['seconds']:.2f} s")
+        heard = heard if "error" in heard else worker.ask("end")
+    finally:
+        worker.end()
+    if "error" in heard:
+        return {"error": heard["error"]}
+    seconds: dict[tuple[int, int, int], list[float]] = {}
+    for c in cases:
+        seconds.setdefault((c["rows"], c["length"], c["trained"]), []).extend(c["seconds"])
+    found = [{"rows": r, "length": n, "trained": t, "seconds": s} for (r, n, t), s in seconds.items()]
+    return {"cases": found, "loss": heard["loss"]}
 
 
 def _shares(t: Timing, of: plan.Size, shape: Shape, peaks: dict[str, float]) -> None:
     """What part of the machine's own peaks the useful work took: products for training, reading the weights for decoding."""
-    from mlx_posttrain.bench.work import decode_bytes, training_flops
+    from mlx_posttrain.bench.work import decode_bytes, ppo_flops, training_flops
 
     seconds = statistics.median(t.seconds)
-    if t.what == "generate":
-        t.bandwidth_share = decode_bytes(of) / seconds / 1e9 / peaks["gb_per_s"]
-    elif t.what in ("sft", "lora", "kl", "kl-lora"):
-        t.flops_share = training_flops(of, t.what, shape) / seconds / 1e9 / peaks["gflops"]
+    if t.what.startswith("generate"):
+        t.bandwidth_share = decode_bytes(of, 1 if t.what == "generate" else int(t.rows)) / seconds / 1e9 / peaks["gb_per_s"]
+    else:
+        flops = ppo_flops(of) if t.what == "ppo" else training_flops(of, t.what, shape)
+        t.flops_share = flops / seconds / 1e9 / peaks["gflops"]
 
 
 def measure_peaks(engine: str) -> dict[str, float]:

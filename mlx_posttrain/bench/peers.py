@@ -1,6 +1,7 @@
-"""The same rows through other trainers that are installed: mlx-lm's, and TRL's for supervised training and PPO, each with its own defaults.
+"""The same rows through other trainers that are installed: mlx-lm's, transformers', and TRL's for supervised training and PPO.
 
-What is set: the batch size, the learning rate, float32, no dropout, completion-only loss. Batches, padding, masks and averages are theirs.
+Each has its own defaults. What is set: the batch size, the learning rate, float32, no dropout, completion-only loss. Batches, padding and
+averages are theirs. Of the first batch it is noted which rows it holds, how many tokens it trains and what its loss is before any update.
 """
 
 from __future__ import annotations
@@ -10,23 +11,51 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_posttrain.bench.material import Shape, rows
-from mlx_posttrain.bench.worker import LEARNING_RATE, ROLLOUT, Gate, prompts
-
-#: What each peer can do.
-CAN = {"mlx-lm": ("sft", "lora"), "trl": ("sft", "lora", "ppo")}
+from mlx_posttrain.bench.worker import ROLLOUT, Gate, learning_rate, prompts, use_device
+from mlx_posttrain.data.types import Example
 
 
-def installed() -> dict[str, str]:
-    """Peers by name, with their versions."""
-    return {name: importlib.metadata.version(name) for name in CAN if importlib.util.find_spec(name.replace("-", "_"))}
+class Peer(NamedTuple):
+    """Another trainer: the engine of ours whose library it uses, the packages it needs, and what it can do."""
+
+    engine: str
+    packages: tuple[str, ...]
+    can: tuple[str, ...]
+
+
+PEERS = {
+    "mlx-lm": Peer("mlx", ("mlx_lm",), ("sft", "lora")),
+    "transformers": Peer("torch", ("torch", "accelerate", "peft"), ("sft", "lora")),
+    "trl": Peer("torch", ("trl", "accelerate", "peft"), ("sft", "lora", "ppo")),
+}
+
+
+def beside(engines: Sequence[str]) -> dict[str, str]:
+    """The installed peers on the devices of ``engines``, each with the engine it is compared with: ``mlx-lm-cpu`` with ``mlx-cpu``."""
+    found: dict[str, str] = {}
+    for name, peer in PEERS.items():
+        if all(importlib.util.find_spec(package) for package in peer.packages):
+            found |= {f"{name}-{e.rpartition('-')[2]}": e for e in engines if e.startswith(f"{peer.engine}-")}
+    return found
+
+
+def peer(name: str) -> str:
+    """Its name without the device: one of ``PEERS`` for what ``beside`` names."""
+    return name.rpartition("-")[0]
 
 
 class _Finished(Exception):
     """Raised inside a peer's loop to leave it."""
+
+
+def _in(batch: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[int]:
+    """The numbers of the rows that a padded batch begins with."""
+    return [i for row in batch for i, e in enumerate(examples) if tuple(row[: len(e.tokens)]) == e.tokens]
 
 
 def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
@@ -36,13 +65,13 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     blas.load()
     import mlx.core as mx
     import mlx.optimizers as optim
+    import numpy as np
+    from mlx_lm.tuner import trainer
     from mlx_lm.tuner.callbacks import TrainingCallback
-    from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    if not mx.is_available(mx.Device(mx.gpu)):
-        mx.set_default_device(mx.cpu)
+    use_device(spec["against"])
     folder, shape = Path(spec["folder"]), Shape(**spec["shape"])
     net, config = load_model(folder)
     net.freeze()
@@ -56,7 +85,15 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     data = [(list(e.tokens), sum(not t for t in e.trained)) for e in examples]
     tokens = float(sum(sum(e.trained) for e in examples))
     steps = len(data) // shape.batch_size
+    first: dict[str, Any] = {}
     losses: list[tuple[float, float]] = []  # of each step, and by how many tokens: its own mean is one of batches, ours one of tokens
+
+    def batches(*given: Any, **named: Any) -> Iterator[Any]:
+        """Its batches; the loss of a row ends with the row, where mlx-lm's own goes on to the padding token after it."""
+        for batch, spans in trainer.iterate_batches(*given, **named):
+            if not first:
+                first["rows"] = _in(np.array(batch).tolist(), examples)
+            yield batch, spans - mx.array([0, 1])
 
     class Pace(TrainingCallback):
         seen = 0.0
@@ -64,9 +101,11 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
             losses.append((info["train_loss"], info["trained_tokens"] - self.seen))
             self.seen = info["trained_tokens"]
+            if "loss" not in first:
+                first.update(loss=losses[0][0], tokens=losses[0][1])
             if len(losses) == steps:
                 mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-                gate.report(loss=mean, rows=steps * shape.batch_size, tokens=tokens)
+                gate.report(loss=mean, rows=steps * shape.batch_size, tokens=tokens, steps=steps)
                 losses.clear()
                 if not gate.open():
                     raise _Finished
@@ -76,25 +115,53 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     mx.reset_peak_memory()
     if gate.open():
         with tempfile.TemporaryDirectory() as scratch:
-            settings = TrainingArgs(
+            settings = trainer.TrainingArgs(
                 batch_size=shape.batch_size, iters=10**6, steps_per_report=1, steps_per_eval=10**9, steps_per_save=10**9,
                 max_seq_length=config["n_positions"], adapter_file=f"{scratch}/adapters.safetensors",
             )  # fmt: skip
             with contextlib.suppress(_Finished):
                 # Its recipes leave Adam's bias correction off, which makes the first steps three times as long: losses would part.
-                adam = optim.AdamW(learning_rate=LEARNING_RATE, weight_decay=0.0, bias_correction=True)
-                train(net, adam, data, args=settings, training_callback=Pace())
-    gate.close(device="mlx-lm", version=importlib.metadata.version("mlx-lm"))
+                adam = optim.AdamW(learning_rate=learning_rate(spec["what"]), weight_decay=0.0, bias_correction=True)
+                trainer.train(net, adam, data, args=settings, iterate_batches=batches, training_callback=Pace())
+    gate.close(device=spec["against"], version=importlib.metadata.version("mlx-lm"), first=first)
 
 
 def trl(spec: dict[str, Any], gate: Gate) -> None:
     """TRL's SFTTrainer, or the PPOTrainer of releases that still have one."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    if spec["what"] == "ppo":
+        return _trl_ppo(spec, gate)
+    from trl import SFTConfig, SFTTrainer
+
+    def make(net: Any, adapter: Any, tokenizer: Any, common: dict[str, Any], watched: Callable[[type], type], **given: Any) -> Any:
+        own = {"max_length": None, "completion_only_loss": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False}
+        return watched(SFTTrainer)(model=net, args=SFTConfig(**common, **own), processing_class=tokenizer, peft_config=adapter, **given)
+
+    return _supervised(spec, gate, "trl", make)
+
+
+def transformers(spec: dict[str, Any], gate: Gate) -> None:
+    """transformers' Trainer; adapters through peft."""
+    from peft import get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    def make(net: Any, adapter: Any, tokenizer: Any, common: dict[str, Any], watched: Callable[[type], type], **given: Any) -> Any:
+        net = net if adapter is None else get_peft_model(net, adapter)
+        return watched(Trainer)(model=net, args=TrainingArguments(**common), data_collator=DataCollatorForSeq2Seq(tokenizer), **given)
+
+    return _supervised(spec, gate, "transformers", make)
+
+
+def _common(scratch: str, batch_size: int, rate: float) -> dict[str, Any]:
+    """What every trainer of the transformers family is told."""
     os.environ.setdefault("WANDB_DISABLED", "true")
-    (_trl_ppo if spec["what"] == "ppo" else _trl_sft)(spec, gate)
+    return {
+        "output_dir": scratch, "per_device_train_batch_size": batch_size, "learning_rate": rate, "save_strategy": "no", "report_to": "none",
+        "use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
 
 
-def _pace(gate: Gate, figures: Any) -> Any:
+def _pace(gate: Gate, figures: Callable[[dict[str, float]], dict[str, float] | None]) -> Any:
     """A callback for which each line of the trainer's log is a unit; ``figures`` makes the unit's of it, None where it is another line."""
     from transformers import TrainerCallback
 
@@ -109,10 +176,26 @@ def _pace(gate: Gate, figures: Any) -> Any:
     return Pace()
 
 
-def _trl_sft(spec: dict[str, Any], gate: Gate) -> None:
+def _watched(trainer: Any, examples: Sequence[Example], first: dict[str, Any]) -> Any:
+    """The trainer's class, which notes its first batch in ``first``."""
+
+    class Watched(trainer):
+        def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+            begins = not first
+            if begins:
+                first.update(rows=_in(inputs["input_ids"].tolist(), examples), tokens=int((inputs["labels"] != -100).sum()))
+            found = super().compute_loss(model, inputs, *given, **named)
+            if begins:
+                first["loss"] = float(found[0] if isinstance(found, tuple) else found)
+            return found
+
+    return Watched
+
+
+def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[..., Any]) -> None:
+    """Supervised training by a trainer that ``make`` makes of a model, an adapter's settings or None, a tokenizer and arguments."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
 
     shape = Shape(**spec["shape"])
     net = AutoModelForCausalLM.from_pretrained(spec["folder"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -128,24 +211,27 @@ def _trl_sft(spec: dict[str, Any], gate: Gate) -> None:
         adapter = LoraConfig(r=16, lora_alpha=32, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     tokens = float(sum(sum(e.trained) for e in examples))
     steps = len(examples) // shape.batch_size
+    first: dict[str, Any] = {}
 
     def figures(logs: dict[str, float]) -> dict[str, float] | None:
-        return {"loss": logs["loss"], "rows": len(examples), "tokens": tokens} if "loss" in logs else None
+        return {"loss": logs["loss"], "rows": len(examples), "tokens": tokens, "steps": steps} if "loss" in logs else None
 
     with tempfile.TemporaryDirectory() as scratch:
-        settings = SFTConfig(
-            output_dir=scratch, per_device_train_batch_size=shape.batch_size, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-            max_steps=10**6, logging_steps=steps, save_strategy="no", report_to="none", use_cpu=True, bf16=False, fp16=False,
-            max_length=None, completion_only_loss=True, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True},
-            disable_tqdm=True, packing=False,
-        )  # fmt: skip
-        trainer = SFTTrainer(
-            model=net, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=adapter, callbacks=[_pace(gate, figures)]
+        common = _common(scratch, shape.batch_size, learning_rate(spec["what"]))
+        common |= {"lr_scheduler_type": "constant", "max_steps": 10**6, "logging_steps": steps}
+        trainer = make(
+            net,
+            adapter,
+            tokenizer,
+            common,
+            lambda kind: _watched(kind, examples, first),
+            train_dataset=data,
+            callbacks=[_pace(gate, figures)],
         )
         if gate.open():
             with contextlib.suppress(_Finished):
                 trainer.train()
-    gate.close(device="trl", version=importlib.metadata.version("trl"))
+    gate.close(device="CPU", version=importlib.metadata.version(package), first=first)
 
 
 def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
@@ -162,18 +248,20 @@ def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
     count = ROLLOUT["prompts"] * ROLLOUT["samples"]
     asked = [p for p in prompts(policy.config.vocab_size) for _ in range(ROLLOUT["samples"])]
     data = Dataset.from_dict({"input_ids": asked})
+    first: dict[str, Any] = {}
 
     def figures(logs: dict[str, float]) -> dict[str, float] | None:
         if "objective/entropy" not in logs:
             return None
+        if not first:
+            first.update(kl=logs["objective/kl"], score=logs["objective/scores"])
         return {"loss": logs["objective/entropy"] / ROLLOUT["max_tokens"], "rows": count, "tokens": count * ROLLOUT["max_tokens"]}
 
     with tempfile.TemporaryDirectory() as scratch:
         settings = PPOConfig(
-            output_dir=scratch, per_device_train_batch_size=batch_size, gradient_accumulation_steps=max(1, count // batch_size), num_ppo_epochs=2,
-            num_mini_batches=1, total_episodes=10**6, response_length=ROLLOUT["max_tokens"], temperature=1.0, learning_rate=LEARNING_RATE,
-            num_sample_generations=0, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, fp16=False,
-            disable_tqdm=True, gradient_checkpointing=False,
+            **_common(scratch, batch_size, learning_rate("ppo")), gradient_accumulation_steps=max(1, count // batch_size), num_ppo_epochs=2,
+            num_mini_batches=1, total_episodes=10**6, response_length=ROLLOUT["max_tokens"], temperature=1.0, num_sample_generations=0,
+            logging_steps=1,
         )  # fmt: skip
         trainer = PPOTrainer(
             args=settings, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
@@ -182,7 +270,7 @@ def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
         if gate.open():
             with contextlib.suppress(_Finished):
                 trainer.train()
-    gate.close(device="trl", version=importlib.metadata.version("trl"))
+    gate.close(device="CPU", version=importlib.metadata.version("trl"), first=first)
 
 
-WORK = {"mlx-lm": mlx_lm, "trl": trl}
+WORK = {"mlx-lm": mlx_lm, "transformers": transformers, "trl": trl}

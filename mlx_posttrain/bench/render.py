@@ -4,46 +4,66 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_posttrain.bench import peers, scaling
 from mlx_posttrain.convert.files import write_atomically
 from mlx_posttrain.errors import UserError
+
+NOTE = (
+    "Time against: median, least and most of the ratios of units done beside each other. Losses differ: the largest difference of a unit's loss; "
+    "of a peer in training of the loss of its first batch before any update, and how far its loss fell over the units as a share of how far "
+    "ours did. Peak GB: of mlx and mlx-lm the arrays, of the others the whole process. Of product peak: the products that the work asks for, "
+    "padding and recomputation not counted. Of read peak: reading every weight once for each token of a decode batch, a sum on all cores being 1."
+)
+
+COLUMNS = (
+    "work", "engine", "seconds a unit", "seconds a step", "shapes", "rows/s", "trained tokens/s", "time against", "losses differ", "peak GB",
+    "of product peak", "of read peak",
+)  # fmt: skip
 
 
 def table(result: Mapping[str, Any]) -> str:
     """Markdown: a line for each engine at each kind of work."""
-    lines = [
-        "| work | engine | seconds a unit | rows/s | trained tokens/s | time / first | peak GB | of product peak | of read peak |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
     for t in result["timings"]:
         if t["error"]:
-            lines.append(f"| {t['what']} | {t['engine']} | {t['error']} | | | | | | |")
+            lines.append(_row([t["what"], t["engine"], t["error"], *[""] * (len(COLUMNS) - 3)]))
             continue
         seconds = statistics.median(t["seconds"])
-        spread = f"{seconds:.2f} [{min(t['seconds']):.2f}, {max(t['seconds']):.2f}]"
-        shares = [f"{t[name]:.0%}" if t[name] is not None else "" for name in ("flops_share", "bandwidth_share")]
-        cells = [
-            t["what"],
-            t["engine"],
-            spread,
-            f"{t['rows'] / seconds:.2f}",
-            f"{t['tokens'] / seconds:.0f}",
-            _ratio(t),
-            f"{t['peak_gb']:.2f}",
-        ]
-        lines.append("| " + " | ".join([*cells, *shares]) + " |")
+        lines.append(_row([
+            t["what"], t["engine"], f"{seconds:.2f} [{min(t['seconds']):.2f}, {max(t['seconds']):.2f}]",
+            f"{seconds / t['steps']:.3f}" if t["steps"] else "", "" if t["shapes"] is None else str(t["shapes"]),
+            f"{t['rows'] / seconds:.2f}", f"{t['tokens'] / seconds:.0f}", _ratio(t), _agreement(t), f"{t['peak_gb']:.2f}",
+            *("" if t[name] is None else f"{t[name]:.0%}" for name in ("flops_share", "bandwidth_share")),
+        ]))  # fmt: skip
     return "\n".join(lines)
 
 
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _ratio(t: Mapping[str, Any]) -> str:
-    if t["disagreement"] is None:
-        return "1"
+    if t["against"] is None:
+        return ""
     if t["ratio"] is None:
-        return f"no ratio: losses differ by {t['disagreement']:.1%}"
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*t["ratio"])
+        return f"no ratio: {t['mismatch']}"
+    return "{:.2f} [{:.2f}, {:.2f}] of ".format(*t["ratio"]) + t["against"]
+
+
+def _agreement(t: Mapping[str, Any]) -> str:
+    if t["disagreement"] is None:
+        return ""
+    fall = "" if t["fall"] is None else f"; fell {t['fall']:.2f} times as far"
+    return f"{t['disagreement']:.4%}{fall}"
+
+
+def _relation(r: Mapping[str, Any]) -> str:
+    time = "{:.2f} [{:.2f}, {:.2f}]".format(*r["time"])
+    return f"{r['what']} / {r['over']} on {r['engine']}: {time} of the time, {r['memory']:.2f} of the memory"
 
 
 def block(result: Mapping[str, Any]) -> str:
@@ -57,11 +77,16 @@ def block(result: Mapping[str, Any]) -> str:
         f"{rows}, batch {shape['batch_size']}, {result['units']} units after a warm-up",
         f"measured peaks: {peaks}",
     ]
-    note = (
-        "Time / first: median, least and most of the ratios of units done beside each other. Peak GB: of mlx and mlx-lm the arrays, of torch "
-        "and trl the whole process."
-    )
-    return "\n".join([*(f"- {fact}" for fact in facts), "", table(result), "", note]) + "\n"
+    versions = {peers.peer(t["engine"]): t["version"] for t in result["timings"] if t["version"]}
+    facts += [f"{name}: {version}" for name, version in versions.items() if name not in result["machine"]]
+    text = [f"- {fact}" for fact in facts]
+    if result["timings"]:
+        text += ["", table(result), "", NOTE]
+    if result["relations"]:
+        text += ["", "Not in turns, so with the extremes of all units:", "", *(f"- {_relation(r)}" for r in result["relations"])]
+    for engine, found in result["scaling"].items():
+        text += ["", f"- {engine}: {found['error']}"] if "error" in found else ["", *scaling.lines(engine, found)]
+    return "\n".join(text) + "\n"
 
 
 def claim(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 
 from mlx_posttrain.bench.material import Shape, rows
@@ -20,21 +21,48 @@ def training_flops(of: Size, what: str, shape: Shape) -> float:
     reference = 2 if what.startswith("kl") else 0
     total = 0.0
     for e in rows(shape, of.vocabulary):
-        length, trained = len(e.tokens), sum(e.trained)
-        attention = 2 * 2 * of.layers * of.width * length**2 / 2
-        total += (factor + reference) * (per_token * length + of.width * of.vocabulary * trained) + (3 + reference / 2) * attention
+        length, trained = len(e.tokens), 0 if what == "reward" else sum(e.trained)  # a reward model's head is one number a row
+        total += (factor + reference) * (per_token * length + of.width * of.vocabulary * trained) + (3 + reference / 2) * _attention(
+            of, length
+        )
     return total
 
 
-def decode_bytes(of: Size) -> float:
-    """Bytes of weights that decoding reads: all of them for every token of the batch's rows."""
+def _attention(of: Size, length: int) -> float:
+    """Operations of one row's attention forward, halved because it looks back only."""
+    return 2 * 2 * of.layers * of.width * length**2 / 2
+
+
+def ppo_flops(of: Size) -> float:
+    """The same of one PPO iteration of the benchmark, answers of full length, as the algorithm asks for it.
+
+    Decoding with a cache, each prompt read once; policy, reference, critic and reward model once over all answers; two epochs of policy and
+    critic. The vocabulary's head in decoding, in policy and reference, and in the policy's epochs.
+    """
+    from mlx_posttrain.bench.worker import ROLLOUT, prompts
+
+    samples, said = ROLLOUT["samples"], ROLLOUT["max_tokens"]
+    per_token = 2 * sum(map(math.prod, of.linear.values()))
+    head = 2 * of.width * of.vocabulary * said
+    total = 0.0
+    for prompt in map(len, prompts(of.vocabulary)):
+        attention = _attention(of, prompt + said)
+        forward = per_token * (prompt + said) + attention
+        decoding = per_token * (said + prompt / samples) + attention + head
+        measuring, training = 4 * forward + 2 * head, 2 * (2 * 3 * forward + 3 * head)
+        total += samples * (decoding + measuring + training)
+    return total
+
+
+def decode_bytes(of: Size, batches: int = 1) -> float:
+    """Bytes of weights that decoding reads: all of them for every token of each of ``batches`` decode batches."""
     from mlx_posttrain.bench.worker import ROLLOUT
 
-    return float(of.file_bytes * ROLLOUT["max_tokens"])
+    return float(of.file_bytes * ROLLOUT["max_tokens"] * batches)
 
 
 def peaks(engine: str, seconds: float = 0.5) -> dict[str, float]:
-    """``gflops``: the best float32 product; ``gb_per_s``: the best rate at which half a gigabyte is read once and added up."""
+    """``gflops``: the best float32 product; ``gb_per_s``: the best rate at which half a gigabyte is read once and added up, on all cores."""
     from mlx_posttrain.bench.worker import open_engine
     from mlx_posttrain.doctor import measure_gflops
 
@@ -43,11 +71,14 @@ def peaks(engine: str, seconds: float = 0.5) -> dict[str, float]:
     if name == "mlx":
         import mlx.core as mx
 
-        values = mx.ones((2**27,))
-        mx.eval(values)
+        # On a CPU a stream has one thread, so each core gets a stream and a part.
+        device = mx.default_device()
+        cores = (os.cpu_count() or 1) if engine == "mlx-cpu" else 1
+        parts = [(mx.ones((2**27 // cores,)), mx.new_stream(device)) for _ in range(cores)]
+        mx.eval([values for values, _ in parts])
 
         def read() -> None:
-            mx.eval(mx.sum(values))
+            mx.eval([mx.sum(values, stream=stream) for values, stream in parts])
     else:
         import torch
 

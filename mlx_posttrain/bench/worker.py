@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ import numpy as np
 
 from mlx_posttrain import doctor
 from mlx_posttrain.bench.material import Shape, rows
+from mlx_posttrain.data.types import Example
 from mlx_posttrain.errors import UserError
 
-LEARNING_RATE = 1e-5  # small enough that losses stay comparable while weights do move
 ROLLOUT = {"prompts": 4, "samples": 8, "max_tokens": 64}
+
+
+def learning_rate(what: str) -> float:
+    """Small enough that losses stay comparable, large enough that a few steps move them: an adapter, which begins at zero, needs more."""
+    return 3e-4 if what.endswith("lora") else 1e-5
 
 
 class Gate:
@@ -43,7 +48,7 @@ class Gate:
         self._begun = time.perf_counter()
         return going
 
-    def report(self, **figures: float) -> None:
+    def report(self, **figures: Any) -> None:
         """The unit's figures; everything it computed must be done."""
         self._say(seconds=time.perf_counter() - self._begun, **figures)
 
@@ -61,19 +66,36 @@ class Gate:
         print(json.dumps(record), file=self._out, flush=True)
 
 
+def use_device(name: str) -> None:
+    """Let MLX compute on the device of ``mlx-gpu`` or ``mlx-cpu``. Raises UserError where it is not there."""
+    import mlx.core as mx
+
+    device = mx.Device(mx.gpu if name == "mlx-gpu" else mx.cpu)
+    if not mx.is_available(device):
+        raise UserError(f"{name}: this machine has no such device")
+    mx.set_default_device(device)
+
+
 def open_engine(name: str) -> Any:
     """``mlx-gpu``, ``mlx-cpu`` or ``torch-cpu``. Raises UserError where it is not there."""
     from mlx_posttrain import engines
 
     engine = engines.get(name.partition("-")[0])
     if engine.name == "mlx":
-        import mlx.core as mx
-
-        device = mx.Device(mx.gpu if name == "mlx-gpu" else mx.cpu)
-        if not mx.is_available(device):
-            raise UserError(f"{name}: this machine has no such device")
-        mx.set_default_device(device)
+        use_device(name)
     return engine
+
+
+def untrained(model: Any, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
+    """Of each row the summed negative log-likelihood of its trained tokens, and their number: what a peer's first loss is held against."""
+    from mlx_posttrain.data import batches
+
+    found = []
+    for begin in range(0, len(examples), batch_size):
+        batch = batches.collate(examples[begin : begin + batch_size], model.context)
+        rows = batches.by_row(batch, model.token_logprobs([batch])[0])
+        found += [(-float(np.sum(row, dtype=np.float64)), len(row)) for row in rows]
+    return found
 
 
 def train(spec: dict[str, Any], gate: Gate) -> None:
@@ -86,6 +108,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     from mlx_posttrain.training import Data
 
     what, shape = spec["what"], Shape(**spec["shape"])
+    rate = learning_rate(what)
     engine = open_engine(spec["engine"])
     model = engine.load(Path(spec["folder"]))
     examples = rows(shape, model.config["vocab_size"])
@@ -106,6 +129,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     if what.startswith("kl"):
         model.keep_reference()
         loss = sft.kl_loss(0.1, "forward")
+    first = {"rows": untrained(model, examples, shape.batch_size)} if spec.get("peers") else {}
     trainer = engine.trainer(model, AdamW())
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
@@ -114,10 +138,10 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
         total = tokens = 0.0
         for step in steps:
             units = sum(b.count for b in step)
-            total += trainer.step(loss, step, LEARNING_RATE)["loss"] * units
+            total += trainer.step(loss, step, rate)["loss"] * units
             tokens += units
-        gate.report(loss=total / tokens, rows=len(examples), tokens=tokens)
-    gate.close(device=engine.device(), shapes=len({b.tokens.shape + b.index.shape for step in steps for b in step}))
+        gate.report(loss=total / tokens, rows=len(examples), tokens=tokens, steps=len(steps))
+    gate.close(device=engine.device(), shapes=len({b.tokens.shape + b.index.shape for step in steps for b in step}), first=first)
 
 
 def prompts(vocabulary: int) -> list[list[int]]:
@@ -173,7 +197,7 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
     asked = [Question(tuple(p), "", {}) for p in prompts(policy.config["vocab_size"])]
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
-    step = 0
+    step, first = 0, {}
     while gate.open():
         answers = rollouts.sample(
             policy, tokenizer, asked, samples=ROLLOUT["samples"], max_tokens=ROLLOUT["max_tokens"], temperature=1.0,
@@ -181,11 +205,15 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
         )  # fmt: skip
         figures = measure(parties, answers, 1.0, recipe.train, policy.context)
         seen = experience(answers, parties.scorer(answers), figures, recipe.ppo, None, recipe.kl.beta)
-        method.update(recipe, *trainers, seen, losses, LEARNING_RATE, step, policy.context)
+        method.update(recipe, *trainers, seen, losses, learning_rate("ppo"), step, policy.context)
+        if step == 0:
+            first = {
+                name: seen.statistics[f"objective/{key}"] for name, key in (("kl", "kl"), ("score", "scores"), ("score_std", "scores_std"))
+            }
         step += 1
         tokens = sum(len(a.tokens) for a in answers)
         gate.report(loss=seen.statistics["objective/entropy"] * len(answers) / tokens, rows=len(answers), tokens=tokens)
-    gate.close(device=engine.device())
+    gate.close(device=engine.device(), first=first)
 
 
 WORK = {
@@ -198,12 +226,11 @@ def main() -> None:
     """Do what the first argument says, as JSON; a failure is one line too."""
     spec, gate = json.loads(sys.argv[1]), Gate()
     try:
-        from mlx_posttrain.bench import peers
+        from mlx_posttrain.bench import peers, scaling
 
-        if spec["engine"] in peers.WORK:
-            peers.WORK[spec["engine"]](spec, gate)
-        else:
-            WORK[spec["what"]](spec, gate)
+        other = peers.WORK.get(peers.peer(spec["engine"]))
+        work = other or {**WORK, "scaling": scaling.work}[spec["what"]]
+        work(spec, gate)
     except Exception as error:
         gate.fail(error)
         raise SystemExit(1) from error

@@ -62,6 +62,23 @@ def test_rows_stop_alone_and_leave_the_batch(model):
     assert cut[1].stopped
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 1.0, "top_p": 0.8, "seed": 4}])
+def test_forbidden_tokens_are_never_said_and_the_others_share_their_probability(model, settings):
+    free = model.generate(PROMPTS, max_tokens=12, stop=None, **settings)
+    forbidden = sorted({c.tokens[2] for c in free} | {c.tokens[5] for c in free} | {0})
+    stop = forbidden[0]
+    done = model.generate(PROMPTS, max_tokens=12, stop=stop, forbidden=forbidden, **settings)
+    for row, before, c in zip(PROMPTS, free, done):
+        assert len(c.tokens) == 12 and not c.stopped and not set(c.tokens) & set(forbidden)
+        log_p = log_softmax(model.full_logits(np.array([row + c.tokens]))[0])[len(row) - 1 : -1]
+        rest = np.log1p(-np.exp(log_p[:, forbidden]).sum(-1))  # what the allowed tokens had together
+        assert c.logprobs == pytest.approx(log_p[np.arange(12), c.tokens] - rest, abs=5e-5)
+        if not settings:
+            allowed = np.delete(log_p, forbidden, axis=-1).max(-1)
+            assert log_p[np.arange(12), c.tokens] == pytest.approx(allowed, abs=2e-5)
+        assert c.tokens != before.tokens
+
+
 def test_answers_end_where_the_context_does(model):
     long = list(range(1, 61))
     done = model.generate([long, [5]], max_tokens=30, stop=None)
@@ -78,13 +95,14 @@ def test_streaming_sees_the_same_tokens(model):
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs mlx and torch")
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
-def test_engines_sample_the_same_tokens(random_gpt2, top_p):
+@pytest.mark.parametrize("forbidden", [(), (0, 17, 40)])
+def test_engines_sample_the_same_tokens(random_gpt2, top_p, forbidden):
     texts = [
         [
             c.tokens
             for c in engines.get(e)
             .load(random_gpt2)
-            .generate(PROMPTS, max_tokens=24, stop=None, temperature=1.1, top_p=top_p, samples=4, seed=9)
+            .generate(PROMPTS, max_tokens=24, stop=None, temperature=1.1, top_p=top_p, samples=4, seed=9, forbidden=forbidden)
         ]
         for e in ENGINES
     ]

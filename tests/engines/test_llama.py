@@ -58,6 +58,30 @@ def test_engines_agree_and_reopen_each_others_runs(adapter, llama, rows_file, tm
     assert np.abs(theirs - logits[0]).max() < 1e-4
 
 
+@pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
+def test_quantising_leaves_the_head_as_it_is(llama):
+    """A packed head would take the plain path, which forms the logits of all positions at once."""
+    import mlx.nn as nn
+
+    from mlx_posttrain.data.batches import collate
+    from mlx_posttrain.data.types import Example
+    from mlx_posttrain.engines.base import AdamW, AdapterSpec
+    from mlx_posttrain.methods import sft
+
+    engine = engines.get("mlx")
+    model = engine.load(llama, quantize=4, group_size=32)
+    assert not isinstance(model.net.lm_head, nn.QuantizedLinear)
+    packed = [path for path, m in model.net.named_modules() if isinstance(m, nn.QuantizedLinear)]
+    assert len(packed) == 2 * 7  # in each block four of attention and three of the feed-forward
+    model.add_adapter(AdapterSpec(rank=4), seed=0)
+    assert model._fused_head(model.net.train()) == (model.net.lm_head.weight, {"trained": False, "steered": True})
+    assert model.reference_width == 64
+    batch = collate([Example(tuple(range(1, 30)), (False,) * 9 + (True,) * 20)])
+    trainer = engine.trainer(model, AdamW())
+    losses = [trainer.step(sft.kl_loss(0.1, "forward"), [batch], 1e-2)["loss"] for _ in range(10)]
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_generation_is_the_same_on_both_engines(llama):
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
     texts = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mlx_posttrain import engines, methods, recipe
@@ -29,3 +31,49 @@ def test_twenty_steps_agree(name, tmp_path, record_property):
     for a, b in zip(*curves):
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
     assert curves[0][-1]["loss"] < curves[0][0]["loss"] - 0.5
+
+
+@pytest.mark.skipif(len(ENGINES) < 2, reason="needs mlx and torch")
+def test_reward_models_and_ppo_agree(random_gpt2, tmp_path):
+    """Pairs in the same order and losses that agree; then PPO against one of the two models: the same answers, and figures that agree."""
+    pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"Say {i}.", "chosen": f"cat {i} moon", "rejected": f"hill {i} dog and dog"} for i in range(48)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    data = [
+        "data.eval_split=null",
+        "data.limit=null",
+        "data.holdout=8",
+        "data.template=question",
+        "data.max_length=48",
+        f"model={random_gpt2}",
+    ]
+
+    def curve(name: str, engine: str, *overrides: str) -> list[dict]:
+        output = tmp_path / f"{name}-{engine}"
+        chosen = recipe.load(name, [*data, f"engine={engine}", f"output={output}", "train.batch_size=8", "train.accumulate=1", *overrides])
+        methods.get(chosen.method).run(chosen)
+        return [r for r in Run(output).metrics() if "lr" in r]
+
+    ours, theirs = (curve("07_reward", e, f"data.source={pairs}", "train.lr=1e-3", "train.steps=10") for e in ENGINES)
+    assert len(ours) == len(theirs) == 10
+    assert [r["nll"] for r in ours] == pytest.approx([r["nll"] for r in theirs], abs=1e-3)
+    assert ours[-1]["nll"] < ours[0]["nll"] - 0.1
+
+    reward = f"reward=[{{model: {json.dumps(str(tmp_path / f'07_reward-{ENGINES[0]}'))}}}]"
+    small = [
+        "rollout.prompts=8",
+        "rollout.max_tokens=8",
+        "train.lr=3e-4",
+        "train.steps=5",
+        "ppo.epochs=2",
+        "sample.count=0",
+        "kl.beta=0.05",
+    ]
+    ours, theirs = (curve("07_ppo", e, f"data.source={prompts}", reward, *small) for e in ENGINES)
+    assert len(ours) == len(theirs) == 5
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["tokens"], a["val/num_eos_tokens"], a["beta"]) == (b["tokens"], b["val/num_eos_tokens"], b["beta"])
+        for name in ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "val/ratio", "policy/entropy_avg"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-3), (name, a["step"])
+    assert abs(ours[-1]["objective/kl"]) > 1e-3  # it has moved
