@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlx_posttrain import engines, loading, methods, recipe
+from mlx_posttrain.data import pairs
 from mlx_posttrain.engines.base import AdamW, head_start
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import ppo
-from mlx_posttrain.rl import rollouts
+from mlx_posttrain.rl import rollouts, scoring
 from mlx_posttrain.rl.experience import Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Answer, Question
 from mlx_posttrain.runs import Run
@@ -31,6 +37,23 @@ def counting(tmp_path_factory) -> str:
     return f"{path}:reward"
 
 
+@pytest.fixture(scope="module")
+def reward_model(random_gpt2, tmp_path_factory) -> str:
+    """A reward model on the policy's base, whose head is random."""
+    return classifier(random_gpt2, tmp_path_factory.mktemp("reward-model") / "model")
+
+
+def classifier(folder: Path, target: Path) -> str:
+    model = engines.get(ENGINES[0]).load(folder)
+    model.add_head(head_start(64, 5))
+    model.save_classifier(target, 0)
+    return str(target)
+
+
+def ptx(rows: Path) -> str:
+    return f"ptx={{coefficient: 2.0, batch_size: 2, data: {{source: {json.dumps(str(rows))}, max_length: 48, template: question}}}}"
+
+
 def load(random_gpt2, rows_file, reward: str, output: Path, *overrides: str):
     return recipe.load("07_ppo", [
         f"model={random_gpt2}", f"reward=[{{function: {json.dumps(reward)}}}]", f"data.source={rows_file}", "data.eval_split=null",
@@ -44,8 +67,12 @@ def run(*args, resume: bool = False):
     return methods.get("ppo").run(chosen, resume=resume), Run(Path(chosen.output))
 
 
+def records(run: Run) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in NO_CLOCK} for r in run.metrics()]
+
+
 def steps(run: Run) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in NO_CLOCK} for r in run.metrics() if "episode" in r]
+    return [r for r in records(run) if "episode" in r]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -93,34 +120,81 @@ def test_a_reward_for_one_letter_is_learned(engine, seed, random_gpt2, rows_file
     assert steps(done)[-1]["objective/kl"] > 0.1
 
 
+def everything(reward_model: str, counting: str, rows: Path) -> list[str]:
+    """Every part of the algorithm that has a state: scales of rewards and judge, a copied critic, beta, rows beside."""
+    return [
+        f"reward=[{{model: {json.dumps(reward_model)}, weight: 0.5}}, {{function: {json.dumps(counting)}, weight: 2.0, normalise: true}}]",
+        f"judge=[{{model: {json.dumps(reward_model)}}}]", ptx(rows), "kl.controller=adaptive", "kl.horizon=50", "critic.lr=3e-3",
+        "train.eval_every=1", "train.batch_size=8",
+    ]  # fmt: skip
+
+
+def final_weights(run: Run) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    (file,) = run.final.glob("*.safetensors")
+    return load_file(file)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    "more",
-    [["kl.controller=adaptive", "kl.horizon=50"], ["adapter.rank=4", "critic.kind=shared", "train.eval_every=1"]],
-    ids=["full", "lora"],
-)
-def test_resumes_to_the_same_figures(engine, more, random_gpt2, rows_file, counting, tmp_path):
-    args = (
-        random_gpt2,
-        rows_file,
-        counting,
-        tmp_path / "run",
-        f"engine={engine}",
-        "train.steps=4",
-        "train.save_every=2",
-        "train.keep=9",
-        *more,
-    )
+@pytest.mark.parametrize("what", ["full", "lora", "everything"])
+def test_resumes_to_the_same_figures(engine, what, random_gpt2, rows_file, counting, reward_model, tmp_path):
+    more = {
+        "full": [],
+        "lora": ["adapter.rank=4", "critic.kind=shared", "train.eval_every=1"],
+        "everything": everything(reward_model, counting, rows_file),
+    }[what]
+    base = [f"engine={engine}", "train.steps=4", "train.save_every=2", "train.keep=9"]
+    args = (random_gpt2, rows_file, counting, tmp_path / "run", *base, *more)
     _, whole = run(*args)
-    wanted = steps(whole)
+    wanted, weights = records(whole), final_weights(whole)
     shutil.rmtree(whole.final)
     shutil.rmtree(whole.checkpoints / "step-000004")
     run(*args, resume=True)
-    differing = {(a["step"], k): (a[k], b[k]) for a, b in zip(wanted, steps(whole), strict=True) for k in a if a[k] != b[k]}
-    assert not differing
-    assert len(wanted) == 4
-    if "kl.controller=adaptive" in more:
-        assert wanted[0]["beta"] != wanted[-1]["beta"]
+    assert records(whole) == wanted and len(steps(whole)) == 4
+    again = final_weights(whole)
+    assert set(again) == set(weights) and all(np.array_equal(again[name], weights[name]) for name in weights)
+    if what == "everything":
+        assert len({r["beta"] for r in steps(whole)}) == 4 and "eval/judge" in wanted[0]
+
+
+@pytest.mark.parametrize("what, part", [("prompts", "training"), ("ptx", "ptx")])
+def test_other_rows_are_not_resumed_on(what, part, random_gpt2, rows_file, counting, tmp_path):
+    """A column that only reward functions see, and the texts beside, are data as much as the prompts."""
+    mine = shutil.copy(rows_file, tmp_path / "mine.jsonl")
+    prompts_from, texts_from = (mine, rows_file) if what == "prompts" else (rows_file, mine)
+    args = (random_gpt2, prompts_from, counting, tmp_path / "run", "train.steps=2", "train.save_every=1", ptx(Path(texts_from)))
+    _, whole = run(*args)
+    shutil.rmtree(whole.final)
+    shutil.rmtree(whole.checkpoints / "step-000002")
+    Path(mine).write_text(Path(mine).read_text().replace('"output": "', '"output": "Changed: '))
+    with pytest.raises(UserError, match=f"the {part} rows are not those"):
+        run(*args, resume=True)
+
+
+def test_killed_and_resumed(random_gpt2, rows_file, counting, reward_model, tmp_path):
+    """A real process and kill -9: every figure and weight is that of a run that was let be."""
+    more = [*everything(reward_model, counting, rows_file), "train.steps=6", "train.save_every=1", "train.keep=9"]
+    _, whole = run(random_gpt2, rows_file, counting, tmp_path / "whole", *more)
+    broken = Run(tmp_path / "broken")
+    file = tmp_path / "recipe.yaml"
+    raw = load(random_gpt2, rows_file, counting, broken.folder, *more).model_dump(mode="json")
+    file.write_text(json.dumps(raw))
+    process = subprocess.Popen([sys.executable, "-m", "mlx_posttrain", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    end = time.monotonic() + 240
+    try:
+        while not (broken.checkpoints / "step-000002").is_dir():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end, "the run did not get that far"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not broken.finished and len(steps(broken)) < 6, "the kill came too late to prove anything"
+    run(random_gpt2, rows_file, counting, broken.folder, *more, resume=True)
+    assert records(broken) == records(whole)
+    again, weights = final_weights(broken), final_weights(whole)
+    assert all(np.array_equal(again[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -214,8 +288,7 @@ def test_engines_agree_over_ten_updates(kind, random_gpt2, rows_file, counting, 
 def test_several_samples_and_texts_beside(random_gpt2, rows_file, counting, tmp_path):
     result, done = run(
         random_gpt2, rows_file, counting, tmp_path / "run", "rollout.prompts=4", "rollout.samples=3", "adapter.rank=4",
-        f"ptx={{coefficient: 2.0, batch_size: 2, data: {{source: {json.dumps(str(rows_file))}, max_length: 48, template: question}}}}",
-        "ppo.whiten_rewards=true", "ppo.score_clip=1.0", "ppo.target_kl=100", "judge=[{function: exact_answer}]",
+        ptx(rows_file), "ppo.whiten_rewards=true", "ppo.score_clip=1.0", "ppo.target_kl=100", "judge=[{function: exact_answer}]",
     )  # fmt: skip
     assert all(r["loss/ptx_avg"] > 1 for r in steps(done))
     assert steps(done)[0]["episode"] == 12
@@ -238,6 +311,131 @@ def test_one_budget_or_another_samples_the_same(random_gpt2):
     assert len({*texts[0]}) > 5
 
 
+def test_beta_follows_the_run_both_ways(random_gpt2, rows_file, counting, tmp_path):
+    """The controller is fed the run's own KL, with its sign: above the target beta rises, below it falls."""
+    target, horizon, answers = 0.05, 40.0, 8
+    more = [
+        "kl.controller=adaptive",
+        f"kl.target={target}",
+        f"kl.horizon={horizon}",
+        "kl.beta=0.2",
+        "train.steps=8",
+        "train.lr=4e-3",
+        "train.batch_size=8",
+        "ppo.epochs=1",
+    ]
+    _, done = run(random_gpt2, rows_file, counting, tmp_path / "run", *more, "train.schedule=constant", "rollout.missing_eos_penalty=null")
+    found = steps(done)
+    assert found[0]["beta"] == 0.2
+    for now, then in itertools.pairwise(found):
+        relative = max(-0.2, min(0.2, now["objective/kl"] / target - 1))
+        assert then["beta"] == pytest.approx(now["beta"] * (1 + relative * answers / horizon))
+    beta = [r["beta"] for r in found]
+    assert beta[1] < 0.2 < max(beta), "the first KL is 0, and later ones are above the target"
+
+
+def test_a_strong_penalty_keeps_the_policy_near(random_gpt2, rows_file, counting, tmp_path):
+    more = ["train.steps=10", "train.lr=3e-3", "train.schedule=constant", "train.eval_every=10", "critic.lr=3e-3", "train.batch_size=8"]
+    free, held = [run(random_gpt2, rows_file, counting, tmp_path / str(b), *more, f"kl.beta={b}")[0]["kl"] for b in (0.0, 3.0)]
+    assert held < 0.5 * free and free > 0.2, (held, free)
+
+
+def test_rates_orders_and_texts_of_the_loop(random_gpt2, rows_file, counting, tmp_path, monkeypatch):
+    """What the loop hands to each step's updates: the scheduled rate, the step's number, the answers to the step's prompts, the texts."""
+    given = []
+    real = ppo.update
+
+    def recording(chosen, trainer, critic, seen, losses, lr, step, context, beside=()):
+        given.append((lr, step, [a.question.tokens for a in seen.answers], len(beside), critic is not None))
+        return real(chosen, trainer, critic, seen, losses, lr, step, context, beside)
+
+    monkeypatch.setattr(ppo, "update", recording)
+    _, done = run(
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        "train.steps=4",
+        "train.lr=1e-3",
+        "rollout.prompts=4",
+        "rollout.samples=2",
+        ptx(rows_file),
+    )
+    assert [lr for lr, *_ in given] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4]) == [r["lr"] for r in steps(done)]
+    assert [step for _, step, *_ in given] == [0, 1, 2, 3]
+    asked = [[tokens[i : i + 2] for i in (0, 2, 4, 6)] for _, _, tokens, _, _ in given]
+    assert all(a == b for step in asked for a, b in step)  # a prompt's samples stand together
+    assert len({pair[0] for step in asked for pair in step}) == 16  # four steps of four prompts, none twice in a pass
+    assert all(texts > 2 and critic for *_, texts, critic in given)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("weight, normalise", [(1.0, "null"), (-2.0, "null"), (3.0, "false")])
+def test_a_copied_critic_starts_at_what_its_model_adds(engine, weight, normalise, random_gpt2, rows_file, counting, reward_model, tmp_path):
+    """Where the score is read, the critic's value is the reward model's part of the score: weighted, and normalised if that is."""
+    models = f"{{model: {json.dumps(reward_model)}, weight: {weight}, normalise: {normalise}}}"
+    chosen = load(random_gpt2, rows_file, counting, tmp_path / "run", f"reward=[{{function: {json.dumps(counting)}}}, {models}]")
+    library, tokenizer = engines.get(engine), loading.load_tokenizer(random_gpt2)
+    scorer = scoring.Scorer(chosen.reward, library, tokenizer, "question")
+    policy = library.load(random_gpt2)
+    parties = Parties(policy, ppo._critic(library, chosen, random_gpt2, policy), tokenizer, scorer, scorer)
+    rng = np.random.default_rng(0)
+    texts = [tuple(rng.integers(1, 380, 5 + i).tolist()) for i in range(6)]
+    answers = [Answer(Question(t[:3], "q", {}), t[3:], False, "eee"[i % 3 :]) for i, t in enumerate(texts)]
+    scorer.normalise_on(answers)
+    ppo._fit_critic(parties, ppo._critic_source(chosen))
+    values = parties.critic.apply(lambda m, b: {"v": m.scores(b)}, [pairs.collate_rows(texts, None, 64)])[0]["v"] + parties.value_offset
+    counted = np.array([a.text.count("e") for a in answers])
+    assert values == pytest.approx(scorer(answers) - counted, abs=2e-4)
+    assert np.ptp(values) > 0.5
+
+
+def test_a_short_reward_model_is_found_before_training(random_gpt2, rows_file, counting, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(random_gpt2, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "n_positions": 24, "n_ctx": 24}))
+    (file,) = (tmp_path / "short").glob("*.safetensors")
+    save_file({k: v[:24].copy() if "wpe" in k else v for k, v in load_file(file).items()}, file, {"format": "pt"})
+    short = json.dumps(classifier(tmp_path / "short", tmp_path / "reward"))
+    for more in ([f"reward=[{{model: {short}}}]"], [f"judge=[{{model: {short}}}]"]):
+        with pytest.raises(UserError, match=r"reward: it reads 24 tokens, and the longest prompt with rollout.max_tokens has \d+"):
+            run(random_gpt2, rows_file, counting, tmp_path / "run", *more)
+        assert not (tmp_path / "run").exists()
+
+
+def test_without_held_out_prompts(random_gpt2, rows_file, counting, tmp_path, capfd):
+    result, done = run(random_gpt2, rows_file, counting, tmp_path / "run", "data.holdout=0", "train.steps=2", "sample.count=2")
+    samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2] and all(s["score"] == s["answer"].count("e") for s in samples)
+    said = capfd.readouterr().err
+    assert "there are no held-out prompts" in said and "nan" not in said and "score" not in result
+    assert not any("eval/kl" in r for r in records(done))
+    run(random_gpt2, rows_file, counting, tmp_path / "none", "data.holdout=0", "train.steps=1", "sample.count=0")
+    assert not (tmp_path / "none" / "samples.jsonl").exists()
+
+
+def test_the_shown_functions_and_command(root, random_gpt2, tmp_path, monkeypatch):
+    """What docs/rlhf.md and the recipe's header show, as they show it, on a file with prompts and one column more."""
+    shown = (root / "docs" / "rlhf.md").read_text()
+    (tmp_path / "my_rewards.py").write_text(shown.split("```python")[1].split("```")[0])
+    rows = [{"prompt": f"Say number {i}.", "target": "e" if i % 2 else None} for i in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    header = (root / "recipes" / "07_ppo.yaml").read_text().splitlines()
+    command = next(line for line in header if "prompts.jsonl" in line).lstrip("# ")
+    assert command in shown
+    words = shlex.split(command)
+    assert words[:3] == ["mlx-posttrain", "run", "07_ppo"]
+    small = [f"model={random_gpt2}", "rollout.max_tokens=8", "rollout.prompts=8", "train.steps=1", "sample.count=0"]
+    for name in ("brief", "right"):
+        chosen = recipe.load(words[2], [*(w.replace(":brief", f":{name}") for w in words[3:]), *small, f"output={name}"])
+        assert np.isfinite(methods.get("ppo").run(chosen)["score"])
+    assert 0 < steps(Run(tmp_path / "right"))[0]["val/unscored"] < 8
+    assert steps(Run(tmp_path / "brief"))[0]["val/unscored"] == 0
+
+
 def test_an_early_stop_on_kl(random_gpt2, rows_file, counting, tmp_path):
     _, done = run(
         random_gpt2, rows_file, counting, tmp_path / "run", "ppo.target_kl=1e-9", "ppo.epochs=3", "train.steps=1", "train.lr=1e-2"
@@ -253,6 +451,10 @@ def test_an_early_stop_on_kl(random_gpt2, rows_file, counting, tmp_path):
         ("adapter={path: x}", "give the adapter's run as `model`"),
         ("critic.init=reward", "needs a reward model"),
         ("data.pack=true", "means nothing for prompts"),
+        ("ppo.vf_coef=0.5", "vf_coef weighs the losses of a shared trunk"),
+        ("kl.target=3", "belong to kl.controller=adaptive"),
+        ("kl.horizon=3", "belong to kl.controller=adaptive"),
+        ("rollout={missing_eos_score: -1, missing_eos_penalty: 2}", "give one of the two"),
         ("ppo.clp=1", "did you mean 'ppo.clip'"),
         ("train.epochs=2", "unknown key 'train.epochs'"),
         ("reward=[]", "reward"),

@@ -45,7 +45,7 @@ from mlx_posttrain.rl.experience import Experience, Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Answer, Question
 from mlx_posttrain.rl.settings import CriticSection, KLSection, PPOSection, PPOTrainSection, PTXSection, RolloutSection
 from mlx_posttrain.schedule import learning_rate
-from mlx_posttrain.training import adamw, check_warmup, not_finite, same_data
+from mlx_posttrain.training import adamw, blown_up, check_warmup, not_finite, same_data
 
 
 class Recipe(recipes.Recipe):
@@ -70,6 +70,12 @@ class Recipe(recipes.Recipe):
         recipes.check_training(self)
         if self.critic.kind == "shared" and (self.critic.lr is not None or self.critic.init != "auto"):
             raise ValueError("critic.lr and critic.init belong to a separate critic")
+        if self.critic.kind == "separate" and self.ppo.vf_coef != PPOSection.model_fields["vf_coef"].default:
+            raise ValueError(
+                "ppo.vf_coef weighs the losses of a shared trunk: a separate critic has an optimizer of its own, so set critic.lr"
+            )
+        if self.kl.controller == "fixed" and any(getattr(self.kl, k) != KLSection.model_fields[k].default for k in ("target", "horizon")):
+            raise ValueError("kl.target and kl.horizon belong to kl.controller=adaptive: the fixed one keeps beta")
         if self.critic.init == "reward" and not any(entry.model for entry in self.reward):
             raise ValueError("critic.init=reward needs a reward model among `reward`")
         if self.adapter is not None and self.adapter.path is not None:
@@ -200,8 +206,13 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
             scoring.Scorer(recipe.reward, engine, tokenizer, str(recipe.data.template)),
             scoring.Scorer(recipe.judge, engine, tokenizer, str(recipe.data.template)),
         )  # fmt: skip
-    supervised.announce(recipe, engine, policy)
-    plans.tell(lambda: _plan(recipe, engine.name, folder, [*questions, *held_out]))
+        longest = max(len(q.tokens) for q in [*questions, *held_out]) + recipe.rollout.max_tokens
+        for scorer in (parties.scorer, parties.judge):  # a critic reads as far as the policy or the reward model that it is a copy of
+            scorer.check_context(longest)
+        if not held_out:
+            say("there are no held-out prompts: nothing is evaluated, and samples are answers to training prompts")
+        supervised.announce(recipe, engine, policy)
+        plans.tell(lambda: _plan(recipe, engine.name, folder, [*questions, *held_out]))
     engine.seed(recipe.seed)
     result = fit(engine, parties, questions, held_out, beside, recipe, run, resume)
 
@@ -210,7 +221,12 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         (target / files.HEAD_FILE).unlink(missing_ok=True)  # a value head is of no use to whoever runs the model
 
     supervised.finish(run, result, write)
-    say(f"{run.final} is written: score {result.get('score', float('nan')):.3f}, KL {result.get('kl', float('nan')):.2f} nats per answer")
+    what = (
+        f"score {result['score']:.3f}, KL {result['kl']:.2f} nats per answer"
+        if held_out
+        else "metrics.jsonl has the training answers' scores and KL"
+    )
+    say(f"{run.final} is written: {what}")
     return result
 
 
@@ -245,11 +261,10 @@ def _critic(engine: Engine, recipe: Recipe, folder: Path, policy: Model) -> Mode
 
 
 def _fit_critic(parties: Parties, reward: str | None) -> None:
-    """Bring a critic that started as a reward model to the scale of the normalised scores."""
+    """Let a critic that started as a reward model say what that model adds to the sum of rewards; what others add it has to learn."""
     if parties.critic is not None and reward is not None:
-        mean, std = parties.scorer.scale_of(reward)
-        parties.critic.add_head(parties.critic.head() / np.float32(std))
-        parties.value_offset = -mean / std
+        factor, parties.value_offset = parties.scorer.share_of(reward)
+        parties.critic.add_head(parties.critic.head() * np.float32(factor))
 
 
 def _ptx_rows(recipe: Recipe, tokenizer: Any, context: int | None) -> list[Example]:
@@ -260,8 +275,9 @@ def _ptx_rows(recipe: Recipe, tokenizer: Any, context: int | None) -> list[Examp
     return supervised.encode_rows(rows, data, tokenizer, context, recipe.seed, "ptx rows")
 
 
-def _fingerprint(questions: Sequence[Question]) -> dict[str, Any]:
-    return {"rows": len(questions), "hash": hashlib.sha256(repr([q.tokens for q in questions]).encode()).hexdigest()}
+def _fingerprint(rows: Sequence[Question] | Sequence[Example]) -> dict[str, Any]:
+    """Of everything in the rows: a column that a reward function reads counts as much as the prompt."""
+    return {"rows": len(rows), "hash": hashlib.sha256(repr(list(rows)).encode()).hexdigest()}
 
 
 def fit(
@@ -280,7 +296,7 @@ def fit(
     first = 0
     state: dict[str, Any] = {"evaluation": {}, "controller": controller.state(), "scorer": {}, "judge": {}, "value_offset": 0.0}
 
-    state["data"] = {"training": _fingerprint(questions), "held-out": _fingerprint(held_out)}
+    state["data"] = {"training": _fingerprint(questions), "held-out": _fingerprint(held_out), "ptx": _fingerprint(beside)}
     newest = run.newest_checkpoint() if resume else None
     if newest is not None:
         same_data(newest.state["data"], state["data"], run)
@@ -305,7 +321,10 @@ def fit(
             stop=encode.eos_id(parties.tokenizer), seed=seed, token_budget=r.token_budget,
         )  # fmt: skip
 
-    def checkpoint(done: int) -> None:
+    def checkpoint(done: int, answers: Sequence[Answer]) -> None:
+        figures = measure(parties, answers[:1], recipe.rollout.temperature, train, policy.context)
+        if not all(np.isfinite(values).all() for rows in figures.values() for values in rows):
+            raise blown_up(done, "log-probabilities or values under the weights that it made are not finite", run)
         require_space(run.folder, needed)
 
         def write(folder: Path) -> None:
@@ -318,22 +337,26 @@ def fit(
         run.save_checkpoint(done, write, state | {"controller": controller.state()}, engine.random_state(), train.keep)
 
     def evaluate(done: int) -> None:
-        if not held_out:
+        asked = held_out or questions[: recipe.sample.count]
+        if not asked:
             return
-        answers = answer(held_out, 1, recipe.seed)
-        figures = measure(parties, answers, recipe.rollout.temperature, train, policy.context)
-        state["evaluation"] = {**scoring.evaluation(answers, figures, parties.scorer, parties.judge), "step": done}
-        run.log({"step": done, **{f"eval/{k}": v for k, v in state["evaluation"].items() if k != "step"}})
+        answers = answer(asked, 1, recipe.seed)
+        if held_out:
+            figures = measure(parties, answers, recipe.rollout.temperature, train, policy.context)
+            state["evaluation"] = {**scoring.evaluation(answers, figures, parties.scorer, parties.judge), "step": done}
+            if not np.isfinite(state["evaluation"]["kl"]):
+                raise blown_up(done, f"the held-out KL is {state['evaluation']['kl']}", run)
+            run.log({"step": done, **{f"eval/{k}": v for k, v in state["evaluation"].items() if k != "step"}})
+            progress.note(f"step {done}: held-out " + scoring.sentence(state["evaluation"]))
         scores = parties.scorer(answers[: recipe.sample.count]) if recipe.sample.count else ()
         for a, score in zip(answers, scores, strict=False):
             run.sample({"step": done, "prompt": a.question.text, "answer": a.text, "stopped": a.stopped, "score": float(score)})
-        progress.note(f"step {done}: held-out " + scoring.sentence(state["evaluation"]))
 
     require_space(run.folder, needed)
     progress = Progress(run.folder.name, train.steps, first)
     engine.reset_memory()
     try:
-        with interruptible() as signals:
+        with interruptible(run.folder) as signals:
             if first == 0:
                 asked = [questions[i] for i in prompts.order(len(questions), recipe.seed, -1)][:256]
                 reference = answer(asked, 1, recipe.seed + 1)
@@ -350,7 +373,7 @@ def fit(
                 beta = controller.beta
                 seen = experience(
                     answers, parties.scorer(answers), measure(parties, answers, recipe.rollout.temperature, train, policy.context),
-                    recipe.ppo, recipe.rollout.missing_eos_penalty, beta, parties.value_offset,
+                    recipe.ppo, recipe.rollout.missing_eos_penalty, beta, parties.value_offset, recipe.rollout.missing_eos_score,
                 )  # fmt: skip
                 lr = learning_rate(step, steps=train.steps, peak=train.lr, schedule=train.schedule, warmup=train.warmup, floor=train.min_lr)
                 try:
@@ -368,7 +391,7 @@ def fit(
                 if done % eval_every == 0 or done == train.steps:
                     evaluate(done)
                 if done % save_every == 0 or done == train.steps or signals:
-                    checkpoint(done)
+                    checkpoint(done, answers)
                 if signals and done < train.steps:
                     raise interrupted(signals, done, run.folder)
     finally:

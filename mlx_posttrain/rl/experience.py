@@ -61,7 +61,7 @@ def measure(
     figures: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(answers) for name in found[0]}
     for part, batch, arrays in zip(rows, batches, found, strict=True):
         for name, array in arrays.items():
-            for i, row in zip(part, rollouts.by_row(batch, array), strict=True):
+            for i, row in zip(part, data_batches.by_row(batch, array), strict=True):
                 figures[name][i] = row
     return figures
 
@@ -74,17 +74,21 @@ def experience(
     missing_eos_penalty: float | None,
     beta: float,
     value_offset: float = 0.0,
+    missing_eos_score: float | None = None,
 ) -> Experience:
     """Rewards, advantages and returns of scored answers. Pure: models have been asked before.
 
-    scores: [R], normalised; nan for an answer that no reward could score, which is left out. Raises UserError when that is all of them.
+    scores: [R], normalised; nan for an answer that no reward could score, which is left out. An answer that did not end by itself loses
+    ``missing_eos_penalty``, or is given ``missing_eos_score`` whatever it says. Raises UserError when no answer has a score.
     """
     kept = [i for i, s in enumerate(scores) if np.isfinite(s)]
     if not kept:
         raise UserError("no answer of this step could be scored: every reward function returned None")
     answers = [answers[i] for i in kept]
     raw = scores[kept]
-    final = raw - (missing_eos_penalty or 0.0) * np.array([not a.stopped for a in answers])
+    final = np.where(
+        [a.stopped for a in answers], raw, raw - (missing_eos_penalty or 0.0) if missing_eos_score is None else missing_eos_score
+    )
     if settings.score_clip is not None:
         final = np.clip(final, -settings.score_clip, settings.score_clip)
     arrays = {name: rollouts.padded([values[i] for i in kept]) for name, values in figures.items()}

@@ -1,29 +1,10 @@
-"""How far the policy is from its reference, estimated from samples, and how hard to pull it back."""
+"""How hard to pull the policy back to its reference."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-
-from mlx_posttrain.ops import ops
-
-
-def estimate(logprobs: Any, reference_logprobs: Any, kind: str = "k1") -> Any:
-    """KL(policy || reference) of one token sampled from the policy, in nats, elementwise.
-
-    k1: log pi - log ref, unbiased, may be negative. k2: half its square, biased, low variance. k3: ref/pi - 1 - log(ref/pi), unbiased,
-    never negative. Schulman 2020, "Approximating KL divergence". Raises ValueError for another kind.
-    """
-    delta = logprobs - reference_logprobs
-    if kind == "k1":
-        return delta
-    if kind == "k2":
-        return 0.5 * delta**2
-    if kind == "k3":
-        return ops(delta).expm1(-delta) + delta
-    raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
 
 
 class FixedKL:

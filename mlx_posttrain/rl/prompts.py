@@ -22,7 +22,7 @@ def read(data: DataSection, tokenizer: Any, context: int | None, max_tokens: int
     """Training and held-out prompts as token ids.
 
     Rows of any format will do, those with nothing but a ``prompt`` too; a row's own answer becomes the column ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens`` in the context, is dropped
-    and counted. Raises UserError when none is left.
+    and counted. Raises UserError when none is left to train on.
     """
     found = supervised.split_rows(data, seed, _read)
     room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
@@ -32,7 +32,11 @@ def read(data: DataSection, tokenizer: Any, context: int | None, max_tokens: int
         if rows:
             say(f"{what}: {len(questions):,} of {len(rows):,} kept ({len(rows) - len(questions):,} longer than {room} tokens)")
         if rows and not questions:
-            raise UserError(f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or lower rollout.max_tokens")
+            if what == "prompts":
+                raise UserError(
+                    f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or lower rollout.max_tokens"
+                )
+            say(supervised.NONE_HELD_OUT.format(what=what))
         kept.append(questions)
     return kept[0], kept[1]
 

@@ -8,12 +8,12 @@ not part of the answer. NumPy only; models are asked through the engine's protoc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.data.batches import Batch, by_length, collate
+from mlx_posttrain.data.batches import Batch, by_length, collate, with_rows
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import Model
@@ -91,21 +91,9 @@ def unpadded(values: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     return [row[: int(m.sum())] for row, m in zip(values, mask, strict=True)]
 
 
-def by_row(batch: Batch, values: np.ndarray) -> list[np.ndarray]:
-    """[N] values at a batch's positions as one array per row of the batch."""
-    real = batch.weight > 0
-    return [values[real & (batch.row == r)] for r in range(len(batch.tokens))]
-
-
 def with_figures(examples: Sequence[Example], figures: Mapping[str, Sequence[np.ndarray]], context: int | None) -> Batch:
     """A batch of examples that carries token-aligned figures, one array per example and name, in ``extra`` as [N] float32."""
-    batch = collate(examples, context)
-
-    def flat(parts: Sequence[np.ndarray]) -> np.ndarray:
-        joined = np.concatenate(parts)
-        return np.pad(joined, (0, len(batch.weight) - len(joined))).astype(np.float32)
-
-    return replace(batch, extra={name: flat(parts) for name, parts in figures.items()})
+    return with_rows(collate(examples, context), figures)
 
 
 def minibatches(

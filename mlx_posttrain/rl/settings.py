@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlx_posttrain import recipe as recipes
 
@@ -19,11 +19,21 @@ class RolloutSection(recipes.Section):
     missing_eos_penalty: float | None = Field(
         1.0, ge=0, description="taken from the score of an answer that did not end by itself; null: none"
     )
+    missing_eos_score: float | None = Field(
+        None, description="score of an answer that did not end by itself, whatever it says, in place of the penalty; null: the penalty"
+    )
     token_budget: int = Field(
         16384,
         ge=32,
         description="cached positions of one decode batch: rows times prompt plus answer, in blocks of 256; of GPT-2 124M 1.2 GB",
     )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> RolloutSection:
+        default = type(self).model_fields["missing_eos_penalty"].default
+        if self.missing_eos_score is not None and self.missing_eos_penalty not in (None, default):
+            raise ValueError("missing_eos_score takes the place of missing_eos_penalty: give one of the two")
+        return self
 
 
 class PPOSection(recipes.Section):
