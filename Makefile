@@ -44,5 +44,7 @@ $(VENV)/.installed: $(BIN)/pip pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/pip pyproject.toml constraints.txt
+	@case "$(if $(PIP_ARGS),chosen,$$(uname -sm))" in "Linux x86_64") \
+	  echo "make: on Linux, PyPI's torch carries CUDA and weighs gigabytes; for the CPU's, stop and give PIP_ARGS (see 'A small torch' in CONTRIBUTING.md)";; esac
 	$(PIP) -e ".[dev,torch]"
 	@touch $@ $(VENV)/.installed

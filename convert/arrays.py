@@ -30,6 +30,17 @@ def to_float32(array: Any) -> Any:
     return np.asarray(array, dtype=np.float32)
 
 
+def require_mlx(purpose: str) -> None:
+    """Raise UserError where MLX is not installed, naming what needs it."""
+    try:
+        import mlx.core  # noqa: F401
+        import mlx_lm  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"{purpose} needs MLX, which is not installed: do it on an Apple Silicon Mac or on Linux, after `pip install mlx-posttrain`"
+        ) from None
+
+
 def like(value: Any, reference: Any) -> Any:
     """Return a NumPy array as the library and type of `reference`."""
     kind = library(reference)

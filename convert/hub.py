@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -19,6 +20,8 @@ EMBEDDED = "tiny"
 ALLOWED = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.txt", "*.jinja", "tokenizer.model", "spiece.model", "*.tiktoken"]
 IGNORED = ["*.bin", "*.py", "*.pt", "*.msgpack", "*.h5", "*.onnx", "*/*"]
 
+_GIVE = "give an existing folder or a hub id such as openai-community/gpt2"
+
 # Ids from before the hub had organisations; the hub redirects them, the cache knows them under the name that was asked for.
 LEGACY = {
     "gpt2": "openai-community/gpt2",
@@ -33,7 +36,7 @@ def resolve(model: str | Path, kind: str = "model") -> Path:
     """Return the local folder of `model`: "tiny" (embedded), an existing folder, or a hub id ("openai-community/gpt2", "gpt2").
 
     A complete copy in the hub cache is used as it is, without a network call; otherwise the hub's client downloads it and shows its
-    progress. `kind` "adapter" looks for a PEFT adapter instead of a model.
+    progress. `kind` "adapter" looks for a PEFT adapter instead of a model; "either" takes both, see `holds_adapter`.
 
     Raises:
         UserError: one line that says what is wrong and what to do: no such folder, no such id, gated, not cached while offline,
@@ -42,17 +45,22 @@ def resolve(model: str | Path, kind: str = "model") -> Path:
     name = str(model).strip()
     if not name:
         raise UserError("no model given; give a folder, a hub id such as openai-community/gpt2, or tiny")
-    if name == EMBEDDED and kind == "model":
+    if name == EMBEDDED and kind != "adapter":
         return _embedded()
     folder = Path(name).expanduser()
     if folder.is_dir():
-        check_folder(folder, kind)
+        check_folder(folder, _kind_of(folder, kind))
         return folder
     if folder.exists():
         raise UserError(f"{name} is a file; give the folder that holds {_config_name(kind)} and the safetensors weights")
     if isinstance(model, Path) or _looks_like_path(name):
-        raise UserError(f"the folder {name} does not exist; give an existing folder or a hub id such as openai-community/gpt2")
+        raise UserError(_missing_folder(name) or f"the folder {name} does not exist; {_GIVE}")
     return _from_hub(name, kind)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds a PEFT adapter without a model beside it."""
+    return (folder / _config_name("adapter")).is_file() and not weight_files(folder)
 
 
 def check_config(path: Path) -> dict[str, Any]:
@@ -143,6 +151,12 @@ def _config_name(kind: str) -> str:
     return "adapter_config.json" if kind == "adapter" else "config.json"
 
 
+def _kind_of(folder: Path, kind: str) -> str:
+    if kind != "either":
+        return kind
+    return "adapter" if holds_adapter(folder) else "model"
+
+
 def _pickle_hint(folder: Path, pattern: str) -> str:
     found = sorted(folder.glob(pattern))
     if found:
@@ -175,15 +189,16 @@ def _from_hub(name: str, kind: str) -> Path:
     partial = None
     for repo in _ids(name):
         cached = _cached(repo, kind)
-        if cached and _complete(cached, kind, tokenizer=True):
+        if cached and _complete(cached, _kind_of(cached, kind), tokenizer=True):
             return cached
         partial = partial or cached
     try:
         folder = Path(snapshot_download(name, allow_patterns=ALLOWED, ignore_patterns=IGNORED))
     except Exception as error:  # whatever the hub's client raises becomes one line
-        if partial and _complete(partial, kind, tokenizer=False):
+        if partial and _complete(partial, _kind_of(partial, kind), tokenizer=False):
             return partial
         raise UserError(_explain(name, error)) from error
+    kind = _kind_of(folder, kind)
     # Offline, the client returns a snapshot that an interrupted download left behind.
     if not _complete(folder, kind, tokenizer=False):
         if partial is None:
@@ -200,8 +215,21 @@ def _cached(repo: str, kind: str) -> Path | None:
     """Return the cache's snapshot folder of the main branch, complete or not."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, _config_name(kind))
-    return Path(found).parent if isinstance(found, str) else None
+    for one in ("model", "adapter") if kind == "either" else (kind,):
+        found = try_to_load_from_cache(repo, _config_name(one))
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _missing_folder(name: str) -> str | None:
+    """Return the line for what is no hub id but a mistyped folder: the one that it would be in exists here."""
+    path = Path(name).expanduser()
+    if path.parent == Path(".") or not path.parent.is_dir():
+        return None
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1, cutoff=0.6)
+    hint = f"did you mean {path.parent / near[0]}?" if near else _GIVE
+    return f"the folder {name} does not exist; {hint}"
 
 
 def _complete(folder: Path, kind: str, tokenizer: bool) -> bool:
@@ -234,6 +262,8 @@ def _explain(name: str, error: Exception) -> str:
     download = f"download it once while online (hf download {name}) or give a folder"
     if isinstance(cause, GatedRepoError):
         return f"{name} is gated: accept its terms at https://huggingface.co/{name}, then run: hf auth login"
+    if isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError | OfflineModeIsEnabled) and (missing := _missing_folder(name)):
+        return missing
     if isinstance(cause, RepositoryNotFoundError):
         return f"{name} is neither an existing folder nor a model on the hub; check the spelling, or if it is private run: hf auth login"
     if isinstance(cause, HfHubHTTPError) and status in (401, 403):

@@ -83,6 +83,23 @@ def quantised_drift(weight: Any, update: Any, bits: int, group_size: int = 64, m
     }
 
 
+def logit_drift(adapted: Any, other: Any, base: Any) -> dict[str, float]:
+    """Return how far `other` logits are from those of a base with its adapter; all [..., V] in NumPy.
+
+    "lost": rms of (other - adapted) over rms of (adapted - base), 0 for the same logits, about 1 when the adapter is gone;
+    "max_logit_difference": the largest |other - adapted|; "kl": mean KL(adapted || other) in nats per position.
+    """
+    import numpy as np
+
+    adapted, other, base = (np.asarray(x, np.float64) for x in (adapted, other, base))
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (adapted, other))
+    return {
+        "lost": float(np.sqrt(np.mean((other - adapted) ** 2) / max(np.mean((adapted - base) ** 2), 1e-20))),
+        "max_logit_difference": float(np.abs(other - adapted).max()),
+        "kl": float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
+    }
+
+
 def _weight_name(base: Mapping[str, Any], module: str) -> str:
     for name in (f"{module}.weight", f"{module.removeprefix('transformer.')}.weight"):
         if name in base:

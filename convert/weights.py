@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from mlx_posttrain.errors import UserError
 
 from . import gpt2
+from .arrays import library, require_mlx
 from .files import copy_tokenizer, output_folder, require_space, write_atomically, write_json
 from .hub import check_config, check_tensors, resolve, weight_files
 
@@ -224,10 +225,11 @@ def _load_gpt2(source: Path, config: Mapping[str, Any], dtype: str | None) -> di
     gpt2.check_shapes(weights, config)
     if dtype is None:
         return weights
-    return {name: _cast(name, w, dtype) for name, w in weights.items()}
+    return {name: cast(name, w, dtype) for name, w in weights.items()}
 
 
 def _dequantised(source: Path) -> dict[str, Any]:
+    require_mlx("dequantising")
     from mlx.utils import tree_flatten
     from mlx_lm.utils import dequantize_model, load_model
 
@@ -239,18 +241,31 @@ def _dequantised(source: Path) -> dict[str, Any]:
     return dict(tree_flatten(dequantize_model(model).parameters()))
 
 
-def _cast(name: str, array: Any, dtype: str) -> Any:
-    import mlx.core as mx
+def cast(name: str, array: Any, dtype: str) -> Any:
+    """Return an MLX or torch array of floating numbers as `dtype`, and any other as it is; `name` stands in errors.
 
-    if not mx.issubdtype(array.dtype, mx.floating):
-        return array
-    result = array.astype(getattr(mx, dtype))
-    if dtype == "float16" and array.dtype != mx.float16 and not mx.isfinite(result).all() and mx.isfinite(array).all():
+    Raises:
+        UserError: a finite value is beyond float16's range.
+    """
+    if library(array) == "torch":
+        import torch
+
+        if not array.is_floating_point():
+            return array
+        result, isfinite = array.to(getattr(torch, dtype)), torch.isfinite
+    else:
+        import mlx.core as mx
+
+        if not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        result, isfinite = array.astype(getattr(mx, dtype)), mx.isfinite
+    if dtype == "float16" and array.dtype != result.dtype and not isfinite(result).all() and isfinite(array).all():
         raise UserError(f"{name} holds values beyond float16's range (65504); choose bfloat16 or float32")
     return result
 
 
 def _quantise(weights: dict[str, Any], config: dict[str, Any], bits: int, group_size: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    require_mlx("quantising")
     from mlx.utils import tree_flatten
     from mlx_lm.models.gpt2 import Model, ModelArgs
     from mlx_lm.utils import quantize_model
@@ -289,6 +304,7 @@ def _copy_if_there(file: Path, folder: Path) -> bool:
 
 def _convert_with_mlx_lm(source: Path, folder: Path, model_type: str, dtype: str | None, bits: int | None, group_size: int | None) -> None:
     """Run mlx-lm's own conversion into an empty folder."""
+    require_mlx(f"converting {model_type}")
     from mlx_lm.convert import convert as mlx_lm_convert
 
     require_space(folder, sum(file.stat().st_size for file in _checked_files(source)))

@@ -30,6 +30,7 @@ def run(
     if resume is not None:
         if recipe or overrides:
             raise UserError("--resume continues a run with its own recipe: give no recipe and no settings")
+        resume = resume.expanduser()
         _, raw = runs.reopen(resume)
         raw.pop("untemplated", None)
         raw["output"] = str(resume)
@@ -74,7 +75,7 @@ def demo(
     """Tune the embedded tiny model three ways and compare: a few minutes, no network."""
     from mlx_posttrain import demo as module
 
-    module.demo(output, engine, seed)
+    module.demo(output.expanduser(), engine, seed)
 
 
 @app.command()
@@ -115,7 +116,7 @@ def generate(
     prompts = list(prompt or [])
     if file is not None:
         try:
-            prompts += [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+            prompts += [line for line in file.expanduser().read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except OSError as error:
             raise UserError(f"--file {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -170,14 +171,13 @@ def export(
     """Write a run for PEFT, transformers or mlx-lm, with a model card."""
     from mlx_posttrain import export as module
 
-    target = output or run / f"export-{to}"
-    done = module.export(run, target, to, merged=merge, force=force)
-    if drift := done.get("drift"):
-        typer.echo(
-            f"merged into the quantised base: {drift['lost']:.1%} of the adapter's effect on the logits lost, "
-            f"largest difference {drift['max_logit_difference']:.3f}, KL {drift['kl']:.4f} nats"
-        )
-    typer.echo(done["path"])
+    run = run.expanduser()
+    target = (output or run / f"export-{to}").expanduser()
+    if not (push and not force and module.is_export(target, run, to, merge)):  # what an upload that failed left is uploaded as it is
+        done = module.export(run, target, to, merged=merge, force=force)
+        if "note" in done:
+            typer.echo(done["note"])
+    typer.echo(target)
     if push:
         typer.echo(module.push(target, push))
 
@@ -222,6 +222,7 @@ def analyze(
 
     names, suite = _suite(runs)
     if output:
+        output = output.expanduser()
         pages.check_target(output)
     comparison, found = module.analyze(names, suite, engine, base=base)
     if json:
@@ -249,12 +250,18 @@ def report(
     from mlx_posttrain.runs import reopen
 
     names, suite = _suite(runs)
+    output = output.expanduser()
     pages.check_target(output)
     if logs_only:
         curve = kinds.overfitting({label: reopen(n)[0].metrics() for n, label in zip(names, labels_of(names), strict=True)})
         _page(output, names, None, [curve] if curve else [])
     else:
         _page(output, names, *module.analyze(names, suite, engine, base=base))
+
+
+def _home(name: str) -> str:
+    """A name with its ~ filled in; hub ids and ``tiny`` have none."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def _setting(text: str) -> bool:
@@ -268,14 +275,17 @@ def _suite(arguments: list[str]) -> tuple[list[str], Any]:
     from mlx_posttrain.evaluate.suite import SuiteSection
 
     raw = module.override({}, [a for a in arguments if _setting(a)])
-    return [a for a in arguments if not _setting(a)], module.parse(raw, SuiteSection, "settings")
+    return [_home(a) for a in arguments if not _setting(a)], module.parse(raw, SuiteSection, "settings")
 
 
 def _compare(names: list[str], settings: list[str] | None, json: bool, engine: str, page: Path | None = None) -> None:
     import json as jsonlib
 
     from mlx_posttrain.errors import UserError
+    from mlx_posttrain.evaluate import analyze
+    from mlx_posttrain.evaluate import report as pages
     from mlx_posttrain.evaluate import suite as module
+    from mlx_posttrain.evaluate.comparison import table
 
     if not names:
         raise UserError("name at least one run or model")
@@ -283,13 +293,15 @@ def _compare(names: list[str], settings: list[str] | None, json: bool, engine: s
     if others:
         raise UserError(f"{others[0]!r} is no setting (write key=value); several models are measured by `mlx-posttrain compare`")
     if page:
-        from mlx_posttrain.evaluate import report as pages
-
+        page = page.expanduser()
         pages.check_target(page)
-    found = module.compare(names, suite, engine)
-    typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else module.table(found))
+    names = [_home(name) for name in names]
+    names, labels = analyze.with_base(names, module.labels_of(names))
+    found = module.compare(names, suite, engine, labels)
+    typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else table(found))
     if page:
-        _page(page, names, found, [])
+        findings = analyze.of_comparison(found, analyze.logs_of(names, labels))
+        typer.echo(pages.write(page, names, labels, found, findings), err=True)
 
 
 def _page(path: Path, names: list[str], comparison: Any, findings: list[Any]) -> None:
@@ -323,6 +335,7 @@ def synthesize(
     from mlx_posttrain import synthesize as module
 
     settings = module.Settings(samples, temperature, top_p, max_tokens, template, system, reward, keep, near or None, thoughts, seed)
+    output = output.expanduser()
     told = module.synthesize(teacher, prompts, output, settings, engine=engine, limit=limit, format=format)
     typer.echo(f"{output}: " + ", ".join(f"{count} {what}" for what, count in told.items()))
 
@@ -349,9 +362,9 @@ def plan(
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (random weights), tiny, or a folder or run")] = "gpt2",
-    what: Annotated[str, typer.Option(help="of sft, lora, kl, kl-lora, reward, ppo, generate, generate-single")] = "sft,lora,kl,generate",
+    what: Annotated[str, typer.Option(help="of sft, lora, kl, kl-lora, reward, ppo, generate, generate-single, scaling")] = "sft,lora,kl,generate",
     engines: Annotated[str | None, typer.Option(help="of mlx-gpu, mlx-cpu, torch-cpu; default: what this machine has")] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="also mlx-lm's and TRL's own trainers, where they are installed")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="also mlx-lm's, transformers' and TRL's own trainers, where they are installed")] = False,
     units: Annotated[int, typer.Option(min=1, help="timed units of each engine, after one that warms up")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="rows of a training unit")] = 32,
     length: Annotated[
@@ -367,6 +380,7 @@ def bench(
     def names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
 
+    output = output.expanduser()
     render.claim(output)
     result = module.bench(
         model, names(what), names(engines) if engines else None, peers=peers, units=units, shape=module.Shape(rows, length, batch_size)

@@ -6,35 +6,39 @@ report; then one adapter exported for PEFT and the base converted for mlx-lm.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import engines, export, methods, recipe
+from mlx_posttrain import engines, export, lock, methods, recipe, runs
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.loading import locate, open_model
+from mlx_posttrain.progress import Interrupted
 from mlx_posttrain.runs import read_jsonl
 
 
 def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
-    """Run it all and print what came out. Raises UserError when ``output`` is in use."""
+    """Run it all, or what an interrupted demo has left to do, and print what came out. Raises UserError when ``output`` is in use."""
     begun = time.monotonic()
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} holds an earlier demo: delete it, or choose another folder with --output")
     name = engines.get(engine).name
     chosen = recipe.load("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
-    methods.get("pipeline").run(chosen)
+    try:
+        _run(output, chosen, name)
+    except Interrupted as error:  # the pipeline's own advice would end without what is printed below
+        raise Interrupted(str(error).replace(f"--resume {output.absolute()}", "the same `mlx-posttrain demo`")) from None
     report = output / "report" / "final"
     _print_reward_model(output / "reward")
     _print_ppo(output / "ppo")
     _print_thinking(output / "distill")
     adapter = output / "lora-peft"
-    export.export(output / "lora", adapter, "peft")
+    export.export(output / "lora", adapter, "peft", force=True)  # one that an interruption left is written again
     print(f"\nThe LoRA adapter is in {adapter}, in PEFT's format." + _peft_check(output / "lora", adapter))
     if name == "mlx":
         from mlx_posttrain.convert.weights import convert
@@ -50,6 +54,26 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
         "  mlx-posttrain run journey                                   the same journey on GPT-2 124M\n"
         "  mlx-posttrain recipes                                       everything else"
     )
+
+
+def _run(output: Path, chosen: recipe.Recipe, engine: str) -> None:
+    """Run the pipeline in a new folder, or go on with that of the same demo. Raises UserError for a folder with anything else."""
+    pipeline = methods.get("pipeline")
+    if not runs.is_run(output):
+        if output.exists() and any(path.name != lock.NAME for path in output.iterdir()):
+            raise UserError(f"{output} exists and is not empty: choose another folder with --output")
+        pipeline.run(chosen)
+        return
+    _, raw = runs.reopen(output)
+    last = output / ("tiny-mlx" if raw.get("engine") == "mlx" else "lora-peft")
+    if any(raw.get(key) != getattr(chosen, key) for key in ("method", "description")) or last.exists():
+        what = "an earlier demo" if last.exists() else "another run"
+        raise UserError(f"{output} holds {what}: delete it, or choose another folder with --output")
+    if (raw["engine"], raw["seed"]) != (engine, chosen.seed):
+        begun = f"--engine {raw['engine']} --seed {raw['seed']}"
+        raise UserError(f"{output} holds an unfinished demo: continue it with {begun}, delete it, or choose another folder with --output")
+    if not all(runs.Run(output / stage).finished for stage in raw["stages"]):
+        pipeline.run(recipe.parse(raw | {"output": str(output)}, pipeline.Recipe, str(output / "recipe.yaml")), resume=True)
 
 
 def _print_reward_model(run: Path) -> None:
@@ -117,9 +141,26 @@ def peft_difference(run: Path, adapter: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     model, _, _ = open_model(run)
-    base = AutoModelForCausalLM.from_pretrained(locate(run).folder, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(base, adapter).eval()
+    with _without_loading_noise():
+        base = AutoModelForCausalLM.from_pretrained(locate(run).folder, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(base, adapter).eval()
     tokens = np.random.default_rng(0).integers(0, model.config["vocab_size"], (2, 48))
     with torch.no_grad():
         wanted = theirs(input_ids=torch.from_numpy(tokens)).logits.numpy()
     return float(np.abs(model.full_logits(tokens) - wanted).max())
+
+
+@contextlib.contextmanager
+def _without_loading_noise() -> Iterator[None]:
+    """Without transformers' bars of loaded weights, and its warning that PEFT asks by a name it has given up: nobody here can act on either."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()

@@ -1,21 +1,23 @@
 """A run's result in the formats other people load: PEFT, transformers, mlx-lm; merged or not; with a model card.
 
-Runs already keep Hugging Face's formats, so most of this is copying. The one lossy path is merging a QLoRA adapter into its
-quantised base: rounding to the grid swallows small updates, so the effect on the logits is measured first.
+Runs already keep Hugging Face's formats, so most of this is copying. An adapter trained on a quantised base is another matter: merged
+into that base, rounding to the grid swallows small updates, and on the base as it was before quantising it says something else than it did
+in training. Both effects on the logits are measured, printed, and written into the card.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import loading, runs
+from mlx_posttrain import engines, loading, runs
 from mlx_posttrain.convert import adapters, card, hub, merge, weights
-from mlx_posttrain.convert.arrays import like
+from mlx_posttrain.convert.arrays import like, require_mlx
 from mlx_posttrain.convert.files import output_folder
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
@@ -29,7 +31,7 @@ MAX_LOST = 0.25
 
 
 def export(run: str | Path, destination: str | Path, to: str = "peft", *, merged: bool = False, force: bool = False) -> dict[str, Any]:
-    """Write a finished run for another program; returns {"path", "format", ...} and for a quantised merge its drift.
+    """Write a finished run for another program; returns {"path", "format", ...} and, where it differs from the run, "drift" and a "note".
 
     peft: an adapter folder. hf: a model folder for transformers (an adapter run needs ``merged``). mlx-lm: a model folder or,
     for an adapter run without ``merged``, an adapter folder, for mlx-lm. Raises UserError for an unknown format, a run that has
@@ -42,6 +44,8 @@ def export(run: str | Path, destination: str | Path, to: str = "peft", *, merged
     target = Path(destination).expanduser()
     if source.adapter is None and to == "peft":
         raise UserError(f"{run} trained all weights and has no adapter: use --to hf")
+    if source.adapter is None and merged:
+        raise UserError(f"{run} trained all weights, so there is no adapter to merge: leave out --merge")
     if source.adapter is not None and to == "hf" and not merged:
         raise UserError(f"{run} is an adapter: add --merge for a model folder, or use --to peft")
     if merged and to == "peft":
@@ -50,40 +54,54 @@ def export(run: str | Path, destination: str | Path, to: str = "peft", *, merged
     with output_folder(target, force) as folder:
         if source.adapter is None:
             _full(source, folder, to)
-        elif to == "peft":
-            _peft(source, folder)
-        elif to == "mlx-lm" and not merged:
-            config, modules = adapters.read_adapter(source.adapter)
-            adapters.to_mlx_lm(folder, modules, config, _model_type(source))
-        elif to == "mlx-lm" and source.quantize:
-            summary["drift"] = _requantised(source, folder, force)
+        elif not merged:
+            if to == "peft":
+                _peft(source, folder)
+            else:
+                config, modules = adapters.read_adapter(source.adapter)
+                adapters.to_mlx_lm(folder, modules, config, _model_type(source))
+            if source.quantize:
+                summary |= _beside_unquantised(source, run)
+        elif to == "mlx-lm" and _bits(source):
+            summary |= _requantised(source, run, folder, force)
         elif to == "mlx-lm":
             with _temporary(folder) as half_way:
                 write_merged(source, half_way)
                 weights.convert(half_way, folder, to="mlx", force=True)
         else:
             write_merged(source, folder)
-        (folder / "README.md").write_text(model_card(source, Path(run), to, merged), encoding="utf-8")
+        note = f"\n## Difference from the run\n\n{summary['note']}\n" if "note" in summary else ""
+        (folder / "README.md").write_text(model_card(source, Path(run), to, merged) + note, encoding="utf-8")
     return summary
 
 
+def is_export(folder: Path, run: str | Path, to: str, merged: bool) -> bool:
+    """Whether ``folder`` holds what :func:`export` with these arguments writes: its card, which is written last, says so."""
+    card_file = folder / "README.md"
+    return card_file.is_file() and card_file.read_text(encoding="utf-8").startswith(model_card(locate(run), Path(run), to, merged))
+
+
 def push(folder: Path, repo: str) -> str:
-    """Upload an exported folder to the hub; returns its address. Raises UserError when not logged in or refused."""
+    """Upload an exported folder to the hub; returns its address. Raises UserError when not logged in, refused, or without a network."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # besides the hub's own errors those of its HTTP library, which differs from release to release
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"upload to {repo} failed: {str(error).splitlines()[0]}; the folder {folder} is complete (log in with `hf auth login`)"
+            f"upload to {repo} failed: {reason}; the folder {folder} is complete: log in with `hf auth login` or mend the network, "
+            "and give the same command again"
         ) from None
 
 
 def write_merged(source: Source, folder: Path) -> None:
-    """Write base plus adapter as a model folder in the base's number format; the base is dequantised first where it was quantised."""
+    """Write base plus adapter as a model folder, in float32 where the run computed so: a 16-bit base would round small updates away.
+
+    The base is dequantised first where it was quantised.
+    """
     assert source.adapter is not None
     config, modules = adapters.read_adapter(source.adapter)
     base = _base_weights(source)
@@ -100,15 +118,23 @@ def write_merged(source: Source, folder: Path) -> None:
 def _base_weights(source: Source) -> dict[str, Any]:
     from mlx_posttrain.convert import gpt2
 
-    if source.quantize:
+    if _bits(source):
+        require_mlx("dequantising")
         from mlx_posttrain.engines.mlx_load import dequantised_weights
 
-        group = source.recipe["adapter"].get("group_size", 64) if source.recipe else 64
+        group = ((source.recipe or {}).get("adapter") or {}).get("group_size", 64)
         found = dequantised_weights(source.folder, source.quantize, group)
     else:
         found = weights.load_weights(source.folder)
+    if (source.recipe or {}).get("dtype", "float32") == "float32":
+        found = {name: weights.cast(name, value, "float32") for name, value in found.items()}
     config = hub.check_config(source.folder)
     return gpt2.mlx_to_hf(gpt2.hf_to_mlx(found, config["n_layer"])) if config["model_type"] == "gpt2" else found
+
+
+def _bits(source: Source) -> int | None:
+    """Bits of the base that the run was trained on: quantised for it (QLoRA), or a folder that is quantised itself."""
+    return source.quantize or (hub.check_config(source.folder).get("quantization") or {}).get("bits")
 
 
 def _model_type(source: Source) -> str:
@@ -134,7 +160,9 @@ def _peft(source: Source, folder: Path) -> None:
 
 
 def base_name(source: Source) -> str:
-    """What others should load as the base: a run's model by its hub id where it has one, else the folder."""
+    """What others should load as the base: by its hub id where it has one, else the folder."""
+    if source.base_id is not None:
+        return source.base_id
     named = str((source.recipe or {}).get("model", ""))
     if named and is_hub_id(named):
         return named
@@ -151,20 +179,52 @@ def _temporary(folder: Path) -> Any:
     return Folder(dir=folder.parent, prefix=".merge.")
 
 
-def _requantised(source: Source, folder: Path, force: bool) -> dict[str, float]:
-    from mlx_posttrain.engines.mlx_load import save_requantised
-    from mlx_posttrain.loading import open_model
-
+def _opened(source: Source, run: str | Path) -> tuple[Any, np.ndarray]:
+    """The run's model on MLX, and token ids [4, 32] to compare logits at."""
     assert source.adapter is not None
-    model: Any = open_model(source.adapter.parent, "mlx")[0]
-    probe = np.random.default_rng(0).integers(0, model.config["vocab_size"], (4, 32))
+    model = loading.open_model(run, "mlx", scores=files.read_head(source.adapter) is not None)[0]
+    return model, np.random.default_rng(0).integers(0, model.config["vocab_size"], (4, 32))
+
+
+def _beside_unquantised(source: Source, run: str | Path) -> dict[str, Any]:
+    """What the adapter loses on the base as it was before quantising, which is what others will load it on."""
+    assert source.adapter is not None
+    what = f"trained on a base quantised to {source.quantize} bits; on the base as it is"
+    if "mlx" not in engines.available():
+        return {"note": f"The adapter was {what} it answers differently; how much was not measured, as MLX is not installed."}
+    model, probe = _opened(source, run)
+    adapted = model.full_logits(probe)
+    with model.adapters_off():
+        base = model.full_logits(probe)
+    other = engines.get("mlx").load(source.folder)
+    other.add_adapter(files.spec_of(source.adapter), seed=0)
+    other.load_trained(source.adapter)
+    drift = merge.logit_drift(adapted, other.full_logits(probe), base)
+    return {
+        "drift": drift,
+        "note": f"The adapter was {what}, {_figures(drift)}. Merging to full precision (--to hf --merge) keeps the run.",
+    }
+
+
+def _requantised(source: Source, run: str | Path, folder: Path, force: bool) -> dict[str, Any]:
+    require_mlx("merging into a quantised base")
+    from mlx_posttrain.engines.mlx_load import save_requantised
+
+    model, probe = _opened(source, run)
     drift = save_requantised(model, folder, probe)
     if drift["lost"] > MAX_LOST and not force:
         raise UserError(
-            f"merging into the {source.quantize}-bit base would lose {drift['lost']:.0%} of the adapter's effect on the logits (bound {MAX_LOST:.0%}): "
+            f"merging into the {_bits(source)}-bit base would lose {drift['lost']:.0%} of the adapter's effect on the logits (bound {MAX_LOST:.0%}): "
             "keep the adapter apart (--to peft or --to mlx-lm without --merge), merge to full precision with --to hf --merge, or add --force"
         )
-    return drift
+    return {"drift": drift, "note": f"The adapter was merged into the quantised base: {_figures(drift)}."}
+
+
+def _figures(drift: Mapping[str, float]) -> str:
+    return (
+        f"{drift['lost']:.1%} of the adapter's effect on the logits is lost, largest difference {drift['max_logit_difference']:.3f}, "
+        f"KL {drift['kl']:.4f} nats"
+    )
 
 
 def run_card(run: Path) -> str:

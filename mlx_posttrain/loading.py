@@ -12,6 +12,7 @@ from mlx_posttrain.convert import hub
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdapterSpec, Model
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import AdapterSection
 
 #: Any of these makes a folder one with a tokenizer.
@@ -20,11 +21,14 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's parts lie: the folder with its weights, the adapter on it if any, and the recipe that made it if it is a run."""
+    """Where a model's parts lie: the folder with its weights, the adapter on it if any, the recipe that made it if it is a run, and
+    the hub id of an adapter's base if its config names one.
+    """
 
     folder: Path
     adapter: Path | None = None
     recipe: dict[str, Any] | None = None
+    base_id: str | None = None
 
     @property
     def template(self) -> str | None:
@@ -51,7 +55,7 @@ class Source:
 
 def locate(name: str | Path) -> Source:
     """Find a model's parts. Raises UserError saying what is missing and what to do."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if runs.is_run(path):
         run, recipe = runs.reopen(path)
         if recipe.get("method") == "pipeline":
@@ -65,14 +69,19 @@ def locate(name: str | Path) -> Source:
         hub.check_folder(run.final)
         return Source(run.final, None, recipe)
     if (path / "adapter_config.json").is_file():
-        from mlx_posttrain.convert import adapters
+        return _adapter(path, str(name))
+    found = hub.resolve(str(name), kind="either")
+    return _adapter(found, str(name)) if hub.holds_adapter(found) else Source(found)
 
-        config, _ = adapters.read_adapter(path)
-        base = config.get("base_model_name_or_path")
-        if not base:
-            raise UserError(f"{path}: adapter_config.json names no base_model_name_or_path; add the base's folder or id there")
-        return Source(hub.resolve(base), path)
-    return Source(hub.resolve(str(name)))
+
+def _adapter(folder: Path, name: str) -> Source:
+    from mlx_posttrain.convert import adapters
+
+    config, _ = adapters.read_adapter(folder)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{name}: adapter_config.json names no base_model_name_or_path; add the base's folder or id there")
+    return Source(hub.resolve(base), folder, base_id=base if is_hub_id(base) else None)
 
 
 def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32", *, scores: bool = False) -> tuple[Model, Any, Source]:
@@ -105,9 +114,14 @@ def adapter_spec(adapter: AdapterSection) -> AdapterSpec:
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of a PEFT adapter, which of a run is its ``final/``."""
-    path = Path(name)
-    return path / "final" if (path / "final").is_dir() else path
+    """The folder of a PEFT adapter, which of a run is its ``final/``; a hub id's lies in the hub cache.
+
+    Raises UserError as hub.resolve.
+    """
+    path = Path(name).expanduser()
+    if (path / "final").is_dir():
+        return path / "final"
+    return hub.resolve(name, kind="adapter")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -147,13 +161,13 @@ def pad_id(config: dict[str, Any], tokenizer: Any) -> int:
 
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` is looked up on the hub rather than on this machine."""
-    return name != "tiny" and not Path(name).exists()
+    return name != "tiny" and not Path(name).expanduser().exists()
 
 
 def base_folder(name: str | Path) -> Path:
     """The folder that a new run starts from; an adapter run is merged once, beside its ``final/``.
 
-    Raises UserError for an adapter on a quantised base, whose merge would lose much of it.
+    A folder that is quantised is taken back to float32 for that. Raises UserError for a QLoRA run, which others continue by its adapter.
     """
     source = locate(name)
     if source.adapter is None:
@@ -163,10 +177,14 @@ def base_folder(name: str | Path) -> Path:
             f"{name}: a QLoRA run cannot be a new run's model; start from its adapter with adapter.path={name}, or export it with --merge"
         )
     if source.recipe is None:
-        raise UserError(f"{name} is an adapter without a run: start from it with adapter.path={name} and model={source.folder}")
+        raise UserError(
+            f"{name} is an adapter without a run: start from it with adapter.path={name} and model={source.base_id or source.folder}"
+        )
     merged = source.adapter.parent / "merged"
     if not merged.is_dir():
         from mlx_posttrain import export
 
+        if hub.check_config(source.folder).get("quantization"):
+            say(f"{source.folder} is quantised: the adapter of {name} is merged into its weights as float32, several times their size")
         runs.replace_folder(merged, lambda folder: export.write_merged(source, folder))
     return merged

@@ -71,7 +71,7 @@ def _duration(seconds: float) -> str:
 
 
 class Interrupted(UserError):
-    """Ctrl-C or a termination signal, after the checkpoint was written."""
+    """Ctrl-C or a termination signal; the run can be continued."""
 
 
 def interrupted(signals: list[str], done: int, folder: Path) -> Interrupted:
@@ -79,11 +79,18 @@ def interrupted(signals: list[str], done: int, folder: Path) -> Interrupted:
     return Interrupted(f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {folder}")
 
 
+def _pending(caught: list[str]) -> bool:
+    """Whether a signal has come; Python runs its handler on entering a function, at the latest this one."""
+    return bool(caught)
+
+
 @contextmanager
-def interruptible() -> Iterator[list[str]]:
+def interruptible(folder: Path) -> Iterator[list[str]]:
     """Collect Ctrl-C and SIGTERM instead of breaking off inside an update; the loop looks between steps.
 
-    Yields a list that becomes non-empty with the signal's name. A second Ctrl-C breaks off at once.
+    Yields a list that becomes non-empty with the signal's name. A second Ctrl-C breaks off at once. Raises Interrupted for an error of the
+    array library while one is pending, saying that the run in ``folder`` goes on from its last checkpoint: a terminal sends Ctrl-C to the
+    whole process group, so to the compiler that MLX waits for as well, and the step fails for want of what it was to compile.
     """
     caught: list[str] = []
 
@@ -100,6 +107,12 @@ def interruptible() -> Iterator[list[str]]:
         return
     try:
         yield caught
+    except RuntimeError:
+        if not _pending(caught):
+            raise
+        raise Interrupted(
+            f"interrupted ({caught[0]}) in the middle of a step: continue from the last checkpoint with --resume {folder}"
+        ) from None
     finally:
         for s, old in previous.items():
             signal.signal(s, old)

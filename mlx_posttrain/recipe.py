@@ -179,7 +179,7 @@ def find_recipe(name: str) -> Path:
 
     Raises UserError naming the nearest shipped recipe.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
     known = shipped()
@@ -314,6 +314,7 @@ def load(name: str, overrides: list[str] | None = None) -> Recipe:
     recipe = parse(raw, methods.get(str(raw["method"])).Recipe, path.name, path.parent)
     if recipe.output is None:
         recipe.output = f"runs/{path.stem}"
+    recipe.output = str(Path(recipe.output).expanduser())  # a shell leaves the ~ of output=~/x to us
     return recipe
 
 

@@ -8,6 +8,7 @@ checkpoints/     step-N/ (trained weights, optimizer, random state, position); b
                  damaged-step-N/ (one that a resume found broken and went past)
 final/           a transformers model folder or a PEFT adapter folder
 card.md          what was done, for people
+.lock            there while a process writes the run (lock.py)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from mlx_posttrain import lock
 from mlx_posttrain.convert.files import drive_to_disk, to_disk, write_atomically
 from mlx_posttrain.convert.hub import check_tensors
 from mlx_posttrain.errors import UserError
@@ -55,6 +57,14 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.final = folder / "final"
         self.trackers: Sequence[Tracker] = ()
+        self._release: Callable[[], object] = lambda: None
+
+    def hold(self) -> None:
+        """Be the only process that writes here, until :meth:`close`, or until the run is let go of. Raises lock.InUse."""
+        try:
+            self._release = weakref.finalize(self, lock.hold(self.folder))
+        except OSError as error:
+            raise _cannot_write(self.folder / lock.NAME, error) from None
 
     # what happened
 
@@ -66,8 +76,9 @@ class Run:
         weakref.finalize(self, close_all, trackers, finished=False).atexit = False
 
     def close(self) -> None:
-        """Close the trackers of a run that came to its end."""
+        """Close the trackers of a run that came to its end, and let others write to it."""
         close_all(self.trackers, finished=True)
+        self._release()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl. Floats are written in full so that runs can be compared exactly."""
@@ -210,15 +221,19 @@ class Run:
 
     def discard(self) -> None:
         """Take away a run in which nothing was trained, so that the next try does not find the folder in use; other files stay."""
-        (self.folder / "recipe.yaml").unlink(missing_ok=True)
+        for name in ("recipe.yaml", lock.NAME):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "start", ignore_errors=True)  # the model that pre-training makes to start from
+        self._release()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
 
 def start(folder: str | Path, recipe: Recipe) -> Run:
-    """Create a run directory. Raises UserError when the folder holds anything: a run never overwrites another."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Create a run directory, for this process to write. Raises UserError when the folder holds anything: a run never overwrites another."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(path.name != lock.NAME for path in folder.iterdir())):
+        lock.check(folder)
         if (folder / "recipe.yaml").is_file():
             state = "a finished run" if (folder / "final").is_dir() else "an unfinished run"
             hint = "" if (folder / "final").is_dir() else f"continue it with --resume {folder}, or "
@@ -229,25 +244,32 @@ def start(folder: str | Path, recipe: Recipe) -> Run:
     except OSError as error:
         raise UserError(f"output {folder} cannot be created: {error.strerror}") from None
     run = Run(folder)
+    run.hold()
     run.write_recipe(recipe)
     return run
 
 
-def reopen(folder: str | Path) -> tuple[Run, dict[str, Any]]:
-    """An existing run and its recipe as a mapping, for ``--resume`` and evaluation. Raises UserError if it is not a run."""
+def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, Any]]:
+    """An existing run and its recipe as a mapping, for evaluation, and with ``write`` for ``--resume``.
+
+    Raises UserError if it is not a run, or is to be written and another process writes it.
+    """
     from mlx_posttrain.recipe import read_yaml
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
+    run = Run(folder)
+    if write:
+        run.hold()
     raw = read_yaml(folder / "recipe.yaml")
     raw.pop("environment", None)
-    return Run(folder), raw
+    return run, raw
 
 
 def is_run(folder: str | Path) -> bool:
     """Whether ``folder`` is a run directory."""
-    return (Path(folder) / "recipe.yaml").is_file()
+    return (Path(folder).expanduser() / "recipe.yaml").is_file()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

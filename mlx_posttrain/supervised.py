@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlx_posttrain import engines, export, loading, plan, runs, trackers
+from mlx_posttrain import reference as references
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Example, Turn
@@ -24,6 +25,9 @@ from mlx_posttrain.training import Data, fit
 
 Record = TypeVar("Record")
 Start = Callable[[Path], Path]  # makes the model that a run starts from in the run's folder
+#: Rows to evaluate on are worth having, and a run can do without them.
+NONE_HELD_OUT = "{what}: none of them can be used as data.max_length stands, so nothing is evaluated during training"
+
 Prepare = Callable[[list[Conversation]], list[Conversation]]  # changes the training rows
 
 
@@ -35,6 +39,11 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
     for reason, count in dropped.items():
         say(f"{data.source} {split}: {count} rows dropped: {reason}")
+    if data.config is not None and split == data.split and not sources.is_hub_id(data.source):
+        say(f"data.config={data.config} is not used: only data sets on the hub have configurations, and {data.source} is none")
+    further = [ours for ours in data.columns if ours not in formats.COLUMNS]
+    if further and split == data.split:
+        say(f"data.columns: no format reads {', '.join(further)}; kept beside the rows for checks and reward functions")
     return parsed
 
 
@@ -77,20 +86,33 @@ def split_rows(data: DataSection, seed: int, read: Callable[..., list[Record]]) 
 
 
 def encode_rows(
-    conversations: list[Conversation], data: DataSection, tokenizer: Any, context: int | None, seed: int, what: str
+    conversations: list[Conversation], data: DataSection, tokenizer: Any, context: int | None, seed: int, what: str, *, needed: bool = True
 ) -> list[Example]:
-    """Conversations as examples of at most the recipe's and the model's length; prints what was dropped and cut."""
+    """Conversations as examples of at most the recipe's and the model's length; prints what was dropped and cut.
+
+    Raises UserError when none is left of rows that are ``needed``.
+    """
     if not conversations:
         return []
     length = min(data.max_length, context or data.max_length)
     if data.pack:
-        return encode.pack([c.turns[-1].content for c in conversations], tokenizer, length)
-    names = [data.template] if isinstance(data.template, str) else data.template
-    truncate: encode.Truncate = "response" if data.too_long == "cut" else "drop"
-    examples, report = encode.encode_all(
-        conversations, tokenizer, templates=names, max_length=length, train_on=data.train_on, seed=seed, truncate=truncate
-    )
-    say(f"{what}: {report}")
+        examples = encode.pack([c.turns[-1].content for c in conversations], tokenizer, length, needed=needed)
+    else:
+        names = [data.template] if isinstance(data.template, str) else data.template
+        truncate: encode.Truncate = "response" if data.too_long == "cut" else "drop"
+        examples, report = encode.encode_all(
+            conversations,
+            tokenizer,
+            templates=names,
+            max_length=length,
+            train_on=data.train_on,
+            seed=seed,
+            truncate=truncate,
+            needed=needed,
+        )
+        say(f"{what}: {report}")
+    if not examples:
+        say(NONE_HELD_OUT.format(what=what))
     return examples
 
 
@@ -150,11 +172,12 @@ def begin(recipe: Recipe, resume: bool) -> tuple[Engine, runs.Run]:
     trackers.check(recipe.log)
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
+    recipe.output = str(Path(recipe.output).expanduser())
     # Resolved, so that the run can be opened from any folder and is never resumed on another engine.
     recipe.engine = engine.name  # type: ignore[assignment]
     paths_in_full(recipe)
     if resume:
-        run, _ = runs.reopen(recipe.output)
+        run, _ = runs.reopen(recipe.output, write=True)
         if run.finished:
             raise UserError(f"{run.folder} is finished: there is nothing to resume")
     else:
@@ -165,10 +188,12 @@ def begin(recipe: Recipe, resume: bool) -> tuple[Engine, runs.Run]:
 
 @contextlib.contextmanager
 def setting_up(run: runs.Run, resume: bool) -> Iterator[None]:
-    """Take the run directory away again if what happens inside fails: nothing has been trained, and the next try must not find it in use."""
+    """Take the run directory away again if what happens inside fails or is interrupted: nothing has been trained, and the next try must not
+    find it in use.
+    """
     try:
         yield
-    except Exception:
+    except BaseException:
         if not resume:
             run.discard()
         raise
@@ -195,11 +220,13 @@ def training_data(recipe: Recipe, train: list[Conversation], held_out: list[Conv
     if recipe.data.pack and train[0].templated:
         raise UserError("data.pack joins plain text: these rows have prompts; leave out data.pack, or give rows with a column 'text'")
     examples = encode_rows(train, recipe.data, tokenizer, context, recipe.seed, "training rows")
-    unseen = encode_rows(held_out, recipe.data, tokenizer, context, recipe.seed, "held-out rows")
+    unseen = encode_rows(held_out, recipe.data, tokenizer, context, recipe.seed, "held-out rows", needed=False)
     return Data(examples, unseen, recipe.train, recipe.seed, context)
 
 
-def planned(recipe: Recipe, *, reference: bool = False, start: Start | None = None, prepare: Prepare | None = None) -> list[plan.Plan]:
+def planned(
+    recipe: Recipe, *, reference: bool = False, cache_gb: float = 0.0, start: Start | None = None, prepare: Prepare | None = None
+) -> list[plan.Plan]:
     """What a run would take; arguments as of :func:`run`. Makes no run directory and loads no weights. Raises UserError as reading the data does."""
     with tempfile.TemporaryDirectory() as scratch:
         source = start(Path(scratch)) if start else loading.locate(recipe.model).folder
@@ -207,7 +234,7 @@ def planned(recipe: Recipe, *, reference: bool = False, start: Start | None = No
         train, held_out = split_rows(recipe.data, recipe.seed, read_conversations)
         train = prepare(train) if prepare else train
         data = training_data(recipe, train, held_out, loading.load_tokenizer(source), of.context)
-    return [plan.of_data(recipe, engines.get(recipe.engine).name, of, data, reference=reference)]
+    return [plan.of_data(recipe, engines.get(recipe.engine).name, of, data, reference=reference, cache_gb=cache_gb)]
 
 
 def run(
@@ -216,15 +243,19 @@ def run(
     *,
     adapter: AdapterSection | None = None,
     reference: bool = False,
+    cache_gb: float = 0.0,
     resume: bool = False,
     start: Start | None = None,
     prepare: Prepare | None = None,
-    judge: Callable[[runs.Run, Model, Any, list[Conversation]], dict[str, Any]] | None = None,
+    judge: Callable[[runs.Run, Model, Any, list[Conversation], float], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Load, train, save.
 
     ``start(run_folder)`` makes the model to start from, by default ``recipe.model``; ``prepare`` changes the training rows;
-    ``judge(run, model, tokenizer, held_out)`` looks at the trained model and returns further figures.
+    ``judge(run, model, tokenizer, held_out, kept)`` looks at the trained model and returns further figures; kept is the share of the
+    training rows that were trained on.
+
+    ``reference`` keeps the starting model beside the trained one, and as much of what it says of the rows as takes ``cache_gb``.
 
     Returns the final evaluation. Raises UserError for every foreseeable failure, see fit.
     """
@@ -241,19 +272,25 @@ def run(
             )
         loading.check_vocabulary(tokenizer, model, source)
         data = training_data(recipe, train, held_out, tokenizer, model.context)
-        untemplated = not train[0].templated
-    if untemplated and not resume:
-        run.write_recipe(recipe, untemplated=True)
-    announce(recipe, engine, model)
-    plan.tell(lambda: plan.of_data(recipe, engine.name, plan.size(source), data, reference=reference))
-    engine.seed(recipe.seed)
-    if reference:
-        model.keep_reference()
+        untemplated, kept = not train[0].templated, len(data.train) / len(train)
+        if untemplated and not resume:
+            run.write_recipe(recipe, untemplated=True)
+        announce(recipe, engine, model)
+        plan.tell(lambda: plan.of_data(recipe, engine.name, plan.size(source), data, reference=reference, cache_gb=cache_gb))
+        engine.seed(recipe.seed)
+        if reference:
+            model.keep_reference()
+
+    def remember() -> None:
+        with setting_up(run, resume):
+            references.remember(model, data, cache_gb)
+
     result: dict[str, Any] = fit(
-        engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run)
-    )
+        engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run),
+        before=remember if reference else None,
+    )  # fmt: skip
     if judge is not None:
-        result |= judge(run, model, tokenizer, held_out)
+        result |= judge(run, model, tokenizer, held_out, kept)
     finish(run, result, model.save)
     say(f"{run.final} is written" + (f": held-out loss {result['loss']:.4f}" if "loss" in result else ""))
     return result

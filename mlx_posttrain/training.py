@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,11 +48,17 @@ class TrainingData(Protocol):
         """Held-out rows in batches."""
 
 
+Figures = Mapping[str, Sequence[np.ndarray]]
+
+
 class Data:
     """Training and held-out examples, and the batches of any step."""
 
     def __init__(self, train: Sequence[Example], held_out: Sequence[Example], settings: TrainSection, seed: int, context: int | None):
         self.train, self.held_out, self.settings, self.seed, self.context = train, held_out, settings, seed, context
+        #: What batches carry besides, by name: for each training row, and each held-out row, an array over its trained tokens.
+        self.figures: Figures = {}
+        self.held_out_figures: Figures = {}
         self.lengths = [len(e.tokens) for e in train]
         self._epoch = -1
         self.steps_per_epoch = math.ceil(len(train) / (settings.batch_size * settings.accumulate))
@@ -71,15 +77,17 @@ class Data:
 
     def micro_batches(self, rows: list[list[int]]) -> list[batches.Batch]:
         """The batches of those rows."""
-        return [batches.collate([self.train[i] for i in r], self.context) for r in rows]
+        return [self._batch(self.train, self.figures, r) for r in rows]
 
     def evaluation(self) -> list[batches.Batch]:
-        """Held-out rows in batches; without gradients four times the rows fit, within the same token budget."""
+        """Held-out rows in batches, larger than those of training: see batches.EVALUATION_FACTOR."""
         lengths = [len(e.tokens) for e in self.held_out]
-        return [
-            batches.collate([self.held_out[i] for i in r], self.context)
-            for r in batches.by_length(lengths, 4 * self.settings.batch_size, self.settings.token_budget)
-        ]
+        rows = batches.for_evaluation(lengths, self.settings.batch_size, self.settings.token_budget)
+        return [self._batch(self.held_out, self.held_out_figures, r) for r in rows]
+
+    def _batch(self, examples: Sequence[Example], figures: Figures, rows: list[int]) -> batches.Batch:
+        batch = batches.collate([examples[i] for i in rows], self.context)
+        return batches.with_rows(batch, {name: [values[i] for i in rows] for name, values in figures.items()})
 
 
 def fit(
@@ -91,11 +99,13 @@ def fit(
     *,
     resume: bool = False,
     on_evaluate: Callable[[int], None] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train ``model`` on ``data`` and leave the chosen weights in ``run.final``; returns the evaluation of those weights and the step they are of.
 
-    ``on_evaluate(step)`` is called after each evaluation, to write samples. Raises UserError for settings that the data cannot meet,
-    for data that differ from those of the run that is resumed, for a non-finite loss (earlier checkpoints stay, the batch is named),
+    ``on_evaluate(step)`` is called after each evaluation, to write samples; ``before()`` once, when the settings have been checked, to give
+    ``data`` what its batches carry besides. Raises UserError for settings that the data cannot meet,
+    for data that differ from those of the run that is resumed, for a non-finite loss, in training or held out (earlier checkpoints stay, the batch is named),
     for a full disk, and for Ctrl-C (checkpointed).
     """
     train = data.settings
@@ -117,12 +127,19 @@ def fit(
     if not held_out and train.select == "best":
         say("there are no held-out rows to choose the best weights by: final/ will hold those of the last step")
     first = _restore(engine, model, trainer, run, state) if resume else 0
+    if before is not None:
+        before()
+        held_out = data.evaluation()
 
     def write(folder: Path) -> None:
         model.save(folder / "weights")
         trainer.save(folder / "optimizer.safetensors")
 
-    def checkpoint(done: int) -> None:
+    def checkpoint(done: int, seen: Sequence[batches.Batch]) -> None:
+        # The step's loss is of the weights before it: ask once more, or weights that have blown up would be kept as good ones.
+        after = model.evaluate(loss, seen[:1])["loss"]
+        if not math.isfinite(after):
+            raise blown_up(done, f"the loss with the weights that it made is {after}", run)
         try:
             require_space(run.folder, checkpoint_bytes)
         except UserError as error:
@@ -134,6 +151,8 @@ def fit(
         if not held_out:
             return True
         metrics = model.evaluate(loss, held_out)
+        if not math.isfinite(metrics["loss"]):
+            raise blown_up(done, f"the held-out loss is {metrics['loss']}", run)
         run.log({"step": done, **{f"eval/{k}": v for k, v in metrics.items()}})
         better = state["best_loss"] is None or metrics["loss"] < state["best_loss"]
         if better:
@@ -151,7 +170,7 @@ def fit(
     progress = Progress(run.folder.name, data.steps, first)
     engine.reset_memory()
     try:
-        with interruptible() as signals:
+        with interruptible(run.folder) as signals:
             if first == 0:
                 evaluate(0)
             stopped_early = train.early_stop is not None and state["worse"] >= train.early_stop  # and then killed before it was done
@@ -178,7 +197,7 @@ def fit(
                 if done % eval_every == 0 or done == data.steps:
                     going = evaluate(done)
                 if done % save_every == 0 or done == data.steps or signals or not going:
-                    checkpoint(done)
+                    checkpoint(done, micro)
                 if signals and done < data.steps:
                     raise interrupted(signals, done, run.folder)
                 if not going:
@@ -218,9 +237,21 @@ def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> U
 
     The present weights are not saved: they may be what is wrong, as an update can overflow a step earlier.
     """
+    return UserError(f"step {step + 1}: {error}: stopped before the weights took it; {_last_good(run)}. {advice}")
+
+
+def blown_up(done: int, what: str, run: Run) -> UserError:
+    """What to say of weights, after ``done`` steps, that give figures that are not finite (``what``); they are not saved."""
+    if done == 0:
+        return UserError(
+            f"before the first step {what}: the model that the run starts from is broken, or the rows are; nothing was trained"
+        )
+    return UserError(f"step {done}: {what}: these weights are not saved; {_last_good(run)}. Start anew with a lower train.lr")
+
+
+def _last_good(run: Run) -> str:
     saved = run.list_checkpoints()
-    kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
-    return UserError(f"step {step + 1}: {error}: stopped before the weights took it; {kept}. {advice}")
+    return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
 
 
 def check_warmup(train: OptimizerSection, steps: int) -> None:
@@ -240,11 +271,12 @@ def check_settings(data: TrainingData, held_out: Sequence[batches.Batch]) -> Non
         raise UserError("train.early_stop needs held-out rows to stop by: give data.eval_split or data.holdout, or leave it out")
     if train.token_budget is None:
         return
-    largest = max(b.tokens.size for b in [*held_out, *_epoch(data)])
-    if largest > train.token_budget:
+    beyond = [b.tokens.size for b in held_out if b.tokens.size > batches.EVALUATION_FACTOR * train.token_budget]
+    beyond += [b.tokens.size for b in _epoch(data) if b.tokens.size > train.token_budget]
+    if beyond:
         raise UserError(
-            f"train.token_budget={train.token_budget} is too small: the longest row takes {largest} padded tokens by itself; "
-            f"raise it to {largest}, or lower data.max_length"
+            f"train.token_budget={train.token_budget} is too small: the longest row takes {max(beyond)} padded tokens by itself; "
+            f"raise it to {max(beyond)}, or lower data.max_length"
         )
 
 

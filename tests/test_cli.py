@@ -110,7 +110,7 @@ def test_a_non_finite_loss_names_the_batch_and_keeps_the_weights(run, engine, mo
 
     monkeypatch.setattr("mlx_posttrain.methods.sft.loss", nan_at_the_end)
     monkeypatch.setattr("mlx_posttrain.engines.mlx._compile", lambda f, **_: f, raising=False)
-    calls = [True, False]
+    calls = [True, False, False]  # step 1, its weights before they are saved, step 2
     refused(run("data.holdout=0", engine=engine), "step 2", "rows [", "step-000001", "train.lr")
     assert (tmp_path / "out" / "checkpoints" / "step-000001" / "weights" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / "final").exists()
@@ -137,15 +137,23 @@ def main_ok(arguments: list[str]) -> None:
         assert not exit.code
 
 
-def test_help_and_recipe_errors_answer_at_once():
-    """Under half a second of processor time: no heavy import on the way (wall-clock time would measure the machine's load)."""
+def processor_seconds(*arguments: str) -> float:
+    """What the command takes of a processor, the least of three times: wall-clock time would measure the machine's load."""
     import resource
 
-    for arguments in (["--help"], ["run", "01_sft", "trian.lr=1"]):
+    found = []
+    for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "mlx_posttrain", *arguments], capture_output=True, timeout=60)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(found)
+
+
+def test_help_and_recipe_errors_answer_at_once():
+    """Under half a second: no heavy import on the way. They take 0.12 and 0.4 s on two shared cores; torch alone would add more than a second."""
+    assert processor_seconds("--help") < 0.25
+    assert processor_seconds("run", "01_sft", "trian.lr=1") < 0.5
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, mlx_posttrain.cli, mlx_posttrain.recipe; print([m for m in ('torch', 'mlx', 'transformers', 'datasets') if m in sys.modules])"],
         capture_output=True, text=True, timeout=60,

@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
+
+from mlx_posttrain import demo, engines, export, methods, recipe, runs
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.progress import Interrupted
 
 
 @pytest.mark.slow
@@ -17,9 +23,9 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
         [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)], capture_output=True, text=True, timeout=1600, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    comparison = json.loads((out / "report" / "final" / "comparison.json").read_text())
+    comparison = json.loads((out / "report" / "final" / "report-comparison.json").read_text())
     found = {m["name"]: {name: f["mean"] for name, f in m["figures"].items()} for m in comparison["models"]}
-    assert list(found) == ["base", "sft", "templates", "lora", "kl", "crowd", "ppo"]
+    assert list(found) == ["base", "sft", "templates", "lora", "kl", "crowd", "ppo", "distill"]
     base = found["base"]
     assert base["accuracy"] < 0.05  # the base does not know the format
     for name, more in (("sft", 0.25), ("kl", 0.25), ("lora", 0.05)):  # an adapter on so small a base learns slower than its weights
@@ -43,8 +49,70 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
         assert words in done.stdout, words
     assert (out / "lora-peft" / "adapter_model.safetensors").is_file()
     page = (out / "report" / "final" / "report.html").read_text()
-    assert "Was base text forgotten?" in page and "Reward against KL" in page
+    for words in ("Was base text forgotten?", "Reward against KL", "right after thinking", "which ppo was trained to please"):
+        assert words in page, words
+    assert "Loading weights" not in done.stderr and "FutureWarning" not in done.stderr
     again = subprocess.run(
         [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)], capture_output=True, text=True, timeout=60
     )
     assert again.returncode == 2 and "earlier demo" in again.stderr
+
+
+def test_reading_an_adapter_through_peft_makes_no_noise(tmp_path, capfd):
+    """Bars and a warning that nobody at the terminal could act on; any other warning still comes through."""
+    pytest.importorskip("peft")
+    run = tmp_path / "run"
+    methods.get("sft").run(
+        recipe.load("demo_lora", [f"output={run}", "data.limit=16", "data.eval_limit=4", "train.steps=1", "sample.count=0"])
+    )
+    export.export(run, tmp_path / "peft", "peft")
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert demo.peft_difference(run, tmp_path / "peft") < 1e-3
+        with demo._without_loading_noise():
+            warnings.warn("something else", FutureWarning, stacklevel=1)
+    printed = capfd.readouterr()
+    assert not printed.out and "Loading weights" not in printed.err
+    assert [str(w.message) for w in seen if w.category is FutureWarning] == ["something else"]
+
+
+def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, monkeypatch):
+    """Only what is done with the pipeline: the demo itself takes minutes."""
+    calls = []
+    pipeline = methods.get("pipeline")
+    out, name = tmp_path / "demo", engines.available()[0]
+
+    def begun(folder: Path = out, seed: int = 0, engine: str = name) -> None:
+        chosen = recipe.load("demo", [f"output={folder}", f"engine={engine}", f"seed={seed}"])
+        demo._run(folder, chosen, engine)
+
+    def stop(chosen, resume=False):
+        calls.append((chosen.output, resume))
+        if not resume:
+            runs.start(chosen.output, chosen).close()
+        raise Interrupted(f"stage sft: interrupted (SIGINT) after step 3; everything is saved: continue with --resume {chosen.output}")
+
+    monkeypatch.setattr(pipeline, "run", stop)
+    for resumed in (False, True):
+        with pytest.raises(Interrupted, match=r"continue with the same `mlx-posttrain demo`$"):
+            demo.demo(out, name)
+        assert calls.pop() == (str(out), resumed)
+    with pytest.raises(UserError, match=f"unfinished demo: continue it with --engine {name} --seed 0"):
+        begun(seed=1)
+    # Its stages finished by `run --resume`: what is left is the closing part.
+    for stage in recipe.load("demo").stages:
+        (out / stage / "final").mkdir(parents=True)
+    begun()
+    assert not calls
+    (out / ("tiny-mlx" if name == "mlx" else "lora-peft")).mkdir()
+    with pytest.raises(UserError, match="holds an earlier demo: delete it"):
+        begun()
+    runs.start(tmp_path / "run", recipe.load("01_sft")).close()
+    with pytest.raises(UserError, match="holds another run"):
+        begun(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        begun(tmp_path / "mine")
+    assert not calls

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, export, methods, recipe
+from mlx_posttrain import cli, engines, export, methods, recipe
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.loading import locate, open_model
 
@@ -165,6 +165,7 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
     difference = np.abs(np.array(again(mx.array(probe))) - model.full_logits(probe)).max()
     assert drift["max_logit_difference"] == pytest.approx(difference, rel=1e-3)
     assert 0 < drift["lost"] < 2 and drift["kl"] > 0
+    assert f"largest difference {drift['max_logit_difference']:.3f}" in (tmp_path / "forced" / "README.md").read_text()
     monkey = pytest.MonkeyPatch()
     monkey.setattr(export, "MAX_LOST", drift["lost"] / 2)
     with pytest.raises(UserError, match=r"4-bit base would lose .* --force"):
@@ -257,3 +258,32 @@ def test_push_uploads_only_when_asked_and_fails_in_one_line(runs, tmp_path, monk
     api.create_repo = refuse
     with pytest.raises(UserError, match=r"upload to me/model failed: no route to host; .*hf auth login"):
         export.push(tmp_path / "a", "me/model")
+
+    def without_network(*a, **k):
+        raise type("ConnectError", (Exception,), {})()  # the HTTP library's own, which is no OSError
+
+    api.create_repo = without_network
+    with pytest.raises(UserError, match=r"upload to me/model failed: ConnectError; .*give the same command again"):
+        export.push(tmp_path / "a", "me/model")
+
+
+def test_an_upload_that_failed_is_tried_again(runs, tmp_path, monkeypatch, capfd):
+    """With the export that is there, and only where it is one of this run in this format."""
+    down = [True]
+
+    def create(*a, **k):
+        if down:
+            raise down.pop() and ConnectionError("no network")
+
+    api = SimpleNamespace(create_repo=create, upload_folder=lambda **k: f"url of {k['folder_path'].name}")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    lora, full = (str(runs(ENGINES[0], kind)) for kind in ("lora", "full"))
+    command = ["export", lora, "--output", str(tmp_path / "out"), "--push", "me/model"]
+    outcome = []
+    for arguments in (command, command, ["export", full, "--to", "hf", *command[2:]], [*command, "--to", "mlx-lm"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        said = capfd.readouterr()
+        outcome.append((ended.value.code, "url of out" in said.out, "no network" in said.err, "not empty" in said.err))
+    refused = (2, False, False, True)
+    assert outcome == [(2, False, True, False), (0, True, False, False), refused, refused]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -150,6 +151,30 @@ def test_nothing_of_one_machine_is_committed(root):
 
 def test_version_needs_no_git(project):
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|a\d+|b\d+|rc\d+)?", project["project"]["version"])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("machine", "arguments", "said"),
+    [("Linux x86_64", "", True), ("Linux x86_64", "--no-index", False), ("Darwin arm64", "", False)],
+)
+def test_make_says_before_a_large_download_how_to_avoid_it(machine, arguments, said, root, tmp_path):
+    programs = {"uname": f"echo {machine}", "venv/bin/pip": "", "venv/bin/python": 'echo "installing $*"'}
+    for name, script in programs.items():
+        program = tmp_path / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path / name)
+    done = subprocess.run(
+        ["make", "venv/.installed-dev", "VENV=venv", f"PIP_ARGS={arguments}"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *before, install = [line for line in done.stdout.splitlines() if line.startswith(("make: on Linux", "installing"))]
+    assert install.startswith("installing -m pip install") and bool(before) is said
+    assert all("PIP_ARGS" in line and "CONTRIBUTING.md" in line for line in before)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -46,7 +46,15 @@ DEFAULTS: dict[str, dict] = {
 
 
 def test_the_learning_path_is_shipped():
-    assert set(DEFAULTS) <= set(SHIPPED) and {"00_pretrain_tiny", "demo_sft", "demo_lora", "demo_kl"} <= set(SHIPPED)
+    assert set(DEFAULTS) <= set(SHIPPED) and {
+        "00_pretrain_tiny",
+        "08_distill",
+        "08_budget",
+        "journey",
+        "demo_sft",
+        "demo_lora",
+        "demo_kl",
+    } <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", sorted(DEFAULTS))
@@ -122,21 +130,38 @@ def test_rlhf_in_one_command(tmp_path):
 @pytest.mark.slow
 def test_the_journey_in_one_command(tmp_path):
     """All eight stages and the report, on the tiny model: the shipped recipe, its stages cut short."""
-    methods_of = {"sft": "sft", "templates": "sft", "lora": "sft", "kl": "sft", "reward": "reward", "ppo": "ppo", "distill": "distill"}
+    methods_of = {
+        "sft": "sft",
+        "templates": "sft",
+        "lora": "sft",
+        "kl": "sft",
+        "reward": "reward",
+        "judge": "reward",
+        "ppo": "ppo",
+        "distill": "distill",
+    }
     settings = [f"{stage}.{s}" for stage, method in methods_of.items() for s in SMALL[method] if not s.startswith("reward=")]
-    settings = [s for s in settings if s not in ("reward.model=tiny", "ppo.model=tiny")]
+    settings = [s for s in settings if s not in ("reward.model=tiny", "judge.model=tiny", "ppo.model=tiny")]
     suite = ["limit=4", "max_tokens=6", "text_limit=3", "continuation=12", "samples=2"]
     chosen = recipe.load("journey", [
-        f"output={tmp_path / 'run'}", *settings, "ppo.reward=[{model: '{reward}'}]", "reward.data.template=instruction",
+        f"output={tmp_path / 'run'}", *settings, "ppo.reward=[{model: '{reward}'}]", "reward.data.template=instruction", "judge.data.template=instruction",
         "kl.data.clean=null", *(f"report.suite.{s}" for s in suite),
     ])  # fmt: skip
     results = methods.get("pipeline").run(chosen)
     assert list(results) == [*methods_of, "report"]
     page = (tmp_path / "run" / "report" / "final" / "report.html").read_text()
     assert all(f">{name}<" in page or f" {name}" in page for name in methods_of)
-    numbers = json.loads((tmp_path / "run" / "report" / "final" / "comparison.json").read_text())
+    numbers = json.loads((tmp_path / "run" / "report" / "final" / "report-comparison.json").read_text())
     assert [m["name"] for m in numbers["models"]] == ["base", "sft", "templates", "lora", "kl", "ppo", "distill"]
     assert "wins" in numbers["models"][1]["figures"] or "score" in numbers["models"][1]["figures"]
+    # Each is asked as it was trained, and judged by a reward model that trained none of them.
+    assert [m["template"] for m in numbers["models"]] == ["instruction"] * 5 + ["dialogue", "chatml"]
+    assert "judge, on which none of these runs was trained" in page
+    assert any("judge" in key for record in _records(tmp_path / "run" / "ppo") for key in record)
+
+
+def _records(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_trade_off_compares_like_with_like():
@@ -150,6 +175,41 @@ def test_the_trade_off_compares_like_with_like():
         own["kl"].pop("beta"), own.pop("seed"), own.pop("output")
     assert all(own == next(iter(runs.values())) for own in runs.values())
     assert stages["reward"].seed != stages["judge"].seed
+
+
+def test_the_budget_compares_like_with_like():
+    """Traces, answers and as many tokens of answers: of one seed nothing else differs between the runs."""
+    from mlx_posttrain.methods.pipeline import stage_recipes
+
+    stages = {name: own.model_dump() for name, own in stage_recipes(recipe.load("08_budget")).items()}
+    report = stages.pop("report")
+    assert [own["seed"] for own in stages.values()] == [0, 1, 2] * 3
+    kinds = [(own["data"].pop("format"), own["data"].pop("limit")) for own in stages.values()]
+    assert kinds == [("reasoning", 16000)] * 3 + [("question_answer", 16000)] * 3 + [("question_answer", 35200)] * 3
+    for own in stages.values():
+        for key in ("seed", "output", "description", "think"):
+            own.pop(key)
+    assert all(own == stages["traces_0"] for own in stages.values())
+    for pairs in report["gains"].values():
+        assert [(a[-1], b[-1]) for a, b in pairs] == [("0", "0"), ("1", "1"), ("2", "2")]
+
+
+@pytest.mark.slow
+def test_the_budget_in_one_command(tmp_path):
+    """The shipped recipe, cut short: nine runs, and paired gains over questions and seeds in the report."""
+    names = [f"{kind}_{seed}" for kind in ("traces", "answers", "tokens") for seed in (0, 1, 2)]
+    small = ["data.limit=16", "data.eval_limit=4", "train.batch_size=8", "train.steps=1", "sample.count=0"]
+    chosen = recipe.load("08_budget", [
+        f"output={tmp_path / 'run'}", *(f"{name}.{s}" for name in names for s in small), *(f"traces_{seed}.think.questions=2" for seed in (0, 1, 2)),
+        "report.suite.limit=4", "report.suite.think_tokens=8", "report.suite.max_tokens=8", "report.suite.text_limit=2",
+    ])  # fmt: skip
+    methods.get("pipeline").run(chosen)
+    final = tmp_path / "run" / "report" / "final"
+    told = {f["question"]: f for f in json.loads((final / "report-findings.json").read_text())}
+    for name in ("traces over answers, same rows and steps", "traces over answers, same tokens"):
+        found = told[f"Is it a gain: {name}?"]
+        assert len(found["figures"]["each"]) == 3 and len(found["figures"]["over_seeds"]) == 3 and "over 3 seeds" in found["sentence"]
+        assert found["sentence"] in (final / "report.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["02_templates", "03_lora", "06_kl_sft"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines
+from mlx_posttrain import engines, methods, recipe, runs
+from mlx_posttrain.progress import Interrupted, interruptible
 
 ENGINES = engines.available()
 
@@ -52,7 +54,11 @@ def wait_for(condition, process, seconds: float = 120) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("adapter", [[], ["adapter.rank=4", "adapter.dropout=0.2"]], ids=["full", "lora with dropout"])
+@pytest.mark.parametrize(
+    "adapter",
+    [[], ["adapter.rank=4", "adapter.dropout=0.2"], ["kl.beta=0.3"], ["kl.beta=0.3", "adapter.rank=4"]],
+    ids=["full", "lora with dropout", "kl", "kl lora"],
+)
 def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt2, rows_file, tmp_path):
     whole = tmp_path / "whole"
     subprocess.run(command(*settings(random_gpt2, rows_file, whole, engine, *adapter)), check=True, capture_output=True, timeout=300)
@@ -68,6 +74,7 @@ def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt
 
     done = subprocess.run(command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert ("hidden states are computed once and kept" in done.stderr) == ("kl.beta=0.3" in adapter)
     assert killed_after < len(losses(whole)), "the kill came too late to prove anything"
     assert losses(broken) == losses(whole)
     for name, value in weights(whole).items():
@@ -75,6 +82,48 @@ def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt
 
     again = subprocess.run(command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=120)
     assert again.returncode == 2 and "finished" in again.stderr
+
+
+KINDS = {
+    "dora with dropout": ["adapter.rank=4", "adapter.kind=dora", "adapter.dropout=0.2"],
+    "qlora": ["adapter.rank=4", "adapter.quantize=4"],
+    "adapter to start from": ["adapter.path={adapter}"],
+    "recomputed activations": ["train.gradient_checkpointing=true"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_kind_of_training_resumes(engine, kind, random_gpt2, rows_file, tmp_path):
+    """From the checkpoint before the last one; in this process, as the kill itself is tested above."""
+    if kind == "qlora" and engine != "mlx":
+        pytest.skip("quantised training needs mlx")
+
+    def train(output: Path, *more: str) -> Path:
+        overrides = settings(random_gpt2, rows_file, output, engine, "train.steps=5", "train.save_every=2", "sample.count=0", *more)[2:]
+        chosen = recipe.load("01_sft", overrides)
+        methods.get("sft").run(chosen)
+        return output
+
+    if "{adapter}" in KINDS[kind][0]:
+        train(tmp_path / "first", "adapter.rank=4")
+    whole = train(tmp_path / "whole", *(setting.format(adapter=tmp_path / "first") for setting in KINDS[kind]))
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    shutil.rmtree(broken / "final")
+    shutil.rmtree(broken / "checkpoints" / "step-000005")
+    _, raw = runs.reopen(broken)
+    methods.get("sft").run(recipe.parse(raw | {"output": str(broken)}, methods.get("sft").Recipe, "recipe.yaml"), resume=True)
+    assert [dict(r)["step"] for r in losses(broken)] == [0, 1, 2, 3, 4, 5, 5] and losses(broken) == losses(whole)
+    assert all(np.array_equal(value, weights(broken)[name]) for name, value in weights(whole).items())
+
+
+def test_ctrl_c_that_also_kills_the_compiler_of_mlx(tmp_path):
+    """What MLX then raises is part of the interrupt; without one it keeps its traceback."""
+    with pytest.raises(Interrupted, match=r"interrupted \(SIGINT\) in the middle of a step: continue .* --resume"), interruptible(tmp_path):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("Could not load C++ shared library")
+    with pytest.raises(RuntimeError, match="shared library"), interruptible(tmp_path):
+        raise RuntimeError("Could not load C++ shared library")
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])

@@ -257,6 +257,42 @@ def test_other_held_out_rows_are_refused(random_gpt2, tmp_path):
         resume(run)
 
 
+# weights that blow up
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_evaluation_that_is_not_finite_ends_the_run(engine, random_gpt2, rows_file, tmp_path):
+    run = tmp_path / "run"
+    more = ["train.steps=1", "train.lr=1e30", "train.warmup=0", "train.select=last", f"engine={engine}"]
+    with pytest.raises(UserError, match=r"step 1: the held-out loss is nan: these weights are not saved; no checkpoint .* lower train.lr"):
+        train(*settings(random_gpt2, rows_file, run, *more))
+    assert not (run / "final").exists() and not list(run.glob("checkpoints/*-000001"))
+    assert all(np.isfinite(r.get("eval/loss", 0.0)) for r in records(run))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_blew_up_are_no_checkpoint(engine, random_gpt2, rows_file, tmp_path):
+    """Finite, but so large that their loss is not, which without an evaluation only the next step would find out."""
+    run = tmp_path / "run"
+    more = ["train.steps=3", "train.lr=1e30", "train.warmup=0", "train.save_every=1", "train.eval_every=3", f"engine={engine}"]
+    with pytest.raises(UserError, match=r"step 1: the loss with the weights that it made is nan: .* no checkpoint had been written"):
+        train(*settings(random_gpt2, rows_file, run, *more))
+    assert not list(run.glob("checkpoints/step-*")) and not (run / "final").exists()
+
+
+def test_a_model_that_is_broken_from_the_start(random_gpt2, rows_file, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    broken = tmp_path / "model"
+    shutil.copytree(random_gpt2, broken)
+    tensors = load_file(broken / "model.safetensors")
+    next(iter(tensors.values()))[:] = np.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="before the first step the held-out loss is nan: the model that the run starts from is broken"):
+        train(*settings(broken, rows_file, tmp_path / "run"))
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
 # settings
 
 

@@ -7,7 +7,7 @@ trained positions by flat index, logits are computed for those positions only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from mlx_posttrain.data.types import Example
 
 LENGTH_MULTIPLE = 8  # of padded lengths, so that a compiled step meets few shapes; at 32 short rows would be half padding
 POSITION_MULTIPLE = 64
+#: So many times the rows, and padded tokens, of a training micro-batch go through a model together where there is no gradient. A block's arrays
+#: are let go as the next one begins: of GPT-2 a pass holds 14 numbers for each token and unit of width, a training step 15 to 25 in every block.
+EVALUATION_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,24 @@ def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch
     return Batch(tokens, flat(index), flat(target), weight, flat(row))
 
 
+def by_row(batch: Batch, values: np.ndarray) -> list[np.ndarray]:
+    """[N, ...] values at a batch's positions as one array per row of the batch."""
+    real = batch.weight > 0
+    return [values[real & (batch.row == r)] for r in range(len(batch.tokens))]
+
+
+def with_rows(batch: Batch, figures: Mapping[str, Sequence[np.ndarray]]) -> Batch:
+    """The batch carrying figures in ``extra`` as [N, ...] float32: for each name what :func:`by_row` gives, one array per row."""
+
+    def flat(parts: Sequence[np.ndarray]) -> np.ndarray:
+        joined = np.concatenate(parts)
+        found = np.zeros((len(batch.weight), *joined.shape[1:]), np.float32)
+        found[: len(joined)] = joined
+        return found
+
+    return replace(batch, extra={**batch.extra, **{name: flat(parts) for name, parts in figures.items()}})
+
+
 def steps(
     lengths: Sequence[int], *, batch_size: int, accumulate: int = 1, seed: int, epoch: int, token_budget: int | None = None
 ) -> list[list[list[int]]]:
@@ -123,6 +144,11 @@ def _micro_batches(rows: list[int], lengths: Sequence[int], batch_size: int, tok
 
 
 def by_length(lengths: Sequence[int], batch_size: int, token_budget: int | None = None) -> list[list[int]]:
-    """Row numbers in micro-batches of similar length, for evaluation; every row exactly once."""
+    """Row numbers in micro-batches of similar length; every row exactly once."""
     rows = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return list(_micro_batches(rows, lengths, batch_size, token_budget)) if rows else []
+
+
+def for_evaluation(lengths: Sequence[int], batch_size: int, token_budget: int | None = None) -> list[list[int]]:
+    """:func:`by_length` for passes without gradients, from the limits of a training micro-batch: see ``EVALUATION_FACTOR``."""
+    return by_length(lengths, EVALUATION_FACTOR * batch_size, token_budget and EVALUATION_FACTOR * token_budget)

@@ -89,10 +89,11 @@ def encode_all(
     train_on: TrainOn = "completion",
     seed: int = 0,
     truncate: Truncate = "response",
+    needed: bool = True,
 ) -> tuple[list[Example], Report]:
     """Return the Examples of all rows in order and a Report of what was dropped or cut.
 
-    With several ``templates`` each row gets one by ``seed`` and its own text. Raises UserError if no row is left.
+    With several ``templates`` each row gets one by ``seed`` and its own text. Raises UserError if no row is left of rows that are ``needed``.
     """
     _check(max_length, truncate)
     for name in templates:
@@ -123,7 +124,7 @@ def encode_all(
         tokens=sum(len(e.tokens) for e in examples),
         trained_tokens=sum(sum(e.trained) for e in examples),
     )
-    if not examples:
+    if needed and not examples:
         raise UserError(f"no row left to train on: {report}; raise the maximum length ({max_length}) or check the answers' column")
     return examples, report
 
@@ -150,10 +151,10 @@ def encode_prompts(
     return [row or [eos_id(tokenizer)] for row in rows]
 
 
-def pack(texts: Iterable[str], tokenizer: Any, length: int) -> list[Example]:
+def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = True) -> list[Example]:
     """Return documents, each closed by EOS, cut into Examples of exactly ``length`` tokens, all but the first of each trained.
 
-    For pre-training and perplexity. What is left at the end, less than one Example, is not used. Raises UserError if that is all.
+    For pre-training and perplexity. What is left at the end, less than one Example, is not used. Raises UserError if that is all of texts that are ``needed``.
     """
     if length < 2:
         raise UserError(f"length {length}: an example needs at least 2 tokens, one to see and one to predict")
@@ -165,7 +166,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int) -> list[Example]:
             parts.append(np.array([*start, *ids, end], np.int32))
     stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     count = len(stream) // length
-    if not count:
+    if needed and not count:
         raise UserError(f"the texts have {len(stream)} tokens in all, too few for one example of {length}; add text or lower the length")
     trained = (False, *[True] * (length - 1))
     return [Example(tuple(row), trained) for row in stream[: count * length].reshape(count, length).tolist()]

@@ -21,6 +21,7 @@ recipe thinks it is (a list where text should be) stops with the row's number.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,6 +56,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chosen": (("chosen",),),
     "either": (("prompt", "question", "instruction"), ("chosen",), ("rejected",)),
 }
+#: What our side of data.columns may be called; other names reach checkers and reward functions only.
+COLUMNS = {name for need in FORMATS.values() for alternatives in need for name in alternatives} | {"input", "margin"}
 _ROLE_NAMES = {"system": ("system",), "user": ("user", "human", "prompter"), "assistant": ("assistant", "gpt", "bot", "chatgpt", "model")}
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 NO_INPUT = {"<noinput>", "<no input>", "noinput", "no input", "n/a"}
@@ -118,6 +121,9 @@ def parse_rows(
         if name not in have:
             known = f"{nearest(name, have)} (there are {', '.join(have)})"
             raise UserError(f"{source}: data.columns maps {ours} to {name!r}, which is not a column{known}")
+        near = [] if ours in COLUMNS else difflib.get_close_matches(ours, sorted(COLUMNS), n=1, cutoff=0.75)
+        if near:  # a name that is like none of ours may be meant for a reward function
+            raise UserError(f"{source}: data.columns names {ours!r}, which no format reads; did you mean {near[0]!r}?")
     try:
         chosen = detect(rename(dict.fromkeys(have), columns)) if format == "auto" else _known(format)
     except UserError as e:

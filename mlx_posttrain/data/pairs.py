@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, by_length, round_up
+from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, for_evaluation, round_up
 from mlx_posttrain.data.encode import encode_all
 from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.errors import UserError
@@ -61,12 +61,14 @@ def last_token(tokens: Sequence[int], pad: int | None) -> int:
     return 0
 
 
-def encode_pairs(rows: Sequence[Preference], tokenizer: object, *, template: str, max_length: int) -> tuple[list[Pair], Report]:
+def encode_pairs(
+    rows: Sequence[Preference], tokenizer: object, *, template: str, max_length: int, needed: bool = True
+) -> tuple[list[Pair], Report]:
     """Pairs of at most ``max_length`` tokens a side, and a report of what was dropped.
 
     Each side has the tokens that encode.encode gives to prompt and answer, its EOS included. A dialogue that is too long loses its oldest
     exchanges, as few as it takes; a pair that is too long even then is dropped, since half an answer would be a text that nobody judged. A
-    column ``margin`` becomes the pair's margin. Raises UserError when no pair is left, for an answer without text, and for a margin that is
+    column ``margin`` becomes the pair's margin. Raises UserError when no pair is left of pairs that are ``needed``, for an answer without text, and for a margin that is
     no finite number.
     """
     for number, row in enumerate(rows, 1):
@@ -85,7 +87,7 @@ def encode_pairs(rows: Sequence[Preference], tokenizer: object, *, template: str
         shortened += left_out > 0
         pairs.append(Pair(chosen, rejected, prompts.setdefault(rows[i].prompt, len(prompts)), rows[i], _margin(rows[i], i)))
     report = Report(len(rows), len(pairs), long, same, shortened)
-    if not pairs:
+    if needed and not pairs:
         raise UserError(f"no pair left to train on: {report}; raise data.max_length ({max_length})")
     return pairs, report
 
@@ -246,7 +248,7 @@ class PairData:
         return [collate_pairs([self.train[i] for i in part], self.pad, self.context) for part in rows]
 
     def evaluation(self) -> list[Batch]:
-        """Held-out pairs in batches; without gradients four times the pairs fit."""
+        """Held-out pairs in batches, larger than those of training: see batches.EVALUATION_FACTOR."""
         lengths = [max(len(p.chosen), len(p.rejected)) for p in self.held_out]
-        parts = by_length(lengths, 4 * self.settings.batch_size, self.settings.token_budget and self.settings.token_budget // 2)
+        parts = for_evaluation(lengths, self.settings.batch_size, self.settings.token_budget and self.settings.token_budget // 2)
         return [collate_pairs([self.held_out[i] for i in part], self.pad, self.context) for part in parts]

@@ -62,9 +62,14 @@ def load_rows(
         raise UserError(f"data.families belongs to {', '.join(GENERATED)}, not to {source}; leave it out")
     if source.startswith("embedded/"):
         return _pick(_embedded(source, split, limit, seed, families), limit, seed, shuffle)
-    if Path(source).expanduser().exists() or _looks_local(source):
+    if not is_hub_id(source):
         return _local(Path(source).expanduser(), split, limit, seed, shuffle)
     return _hub(source, split, config, limit, seed, shuffle)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether the rows of ``source`` are looked up on the hub rather than on this machine."""
+    return not (source.startswith("embedded/") or Path(source).expanduser().exists() or _looks_local(source))
 
 
 def nearest(name: str, names: list[str]) -> str:

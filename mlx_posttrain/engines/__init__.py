@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import platform
 import sys
@@ -10,17 +11,22 @@ from mlx_posttrain import heap
 from mlx_posttrain.engines.base import Engine
 from mlx_posttrain.errors import UserError
 
+NAMES = ("mlx", "torch")
+
 
 def available() -> list[str]:
     """Engines this machine can run, best first."""
-    return [name for name, module in (("mlx", "mlx"), ("torch", "torch")) if importlib.util.find_spec(module)]
+    return [name for name in NAMES if importlib.util.find_spec(name)]
 
 
 def get(name: str = "auto") -> Engine:
     """An engine by name; ``auto`` takes MLX where it is installed, else torch.
 
-    Raises UserError saying how to install what is missing.
+    Raises UserError for an unknown name, naming the nearest, and saying how to install what is missing.
     """
+    if name not in (*NAMES, "auto"):
+        near = difflib.get_close_matches(name, [*NAMES, "auto"], n=1, cutoff=0.5)
+        raise UserError(f"unknown engine {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"engines: {', '.join(NAMES)}, auto"))
     have = available()
     if name == "auto":
         if not have:

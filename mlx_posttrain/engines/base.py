@@ -20,6 +20,9 @@ Array = Any
 #: loss(model, batch) -> (scalar, metrics): each already divided by ``batch.total``, so that micro-batches add up.
 Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
 
+#: Name in ``Batch.extra`` of [N, width] float32 hidden states that ``reference_hidden`` gave for the batch's positions.
+REFERENCE_HIDDEN = "reference_hidden"
+
 #: Bytes of gradients whose parameters MLX updates together: new weights and moments of so many are there beside the old.
 UPDATE_BYTES = 64 * 2**20
 
@@ -93,7 +96,8 @@ class AdamW:
 class Completion:
     """One sampled answer: its tokens without the stop token, log-probabilities at the sampling temperature, and whether it stopped.
 
-    ``logprobs`` has one entry per token and, when ``stopped``, one more for the stop token.
+    ``logprobs`` has one entry per token and, when ``stopped``, one more for the stop token. They are of the softmax over the tokens that
+    were not forbidden.
     """
 
     tokens: list[int]
@@ -122,8 +126,19 @@ class Model(Protocol):
     def reference_logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> Array:
         """[N] float32 log-probabilities of the targets under the reference, without gradient."""
 
-    def logprobs_and_kl(self, batch: DeviceBatch, direction: str) -> tuple[Array, Array]:
-        """[N] ``logprobs``, and [N] :func:`mlx_posttrain.losses.sft.full_kl` of ``logits`` and ``reference_logits``."""
+    def logprobs_and_kl(self, batch: DeviceBatch, direction: str, beta: float | None = None) -> tuple[Array, Array]:
+        """[N] ``logprobs``, and [N] :func:`mlx_posttrain.losses.sft.full_kl` of ``logits`` and ``reference_logits``.
+
+        The reference's blocks do not run for a batch that carries ``REFERENCE_HIDDEN``. Whoever gives ``beta`` promises a loss that is a
+        weighted sum of ``beta * kl - logprobs``: its gradient is right, and one product with the head cheaper; that of either part is not.
+        """
+
+    @property
+    def reference_width(self) -> int | None:
+        """Size of the hidden states that ``logprobs_and_kl`` makes use of; None where the head is not one plain matrix and it takes none."""
+
+    def reference_hidden(self, batch: Batch) -> np.ndarray:
+        """[N, ``reference_width``] float32 hidden states of the reference at ``index``, in evaluation mode and without gradients."""
 
     def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[Array, Array, Array | None]:
         """One forward pass of a policy: [N] ``logprobs``, [N] entropies in nats, and [N] ``scores`` where it has a head, else None."""
@@ -181,6 +196,7 @@ class Model(Protocol):
         seed: int = 0,
         first_row: int = 0,
         on_token: Callable[[int, int], None] | None = None,
+        forbidden: Sequence[int] = (),
     ) -> list[Completion]:
         """``samples`` completions of each prompt, in order, from one decode batch; see engines/decoding.py."""
 

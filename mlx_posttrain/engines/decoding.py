@@ -8,6 +8,7 @@ on compaction, or on the engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -43,27 +44,35 @@ class Decoder(Protocol):
 def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tuple[Array, Array]:
     """One token per row by inverse CDF, and its log-probability under the tempered full softmax.
 
-    logits: [R, V] float32; uniforms: [R, 1] in [0, 1).
+    logits: [R, V] float32; uniforms: [R, 1] in (0, 1).
     temperature 0 takes the largest logit. ``top_p`` < 1 samples from the nucleus (Holtzman et al. 2020, section 3.1), the
     smallest set of tokens whose probability reaches top_p; the reported log-probability stays that of the full softmax,
     which is what reinforcement learning needs.
     """
     xp = ops(logits)
-    log_p = xp.log_softmax(logits / temperature if temperature > 0 else logits, axis=-1)
+    p = xp.softmax(logits / temperature if temperature > 0 else logits, axis=-1)
     if temperature == 0:
-        tokens = xp.argmax(log_p, axis=-1)
+        tokens = xp.argmax(logits, axis=-1)
     elif top_p >= 1:
-        cdf = xp.cumsum(xp.exp(log_p), axis=-1)
+        cdf = xp.cumsum(p, axis=-1)
         # The first entry above u times the last one: rounding in a sum over V terms cannot push the draw past the end.
         tokens = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
     else:
-        order = xp.argsort_descending(log_p)
-        p = xp.exp(xp.take_along_axis(log_p, order, axis=-1))
-        before = xp.cumsum(p, axis=-1) - p
-        cdf = xp.cumsum(xp.where(before < top_p, p, xp.zeros_like(p)), axis=-1)
+        order = xp.argsort_descending(p)
+        ranked = xp.take_along_axis(p, order, axis=-1)
+        before = xp.cumsum(ranked, axis=-1) - ranked
+        cdf = xp.cumsum(xp.where(before < top_p, ranked, xp.zeros_like(ranked)), axis=-1)
         rank = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
         tokens = xp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
-    return tokens, xp.take_along_axis(log_p, tokens[:, None], axis=-1)[:, 0]
+    return tokens, xp.log(xp.take_along_axis(p, tokens[:, None], axis=-1)[:, 0])
+
+
+def barrier(logits: Array, forbidden: Sequence[int]) -> Array:
+    """[1, V] to be added to ``logits`` [R, V]: -inf at the forbidden tokens, which then have no probability, and 0 at all others."""
+    wall = ops(logits).zeros_like(logits[:1])
+    for token in forbidden:
+        wall[:, token] = -math.inf
+    return wall
 
 
 def decode(
@@ -79,12 +88,14 @@ def decode(
     seed: int,
     first_row: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    forbidden: Sequence[int] = (),
 ) -> list[Completion]:
     """``samples`` completions of each prompt; entry ``p * samples + s`` is sample s of prompt p.
 
     A row ends at ``stop``, after ``max_tokens``, or where prompt and answer fill the ``context``. ``on_token(row, token)`` is
     called as tokens appear. ``first_row`` numbers the first row: prompts decoded in several batches get the numbers, and so the
-    texts, that they would have in one. Raises UserError for an empty prompt or one that leaves no room in the context.
+    texts, that they would have in one. ``forbidden`` tokens are never said, and log-probabilities are then those of the softmax over
+    the others; with the end of text among them every answer has full length. Raises UserError for an empty prompt or one that leaves no room in the context.
     """
     if not prompts:
         return []
@@ -97,13 +108,16 @@ def decode(
     rows = len(room)
     # A generator per row: the numbers of a row depend neither on how many rows there are nor on max_tokens.
     uniforms = np.stack([np.random.default_rng([seed, first_row + row]).random(max(room), dtype=np.float32) for row in range(rows)])
+    uniforms = np.maximum(uniforms, np.float32(2**-25))  # a draw of exactly 0 would take the first token, however unlikely, forbidden even
     tokens: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     stopped = [False] * rows
     alive = np.arange(rows)
     logits = decoder.prefill(prompts, samples)
+    wall = barrier(logits, forbidden) if forbidden else None
     for step in range(max(room)):
-        picked, log_p = decoder.pick(logits, uniforms[alive, step], temperature, top_p)
+        allowed = logits if wall is None else logits + wall
+        picked, log_p = decoder.pick(allowed, uniforms[alive, step], temperature, top_p)
         going = np.ones(len(alive), bool)
         for i, (row, token) in enumerate(zip(alive.tolist(), picked.tolist(), strict=True)):
             logprobs[row].append(float(log_p[i]))

@@ -5,7 +5,8 @@ form logits for a chunk of positions at a time and let them go: after Wijmans et
 Models", and Hsu et al. 2024, "Liger Kernel", with matrix products of the array library in place of kernels. Two ways to a gradient:
 
 - *steered*, for a frozen head in training. d(value) / d(hidden) = (d value / d logits) @ W is [N, d] and can be formed while the logits
-  are there: nothing is computed twice. It holds for any cotangent, since a position's value depends on its own hidden state only.
+  are there: nothing is computed twice. It holds for any cotangent, since a position's value depends on its own hidden state only. Where two
+  values are known to enter a loss as one sum, the sum's slope is formed, with one product.
 - *recomputed*, otherwise: W's gradient is a sum over positions weighted by their cotangents, which the forward pass does not know, so the
   backward pass forms logits again, of all positions and a part of the vocabulary at a time. A value without a gradient costs nothing more.
 

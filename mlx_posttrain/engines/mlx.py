@@ -23,6 +23,7 @@ from mlx_posttrain.convert import adapters, gpt2, hub  # noqa: E402
 from mlx_posttrain.data.batches import Batch  # noqa: E402
 from mlx_posttrain.engines import decoding, files, mlx_fused, mlx_lean, mlx_load  # noqa: E402
 from mlx_posttrain.engines.base import (  # noqa: E402
+    REFERENCE_HIDDEN,
     UPDATE_BYTES,
     AdamW,
     AdapterSpec,
@@ -114,14 +115,27 @@ class MLXModel:
         with self._frozen() as net:
             return mx.stop_gradient(self._logprobs(net, batch, temperature))
 
-    def logprobs_and_kl(self, batch: DeviceBatch, direction: str) -> tuple[mx.array, mx.array]:
+    def logprobs_and_kl(self, batch: DeviceBatch, direction: str, beta: float | None = None) -> tuple[mx.array, mx.array]:
         head = self._fused_head(self.net)
         if head is None:
             logits = self.logits(batch)
             return token_logprobs(logits, batch.target), full_kl(logits, self.reference_logits(batch), direction)
         with self._frozen() as net:
-            hidden, weight = mx.stop_gradient(self._hidden(net, batch)), _head_layer(net).weight
-        return mlx_fused.logprobs_and_kl(self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, **head[1])
+            weight, kept = _head_layer(net).weight, batch.extra.get(REFERENCE_HIDDEN)
+            hidden = mx.stop_gradient(self._hidden(net, batch)) if kept is None else kept.astype(weight.dtype)
+        return mlx_fused.logprobs_and_kl(self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, beta, **head[1])
+
+    @property
+    def reference_width(self) -> int | None:
+        head = self._fused_head(self.net)
+        return None if head is None else head[0].shape[1]
+
+    def reference_hidden(self, batch: Batch) -> np.ndarray:
+        self.net.eval()
+        with self._frozen() as net:
+            found = np.array(self._hidden(net, _device_batch(batch, 1.0)).astype(mx.float32))
+        _tidy()
+        return found
 
     def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[mx.array, mx.array, mx.array | None]:
         head = self._fused_head(self.net)
@@ -264,12 +278,13 @@ class MLXModel:
         seed: int = 0,
         first_row: int = 0,
         on_token: Callable[[int, int], None] | None = None,
+        forbidden: Sequence[int] = (),
     ) -> list[Completion]:
         self.net.eval()  # dropout off, and with it gradient checkpointing
         _tidy()
         return decoding.decode(
             _MLXDecoder(self.net, self._split), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
-            temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token,
+            temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token, forbidden=forbidden,
         )  # fmt: skip
 
     # files

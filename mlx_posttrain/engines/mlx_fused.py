@@ -57,9 +57,13 @@ def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, steered:
 
 
 def logprobs_and_kl(
-    h: mx.array, w: mx.array, h_ref: mx.array, w_ref: mx.array, target: mx.array, direction: str, *, steered: bool, trained: bool
-) -> tuple[mx.array, mx.array]:
-    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows."""
+    h: mx.array, w: mx.array, h_ref: mx.array, w_ref: mx.array, target: mx.array, direction: str, beta: float | None = None, *,
+    steered: bool, trained: bool,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
+    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows.
+
+    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; a steered gradient then hangs on the log-probabilities alone.
+    """
 
     def values(h: mx.array, h_ref: mx.array, target: mx.array) -> list[mx.array]:
         z, z_ref = _logits(h, w), _logits(h_ref, w_ref)
@@ -67,15 +71,13 @@ def logprobs_and_kl(
         kl = fused.kl(z, p, lse, z_ref, p_ref, lse_ref, direction)
         found = [_at(z, target) - lse, kl, lse, lse_ref]
         if steered:
-            found += [
-                w[target] - _times(p, w),
-                _times(fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction), w),
-            ]
+            slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
+            found += [w[target] - _times(p, w), _times(slope, w)] if beta is None else [w[target] - _times(p + beta * slope, w)]
         return found
 
     value, kl, lse, lse_ref, *slopes = _sweep(values, w, h, h_ref, target)
     if steered:
-        return _steer(value, h, slopes[0])[:, 0], _steer(kl, h, slopes[1])[:, 0]
+        return _steer(value, h, slopes[0])[:, 0], (_steer(kl, h, slopes[1]) if beta is None else kl)[:, 0]
 
     def slope_at(z: mx.array, cotangents: Sequence[mx.array], part: slice) -> mx.array:
         z_ref = _logits(h_ref, w_ref[part])

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_posttrain.convert import gpt2, hub
+from mlx_posttrain.convert import gpt2, hub, merge
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
 from mlx_posttrain.engines import files, mlx_gelu, mlx_lean
@@ -57,18 +57,22 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
         if dtype == "float32":
             mlx_gelu.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
-    if not quantised:
-        net.set_dtype(getattr(mx, dtype))
+    net.set_dtype(getattr(mx, dtype))  # of a quantised net the scales and what is not packed: its numbers are of that format too
     if quantize and not quantised:
-        # Embeddings stay as they are (Dettmers et al. 2023, section 3): only the linear layers that adapters stand on are packed.
-        bad = [p for p, m in net.named_modules() if isinstance(m, nn.Linear) and m.weight.shape[-1] % group_size]
+        bad = [p for p, m in net.named_modules() if _packs(p, m) and m.weight.shape[-1] % group_size]
         if bad:
             raise UserError(f"adapter.group_size={group_size} does not divide the width of {bad[0]}; use 32")
-        nn.quantize(net, group_size=group_size, bits=quantize, class_predicate=lambda _, m: isinstance(m, nn.Linear))
+        nn.quantize(net, group_size=group_size, bits=quantize, class_predicate=_packs)
     if quantised or quantize:
         net.freeze()
     mx.eval(net.parameters())
     return net
+
+
+def _packs(path: str, module: nn.Module) -> bool:
+    """Whether quantising packs a layer: the linear ones that adapters stand on. Embeddings stay as they are (Dettmers et al. 2023, section 3),
+    and so do heads, as in bitsandbytes: a tied head is an embedding, and of packed weights no logits can be formed a chunk at a time."""
+    return isinstance(module, nn.Linear) and path not in ("lm_head", "score")
 
 
 def checkpoint_blocks(net: nn.Module) -> None:
@@ -98,8 +102,11 @@ def checkpoint_blocks(net: nn.Module) -> None:
         layer.__class__ = classes.setdefault(type(layer), checkpointed(type(layer)))
 
 
-def dequantised_weights(folder: Path, bits: int, group_size: int) -> dict[str, mx.array]:
-    """A folder's weights after rounding to the quantisation grid and back: what a QLoRA adapter was trained on."""
+def dequantised_weights(folder: Path, bits: int | None, group_size: int) -> dict[str, mx.array]:
+    """A folder's weights after rounding to the quantisation grid and back: what a QLoRA adapter was trained on.
+
+    A folder that is quantised already has its own grid; ``bits`` and ``group_size`` are then not looked at.
+    """
     from mlx_lm.utils import dequantize_model
 
     net = load(folder, hub.check_config(folder), "float32", bits, group_size)
@@ -109,29 +116,21 @@ def dequantised_weights(folder: Path, bits: int, group_size: int) -> dict[str, m
 def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, float]:
     """Fuse an adapter into its quantised base, quantise again, write a folder for mlx-lm, and say what the rounding cost.
 
-    probe: [B, T] token ids. Returns ``lost``: rms of (merged - adapted) logits over rms of (adapted - base) logits, 0 for an exact
-    merge, about 1 when the adapter is gone; ``max_logit_difference``: the largest |merged - adapted|; ``kl``: mean
-    KL(adapted || merged) in nats per position.
+    probe: [B, T] token ids. Returns what convert.merge.logit_drift does.
     """
     from mlx_lm.utils import save_config
 
     net = model.net.eval()
-    tokens = mx.array(probe.astype(np.int32))
-    adapted = net(tokens).astype(mx.float32)
+    adapted = model.full_logits(probe)
     with model.adapters_off():
-        base = net(tokens).astype(mx.float32)
-    mx.eval(adapted, base)
+        base = model.full_logits(probe)
     quantised = next(m.linear for _, m in model.adapted())
     net.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in model.adapted()]))
-    merged = net(tokens).astype(mx.float32)
-    log_p, log_q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (adapted, merged))
-    drift = {
-        "lost": mx.sqrt(mx.mean(mx.square(merged - adapted)) / mx.maximum(mx.mean(mx.square(adapted - base)), 1e-20)).item(),
-        "max_logit_difference": mx.max(mx.abs(merged - adapted)).item(),
-        "kl": mx.mean(mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1)).item(),
-    }
+    drift = merge.logit_drift(adapted, model.full_logits(probe), base)
     weight_files.save_weights(folder, dict(tree_flatten(net.parameters())), format="mlx")
-    quantization = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
+    # A folder that was quantised before may have another grid for some layers, and says so.
+    own = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
+    quantization = model.config.get("quantization") or own
     config = weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
     save_config({**config, "quantization": quantization, "quantization_config": quantization}, folder / "config.json")
     copy_tokenizer(model.folder, folder)

@@ -17,6 +17,7 @@ from mlx_posttrain.convert import hub
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding, files, torch_fused
 from mlx_posttrain.engines.base import (
+    REFERENCE_HIDDEN,
     AdamW,
     AdapterSpec,
     Completion,
@@ -108,14 +109,25 @@ class TorchModel:
         with self._frozen() as net:
             return self._logprobs(net, batch, temperature)
 
-    def logprobs_and_kl(self, batch: DeviceBatch, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs_and_kl(self, batch: DeviceBatch, direction: str, beta: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self._fused_head(self.net)
         if weight is None:
             logits = self.logits(batch)
             return token_logprobs(logits, batch.target), full_kl(logits, self.reference_logits(batch), direction)
         with self._frozen() as net:
-            hidden, frozen = self._hidden(net, batch), net.get_output_embeddings().weight
-        return torch_fused.logprobs_and_kl(self._hidden(self.net, batch), weight, hidden, frozen, batch.target, direction)
+            frozen, kept = net.get_output_embeddings().weight, batch.extra.get(REFERENCE_HIDDEN)
+            hidden = self._hidden(net, batch) if kept is None else kept.to(frozen.dtype)
+        return torch_fused.logprobs_and_kl(self._hidden(self.net, batch), weight, hidden, frozen, batch.target, direction, beta)
+
+    @property
+    def reference_width(self) -> int | None:
+        weight = self._fused_head(self.net)
+        return None if weight is None else weight.shape[1]
+
+    def reference_hidden(self, batch: Batch) -> np.ndarray:
+        self.net.eval()
+        with self._frozen() as net:
+            return self._hidden(net, _device_batch(batch, 1.0)).float().numpy()
 
     def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         weight = self._fused_head(self.net)
@@ -230,11 +242,12 @@ class TorchModel:
         seed: int = 0,
         first_row: int = 0,
         on_token: Callable[[int, int], None] | None = None,
+        forbidden: Sequence[int] = (),
     ) -> list[Completion]:
         self.net.eval()  # dropout off, and with it gradient checkpointing, which would silently empty the cache
         return decoding.decode(
             _TorchDecoder(self.net), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
-            temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token,
+            temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token, forbidden=forbidden,
         )  # fmt: skip
 
     # files
@@ -341,6 +354,15 @@ class _TorchDecoder:
         return tokens.numpy(), log_p.numpy()
 
 
+def _has_fused_adamw() -> bool:
+    """Whether this torch updates CPU parameters in one kernel; torch 2.2, the last one for Intel Macs, refuses to."""
+    try:
+        from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+    except ImportError:
+        return False
+    return "cpu" in _get_fused_kernels_supported_devices()
+
+
 class TorchTrainer:
     """torch.optim.AdamW over a model's trained parameters."""
 
@@ -357,7 +379,7 @@ class TorchTrainer:
             {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+            [g for g in groups if g["params"]], betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=_has_fused_adamw()
         )
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:

@@ -52,8 +52,13 @@ def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, 
     return value[:, 0], with_gradient[:, 0]
 
 
-def logprobs_and_kl(h: Tensor, w: Tensor, h_ref: Tensor, w_ref: Tensor, target: Tensor, direction: str) -> tuple[Tensor, Tensor]:
-    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows."""
+def logprobs_and_kl(
+    h: Tensor, w: Tensor, h_ref: Tensor, w_ref: Tensor, target: Tensor, direction: str, beta: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows.
+
+    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; a steered gradient then hangs on the log-probabilities alone.
+    """
     steered = _steered(h, w)
 
     def values(h: Tensor, h_ref: Tensor, target: Tensor) -> list[Tensor]:
@@ -62,12 +67,13 @@ def logprobs_and_kl(h: Tensor, w: Tensor, h_ref: Tensor, w_ref: Tensor, target: 
         kl = fused.kl(z, p, lse, z_ref, p_ref, lse_ref, direction)
         found = [_at(z, target) - lse, kl, lse, lse_ref]
         if steered:
-            found += [w[target] - _times(p, w), _times(fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction), w)]
+            slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
+            found += [w[target] - _times(p, w), _times(slope, w)] if beta is None else [w[target] - _times(p + beta * slope, w)]
         return found
 
     value, kl, lse, lse_ref, *slopes = _sweep(values, w, h, h_ref, target)
     if steered:
-        return _steer(value, h, slopes[0])[:, 0], _steer(kl, h, slopes[1])[:, 0]
+        return _steer(value, h, slopes[0])[:, 0], (_steer(kl, h, slopes[1]) if beta is None else kl)[:, 0]
 
     def slope_at(z: Tensor, cotangents: Sequence[Tensor], part: slice) -> Tensor:
         z_ref = _logits(h_ref, w_ref[part])

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from mlx_posttrain import engines, runs
+from mlx_posttrain import engines, lock, runs
 from mlx_posttrain import plan as plans
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain.errors import UserError
@@ -198,6 +198,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     chosen, whole = stage_recipes(recipe), Path(recipe.output)
     for own in chosen.values():
         engines.get(own.engine)
+    here = runs.reopen(whole, write=True)[0] if resume else None
     state = _state(whole, chosen)
     if all(stage["state"] == "finished" for stage in state.values()):
         raise UserError(
@@ -205,8 +206,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
             if resume
             else f"{whole} holds a finished pipeline: choose another folder with output=DIR, or delete it"
         )
-    if not resume:
-        runs.start(whole, recipe)  # type: ignore[arg-type]
+    if here is None:
+        here = runs.start(whole, recipe)  # type: ignore[arg-type]
     for number, (name, own) in enumerate(chosen.items(), 1):
         one = runs.Run(whole / name)
         say(f"stage {number} of {len(chosen)}, {name}: {'finished before' if one.finished else own.description or own.method}")
@@ -215,6 +216,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         state[name] |= {"state": "finished", "result": json.loads((one.folder / "result.json").read_text(encoding="utf-8"))}
         _write(whole, state)
         gc.collect()  # the next stage needs the memory that reference cycles would hold on to
+    here.close()
     for line in _table(chosen, state):
         say(line)
     return {name: stage["result"] for name, stage in state.items()}
@@ -262,6 +264,8 @@ def _run_stage(name: str, own: recipes.Recipe, one: runs.Run, state: dict[str, A
         what = str(error).replace(f"--resume {one.folder}", f"--resume {whole}")
         if stopped:
             raise Interrupted(f"stage {name}: {what or f'interrupted: continue with --resume {whole}'}") from None
+        if isinstance(error, lock.InUse):  # resumed by itself elsewhere: nothing is wrong with it that advice could mend
+            raise UserError(f"stage {name}: {what}") from None
         if isinstance(error, UserError):
             raise UserError(f"stage {name}: {what}{_advice(name, one, whole, state)}") from None
         raise

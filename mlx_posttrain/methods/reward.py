@@ -95,14 +95,16 @@ def training_pairs(
     """Pairs as token ids, and the batches of any step; prints what was dropped."""
     length = min(recipe.data.max_length, context or recipe.data.max_length)
 
-    def encoded(what: str, rows: list[Preference]) -> list[pairs.Pair]:
+    def encoded(what: str, rows: list[Preference], needed: bool) -> list[pairs.Pair]:
         if not rows:
             return []
-        found, report = pairs.encode_pairs(rows, tokenizer, template=str(recipe.data.template), max_length=length)
+        found, report = pairs.encode_pairs(rows, tokenizer, template=str(recipe.data.template), max_length=length, needed=needed)
         say(f"{what}: {report}")
+        if not found:
+            say(supervised.NONE_HELD_OUT.format(what=what))
         return found
 
-    known, unseen = encoded("training pairs", train), encoded("held-out pairs", held_out)
+    known, unseen = encoded("training pairs", train, True), encoded("held-out pairs", held_out, False)
     return pairs.PairData(known, unseen, recipe.train, recipe.seed, context, pad)
 
 
@@ -129,8 +131,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         pad = loading.pad_id(model.config, tokenizer)
         batches = training_pairs(recipe, train, held_out, tokenizer, model.context, pad)
         unseen = batches.held_out
-    supervised.announce(recipe, engine, model)
-    plans.tell(lambda: plans.of_data(recipe, engine.name, plans.size(folder), batches))
+        supervised.announce(recipe, engine, model)
+        plans.tell(lambda: plans.of_data(recipe, engine.name, plans.size(folder), batches))
     engine.seed(recipe.seed)
     show = shower(model, tokenizer, unseen[: recipe.sample.count], pad, run)
     result: dict[str, Any] = fit(engine, model, pair_loss(recipe.reward.centring), batches, run, resume=resume, on_evaluate=show)

@@ -5,12 +5,13 @@
 The mean runs over all trained tokens of the optimizer step, however it is cut into micro-batches. The KL term keeps the whole
 next-token distribution near the frozen starting model at every trained position; ``direction`` names which way round, see
 :func:`mlx_posttrain.losses.sft.full_kl`. ``beta`` is per token: 0.1 means 0.1, whatever the length of the rows. With an adapter
-the reference is the same weights with the adapter off, so the leash costs no second copy of the model.
+the reference is the same weights with the adapter off, so the leash costs no second copy of the model. What the reference makes of a row
+never changes, so its hidden states are kept where that pays: see reference.py.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +28,12 @@ class KLSection(recipes.Section):
     beta: float = Field(0.1, ge=0, description="weight of the KL term, per trained token")
     direction: Literal["forward", "reverse"] = Field(
         "forward", description="forward: KL(reference||policy); reverse: KL(policy||reference)"
+    )
+    cache_gb: float = Field(
+        1.0,
+        ge=0,
+        description="compute the reference's hidden states once and keep them where they fit this many GB (of GPT-2 350,000 trained tokens in 1); "
+        "0: compute them anew each time",
     )
 
 
@@ -53,7 +60,7 @@ def kl_loss(beta: float, direction: str) -> Loss:
     """The same plus ``beta`` times the mean KL to the reference at the trained positions."""
 
     def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
-        logprobs, divergence = model.logprobs_and_kl(batch, direction)
+        logprobs, divergence = model.logprobs_and_kl(batch, direction, beta)
         nll = token_mean(-logprobs, batch.weight, batch.total)
         kl = token_mean(divergence, batch.weight, batch.total)
         return nll + beta * kl, {"nll": nll, "kl": kl}
@@ -64,9 +71,13 @@ def kl_loss(beta: float, direction: str) -> Loss:
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Run the recipe to the end; returns the figures of the final evaluation. See supervised.run for files and errors."""
     chosen = loss if recipe.kl is None else kl_loss(recipe.kl.beta, recipe.kl.direction)
-    return supervised.run(recipe, chosen, adapter=recipe.adapter, reference=recipe.kl is not None, resume=resume)
+    return supervised.run(recipe, chosen, adapter=recipe.adapter, resume=resume, **_leash(recipe))
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
     """What the recipe would take; see supervised.planned."""
-    return supervised.planned(recipe, reference=recipe.kl is not None)
+    return supervised.planned(recipe, **_leash(recipe))
+
+
+def _leash(recipe: Recipe) -> dict[str, Any]:
+    return {} if recipe.kl is None else {"reference": True, "cache_gb": recipe.kl.cache_gb}

@@ -1,0 +1,94 @@
+"""Bases in few bits: folders that are quantised already, QLoRA on a base that is not, merges onto 16-bit bases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import cli, engines, export, methods, recipe
+from mlx_posttrain.convert.weights import convert
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.loading import open_model
+
+pytestmark = pytest.mark.skipif("mlx" not in engines.available(), reason="needs mlx")
+TOKENS = np.arange(3, 51)[None].repeat(2, 0)
+
+
+def train(model: Path, rows: Path, output: Path, *more: str) -> Path:
+    chosen = recipe.load("01_sft", [
+        f"model={model}", f"data.source={rows}", f"output={output}", "engine=mlx", "train.steps=6", "train.lr=2e-2", "sample.count=0",
+        "adapter.rank=4", "adapter.alpha=16", *more,
+    ])  # fmt: skip
+    methods.get(chosen.method).run(chosen)
+    return output
+
+
+def logits(name: Path) -> np.ndarray:
+    return open_model(name, "mlx")[0].full_logits(TOKENS)
+
+
+@pytest.fixture(scope="module")
+def packed(random_gpt2, tmp_path_factory) -> Path:
+    """The random model in 4 bits, its scales in float16, as most that are published."""
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    convert(random_gpt2, folder, quantize=4, dtype="float16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(packed, rows_file, tmp_path_factory) -> Path:
+    return train(packed, rows_file, tmp_path_factory.mktemp("tuned") / "run")
+
+
+def test_a_quantised_model_computes_in_float32(packed, random_gpt2):
+    """GPT-2's activation on MLX's CPU has constants beyond float16's range: its logits were nan."""
+    found = logits(packed)
+    assert np.isfinite(found).all() and np.abs(found - logits(random_gpt2)).max() < 0.3
+
+
+def test_an_adapter_on_a_quantised_folder_is_merged(tuned, packed, tmp_path):
+    assert np.abs(logits(tuned) - logits(packed)).max() > 1e-2  # the adapter does something
+    for to in ("hf", "mlx-lm"):
+        export.export(tuned, tmp_path / to, to, merged=True, force=True)
+    assert "quantization" not in json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert np.abs(logits(tmp_path / "hf") - logits(tuned)).max() < 1e-3
+    own = json.loads((packed / "config.json").read_text())["quantization"]
+    assert json.loads((tmp_path / "mlx-lm" / "config.json").read_text())["quantization"] == own
+    assert 1e-3 < np.abs(logits(tmp_path / "mlx-lm") - logits(tuned)).max() < 1  # back on the grid
+
+
+def test_and_is_a_new_runs_model(tuned, rows_file, tmp_path, capfd):
+    second = train(tuned, rows_file, tmp_path / "second", "train.steps=1", "train.lr=1e-9")
+    assert np.abs(logits(second) - logits(tuned)).max() < 1e-3
+    assert "is quantised: the adapter of" in capfd.readouterr().err
+
+
+def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_path, capfd):
+    """The exported adapter is loaded there by others, where it says something else than in training."""
+    run = train(random_gpt2, rows_file, tmp_path / "run", "adapter.quantize=4")
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run), "--output", str(tmp_path / "peft")])
+    assert (said := capfd.readouterr().out.splitlines()[0]) in (tmp_path / "peft" / "README.md").read_text()
+    drift = export.export(run, tmp_path / "adapters", "mlx-lm")["drift"]
+    assert f"trained on a base quantised to 4 bits; on the base as it is, {drift['lost']:.1%} of the adapter's effect" in said
+    theirs, ours = open_model(tmp_path / "peft", "mlx")[0], open_model(run, "mlx")[0]
+    probe = np.random.default_rng(0).integers(0, ours.config["vocab_size"], (4, 32))
+    difference = np.abs(theirs.full_logits(probe) - ours.full_logits(probe)).max()
+    assert drift["max_logit_difference"] == pytest.approx(difference, rel=1e-4) and difference > 1e-2
+    assert export.is_export(tmp_path / "peft", run, "peft", False) and not export.is_export(tmp_path / "peft", run, "mlx-lm", False)
+
+
+def test_a_merge_into_a_16_bit_base_is_float32(random_gpt2, rows_file, tmp_path):
+    convert(random_gpt2, tmp_path / "half", to="hf", dtype="float16")
+    run = train(tmp_path / "half", rows_file, tmp_path / "run")
+    export.export(run, tmp_path / "merged", "hf", merged=True)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+    assert np.abs(logits(tmp_path / "merged") - logits(run)).max() < 2e-5
+
+
+def test_qlora_of_a_quantised_folder_is_refused(packed, rows_file, tmp_path):
+    with pytest.raises(UserError, match=r"is quantised already: leave out adapter\.quantize"):
+        train(packed, rows_file, tmp_path / "run", "adapter.quantize=4")

@@ -1,0 +1,227 @@
+"""The reference's hidden states, computed once: the same losses without its blocks, as far as memory is given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import engines, methods, plan, recipe
+from mlx_posttrain.data.batches import by_row, collate, with_rows
+from mlx_posttrain.data.types import Example
+from mlx_posttrain.engines import fused
+from mlx_posttrain.engines.base import REFERENCE_HIDDEN, AdamW, AdapterSpec
+from mlx_posttrain.methods import sft
+from mlx_posttrain.recipe import TrainSection
+from mlx_posttrain.reference import GB, Share, hidden_states, remember, share
+from mlx_posttrain.training import Data
+
+ENGINES = engines.available()
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    return engines.get(request.param)
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    return [
+        Example(tuple(rng.integers(1, 256, n).tolist()), (False,) * (n // 3) + (True,) * (n - n // 3))
+        for n in rng.integers(6, 50, count).tolist()
+    ]
+
+
+def data(epochs: float = 2, **settings) -> Data:
+    return Data(examples(11), examples(5, seed=1), TrainSection(batch_size=3, accumulate=2, epochs=epochs, **settings), 0, 64)
+
+
+def leashed(engine, folder, adapter: bool, dtype: str = "float32"):
+    """A model that has left its reference."""
+    model = engine.load(folder, dtype=dtype)
+    if adapter:
+        model.add_adapter(AdapterSpec(rank=4, alpha=8), seed=3)
+    model.keep_reference()
+    trainer = engine.trainer(model, AdamW(eps=1e-3))
+    for _ in range(5):
+        trainer.step(sft.loss, [collate(examples(4, seed=2), 64)], 1e-2)
+    return model, trainer
+
+
+def test_what_is_kept_within_a_limit():
+    """Rows with 10 and 5 trained tokens at a width of 2^20, so that a token takes 1/256 GB."""
+    token = 1 / 256
+    row = Example(tuple(range(11)), (True,) * 11)  # the first token is never predicted
+    half = Example(tuple(range(11)), (False,) * 6 + (True,) * 5)
+
+    def kept(limit: float, epochs: float = 2.0, held_out=(half,)) -> Share:
+        return share(Data([row], list(held_out), TrainSection(epochs=epochs), 0, None), 2**20, limit)
+
+    assert kept(15 * token) == Share(True, True, 15 * token, 0)
+    assert kept(14 * token) == Share(False, True, 5 * token, 10 * token)
+    assert kept(4 * token) == Share(False, False, 0, 15 * token)
+    assert kept(0) == Share(False, False, 0, 15 * token)
+    assert kept(15 * token, epochs=1) == Share(False, True, 5 * token, 0)  # a row that is met once need not be kept
+    assert kept(15 * token, held_out=()) == Share(True, False, 10 * token, 0)
+    assert kept(10 * token, held_out=(row, row)) == Share(True, False, 10 * token, 20 * token)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_each_row_has_its_own_states_whenever_they_are_computed(engine, random_gpt2, adapter):
+    model, trainer = leashed(engine, random_gpt2, adapter)
+    made = data()
+    found = hidden_states(model, made.train, made)
+    for example, states in zip(made.train, found, strict=True):
+        alone = model.reference_hidden(collate([example], 64))
+        assert states.shape == (sum(example.trained[1:]), model.reference_width) and states.dtype == np.float32
+        assert states == pytest.approx(alone[: len(states)], abs=1e-5)
+    for step in range(2):
+        trainer.step(sft.loss, made.micro_batches(made.rows(step)), 1e-2)
+    assert all(np.array_equal(a, b) for a, b in zip(found, hidden_states(model, made.train, made), strict=True))
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_losses_gradients_and_weights_are_those_without_a_cache(engine, random_gpt2, adapter, direction, monkeypatch):
+    """AdamW's eps is large, or rounding of tiny gradients would become whole steps."""
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 50 * 400 * 4)
+    loss = sft.kl_loss(0.3, direction)
+    curves, gradients, weights = [], [], []
+    for limit in (1.0, 0.0):
+        model, trainer = leashed(engine, random_gpt2, adapter)
+        made = data()
+        remember(model, made, limit)
+        assert bool(made.figures) == bool(made.held_out_figures) == bool(limit)
+        gradients.append(model.gradient(loss, made.micro_batches(made.rows(1))))
+        curves.append([trainer.step(loss, made.micro_batches(made.rows(step)), 3e-3) for step in range(made.steps)])
+        curves[-1].append(model.evaluate(loss, made.evaluation()))
+        weights.append(model.weights())
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert curves[0][0]["kl"] > 1e-3
+    for name, wanted in gradients[1].items():
+        assert np.abs(gradients[0][name] - wanted).max() <= 1e-5 * max(1.0, np.abs(wanted).max()), name
+    for name, wanted in weights[1].items():
+        assert np.abs(weights[0][name] - wanted).max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_lose_nothing_on_the_host(engine, random_gpt2, dtype):
+    model, _ = leashed(engine, random_gpt2, True, dtype)
+    batch = collate(examples(4), 64)
+    carrying = with_rows(batch, {REFERENCE_HIDDEN: by_row(batch, model.reference_hidden(batch))})
+    asked, kept = model.apply(lambda m, b: {"kl": m.logprobs_and_kl(b, "forward")[1]}, [batch, carrying])
+    real = batch.weight > 0
+    assert np.array_equal(asked["kl"][real], kept["kl"][real]) and asked["kl"][real].max() > 1e-4
+
+
+def watch_blocks(model, monkeypatch) -> list:
+    """A list that grows by a block each time one runs, or is traced."""
+    ran: list = []
+    if type(model).__name__ == "TorchModel":
+        for net in (model.net, model._reference):
+            for block in net.transformer.h if net is not None else ():
+                block.register_forward_pre_hook(lambda block, _: ran.append(block))
+        return ran
+    for block in {type(b): b for net in (model.net, model._reference) if net is not None for b in net.model.h}.values():
+        original = type(block).__call__
+
+        def call(self, *args, original=original, **kwargs):
+            ran.append(self)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(block), "__call__", call)
+    return ran
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_the_references_blocks_run_no_more(engine, random_gpt2, adapter, monkeypatch):
+    """In training, traced or not, and in evaluations; with an adapter the policy's own blocks are the reference's."""
+    counts = []
+    for limit in (1.0, 0.0):
+        with monkeypatch.context() as patch:
+            model, trainer = leashed(engine, random_gpt2, adapter)
+            made = data()
+            remember(model, made, limit)
+            ran = watch_blocks(model, patch)
+            loss = sft.kl_loss(0.3, "forward")
+            for step in range(made.steps):
+                trainer.step(loss, made.micro_batches(made.rows(step)), 1e-3)
+            model.evaluate(loss, made.evaluation())
+            own = (model.net.model if engine.name == "mlx" else model.net.transformer).h
+            counts.append((len(ran), sum(any(b is o for o in own) for b in ran)))
+    (cached, cached_own), (plain, plain_own) = counts
+    assert cached > 0 and plain == 2 * cached
+    assert cached_own == cached
+    assert plain_own == (plain if adapter else cached)
+
+
+@pytest.mark.parametrize(("epochs", "training"), [(1, False), (2, True)])
+def test_training_rows_are_kept_when_they_are_met_again(random_gpt2, epochs, training, capsys):
+    model, _ = leashed(engines.get(ENGINES[0]), random_gpt2, True)
+    made = data(epochs)
+    remember(model, made, 1.0)
+    assert bool(made.figures) == training and made.held_out_figures
+    assert [REFERENCE_HIDDEN in b.extra for b in made.micro_batches(made.rows(0))] == [training] * 2
+    assert all(b.extra[REFERENCE_HIDDEN].shape == (len(b.index), 64) for b in made.evaluation())
+    assert "computed once and kept" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said_and_computed_anew(random_gpt2, capsys):
+    model, trainer = leashed(engines.get(ENGINES[0]), random_gpt2, True)
+    made = data()
+    remember(model, made, (share(made, 64, 1.0).gb * GB - 1) / GB)
+    assert not made.figures and made.held_out_figures
+    assert "GB of hidden states are beyond kl.cache_gb=" in capsys.readouterr().err
+    trainer.step(sft.kl_loss(0.3, "forward"), made.micro_batches(made.rows(0)), 1e-3)
+    made = data()
+    remember(model, made, 0.0)
+    assert not made.figures and not made.held_out_figures and not capsys.readouterr().err
+
+
+def test_a_head_that_is_not_one_plain_matrix_goes_without(engine, random_gpt2, capsys):
+    model, trainer = leashed(engine, random_gpt2, True)
+    model._split = False
+    made = data()
+    remember(model, made, 1.0)
+    assert not made.figures and not made.held_out_figures and not capsys.readouterr().err
+    assert np.isfinite(trainer.step(sft.kl_loss(0.3, "forward"), made.micro_batches(made.rows(0)), 1e-3)["loss"])
+
+
+def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys):
+    """40 rows, 6 of them held out, twice; the rows' states at a width of 64."""
+    chosen = recipe.load("06_kl_sft", [
+        f"model={random_gpt2}", f"data.source={rows_file}", "data.limit=null", "data.holdout=6", f"output={tmp_path / 'run'}",
+        "train.epochs=2", "sample.count=0", "data.clean=null",
+    ])  # fmt: skip
+    (planned,) = plan.of_recipe(chosen)
+    methods.get(chosen.method).run(chosen)
+    said = capsys.readouterr().err
+    assert f"reference: {planned.parts['kept states']:.3g} GB of hidden states are computed once and kept" in said
+    chosen.kl.cache_gb = 0.0
+    (without,) = plan.of_recipe(chosen)
+    assert planned.total_gb - without.total_gb == pytest.approx(planned.parts["kept states"]) and without.parts["kept states"] == 0
+
+
+def test_evaluations_take_four_times_a_steps_budget():
+    made = data(token_budget=64)
+    sizes = [b.tokens.size for b in made.evaluation()]
+    assert 64 < max(sizes) <= 4 * 64
+    assert max(b.tokens.size for step in range(made.steps) for b in made.micro_batches(made.rows(step))) <= 64
+
+
+def test_scoring_is_bounded_by_tokens(monkeypatch):
+    from mlx_posttrain.rl import scoring
+
+    monkeypatch.setattr(scoring, "TOKEN_BUDGET", 64)
+    seen = []
+
+    def apply(function, batches):
+        seen.extend(b.tokens.shape for b in batches)
+        return [{"scores": b.tokens[:, 0]} for b in batches]
+
+    rows = [[number] * length for number, length in enumerate([5, 40, 6, 7, 8, 3, 9], start=1)]
+    found = scoring.score_rows(SimpleNamespace(apply=apply, context=64), rows, 0)
+    assert found.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert seen == [(5, 8), (1, 16), (1, 40)]
