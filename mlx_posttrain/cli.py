@@ -362,9 +362,13 @@ def plan(
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (random weights), tiny, or a folder or run")] = "gpt2",
-    what: Annotated[str, typer.Option(help="of sft, lora, kl, kl-lora, reward, ppo, generate, generate-single, scaling")] = "sft,lora,kl,generate",
+    what: Annotated[
+        str, typer.Option(help="of sft, lora, kl, kl-lora, reward, ppo, generate, generate-single, scaling")
+    ] = "sft,lora,kl,generate",
     engines: Annotated[str | None, typer.Option(help="of mlx-gpu, mlx-cpu, torch-cpu; default: what this machine has")] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="also mlx-lm's, transformers' and TRL's own trainers, where they are installed")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="also mlx-lm's, transformers' and TRL's own trainers, where they are installed")
+    ] = False,
     units: Annotated[int, typer.Option(min=1, help="timed units of each engine, after one that warms up")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="rows of a training unit")] = 32,
     length: Annotated[

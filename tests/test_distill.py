@@ -115,7 +115,7 @@ def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, 
     assert found[reasoning.AT_ONCE].output_tokens.tolist() == [64 - n - begun for n in asked]
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["questions"] == 2 and figures["kept"] == 0.5 and figures["ended"][0] == 0
-    distill.judge(load(tmp_path, "think.base=false", "think.max_tokens=7"), Run(tmp_path), student, tokenizer, rows)
+    distill.judge(load(tmp_path, "think.base=false", "think.max_tokens=7", "data.template=none"), Run(tmp_path), student, tokenizer, rows)
     assert found[""].output_tokens.tolist() == [7, 7]
 
 

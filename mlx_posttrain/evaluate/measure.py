@@ -197,15 +197,9 @@ def response_loss(model: Model, examples: Sequence[Example], batch: int = 32) ->
 
 
 def base_text_loss(
-    model: Model,
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    batch: int = 32,
+    model: Model, tokenizer: Any, texts: Sequence[str], *, window: int | None = None, stride: int | None = None, batch: int = 32,
     by_window: bool = False,
-) -> RowLoss:
+) -> RowLoss:  # fmt: skip
     """Loss of every token of each text on its own, for perplexity: [R] sums of nats, [R] numbers of tokens.
 
     ``by_window`` gives a value for each window instead of each text, in their order: of one long text a bootstrap can draw nothing else.
@@ -229,15 +223,9 @@ def base_text_loss(
 
 
 def base_text_kl(
-    base: Model,
-    tuned: Model,
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    window: int | None = None,
-    stride: int | None = None,
+    base: Model, tuned: Model, tokenizer: Any, texts: Sequence[str], *, window: int | None = None, stride: int | None = None,
     by_window: bool = False,
-) -> RowLoss:
+) -> RowLoss:  # fmt: skip
     """KL(base || tuned) over the whole vocabulary, summed over each text's tokens: [R] nats, [R] numbers of tokens.
 
     Windows and ``by_window`` as in ``base_text_loss``. Range 0 (nothing changed) upwards; it sees what perplexity cannot, a model that predicts the text

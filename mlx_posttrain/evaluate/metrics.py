@@ -176,10 +176,11 @@ def share(values: Any, *, weights: Any = None, samples: int = 2000, seed: int = 
     if not 0 < mean < 1:
         return plain
 
-    def from_odds(shift: float) -> float:
-        return 1.0 / (1.0 + (1.0 - mean) / mean * math.exp(-shift / (mean * (1.0 - mean))))
+    def bound(value: float) -> float:
+        shift = (mean - value) / (mean * (1.0 - mean))
+        return 1.0 / (1.0 + (1.0 - mean) / mean * math.exp(min(shift, 500.0)))  # beyond, a bound is 0 to all its digits
 
-    return Interval(mean, from_odds(plain.low - mean), from_odds(plain.high - mean))
+    return Interval(mean, bound(plain.low), bound(plain.high))
 
 
 def _kept(values: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.data.types import Preference
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, correlation, paired_bootstrap
+from mlx_posttrain.evaluate.metrics import Interval, correlation, paired_bootstrap, share
 
 BINS = 5  # of calibration, between .5 and 1
 L2 = 10.0  # of the bag-of-words baseline; chosen once by cross-validation on training pairs, never on the rows that are judged
@@ -67,8 +67,8 @@ def report(
 ) -> PreferenceReport:
     """Judge scores of P held-out pairs.
 
-    chosen, rejected: [P] scores; rows: the pairs; train: the training pairs, for the bag-of-words baseline. Intervals are 95 % bootstrap
-    intervals over prompts: pairs of one prompt are drawn together. Calibration compares sigma(|margin|), how sure the model is, with the
+    chosen, rejected: [P] scores; rows: the pairs; train: the training pairs, for the bag-of-words baseline. Intervals are of 95 %
+    (metrics.share, and paired_bootstrap for differences) over prompts: pairs of one prompt are drawn together. Calibration compares sigma(|margin|), how sure the model is, with the
     share of pairs it has right, in BINS equal bins from .5 to 1; its error is the mean gap, weighted by pairs (Guo et al. 2017).
     Margins beyond their 99 % quantile stand in the histogram's outer bars. A correlation with what does not vary is 0. Raises ValueError
     where there is no pair, a score is not finite, or scores and pairs differ in number.
@@ -101,12 +101,12 @@ def report(
         a, weight = _by_group(right, groups)
         return paired_bootstrap(a, _by_group(other, groups)[0], weights=weight, seed=seed)
 
-    def share(wins: np.ndarray) -> Interval:
+    def won(wins: np.ndarray) -> Interval:
         values, weight = _by_group(wins, groups)
-        return bootstrap(values, weights=weight, seed=seed)
+        return share(values, weights=weight, seed=seed)
 
     return PreferenceReport(
-        pairs=len(rows), accuracy=share(right), longer=share(longer), bag_of_words=None if words is None else share(words),
+        pairs=len(rows), accuracy=won(right), longer=won(longer), bag_of_words=None if words is None else won(words),
         over_longer=over(longer), over_bag_of_words=None if words is None else over(words),
         loss=float(np.mean(np.logaddexp(0.0, -margins))),
         edges=[float(e) for e in edges], counts=[int(c) for c in counts], calibration=calibration,

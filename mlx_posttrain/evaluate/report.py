@@ -130,7 +130,7 @@ def reward_charts(known: Sequence[tuple[str, Path]]) -> dict[str, Any]:
 
 def reasoning_charts(thoughts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Right answers of distilled runs, from their ``report.json`` by label; nothing where there is none."""
-    bars = {}
+    bars: dict[str, Any] = {}
     for label, figures in thoughts.items():
         bars |= {f"{label}, thinking": figures["accuracy"], f"{label}, at once": figures["accuracy_at_once"]}
         bars |= {f"{label}, before": figures["base_accuracy"]} if "base_accuracy" in figures else {}

@@ -54,7 +54,7 @@ def test_a_system_prompt_is_given_once_and_only_in_a_template():
 @pytest.mark.parametrize("engine", engines.available()[:1])
 def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(engine, random_gpt2, rows_file, tmp_path, monkeypatch):
     made = {"sft": ("01_sft", ["data.template=plain"]), "distilled": ("08_distill", [
-        "data.template=chatml", "data.system=Think.", "data.config=null", "data.format=auto", "think.questions=0", "adapter.rank=2",
+        "data.template=dialogue", "data.too_long=cut", "data.system=Hi.", "data.config=null", "data.format=auto", "think.questions=0", "adapter.rank=2",
         "train.gradient_checkpointing=false",
     ])}  # fmt: skip
     for name, (shipped, more) in made.items():
@@ -75,9 +75,9 @@ def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(engine, random
     monkeypatch.setattr(measure, "answers", spy)
     settings = suite.SuiteSection(rows=str(questions), texts=None, max_tokens=6, samples=3)
     found = suite.compare([str(random_gpt2), *(str(tmp_path / name) for name in made)], settings, engine)
-    plain, thinking = ("plain", 6, "user"), ("chatml", 60, "system")
+    plain, thinking = ("plain", 6, "user"), ("dialogue", 60, "system")
     assert asked == [(*way, samples) for way in (plain, plain, thinking) for samples in (1, 3)]
-    assert found.asked().startswith("each in its own template (gpt2, sft: plain; distilled: chatml)")
+    assert found.asked().startswith("each in its own template (gpt2, sft: plain; distilled: dialogue)")
     # The sampled figures are means over the samples of each question.
     model, tokenizer, _ = loading.open_model(tmp_path / "sft", engine)
     rows = suite.read_questions(settings)

@@ -252,6 +252,8 @@ def test_a_share_that_is_no_count_stays_between_0_and_1_and_covers_the_truth():
         _, low, high = share(rng.binomial(4, rng.beta(0.2, 3.0, 60)) / 4, samples=300, seed=i)
         hits.append(low <= 0.2 / 3.2 <= high)
     assert 0.90 <= np.mean(hits) <= 0.99
+    near = share([1.0] * 9999 + [0.5])  # bounds of a slope this steep are finite
+    assert 0.999 < near.low < near.mean < near.high < 1
     with pytest.raises(ValueError, match="no value"):
         share([])
 
