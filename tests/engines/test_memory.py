@@ -62,7 +62,7 @@ def growth(random_gpt2: Path, after: Callable[[], object]) -> tuple[int, int]:
     """
     model = MLXEngine().load(random_gpt2)
     trainer = MLXEngine().trainer(model, AdamW())
-    batches = [batch(length, length, 400) for length in (16, 40, 64)]
+    batches = [batch(length, length, model.config["vocab_size"]) for length in (16, 40, 64)]
     active, peaks = [], []
     for _ in range(32):
         mx.reset_peak_memory()
