@@ -43,3 +43,21 @@ class Kept(NamedTuple):
         if checkpointing:  # each block's input, and some blocks in full
             return layers * tokens * block.width + self.again * each + working
         return layers * each + working
+
+
+#: mlx: a block as mlx-lm has it (engines/base.py, block_bytes); lean: engines/mlx_lean.py; gated: with a gated feed-forward, as Llama's.
+KEPT = {
+    "mlx": Kept(15.0, 3.0, 0.0, 1.0, 33.0, 2.0, 6.0),
+    "mlx, adapter": Kept(6.5, 3.0, 0.0, 1.0, 52.0, 2.0, 6.0),
+    "mlx lean": Kept(9.0, 1.5, 0.0, 0.0, 0.0, 3.0, 6.0),
+    "mlx lean, adapter": Kept(9.0, 1.5, 0.0, 0.0, 0.0, 3.0, 6.0),
+    "mlx gated": Kept(7.0, 6.0, 3.5, 1.0, 23.0, 2.0, 6.0),
+    "mlx gated, adapter": Kept(2.0, 4.0, 4.0, 1.0, 53.0, 2.0, 6.0),
+    "torch": Kept(12.0, 2.5, 0.0, 0.0, 0.0, 0.0, 2.0),
+    "torch, adapter": Kept(15.0, 2.85, 0.0, 0.0, 0.0, 0.0, 2.0),
+    "torch gated": Kept(11.0, 5.5, 2.75, 0.0, 0.0, 0.0, 2.0),
+    "torch gated, adapter": Kept(9.5, 5.2, 3.5, 0.0, 0.0, 0.0, 2.0),
+}
+
+#: Copies of every DoRA layer's output that are kept besides, and of its weight.
+DORA = {"mlx": (1.0, 0.0), "torch": (2.0, 2.0)}

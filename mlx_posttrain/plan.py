@@ -1,15 +1,14 @@
 """What a recipe will take, before it runs: parameters, steps, tokens, and the peak of memory by part.
 
-Weights, gradients and moments are counted. What the backward pass keeps is reckoned from the largest batch by coefficients that were measured
-on GPT-2 with both engines (``KEPT``); tests/test_plan.py holds the sum against runs. For another architecture they are a guess, and the
-text says so. The peak is that of the phase that
+Weights, gradients and moments are counted. What the backward pass keeps is reckoned from the largest batch by measured coefficients
+(activations.py); tests/test_plan.py holds the sum against runs. For an architecture that was not measured they are a guess, and the text says
+so. The peak is that of the phase that
 takes most: the end of the forward pass, the update, an evaluation, a rollout.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,75 +16,26 @@ from typing import Any, NamedTuple
 
 from mlx_posttrain import loading
 from mlx_posttrain import reference as references
-from mlx_posttrain.convert import gpt2, hub
+from mlx_posttrain.activations import DORA, KEPT, Block, Kept
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import fused
-from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, AdapterSpec, block_bytes, match_targets
+from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
+from mlx_posttrain.sizes import Size, adapted, adapter_parameters, size  # noqa: F401  size is for those who plan
 
 GB = 2**30
 WARN_ABOVE = 0.75  # share of this machine's memory
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class Kept(NamedTuple):
-    """What blocks keep for their backward pass, in numbers.
-
-    width, inner: for each token so many times the model's width and the feed-forward's, in every block. pairs: for each head and pair of
-    positions, in every block. working: the same in all, since the blocks take turns. again: how many blocks' worth is alive where whole blocks
-    are recomputed.
-    """
-
-    width: float
-    inner: float
-    pairs: float
-    working: float
-    again: float
-
-
-#: Measured on GPT-2 124M at 8 x 128 and 4 x 512 tokens. mlx: as mlx-lm has it (engines/base.py, block_bytes); mlx lean: engines/mlx_lean.py.
-KEPT = {
-    "mlx": Kept(13.0, 3.0, 1.25, 3.0, 6.0),
-    "mlx lean": Kept(9.0, 1.5, 0.0, 3.0, 6.0),
-    "torch": Kept(12.0, 2.5, 0.0, 0.0, 2.0),
-    "torch with an adapter": Kept(15.0, 2.85, 0.0, 0.0, 2.0),
-}
-#: Arrays of one chunk of logits that are alive at once (engines/fused.py).
-CHUNKS_ALIVE = 3
-_NO_LINEAR = re.compile(r"(^|\.)(wte|wpe|\w*embed\w*|lm_head|score)$")
+#: Arrays of one chunk of logits that are alive at once (engines/fused.py), and of all logits where a quantised head has them all.
+CHUNKS_ALIVE, LOGITS_ALIVE = 3, 4
+#: Architectures on which the blocks' coefficients were measured, and DoRA's.
+MEASURED = {"mlx": ("gpt2", "llama"), "torch": ("gpt2",)}
+MEASURED_DORA = ("mlx",)
 #: The interpreter and libraries, GB: the torch engine's memory is the whole process, MLX counts its arrays only.
 PROGRAM = {"mlx": 0.0, "torch": 0.48}
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model as its files describe it. tensors: shapes by name, those of the weights that packed ones stand for; file_bytes: what they take
-    on disk; packed: whether the folder is quantised."""
-
-    layers: int
-    width: int
-    inner: int
-    heads: int
-    vocabulary: int
-    context: int | None
-    model_type: str
-    tensors: Mapping[str, tuple[int, ...]]
-    file_bytes: int = 0
-    packed: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """How many there are; a tied head counts once."""
-        return sum(math.prod(shape) for shape in self.tensors.values())
-
-    @property
-    def linear(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the linear layers' weights, by the layers' paths; embeddings and a head are none."""
-        found = {
-            name.removesuffix(".weight"): shape for name, shape in self.tensors.items() if name.endswith(".weight") and len(shape) == 2
-        }
-        return {path: shape for path, shape in found.items() if not _NO_LINEAR.search(path)}
 
 
 class Shape(NamedTuple):
@@ -145,60 +95,10 @@ class Plan:
             f"  {'peak':12} {self.total_gb:8.2f} GB, {self.phase}; this machine has {self.memory_gb:.1f} GB ({self.share:.0%})",
         ]
         if not self.sure:
-            lines.append("  measured on GPT-2: for this architecture what the blocks keep is a guess")
+            lines.append("  what the blocks keep is a guess: it was measured for GPT-2, on MLX for Llama and DoRA too, and not for this")
         if self.advice and self.share > WARN_ABOVE:
             lines.append("  to make it fit: " + "; ".join(self.advice))
         return "\n".join(lines)
-
-
-def size(folder: Path) -> Size:
-    """Read a model's size from its config and the headers of its weights. Raises UserError when the config does not give it."""
-    from safetensors import safe_open
-
-    config = hub.check_config(folder)
-    tensors: dict[str, tuple[int, ...]] = {}
-    files = hub.weight_files(folder)
-    for name in files:
-        with safe_open(str(folder / name), framework="np") as file:
-            for key in file.keys():  # noqa: SIM118  # not a mapping
-                if not key.endswith((".attn.bias", ".attn.masked_bias")):
-                    tensors[key] = tuple(file.get_slice(key).get_shape())
-    if config.get("tie_word_embeddings", config["model_type"] == "gpt2"):
-        tensors.pop("lm_head.weight", None)
-    bits = (config.get("quantization") or {}).get("bits", 0)
-    for scales in [name for name in tensors if name.endswith(".scales")] if bits else []:
-        path = scales.removesuffix(".scales")
-        out, packed = tensors[f"{path}.weight"]
-        tensors[f"{path}.weight"] = (out, packed * 32 // bits)
-        del tensors[scales]
-        tensors.pop(f"{path}.biases", None)
-
-    def number(*names: str) -> int:
-        for name in names:
-            if isinstance(config.get(name), int):
-                return config[name]
-        raise UserError(f"{folder}: config.json names none of {', '.join(names)}, so memory cannot be planned")
-
-    width = number("n_embd", "hidden_size")
-    return Size(
-        layers=number("n_layer", "num_hidden_layers"), width=width, heads=number("n_head", "num_attention_heads"),
-        inner=config.get("n_inner") or config.get("intermediate_size") or 4 * width, vocabulary=number("vocab_size"),
-        context=config.get("n_positions") or config.get("max_position_embeddings"), model_type=config["model_type"],
-        tensors=tensors, file_bytes=sum((folder / name).stat().st_size for name in files), packed=bits > 0,
-    )  # fmt: skip
-
-
-def adapter_parameters(of: Size, spec: AdapterSpec) -> int:
-    """How many parameters an adapter has: rank * (in + out) a target, and out more for DoRA's magnitudes (Hu et al. 2021, section 4.1).
-
-    Raises UserError when a target matches no layer.
-    """
-    found = 0
-    for path in match_targets(list(of.linear), spec.resolved(of.model_type).targets or ()):
-        shape = of.linear[path]
-        conv1d = of.model_type == "gpt2" and not gpt2.is_mlx(of.tensors)  # [in, out]; every other file has [out, in]
-        found += spec.rank * sum(shape) + (shape[1 if conv1d else 0] if spec.kind == "dora" else 0)
-    return found
 
 
 def shapes(batches: Iterable[Batch]) -> list[Shape]:
@@ -217,6 +117,7 @@ class Training:
     dtype: str = "float32"
     bits: int | None = None
     group_size: int = 64
+    dora: Sequence[tuple[int, int]] = ()  # (in, out) of the layers that have a magnitude
     checkpointing: bool = False
     dropout: bool = False
     reference: bool = False
@@ -224,12 +125,22 @@ class Training:
     batches: Sequence[Shape] = ()
     evaluations: Sequence[Shape] = ()
 
+    @property
+    def number(self) -> int:
+        """Bytes of a number of the model, and of what its layers compute."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the trained parameters, and so of their gradients and of each moment: an adapter's are float32."""
+        return self.trained * (4 if self.adapter else self.number)
+
     def weights(self) -> float:
         """GB of the weights as they are held, an adapter's included."""
         adapter = 4 * self.trained if self.adapter else 0
         if self.size.packed:
             return (self.size.file_bytes + adapter) / GB
-        number = DTYPE_BYTES[self.dtype]
+        number = self.number
         saved = 0.0
         if self.bits:  # the linear layers, each group of weights with a scale and an offset
             saved = sum(map(math.prod, self.size.linear.values())) * (number - self.bits / 8 - 2 * number / self.group_size)
@@ -237,49 +148,58 @@ class Training:
 
     def reference_copy(self) -> float:
         """GB of the frozen reference: with an adapter it is the same weights."""
-        return self.size.parameters * 4 / GB if self.reference and not self.adapter else 0.0
+        return self.size.parameters * self.number / GB if self.reference and not self.adapter else 0.0
 
     def optimizer(self) -> float:
         """GB of AdamW's two moments."""
-        return 8 * self.trained / GB
+        return 2 * self.trained_bytes / GB
 
     def gradients(self) -> float:
         """GB of the gradients, and of a micro-batch's beside those of the ones before."""
-        return 4 * self.trained * (2 if self.accumulate else 1) / GB
+        return self.trained_bytes * (2 if self.accumulate else 1) / GB
 
     def activations(self, batch: Shape) -> float:
-        """GB that the blocks keep for the backward pass."""
-        s, kept = self.size, KEPT[self._blocks(batch)]
-        tokens, pairs = batch.rows * batch.length, batch.rows * s.heads * batch.length**2
-        block = tokens * (kept.width * s.width + kept.inner * s.inner) + kept.pairs * pairs
-        if self.checkpointing:  # each block's input, and some blocks in full
-            return 4 * (s.layers * tokens * s.width + kept.again * block + kept.working * pairs) / GB
-        return 4 * (s.layers * block + kept.working * pairs) / GB
+        """GB that the blocks keep for the backward pass, and DoRA's layers and copies of quantised weights with them."""
+        of, kept = self.size, KEPT[self._blocks(batch)]
+        block = Block(of.width, of.inner, of.key_width, of.heads)
+        numbers = kept.numbers(block, of.layers, batch.rows, batch.length, checkpointing=self.checkpointing)
+        return (numbers + self._dora(batch, kept)) * self.number / GB
+
+    def _dora(self, batch: Shape, kept: Kept) -> float:
+        """Numbers that DoRA keeps beside LoRA: its layers' outputs before the magnitude, and the weights that it makes anew."""
+        outputs, weights = DORA[self.engine]
+        if self.bits or self.size.packed:
+            weights += 1  # the layer is multiplied with its dequantised weight, which the gradient needs again
+        each = [outputs * batch.rows * batch.length * leaves + weights * enters * leaves for enters, leaves in self.dora]
+        return sum(each) * (min(1.0, kept.again / self.size.layers) if self.checkpointing else 1.0)
 
     def _blocks(self, batch: Shape) -> str:
-        if self.engine == "torch":
-            return "torch with an adapter" if self.adapter else "torch"
-        much = block_bytes(batch.rows, batch.length, self.size.width, self.size.heads) > LEAN_ABOVE
-        return "mlx lean" if self.size.model_type == "gpt2" and much and not self.dropout and not self.checkpointing else "mlx"
+        of = self.size
+        much = block_bytes(batch.rows, batch.length, of.width, of.heads) > LEAN_ABOVE
+        lean = self.engine == "mlx" and of.model_type == "gpt2" and much and not self.dropout and not self.checkpointing
+        return self.engine + (" lean" if lean else " gated" if of.gated else "") + (", adapter" if self.adapter else "")
 
     def logits(self, batch: Shape) -> float:
-        """GB of the chunk of logits that is alive, on both sides of a divergence from a reference."""
-        chunk = min(fused.CHUNK_BYTES, 4 * batch.positions * self.size.vocabulary)
-        return CHUNKS_ALIVE * chunk * (2 if self.reference else 1) / GB
+        """GB of the chunk of logits that is alive, or of all of them at a quantised head; on both sides of a divergence from a reference."""
+        every = 4 * batch.positions * self.size.vocabulary
+        quantised = self.size.packed_head or (self.bits is not None and not self.size.tied)
+        alive = LOGITS_ALIVE * every if quantised else CHUNKS_ALIVE * min(fused.CHUNK_BYTES, every)
+        return alive * (2 if self.reference else 1) / GB
 
     def head(self) -> float:
         """GB of the head's gradient, which is there before the blocks have freed anything."""
-        return 0.0 if self.adapter else 4 * self.size.vocabulary * self.size.width / GB
+        return 0.0 if self.adapter else self.number * self.size.vocabulary * self.size.width / GB
 
     def forward(self, batch: Shape) -> float:
         """GB of a pass without gradients: one block's arrays."""
-        s = self.size
-        return 4 * (batch.rows * batch.length * (6 * s.width + 2 * s.inner) + 2 * batch.rows * s.heads * batch.length**2) / GB
+        s, tokens = self.size, batch.rows * batch.length
+        block = tokens * (6 * s.width + (3 if s.gated else 2) * s.inner) + 2 * batch.rows * s.heads * batch.length**2
+        return self.number * block / GB
 
     def phases(self) -> list[tuple[str, dict[str, float]]]:
         """What each phase of training holds besides weights and optimizer: GB by part, under the phase's name."""
         found: list[tuple[str, dict[str, float]]] = []
-        beside = self.gradients() - 4 * self.trained / GB
+        beside = self.gradients() - self.trained_bytes / GB
         for b in self.batches:
             kept, logits = self.activations(b), self.logits(b)
             found.append(("as the backward pass begins", {"activations": kept, "logits": logits, "gradients": self.head() + beside}))
@@ -289,8 +209,13 @@ class Training:
 
     def update(self) -> float:
         """GB of new weights and moments beside the old: on MLX of a group of parameters, or of the largest; torch writes in place."""
-        largest = max([UPDATE_BYTES, *(4 * math.prod(shape) for shape in self.size.tensors.values())])
-        return 3 * min(4 * self.trained, largest) / GB if self.engine == "mlx" else 0.0
+        largest = max([UPDATE_BYTES, *(self.number * math.prod(shape) for shape in self.size.tensors.values())])
+        return 3 * min(self.trained_bytes, largest) / GB if self.engine == "mlx" else 0.0
+
+    @property
+    def sure(self) -> bool:
+        """Whether what the blocks keep was measured for this architecture on this engine."""
+        return self.size.model_type in MEASURED[self.engine] and (not self.dora or self.engine in MEASURED_DORA)
 
 
 def peak(name: str, training: Training, steps: int, tokens: tuple[float, float], more: Mapping[str, float] | None = None,
@@ -307,7 +232,7 @@ def peak(name: str, training: Training, steps: int, tokens: tuple[float, float],
     return Plan(
         name=name, engine=training.engine, parameters=training.size.parameters + (training.trained if training.adapter else 0),
         trained=training.trained, steps=steps, trained_a_step=tokens[0], positions_a_step=tokens[1], parts={**always, **parts},
-        phase=phase, memory_gb=memory()[0] / GB, shapes=len(training.batches), sure=training.size.model_type == "gpt2", advice=_advice(training),
+        phase=phase, memory_gb=memory()[0] / GB, shapes=len(training.batches), sure=training.sure, advice=_advice(training),
     )  # fmt: skip
 
 
@@ -389,7 +314,7 @@ def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seq
     positions = round_up(longest_prompt + r.max_tokens, CACHE_BLOCK)
     together = max(1, min(answers, r.token_budget // positions))
     held = positions if engine == "mlx" else longest_prompt + r.max_tokens
-    cache = 4 * 2 * together * held * of.layers * of.width
+    cache = 2 * together * held * of.layers * of.key_width * DTYPE_BYTES[recipe.dtype]
     others.append(("in a rollout", {"cache": cache / GB, "logits": 4 * 4 * together * of.vocabulary / GB}))
     return peak(_name(recipe), policy, train.steps, (answers * r.max_tokens, answers * length), more, others)
 
@@ -403,5 +328,8 @@ def _training(recipe: Any, engine: str, of: Size) -> Training:
     checkpointing = recipe.train.gradient_checkpointing
     if section is None:
         return Training(engine, of, of.parameters, False, recipe.dtype, checkpointing=checkpointing)
-    trained = adapter_parameters(of, loading.adapter_spec(section))
-    return Training(engine, of, trained, True, recipe.dtype, section.quantize, section.group_size, checkpointing, section.dropout > 0)
+    spec = loading.adapter_spec(section)
+    return Training(
+        engine, of, adapter_parameters(of, spec), True, recipe.dtype, section.quantize, section.group_size,
+        adapted(of, spec) if spec.kind == "dora" else (), checkpointing, section.dropout > 0,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ Every figure is a mean of values per row, which stay, so that a difference betwe
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -230,6 +231,7 @@ def table(comparison: Comparison) -> str:
         f"{len(comparison.questions)} questions, {comparison.asked()}, greedy; 95 % intervals, each figure's own"
         + (f"\n* differs from {comparison.compared_with} beyond chance: {BEYOND_CHANCE}" if len(comparison.models) > 1 else "")
     ]
+    said = [textwrap.fill(line, console.width) for line in "\n".join(said).splitlines()]
     for begin in range(0, len(names), fitting):
         grid = Table()
         grid.add_column("", no_wrap=True)

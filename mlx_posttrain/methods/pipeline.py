@@ -201,6 +201,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     here = runs.reopen(whole, write=True)[0] if resume else None
     state = _state(whole, chosen)
     if all(stage["state"] == "finished" for stage in state.values()):
+        if here is not None:
+            here.close()
         raise UserError(
             f"{whole} is finished: there is nothing to resume"
             if resume

@@ -74,10 +74,10 @@ def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(engine, random
 
     monkeypatch.setattr(measure, "answers", spy)
     settings = suite.SuiteSection(rows=str(questions), texts=None, max_tokens=6, samples=3)
-    found = suite.compare([str(random_gpt2), *(str(tmp_path / name) for name in made)], settings, engine)
+    found = suite.compare([str(random_gpt2), *(str(tmp_path / name) for name in made)], settings, engine, ["gpt2", *made])
     plain, thinking = ("plain", 6, "user"), ("dialogue", 60, "system")
     assert asked == [(*way, samples) for way in (plain, plain, thinking) for samples in (1, 3)]
-    assert found.asked().startswith("each in its own template (gpt2, sft: plain; distilled: dialogue)")
+    assert found.asked().startswith(f"each in its own template ({found.models[0].name}, sft: plain; distilled: dialogue)")
     # The sampled figures are means over the samples of each question.
     model, tokenizer, _ = loading.open_model(tmp_path / "sft", engine)
     rows = suite.read_questions(settings)
