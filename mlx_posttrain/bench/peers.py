@@ -176,17 +176,17 @@ def _pace(gate: Gate, figures: Callable[[dict[str, float]], dict[str, float] | N
     return Pace()
 
 
-def _watched(trainer: Any, examples: Sequence[Example], first: dict[str, Any]) -> Any:
-    """The trainer's class, which notes its first batch in ``first``."""
+def _watched(trainer: Any, examples: Sequence[Example], first: dict[str, Any], seen: list[tuple[float, int]]) -> Any:
+    """The trainer's class, which notes its first batch in ``first``, and every batch's loss and trained tokens in ``seen``."""
 
     class Watched(trainer):
         def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
-            begins = not first
-            if begins:
-                first.update(rows=_in(inputs["input_ids"].tolist(), examples), tokens=int((inputs["labels"] != -100).sum()))
+            rows, tokens = inputs["input_ids"].tolist(), int((inputs["labels"] != -100).sum())
             found = super().compute_loss(model, inputs, *given, **named)
-            if begins:
-                first["loss"] = float(found[0] if isinstance(found, tuple) else found)
+            loss = float(found[0] if isinstance(found, tuple) else found)
+            if not first:
+                first.update(rows=_in(rows, examples), tokens=tokens, loss=loss)
+            seen.append((loss, tokens))
             return found
 
     return Watched
@@ -212,9 +212,15 @@ def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[.
     tokens = float(sum(sum(e.trained) for e in examples))
     steps = len(examples) // shape.batch_size
     first: dict[str, Any] = {}
+    seen: list[tuple[float, int]] = []
 
     def figures(logs: dict[str, float]) -> dict[str, float] | None:
-        return {"loss": logs["loss"], "rows": len(examples), "tokens": tokens, "steps": steps} if "loss" in logs else None
+        if "loss" not in logs:
+            return None
+        # The log has the mean of the batches' means, which depends on the order of the rows; ours is the mean over tokens.
+        mean = sum(loss * count for loss, count in seen) / sum(count for _, count in seen)
+        seen.clear()
+        return {"loss": mean, "rows": len(examples), "tokens": tokens, "steps": steps}
 
     with tempfile.TemporaryDirectory() as scratch:
         common = _common(scratch, shape.batch_size, learning_rate(spec["what"]))
@@ -224,7 +230,7 @@ def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[.
             adapter,
             tokenizer,
             common,
-            lambda kind: _watched(kind, examples, first),
+            lambda kind: _watched(kind, examples, first, seen),
             train_dataset=data,
             callbacks=[_pace(gate, figures)],
         )
