@@ -2,8 +2,7 @@
 
 Weights, gradients and moments are counted. What the backward pass keeps is reckoned from the largest batch by measured coefficients
 (activations.py); tests/test_plan.py holds the sum against runs. For an architecture that was not measured they are a guess, and the text says
-so. The peak is that of the phase that
-takes most: the end of the forward pass, the update, an evaluation, a rollout.
+so. The peak is that of the phase that takes most: the end of the forward pass, the update, an evaluation, a rollout.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mlx_posttrain import loading
 from mlx_posttrain import reference as references
-from mlx_posttrain.activations import DORA, KEPT, Block, Kept
+from mlx_posttrain.activations import CHUNKS_ALIVE, DORA, GELU, KEPT, LOGITS_ALIVE, REFERENCE_ALIVE, Block
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
@@ -29,8 +28,6 @@ WARN_ABOVE = 0.75  # share of this machine's memory
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-#: Arrays of one chunk of logits that are alive at once (engines/fused.py), and of all logits where a quantised head has them all.
-CHUNKS_ALIVE, LOGITS_ALIVE = 3, 4
 #: Architectures on which the blocks' coefficients were measured, and DoRA's.
 MEASURED = {"mlx": ("gpt2", "llama"), "torch": ("gpt2",)}
 MEASURED_DORA = ("mlx",)
@@ -117,7 +114,8 @@ class Training:
     dtype: str = "float32"
     bits: int | None = None
     group_size: int = 64
-    dora: Sequence[tuple[int, int]] = ()  # (in, out) of the layers that have a magnitude
+    adapted: Sequence[tuple[int, int]] = ()  # (in, out) of the layers that an adapter stands on
+    dora: bool = False
     checkpointing: bool = False
     dropout: bool = False
     reference: bool = False
@@ -159,19 +157,31 @@ class Training:
         return self.trained_bytes * (2 if self.accumulate else 1) / GB
 
     def activations(self, batch: Shape) -> float:
-        """GB that the blocks keep for the backward pass, and DoRA's layers and copies of quantised weights with them."""
+        """GB that the blocks keep for the backward pass, and what an adapter keeps besides; of the blocks that are computed again at once
+        with checkpointing."""
         of, kept = self.size, KEPT[self._blocks(batch)]
+        if self.engine == "mlx" and not of.gated and self.number < 4:
+            kept = kept._replace(inner=kept.inner + GELU)
         block = Block(of.width, of.inner, of.key_width, of.heads)
-        numbers = kept.numbers(block, of.layers, batch.rows, batch.length, checkpointing=self.checkpointing)
-        return (numbers + self._dora(batch, kept)) * self.number / GB
+        blocks = min(kept.again, of.layers) if self.checkpointing else of.layers
+        numbers = kept.numbers(block, blocks, batch.rows, batch.length)
+        return (numbers * self.number + blocks / of.layers * self._beside(batch.rows * batch.length)) / GB
 
-    def _dora(self, batch: Shape, kept: Kept) -> float:
-        """Numbers that DoRA keeps beside LoRA: its layers' outputs before the magnitude, and the weights that it makes anew."""
-        outputs, weights = DORA[self.engine]
-        if self.bits or self.size.packed:
+    def inputs(self, batch: Shape) -> float:
+        """GB of every block's input, which is what checkpointing keeps."""
+        return self.size.layers * batch.rows * batch.length * self.size.width * self.number / GB
+
+    def _beside(self, tokens: int) -> float:
+        """Bytes that the adapted layers keep beside those of the blocks: in half precision their updates in float32; of DoRA the outputs
+        before the magnitude, and weights that it makes anew."""
+        outputs, weights = DORA[self.engine] if self.dora else (0.0, 0.0)
+        if self.dora and (self.bits or self.size.packed):
             weights += 1  # the layer is multiplied with its dequantised weight, which the gradient needs again
-        each = [outputs * batch.rows * batch.length * leaves + weights * enters * leaves for enters, leaves in self.dora]
-        return sum(each) * (min(1.0, kept.again / self.size.layers) if self.checkpointing else 1.0)
+        half = 4 if self.number < 4 else 0
+        each = [
+            tokens * leaves * (outputs * self.number + half) + weights * enters * leaves * self.number for enters, leaves in self.adapted
+        ]
+        return sum(each)
 
     def _blocks(self, batch: Shape) -> str:
         of = self.size
@@ -180,11 +190,15 @@ class Training:
         return self.engine + (" lean" if lean else " gated" if of.gated else "") + (", adapter" if self.adapter else "")
 
     def logits(self, batch: Shape) -> float:
-        """GB of the chunk of logits that is alive, or of all of them at a quantised head; on both sides of a divergence from a reference."""
+        """GB of the chunks of logits that are alive, or of all logits at a quantised head; with the other side of a divergence."""
         every = 4 * batch.positions * self.size.vocabulary
-        quantised = self.size.packed_head or (self.bits is not None and not self.size.tied)
-        alive = LOGITS_ALIVE * every if quantised else CHUNKS_ALIVE * min(fused.CHUNK_BYTES, every)
-        return alive * (2 if self.reference else 1) / GB
+        beside = REFERENCE_ALIVE[self.engine] if self.reference else 1.0
+        if self.size.packed_head or (self.bits is not None and not self.size.tied):
+            return LOGITS_ALIVE * every * beside / GB
+        chunks = -(-every // fused.CHUNK_BYTES)
+        (trained, frozen), most = CHUNKS_ALIVE[self.engine]
+        alive = min(most, (frozen if self.adapter else trained) * chunks)
+        return alive * every / chunks * beside / GB
 
     def head(self) -> float:
         """GB of the head's gradient, which is there before the blocks have freed anything."""
@@ -201,8 +215,13 @@ class Training:
         found: list[tuple[str, dict[str, float]]] = []
         beside = self.gradients() - self.trained_bytes / GB
         for b in self.batches:
-            kept, logits = self.activations(b), self.logits(b)
-            found.append(("as the backward pass begins", {"activations": kept, "logits": logits, "gradients": self.head() + beside}))
+            kept, logits, gradients = self.activations(b), self.logits(b), self.head() + beside
+            if self.checkpointing:
+                inputs = self.inputs(b)
+                found.append(("as the backward pass begins", {"activations": inputs, "logits": logits, "gradients": gradients}))
+                found.append(("in the first block's backward pass", {"activations": inputs + kept, "gradients": gradients}))
+            else:
+                found.append(("as the backward pass begins", {"activations": kept, "logits": logits, "gradients": gradients}))
         found.append(("in the update", {"gradients": self.gradients(), "update": self.update()}))
         found += [("in an evaluation", {"activations": self.forward(b), "logits": self.logits(b)}) for b in self.evaluations]
         return found
@@ -285,6 +304,11 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
     return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": kept})
 
 
+def cache(of: Size, positions: int, dtype: str) -> float:
+    """GB of the keys and values of so many positions, in all layers."""
+    return 2 * of.layers * of.key_width * positions * DTYPE_BYTES[dtype] / GB
+
+
 def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Sequence[Size]) -> Plan:
     """The plan of a PPO run whose longest prompt has so many tokens and whose reward models and judges are of these sizes."""
     from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, round_up
@@ -314,8 +338,7 @@ def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seq
     positions = round_up(longest_prompt + r.max_tokens, CACHE_BLOCK)
     together = max(1, min(answers, r.token_budget // positions))
     held = positions if engine == "mlx" else longest_prompt + r.max_tokens
-    cache = 2 * together * held * of.layers * of.key_width * DTYPE_BYTES[recipe.dtype]
-    others.append(("in a rollout", {"cache": cache / GB, "logits": 4 * 4 * together * of.vocabulary / GB}))
+    others.append(("in a rollout", {"cache": cache(of, together * held, recipe.dtype), "logits": 4 * 4 * together * of.vocabulary / GB}))
     return peak(_name(recipe), policy, train.steps, (answers * r.max_tokens, answers * length), more, others)
 
 
@@ -331,5 +354,5 @@ def _training(recipe: Any, engine: str, of: Size) -> Training:
     spec = loading.adapter_spec(section)
     return Training(
         engine, of, adapter_parameters(of, spec), True, recipe.dtype, section.quantize, section.group_size,
-        adapted(of, spec) if spec.kind == "dora" else (), checkpointing, section.dropout > 0,
+        adapted(of, spec), spec.kind == "dora", checkpointing, section.dropout > 0,
     )  # fmt: skip

@@ -25,7 +25,7 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     comparison = json.loads((out / "report" / "final" / "report-comparison.json").read_text())
     found = {m["name"]: {name: f["mean"] for name, f in m["figures"].items()} for m in comparison["models"]}
-    assert list(found) == ["base", "sft", "templates", "lora", "kl", "crowd", "ppo", "distill"]
+    assert list(found) == ["base", "sft", "templates", "lora", "kl", "crowd", "ppo"]
     base = found["base"]
     assert base["accuracy"] < 0.05  # the base does not know the format
     for name, more in (("sft", 0.25), ("kl", 0.25), ("lora", 0.05)):  # an adapter on so small a base learns slower than its weights
@@ -49,7 +49,7 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
         assert words in done.stdout, words
     assert (out / "lora-peft" / "adapter_model.safetensors").is_file()
     page = (out / "report" / "final" / "report.html").read_text()
-    for words in ("Was base text forgotten?", "Reward against KL", "right after thinking", "which ppo was trained to please"):
+    for words in ("Was base text forgotten?", "Reward against KL", "right after thinking", "repetition, sampled"):
         assert words in page, words
     assert "Loading weights" not in done.stderr and "FutureWarning" not in done.stderr
     again = subprocess.run(

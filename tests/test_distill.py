@@ -140,15 +140,17 @@ def test_a_system_prompt_is_trained_and_asked_with(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_thoughts_are_learned(engine, tmp_path):
-    """Sums of two numbers and more in steps of one: after a few minutes some come out right, and only by thinking."""
-    chosen = load(
-        tmp_path / "run", f"engine={engine}", "adapter=null", "data.limit=3200", "train.batch_size=32", "train.steps=100", "train.lr=2e-3",
-        "data.eval_limit=60", "think.questions=60", "think.max_tokens=80", "think.base=false",
-    )  # fmt: skip
+    """Counting a word in a list: after a few minutes three in ten come out right, twice as many as without the thought."""
+    chosen = recipe.load("demo_distill", [
+        f"engine={engine}", "data.limit=2560", "data.eval_limit=120", "think.questions=120", "think.base=false", "sample.count=0",
+        f"output={tmp_path / 'run'}",
+    ])  # fmt: skip
     result = methods.get("distill").run(chosen)
-    assert result["format_rate"] > 0.9
-    assert result["accuracy"] >= result["accuracy_at_once"]
-    assert result["loss"] < 0.6  # 5.6 before; the operands and the form are certain, the sums are not yet
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert result["format_rate"] > 0.9 and result["accuracy"] > 0.15
+    mean, low, _ = report["thinking_minus_at_once"]
+    assert low > 0 and mean > 0.05  # the thought is used: it was 0.19 when this was written
+    assert result["loss"] < 0.6  # 4.7 before
 
 
 def test_the_embedded_rows_verify_themselves():

@@ -189,3 +189,38 @@ def test_make_refuses_an_unsuitable_python(root, tmp_path):
     assert done.returncode != 0
     assert "no suitable Python: install Python 3.10 to 3.13" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and timeout")
+def test_ci_fetches_a_browser_as_root_and_goes_on_without_one(root, tmp_path):
+    """apt-get is asked once where there is no browser, says nothing, and its failure is one line and no end."""
+    tools, asked = tmp_path / "bin", tmp_path / "asked"
+    tools.mkdir()
+    for name in ("bash", "dirname", "timeout"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+
+    def stub(name: str, does: str) -> None:
+        (tools / name).write_text(f"#!{shutil.which('bash')}\n{does}\n")
+        (tools / name).chmod(0o755)
+
+    stub("id", "echo 0")
+    stub("apt-get", f'echo "$@" >> {asked}; echo noise; exit 100')
+    stub("make", 'echo "make $@"')
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(root / ".ci" / "run", tmp_path / ".ci" / "run")
+
+    def said() -> list[str]:
+        done = subprocess.run([tools / "bash", tmp_path / ".ci" / "run"], capture_output=True, text=True, env={"PATH": str(tools)})
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout.splitlines()
+
+    alone = said()
+    assert (
+        len(alone) == 2 and "no Chromium could be installed" in alone[0] and alone[1] == "make test" and asked.read_text().count("\n") == 1
+    )
+    asked.unlink()
+    stub("chromium", "exit 0")
+    assert said() == ["make test"] and not asked.exists()
+    (tools / "chromium").unlink()
+    stub("id", "echo 1000")  # nobody is asked for a password
+    assert said() == ["make test"] and not asked.exists()

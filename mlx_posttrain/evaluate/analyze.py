@@ -94,15 +94,22 @@ def logs_of(names: Sequence[str], labels: Sequence[str]) -> dict[str, list[dict[
 
 
 def analyze(
-    names: Sequence[str], suite: SuiteSection, engine: str = "auto", *, base: str | None = None, labels: Sequence[str] | None = None
+    names: Sequence[str],
+    suite: SuiteSection,
+    engine: str = "auto",
+    *,
+    base: str | None = None,
+    labels: Sequence[str] | None = None,
+    not_asked: Sequence[str] = (),
 ) -> tuple[Comparison, list[Finding]]:
     """Compare every run with the model that it started from, or all with ``base``, and say what it shows.
 
-    A model that is no run is compared with what the first run started from. Runs of reward models take part with their curves only. Raises UserError where no run writes text.
+    A model that is no run is compared with what the first run started from. Runs of reward models, and those whose label is among
+    ``not_asked``, take part with their curves only. Raises UserError where no run is left to ask.
     """
     names = [str(name) for name in names]
     labels = list(labels) if labels else suite_labels(names)
-    writers = [(n, label) for n, label in zip(names, labels, strict=True) if writes_text(n)]
+    writers = [(n, label) for n, label in zip(names, labels, strict=True) if writes_text(n) and label not in not_asked]
     if not writers:
         raise UserError("none of these runs writes text: give a run of a language model")
     first = root(next((n for n, _ in writers if runs.is_run(n)), writers[0][0]))

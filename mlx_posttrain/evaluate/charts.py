@@ -1,7 +1,8 @@
 """The charts of a report, drawn by matplotlib: each is a function from plain numbers to a figure.
 
 A figure goes into the page as SVG whose ink is ``currentColor``, so that it follows the page's light or dark scheme, and beside it to a
-folder as SVG and PNG on white. Colours are Okabe and Ito's (2008), told apart by people who see few colours; lines differ in dash as well.
+folder as SVG and PNG on white. Colours are Okabe and Ito's (2008) and two more, told apart by people who see few colours; lines differ in
+dash as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a", "#B8A800")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a", "#B8A800", "#8F6BC1", "#B5651D")
 DASHES = ("-", "--", "-.", ":")
 _INK = "#010203"  # stands for currentColor until the SVG is written
 
@@ -31,7 +32,8 @@ def style(name: str, number: int) -> dict[str, Any]:
     """Colour and dash of the series called ``name``, the ``number``-th of its chart."""
     known = NAMED.get()
     place = known.index(name) if name in known else len(known) + number
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // 2 % len(DASHES)]}
+    dash = place // 2 + place // len(COLOURS)  # the second round of colours has other dashes than the first
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]}
 
 
 def _axes(columns: int = 1, width: float = 4.6, height: float = 3.0, **more: Any) -> tuple[Any, list[Any]]:
@@ -66,7 +68,8 @@ def bars(
     figures: Mapping[str, tuple[float, float, float]], *, y: str, title: str = "", ceiling: float | None = None, log: bool = False
 ) -> Any:
     """One bar a name with its interval (mean, low, high); ``ceiling`` is drawn as a line."""
-    figure, (axis,) = _axes(width=max(3.6, 0.75 * len(figures) + 1.6))
+    # All charts of a page are as wide on it: a wide figure's text would be small there.
+    figure, (axis,) = _axes(width=min(max(3.6, 0.75 * len(figures) + 1.6), max(5.2, 0.4 * len(figures))))
     for number, (name, (mean, low, high)) in enumerate(figures.items()):
         axis.bar(number, mean, color=style(name, number)["color"], width=0.7, yerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
                  ecolor=_INK, capsize=3)  # fmt: skip
@@ -76,7 +79,12 @@ def bars(
         axis.axhline(ceiling, linestyle=":", linewidth=1, color=_INK)
         axis.annotate("ceiling", (1, ceiling), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     if log:
+        from matplotlib.ticker import FuncFormatter
+
         axis.set_yscale("log")
+        # Plain numbers, of the minor ones twos and fives: matplotlib's own are formulae.
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[:3] in ("2.0", "5.0") else ""))
     axis.set(ylabel=y, title=title)
     return figure
 

@@ -28,6 +28,9 @@ class Recipe(recipes.Section):
     seed: int = Field(0, ge=0, description="fixes intervals, samples and what the analysis draws")
     runs: dict[str, str] = Field(min_length=1, description="what to call each run: its directory")
     base: str | None = Field(None, description="the model they are compared with; null: the one that the first run started from")
+    not_asked: list[str] = Field(
+        default_factory=list, description="runs that are shown with their own figures and curves, and are not asked the suite's questions"
+    )
     suite: SuiteSection = Field(default_factory=lambda: SuiteSection(), description="what is asked and read")
     gains: dict[str, list[tuple[str, str]]] = Field(
         default_factory=dict, description="what is to be shown as a gain: pairs of runs, one pair a seed, the first against the second"
@@ -35,6 +38,9 @@ class Recipe(recipes.Section):
 
     @model_validator(mode="after")
     def _known(self) -> Recipe:
+        for run in self.not_asked:
+            if run not in self.runs:
+                raise ValueError(f"not_asked names {run!r}, which is none of the runs ({', '.join(self.runs)})")
         for name, pairs in self.gains.items():
             for run in (run for pair in pairs for run in pair):
                 if run not in self.runs:
@@ -61,7 +67,9 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         raise UserError(f"{folder} is finished: there is nothing to resume")
     suite = recipe.suite.model_copy(update={"seed": recipe.suite.seed or recipe.seed})  # 0, the default of both, leaves it to the other
     with supervised.setting_up(one, resume):
-        comparison, found = analyze.analyze(list(recipe.runs.values()), suite, engine.name, base=recipe.base, labels=list(recipe.runs))
+        comparison, found = analyze.analyze(
+            list(recipe.runs.values()), suite, engine.name, base=recipe.base, labels=list(recipe.runs), not_asked=recipe.not_asked
+        )
     found = [*gains.findings(comparison, recipe.gains), *found]
     said = report.text(comparison, found)
 

@@ -47,6 +47,9 @@ def test_a_score_with_room_is_not_full():
     room = ceilings.rooms(comparison(base={"accuracy": base}, sft={"accuracy": better}, worse={"accuracy": np.zeros(60)}))["right answers"]
     assert room.gained["sft"].mean == pytest.approx((better.mean() - base.mean()) / (1 - base.mean()))
     assert room.gained["worse"].mean < 0 and room.gained["sft"].low > 0
+    assert "of what was left sft gained most" in found.sentence
+    lost = ceilings.finding(comparison(base={"accuracy": better}, sft={"accuracy": base}))
+    assert lost is not None and "no run gained any of what was left" in lost.sentence
     few = ceilings.finding(comparison(base={"accuracy": base[:5]}, sft={"accuracy": better[:5]}))
     assert few is not None and few.verdict == "cannot say"
 

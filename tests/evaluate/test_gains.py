@@ -57,8 +57,10 @@ def test_a_gain_is_told_from_none_and_from_a_loss():
     assert gains.findings(comparison(answers(0.5)), {"x": [("a", "b")]}) == []  # b was not measured
 
 
-def test_a_gain_of_an_unknown_run_is_refused():
+def test_unknown_runs_are_refused():
     raw = {"method": "report", "runs": {"a": "x"}, "gains": {"g": [["a", "b"]]}}
+    with pytest.raises(UserError, match=r"not_asked names 'b'"):
+        recipe.parse({"method": "report", "runs": {"a": "x"}, "not_asked": ["b"]}, methods.get("report").Recipe, "test")
     with pytest.raises(UserError, match=r"gains.g names 'b'"):
         recipe.parse(raw, methods.get("report").Recipe, "test")
     with pytest.raises(UserError, match="no pair"):

@@ -6,13 +6,14 @@ import json
 import re
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from mlx_posttrain import cli, engines, methods, recipe
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import report
+from mlx_posttrain.evaluate import charts, report
 from mlx_posttrain.evaluate.comparison import Comparison, Measured
 
 ENGINE = engines.available()[0]
@@ -56,10 +57,17 @@ def test_the_page_is_whole_and_needs_no_network(journey):
     assert (
         page.count("<svg") == len(list((journey / "report-charts").glob("*.svg"))) == len(list((journey / "report-charts").glob("*.png")))
     )
+    assert "mathdefault" not in page  # a logarithmic axis has numbers, not formulae
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))  # a clip path of one chart must not cut another
     for target in re.findall(r"""(?:xlink:href="#|href="#|url\(#)([^")]+)""", page):
         assert target in ids, target
+
+
+def test_many_runs_are_told_apart():
+    charts.NAMED.set(names := tuple(f"run {i}" for i in range(20)))
+    looks = [tuple(charts.style(name, 0).values()) for name in names]
+    assert len(set(looks)) == 20 and len({colour for colour, _ in looks[:10]}) == 10
 
 
 def test_the_page_says_what_the_json_says(journey):
@@ -132,10 +140,15 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     assert "Did a run learn its rows by heart?" in page and "side by side" not in page
     chosen = recipe.parse(
         {"method": "report", "engine": ENGINE, "output": str(tmp_path / "report"), "runs": {"full": str(journey / "sft"), "low rank": str(journey / "lora")},
-         "suite": {"limit": 4, "max_tokens": 8, "families": ["quotes"], "text_limit": 3, "continuation": 12}},
+         "suite": {"limit": 4, "max_tokens": 8, "families": ["quotes"], "text_limit": 3, "continuation": 12, "samples": 0}},
         methods.get("report").Recipe, "test",
     )  # fmt: skip
+    chosen.runs["thinks"], chosen.not_asked = str(journey / "distilled"), ["thinks"]
     result = methods.get("report").run(chosen)
+    numbers = json.loads((tmp_path / "report" / "final" / "report-comparison.json").read_text())
+    assert [m["name"] for m in numbers["models"]] == ["base", "full", "low rank"]  # what is not asked is shown all the same
+    page = (tmp_path / "report" / "final" / "report.html").read_text()
+    assert "right after thinking" in page and "<b>thinks</b>" in page
     assert (tmp_path / "report" / "final" / "report.html").is_file() and "low rank/accuracy" in result
 
 
@@ -154,6 +167,19 @@ def test_reports_of_one_folder_keep_their_figures_apart(journey, tmp_path):
         }  # fmt: skip
         assert (tmp_path / f"{name}-charts" / "curves.svg").is_file()
     assert not (tmp_path / "comparison.json").exists()
+
+
+def test_the_python_of_the_documentation_runs(journey, root, tmp_path, monkeypatch, capsys):
+    """As it stands in recipes/README.md, on the runs of this module and on fewer rows."""
+    text = (root / "recipes" / "README.md").read_text().partition("From Python:\n")[2]
+    code = textwrap.dedent(re.match(r"(?:    .*\n|\n)+", text)[0])
+    assert code.count("runs/demo/") == 3 and code.count("limit=80, samples=4") == 1
+    code = code.replace("runs/demo/", f"{journey}/")
+    code = code.replace("limit=80, samples=4", "limit=6, samples=1, max_tokens=6, text_limit=4, continuation=16")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "recipes/README.md", "exec"), {})
+    assert "right answers" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "report-findings.json").is_file()
 
 
 def test_one_run_is_compared_with_its_base(journey, capsys):
