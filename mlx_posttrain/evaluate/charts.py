@@ -124,8 +124,16 @@ def heatmap(
     return figure
 
 
+def _settle(figure: Any) -> None:
+    """Lay a finished figure out, once: matplotlib would do it anew for every file, which takes as long as drawing."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+
+
 def svg(figure: Any) -> str:
     """The figure as an ``<svg>`` element for a page: no XML header, no fixed size, ink in currentColor."""
+    _settle(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -139,6 +147,7 @@ def svg(figure: Any) -> str:
 
 def save(figure: Any, folder: Path, name: str) -> None:
     """Write NAME.svg and NAME.png on white into a folder, ink in black."""
+    _settle(figure)
     folder.mkdir(parents=True, exist_ok=True)
     for ending in ("svg", "png"):
         more: dict[str, Any] = {"metadata": {"Date": None}} if ending == "svg" else {}
