@@ -45,10 +45,10 @@ class Kept(NamedTuple):
 
 #: mlx: a block as mlx-lm has it (engines/base.py, block_bytes); lean: engines/mlx_lean.py; gated: with a gated feed-forward, as Llama's.
 KEPT = {
-    "mlx": Kept(15.8, 3.0, 0.0, 1.2, 30.0, 2.0, 2.6),
-    "mlx, adapter": Kept(11.0, 3.0, 0.0, 1.2, 42.0, 1.7, 2.6),
-    "mlx lean": Kept(9.0, 1.5, 0.0, 0.0, 8.0, 0.0, 2.0),
-    "mlx lean, adapter": Kept(7.5, 1.5, 0.0, 0.0, 13.0, 0.0, 2.0),
+    "mlx": Kept(15.8, 3.0, 0.0, 0.0, 30.0, 2.0, 3.6),
+    "mlx, adapter": Kept(11.0, 3.0, 0.0, 0.0, 42.0, 1.7, 3.6),
+    "mlx lean": Kept(9.0, 1.5, 0.0, 0.0, 8.0, 1.0, 2.0),
+    "mlx lean, adapter": Kept(7.5, 1.5, 0.0, 0.0, 13.0, 2.5, 2.0),
     "mlx gated": Kept(5.9, 5.6, 2.3, 0.9, 40.0, 1.7, 1.0),
     "mlx gated, adapter": Kept(4.7, 4.8, 3.6, 0.5, 18.0, 4.6, 1.0),
     "torch": Kept(12.0, 2.5, 0.0, 0.0, 0.0, 0.0, 2.0),

@@ -287,7 +287,7 @@ method: pipeline
 stages:
   sft: {recipe: demo_sft, set: {data.limit: 64}}
   reward: {recipe: demo_reward, set: {model: "{sft}", data.limit: 64}}
-  ppo: {recipe: demo_ppo, set: {model: "{sft}", reward: [{model: "{reward}"}], data.limit: 64}}
+  ppo: {recipe: demo_ppo, set: {model: "{sft}", reward: [{model: "{reward}"}], critic.kind: separate, data.limit: 64}}
 """
     (tmp_path / "all.yaml").write_text(stages)
     plans = plan.of_recipe(recipes.load(str(tmp_path / "all.yaml"), [f"output={tmp_path / 'out'}"]))

@@ -1,8 +1,7 @@
 """Softmax and its kin for MLX's CPU backend on Linux, which computes exp one element at a time.
 
 Training reads V exponentials per position off the head, forward and backward. Here exp is a polynomial and a shift of bits, which
-the compiler vectorises: a quarter of the time. On a Mac, and on any GPU, the stock functions stay, as they do in attention. Logits are
-finite here: an infinite one gives nan, and -inf the least positive number instead of 0.
+the compiler vectorises: a quarter of the time. On a Mac, and on any GPU, the stock functions stay. Logits are finite here: an infinite one gives nan, and -inf the least positive number instead of 0.
 tests/engines/test_mlx_exp.py holds these against them.
 """
 
@@ -15,8 +14,13 @@ from typing import Any
 import mlx.core as mx
 
 
+def is_scalar() -> bool:
+    """Whether MLX's own exp computes one element at a time here."""
+    return sys.platform == "linux" and mx.default_device() == mx.Device(mx.cpu)
+
+
 def _fast(x: mx.array) -> bool:
-    return sys.platform == "linux" and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+    return is_scalar() and x.dtype == mx.float32
 
 
 # 2^f on [-1, 0], interpolated at Chebyshev's points: to 3e-9.
@@ -29,7 +33,7 @@ def _factors(z: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
 
     k is t rounded up by a conversion: the compiler has a vector instruction for that on every x86-64, for floor only on newer ones.
     """
-    t = mx.maximum((z - top) * math.log2(math.e), -126.0)
+    t = mx.maximum((z - top) * math.log2(math.e), -127.0)  # whose 2^k has no bits, and is 0
     k = t.astype(mx.int32)
     f = t - k.astype(mx.float32)
     f2 = f * f
@@ -38,7 +42,7 @@ def _factors(z: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _exp(z: mx.array, top: mx.array) -> mx.array:
-    """exp(z - top) for z <= top, 1.2e-38 at least; the relative error, |z - top| 1e-7, is what rounding z - top costs any exp."""
+    """exp(z - top) for z <= top, 0 from 2^-127 down; the relative error, |z - top| 1e-7, is what rounding z - top costs any exp."""
     q, bits = _factors(z, top)
     return q * bits.view(mx.float32)
 

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gpt2 import TransformerBlock
 
+from mlx_posttrain.engines import mlx_attention
 from mlx_posttrain.engines.base import LEAN_ABOVE, block_bytes
 
 
@@ -30,9 +31,15 @@ class LeanBlock(TransformerBlock):
         if not self.training or cache is not None or block_bytes(x.shape[0], x.shape[1], x.shape[2], attn.n_head) <= LEAN_ABOVE:
             return super().__call__(x, mask, cache)
         qkv = _recomputed([self.ln_1, attn.c_attn], lambda x: attn.c_attn(self.ln_1(x)), x)
-        h = x + attn.c_proj(_recomputed([], lambda qkv: _attention(qkv, attn.n_head, attn.scale, mask), qkv))
+        h = x + attn.c_proj(self._attended(qkv, mask))
         inner = _recomputed([self.ln_2, mlp.c_fc], lambda h: mlp.c_fc(self.ln_2(h)), h)
         return h + _recomputed([mlp.c_proj], lambda inner: mlp.c_proj(_activation(mlp)(inner)), inner)
+
+    def _attended(self, qkv: mx.array, mask: Any) -> mx.array:
+        attn = self.attn
+        if mlx_attention.applies(attn, mask, None):  # it keeps no weights as it is
+            return mlx_attention.causal(qkv, attn.n_head)
+        return _recomputed([], lambda qkv: _attention(qkv, attn.n_head, attn.scale, mask), qkv)
 
 
 def use_in(net: nn.Module) -> None:

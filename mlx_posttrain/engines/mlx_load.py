@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_posttrain.convert import gpt2, hub, merge
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
-from mlx_posttrain.engines import files, mlx_gelu, mlx_lean
+from mlx_posttrain.engines import files, mlx_attention, mlx_gelu, mlx_lean
 from mlx_posttrain.errors import UserError
 
 
@@ -56,6 +56,7 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
         mlx_lean.use_in(net)
         if dtype == "float32":
             mlx_gelu.use_in(net)
+            mlx_attention.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
     net.set_dtype(getattr(mx, dtype))  # of a quantised net the scales and what is not packed: its numbers are of that format too
     if quantize and not quantised:

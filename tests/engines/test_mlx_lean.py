@@ -51,7 +51,7 @@ def test_same_figures_with_less_memory(adapter: bool) -> None:
     assert stock[1].keys() == lean[1].keys()
     for name, value in stock[1].items():
         np.testing.assert_allclose(lean[1][name].mean(), value.mean(), atol=1e-4, err_msg=name)
-    assert lean[2] < 0.75 * stock[2], f"{lean[2]:.3f} GB against {stock[2]:.3f}"
+    assert lean[2] < 0.85 * stock[2], f"{lean[2]:.3f} GB against {stock[2]:.3f}"
 
 
 def test_small_batches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
