@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,9 @@ def test_ctrl_c_ends_all_processes_with_a_word(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "out"),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell without job control has the processes of its background ignore Ctrl-C, and so would ours.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen)
     assert process.stderr is not None
     assert "unit 1 of 500" in process.stderr.readline()  # both engines are open and have warmed up
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
