@@ -60,8 +60,9 @@ KEPT = {
 #: Copies of every DoRA layer's output that are kept besides, and of its weight.
 DORA = {"mlx": (1.0, 0.0), "torch": (2.0, 2.0)}
 
-#: Copies of the feed-forward's inner features that the stock GELU keeps on MLX where it takes the place of our own, which is for float32.
-GELU = 2.0
+#: What GPT-2's blocks keep besides where MLX's stock functions take the place of our own (engines/mlx_gelu.py, engines/mlx_attention.py), which
+#: are for float32 on Linux's CPU: copies of the feed-forward's inner features, and of the attention weights in blocks that are not lean.
+STOCK_GELU, STOCK_ATTENTION = 2.0, 1.2
 
 #: Arrays of one chunk of logits that are alive at once: MLX allocates ahead for operations that are queued, so with a trained head and a frozen
 #: one so many for each chunk, up to the second number; and of all logits, where a quantised head has them all.

@@ -8,6 +8,7 @@ so. The peak is that of the phase that takes most: the end of the forward pass, 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mlx_posttrain import loading
 from mlx_posttrain import reference as references
-from mlx_posttrain.activations import CHUNKS_ALIVE, DORA, GELU, KEPT, LOGITS_ALIVE, REFERENCE_ALIVE, Block
+from mlx_posttrain.activations import CHUNKS_ALIVE, DORA, KEPT, LOGITS_ALIVE, REFERENCE_ALIVE, STOCK_ATTENTION, STOCK_GELU, Block
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
@@ -159,9 +160,11 @@ class Training:
     def activations(self, batch: Shape) -> float:
         """GB that the blocks keep for the backward pass, and what an adapter keeps besides; of the blocks that are computed again at once
         with checkpointing."""
-        of, kept = self.size, KEPT[self._blocks(batch)]
-        if self.engine == "mlx" and not of.gated and self.number < 4:
-            kept = kept._replace(inner=kept.inner + GELU)
+        of, blocks_are = self.size, self._blocks(batch)
+        kept = KEPT[blocks_are]
+        if self.engine == "mlx" and not of.gated and (self.number < 4 or sys.platform != "linux"):
+            weights = 0.0 if "lean" in blocks_are else STOCK_ATTENTION
+            kept = kept._replace(inner=kept.inner + STOCK_GELU, pairs=kept.pairs + weights)
         block = Block(of.width, of.inner, of.key_width, of.heads)
         blocks = min(kept.again, of.layers) if self.checkpointing else of.layers
         numbers = kept.numbers(block, blocks, batch.rows, batch.length)

@@ -21,13 +21,13 @@ from mlx_posttrain.engines.mlx_exp import exp_below, is_scalar
 AHEAD = -1e9
 
 
-def _heads(x: mx.array, heads: int) -> mx.array:
-    """[B, T, heads * d] -> [B, heads, T, d]"""
+def split_heads(x: mx.array, heads: int) -> mx.array:
+    """[B, T, heads * d] to [B, heads, T, d]."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
 
-def _joined(x: mx.array) -> mx.array:
-    """[B, heads, T, d] -> [B, T, heads * d]"""
+def join_heads(x: mx.array) -> mx.array:
+    """[B, heads, T, d] to [B, T, heads * d]."""
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
 
@@ -39,7 +39,7 @@ def _scores(q: mx.array, k: mx.array) -> mx.array:
 
 
 def _less(a: mx.array, row: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-    """Factors whose product is a b' - row, where ``row`` [B, heads, T, 1] goes off every column: a fused loop would be slow at that."""
+    """Factors whose product is a b' - row, with ``row`` [B, heads, T, 1] taken off every column: compiled, MLX broadcasts slowly."""
     return mx.concatenate([a, -row], axis=-1), mx.concatenate([b, mx.ones((*b.shape[:-1], 1))], axis=-1)
 
 
@@ -47,35 +47,36 @@ def _less(a: mx.array, row: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
 def _attention(heads: int) -> Any:
     def parts(qkv: mx.array) -> list[mx.array]:
         width = qkv.shape[-1] // 3  # slices, since mx.compile (0.32) fails on a split of what an adapter has added to
-        q, k, v = (_heads(qkv[..., begin : begin + width], heads) for begin in range(0, 3 * width, width))
+        q, k, v = (split_heads(qkv[..., begin : begin + width], heads) for begin in range(0, 3 * width, width))
         return [q * q.shape[-1] ** -0.5, k, v]
 
     @mx.custom_function
-    def attention(qkv: mx.array) -> tuple[mx.array, mx.array]:
+    def attention(qkv: mx.array) -> tuple[mx.array, mx.array]:  # what comes out, and log sum exp of every row of scores
         q, k, v = parts(qkv)
         scores = _scores(q, k)
         top = mx.max(scores, axis=-1, keepdims=True)
         e = exp_below(scores, top)
         total = mx.sum(e, axis=-1, keepdims=True)
-        return _joined((e @ v) / total), top + mx.log(total)
+        return join_heads((e @ v) / total), top + mx.log(total)
 
     @attention.vjp
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
         q, k, v = parts(primals[0] if isinstance(primals, list | tuple) else primals)
-        d_o, o = _heads(cotangents[0], heads), _heads(outputs[0], heads)
+        d_o, o = split_heads(cotangents[0], heads), split_heads(outputs[0], heads)
         p = exp_below(_scores(*_less(q, outputs[1], k)), mx.array(0.0))
         a, b = _less(d_o, mx.sum(d_o * o, axis=-1, keepdims=True), v)
         d_s = p * (a @ b.swapaxes(-1, -2))
         d_q, d_k, d_v = (d_s @ k) * q.shape[-1] ** -0.5, d_s.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ d_o
-        return mx.concatenate([_joined(d) for d in (d_q, d_k, d_v)], axis=-1)
+        return mx.concatenate([join_heads(d) for d in (d_q, d_k, d_v)], axis=-1)
 
     return attention
 
 
 def causal(qkv: mx.array, heads: int) -> mx.array:
-    """Causal self-attention scaled by d**-0.5: queries, keys and values of so many heads beside each other, [B, T, 3 * heads * d], to [B, T, heads * d].
+    """Causal self-attention scaled by d**-0.5 (Vaswani et al. 2017, equation 1), float32.
 
-    The backward pass makes the weights again from queries, keys and the logarithms of their rows' sums.
+    qkv: queries, keys and values of so many heads beside each other, [B, T, 3 * heads * d]. Returns [B, T, heads * d]. The backward pass
+    makes the weights again from queries, keys and each row's log sum exp (Dao et al. 2022, algorithm 4, without its tiles).
     """
     found: mx.array = _attention(heads)(qkv)[0]
     return found

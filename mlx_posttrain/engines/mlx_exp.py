@@ -1,7 +1,8 @@
 """Softmax and its kin for MLX's CPU backend on Linux, which computes exp one element at a time.
 
 Training reads V exponentials per position off the head, forward and backward. Here exp is a polynomial and a shift of bits, which
-the compiler vectorises: a quarter of the time. On a Mac, and on any GPU, the stock functions stay. Logits are finite here: an infinite one gives nan, and -inf the least positive number instead of 0.
+the compiler vectorises: a quarter of the time. On a Mac, and on any GPU, the stock functions stay. Logits are below infinity here: inf
+gives nan.
 tests/engines/test_mlx_exp.py holds these against them.
 """
 

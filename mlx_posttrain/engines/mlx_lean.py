@@ -66,9 +66,8 @@ def _recomputed(modules: Sequence[nn.Module], function: Callable[[mx.array], mx.
 
 
 def _attention(qkv: mx.array, heads: int, scale: float, mask: Any) -> mx.array:
-    batch, length, _ = qkv.shape
-    q, k, v = (part.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3) for part in mx.split(qkv, 3, axis=-1))
-    return scaled_dot_product_attention(q, k, v, cache=None, scale=scale, mask=mask).transpose(0, 2, 1, 3).reshape(batch, length, -1)
+    q, k, v = (mlx_attention.split_heads(part, heads) for part in mx.split(qkv, 3, axis=-1))
+    return mlx_attention.join_heads(scaled_dot_product_attention(q, k, v, cache=None, scale=scale, mask=mask))
 
 
 def _activation(mlp: nn.Module) -> Callable[[mx.array], mx.array]:

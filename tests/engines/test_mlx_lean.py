@@ -10,7 +10,7 @@ mx = pytest.importorskip("mlx.core")
 from mlx_posttrain import loading  # noqa: E402
 from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
-from mlx_posttrain.engines import base, mlx_lean  # noqa: E402
+from mlx_posttrain.engines import base, mlx_attention, mlx_lean  # noqa: E402
 from mlx_posttrain.engines.base import AdamW, AdapterSpec  # noqa: E402
 from mlx_posttrain.engines.mlx import MLXEngine  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
@@ -25,6 +25,8 @@ def steps(above: float, adapter: bool, count: int = 3) -> tuple[list[dict], dict
     """Metrics of a few optimizer steps with blocks that are lean from so many bytes on, the weights after them, and the peak in GB."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlx_lean, "LEAN_ABOVE", above)
+        if above == float("inf"):  # mlx-lm's own block, its attention too
+            patch.setattr(mlx_attention, "use_in", lambda net: None)
         return _steps(adapter, count)
 
 
@@ -51,7 +53,7 @@ def test_same_figures_with_less_memory(adapter: bool) -> None:
     assert stock[1].keys() == lean[1].keys()
     for name, value in stock[1].items():
         np.testing.assert_allclose(lean[1][name].mean(), value.mean(), atol=1e-4, err_msg=name)
-    assert lean[2] < 0.85 * stock[2], f"{lean[2]:.3f} GB against {stock[2]:.3f}"
+    assert lean[2] < 0.75 * stock[2], f"{lean[2]:.3f} GB against {stock[2]:.3f}"
 
 
 def test_small_batches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
