@@ -65,3 +65,27 @@ def test_a_model_uses_it_only_where_it_computes_the_same(monkeypatch):
     np.testing.assert_allclose(fast, model.full_logits(tokens), atol=2e-5)
     other = engines.get("mlx").load(loading.base_folder("tiny"), dtype="bfloat16")
     assert all(type(m) is Attention for m in other.net.modules() if isinstance(m, Attention))
+
+
+@pytest.mark.parametrize("case", ["causal", "cached", "unmasked", "padded", "scaled"])
+def test_a_layer_computes_what_mlx_lms_own_does(case):
+    """In training nothing is cached and only what lies ahead is masked; all else is left to mlx-lm."""
+    from mlx_lm.models.cache import KVCache
+    from mlx_lm.models.gpt2 import ModelArgs
+
+    args = ModelArgs(model_type="gpt2", n_ctx=32, n_embd=12, n_head=3, n_layer=1, n_positions=32, layer_norm_epsilon=1e-5, vocab_size=8)
+    layer = Attention(args)
+    if case == "scaled":
+        layer.scale = 0.3
+    x = mx.random.normal((2, 6, 12), key=mx.random.key(0))
+    padded = mx.tril(mx.ones((6, 6), dtype=mx.bool_)) & (mx.arange(6) > 1) | mx.eye(6, dtype=mx.bool_)
+    mask = {"unmasked": None, "padded": padded}.get(case, "causal")
+    found = []
+    for kind in (Attention, mlx_attention.CausalAttention):
+        layer.__class__ = kind
+        cache = KVCache() if case == "cached" else None
+        found.append(np.array(layer(x, mask, cache)))
+        if cache is not None:
+            found[-1] = np.concatenate([found[-1], np.array(layer(x[:, :1], None, cache))], axis=1)  # a token more reads the cache
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+    assert mlx_attention.applies(layer, mask, cache) == (case == "causal")
