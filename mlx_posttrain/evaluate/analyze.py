@@ -111,7 +111,8 @@ def analyze(
     labels = list(labels) if labels else suite_labels(names)
     writers = [(n, label) for n, label in zip(names, labels, strict=True) if writes_text(n) and label not in not_asked]
     if not writers:
-        raise UserError("none of these runs writes text: give a run of a language model")
+        left = " but those of not_asked" if any(writes_text(n) for n in names) else ""
+        raise UserError(f"none of these runs{left} writes text: give a run of a language model")
     first = root(next((n for n, _ in writers if runs.is_run(n)), writers[0][0]))
     starts = {label: base or (root(n) if runs.is_run(n) else first) for n, label in writers}
     bases = {start: "base" if not place else f"base of {next(label for label in starts if starts[label] == start)}"

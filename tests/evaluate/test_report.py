@@ -143,6 +143,9 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
          "suite": {"limit": 4, "max_tokens": 8, "families": ["quotes"], "text_limit": 3, "continuation": 12, "samples": 0}},
         methods.get("report").Recipe, "test",
     )  # fmt: skip
+    chosen.not_asked = ["full", "low rank"]
+    with pytest.raises(UserError, match="none of these runs but those of not_asked writes text"):
+        methods.get("report").run(chosen)
     chosen.runs["thinks"], chosen.not_asked = str(journey / "distilled"), ["thinks"]
     result = methods.get("report").run(chosen)
     numbers = json.loads((tmp_path / "report" / "final" / "report-comparison.json").read_text())
