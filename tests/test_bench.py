@@ -187,9 +187,9 @@ def test_the_loss_knows_neither_positions_nor_vocabulary(engine: str, monkeypatc
         pytest.skip("other systems cannot forget a process's peak")
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
     scaling.loss_peak(engine, 256, 4096)  # what a library sets up when it is first used
-    # Torch's is the process's, which other threads and the allocator's reserves move by some MB: all logits would be 8 and 128.
-    small, large = (min(scaling.loss_peak(engine, *sizes) for _ in range(3)) for sizes in ((512, 4096), (2048, 16384)))
-    assert large < small + 24 and large < 2048 * 16384 * 4 / 2**20 / 2
+    # Three times: torch's is the process's, and whether a heap has holes differs from call to call.
+    small, large = (max(scaling.loss_peak(engine, *sizes) for _ in range(3)) for sizes in ((512, 4096), (2048, 16384)))
+    assert large < small + 12 and large < 2048 * 16384 * 4 / 2**20 / 2
 
 
 @pytest.mark.slow

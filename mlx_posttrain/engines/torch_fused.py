@@ -111,9 +111,20 @@ def _logprob_slope(lse: Tensor) -> Slope:
 
 @torch.no_grad()
 def _sweep(function: Callable[..., list[Tensor]], w: Tensor, *rows: Tensor) -> list[Tensor]:
-    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions."""
-    parts = [function(*(a[part] for a in rows)) for part in fused.chunks(rows[0].shape[0], w.shape[0])]
-    return [torch.cat(arrays) for arrays in zip(*parts, strict=True)]
+    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions.
+
+    Nothing that a chunk has allocated outlives it: a small array between two large ones keeps glibc before 2.38 from putting the next chunk's
+    logits where these were, and all chunks' logits would be there at last.
+    """
+    count = rows[0].shape[0]
+    joined: list[Tensor] = []
+    for part in fused.chunks(count, w.shape[0]):
+        found = function(*(a[part] for a in rows))
+        joined = joined or [a.new_empty((count, *a.shape[1:])) for a in found]
+        for whole, a in zip(joined, found, strict=True):
+            whole[part] = a
+        del found, a
+    return joined
 
 
 def _steer(value: Tensor, h: Tensor, slope: Tensor) -> Tensor:
