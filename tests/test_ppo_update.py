@@ -278,15 +278,25 @@ def test_means_over_the_updates_and_an_early_end():
     assert updated(limited, approxkl=[0.01])[0]["updates"] == 6
 
 
-def test_minibatches_take_every_row_once_within_their_limits():
+def test_rows_that_begin_alike_are_together_where_they_share_work():
+    rows = [(2, 7, 1, 1, 1, 1), (1, 5), (2, 7, 3), (1, 5, 2, 2, 2)]
+    assert rollouts.alike(rows, True, 2, None) == [[1, 3], [0, 2]]
+    assert rollouts.alike(rows, False, 2, None) == [[1, 2], [3, 0]]
+    assert rollouts.alike([(2,) * 30, (1,) * 3, (3,) * 2], True, 3, 64) == [[1, 0], [2]]  # the longest row counts, not the last
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_minibatches_take_every_row_once_within_their_limits(packs):
     lengths = [5, 20, 7, 33, 9, 12, 40, 3, 18, 21, 6]
-    cut = rollouts.minibatches(lengths, batch_size=3, accumulate=2, token_budget=64, rng=np.random.default_rng(1))
+    rows = [tuple(range(n)) for n in lengths]
+    limits = {"batch_size": 3, "accumulate": 2, "token_budget": 64, "packs": packs}
+    cut = rollouts.minibatches(rows, **limits, rng=np.random.default_rng(1))
     assert Counter(i for step in cut for part in step for i in part) == Counter(range(11))
     assert [sum(map(len, step)) for step in cut] == [6, 5]
     for part in (part for step in cut for part in step):
         assert len(part) <= 3 and (len(part) == 1 or len(part) * batches.round_up(max(lengths[i] for i in part), 8) <= 64)
-    again = rollouts.minibatches(lengths, batch_size=3, accumulate=2, token_budget=64, rng=np.random.default_rng(1))
-    other = rollouts.minibatches(lengths, batch_size=3, accumulate=2, token_budget=64, rng=np.random.default_rng(2))
+    again = rollouts.minibatches(rows, **limits, rng=np.random.default_rng(1))
+    other = rollouts.minibatches(rows, **limits, rng=np.random.default_rng(2))
     assert again == cut != other
     # Steps are drawn at random, not cut from a list that is sorted by length.
     assert max(lengths[i] for part in cut[0] for i in part) > min(lengths[i] for part in cut[1] for i in part)

@@ -205,7 +205,7 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
         )  # fmt: skip
         figures = measure(parties, answers, 1.0, recipe.train, policy.context)
         seen = experience(answers, parties.scorer(answers), figures, recipe.ppo, None, recipe.kl.beta)
-        method.update(recipe, *trainers, seen, losses, learning_rate("ppo"), step, policy.context)
+        method.update(recipe, *trainers, seen, losses, learning_rate("ppo"), step, policy.context, packs=policy.packs)
         if step == 0:
             first = {
                 name: seen.statistics[f"objective/{key}"] for name, key in (("kl", "kl"), ("score", "scores"), ("score_std", "scores_std"))

@@ -133,12 +133,14 @@ def steps(
 
 def _micro_batches(rows: list[int], lengths: Sequence[int], batch_size: int, token_budget: int | None) -> Iterator[list[int]]:
     batch: list[int] = []
-    for i in rows:  # ascending length, so the newest row sets the padded length
+    longest = 0
+    for i in rows:
+        longest = max(longest, lengths[i])
         full = len(batch) == batch_size
-        over = token_budget is not None and (len(batch) + 1) * round_up(lengths[i], LENGTH_MULTIPLE) > token_budget
+        over = token_budget is not None and (len(batch) + 1) * round_up(longest, LENGTH_MULTIPLE) > token_budget
         if batch and (full or over):
             yield batch
-            batch = []
+            batch, longest = [], lengths[i]
         batch.append(i)
     yield batch
 
@@ -147,6 +149,12 @@ def by_length(lengths: Sequence[int], batch_size: int, token_budget: int | None 
     """Row numbers in micro-batches of similar length; every row exactly once."""
     rows = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return list(_micro_batches(rows, lengths, batch_size, token_budget)) if rows else []
+
+
+def by_beginning(rows: Sequence[Sequence[int]], batch_size: int, token_budget: int | None = None) -> list[list[int]]:
+    """As :func:`by_length`, but rows that begin alike are together: for a model that ``packs``, which reads what they share once."""
+    order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
+    return list(_micro_batches(order, [len(r) for r in rows], batch_size, token_budget)) if rows else []
 
 
 def for_evaluation(lengths: Sequence[int], batch_size: int, token_budget: int | None = None) -> list[list[int]]:

@@ -112,6 +112,10 @@ class Model(Protocol):
     base_name: str  # what a saved adapter names as its base: a hub id or a folder
     context: int | None  # longest sequence in tokens; None where the architecture has no bound
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows of one batch that begin alike share that part's work, so that batches are best made of such rows."""
+
     # the vocabulary of losses; N trained positions, V vocabulary entries
     def logits(self, batch: DeviceBatch) -> Array:
         """[N, V] float32 logits at the trained positions."""

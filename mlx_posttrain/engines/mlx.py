@@ -62,6 +62,8 @@ class MLXModel:
         if head is not None:
             self.add_head(head)
 
+    packs = False  # mlx-lm's models count positions themselves
+
     # the vocabulary of losses
 
     def _logits(self, net: nn.Module, batch: DeviceBatch) -> mx.array:

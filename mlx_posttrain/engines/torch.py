@@ -15,7 +15,7 @@ import torch
 from mlx_posttrain import doctor
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data.batches import Batch
-from mlx_posttrain.engines import decoding, files, torch_fused
+from mlx_posttrain.engines import decoding, files, torch_fused, torch_packed
 from mlx_posttrain.engines.base import (
     REFERENCE_HIDDEN,
     AdamW,
@@ -59,6 +59,10 @@ class TorchModel:
         if head is not None:
             self.add_head(head)
 
+    @property
+    def packs(self) -> bool:
+        return self._split and self.net.config._attn_implementation == torch_packed.ATTENTION
+
     # the vocabulary of losses
 
     def _logits(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
@@ -71,6 +75,8 @@ class TorchModel:
     def _hidden(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
         check_fits(batch.tokens.shape[1], self.context)
         backbone = getattr(net, net.base_model_prefix)
+        if self.packs and not (net.training and self.spec is not None and self.spec.dropout):  # dropout is each row's own
+            return torch_packed.hidden(backbone, batch.tokens, batch.index)
         return backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state.flatten(0, 1)[batch.index]
 
     def logits(self, batch: DeviceBatch) -> torch.Tensor:
@@ -471,7 +477,7 @@ class TorchEngine:
                 hf.activation_function == "gelu_new"
             ):  # the same function as one operation: transformers' own keeps five arrays for its gradient
                 hf.activation_function = "gelu_pytorch_tanh"
-            net = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa", dtype=getattr(torch, dtype))
+            net = AutoModelForCausalLM.from_config(hf, attn_implementation=torch_packed.ATTENTION, dtype=getattr(torch, dtype))
             _load_weights(net, folder, config)
         else:
             net = AutoModelForCausalLM.from_pretrained(

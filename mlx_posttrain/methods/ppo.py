@@ -137,9 +137,9 @@ def _value_terms(values: Array, batch: DeviceBatch, clip: float | None) -> tuple
 
 def update(
     recipe: Recipe, trainer: Trainer, critic: Trainer | None, seen: Experience, losses: tuple[Loss, Loss], lr: float, step: int,
-    context: int | None, beside: Sequence[Example] = (),
+    context: int | None, beside: Sequence[Example] = (), packs: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """``ppo.epochs`` passes of updates over one step's answers; returns means over the optimizer steps.
+    """``ppo.epochs`` passes of updates over one step's answers; returns means over the optimizer steps. ``packs``: as the policy's.
 
     Every epoch has a new order, which depends on the recipe's seed and the step's number only. Raises FloatingPointError as Trainer.step.
     """
@@ -149,7 +149,8 @@ def update(
     for epoch in range(recipe.ppo.epochs):
         rng = np.random.default_rng([recipe.seed, 0x990, step, epoch])
         for micro in rollouts.minibatches(
-            [len(e.tokens) for e in examples],
+            [e.tokens for e in examples],
+            packs=packs,
             batch_size=train.batch_size,
             accumulate=train.accumulate,
             token_budget=train.token_budget,
@@ -377,7 +378,7 @@ def fit(
                 )  # fmt: skip
                 lr = learning_rate(step, steps=train.steps, peak=train.lr, schedule=train.schedule, warmup=train.warmup, floor=train.min_lr)
                 try:
-                    figures = update(recipe, trainer, critic_trainer, seen, losses, lr, step, policy.context, beside)
+                    figures = update(recipe, trainer, critic_trainer, seen, losses, lr, step, policy.context, beside, policy.packs)
                 except FloatingPointError as error:
                     raise not_finite(step, error, run, "Start anew with a lower train.lr") from None
                 controller.update(seen.statistics["objective/kl"], len(seen.answers))
