@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ def synthesize(
     prompts: questions in any source and format that recipes know. A row has question, thinking (where the answer has a thought), answer,
     response and provenance: teacher, its weights' hash, seed, sample number, settings, how it was chosen. Without a reward model every
     question needs a rule that can check its answer; those without are counted and left out. An output that is there already goes on after
-    its last question, if it was written by the same command. Raises UserError for rows that ask nothing, for an output of other settings,
+    its last question, if it was written by the same command. A question that is asked twice gets no near duplicate of its first answers. Raises UserError for rows that ask nothing, for an output of other settings,
     and where no question can be judged.
     """
     rows = list(formats_of(prompts, format, limit, settings.seed))
@@ -83,8 +83,11 @@ def synthesize(
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
     begin = _begun(output, stamp)
+    known: defaultdict[str, list[str]] = defaultdict(list)  # what is written of a question, which may be asked more than once
     if begin:
         say(f"{output}: going on after {begin} questions")
+        for earlier in runs.read_jsonl(output):
+            known[quality.normalised(earlier["question"])].append(earlier["response"])
     for first in range(begin, len(rows), CHUNK):
         part = rows[first : first + CHUNK]
         done, numbers = first + len(part), list(range(first, first + len(part)))
@@ -114,8 +117,10 @@ def synthesize(
             else:
                 scores = _scores(judge, asked[i], texts, template)
                 fate = [f or ("not scored" if not np.isfinite(s) else None) for f, s in zip(fate, scores, strict=True)]
-            for number in _chosen(texts, fate, scores, settings):
+            others = known[quality.normalised(_question(row)[-1].content)]
+            for number in _chosen(texts, fate, scores, settings, others):
                 score = None if scores is None else float(scores[number])
+                others.append(texts[number])
                 written.append(_row(row, texts[number], {**stamp, "question": numbers[i], "sample": number, "score": score}))
             told.update("kept" if f is None else f for f in fate)
         _append(output, written, {"stamp": stamp, "questions": done})
@@ -154,13 +159,19 @@ def _scores(judge: tuple[Any, Any, loading.Source], asked: tuple[Turn, ...], tex
     return scores
 
 
-def _chosen(texts: Sequence[str], fate: list[str | None], scores: np.ndarray | None, settings: Settings) -> list[int]:
-    """Numbers of the candidates to keep, the best (or else the first) ones first; marks in ``fate`` why others are not kept."""
+def _chosen(
+    texts: Sequence[str], fate: list[str | None], scores: np.ndarray | None, settings: Settings, known: Sequence[str] = ()
+) -> list[int]:
+    """Numbers of the candidates to keep, the best (or else the first) ones first; marks in ``fate`` why others are not kept.
+
+    known: what was kept of the same question before.
+    """
     order = [i for i, f in enumerate(fate) if f is None]
     if scores is not None:
         order.sort(key=lambda i: -scores[i])
     if settings.near is not None:
-        for i, near in zip(list(order), list(quality.near_duplicates([texts[i] for i in order], settings.near)), strict=True):
+        nears = list(quality.near_duplicates([*known, *(texts[i] for i in order)], settings.near))[len(known) :]
+        for i, near in zip(list(order), nears, strict=True):
             if near:
                 order.remove(i)
                 fate[i] = "near duplicate"

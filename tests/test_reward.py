@@ -64,16 +64,21 @@ def test_an_order_of_words_is_learned_and_reported(engine, random_gpt2, kind_row
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
 @pytest.mark.parametrize(
-    "more", [[], ["adapter.rank=4", "reward.centring=0.01", "data.columns={margin: margin}"][:2]], ids=["full", "lora"]
+    "more", [[], ["adapter.rank=4", "reward.centring=0.01"], ["data.columns={margin: margin}"]], ids=["full", "lora", "margins"]
 )
 def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    wide = tmp_path / "margins.jsonl"
+    wide.write_text("".join(json.dumps({**json.loads(line), "margin": 3.0}) + "\n" for line in Path(kind_rows).read_text().splitlines()))
     for engine in ENGINES:
-        methods.get("reward").run(load(random_gpt2, kind_rows, tmp_path / engine, f"engine={engine}", *more))
+        methods.get("reward").run(
+            load(random_gpt2, wide if "margin" in str(more) else kind_rows, tmp_path / engine, f"engine={engine}", *more)
+        )
     curves = [[r["nll"] for r in losses(Run(tmp_path / e))] for e in ENGINES]
+    assert (curves[0][0] > 2) is ("margin" in str(more))  # at a difference of 0 the loss is log(1 + e^3) = 3.05, not ln 2
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    done = export.export(tmp_path / ENGINES[0], tmp_path / "hf", "hf", merged=bool(more))
+    done = export.export(tmp_path / ENGINES[0], tmp_path / "hf", "hf", merged=more[:1] == ["adapter.rank=4"])
     net, info = AutoModelForSequenceClassification.from_pretrained(done["path"], output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(done["path"])
@@ -89,7 +94,7 @@ def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows,
         for engine in ENGINES:
             model, own, _ = loading.open_model(name, engine, scores=True)
             assert np.abs(score_rows(model, rows, loading.pad_id(model.config, own)) - theirs).max() < 1e-4
-    if more:
+    if more[:1] == ["adapter.rank=4"]:
         from peft import PeftModel
 
         export.export(tmp_path / ENGINES[0], tmp_path / "peft", "peft")

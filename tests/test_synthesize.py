@@ -124,6 +124,34 @@ def test_near_duplicates_and_order(monkeypatch):
     assert synthesize._chosen(texts[:3], [None, None, None], np.array([0.0, 1.0, 2.0]), Settings(keep=1, near=None)) == [2]
 
 
+def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
+    """Nor does it after an interruption between the two."""
+    path, out = tmp_path / "twice.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "answer": "5"}) + "\n" for q in ("2 + 3?", "4 + 1?", "2 + 3?", "2 + 3?")))
+    said = iter([["the sum is 5", "5"], ["5", "the sum is 5"], ["the sum is 5", "we get 5"], ["we get 5", "The sum is 5"]])
+
+    def candidates(model, prompts, **settings):
+        tokenizer = loading.load_tokenizer(loading.locate("tiny").folder)
+        return [Completion(tokenizer.encode(text), [], True) for text in next(said)]
+
+    monkeypatch.setattr(synthesize, "CHUNK", 1)
+    monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
+    append = synthesize._append
+
+    def cut_off(*given):
+        append(*given)
+        if len(rows(out)) == 4:
+            monkeypatch.setattr(synthesize, "_append", append)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthesize, "_append", cut_off)
+    settings = Settings(samples=2, max_tokens=12, keep=2)
+    with pytest.raises(KeyboardInterrupt):
+        make(out, path, settings)
+    make(out, path, settings)
+    assert [r["response"] for r in rows(out)] == ["the sum is 5", "5", "5", "the sum is 5", "we get 5"]
+
+
 def test_questions_that_nobody_can_judge(tmp_path, questions):
     path = tmp_path / "open.jsonl"
     path.write_text(json.dumps({"prompt": "Tell me a story."}) + "\n")

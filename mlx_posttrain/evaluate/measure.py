@@ -254,7 +254,7 @@ def last_words(model: Model, tokenizer: Any, texts: Sequence[str], batch: int = 
     """Whether greedy decoding ends each text with its own last word, [R] 0 or 1, and what that word costs, [R] nats.
 
     The last word and the space before it are what is scored, all its tokens together; what stands before is given. Raises UserError for
-    a text of one word or one beyond the context. Source: LAMBADA (Paperno et al. 2016), in the form that lm-eval-harness scores.
+    a text of one word. Of a text beyond the context its end is read. Source: LAMBADA (Paperno et al. 2016), as lm-eval-harness scores it.
     """
     rows = []
     start = encode.bos_ids(tokenizer)
@@ -263,7 +263,7 @@ def last_words(model: Model, tokenizer: Any, texts: Sequence[str], batch: int = 
         if not before.strip():
             raise UserError(f"text {number} has no word before its last one")
         ids, last = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (before, space + word))
-        sequence = np.array([*start, *ids, *last], np.int32)
+        sequence = np.array([*start, *ids, *last], np.int32)[-(model.context or len(text)) - 1 :]
         rows.append((sequence[:-1], sequence[1:], np.arange(len(sequence) - 1) >= len(sequence) - 1 - len(last)))
     right, nll = np.ones(len(rows)), np.zeros(len(rows))
     for group in by_length([len(inputs) for inputs, _, _ in rows], batch, TOKEN_BUDGET):

@@ -303,4 +303,10 @@ def _rank(found: Sequence[Measured], scores: Sequence[tuple[np.ndarray, np.ndarr
         one.values["score"] = Values(np.where(empty, lowest, own))
         if one.origin != place:
             theirs, other_lengths = scores[one.origin]
-            one.values["wins"] = Values(length_controlled_wins(own, theirs, lengths, other_lengths))
+            won = length_controlled_wins(own, theirs, lengths, other_lengths)
+            one.values["wins"] = Values(won)
+            if np.isnan(won).all() and np.isfinite(own).any():
+                gap = lengths.mean() - other_lengths.mean()
+                say(
+                    f"{one.name}: no win rate against {found[one.origin].name}: lengths are too far apart to compare at one ({gap:+.1f} tokens)"
+                )

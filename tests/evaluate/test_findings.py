@@ -167,7 +167,10 @@ def test_repetition_and_overfitting():
     found = findings.repetition(looping(base=text, sft=loops))
     assert found.verdict == "yes" and "sft in 100% (more than before, beyond chance)" in found.sentence
     assert found.figures["looping"]["base"].high == pytest.approx(0.161, abs=1e-3)  # none of 20 is no certainty
-    assert findings.repetition(looping(base=loops, sft=loops)).verdict == "no"
+    assert findings.repetition(looping(base=text, sft=text)).verdict == "no"
+    full = findings.repetition(looping(base=loops[:15] + text[:5], sft=loops))  # all 5 that were left: p = .06
+    assert full.verdict == "cannot say" and "more could not show" in full.sentence
+    assert findings.repetition(looping(base=loops[:14] + text[:6], sft=loops)).verdict == "yes"  # all of 6: p = .03
     assert findings.repetition(looping(base=text, sft=loops[:3] + text[:17])).verdict == "no"  # 3 of 20: chance
     assert findings.repetition(looping(base=text[:9], sft=loops[:9])).verdict == "cannot say"
     assert findings.repetition(looping(base=[])) is None

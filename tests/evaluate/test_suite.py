@@ -103,11 +103,16 @@ def test_kl_and_last_words_equal_their_definitions(engine, random_gpt2, other_gp
         log_p = _log_softmax(p.full_logits(np.array([[*start, *last[:-1]]]))[0])[len(start) - 1 :]
         assert nll[i] == pytest.approx(-sum(log_p[k, t] for k, t in enumerate(last)), rel=1e-4)
         assert right[i] == float(all(log_p[k].argmax() == t for k, t in enumerate(last)))
-    # A text that ends with what greedy decoding says is right by construction.
-    start = tokenizer("The cat sat")["input_ids"]
+    # Of a text beyond the context the end is read.
+    long = "The moon and the hill and " * 40 + TEXTS[0]
+    ids = tokenizer(long)["input_ids"]
+    last = tokenizer(" " + TEXTS[0].rpartition(" ")[2])["input_ids"]
+    log_p = _log_softmax(p.full_logits(np.array([ids[-p.context - 1 : -1]]))[0])
+    found = measure.last_words(p, tokenizer, [long, TEXTS[1]])[1]
+    assert len(ids) > p.context and found[0] == pytest.approx(-sum(log_p[k - len(last), t] for k, t in enumerate(last)), rel=1e-4)
+    assert found[1] == pytest.approx(nll[1], rel=1e-4)
     with pytest.raises(UserError, match="no word before"):
         measure.last_words(p, tokenizer, ["alone"])
-    assert len(start)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -186,6 +191,13 @@ def test_answers_without_a_word_have_the_lowest_score_and_lose(capsys):
     assert a.values["score"].rows.tolist() == [1, 3, 1] and b.values["score"].rows.tolist() == [2, 1, 1]
     assert b.values["wins"].rows.tolist() == [1.0, 0.0, 0.5] and "wins" not in a.values
     assert "a: 1 of 3 answers are empty" in (said := capsys.readouterr().err) and "b: 2 of 3" in said
+
+
+def test_a_win_rate_that_lengths_forbid_is_said_to_be_missing(capsys):
+    a, b = Measured("a", "a"), Measured("b", "b")
+    scores = np.arange(6.0)
+    suite._rank([a, b], [(scores, np.array([40.0, 39, 40, 40, 38, 40])), (scores[::-1], np.array([4.0, 5, 4, 4, 4, 6]))])
+    assert "b: no win rate against a: lengths are too far apart to compare at one (-35.0 tokens)" in capsys.readouterr().err
 
 
 def test_labels_templates_and_questions(tmp_path):
