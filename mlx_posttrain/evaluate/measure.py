@@ -23,7 +23,7 @@ from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.ops import ops
 
 TOKEN_BUDGET = 2048  # padded tokens of a scoring batch: with GPT-2's vocabulary their logits take 0.4 GB
-DECODE_BUDGET = 16_384  # cached positions of a decode batch, 64 rows of 256: with GPT-2 124M they take 1.2 GB
+DECODE_BUDGET = 16_384  # cached positions of a decode batch, 64 rows of 256 or 256 of 64: with GPT-2 124M they take 1.2 GB
 KL_BUDGET = 512  # of two models at once, and in float32 on the host
 
 
@@ -74,7 +74,7 @@ def answers(
     top_p: float = 1.0,
     samples: int = 1,
     seed: int = 0,
-    batch: int = 64,
+    batch: int = 256,
     begin: str = "",
 ) -> list[Answer]:
     """``samples`` answers to each row's prompt; entry ``r * samples + s`` is sample s of row r.
@@ -373,7 +373,7 @@ def continuations(
     top_p: float = 1.0,
     samples: int = 1,
     seed: int = 0,
-    batch: int = 64,
+    batch: int = 256,
 ) -> list[list[int]]:
     """Token ids that follow each opening, ``max_tokens`` of them always; entry ``r * samples + s`` is sample s of opening r.
 
@@ -392,7 +392,7 @@ def continuations(
     return [list(c.tokens) for c in completions]
 
 
-def repetition(model: Model, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int = 64, n: int = 4, batch: int = 64) -> np.ndarray:
+def repetition(model: Model, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int = 64, n: int = 4, batch: int = 256) -> np.ndarray:
     """seq-rep-n of the greedy continuation of each opening: [R] float64.
 
     See ``continuations`` for how they are made and metrics.seq_rep_n for formula, range and ceiling, here 1 - 1 / (max_tokens - n + 1).
