@@ -168,7 +168,8 @@ def _pickle_hint(folder: Path, pattern: str) -> str:
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or name.endswith(("/", ".safetensors")) or "\\" in name or name.count("/") > 1
+    # recipes write to runs/NAME: a misspelt run must not be asked of the hub
+    return name.startswith((".", "~", "/", "runs/")) or name.endswith(("/", ".safetensors")) or "\\" in name or name.count("/") > 1
 
 
 def _ids(name: str) -> list[str]:
@@ -271,9 +272,9 @@ def _explain(name: str, error: Exception) -> str:
     if isinstance(cause, HfHubHTTPError) and status is not None:
         return f"the hub answered HTTP {status} for {name}, which is not in the cache; try again later or give a folder"
     if isinstance(cause, OfflineModeIsEnabled):
-        return f"{name} is not in the hub cache and offline mode is on (HF_HUB_OFFLINE); {download}"
+        return f"{name} is no folder here and not in the hub cache, and offline mode is on (HF_HUB_OFFLINE); {download}"
     if isinstance(error, LocalEntryNotFoundError):
-        return f"{name} is not in the hub cache and the hub cannot be reached; {download}"
+        return f"{name} is no folder here and not in the hub cache, and the hub cannot be reached; {download}"
     if isinstance(error, json.JSONDecodeError):
         return f"the hub's answer for {name} cannot be read; try again later or give a folder"
     reason = " ".join(str(error).split())[:200] or type(error).__name__

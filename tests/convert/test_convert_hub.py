@@ -214,15 +214,20 @@ def test_hf_home_alone_moves_the_cache(tmp_path):
 def test_offline_and_not_cached(tmp_path):
     answers, _ = run(["acme/model", "gpt2"], tmp_path, HF_HUB_OFFLINE="1")
     expected = (
-        "error: {0} is not in the hub cache and offline mode is on (HF_HUB_OFFLINE); "
+        "error: {0} is no folder here and not in the hub cache, and offline mode is on (HF_HUB_OFFLINE); "
         "download it once while online (hf download {0}) or give a folder"
     )
     assert answers == [expected.format("acme/model"), expected.format("gpt2")]
     answers, _ = run(["acme/model"], tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert answers == [
-        "error: acme/model is not in the hub cache and the hub cannot be reached; "
+        "error: acme/model is no folder here and not in the hub cache, and the hub cannot be reached; "
         "download it once while online (hf download acme/model) or give a folder"
     ]
+
+
+def test_a_misspelt_run_is_not_asked_of_the_hub(tmp_path):
+    answers, _ = run(["runs/01_sff"], tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert answers[0].startswith("error: the folder runs/01_sff does not exist")
 
 
 def test_an_interrupted_download_is_not_taken_for_a_model(tmp_path):
