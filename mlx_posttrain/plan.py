@@ -261,7 +261,7 @@ def peak(name: str, training: Training, steps: int, tokens: tuple[float, float],
 def _advice(t: Training) -> list[str]:
     found = ["a smaller train.batch_size with more train.accumulate (the same steps)"]
     if not t.checkpointing:
-        found.append("train.gradient_checkpointing=true")
+        found.append("train.gradient_checkpointing=true" + (" with adapter.dropout=0" if t.dropout else ""))
     found.append("a smaller data.max_length")
     if not t.adapter:
         found.append("an adapter (adapter.rank=16) in place of all weights")

@@ -85,7 +85,9 @@ def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     assert "may not fit" not in plan.peak("run", training, 1, (1, 1)).line()
     monkeypatch.setattr(doctor, "memory", lambda: (3 * 2**30, 0))
     line = plan.peak("run", training, 1, (1, 1)).line()
-    assert "may not fit" in line and "train.batch_size" in line and "train.gradient_checkpointing=true" in line
+    assert "may not fit" in line and "train.batch_size" in line and "train.gradient_checkpointing=true" in line and "dropout" not in line
+    dropping = plan.Training("mlx", gpt2(), 1_622_016, True, batches=[plan.Shape(8, 1024, 8192)], dropout=True)
+    assert "train.gradient_checkpointing=true with adapter.dropout=0" in plan.peak("run", dropping, 1, (1, 1)).line()
 
 
 def llama_folder(folder: Path, tied: bool) -> Path:
