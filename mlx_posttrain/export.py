@@ -40,8 +40,6 @@ def export(run: str | Path, destination: str | Path, to: str = "peft", *, merged
     """
     if to not in FORMATS:
         raise UserError(f"cannot export to {to!r}; formats: {', '.join(FORMATS)}")
-    if not Path(run).expanduser().exists():
-        raise UserError(f"there is no run {run}: give the folder that `mlx-posttrain run` wrote")
     source = locate(run)
     target = Path(destination).expanduser()
     if source.adapter is None and to == "peft":

@@ -165,12 +165,12 @@ def _records(run) -> list[dict]:
 
 
 def test_the_trade_off_compares_like_with_like():
-    """Three penalties, three seeds; nothing else differs between the runs."""
+    """Four penalties, three seeds; nothing else differs between the runs."""
     from mlx_posttrain.methods.pipeline import stage_recipes
 
     stages = stage_recipes(recipe.load("07_tradeoff"))
     runs = {name: own.model_dump() for name, own in stages.items() if own.method == "ppo"}
-    assert sorted((own["kl"]["beta"], own["seed"]) for own in runs.values()) == [(b, s) for b in (0.05, 0.2, 0.5) for s in (0, 1, 2)]
+    assert sorted((own["kl"]["beta"], own["seed"]) for own in runs.values()) == [(b, s) for b in (0.05, 0.2, 0.3, 0.5) for s in (0, 1, 2)]
     for own in runs.values():
         own["kl"].pop("beta"), own.pop("seed"), own.pop("output")
     assert all(own == next(iter(runs.values())) for own in runs.values())
