@@ -55,8 +55,8 @@ def synthesize(
     prompts: questions in any source and format that recipes know. A row has question, thinking (where the answer has a thought), answer,
     response and provenance: teacher, its weights' hash, seed, sample number, settings, how it was chosen. Without a reward model every
     question needs a rule that can check its answer; those without are counted and left out. An output that is there already goes on after
-    its last question, if it was written by the same command. A question that is asked twice gets no near duplicate of its first answers. Raises UserError for rows that ask nothing, for an output of other settings,
-    and where no question can be judged.
+    its last question, if it was written by the same command. A question that is asked twice gets no near duplicate of its first answers.
+    Raises UserError for rows that ask nothing, for an output of other settings, and where no question can be judged.
     """
     rows = list(formats_of(prompts, format, limit, settings.seed))
     told: Counter[str] = Counter(questions=len(rows))

@@ -280,9 +280,9 @@ def test_means_over_the_updates_and_an_early_end():
 
 def test_rows_that_begin_alike_are_together_where_they_share_work():
     rows = [(2, 7, 1, 1, 1, 1), (1, 5), (2, 7, 3), (1, 5, 2, 2, 2)]
-    assert rollouts.alike(rows, True, 2, None) == [[1, 3], [0, 2]]
-    assert rollouts.alike(rows, False, 2, None) == [[1, 2], [3, 0]]
-    assert rollouts.alike([(2,) * 30, (1,) * 3, (3,) * 2], True, 3, 64) == [[1, 0], [2]]  # the longest row counts, not the last
+    assert batches.alike(rows, True, 2, None) == [[1, 3], [0, 2]]
+    assert batches.alike(rows, False, 2, None) == [[1, 2], [3, 0]]
+    assert batches.alike([(2,) * 30, (1,) * 3, (3,) * 2], True, 3, 64) == [[1, 0], [2]]  # the longest row counts, not the last
 
 
 @pytest.mark.parametrize("packs", [False, True])

@@ -2,10 +2,11 @@
 
 Answers to one prompt begin with the same tokens, and so do the two sides of a pair. A causal model computes the same for the same beginning,
 so the shared part goes through every product with a weight once; attention alone still sees whole rows. Tokens behind the last position
-that anybody asks for are left out. Exact: the same numbers as from padded rows, but for the order of sums. Prefix sharing is known from inference (Juravsky et al. 2024,
-"Hydragen"); here gradients flow through it as well, and add up in the shared part.
+that anybody asks for are left out. Exact: the same numbers as from padded rows, but for the order of sums. Prefix sharing is known from
+inference (Juravsky et al. 2024, "Hydragen"); here gradients flow through it as well, and add up in the shared part.
 
-GPT-2 only: other models may put a mask of their own between attention and its rows. tests/engines/test_torch_packed.py holds it against padded rows.
+GPT-2 only: other models may put a mask of their own between attention and its rows. tests/engines/test_torch_packed.py holds it against
+padded rows.
 """
 
 from __future__ import annotations
@@ -41,25 +42,22 @@ def pack(tokens: np.ndarray, index: np.ndarray) -> Packing | None:
     """How rows pack when ``index`` says which outputs are wanted; None where it would not pay.
 
     tokens: [B, T] right-padded ids; index: [N] into B * T, flattened. A row shares its beginning with the earlier row that it has most in
-    common with among those that share nothing themselves.
+    common with: a template with all rows, and behind it a prompt with the other answers to it.
     """
     rows, width = tokens.shape
     needed = np.zeros(rows, int)
     np.maximum.at(needed, index // width, index % width + 1)
     place = np.zeros((rows, needed.max()), np.int64)
     owner: list[int] = []
-    leaders: list[int] = []
     for r, n in enumerate(needed):
-        shared, leader = 0, r
-        for other in leaders:
-            most = min(n, needed[other])
-            differs = np.flatnonzero(tokens[r, :most] != tokens[other, :most])
-            common = int(differs[0]) if len(differs) else int(most)
-            if common > shared:
-                shared, leader = common, other
-        if not shared:
-            leaders.append(r)
-        place[r, :shared] = place[leader, :shared]
+        shared = 0
+        if r:
+            differs = tokens[:r] != tokens[r]
+            alike = np.where(differs.any(1), differs.argmax(1), width)
+            common = np.minimum(np.minimum(alike, needed[:r]), n)
+            nearest = int(common.argmax())
+            shared = int(common[nearest])
+            place[r, :shared] = place[nearest, :shared]
         place[r, shared:n] = np.arange(len(owner), len(owner) + n - shared)
         owner += [r * place.shape[1] + t for t in range(shared, n)]
     if len(owner) > WORTHWHILE * tokens.size:

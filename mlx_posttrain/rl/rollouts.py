@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.data.batches import Batch, by_beginning, by_length, collate, with_rows
+from mlx_posttrain.data.batches import Batch, alike, collate, with_rows
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import Model
@@ -96,17 +96,12 @@ def with_figures(examples: Sequence[Example], figures: Mapping[str, Sequence[np.
     return with_rows(collate(examples, context), figures)
 
 
-def alike(rows: Sequence[Sequence[int]], packs: bool, batch_size: int, token_budget: int | None) -> list[list[int]]:
-    """Rows of token ids in micro-batches that cost a model least: of similar length, or, where it ``packs``, with beginnings in common."""
-    return by_beginning(rows, batch_size, token_budget) if packs else by_length([len(r) for r in rows], batch_size, token_budget)
-
-
 def minibatches(
     rows: Sequence[Sequence[int]], *, packs: bool, batch_size: int, accumulate: int, token_budget: int | None, rng: np.random.Generator
 ) -> list[list[list[int]]]:
     """One pass over all rows in a new order: optimizer steps of ``batch_size * accumulate`` random rows, cut into micro-batches.
 
-    Rows are sorted within a step only (:func:`alike`): a step made of one length or of one prompt would not be a fair sample of the answers.
+    Rows are sorted within a step only (:func:`~mlx_posttrain.data.batches.alike`): a step made of one length or of one prompt would not be a fair sample of the answers.
     """
     order = rng.permutation(len(rows))
     group = batch_size * accumulate

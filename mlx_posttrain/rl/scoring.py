@@ -10,12 +10,13 @@ from pydantic import Field, model_validator
 
 from mlx_posttrain import loading
 from mlx_posttrain.data import pairs, tasks
+from mlx_posttrain.data.batches import alike
 from mlx_posttrain.engines.base import Engine, Model, check_fits
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.metrics import correlation
 from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import Section
-from mlx_posttrain.rl import rewards, rollouts
+from mlx_posttrain.rl import rewards
 from mlx_posttrain.rl.rollouts import Answer
 
 #: Padded tokens that are scored at once: of GPT-2 124M 0.35 GB without gradients, and 1.2 GB in rows of 1,024, whose attention weighs more.
@@ -50,7 +51,7 @@ def score_rows(model: Model, rows: Sequence[Sequence[int]], pad: int) -> np.ndar
     """A reward model's score of each row of token ids, [R] float64, in order. Raises UserError for a row beyond the context."""
     check_fits(max(map(len, rows), default=0), model.context)
     found = np.zeros(len(rows))
-    for chunk in rollouts.alike(rows, model.packs, len(rows), TOKEN_BUDGET):
+    for chunk in alike(rows, model.packs, len(rows), TOKEN_BUDGET):
         batch = pairs.collate_rows([rows[i] for i in chunk], pad, model.context)
         found[chunk] = model.apply(lambda m, b: {"scores": m.scores(b)}, [batch])[0]["scores"]
     return found

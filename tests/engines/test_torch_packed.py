@@ -24,6 +24,7 @@ def row(prompt: tuple[int, ...], answer: int, *extra: int) -> Example:
 SHARED = [row(PROMPT, 5), row(OTHER, 3), row(PROMPT, 17), row(PROMPT, 2), row(OTHER, 11)]
 ROWS = {
     "answers to two prompts": SHARED,
+    "a template before all": [row((5, 6, *PROMPT), 4), row((5, 6, *OTHER), 2), row((5, 6, *PROMPT), 3), row((5, 6, *OTHER), 6)],
     "one answer begins as another": [row(PROMPT, 4, 7, 7), row(PROMPT, 8, 7, 7), row(PROMPT, 1, 7)],
     "a row within another": [SHARED[2], Example(SHARED[2].tokens[:14], SHARED[2].trained[:14]), SHARED[1]],
     "the same row twice": [SHARED[0], SHARED[0]],
@@ -78,6 +79,13 @@ def test_a_prompt_is_read_once_and_padding_never():
         n = len(example.tokens) - 1
         assert packing.tokens[0, packing.place[r, :n]].tolist() == list(example.tokens[:n])
         assert packing.positions[0, packing.place[r, :n]].tolist() == list(range(n))
+
+
+def test_a_template_before_all_prompts_hides_no_prompt_from_its_answers():
+    """All rows begin alike; the second prompt is shared as the first is."""
+    rows = [row((5, 6, *PROMPT), 4), row((5, 6, *PROMPT), 3), row((5, 6, *OTHER), 2), row((5, 6, *OTHER), 6)]
+    batch = collate(rows, None)
+    assert torch_packed.pack(batch.tokens, batch.index).tokens.shape == (1, 2 + 9 + 6 + (3 + 2 + 1 + 5))
 
 
 def test_rows_without_anything_to_gain_stay_as_they_are():
