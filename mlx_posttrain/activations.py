@@ -36,10 +36,12 @@ class Kept(NamedTuple):
     working_pairs: float
     again: float
 
-    def numbers(self, block: Block, blocks: float, rows: int, length: int) -> float:
-        """Of so many blocks together, for a batch of so many rows and padded length."""
-        tokens, pairs = rows * length, rows * block.heads * length**2
+    def numbers(self, block: Block, blocks: float, rows: int, length: int, packed: int | None = None) -> float:
+        """Of so many blocks together, for a batch of so many rows and padded length. packed: its tokens where rows are packed into one."""
+        tokens, pairs = rows * length if packed is None else packed, rows * block.heads * length**2
         each = tokens * (self.width * block.width + self.inner * block.inner + self.keys * block.keys) + self.pairs * pairs
+        if packed is not None:
+            each += (SPREAD * rows * length - (SPREAD - 1) * packed) * block.width
         return blocks * each + tokens * self.working * block.width + self.working_pairs * pairs
 
 
@@ -57,6 +59,9 @@ KEPT = {
     "torch gated, adapter": Kept(9.5, 5.2, 3.5, 0.0, 0.0, 0.0, 2.0),
 }
 
+#: Attention of packed rows keeps so many arrays that are spread out again: queries, keys, values and what it returns, of which one is gathered.
+SPREAD = 4.0
+
 #: Copies of every DoRA layer's output that are kept besides, and of its weight.
 DORA = {"mlx": (1.0, 0.0), "torch": (2.0, 2.0)}
 
@@ -64,9 +69,9 @@ DORA = {"mlx": (1.0, 0.0), "torch": (2.0, 2.0)}
 #: are for float32 on Linux's CPU: copies of the feed-forward's inner features, and of the attention weights in blocks that are not lean.
 STOCK_GELU, STOCK_ATTENTION = 2.0, 1.2
 
-#: Arrays of one chunk of logits that are alive at once: MLX allocates ahead for operations that are queued, so with a trained head and a frozen
-#: one so many for each chunk, up to the second number; and of all logits, where a quantised head has them all.
-CHUNKS_ALIVE = {"mlx": ((6.0, 4.5), 18.0), "torch": ((3.0, 3.0), 3.0)}
+#: Arrays of one chunk of logits that are alive at once, besides what is kept of them: MLX allocates ahead for operations that are queued, so with a
+#: trained head and a frozen one so many for each chunk, up to the second number; and of all logits, where a quantised head has them all.
+CHUNKS_ALIVE = {"mlx": ((3.0, 8.0), (4.5, 12.0)), "torch": ((3.0, 3.0), (3.0, 3.0))}
 LOGITS_ALIVE = 4.5
 #: The same with a divergence from a reference, whose logits are beside them: so many times that.
 REFERENCE_ALIVE = {"mlx": 1.4, "torch": 2.0}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from mlx_posttrain import loading
 from mlx_posttrain import reference as references
 from mlx_posttrain.activations import CHUNKS_ALIVE, DORA, KEPT, LOGITS_ALIVE, REFERENCE_ALIVE, STOCK_ATTENTION, STOCK_GELU, Block
-from mlx_posttrain.data.batches import Batch
+from mlx_posttrain.data.batches import Batch, layout
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
 from mlx_posttrain.errors import UserError
@@ -37,11 +37,12 @@ PROGRAM = {"mlx": 0.0, "torch": 0.48}
 
 
 class Shape(NamedTuple):
-    """A batch: rows, padded length, trained positions."""
+    """A batch: rows, padded length, trained positions, and the tokens it is read as where an engine packs rows into one."""
 
     rows: int
     length: int
     positions: int
+    packed: int | None = None
 
 
 @dataclass
@@ -99,9 +100,26 @@ class Plan:
         return "\n".join(lines)
 
 
-def shapes(batches: Iterable[Batch]) -> list[Shape]:
-    """The distinct shapes of batches."""
-    return sorted({Shape(b.tokens.shape[0], b.tokens.shape[1], len(b.index)) for b in batches})
+def shapes(batches: Iterable[Batch], packs: bool = False) -> list[Shape]:
+    """The distinct shapes of batches, for a model that ``packs`` or not."""
+    found = []
+    for b in batches:
+        packed = layout(b.tokens, b.index) if packs else None
+        rows, length = b.tokens.shape
+        found.append(Shape(rows, length, len(b.index), len(packed[1]) if packed else None))
+    return distinct(found)
+
+
+def distinct(found: Iterable[Shape]) -> list[Shape]:
+    """Each shape once, with the most tokens that rows of it are read as."""
+    largest: dict[tuple[int, ...], Shape] = {}
+    for shape in found:
+        largest[shape[:3]] = max(shape, largest.get(shape[:3], shape), key=_tokens)
+    return [largest[key] for key in sorted(largest)]
+
+
+def _tokens(shape: Shape) -> int:
+    return shape.rows * shape.length if shape.packed is None else shape.packed
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,11 @@ class Training:
         return DTYPE_BYTES[self.dtype]
 
     @property
+    def packs(self) -> bool:
+        """Whether rows are packed into one: engines/torch_packed.py."""
+        return self.engine == "torch" and self.size.model_type == "gpt2" and not (self.adapter and self.dropout)
+
+    @property
     def trained_bytes(self) -> int:
         """Bytes of the trained parameters, and so of their gradients and of each moment: an adapter's are float32."""
         return self.trained * (4 if self.adapter else self.number)
@@ -154,8 +177,8 @@ class Training:
         return 2 * self.trained_bytes / GB
 
     def gradients(self) -> float:
-        """GB of the gradients, and of a micro-batch's beside those of the ones before."""
-        return self.trained_bytes * (2 if self.accumulate else 1) / GB
+        """GB of the gradients, and on MLX of a micro-batch's beside those of the ones before, which torch adds to weight by weight."""
+        return self.trained_bytes * (2 if self.accumulate and self.engine == "mlx" else 1) / GB
 
     def activations(self, batch: Shape) -> float:
         """GB that the blocks keep for the backward pass, and what an adapter keeps besides; of the blocks that are computed again at once
@@ -167,12 +190,12 @@ class Training:
             kept = kept._replace(inner=kept.inner + STOCK_GELU, pairs=kept.pairs + weights)
         block = Block(of.width, of.inner, of.key_width, of.heads)
         blocks = min(kept.again, of.layers) if self.checkpointing else of.layers
-        numbers = kept.numbers(block, blocks, batch.rows, batch.length)
-        return (numbers * self.number + blocks / of.layers * self._beside(batch.rows * batch.length)) / GB
+        numbers = kept.numbers(block, blocks, batch.rows, batch.length, batch.packed)
+        return (numbers * self.number + blocks / of.layers * self._beside(_tokens(batch))) / GB
 
     def inputs(self, batch: Shape) -> float:
         """GB of every block's input, which is what checkpointing keeps."""
-        return self.size.layers * batch.rows * batch.length * self.size.width * self.number / GB
+        return self.size.layers * _tokens(batch) * self.size.width * self.number / GB
 
     def _beside(self, tokens: int) -> float:
         """Bytes that the adapted layers keep beside those of the blocks: in half precision their updates in float32; of DoRA the outputs
@@ -193,30 +216,33 @@ class Training:
         return self.engine + (" lean" if lean else " gated" if of.gated else "") + (", adapter" if self.adapter else "")
 
     def logits(self, batch: Shape) -> float:
-        """GB of the chunks of logits that are alive, or of all logits at a quantised head; with the other side of a divergence."""
+        """GB of the chunks of logits that are alive, or of all logits at a quantised head; with the other side of a divergence, and with the slopes
+        that are kept for a trained head's gradient."""
         every = 4 * batch.positions * self.size.vocabulary
         beside = REFERENCE_ALIVE[self.engine] if self.reference else 1.0
         if self.size.packed_head or (self.bits is not None and not self.size.tied):
             return LOGITS_ALIVE * every * beside / GB
-        chunks = -(-every // fused.CHUNK_BYTES)
-        (trained, frozen), most = CHUNKS_ALIVE[self.engine]
-        alive = min(most, (frozen if self.adapter else trained) * chunks)
-        return alive * every / chunks * beside / GB
+        chunks = len(fused.chunks(batch.positions, self.size.vocabulary))
+        each, most = CHUNKS_ALIVE[self.engine][self.adapter]
+        alive = min(most, each * chunks)
+        kept = 0 if self.adapter else self.number * self.size.vocabulary * fused.kept(batch.positions, self.size.vocabulary)
+        return (alive * every / chunks * beside + kept) / GB
 
     def head(self) -> float:
-        """GB of the head's gradient, which is there before the blocks have freed anything."""
-        return 0.0 if self.adapter else self.number * self.size.vocabulary * self.size.width / GB
+        """GB of the head's gradient, which is there before the blocks have freed anything; torch adds to the one of earlier micro-batches."""
+        there = self.adapter or (self.accumulate and self.engine == "torch")
+        return 0.0 if there else self.number * self.size.vocabulary * self.size.width / GB
 
     def forward(self, batch: Shape) -> float:
         """GB of a pass without gradients: one block's arrays."""
-        s, tokens = self.size, batch.rows * batch.length
+        s, tokens = self.size, _tokens(batch)
         block = tokens * (6 * s.width + (3 if s.gated else 2) * s.inner) + 2 * batch.rows * s.heads * batch.length**2
         return self.number * block / GB
 
     def phases(self) -> list[tuple[str, dict[str, float]]]:
         """What each phase of training holds besides weights and optimizer: GB by part, under the phase's name."""
         found: list[tuple[str, dict[str, float]]] = []
-        beside = self.gradients() - self.trained_bytes / GB
+        beside = self.trained_bytes / GB if self.accumulate else 0.0
         for b in self.batches:
             kept, logits, gradients = self.activations(b), self.logits(b), self.head() + beside
             if self.checkpointing:
@@ -293,16 +319,15 @@ def of_recipe(recipe: Any) -> list[Plan]:
 
 def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = False, cache_gb: float = 0.0) -> Plan:
     """The plan of a run over fixed rows. data: what training.fit is given; cache_gb: what a reference's hidden states may take."""
-    seen: set[Shape] = set()
+    training = replace(_training(recipe, engine, of), reference=reference)
+    seen: list[Shape] = []
     trained = read = steps = most = 0.0
     for step in range(min(data.steps, data.steps_per_epoch)):
         micro = data.micro_batches(data.rows(step))
-        seen |= set(shapes(micro))
+        seen += shapes(micro, training.packs)
         trained, read, steps = trained + sum(b.trained_tokens for b in micro), read + sum(b.tokens.size for b in micro), steps + 1
         most = max(most, len(micro))
-    training = replace(
-        _training(recipe, engine, of), reference=reference, batches=sorted(seen), evaluations=shapes(data.evaluation()), accumulate=most > 1
-    )
+    training = replace(training, batches=distinct(seen), evaluations=shapes(data.evaluation(), training.packs), accumulate=most > 1)
     kept = references.share(data, of.width, cache_gb).gb if reference else 0.0
     return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": kept})
 
@@ -320,15 +345,15 @@ def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seq
     r, train = recipe.rollout, recipe.train
     length = round_up(longest_prompt + r.max_tokens, LENGTH_MULTIPLE)
 
-    def shape(rows: int) -> Shape:
-        return Shape(rows, length, round_up(rows * r.max_tokens, POSITION_MULTIPLE))
+    training = replace(_training(recipe, engine, of), reference=True, accumulate=train.accumulate > 1 or recipe.ptx is not None)
+
+    def shape(rows: int) -> Shape:  # packed, each prompt is read once: at worst as many as there are rows
+        packed = min(rows, r.prompts) * longest_prompt + rows * r.max_tokens if training.packs else None
+        return Shape(rows, length, round_up(rows * r.max_tokens, POSITION_MULTIPLE), packed)
 
     answers = r.prompts * r.samples
     rows = min(train.batch_size, train.token_budget // length or 1) if train.token_budget else train.batch_size
-    policy = replace(
-        _training(recipe, engine, of), reference=True, batches=[shape(rows)], evaluations=[shape(min(answers, 4 * rows))],
-        accumulate=train.accumulate > 1 or recipe.ptx is not None,
-    )  # fmt: skip
+    policy = replace(training, batches=[shape(rows)], evaluations=[shape(min(answers, 4 * rows))])
     if recipe.ptx is not None:
         longest = round_up(min(recipe.ptx.data.max_length, of.context or recipe.ptx.data.max_length), LENGTH_MULTIPLE)
         policy = replace(policy, batches=[*policy.batches, Shape(recipe.ptx.batch_size, longest, recipe.ptx.batch_size * longest)])

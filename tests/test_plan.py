@@ -67,7 +67,31 @@ def test_logits_do_not_grow_with_the_batch() -> None:
     for engine in ("mlx", "torch"):
         training = plan.Training(engine, gpt2(), 124_439_808, False)
         many, few = (training.logits(plan.Shape(rows, length, n)) for rows, length, n in ((64, 1024, 60_000), (8, 128, 1024)))
-        assert many == pytest.approx(few, rel=0.1) and many < 0.3
+        assert many == pytest.approx(few, rel=0.1) and many < 0.35
+
+
+def test_rows_that_torch_packs_are_counted_once() -> None:
+    """Two answers of 4 and 6 tokens to one prompt of 10: with the last token read by nobody 10 + 3 + 5, where padding makes 2 x 16."""
+    prompt = tuple(range(1, 11))
+    rows = [Example((*prompt, *range(first, first + n)), (False,) * 10 + (True,) * n) for first, n in ((20, 4), (40, 6))]
+    (padded,), (packed,) = (plan.shapes([collate(rows)], packs) for packs in (False, True))
+    assert padded == plan.Shape(2, 16, 64) and packed == plan.Shape(2, 16, 64, 18)
+    assert plan.distinct([padded, packed, plan.Shape(2, 16, 64, 17)]) == [padded]
+    full = plan.Training("torch", gpt2(), 124_439_808, False)
+    assert full.packs and not replace(full, engine="mlx").packs and not replace(full, adapter=True, dropout=True).packs
+    assert full.inputs(packed) == pytest.approx(full.inputs(padded) * 18 / 32)
+    assert full.forward(packed) < full.forward(padded)
+    assert full.activations(packed) < full.activations(padded)
+    # as many tokens, but queries, keys, values and what attention returns are there for padded rows too
+    assert full.activations(plan.Shape(1, 18, 64)) < full.activations(packed)
+
+
+def test_torch_adds_the_gradients_of_micro_batches_in_place() -> None:
+    one = plan.Training("torch", gpt2(), 124_439_808, False, batches=[plan.Shape(1, 32, 64)])
+    several = replace(one, accumulate=True)
+    assert several.gradients() == one.gradients() and several.head() == 0 < one.head()
+    assert dict(several.phases())["as the backward pass begins"]["gradients"] == several.gradients()
+    assert replace(several, engine="mlx").gradients() == 2 * one.gradients()
 
 
 def test_the_peak_is_the_largest_moment() -> None:
@@ -136,7 +160,8 @@ def test_half_the_bytes_in_bfloat16(tmp_path: Path) -> None:
         assert getattr(half, part)(batch) == getattr(full, part)(batch) / 2
     for part in ("weights", "reference_copy", "optimizer", "gradients", "head"):
         assert getattr(half, part)() == getattr(full, part)() / 2
-    assert half.logits(batch) == full.logits(batch)  # the loss is computed in float32
+    # the loss is computed in float32, the slopes kept of it are the model's numbers
+    assert full.logits(batch) - half.logits(batch) == pytest.approx(2 * 256 * 512 / 2**30)
     lora = replace(half, trained=1000, adapter=True, adapted=[(96, 96)] * 3)
     assert lora.optimizer() == replace(lora, dtype="float32").optimizer()  # and so are adapters
     assert lora.activations(batch) - replace(lora, adapted=()).activations(batch) == pytest.approx(4 * 3 * 4 * 128 * 96 / 2**30)

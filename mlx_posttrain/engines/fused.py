@@ -7,8 +7,9 @@ Models", and Hsu et al. 2024, "Liger Kernel", with matrix products of the array 
 - *steered*, for a frozen head in training. d(value) / d(hidden) = (d value / d logits) @ W is [N, d] and can be formed while the logits
   are there: nothing is computed twice. It holds for any cotangent, since a position's value depends on its own hidden state only. Where two
   values are known to enter a loss as one sum, the sum's slope is formed, with one product.
-- *recomputed*, otherwise: W's gradient is a sum over positions weighted by their cotangents, which the forward pass does not know, so the
-  backward pass forms logits again, of all positions and a part of the vocabulary at a time. A value without a gradient costs nothing more.
+- *kept and recomputed*, otherwise: W's gradient is a sum over positions weighted by their cotangents, which the forward pass does not know. Of
+  the first positions, KEPT_BYTES worth, the slopes are kept until the backward pass, which follows at once; of the others it forms logits again, a part of
+  the vocabulary at a time, since the log-sum-exp is known by then. A value without a gradient costs nothing more.
 
 The truth that both are tested against is losses/sft.py and losses/ppo.py over all logits at once.
 Shapes: n positions, V vocabulary entries, either of them perhaps a part; z: logits [n, V]; p: their softmax; lse: the log-sum-exp over
@@ -23,9 +24,15 @@ from mlx_posttrain.ops import ops
 
 Array = Any
 
-#: Bytes of one float32 array of logits; a handful are alive at once. With GPT-2's head 32 MB is no faster on either engine and takes 0.2 GB
-#: more at the peak of an MLX step; 8 MB is 5 % slower.
-CHUNK_BYTES = 16 * 2**20
+#: Bytes of one float32 array of logits, of which a handful are alive at once: 128 positions of GPT-2's vocabulary.
+CHUNK_BYTES = 26 * 2**20
+
+#: Bytes of slopes that are kept for the backward pass: 640 positions of GPT-2's vocabulary.
+KEPT_BYTES = 128 * 2**20
+
+#: A chunk is so many positions, or entries of the vocabulary, or a multiple. BLAS libraries multiply by panels: with GPT-2's head 83 positions
+#: at once go at half the rate of 64 or 128.
+PANEL = 64
 
 
 def chunks(length: int, other: int) -> list[slice]:
@@ -33,9 +40,17 @@ def chunks(length: int, other: int) -> list[slice]:
 
     Depends on shapes only, so a compiled step stays compiled.
     """
-    count = -(-length // max(1, CHUNK_BYTES // (4 * other)))
-    size = -(-length // count)
-    return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
+    most = max(1, CHUNK_BYTES // (4 * max(1, other)))
+    panel = PANEL if most >= PANEL else 1
+    count = -(-length // (most - most % panel))
+    size = -(-length // max(1, count) // panel) * panel
+    return [slice(begin, min(begin + size, length)) for begin in range(0, length, max(1, size))]
+
+
+def kept(length: int, vocabulary: int) -> int:
+    """How many of ``length`` positions have their slopes kept: whole chunks, for as long as they fit KEPT_BYTES."""
+    fit = KEPT_BYTES // (4 * vocabulary)
+    return max((part.stop for part in chunks(length, vocabulary) if part.stop <= fit), default=0)
 
 
 def softmax(z: Array) -> tuple[Array, Array]:

@@ -90,6 +90,14 @@ def softmax(z: mx.array, axis: int = -1) -> mx.array:
     return found
 
 
+def softmax_and_lse(z: mx.array) -> tuple[mx.array, mx.array]:
+    """Softmax along the last axis and the log-sum-exp, [..., 1], from one exponential per element; without a gradient."""
+    if not _fast(z):
+        return mx.softmax(z, axis=-1), mx.logsumexp(z, axis=-1, keepdims=True)
+    top, e, total = _shifted(z)
+    return e / total, top + mx.log(total)
+
+
 def logsumexp(z: mx.array, axis: Any = -1, keepdims: bool = False) -> mx.array:
     """log sum exp z along ``axis``."""
     if axis != -1 or not _fast(z):

@@ -6,54 +6,55 @@ Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_posttrain.engines import fused
-from mlx_posttrain.engines.mlx_exp import exp_below, logsumexp
+from mlx_posttrain.engines.mlx_exp import exp_below, softmax_and_lse
 
-#: slope_at(z, cotangents, part): d loss / d z, [N, v], at the logits z of ``part`` of the vocabulary; see ``_recompute``.
-Slope = Callable[[mx.array, Sequence[mx.array], slice], mx.array]
+
+class Fall(NamedTuple):
+    """How a value [N, 1] falls with its logits, - d value / d z, but for the 1 that a log-probability has at its target.
+
+    at(z, rows, part): it, [n, v], at the logits z of ``rows`` and of ``part`` of the vocabulary. kept: it, [n, V] each, of the first chunks.
+    target: [N] the targets, of a log-probability.
+    """
+
+    at: Callable[[mx.array, slice, slice], mx.array]
+    kept: list[mx.array]
+    target: mx.array | None = None
 
 
 def logprobs(h: mx.array, w: mx.array, target: mx.array, *, steered: bool, trained: bool) -> mx.array:
     """[N] log-probabilities of the targets. steered: as in fused.py; trained: whether w has a gradient."""
-    if steered:
 
-        def values(h: mx.array, target: mx.array) -> list[mx.array]:
-            z = _logits(h, w)
-            p, lse = fused.softmax(z)
-            return [_at(z, target) - lse, w[target] - _times(p, w)]
-
-        value, slope = _sweep(values, w, h, target)
-        return _steer(value, h, slope)[:, 0]
-
-    def normalised(h: mx.array, target: mx.array) -> list[mx.array]:
+    def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
-        lse = logsumexp(z, keepdims=True)
-        return [_at(z, target) - lse, lse]
+        p, lse = softmax_and_lse(z)
+        return [_at(z, target) - lse, lse, *([w[target] - _times(p, w)] if steered else [])], p
 
-    value, lse = _sweep(normalised, w, h, target)
-    return _recompute([value], h, w, _logprob_slope(lse), target, trained)[0][:, 0]
+    (value, lse, *slope), kept = _sweep(values, trained, w, h, target)
+    return _with_gradient(value, h, w, slope, Fall(_softmax_of(lse), kept, target), trained)[:, 0]
 
 
 def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, steered: bool, trained: bool) -> tuple[mx.array, mx.array]:
     """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports them."""
 
-    def values(h: mx.array, target: mx.array) -> list[mx.array]:
+    def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
-        p, lse = fused.softmax(z)
-        return [_at(z, target) - lse, fused.entropy(z, p, lse), lse] + ([w[target] - _times(p, w)] if steered else [])
+        p, lse = softmax_and_lse(z)
+        found = [_at(z, target) - lse, fused.entropy(z, p, lse), lse]
+        return [*found, *([w[target] - _times(p, w)] if steered else [])], p
 
-    value, entropy, lse, *slope = _sweep(values, w, h, target)
+    (value, entropy, lse, *slope), kept = _sweep(values, trained, w, h, target)
+    softmax = _softmax_of(lse)
 
-    def slope_at(z: mx.array, cotangents: Sequence[mx.array], _: slice) -> mx.array:
-        return cotangents[0] * fused.entropy_slope(z, exp_below(z, lse), lse, entropy)
+    def fall_of_entropy(z: mx.array, rows: slice, part: slice) -> mx.array:
+        return -fused.entropy_slope(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
-    (with_gradient,) = _recompute([entropy], h, w, slope_at, None, trained)
-    value = _steer(value, h, slope[0]) if steered else _recompute([value], h, w, _logprob_slope(lse), target, trained)[0]
-    return value[:, 0], with_gradient[:, 0]
+    value = _with_gradient(value, h, w, slope, Fall(softmax, kept, target), trained)
+    return value[:, 0], _with_gradient(entropy, h, w, [], Fall(fall_of_entropy, []), trained)[:, 0]
 
 
 def logprobs_and_kl(
@@ -62,30 +63,35 @@ def logprobs_and_kl(
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows.
 
-    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; a steered gradient then hangs on the log-probabilities alone.
+    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; the gradient then hangs on the log-probabilities alone.
     """
 
-    def values(h: mx.array, h_ref: mx.array, target: mx.array) -> list[mx.array]:
+    def values(h: mx.array, h_ref: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z, z_ref = _logits(h, w), _logits(h_ref, w_ref)
-        (p, lse), (p_ref, lse_ref) = fused.softmax(z), fused.softmax(z_ref)
+        (p, lse), (p_ref, lse_ref) = softmax_and_lse(z), softmax_and_lse(z_ref)
         kl = fused.kl(z, p, lse, z_ref, p_ref, lse_ref, direction)
         found = [_at(z, target) - lse, kl, lse, lse_ref]
+        slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
+        fall = p if beta is None else p + beta * slope
         if steered:
-            slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
-            found += [w[target] - _times(p, w), _times(slope, w)] if beta is None else [w[target] - _times(p + beta * slope, w)]
-        return found
+            found += [w[target] - _times(fall, w), *([_times(slope, w)] if beta is None else [])]
+        return found, fall
 
-    value, kl, lse, lse_ref, *slopes = _sweep(values, w, h, h_ref, target)
-    if steered:
-        return _steer(value, h, slopes[0])[:, 0], (_steer(kl, h, slopes[1]) if beta is None else kl)[:, 0]
+    (value, kl, lse, lse_ref, *slopes), kept = _sweep(values, trained, w, h, h_ref, target)
+    softmax = _softmax_of(lse)
 
-    def slope_at(z: mx.array, cotangents: Sequence[mx.array], part: slice) -> mx.array:
-        z_ref = _logits(h_ref, w_ref[part])
-        p, p_ref = exp_below(z, lse), exp_below(z_ref, lse_ref)
-        return cotangents[1] * fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction) - cotangents[0] * p
+    def fall_of_kl(z: mx.array, rows: slice, part: slice) -> mx.array:
+        z_ref = _logits(h_ref[rows], w_ref[part])
+        p, p_ref = softmax(z, rows, part), _softmax_of(lse_ref)(z_ref, rows, part)
+        return -fused.kl_slope(z, p, lse[rows], z_ref, p_ref, lse_ref[rows], kl[rows], direction)
 
-    with_gradient = _recompute([value, kl], h, w, slope_at, target, trained)
-    return with_gradient[0][:, 0], with_gradient[1][:, 0]
+    def fall_of_both(z: mx.array, rows: slice, part: slice) -> mx.array:
+        return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
+
+    value = _with_gradient(value, h, w, slopes[:1], Fall(softmax if beta is None else fall_of_both, kept, target), trained)
+    if beta is None:
+        kl = _with_gradient(kl, h, w, slopes[1:], Fall(fall_of_kl, []), trained)
+    return value[:, 0], kl[:, 0]
 
 
 def _logits(h: mx.array, w: mx.array) -> mx.array:
@@ -100,58 +106,74 @@ def _at(z: mx.array, target: mx.array) -> mx.array:
     return mx.take_along_axis(z, target[:, None], axis=-1)
 
 
-def _logprob_slope(lse: mx.array) -> Slope:
-    return lambda z, cotangents, _: -cotangents[0] * exp_below(z, lse)
+def _softmax_of(lse: mx.array) -> Callable[[mx.array, slice, slice], mx.array]:
+    return lambda z, rows, _: exp_below(z, lse[rows])
 
 
-def _sweep(function: Callable[..., list[mx.array]], w: mx.array, *rows: mx.array) -> list[mx.array]:
-    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions."""
+def _sweep(
+    function: Callable[..., tuple[list[mx.array], mx.array]], keep: bool, w: mx.array, *rows: mx.array
+) -> tuple[list[mx.array], list[mx.array]]:
+    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and what is kept of it.
+
+    What is kept is not computed where no gradient is asked for.
+    """
+    count = rows[0].shape[0]
+    most = fused.kept(count, w.shape[0]) if keep else 0
     parts: list[list[mx.array]] = []
-    for part in fused.chunks(rows[0].shape[0], w.shape[0]):
+    kept: list[mx.array] = []
+    for part in fused.chunks(count, w.shape[0]):
         chunk = [mx.stop_gradient(a[part]) for a in rows]
         # MLX chooses its own order of work: without the dependency the logits of all chunks may be there at once.
-        parts.append(function(*(mx.depends(chunk, parts[-1]) if parts else chunk)))
-    return [mx.stop_gradient(mx.concatenate(list(arrays))) for arrays in zip(*parts, strict=True)]
+        found, fall = function(*(mx.depends(chunk, parts[-1]) if parts else chunk))
+        parts.append(found)
+        if part.stop <= most:
+            kept.append(mx.stop_gradient(fall.astype(w.dtype)))
+    return [mx.stop_gradient(mx.concatenate(list(arrays))) for arrays in zip(*parts, strict=True)], kept
 
 
-def _steer(value: mx.array, h: mx.array, slope: mx.array) -> mx.array:
-    """``value`` [N, 1] whose gradient with respect to ``h`` is ``slope`` [N, d]: what is added is zero."""
-    return value + mx.sum((h - mx.stop_gradient(h)) * slope, axis=-1, keepdims=True)
+def _with_gradient(value: mx.array, h: mx.array, w: mx.array, slope: list[mx.array], fall: Fall, trained: bool) -> mx.array:
+    """``value`` [N, 1] steered by its slope [N, d] where there is one, else with the gradient that ``fall`` says."""
+    if slope:
+        return value + mx.sum((h - mx.stop_gradient(h)) * slope[0], axis=-1, keepdims=True)  # what is added is zero
+    return _attached(value, h, w, fall, trained)
 
 
-def _recompute(values: list[mx.array], h: mx.array, w: mx.array, slope_at: Slope, target: mx.array | None, trained: bool) -> list[mx.array]:
-    """``values`` [N, 1], whose gradients with respect to h, and w when ``trained``, come from forming the logits again.
+def _attached(value: mx.array, h: mx.array, w: mx.array, fall: Fall, trained: bool) -> mx.array:
+    """``value`` with its gradients with respect to h and, when ``trained``, w: from what was kept, and from forming other logits again.
 
-    Now that the log-sum-exp is known, a part of the vocabulary at a time: each part of w's gradient is complete when it is made. The 1 that
-    a log-probability's slope has at its target is left out of ``slope_at``, and added where ``target`` is given, for the first value.
+    A part of the vocabulary at a time: each part of w's gradient is complete when it is made.
     """
 
     @mx.custom_function
-    def attach(h: mx.array, w: mx.array, *values: mx.array) -> list[mx.array]:
-        return list(values)
+    def attach(h: mx.array, w: mx.array, value: mx.array) -> mx.array:
+        return value
 
     @attach.vjp
-    def attach_vjp(primals: Sequence[mx.array], cotangents: Any, _: Any) -> list[mx.array]:
-        h, w, *values = primals
-        gs = [cotangents] if isinstance(cotangents, mx.array) else list(cotangents)
-        d_h = mx.zeros(h.shape, h.dtype)
+    def attach_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: Any) -> list[mx.array]:
+        h, w, value = primals
+        g = cotangent.astype(h.dtype)
+        weighted, d_h = -g * h, mx.zeros(h.shape, h.dtype)
+        rest = slice(sum(some.shape[0] for some in fall.kept), h.shape[0])
         d_w: list[mx.array] = []
         for part in fused.chunks(w.shape[0], h.shape[0]):
             hidden = mx.depends([h], [d_h, *d_w[-1:]])[0]
-            slope = slope_at(_logits(hidden, w[part]), gs, part).astype(w.dtype)
-            d_h = mx.addmm(d_h, slope, w[part])
+            some = [kept[:, part] for kept in fall.kept]
+            if rest.start < rest.stop:
+                some.append(fall.at(_logits(hidden[rest], w[part]), rest, part).astype(w.dtype))
+            falls = mx.concatenate(some)
+            d_h = mx.addmm(d_h, falls, w[part])
             if trained:
-                d_w.append(_head_gradient(slope, h))
+                d_w.append(_head_gradient(falls, weighted))
         d_head = mx.concatenate(d_w) if trained else mx.zeros_like(w)
-        if target is not None:
-            g = gs[0].astype(h.dtype)
-            d_h = d_h + g * w[target]
-            d_head = d_head.at[target].add(g * h) if trained else d_head
-        return [d_h, d_head, *(mx.zeros_like(v) for v in values)]
+        d_h = -g * d_h
+        if fall.target is not None:
+            d_h = d_h + g * w[fall.target]
+            d_head = d_head.at[fall.target].add(g * h) if trained else d_head
+        return [d_h, d_head, mx.zeros_like(value)]
 
-    attached: Any = attach(h, w, *values)
-    return list(attached)
+    attached: Any = attach(h, w, value)
+    return attached
 
 
-def _head_gradient(slope: mx.array, h: mx.array) -> mx.array:
-    return slope.T @ h
+def _head_gradient(fall: mx.array, weighted: mx.array) -> mx.array:
+    return fall.T @ weighted

@@ -29,6 +29,7 @@ from mlx_posttrain.engines.base import (
     match_targets,
     micro_batch_totals,
 )
+from mlx_posttrain.engines.torch_decoding import TorchDecoder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.ppo import entropy
 from mlx_posttrain.losses.sft import full_kl, token_logprobs
@@ -54,7 +55,7 @@ class TorchModel:
         self.config = config
         self.context: int | None = getattr(net.config, "n_positions", None) or getattr(net.config, "max_position_embeddings", None)
         self._reference: Any = None
-        self._split = _splits(net)
+        self._split, self._embeds = _splits(net), _embeds(net)
         head = files.read_head(folder)
         if head is not None:
             self.add_head(head)
@@ -74,10 +75,22 @@ class TorchModel:
 
     def _hidden(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
         check_fits(batch.tokens.shape[1], self.context)
-        backbone = getattr(net, net.base_model_prefix)
+        read = self._reader(net)
         if self.packs and not (net.training and self.spec is not None and self.spec.dropout):  # dropout is each row's own
-            return torch_packed.hidden(backbone, batch.tokens, batch.index)
-        return backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state.flatten(0, 1)[batch.index]
+            return torch_packed.hidden(read, batch.tokens, batch.index)
+        return read(batch.tokens).flatten(0, 1)[batch.index]
+
+    def _reader(self, net: Any) -> Callable[..., torch.Tensor]:
+        """Of ids [B, T], and what else the backbone takes, its hidden states [B, T, d]."""
+        backbone = getattr(net, net.base_model_prefix)
+        layer = net.get_input_embeddings()
+        in_place = self._embeds and torch.is_grad_enabled() and layer.weight.requires_grad
+
+        def read(tokens: torch.Tensor, **more: Any) -> torch.Tensor:
+            ids = {"inputs_embeds": torch_fused.embed(tokens, layer.weight)} if in_place else {"input_ids": tokens}
+            return backbone(**ids, use_cache=False, **more).last_hidden_state
+
+        return read
 
     def logits(self, batch: DeviceBatch) -> torch.Tensor:
         return self._logits(self.net, batch)
@@ -252,7 +265,7 @@ class TorchModel:
     ) -> list[Completion]:
         self.net.eval()  # dropout off, and with it gradient checkpointing, which would silently empty the cache
         return decoding.decode(
-            _TorchDecoder(self.net), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
+            TorchDecoder(self.net, self._fused_head(self.net)), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
             temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token, forbidden=forbidden,
         )  # fmt: skip
 
@@ -316,48 +329,17 @@ def _splits(net: Any) -> bool:
     return torch.allclose(net.get_output_embeddings()(hidden).float(), net(input_ids=probe).logits.float(), rtol=1e-4, atol=1e-4)
 
 
-class _TorchDecoder:
-    def __init__(self, net: Any):
-        self.net = net
-
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = self.net(
-            input_ids=tokens, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
-        if self.cache.get_seq_length() != self.mask.shape[1]:
-            raise RuntimeError(f"the key/value cache holds {self.cache.get_seq_length()} tokens, not {self.mask.shape[1]}")
-        return out.logits[:, -1].float()
-
-    def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> torch.Tensor:
-        from transformers import DynamicCache
-
-        longest = max(map(len, prompts))
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-        self.mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-            self.mask[row, longest - len(prompt) :] = 1
-        self.cache = DynamicCache()
-        logits = self._forward(tokens, (self.mask.cumsum(1) - 1).clamp(min=0))
-        if samples > 1:
-            self.cache.batch_repeat_interleave(samples)
-            self.mask = self.mask.repeat_interleave(samples, 0)
-            logits = logits.repeat_interleave(samples, 0)
-        return logits
-
-    def advance(self, tokens: np.ndarray) -> torch.Tensor:
-        positions = self.mask.sum(1, keepdim=True)
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        return self._forward(torch.from_numpy(tokens).long()[:, None], positions)
-
-    def keep(self, rows: np.ndarray) -> None:
-        index = torch.from_numpy(rows)
-        self.cache.batch_select_indices(index)
-        self.mask = self.mask[index]
-
-    def pick(self, logits: torch.Tensor, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
-        tokens, log_p = decoding.pick(logits, torch.from_numpy(uniforms)[:, None], temperature, top_p)
-        return tokens.numpy(), log_p.numpy()
+@torch.no_grad()
+def _embeds(net: Any) -> bool:
+    """Whether the model begins with nothing but its rows of one plain embedding, each of which has a gradient: asked as well."""
+    layer = net.get_input_embeddings()
+    if type(layer) is not torch.nn.Embedding or layer.padding_idx is not None or layer.max_norm is not None or layer.scale_grad_by_freq:
+        return False
+    probe, backbone = torch.tensor([[1, 2, 3, 4]]), getattr(net, net.base_model_prefix)
+    with contextlib.suppress(Exception):  # a library's backbone that takes no embeddings says so in its own way
+        ours = backbone(inputs_embeds=layer(probe), use_cache=False).last_hidden_state
+        return torch.equal(ours, backbone(input_ids=probe, use_cache=False).last_hidden_state)
+    return False
 
 
 def _has_fused_adamw() -> bool:

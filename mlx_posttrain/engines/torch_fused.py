@@ -1,55 +1,66 @@
 """Log-probabilities, entropies and divergences from hidden states, on torch, a chunk of positions at a time. See fused.py.
 
 Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's weight; target: [N] token ids.
+
+A weight of V rows has a gradient as large, and autograd would make it anew for every use in every micro-batch, for an embedding filled with
+zeros first, and add it to the others. Here what there is to add is added to ``w.grad`` in place: only ``Tensor.backward`` finds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from mlx_posttrain.engines import fused
 
 Tensor = torch.Tensor
-#: slope_at(z, cotangents, part): d loss / d z, [N, v], at the logits z of ``part`` of the vocabulary; see ``_Recompute``.
-Slope = Callable[[Tensor, Sequence[Tensor], slice], Tensor]
+
+
+class Fall(NamedTuple):
+    """How a value [N, 1] falls with its logits, - d value / d z, but for the 1 that a log-probability has at its target.
+
+    at(z, rows, part): it, [n, v], at the logits z of ``rows`` and of ``part`` of the vocabulary. kept: it, [n, V] each, of the first chunks.
+    target: [N] the targets, of a log-probability.
+    """
+
+    at: Callable[[Tensor, slice, slice], Tensor]
+    kept: list[Tensor]
+    target: Tensor | None = None
 
 
 def logprobs(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """[N] log-probabilities of the targets."""
-    steered = _steered(h, w)
+    steered, trained = _way(h, w)
 
-    def values(h: Tensor, target: Tensor) -> list[Tensor]:
-        z = _logits(h, w)
-        if not steered:
-            lse = torch.logsumexp(z, dim=-1, keepdim=True)
-            return [_at(z, target) - lse, lse]
+    def values(keep: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        z = logits(h, w)
         p, lse = fused.softmax(z)
-        return [_at(z, target) - lse, w[target] - _times(p, w)]
+        return [_at(z, target) - lse, lse, *([w[target] - _times(p, w)] if steered else [])], p if keep else None
 
-    value, other = _sweep(values, w, h, target)
-    return _steer(value, h, other)[:, 0] if steered else _Recompute.apply(h, w, _logprob_slope(other), target, value)[0][:, 0]
+    (value, lse, *slope), kept = _sweep(values, trained, w, h, target)
+    return _with_gradient(value, h, w, slope, Fall(_softmax_of(lse), kept, target), trained)[:, 0]
 
 
 def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports them."""
-    steered = _steered(h, w)
+    steered, trained = _way(h, w)
 
-    def values(h: Tensor, target: Tensor) -> list[Tensor]:
-        z = _logits(h, w)
+    def values(keep: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        z = logits(h, w)
         p, lse = fused.softmax(z)
-        return [_at(z, target) - lse, fused.entropy(z, p, lse), lse] + ([w[target] - _times(p, w)] if steered else [])
+        found = [_at(z, target) - lse, fused.entropy(z, p, lse), lse]
+        return [*found, *([w[target] - _times(p, w)] if steered else [])], p if keep else None
 
-    value, entropy, lse, *slope = _sweep(values, w, h, target)
+    (value, entropy, lse, *slope), kept = _sweep(values, trained, w, h, target)
+    softmax = _softmax_of(lse)
 
-    def slope_at(z: Tensor, cotangents: Sequence[Tensor], _: slice) -> Tensor:
-        return cotangents[0] * fused.entropy_slope(z, _softmax_of(z, lse), lse, entropy)
+    def fall_of_entropy(z: Tensor, rows: slice, part: slice) -> Tensor:
+        return -fused.entropy_slope(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
-    (with_gradient,) = _Recompute.apply(h, w, slope_at, None, entropy)
-    value = _steer(value, h, slope[0]) if steered else _Recompute.apply(h, w, _logprob_slope(lse), target, value)[0]
-    return value[:, 0], with_gradient[:, 0]
+    value = _with_gradient(value, h, w, slope, Fall(softmax, kept, target), trained)
+    return value[:, 0], _with_gradient(entropy, h, w, [], Fall(fall_of_entropy, []), trained or steered)[:, 0]
 
 
 def logprobs_and_kl(
@@ -57,40 +68,55 @@ def logprobs_and_kl(
 ) -> tuple[Tensor, Tensor]:
     """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows.
 
-    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; a steered gradient then hangs on the log-probabilities alone.
+    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; the gradient then hangs on the log-probabilities alone.
     """
-    steered = _steered(h, w)
+    steered, trained = _way(h, w)
 
-    def values(h: Tensor, h_ref: Tensor, target: Tensor) -> list[Tensor]:
-        z, z_ref = _logits(h, w), _logits(h_ref, w_ref)
+    def values(keep: bool, h: Tensor, h_ref: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        z, z_ref = logits(h, w), logits(h_ref, w_ref)
         (p, lse), (p_ref, lse_ref) = fused.softmax(z), fused.softmax(z_ref)
         kl = fused.kl(z, p, lse, z_ref, p_ref, lse_ref, direction)
         found = [_at(z, target) - lse, kl, lse, lse_ref]
-        if steered:
-            slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
-            found += [w[target] - _times(p, w), _times(slope, w)] if beta is None else [w[target] - _times(p + beta * slope, w)]
-        return found
-
-    value, kl, lse, lse_ref, *slopes = _sweep(values, w, h, h_ref, target)
-    if steered:
-        return _steer(value, h, slopes[0])[:, 0], (_steer(kl, h, slopes[1]) if beta is None else kl)[:, 0]
-
-    def slope_at(z: Tensor, cotangents: Sequence[Tensor], part: slice) -> Tensor:
-        z_ref = _logits(h_ref, w_ref[part])
-        p, p_ref = _softmax_of(z, lse), _softmax_of(z_ref, lse_ref)
+        if not (steered or keep):
+            return found, None
         slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
-        return slope.mul_(cotangents[1]).sub_(p.mul_(cotangents[0]))
+        fall = p if beta is None else p + beta * slope
+        if steered:
+            found += [w[target] - _times(fall, w), *([_times(slope, w)] if beta is None else [])]
+        return found, fall if keep else None
 
-    with_gradient = _Recompute.apply(h, w, slope_at, target, value, kl)
-    return with_gradient[0][:, 0], with_gradient[1][:, 0]
+    (value, kl, lse, lse_ref, *slopes), kept = _sweep(values, trained, w, h, h_ref, target)
+    softmax = _softmax_of(lse)
+
+    def fall_of_kl(z: Tensor, rows: slice, part: slice) -> Tensor:
+        z_ref = logits(h_ref[rows], w_ref[part])
+        p, p_ref = softmax(z, rows, part), _softmax_of(lse_ref)(z_ref, rows, part)
+        return -fused.kl_slope(z, p, lse[rows], z_ref, p_ref, lse_ref[rows], kl[rows], direction)
+
+    def fall_of_both(z: Tensor, rows: slice, part: slice) -> Tensor:
+        return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
+
+    value = _with_gradient(value, h, w, slopes[:1], Fall(softmax if beta is None else fall_of_both, kept, target), trained)
+    if beta is None:
+        kl = _with_gradient(kl, h, w, slopes[1:], Fall(fall_of_kl, []), trained)
+    return value[:, 0], kl[:, 0]
 
 
-def _steered(h: Tensor, w: Tensor) -> bool:
-    return torch.is_grad_enabled() and h.requires_grad and not w.requires_grad
+def embed(tokens: Tensor, w: Tensor) -> Tensor:
+    """[..., d] rows of the embedding ``w`` [V, d] for ids ``tokens`` [...], whose gradient is added to ``w.grad`` in place."""
+    return _Embedded.apply(tokens, w)
 
 
-def _logits(h: Tensor, w: Tensor) -> Tensor:
-    return (h @ w.T).float()
+def _way(h: Tensor, w: Tensor) -> tuple[bool, bool]:
+    """(steered, trained): which way to a gradient is taken, see fused.py; neither where none is wanted."""
+    wanted = torch.is_grad_enabled()
+    return wanted and h.requires_grad and not w.requires_grad, wanted and w.requires_grad
+
+
+def logits(h: Tensor, w: Tensor) -> Tensor:
+    """[n, v] float32 logits of hidden states [n, d] for the rows of w [v, d]."""
+    # This way round, for few positions and many rows of w, BLAS takes two thirds of the time. The copy to rows costs a tenth of that.
+    return (w @ h.T).T.contiguous().float()
 
 
 def _times(slope: Tensor, w: Tensor) -> Tensor:
@@ -101,68 +127,98 @@ def _at(z: Tensor, target: Tensor) -> Tensor:
     return z.gather(-1, target[:, None])
 
 
-def _softmax_of(z: Tensor, lse: Tensor) -> Tensor:
-    return (z - lse).exp_()
-
-
-def _logprob_slope(lse: Tensor) -> Slope:
-    return lambda z, cotangents, _: _softmax_of(z, lse).mul_(-cotangents[0])
+def _softmax_of(lse: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
+    return lambda z, rows, _: (z - lse[rows]).exp_()
 
 
 @torch.no_grad()
-def _sweep(function: Callable[..., list[Tensor]], w: Tensor, *rows: Tensor) -> list[Tensor]:
-    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions.
+def _sweep(
+    function: Callable[..., tuple[list[Tensor], Tensor | None]], keep: bool, w: Tensor, *rows: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and what it would have kept.
 
-    Nothing that a chunk has allocated outlives it: a small array between two large ones keeps glibc before 2.38 from putting the next chunk's
-    logits where these were, and all chunks' logits would be there at last.
+    Nothing else that a chunk has allocated outlives it: a small array between two large ones keeps glibc before 2.38 from putting the next
+    chunk's logits where these were, and all chunks' logits would be there at last.
     """
     count = rows[0].shape[0]
+    most = fused.kept(count, w.shape[0]) if keep else 0
     joined: list[Tensor] = []
+    kept: list[Tensor] = []
     for part in fused.chunks(count, w.shape[0]):
-        found = function(*(a[part] for a in rows))
+        found, fall = function(part.stop <= most, *(a[part] for a in rows))
         joined = joined or [a.new_empty((count, *a.shape[1:])) for a in found]
         for whole, a in zip(joined, found, strict=True):
             whole[part] = a
-        del found, a
-    return joined
+        if fall is not None:
+            kept.append(fall.to(w.dtype))
+        del found, a, fall
+    return joined, kept
 
 
-def _steer(value: Tensor, h: Tensor, slope: Tensor) -> Tensor:
-    """``value`` [N, 1] whose gradient with respect to ``h`` is ``slope`` [N, d]: what is added is zero."""
-    return value + ((h - h.detach()) * slope).sum(-1, keepdim=True)
+def _with_gradient(value: Tensor, h: Tensor, w: Tensor, slope: list[Tensor], fall: Fall, attach: bool) -> Tensor:
+    """``value`` [N, 1] steered by its slope [N, d] where there is one, or else, to ``attach``, with the gradient that ``fall`` says."""
+    if slope:
+        return value + ((h - h.detach()) * slope[0]).sum(-1, keepdim=True)  # what is added is zero
+    return _Attached.apply(value, h, w, fall) if attach else value
 
 
-class _Recompute(torch.autograd.Function):
-    """``values`` [N, 1], whose gradients with respect to h and w come from forming the logits again.
-
-    Now that the log-sum-exp is known, a part of the vocabulary at a time: each part of w's gradient is complete when it is made. The 1 that
-    a log-probability's slope has at its target is left out of ``slope_at``, and added where ``target`` is given, for the first value.
-    """
+class _Attached(torch.autograd.Function):
+    """``value`` [N, 1] with its gradients with respect to h and, added in place, w: from what was kept, and from forming other logits again."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, w: Tensor, slope_at: Slope, target: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, value: Tensor, h: Tensor, w: Tensor, fall: Fall) -> Tensor:
         ctx.save_for_backward(h, w)
-        ctx.kept = slope_at, target
-        return tuple(v.clone() for v in values)
+        ctx.fall = fall
+        return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, w = ctx.saved_tensors
-        slope_at, target = ctx.kept
-        d_h = torch.zeros_like(h)
-        d_w = torch.empty_like(w) if ctx.needs_input_grad[1] else None
-        for part in fused.chunks(w.shape[0], h.shape[0]):
-            slope = slope_at(_logits(h, w[part]), cotangents, part).to(w.dtype)
-            d_h.addmm_(slope, w[part])
+        fall, ctx.fall = ctx.fall, None  # what was kept would stay for as long as anybody holds the value
+        g = g.to(h.dtype)
+        d_h, weighted = torch.zeros_like(h), -g * h
+        d_w = _own_gradient(w) if w.requires_grad else None
+
+        def add(some: Tensor, rows: slice, part: slice) -> None:
+            d_h[rows].addmm_(some, w[part])
             if d_w is not None:
-                _head_gradient(slope, h, d_w[part])
-        if target is not None:
-            g = cotangents[0].to(h.dtype)
-            d_h += g * w[target]
+                _head_gradient(d_w[part], some, weighted[rows])
+
+        begin = 0
+        while fall.kept:
+            some = fall.kept.pop(0)
+            add(some, slice(begin, begin + len(some)), slice(None))
+            begin += len(some)
+            del some
+        rest = slice(begin, len(h))
+        for part in fused.chunks(w.shape[0], len(h) - begin) if begin < len(h) else []:
+            add(fall.at(logits(h[rest], w[part]), rest, part).to(w.dtype), rest, part)
+        d_h *= -g
+        if fall.target is not None:
+            d_h += g * w[fall.target]
             if d_w is not None:
-                d_w.index_add_(0, target, g * h)
-        return d_h, d_w, None, None, *(None for _ in cotangents)
+                d_w.index_add_(0, fall.target, g * h)
+        return None, d_h, None, None
 
 
-def _head_gradient(slope: Tensor, h: Tensor, out: Tensor) -> None:
-    torch.mm(slope.T, h, out=out)
+class _Embedded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, w)
+        return torch.nn.functional.embedding(tokens, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
+        tokens, w = ctx.saved_tensors
+        _own_gradient(w).index_add_(0, tokens.flatten(), g.flatten(0, -2).to(w.dtype))
+        return None, None
+
+
+def _own_gradient(w: Tensor) -> Tensor:
+    if w.grad is None:
+        w.grad = torch.zeros_like(w)
+    return w.grad
+
+
+def _head_gradient(own: Tensor, fall: Tensor, weighted: Tensor) -> None:
+    own.addmm_(fall.T, weighted)

@@ -11,6 +11,7 @@ padded rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mlx_posttrain.data.batches import layout
+
 ATTENTION = "sdpa_packed"  # the name that transformers knows this file's attention by
-WORTHWHILE = 0.95  # of the padded tokens: packing more than that gains less than gathering rows costs
 
 
 @dataclass(frozen=True)
@@ -39,44 +41,23 @@ class Packing:
 
 
 def pack(tokens: np.ndarray, index: np.ndarray) -> Packing | None:
-    """How rows pack when ``index`` says which outputs are wanted; None where it would not pay.
-
-    tokens: [B, T] right-padded ids; index: [N] into B * T, flattened. A row shares its beginning with the earlier row that it has most in
-    common with: a template with all rows, and behind it a prompt with the other answers to it.
-    """
-    rows, width = tokens.shape
-    needed = np.zeros(rows, int)
-    np.maximum.at(needed, index // width, index % width + 1)
-    place = np.zeros((rows, needed.max()), np.int64)
-    owner: list[int] = []
-    for r, n in enumerate(needed):
-        shared = 0
-        if r:
-            differs = tokens[:r] != tokens[r]
-            alike = np.where(differs.any(1), differs.argmax(1), width)
-            common = np.minimum(np.minimum(alike, needed[:r]), n)
-            nearest = int(common.argmax())
-            shared = int(common[nearest])
-            place[r, :shared] = place[nearest, :shared]
-        place[r, shared:n] = np.arange(len(owner), len(owner) + n - shared)
-        owner += [r * place.shape[1] + t for t in range(shared, n)]
-    if len(owner) > WORTHWHILE * tokens.size:
+    """:func:`mlx_posttrain.data.batches.layout` of rows as tensors; None where packing would not pay."""
+    found = layout(tokens, index)
+    if found is None:
         return None
-    flat = np.array(owner)
-    own_row, position = flat // place.shape[1], flat % place.shape[1]
-    packed, positions, where, owners = (torch.from_numpy(a.astype(np.int64)) for a in (tokens[own_row, position], position, place, flat))
-    return Packing(packed[None], positions[None], where, owners)
+    place, owner = found
+    row, position = owner // place.shape[1], owner % place.shape[1]
+    packed = torch.from_numpy(tokens[row, position].astype(np.int64))
+    return Packing(packed[None], torch.from_numpy(position)[None], torch.from_numpy(place), torch.from_numpy(owner))
 
 
-def hidden(backbone: Any, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[N, d] outputs of a GPT-2 backbone, loaded with ``ATTENTION``, at ``index`` of [B, T] right-padded ``tokens``."""
+def hidden(read: Callable[..., torch.Tensor], tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[N, d] hidden states at ``index`` of [B, T] right-padded ``tokens``; ``read`` gives those of a GPT-2, loaded with ``ATTENTION``, at all ids."""
     packing = pack(tokens.numpy(), index.numpy())
     if packing is None:
-        return backbone(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)[index]
+        return read(tokens).flatten(0, 1)[index]
     made = torch.ones(1, 1, 1, 1)  # a mask of four dimensions is taken for finished, and no [P, P] is made that nobody reads
-    found = backbone(
-        input_ids=packing.tokens, position_ids=packing.positions, attention_mask=made, use_cache=False, packing=packing
-    ).last_hidden_state[0]
+    found = read(packing.tokens, position_ids=packing.positions, attention_mask=made, packing=packing)[0]
     width = tokens.shape[1]
     return found[packing.place[index // width, index % width]]
 

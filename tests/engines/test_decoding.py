@@ -132,3 +132,49 @@ def test_the_last_token_can_be_drawn_and_none_past_it():
     logits = np.zeros((1, 7), np.float32)
     tokens, _ = decoding.pick(logits, np.array([[np.float32(1) - np.finfo(np.float32).epsneg]]), 1.0, 1.0)
     assert tokens[0] == 6
+
+
+@pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
+def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
+    """Through growing past its room, repeating and dropping rows; and nothing is copied while there is room."""
+    import torch
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    from mlx_posttrain.engines import torch_decoding
+
+    monkeypatch.setattr(torch_decoding, "ROOM", 4)
+    torch.manual_seed(0)
+    both = [Cache(layer_class_to_replicate=kind) for kind in (torch_decoding._Roomy, DynamicLayer)]
+    rows = 2
+    for step, change in enumerate(["repeat", "", "drop", "", "", "drop", "", "", ""]):
+        keys, values = (torch.randn(rows, 3, 3 if step == 0 else 1, 5) for _ in range(2))
+        for layer in (0, 1):
+            ours, theirs = (c.update(keys + layer, values, layer) for c in both)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), step
+        if change == "repeat":
+            for c in both:
+                c.batch_repeat_interleave(3)
+            rows *= 3
+        if change == "drop":
+            kept = torch.tensor([0, 2, 3, 5][: rows - 2])
+            for c in both:
+                c.batch_select_indices(kept)
+            rows = len(kept)
+        assert both[0].get_seq_length() == both[1].get_seq_length() == 3 + step
+    room = both[0].layers[0]._rooms[0]
+    assert room.shape[2] == 12 and both[0].layers[0].keys.data_ptr() == room.data_ptr()
+
+
+@pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
+def test_a_cache_that_grows_while_rows_leave_says_the_same(random_gpt2, monkeypatch):
+    from mlx_posttrain.engines import torch_decoding
+
+    model = engines.get("torch").load(random_gpt2)
+
+    def said():
+        return [c.tokens for c in model.generate(PROMPTS, max_tokens=40, stop=9, temperature=1.5, samples=4, seed=2)]
+
+    wide = said()
+    assert len({len(tokens) for tokens in wide}) > 2  # rows leave at different steps
+    monkeypatch.setattr(torch_decoding, "ROOM", 3)
+    assert said() == wide

@@ -120,13 +120,15 @@ def test_figures_and_gradients_equal_the_plain_losses_for_every_chunk(name, kind
     for rows in range(1, N + 2):  # and of the vocabulary, 3 to 23 entries at a time
         monkeypatch.setattr(fused, "CHUNK_BYTES", rows * V * 4 + 3)
         assert max(s.stop - s.start for s in fused.chunks(N, V)) <= rows
-        for trained, steered in ((True, False), (False, True), (False, False)):
+        for trained, steered, kept in ((True, False, 0), (True, False, 4), (True, False, N), (False, True, N), (False, False, N)):
             if name == "torch" and not (trained or steered):
                 continue  # torch sees for itself whether a gradient is wanted
+            monkeypatch.setattr(fused, "KEPT_BYTES", kept * V * 4)
+            assert (fused.kept(N, V) == N) == (kept == N) and fused.kept(N, V) <= kept
             found, got_h, got_w = RESULTS[name](p, kind, trained, steered)
-            assert all(near(a, b) for a, b in zip(found, values, strict=True)), (rows, trained, steered)
-            assert near(got_h, d_h), (rows, trained, steered)
-            assert near(got_w, d_w if trained else np.zeros((V, D))), (rows, trained, steered)
+            assert all(near(a, b) for a, b in zip(found, values, strict=True)), (rows, trained, steered, kept)
+            assert near(got_h, d_h), (rows, trained, steered, kept)
+            assert near(got_w, d_w if trained else np.zeros((V, D))), (rows, trained, steered, kept)
 
 
 def test_chunks_cover_every_position_once_and_fit_the_budget():
@@ -135,6 +137,16 @@ def test_chunks_cover_every_position_once_and_fit_the_budget():
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
         assert all((part.stop - part.start) * 50257 * 4 <= fused.CHUNK_BYTES for part in parts)
     assert len(fused.chunks(3, 10**9)) == 3  # a chunk has at least one position
+    assert [part.stop for part in fused.chunks(576, 50257)] == [128, 256, 384, 512, 576]  # whole panels
+    assert [part.stop for part in fused.chunks(320, 50257)] == [128, 256, 320]
+    assert fused.chunks(0, 50257) == []
+
+
+def test_slopes_are_kept_of_whole_chunks_as_long_as_they_fit():
+    assert fused.kept(576, 50257) == 576
+    assert fused.kept(4096, 50257) == 640
+    assert fused.kept(4096, 50257) * 50257 * 4 <= fused.KEPT_BYTES
+    assert fused.kept(64, 10**8) == 0  # not even the first chunk
 
 
 def test_equal_distributions_have_no_divergence_and_likely_tokens_no_positive_logprob():
@@ -205,11 +217,15 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("adapter", [None, "lora"])
+@pytest.mark.parametrize(("adapter", "kept"), [(None, 0), (None, 50), (None, 10**3), ("lora", 0)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_steps_equal_those_of_the_plain_path(engine, random_gpt2, adapter, loss, monkeypatch):
-    """Several chunks, two micro-batches, three steps. AdamW's eps is large, or rounding of tiny gradients would become whole steps."""
+def test_steps_equal_those_of_the_plain_path(engine, random_gpt2, adapter, kept, loss, monkeypatch):
+    """Several chunks, two micro-batches, three steps, slopes kept of no, some and all positions.
+
+    AdamW's eps is large, or rounding of tiny gradients would become whole steps.
+    """
     monkeypatch.setattr(fused, "CHUNK_BYTES", 50 * 400 * 4)
+    monkeypatch.setattr(fused, "KEPT_BYTES", kept * 400 * 4)
     curves, weights = [], []
     for chosen in LOSSES[loss]:
         model = engine.load(random_gpt2)
@@ -305,6 +321,7 @@ def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch)
     from mlx_posttrain.engines import mlx_fused
 
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(fused, "KEPT_BYTES", 2**22)
     v, d = 16384, 16
 
     def peak(n: int) -> int:
@@ -325,6 +342,48 @@ def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch)
     one, two = peak(1024), peak(2048)
     assert two < 1.2 * one, f"{one / 2**20:.1f} and {two / 2**20:.1f} MB"
     assert two < 2048 * v * 4 / 3
+
+
+@pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
+def test_torch_lets_go_of_what_was_kept_when_it_was_used():
+    """A training loop holds the last loss, and with it the graph, until the next forward pass is through."""
+    import gc
+    import weakref
+
+    import torch
+
+    from mlx_posttrain.engines import torch_fused
+
+    h, w, target = torch.randn(9, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True), torch.randint(0, 30, (9,))
+    logprobs = torch_fused.logprobs(h, w, target)
+    alive = [weakref.ref(o) for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (9, 30)]
+    assert alive  # the slopes
+    logprobs.sum().backward()
+    assert [o for o in alive if o() is not None] == []
+
+
+@pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
+def test_on_torch_a_tied_embedding_gets_one_gradient_made_in_place():
+    """Of both its uses, over two micro-batches, as autograd finds it; whatever was in ``grad`` before is added to."""
+    import torch
+
+    from mlx_posttrain.engines import torch_fused
+
+    torch.manual_seed(0)
+    tokens, target = torch.tensor([[3, 1, 3], [0, 3, 7]]), torch.tensor([1, 3, 5, 3, 7, 0])
+
+    def gradient(ours: bool) -> torch.Tensor:
+        w = (torch.arange(40.0).reshape(10, 4) / 10).sin().requires_grad_(True)
+        w.grad = torch.ones_like(w)
+        for scale in (1.0, -2.0):
+            if ours:
+                found = torch_fused.logprobs(torch_fused.embed(tokens, w).flatten(0, 1).tanh() * 3, w, target)
+            else:
+                found = token_logprobs((w[tokens].flatten(0, 1).tanh() * 3) @ w.T, target)
+            (scale * found * torch.arange(6.0)).sum().backward()
+        return w.grad
+
+    assert torch.allclose(gradient(True), gradient(False), atol=1e-6)
 
 
 @pytest.mark.slow

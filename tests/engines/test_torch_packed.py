@@ -5,6 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mlx_posttrain.data import batches  # noqa: E402
 from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
 from mlx_posttrain.engines import torch_packed  # noqa: E402
@@ -50,7 +51,7 @@ def model(request, random_gpt2):
 def outputs(model, batch, threshold: float):
     """Hidden states at the batch's positions, and the gradients of a function of them, packed below a share of the padded tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_packed, "WORTHWHILE", threshold)
+        patch.setattr(batches, "WORTHWHILE", threshold)
         model.net.train()
         hidden = model._hidden(model.net, _device_batch(batch, 1.0))
         (torch.from_numpy(batch.weight)[:, None] * hidden**3).sum().backward()
