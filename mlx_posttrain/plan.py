@@ -215,18 +215,18 @@ class Training:
         lean = self.engine == "mlx" and of.model_type == "gpt2" and much and not self.dropout and not self.checkpointing
         return self.engine + (" lean" if lean else " gated" if of.gated else "") + (", adapter" if self.adapter else "")
 
-    def logits(self, batch: Shape) -> float:
-        """GB of the chunks of logits that are alive, or of all logits at a quantised head; with the other side of a divergence, and with the slopes
-        that are kept for a trained head's gradient."""
+    def logits(self, batch: Shape, training: bool = True) -> float:
+        """GB of the chunks of logits that are alive, or of all logits at a quantised head; with the other side of a divergence, and in training
+        with the slopes that are kept for a trained head's gradient."""
         every = 4 * batch.positions * self.size.vocabulary
         beside = REFERENCE_ALIVE[self.engine] if self.reference else 1.0
         if self.size.packed_head or (self.bits is not None and not self.size.tied):
             return LOGITS_ALIVE * every * beside / GB
-        chunks = len(fused.chunks(batch.positions, self.size.vocabulary))
+        chunks = fused.chunks(batch.positions, self.size.vocabulary)
         each, most = CHUNKS_ALIVE[self.engine][self.adapter]
-        alive = min(most, each * chunks)
-        kept = 0 if self.adapter else self.number * self.size.vocabulary * fused.kept(batch.positions, self.size.vocabulary)
-        return (alive * every / chunks * beside + kept) / GB
+        alive = min(most, each * len(chunks)) * 4 * chunks[0].stop * self.size.vocabulary
+        kept = fused.kept(batch.positions, self.size.vocabulary) if training and not self.adapter else 0
+        return (alive * beside + self.number * self.size.vocabulary * kept) / GB
 
     def head(self) -> float:
         """GB of the head's gradient, which is there before the blocks have freed anything; torch adds to the one of earlier micro-batches."""
@@ -252,7 +252,9 @@ class Training:
             else:
                 found.append(("as the backward pass begins", {"activations": kept, "logits": logits, "gradients": gradients}))
         found.append(("in the update", {"gradients": self.gradients(), "update": self.update()}))
-        found += [("in an evaluation", {"activations": self.forward(b), "logits": self.logits(b)}) for b in self.evaluations]
+        found += [
+            ("in an evaluation", {"activations": self.forward(b), "logits": self.logits(b, training=False)}) for b in self.evaluations
+        ]
         return found
 
     def update(self) -> float:
@@ -340,7 +342,7 @@ def cache(of: Size, positions: int, dtype: str) -> float:
 def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Sequence[Size]) -> Plan:
     """The plan of a PPO run whose longest prompt has so many tokens and whose reward models and judges are of these sizes."""
     from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, round_up
-    from mlx_posttrain.engines.decoding import CACHE_BLOCK
+    from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM
 
     r, train = recipe.rollout, recipe.train
     length = round_up(longest_prompt + r.max_tokens, LENGTH_MULTIPLE)
@@ -365,7 +367,7 @@ def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seq
         others = [(f"{phase} of the critic", {**parts, "logits": 0.0}) for phase, parts in critic.phases()]
     positions = round_up(longest_prompt + r.max_tokens, CACHE_BLOCK)
     together = max(1, min(answers, r.token_budget // positions))
-    held = positions if engine == "mlx" else longest_prompt + r.max_tokens
+    held = positions if engine == "mlx" else round_up(longest_prompt + r.max_tokens, ROOM)
     others.append(("in a rollout", {"cache": cache(of, together * held, recipe.dtype), "logits": 4 * 4 * together * of.vocabulary / GB}))
     return peak(_name(recipe), policy, train.steps, (answers * r.max_tokens, answers * length), more, others)
 

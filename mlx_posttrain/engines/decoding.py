@@ -22,6 +22,7 @@ from mlx_posttrain.ops import ops
 Array = Any
 
 CACHE_BLOCK = 256  # mlx-lm's caches grow by so many positions at once: a row of 20 tokens takes the memory of 256
+ROOM = 64  # those of the torch engine
 TOKEN_BUDGET = 32 * CACHE_BLOCK  # cached positions of one decode batch: of GPT-2 124M they take 0.6 GB
 
 

@@ -24,27 +24,30 @@ from mlx_posttrain.ops import ops
 
 Array = Any
 
-#: Bytes of one float32 array of logits, of which a handful are alive at once: 128 positions of GPT-2's vocabulary.
+#: Bytes of one float32 array of logits, of which a handful are alive at once: 128 positions of GPT-2's vocabulary. Up to twice that to fill a panel.
 CHUNK_BYTES = 26 * 2**20
 
 #: Bytes of slopes that are kept for the backward pass: 640 positions of GPT-2's vocabulary.
 KEPT_BYTES = 128 * 2**20
 
-#: A chunk is so many positions, or entries of the vocabulary, or a multiple. BLAS libraries multiply by panels: with GPT-2's head 83 positions
-#: at once go at half the rate of 64 or 128.
+#: Chunks are multiples of so many positions, or entries of the vocabulary. BLAS libraries multiply by panels: with GPT-2's head 83 positions at
+#: once go at half the rate of 64 or 128.
 PANEL = 64
 
 
 def chunks(length: int, other: int) -> list[slice]:
-    """One side of [positions, vocabulary] in nearly equal parts whose logits fit CHUNK_BYTES; ``other``: length of the side left whole.
+    """One side of [positions, vocabulary] in parts of whole panels, but for the last, whose logits fit CHUNK_BYTES; ``other``: length of the side left whole.
 
-    Depends on shapes only, so a compiled step stays compiled.
+    Where a panel would take more than twice that it is halved until it fits, to one position at least. Depends on shapes only, so a compiled
+    step stays compiled.
     """
-    most = max(1, CHUNK_BYTES // (4 * max(1, other)))
-    panel = PANEL if most >= PANEL else 1
-    count = -(-length // (most - most % panel))
-    size = -(-length // max(1, count) // panel) * panel
-    return [slice(begin, min(begin + size, length)) for begin in range(0, length, max(1, size))]
+    panel = PANEL
+    while panel > 1 and 4 * other * panel > 2 * CHUNK_BYTES:
+        panel //= 2
+    most = max(panel, CHUNK_BYTES // (4 * max(1, other)) // panel * panel)
+    count = max(1, -(-length // most))
+    size = max(1, -(-length // count // panel) * panel)
+    return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 
 def kept(length: int, vocabulary: int) -> int:

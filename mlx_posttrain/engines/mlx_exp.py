@@ -91,7 +91,7 @@ def softmax(z: mx.array, axis: int = -1) -> mx.array:
 
 
 def softmax_and_lse(z: mx.array) -> tuple[mx.array, mx.array]:
-    """Softmax along the last axis and the log-sum-exp, [..., 1], from one exponential per element; without a gradient."""
+    """Softmax along the last axis and the log-sum-exp, [..., 1], where exp is ours from one exponential per element; without a gradient."""
     if not _fast(z):
         return mx.softmax(z, axis=-1), mx.logsumexp(z, axis=-1, keepdims=True)
     top, e, total = _shifted(z)

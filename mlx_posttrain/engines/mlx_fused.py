@@ -26,19 +26,24 @@ class Fall(NamedTuple):
     target: mx.array | None = None
 
 
-def logprobs(h: mx.array, w: mx.array, target: mx.array, *, steered: bool, trained: bool) -> mx.array:
-    """[N] log-probabilities of the targets. steered: as in fused.py; trained: whether w has a gradient."""
+def logprobs(h: mx.array, w: mx.array, target: mx.array, *, steered: bool, trained: bool, keep: bool = True) -> mx.array:
+    """[N] log-probabilities of the targets.
+
+    steered: as in fused.py; trained: whether w has a gradient; keep: whether slopes may be kept for it, which an evaluation has no use for.
+    """
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
         p, lse = softmax_and_lse(z)
         return [_at(z, target) - lse, lse, *([w[target] - _times(p, w)] if steered else [])], p
 
-    (value, lse, *slope), kept = _sweep(values, trained, w, h, target)
+    (value, lse, *slope), kept = _sweep(values, trained and keep, w, h, target)
     return _with_gradient(value, h, w, slope, Fall(_softmax_of(lse), kept, target), trained)[:, 0]
 
 
-def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, steered: bool, trained: bool) -> tuple[mx.array, mx.array]:
+def logprobs_and_entropy(
+    h: mx.array, w: mx.array, target: mx.array, *, steered: bool, trained: bool, keep: bool = True
+) -> tuple[mx.array, mx.array]:
     """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports them."""
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
@@ -47,7 +52,7 @@ def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, steered:
         found = [_at(z, target) - lse, fused.entropy(z, p, lse), lse]
         return [*found, *([w[target] - _times(p, w)] if steered else [])], p
 
-    (value, entropy, lse, *slope), kept = _sweep(values, trained, w, h, target)
+    (value, entropy, lse, *slope), kept = _sweep(values, trained and keep, w, h, target)
     softmax = _softmax_of(lse)
 
     def fall_of_entropy(z: mx.array, rows: slice, part: slice) -> mx.array:
@@ -59,7 +64,7 @@ def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, steered:
 
 def logprobs_and_kl(
     h: mx.array, w: mx.array, h_ref: mx.array, w_ref: mx.array, target: mx.array, direction: str, beta: float | None = None, *,
-    steered: bool, trained: bool,
+    steered: bool, trained: bool, keep: bool = True,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows.
 
@@ -77,7 +82,7 @@ def logprobs_and_kl(
             found += [w[target] - _times(fall, w), *([_times(slope, w)] if beta is None else [])]
         return found, fall
 
-    (value, kl, lse, lse_ref, *slopes), kept = _sweep(values, trained, w, h, h_ref, target)
+    (value, kl, lse, lse_ref, *slopes), kept = _sweep(values, trained and keep, w, h, h_ref, target)
     softmax = _softmax_of(lse)
 
     def fall_of_kl(z: mx.array, rows: slice, part: slice) -> mx.array:
@@ -89,9 +94,8 @@ def logprobs_and_kl(
         return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
 
     value = _with_gradient(value, h, w, slopes[:1], Fall(softmax if beta is None else fall_of_both, kept, target), trained)
-    if beta is None:
-        kl = _with_gradient(kl, h, w, slopes[1:], Fall(fall_of_kl, []), trained)
-    return value[:, 0], kl[:, 0]
+    divergence = _with_gradient(kl, h, w, slopes[1:], Fall(fall_of_kl, []), trained) if beta is None else kl
+    return value[:, 0], divergence[:, 0]
 
 
 def _logits(h: mx.array, w: mx.array) -> mx.array:
@@ -113,10 +117,7 @@ def _softmax_of(lse: mx.array) -> Callable[[mx.array, slice, slice], mx.array]:
 def _sweep(
     function: Callable[..., tuple[list[mx.array], mx.array]], keep: bool, w: mx.array, *rows: mx.array
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and what is kept of it.
-
-    What is kept is not computed where no gradient is asked for.
-    """
+    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and what is kept of it."""
     count = rows[0].shape[0]
     most = fused.kept(count, w.shape[0]) if keep else 0
     parts: list[list[mx.array]] = []

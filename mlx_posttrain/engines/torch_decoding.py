@@ -12,8 +12,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 from mlx_posttrain.data.batches import round_up
 from mlx_posttrain.engines import decoding, torch_fused
 
-ROOM = 64  # tokens that a cache makes room for at once
-
 
 class _Roomy(DynamicLayer):
     """One layer's keys and values, [rows, heads, tokens, head]: views of arrays with room for more tokens.
@@ -29,11 +27,11 @@ class _Roomy(DynamicLayer):
         begin = self.get_seq_length()
         end = begin + key_states.shape[-2]
         if not self._rooms or end > self._rooms[0].shape[-2]:
-            rooms = [new.new_empty((*new.shape[:2], round_up(end, ROOM), new.shape[3])) for new in (key_states, value_states)]
+            rooms = [new.new_empty((*new.shape[:2], round_up(end, decoding.ROOM), new.shape[3])) for new in (key_states, value_states)]
             for room, old in zip(rooms, self._rooms, strict=False):
                 room[:, :, :begin] = old[:, :, :begin]
-            self._rooms, self.is_initialized = rooms, True
-            self.dtype, self.device = key_states.dtype, key_states.device
+            self._rooms = rooms
+        self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, begin:end] = new
         return self._show(end)
@@ -43,9 +41,10 @@ class _Roomy(DynamicLayer):
         return self.keys, self.values
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        end = self.get_seq_length()
-        self._rooms = [change(room) for room in self._rooms]
-        self._show(end)
+        if self._rooms:  # else a layer that has met no token
+            end = self.get_seq_length()
+            self._rooms = [change(room) for room in self._rooms]
+            self._show(end)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._each(lambda room: room.repeat_interleave(repeats, dim=0))
@@ -55,7 +54,7 @@ class _Roomy(DynamicLayer):
 
 
 class TorchDecoder:
-    """A transformers model as a :class:`~mlx_posttrain.engines.decoding.Decoder`; head: its weight [V, d], None where it is no plain matrix."""
+    """A transformers model as a :class:`~mlx_posttrain.engines.decoding.Decoder`; head: [V, d], None where logits are not just its products."""
 
     def __init__(self, net: Any, head: torch.Tensor | None):
         self.net = net

@@ -77,8 +77,8 @@ def logprobs_and_kl(
         (p, lse), (p_ref, lse_ref) = fused.softmax(z), fused.softmax(z_ref)
         kl = fused.kl(z, p, lse, z_ref, p_ref, lse_ref, direction)
         found = [_at(z, target) - lse, kl, lse, lse_ref]
-        if not (steered or keep):
-            return found, None
+        if not steered and (not keep or beta is None):
+            return found, p if keep else None
         slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
         fall = p if beta is None else p + beta * slope
         if steered:
@@ -97,9 +97,8 @@ def logprobs_and_kl(
         return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
 
     value = _with_gradient(value, h, w, slopes[:1], Fall(softmax if beta is None else fall_of_both, kept, target), trained)
-    if beta is None:
-        kl = _with_gradient(kl, h, w, slopes[1:], Fall(fall_of_kl, []), trained)
-    return value[:, 0], kl[:, 0]
+    divergence = _with_gradient(kl, h, w, slopes[1:], Fall(fall_of_kl, []), trained) if beta is None else kl
+    return value[:, 0], divergence[:, 0]
 
 
 def embed(tokens: Tensor, w: Tensor) -> Tensor:
@@ -167,13 +166,13 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, h: Tensor, w: Tensor, fall: Fall) -> Tensor:
-        ctx.save_for_backward(h, w)
-        ctx.fall = fall
+        ctx.save_for_backward(h)
+        ctx.w, ctx.fall = w, fall  # the weight itself: what saved_tensors gives may be a copy, and its gradient nobody's
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        h, w = ctx.saved_tensors
+        (h,), w = ctx.saved_tensors, ctx.w
         fall, ctx.fall = ctx.fall, None  # what was kept would stay for as long as anybody holds the value
         g = g.to(h.dtype)
         d_h, weighted = torch.zeros_like(h), -g * h
@@ -204,13 +203,12 @@ class _Attached(torch.autograd.Function):
 class _Embedded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, w)
+        ctx.tokens, ctx.w = tokens, w
         return torch.nn.functional.embedding(tokens, w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
-        tokens, w = ctx.saved_tensors
-        _own_gradient(w).index_add_(0, tokens.flatten(), g.flatten(0, -2).to(w.dtype))
+        _own_gradient(ctx.w).index_add_(0, ctx.tokens.flatten(), g.flatten(0, -2))
         return None, None
 
 

@@ -142,8 +142,9 @@ def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
 
     from mlx_posttrain.engines import torch_decoding
 
-    monkeypatch.setattr(torch_decoding, "ROOM", 4)
+    monkeypatch.setattr(decoding, "ROOM", 4)
     torch.manual_seed(0)
+    torch_decoding._Roomy().batch_repeat_interleave(2)  # which has met no token
     both = [Cache(layer_class_to_replicate=kind) for kind in (torch_decoding._Roomy, DynamicLayer)]
     rows = 2
     for step, change in enumerate(["repeat", "", "drop", "", "", "drop", "", "", ""]):
@@ -167,8 +168,6 @@ def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
 def test_a_cache_that_grows_while_rows_leave_says_the_same(random_gpt2, monkeypatch):
-    from mlx_posttrain.engines import torch_decoding
-
     model = engines.get("torch").load(random_gpt2)
 
     def said():
@@ -176,5 +175,26 @@ def test_a_cache_that_grows_while_rows_leave_says_the_same(random_gpt2, monkeypa
 
     wide = said()
     assert len({len(tokens) for tokens in wide}) > 2  # rows leave at different steps
-    monkeypatch.setattr(torch_decoding, "ROOM", 3)
+    monkeypatch.setattr(decoding, "ROOM", 3)
     assert said() == wide
+
+
+@pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
+def test_torch_decodes_through_the_whole_model_where_logits_are_more_than_products(random_gpt2, monkeypatch):
+    from mlx_posttrain.engines import torch as engine
+    from mlx_posttrain.engines import torch_decoding
+
+    model = engines.get("torch").load(random_gpt2)
+    heads = []
+
+    class Watched(torch_decoding.TorchDecoder):
+        def __init__(self, net, head):
+            super().__init__(net, head)
+            heads.append(head)
+
+    monkeypatch.setattr(engine, "TorchDecoder", Watched)
+    said = []
+    for split in (True, False):
+        model._split = split
+        said.append([c.tokens for c in model.generate(PROMPTS, max_tokens=8, stop=None, temperature=1.0, seed=1)])
+    assert heads[0] is not None and heads[1] is None and said[0] == said[1]
