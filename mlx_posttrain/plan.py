@@ -44,6 +44,11 @@ class Shape(NamedTuple):
     positions: int
     packed: int | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.rows * self.length if self.packed is None else self.packed
+
 
 @dataclass
 class Plan:
@@ -114,12 +119,8 @@ def distinct(found: Iterable[Shape]) -> list[Shape]:
     """Each shape once, with the most tokens that rows of it are read as."""
     largest: dict[tuple[int, ...], Shape] = {}
     for shape in found:
-        largest[shape[:3]] = max(shape, largest.get(shape[:3], shape), key=_tokens)
+        largest[shape[:3]] = max(shape, largest.get(shape[:3], shape), key=lambda s: s.tokens)
     return [largest[key] for key in sorted(largest)]
-
-
-def _tokens(shape: Shape) -> int:
-    return shape.rows * shape.length if shape.packed is None else shape.packed
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,11 @@ class Training:
         block = Block(of.width, of.inner, of.key_width, of.heads)
         blocks = min(kept.again, of.layers) if self.checkpointing else of.layers
         numbers = kept.numbers(block, blocks, batch.rows, batch.length, batch.packed)
-        return (numbers * self.number + blocks / of.layers * self._beside(_tokens(batch))) / GB
+        return (numbers * self.number + blocks / of.layers * self._beside(batch.tokens)) / GB
 
     def inputs(self, batch: Shape) -> float:
         """GB of every block's input, which is what checkpointing keeps."""
-        return self.size.layers * _tokens(batch) * self.size.width * self.number / GB
+        return self.size.layers * batch.tokens * self.size.width * self.number / GB
 
     def _beside(self, tokens: int) -> float:
         """Bytes that the adapted layers keep beside those of the blocks: in half precision their updates in float32; of DoRA the outputs
@@ -235,7 +236,7 @@ class Training:
 
     def forward(self, batch: Shape) -> float:
         """GB of a pass without gradients: one block's arrays."""
-        s, tokens = self.size, _tokens(batch)
+        s, tokens = self.size, batch.tokens
         block = tokens * (6 * s.width + (3 if s.gated else 2) * s.inner) + 2 * batch.rows * s.heads * batch.length**2
         return self.number * block / GB
 

@@ -96,7 +96,7 @@ def _mlx_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
     targets = mx.array(target.astype(np.int32))
 
     def loss(h: mx.array, w: mx.array) -> mx.array:
-        return -mx.sum(mlx_fused.logprobs(h, w, targets, steered=False, trained=True))
+        return -mx.sum(mlx_fused.logprobs(h, w, targets, trained=True, training=True))
 
     given = mx.array(h), mx.array(w)
     mx.eval(given, targets)

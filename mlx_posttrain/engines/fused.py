@@ -18,7 +18,8 @@ the whole vocabulary, [n, 1].
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from mlx_posttrain.ops import ops
 
@@ -44,7 +45,7 @@ def chunks(length: int, other: int) -> list[slice]:
     panel = PANEL
     while panel > 1 and 4 * other * panel > 2 * CHUNK_BYTES:
         panel //= 2
-    most = max(panel, CHUNK_BYTES // (4 * max(1, other)) // panel * panel)
+    most = max(panel, CHUNK_BYTES // (4 * other) // panel * panel)
     count = max(1, -(-length // most))
     size = max(1, -(-length // count // panel) * panel)
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
@@ -54,6 +55,18 @@ def kept(length: int, vocabulary: int) -> int:
     """How many of ``length`` positions have their slopes kept: whole chunks, for as long as they fit KEPT_BYTES."""
     fit = KEPT_BYTES // (4 * vocabulary)
     return max((part.stop for part in chunks(length, vocabulary) if part.stop <= fit), default=0)
+
+
+class Fall(NamedTuple):
+    """How a value [N, 1] falls with its logits, - d value / d z, but for the 1 that a log-probability has at its target.
+
+    at(z, rows, part): it, [n, v], at the logits z of ``rows`` and of ``part`` of the vocabulary. kept: it, [n, V] each, of the first chunks.
+    target: [N] the targets, of a log-probability.
+    """
+
+    at: Callable[[Array, slice, slice], Array]
+    kept: list[Array]
+    target: Array | None = None
 
 
 def softmax(z: Array) -> tuple[Array, Array]:

@@ -101,8 +101,7 @@ class MLXModel:
         layer = _head_layer(net)
         if type(layer) not in (nn.Linear, nn.Embedding) or "bias" in layer:
             return None
-        trained = "weight" in layer.trainable_parameters()
-        return layer.weight, {"trained": trained, "steered": net.training and not trained, "keep": net.training}
+        return layer.weight, {"trained": "weight" in layer.trainable_parameters(), "training": net.training}
 
     def _logprobs(self, net: nn.Module, batch: DeviceBatch, temperature: float) -> mx.array:
         head = self._fused_head(net)

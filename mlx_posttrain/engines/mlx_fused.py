@@ -6,7 +6,7 @@ Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,57 +14,43 @@ from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.mlx_exp import exp_below, softmax_and_lse
 
 
-class Fall(NamedTuple):
-    """How a value [N, 1] falls with its logits, - d value / d z, but for the 1 that a log-probability has at its target.
-
-    at(z, rows, part): it, [n, v], at the logits z of ``rows`` and of ``part`` of the vocabulary. kept: it, [n, V] each, of the first chunks.
-    target: [N] the targets, of a log-probability.
-    """
-
-    at: Callable[[mx.array, slice, slice], mx.array]
-    kept: list[mx.array]
-    target: mx.array | None = None
-
-
-def logprobs(h: mx.array, w: mx.array, target: mx.array, *, steered: bool, trained: bool, keep: bool = True) -> mx.array:
+def logprobs(h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool) -> mx.array:
     """[N] log-probabilities of the targets.
 
-    steered: as in fused.py; trained: whether w has a gradient; keep: whether slopes may be kept for it, which an evaluation has no use for.
+    trained: whether w has a gradient; training: whether one is about to be asked for, so that it is steered, or slopes are kept for it: fused.py.
     """
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
         p, lse = softmax_and_lse(z)
-        return [_at(z, target) - lse, lse, *([w[target] - _times(p, w)] if steered else [])], p
+        return [_at(z, target) - lse, lse, *([w[target] - _times(p, w)] if training and not trained else [])], p
 
-    (value, lse, *slope), kept = _sweep(values, trained and keep, w, h, target)
-    return _with_gradient(value, h, w, slope, Fall(_softmax_of(lse), kept, target), trained)[:, 0]
+    (value, lse, *slope), kept = _sweep(values, trained and training, w, h, target)
+    return _with_gradient(value, h, w, slope, fused.Fall(_softmax_of(lse), kept, target), trained)[:, 0]
 
 
-def logprobs_and_entropy(
-    h: mx.array, w: mx.array, target: mx.array, *, steered: bool, trained: bool, keep: bool = True
-) -> tuple[mx.array, mx.array]:
+def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool) -> tuple[mx.array, mx.array]:
     """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports them."""
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
         p, lse = softmax_and_lse(z)
         found = [_at(z, target) - lse, fused.entropy(z, p, lse), lse]
-        return [*found, *([w[target] - _times(p, w)] if steered else [])], p
+        return [*found, *([w[target] - _times(p, w)] if training and not trained else [])], p
 
-    (value, entropy, lse, *slope), kept = _sweep(values, trained and keep, w, h, target)
+    (value, entropy, lse, *slope), kept = _sweep(values, trained and training, w, h, target)
     softmax = _softmax_of(lse)
 
     def fall_of_entropy(z: mx.array, rows: slice, part: slice) -> mx.array:
         return -fused.entropy_slope(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
-    value = _with_gradient(value, h, w, slope, Fall(softmax, kept, target), trained)
-    return value[:, 0], _with_gradient(entropy, h, w, [], Fall(fall_of_entropy, []), trained)[:, 0]
+    value = _with_gradient(value, h, w, slope, fused.Fall(softmax, kept, target), trained)
+    return value[:, 0], _with_gradient(entropy, h, w, [], fused.Fall(fall_of_entropy, []), trained)[:, 0]
 
 
 def logprobs_and_kl(
     h: mx.array, w: mx.array, h_ref: mx.array, w_ref: mx.array, target: mx.array, direction: str, beta: float | None = None, *,
-    steered: bool, trained: bool, keep: bool = True,
+    trained: bool, training: bool,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows.
 
@@ -78,11 +64,11 @@ def logprobs_and_kl(
         found = [_at(z, target) - lse, kl, lse, lse_ref]
         slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
         fall = p if beta is None else p + beta * slope
-        if steered:
+        if training and not trained:
             found += [w[target] - _times(fall, w), *([_times(slope, w)] if beta is None else [])]
         return found, fall
 
-    (value, kl, lse, lse_ref, *slopes), kept = _sweep(values, trained and keep, w, h, h_ref, target)
+    (value, kl, lse, lse_ref, *slopes), kept = _sweep(values, trained and training, w, h, h_ref, target)
     softmax = _softmax_of(lse)
 
     def fall_of_kl(z: mx.array, rows: slice, part: slice) -> mx.array:
@@ -93,8 +79,8 @@ def logprobs_and_kl(
     def fall_of_both(z: mx.array, rows: slice, part: slice) -> mx.array:
         return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
 
-    value = _with_gradient(value, h, w, slopes[:1], Fall(softmax if beta is None else fall_of_both, kept, target), trained)
-    divergence = _with_gradient(kl, h, w, slopes[1:], Fall(fall_of_kl, []), trained) if beta is None else kl
+    value = _with_gradient(value, h, w, slopes[:1], fused.Fall(softmax if beta is None else fall_of_both, kept, target), trained)
+    divergence = _with_gradient(kl, h, w, slopes[1:], fused.Fall(fall_of_kl, []), trained) if beta is None else kl
     return value[:, 0], divergence[:, 0]
 
 
@@ -132,14 +118,14 @@ def _sweep(
     return [mx.stop_gradient(mx.concatenate(list(arrays))) for arrays in zip(*parts, strict=True)], kept
 
 
-def _with_gradient(value: mx.array, h: mx.array, w: mx.array, slope: list[mx.array], fall: Fall, trained: bool) -> mx.array:
+def _with_gradient(value: mx.array, h: mx.array, w: mx.array, slope: list[mx.array], fall: fused.Fall, trained: bool) -> mx.array:
     """``value`` [N, 1] steered by its slope [N, d] where there is one, else with the gradient that ``fall`` says."""
     if slope:
         return value + mx.sum((h - mx.stop_gradient(h)) * slope[0], axis=-1, keepdims=True)  # what is added is zero
     return _attached(value, h, w, fall, trained)
 
 
-def _attached(value: mx.array, h: mx.array, w: mx.array, fall: Fall, trained: bool) -> mx.array:
+def _attached(value: mx.array, h: mx.array, w: mx.array, fall: fused.Fall, trained: bool) -> mx.array:
     """``value`` with its gradients with respect to h and, when ``trained``, w: from what was kept, and from forming other logits again.
 
     A part of the vocabulary at a time: each part of w's gradient is complete when it is made.

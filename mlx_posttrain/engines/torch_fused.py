@@ -9,25 +9,13 @@ zeros first, and add it to the others. Here what there is to add is added to ``w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from mlx_posttrain.engines import fused
 
 Tensor = torch.Tensor
-
-
-class Fall(NamedTuple):
-    """How a value [N, 1] falls with its logits, - d value / d z, but for the 1 that a log-probability has at its target.
-
-    at(z, rows, part): it, [n, v], at the logits z of ``rows`` and of ``part`` of the vocabulary. kept: it, [n, V] each, of the first chunks.
-    target: [N] the targets, of a log-probability.
-    """
-
-    at: Callable[[Tensor, slice, slice], Tensor]
-    kept: list[Tensor]
-    target: Tensor | None = None
 
 
 def logprobs(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
@@ -40,7 +28,7 @@ def logprobs(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
         return [_at(z, target) - lse, lse, *([w[target] - _times(p, w)] if steered else [])], p if keep else None
 
     (value, lse, *slope), kept = _sweep(values, trained, w, h, target)
-    return _with_gradient(value, h, w, slope, Fall(_softmax_of(lse), kept, target), trained)[:, 0]
+    return _with_gradient(value, h, w, slope, fused.Fall(_softmax_of(lse), kept, target), trained)[:, 0]
 
 
 def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +47,8 @@ def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, 
     def fall_of_entropy(z: Tensor, rows: slice, part: slice) -> Tensor:
         return -fused.entropy_slope(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
-    value = _with_gradient(value, h, w, slope, Fall(softmax, kept, target), trained)
-    return value[:, 0], _with_gradient(entropy, h, w, [], Fall(fall_of_entropy, []), trained or steered)[:, 0]
+    value = _with_gradient(value, h, w, slope, fused.Fall(softmax, kept, target), trained)
+    return value[:, 0], _with_gradient(entropy, h, w, [], fused.Fall(fall_of_entropy, []), trained or steered)[:, 0]
 
 
 def logprobs_and_kl(
@@ -96,8 +84,8 @@ def logprobs_and_kl(
     def fall_of_both(z: Tensor, rows: slice, part: slice) -> Tensor:
         return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
 
-    value = _with_gradient(value, h, w, slopes[:1], Fall(softmax if beta is None else fall_of_both, kept, target), trained)
-    divergence = _with_gradient(kl, h, w, slopes[1:], Fall(fall_of_kl, []), trained) if beta is None else kl
+    value = _with_gradient(value, h, w, slopes[:1], fused.Fall(softmax if beta is None else fall_of_both, kept, target), trained)
+    divergence = _with_gradient(kl, h, w, slopes[1:], fused.Fall(fall_of_kl, []), trained) if beta is None else kl
     return value[:, 0], divergence[:, 0]
 
 
@@ -154,7 +142,7 @@ def _sweep(
     return joined, kept
 
 
-def _with_gradient(value: Tensor, h: Tensor, w: Tensor, slope: list[Tensor], fall: Fall, attach: bool) -> Tensor:
+def _with_gradient(value: Tensor, h: Tensor, w: Tensor, slope: list[Tensor], fall: fused.Fall, attach: bool) -> Tensor:
     """``value`` [N, 1] steered by its slope [N, d] where there is one, or else, to ``attach``, with the gradient that ``fall`` says."""
     if slope:
         return value + ((h - h.detach()) * slope[0]).sum(-1, keepdim=True)  # what is added is zero
@@ -165,7 +153,7 @@ class _Attached(torch.autograd.Function):
     """``value`` [N, 1] with its gradients with respect to h and, added in place, w: from what was kept, and from forming other logits again."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, h: Tensor, w: Tensor, fall: Fall) -> Tensor:
+    def forward(ctx: Any, value: Tensor, h: Tensor, w: Tensor, fall: fused.Fall) -> Tensor:
         ctx.save_for_backward(h)
         ctx.w, ctx.fall = w, fall  # the weight itself: what saved_tensors gives may be a copy, and its gradient nobody's
         return value.clone()

@@ -69,7 +69,7 @@ def mlx_results(p: dict[str, np.ndarray], kind: str, trained: bool, steered: boo
     from mlx_posttrain.engines import mlx_fused
 
     a = {name: mx.array(v.astype(np.int32 if name == "target" else np.float32)) for name, v in p.items()}
-    way = {"trained": trained, "steered": steered}
+    way = {"trained": trained, "training": trained or steered}
 
     def figures(h, w):
         if kind == "logprobs":
@@ -333,7 +333,7 @@ def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch)
         mx.eval(h, w, target)
 
         def loss(h, w):
-            values = mlx_fused.logprobs_and_kl(h, w, h, w, target, "forward", trained=trained, steered=not trained)
+            values = mlx_fused.logprobs_and_kl(h, w, h, w, target, "forward", trained=trained, training=True)
             return mx.sum(values[0] - values[1])
 
         step = mx.compile(mx.value_and_grad(loss, argnums=(0, 1) if trained else 0))

@@ -74,7 +74,7 @@ def test_quantising_leaves_the_head_as_it_is(llama):
     packed = [path for path, m in model.net.named_modules() if isinstance(m, nn.QuantizedLinear)]
     assert len(packed) == 2 * 7  # in each block four of attention and three of the feed-forward
     model.add_adapter(AdapterSpec(rank=4), seed=0)
-    assert model._fused_head(model.net.train()) == (model.net.lm_head.weight, {"trained": False, "steered": True, "keep": True})
+    assert model._fused_head(model.net.train()) == (model.net.lm_head.weight, {"trained": False, "training": True})
     assert model.reference_width == 64
     batch = collate([Example(tuple(range(1, 30)), (False,) * 9 + (True,) * 20)])
     trainer = engine.trainer(model, AdamW())
