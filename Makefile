@@ -1,4 +1,4 @@
-# make demo     GPT-2 tuned three ways and compared, on this machine
+# make demo     the embedded model tuned in seven ways and compared, on this machine
 # make test     all tests;  make quick: without the slow ones;  make lint: style and types
 # Needs Python 3.10 to 3.13. PYTHON=... chooses one; PIP_ARGS=... goes to pip install; ARGS=... to the demo or to pytest.
 VENV ?= .venv

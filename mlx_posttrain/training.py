@@ -205,8 +205,7 @@ def fit(
                     break
     finally:
         progress.close()
-    if trainer.compiled:
-        say(f"the batches had {trainer.compiled} shapes, for each of which the step was compiled once")
+    tell_compiled(trainer)
     if state["best"] and train.select == "best":
         model.load_trained(run.checkpoints / state["best"])
         state["evaluation"] = state["best_evaluation"]
@@ -230,6 +229,13 @@ def _restore(engine: Engine, model: Model, trainer: Trainer, run: Run, state: di
     engine.set_random_state(newest.arrays)
     run.truncate_logs(saved["step"])
     return saved["step"]
+
+
+def tell_compiled(*trainers: Trainer) -> None:
+    """Say how often steps were compiled, where they are: what makes a first epoch slower than the next."""
+    compiled = sum(t.compiled for t in trainers)
+    if compiled:
+        say(f"the batches had {compiled} shapes, for each of which the step was compiled once")
 
 
 def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> UserError:

@@ -122,6 +122,18 @@ def test_what_a_kind_of_work_takes_over_another() -> None:
     assert render._relation(kl) == "kl / sft on mlx-cpu: 1.50 [0.70, 1.50] of the time, 1.50 of the memory"
 
 
+def test_nothing_is_told_in_terms_of_work_that_was_not_the_same() -> None:
+    def done(engine: str, what: str, loss: float, **more: Any) -> bench.Timing:
+        return timing(engine, [2.0], [loss], what=what, peak_gb=1.0, **more)
+
+    alone = [done("mlx-cpu", "generate", 3.0), done("mlx-cpu", "generate-single", 3.001)]
+    assert [r["over"] for r in comparison.relations(alone)] == ["generate"]
+    assert comparison.relations([alone[0], done("mlx-cpu", "generate-single", 3.1)]) == []
+    found = [done("mlx-cpu", "sft", 3.0), done("torch-cpu", "sft", 3.2, against="mlx-cpu"), done("torch-cpu", "lora", 3.0)]
+    comparison.compare(found[:2])
+    assert comparison.relations(found) == []
+
+
 def test_what_is_collected_is_shown() -> None:
     t = vars(ours()) | {"steps": 4, "shapes": 3, "disagreement": 1.5e-5, "against": "mlx-cpu", "ratio": (2.0, 1.9, 2.1), "flops_share": 0.5}
     (row,) = render.table({"timings": [t]}).splitlines()[2:]
@@ -215,6 +227,16 @@ def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
     assert "- chip: " in text and "| sft | " in text
     assert timings["sft", have[0]]["steps"] == 2 and timings["sft", have[0]]["shapes"] >= 1
     assert all((tmp_path / "out" / f"bench.{ending}").stat().st_size > 1000 for ending in ("svg", "png"))
+
+
+@pytest.mark.slow
+def test_every_kind_of_work_on_the_embedded_model() -> None:
+    kinds = ["kl", "kl-lora", "reward", "ppo", "generate", "generate-single"]
+    result = bench.bench("tiny", kinds, units=1, shape=Shape(rows=8, batch_size=4))
+    for t in result["timings"]:
+        assert t["error"] is None and t["mismatch"] is None, (t["what"], t["engine"], t["error"], t["mismatch"])
+    told = {(r["what"], r["engine"]): r["time"][0] for r in result["relations"]}
+    assert all(told["generate-single", engine] > 1 for engine in bench.here())
 
 
 @pytest.mark.slow

@@ -93,6 +93,31 @@ def test_a_run_ends_with_a_report_and_a_merged_model(engine, tmp_path, capsys):
     assert "merged into" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("adapter", ["{rank: 8, alpha: 64}", "{rank: 4, kind: dora}", "null"])
+def test_the_base_that_is_asked_is_the_model_before_training(engine, adapter, random_gpt2, tmp_path, monkeypatch):
+    """With an adapter it is the same weights without it, and nothing is loaded again."""
+    asked, think = [], reasoning.think
+
+    def spy(*arguments, **more):
+        asked.append(think(*arguments, **more))
+        return asked[-1]
+
+    monkeypatch.setattr(reasoning, "think", spy)
+    library, loaded = engines.get(engine), []
+    load_weights = type(library).load
+    monkeypatch.setattr(type(library), "load", lambda *given, **more: loaded.append(given) or load_weights(*given, **more))
+    more = ["train.lr=1e-2", "train.select=last", "think.questions=4", "think.max_tokens=12", "sample.count=0"]
+    methods.get("distill").run(load(tmp_path / "run", f"engine={engine}", f"adapter={adapter}", *more))
+    assert len(loaded) == (2 if adapter == "null" else 1)
+    start, tokenizer, _ = loading.open_model("tiny", engine)
+    rows = [json.loads(line)["question"] for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    alone = think(
+        start, tokenizer, [Conversation((Turn("user", q), Turn("assistant", ""))) for q in rows], template="question", max_tokens=12
+    )
+    assert asked[2].texts == alone.texts and asked[0].texts != alone.texts
+
+
 def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, monkeypatch):
     """Context 64: a row is answered up to its end, not up to half of it, and no question that could be answered is left out."""
     found = {}

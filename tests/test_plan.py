@@ -101,17 +101,51 @@ def test_the_peak_is_the_largest_moment() -> None:
     assert large.total_gb == pytest.approx(sum(large.parts.values())) and large.total_gb > 2 * small.total_gb
 
 
+def overrides(less: str) -> tuple[list[str], float]:
+    """Of one piece of advice what it changes, and the peak that it promises."""
+    text, gb = less.removesuffix(" GB)").split(" (")
+    return text.partition(",")[0].split(), float(gb)
+
+
+@pytest.mark.parametrize("engine", engines.available())
+@pytest.mark.parametrize(
+    ("recipe", "given", "said"),
+    [
+        ("demo_sft", ["data.limit=64"], {"train.batch_size=8", "train.gradient_checkpointing=true", "adapter.rank=16"}),
+        ("demo_lora", ["data.limit=64", "adapter.dropout=0.1"], {"train.batch_size=8", "train.gradient_checkpointing=true"}),
+        (
+            "demo_ppo",
+            ["data.limit=64", "critic.kind=separate", "model=tiny", "reward=[{function: exact_answer}]"],
+            {"rollout.max_tokens=20", "critic.kind=shared"},
+        ),
+    ],
+)
+def test_advice_keeps_its_promises(recipe: str, given: list[str], said: set[str], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever follows it is told the peak that it promised, but for rows that fall into other batches."""
+    monkeypatch.setitem(plan.PROGRAM, "torch", 0.0)  # beside which the embedded model is nothing
+    given = [f"engine={engine}", *given]
+    (found,) = plan.of_recipe(recipes.load(recipe, given))
+    advice = [overrides(less) for less in found.advice]
+    assert said <= {change for changes, _ in advice for change in changes}, found.advice
+    for changes, gb in advice:
+        (then,) = plan.of_recipe(recipes.load(recipe, [*given, *changes]))
+        assert then.total_gb < found.total_gb and then.total_gb < 1.15 * gb + 0.01, changes
+        if "max_length" not in changes[0]:  # of rows without a trained token left nothing is trained
+            assert then.total_gb > gb / 1.15 - 0.01, changes
+        assert ("adapter.dropout=0" in changes) == ("train.gradient_checkpointing=true" in changes and recipe == "demo_lora")
+
+
 def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_posttrain import doctor
 
-    training = plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(8, 256, 512)])
-    monkeypatch.setattr(doctor, "memory", lambda: (64 * 2**30, 0))
-    assert "may not fit" not in plan.peak("run", training, 1, (1, 1)).line()
-    monkeypatch.setattr(doctor, "memory", lambda: (3 * 2**30, 0))
-    line = plan.peak("run", training, 1, (1, 1)).line()
-    assert "may not fit" in line and "train.batch_size" in line and "train.gradient_checkpointing=true" in line and "dropout" not in line
-    dropping = plan.Training("mlx", gpt2(), 1_622_016, True, batches=[plan.Shape(8, 1024, 8192)], dropout=True)
-    assert "train.gradient_checkpointing=true with adapter.dropout=0" in plan.peak("run", dropping, 1, (1, 1)).line()
+    found = {}
+    for gb in (64, 0.01):
+        monkeypatch.setattr(doctor, "memory", lambda gb=gb: (int(gb * 2**30), 0))
+        (found[gb],) = plan.of_recipe(recipes.load("demo_sft", ["data.limit=64"]))
+    assert "may not fit" not in found[64].line()
+    line = found[0.01].line()
+    assert "may not fit; with less: train.batch_size=" in line and ", or train.gradient_checkpointing=true (" in line
+    assert all(f"with less: {less}" in found[64].text() for less in found[64].advice)
 
 
 def llama_folder(folder: Path, tied: bool) -> Path:

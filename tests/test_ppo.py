@@ -215,6 +215,17 @@ def test_the_finished_model_says_what_it_said_in_training(engine, random_gpt2, r
     assert [s["answer"] for s in last] != [s["answer"] for s in samples if s["step"] == 0]  # it has learned something since
 
 
+def test_what_it_takes_is_said_before_the_other_models_are_there(random_gpt2, rows_file, counting, tmp_path, monkeypatch, capfd):
+    def stop(*args):
+        raise UserError("so far")
+
+    monkeypatch.setattr(scoring, "Scorer", stop)
+    monkeypatch.setattr(type(engines.get(ENGINES[0]).load(random_gpt2)), "keep_reference", stop)
+    with pytest.raises(UserError, match="so far"):
+        run(load(random_gpt2, rows_file, counting, tmp_path / "run", f"engine={ENGINES[0]}"))
+    assert "memory: about " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_reference_and_critic_stand_apart(engine, random_gpt2, rows_file, counting, tmp_path):
     """The reference never moves, and a separate critic's step leaves the policy alone."""

@@ -123,19 +123,20 @@ def _same_rollout(t: Timing, base: Timing) -> str | None:
 
 
 #: Kinds of work whose cost is told in terms of another's.
-RELATIONS = (("kl", "sft"), ("kl-lora", "lora"), ("lora", "sft"))
+RELATIONS = (("kl", "sft"), ("kl-lora", "lora"), ("lora", "sft"), ("generate-single", "generate"))
 
 
 def relations(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     """What one kind of work takes over what another does, on each engine of ours that did both: ``time`` and ``memory``.
 
+    None where an engine's losses disagree with another's, or the same answers, decoded in two ways, are not equally likely.
     The kinds were not done in turns: least and most of ``time`` are the extremes of all units, so they tell what a busy machine may have done.
     """
-    done = {(t.what, t.engine): t for t in timings if t.error is None and not t.version}
+    done = {(t.what, t.engine): t for t in timings if t.error is None and not t.version and (t.disagreement is None or t.ratio)}
     found = []
     for (what, engine), t in done.items():
         for base in (done.get((other, engine)) for kind, other in RELATIONS if kind == what):
-            if base is None:
+            if base is None or (what.startswith("generate") and max(map(_apart, t.losses, base.losses)) > AGREE_SAMPLED):
                 continue
             middle = statistics.median(t.seconds) / statistics.median(base.seconds)
             time = (middle, min(t.seconds) / max(base.seconds), max(t.seconds) / min(base.seconds))

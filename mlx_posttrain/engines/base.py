@@ -7,6 +7,7 @@ A method sees a :class:`Model` inside its loss and a :class:`Trainer` in its loo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,6 +173,9 @@ class Model(Protocol):
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference (no copy is made where adapters can be switched off)."""
+
+    def adapters_off(self) -> AbstractContextManager[Any]:
+        """While it lasts, a model with an adapter is the one that the adapter stands on; no weight is there twice."""
 
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
         """Metrics of ``loss`` over all batches together, in evaluation mode and without gradients."""

@@ -502,12 +502,12 @@ class MLXTrainer:
         gradients: Any = None
         try:
             for batch in batches:
-                self._shapes.add((loss, batch.tokens.shape, batch.index.shape))
+                self._shapes.add((loss, batch.tokens.shape, batch.index.shape, *sorted(batch.extra)))
                 (value, metrics), part = gradient(parameters, vars(_device_batch(batch, totals[batch.group])))
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 for name, m in {**metrics, "loss": value}.items():
                     sums[name] = sums[name] + m if name in sums else m
-                mx.eval(sums, gradients)
+                mx.async_eval(sums, gradients)  # the next micro-batch is prepared meanwhile
         finally:
             net.update(parameters)  # tracing leaves placeholders in the module
         norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for _, g in tree_flatten(gradients)))

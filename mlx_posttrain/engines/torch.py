@@ -103,7 +103,7 @@ class TorchModel:
             elif self.peft is None:
                 raise RuntimeError("a reference needs keep_reference() first")
             else:
-                with self.peft.disable_adapter():
+                with self.adapters_off():
                     yield self.net
 
     def reference_logits(self, batch: DeviceBatch) -> torch.Tensor:
@@ -215,6 +215,9 @@ class TorchModel:
     def keep_reference(self) -> None:
         if self.peft is None:
             self._reference = copy.deepcopy(self.net).requires_grad_(False).eval()
+
+    def adapters_off(self) -> contextlib.AbstractContextManager[Any]:
+        return self.peft.disable_adapter()
 
     @torch.no_grad()
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:

@@ -89,13 +89,11 @@ def judge(
     thinking = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room)
     at_once = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room, begin=reasoning.AT_ONCE)
     base = None
-    if recipe.think.base:
-        adapter = recipe.adapter  # a quantised base is asked as it was trained on
-        start = engines.get(recipe.engine).load(
-            loading.base_folder(recipe.model),
-            quantize=adapter.quantize if adapter else None,
-            group_size=adapter.group_size if adapter else 64,
-        )
+    if recipe.think.base and recipe.adapter is not None:
+        with student.adapters_off():
+            base = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room)
+    elif recipe.think.base:
+        start = engines.get(recipe.engine).load(loading.base_folder(recipe.model))
         base = reasoning.think(start, tokenizer, rows, template=template, max_tokens=room)
     figures = reasoning.summary(thinking, at_once, base, kept)
     records = [

@@ -45,7 +45,7 @@ from mlx_posttrain.rl.experience import Experience, Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Answer, Question
 from mlx_posttrain.rl.settings import CriticSection, KLSection, PPOSection, PPOTrainSection, PTXSection, RolloutSection
 from mlx_posttrain.schedule import learning_rate
-from mlx_posttrain.training import adamw, blown_up, check_warmup, not_finite, same_data
+from mlx_posttrain.training import adamw, blown_up, check_warmup, not_finite, same_data, tell_compiled
 
 
 class Recipe(recipes.Recipe):
@@ -200,6 +200,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         loading.check_vocabulary(tokenizer, policy, folder)
         check_warmup(recipe.train, recipe.train.steps)
         questions, held_out = prompts.read(recipe.data, tokenizer, policy.context, recipe.rollout.max_tokens, recipe.seed)
+        plans.tell(lambda: _plan(recipe, engine.name, folder, [*questions, *held_out]))  # before reference, critic and scorers are there
         beside = _ptx_rows(recipe, tokenizer, policy.context)
         policy.keep_reference()
         parties = Parties(
@@ -213,7 +214,6 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         if not held_out:
             say("there are no held-out prompts: nothing is evaluated, and samples are answers to training prompts")
         supervised.announce(recipe, engine, policy)
-        plans.tell(lambda: _plan(recipe, engine.name, folder, [*questions, *held_out]))
     engine.seed(recipe.seed)
     result = fit(engine, parties, questions, held_out, beside, recipe, run, resume)
 
@@ -397,5 +397,6 @@ def fit(
                     raise interrupted(signals, done, run.folder)
     finally:
         progress.close()
+    tell_compiled(*[t for t in (trainer, critic_trainer) if t is not None])
     total, trained = policy.parameter_counts()
     return {**state["evaluation"], "parameters": total, "trained_parameters": trained}

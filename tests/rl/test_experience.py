@@ -152,6 +152,24 @@ def test_measured_figures_are_those_of_plain_logits(engine, kind, random_gpt2):
     assert np.ptp(np.concatenate(found["old_value"])) > 0.1
 
 
+def test_answers_are_measured_in_batches_larger_than_those_of_training():
+    """No gradient, so four times the rows and, where there is one, four times the budget of tokens."""
+
+    class Policy:
+        packs = False
+
+        def apply(self, function, made):
+            self.shapes = [b.tokens.shape for b in made]
+            return [dict.fromkeys(("old", "reference", "old_value"), np.zeros(len(b.weight), np.float32)) for b in made]
+
+    first = answers()[0]
+    policy, asked = Policy(), [dataclasses.replace(first, tokens=(9,) * (32 - len(first.question.tokens)))] * 24
+    rows = {None: [8, 8, 8], 64: [8, 8, 8], 32: [4] * 6}  # of 32 tokens each
+    for budget, wanted in rows.items():
+        measure(Parties(policy, None, None, None, None), asked, 1.0, PPOTrainSection(batch_size=2, token_budget=budget), 64)
+        assert policy.shapes == [(n, 32) for n in wanted], budget
+
+
 def test_answers_hold_prompt_and_answer():
     a = dataclasses.replace(answers()[0], question=Question((7, 8), "q", {}), tokens=(9, 0))
     assert a.row == (7, 8, 9, 0)
