@@ -7,9 +7,11 @@ changed are planned as well: those that take less are the advice.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +103,15 @@ def peak(name: str, training: Training, steps: int, tokens: tuple[float, float],
     )  # fmt: skip
 
 
-def _advised(found: Plan, options: Iterable[tuple[str, float]]) -> Plan:
-    """The plan with those ``options``, overrides of the recipe and the peak that they lead to, that take less."""
-    return replace(found, advice=[f"{text} ({gb:.2f} GB)" for text, gb in options if gb < LESS * found.total_gb])
+def _advised(found: Plan, options: Iterable[tuple[str, Callable[[], Plan]]]) -> Plan:
+    """The plan with those ``options``, overrides of the recipe and the plan that they lead to, that take less."""
+    advice = []
+    for text, make in options:
+        with contextlib.suppress(UserError):  # the usual layers for an adapter, say, are not those of every model
+            gb = make().total_gb
+            if gb < LESS * found.total_gb:
+                advice.append(f"{text} ({gb:.2f} GB)")
+    return replace(found, advice=advice)
 
 
 def _alternatives(recipe: Any, engine: str, of: Size) -> Iterator[tuple[str, Any]]:
@@ -120,8 +128,12 @@ def _alternatives(recipe: Any, engine: str, of: Size) -> Iterator[tuple[str, Any
         yield text, changed
     if adapter is None and "adapter" in type(recipe).model_fields:
         yield "adapter.rank=16", recipe.model_copy(update={"adapter": recipes.AdapterSection(rank=16)})
-    elif adapter is not None and adapter.quantize is None and engine == "mlx" and not of.packed:
+    elif adapter is not None and adapter.quantize is None and engine == "mlx" and not of.packed and _fits_groups(of, adapter.group_size):
         yield "adapter.quantize=4", _changed(recipe, "adapter", quantize=4)
+
+
+def _fits_groups(of: Size, group_size: int) -> bool:
+    return all(n % group_size == 0 for shape in of.linear.values() for n in shape)
 
 
 def _changed(recipe: Any, section: str, **values: Any) -> Any:
@@ -164,24 +176,30 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
 
     def of_recipe(changed: Any, longest: int | None = None, states: float = kept) -> Plan:
         """The plan of the recipe, or with another one's settings of the same rows, cut to ``longest``."""
-        share = changed.train.batch_size / recipe.train.batch_size
+        old, new = recipe.train.batch_size, changed.train.batch_size
         training = replace(
-            _training(changed, engine, of), reference=reference, accumulate=most > 1 or share < 1,
-            batches=_at_most(seen, share, longest), evaluations=_at_most(evaluated, share, longest),
+            _training(changed, engine, of), reference=reference, accumulate=most > 1 or new < old,
+            batches=_at_most(seen, old, new, longest),
+            evaluations=_at_most(evaluated, EVALUATION_FACTOR * old, EVALUATION_FACTOR * new, longest),
         )  # fmt: skip
         return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": states})
 
-    options = [(text, of_recipe(changed).total_gb) for text, changed in _alternatives(recipe, engine, of)]
+    options: list[tuple[str, Callable[[], Plan]]] = [
+        (text, partial(of_recipe, changed)) for text, changed in _alternatives(recipe, engine, of)
+    ]
     half = round_up(max(b.length for b in seen) // 2, LENGTH_MULTIPLE)
-    options.append((f"data.max_length={half}, which cuts longer rows", of_recipe(recipe, longest=half).total_gb))
+    options.append((f"data.max_length={half}, which cuts or drops longer rows", partial(of_recipe, recipe, longest=half)))
     if kept:
-        options.append(("kl.cache_gb=0", of_recipe(recipe, states=0.0).total_gb))
+        options.append(("kl.cache_gb=0", partial(of_recipe, recipe, states=0.0)))
     return _advised(of_recipe(recipe), options)
 
 
-def _at_most(batches: Sequence[Shape], share: float, longest: int | None) -> list[Shape]:
-    """The batches with at most so much of the rows that the largest has: fewer where a budget of tokens bounds them is no news."""
-    rows = share * max((b.rows for b in batches), default=0)
+def _at_most(batches: Sequence[Shape], old: int, new: int, longest: int | None) -> list[Shape]:
+    """The batches that settings of ``new`` rows in place of ``old`` would allow, fewer where other limits or the data already hold them down.
+
+    A pair is two rows: what is allowed is reckoned in the rows of the largest batch where those are more.
+    """
+    rows = new / old * max([old, *(b.rows for b in batches)])
     return distinct(b.part(min(1.0, rows / b.rows), longest) for b in batches)
 
 
@@ -195,11 +213,15 @@ def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seq
     r = recipe.rollout
     changes = [*_alternatives(recipe, engine, of)]
     if recipe.critic.kind == "separate":
-        changes.append(("critic.kind=shared", _changed(recipe, "critic", kind="shared")))
+        own = " critic.lr=null" * (recipe.critic.lr is not None) + " critic.init=auto" * (recipe.critic.init != "auto")
+        changes.append((f"critic.kind=shared{own}", _changed(recipe, "critic", kind="shared")))
     changes += [(f"rollout.{key}={value}", _changed(recipe, "rollout", **{key: value}))
                 for key, value in (("max_tokens", r.max_tokens // 2), ("token_budget", r.token_budget // 2)) if value]  # fmt: skip
-    options = [(text, _ppo(changed, engine, of, longest_prompt, rewards).total_gb) for text, changed in changes]
-    return _advised(_ppo(recipe, engine, of, longest_prompt, rewards), options)
+
+    def of_recipe(changed: Any) -> Plan:
+        return _ppo(changed, engine, of, longest_prompt, rewards)
+
+    return _advised(of_recipe(recipe), [(text, partial(of_recipe, changed)) for text, changed in changes])
 
 
 def _ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Sequence[Size]) -> Plan:
@@ -214,7 +236,7 @@ def _ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seque
 
     answers = r.prompts * r.samples
     rows = min(train.batch_size, train.token_budget // length or 1) if train.token_budget else train.batch_size
-    policy = replace(training, batches=[shape(rows)], evaluations=[shape(min(answers, EVALUATION_FACTOR * rows))])
+    policy = replace(training, batches=[shape(rows)], evaluations=[shape(EVALUATION_FACTOR * rows)])
     if recipe.ptx is not None:
         longest = round_up(min(recipe.ptx.data.max_length, of.context or recipe.ptx.data.max_length), LENGTH_MULTIPLE)
         policy = replace(policy, batches=[*policy.batches, Shape(recipe.ptx.batch_size, longest, recipe.ptx.batch_size * longest)])

@@ -235,7 +235,7 @@ def tell_compiled(*trainers: Trainer) -> None:
     """Say how often steps were compiled, where they are: what makes a first epoch slower than the next."""
     compiled = sum(t.compiled for t in trainers)
     if compiled:
-        say(f"the batches had {compiled} shapes, for each of which the step was compiled once")
+        say(f"steps were compiled {compiled} times: once for each shape of batches")
 
 
 def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> UserError:

@@ -129,7 +129,7 @@ RELATIONS = (("kl", "sft"), ("kl-lora", "lora"), ("lora", "sft"), ("generate-sin
 def relations(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     """What one kind of work takes over what another does, on each engine of ours that did both: ``time`` and ``memory``.
 
-    None where an engine's losses disagree with another's, or the same answers, decoded in two ways, are not equally likely.
+    Left out where an engine's losses disagree with another's, or where answers decoded in two ways are not equally likely.
     The kinds were not done in turns: least and most of ``time`` are the extremes of all units, so they tell what a busy machine may have done.
     """
     done = {(t.what, t.engine): t for t in timings if t.error is None and not t.version and (t.disagreement is None or t.ratio)}

@@ -16,7 +16,8 @@ from mlx_posttrain.data.types import Example
 LENGTH_MULTIPLE = 8  # of padded lengths, so that a compiled step meets few shapes; at 32 short rows would be half padding
 POSITION_MULTIPLE = 64
 #: So many times the rows, and padded tokens, of a training micro-batch go through a model together where there is no gradient. A block's arrays
-#: are let go as the next one begins: of GPT-2 a pass holds 14 numbers for each token and unit of width, a training step 15 to 25 in every block.
+#: are let go as the next one begins: of GPT-2 a pass holds 14 numbers for each token and unit of width, on MLX two to three times as many,
+#: a training step 15 to 25 in every block.
 EVALUATION_FACTOR = 4
 WORTHWHILE = 0.95  # of the padded tokens: packing more than that gains less than gathering rows costs
 
