@@ -222,7 +222,7 @@ def test_what_it_takes_is_said_before_the_other_models_are_there(random_gpt2, ro
     monkeypatch.setattr(scoring, "Scorer", stop)
     monkeypatch.setattr(type(engines.get(ENGINES[0]).load(random_gpt2)), "keep_reference", stop)
     with pytest.raises(UserError, match="so far"):
-        run(load(random_gpt2, rows_file, counting, tmp_path / "run", f"engine={ENGINES[0]}"))
+        run(random_gpt2, rows_file, counting, tmp_path / "run", f"engine={ENGINES[0]}")
     assert "memory: about " in capfd.readouterr().err
 
 
