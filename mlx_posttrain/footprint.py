@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_posttrain.activations import CHUNKS_ALIVE, DORA, KEPT, LOGITS_ALIVE, REFERENCE_ALIVE, STOCK_ATTENTION, STOCK_GELU, Block
+from mlx_posttrain.activations import CHUNKS_ALIVE, DORA, FORWARD, KEPT, LOGITS_ALIVE, REFERENCE_ALIVE, STOCK_ATTENTION, STOCK_GELU, Block
 from mlx_posttrain.data.batches import Batch, layout
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
@@ -21,14 +21,9 @@ from mlx_posttrain.sizes import Size
 GB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-
 #: Architectures on which the blocks' coefficients were measured, and DoRA's.
 MEASURED = {"mlx": ("gpt2", "llama"), "torch": ("gpt2",)}
 MEASURED_DORA = ("mlx",)
-
-
-#: How many times what a pass without gradients needs it takes: MLX makes room for operations that still wait for their turn.
-AHEAD = {"mlx": 2.5, "torch": 1.0}
 
 
 class Shape(NamedTuple):
@@ -184,7 +179,7 @@ class Training:
         """GB of a pass without gradients: one block's arrays."""
         s, tokens = self.size, batch.tokens
         block = tokens * (6 * s.width + (3 if s.gated else 2) * s.inner) + 2 * batch.rows * s.heads * batch.length**2
-        return AHEAD[self.engine] * self.number * block / GB
+        return FORWARD[self.engine] * self.number * block / GB
 
     def phases(self) -> list[tuple[str, dict[str, float]]]:
         """What each phase of training holds besides weights and optimizer: GB by part, under the phase's name."""

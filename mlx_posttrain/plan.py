@@ -18,7 +18,7 @@ from typing import Any
 from mlx_posttrain import loading
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain import reference as references
-from mlx_posttrain.data.batches import EVALUATION_FACTOR, LENGTH_MULTIPLE, POSITION_MULTIPLE, round_up
+from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, evaluation_limits, round_up
 from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.footprint import DTYPE_BYTES, GB, Shape, Training, distinct, shapes
@@ -133,10 +133,12 @@ def _alternatives(recipe: Any, engine: str, of: Size) -> Iterator[tuple[str, Any
 
 
 def _fits_groups(of: Size, group_size: int) -> bool:
+    """Whether every linear layer can be cut into groups of weights that share a quantisation scale."""
     return all(n % group_size == 0 for shape in of.linear.values() for n in shape)
 
 
 def _changed(recipe: Any, section: str, **values: Any) -> Any:
+    """The recipe with other values in one section, not validated: for planning only."""
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
 
 
@@ -180,7 +182,7 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
         training = replace(
             _training(changed, engine, of), reference=reference, accumulate=most > 1 or new < old,
             batches=_at_most(seen, old, new, longest),
-            evaluations=_at_most(evaluated, EVALUATION_FACTOR * old, EVALUATION_FACTOR * new, longest),
+            evaluations=_at_most(evaluated, evaluation_limits(old)[0], evaluation_limits(new)[0], longest),
         )  # fmt: skip
         return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": states})
 
@@ -225,6 +227,7 @@ def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seq
 
 
 def _ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Sequence[Size]) -> Plan:
+    """:func:`of_ppo` without advice."""
     r, train = recipe.rollout, recipe.train
     length = round_up(longest_prompt + r.max_tokens, LENGTH_MULTIPLE)
 
@@ -235,8 +238,12 @@ def _ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seque
         return Shape(rows, length, round_up(rows * r.max_tokens, POSITION_MULTIPLE), packed)
 
     answers = r.prompts * r.samples
-    rows = min(train.batch_size, train.token_budget // length or 1) if train.token_budget else train.batch_size
-    policy = replace(training, batches=[shape(rows)], evaluations=[shape(EVALUATION_FACTOR * rows)])
+
+    def rows(most: int, budget: int | None) -> int:
+        return min(most, budget // length or 1) if budget else most
+
+    limits = train.batch_size, train.token_budget
+    policy = replace(training, batches=[shape(rows(*limits))], evaluations=[shape(rows(*evaluation_limits(*limits)))])
     if recipe.ptx is not None:
         longest = round_up(min(recipe.ptx.data.max_length, of.context or recipe.ptx.data.max_length), LENGTH_MULTIPLE)
         policy = replace(policy, batches=[*policy.batches, Shape(recipe.ptx.batch_size, longest, recipe.ptx.batch_size * longest)])

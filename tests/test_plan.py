@@ -115,9 +115,11 @@ def overrides(less: str) -> tuple[list[str], float]:
         ("demo_lora", ["data.limit=64", "adapter.dropout=0.1"], {"train.batch_size=8", "train.gradient_checkpointing=true"}),
         (
             "demo_ppo",
-            ["data.limit=64", "critic.kind=separate", "model=tiny", "reward=[{function: exact_answer}]"],
-            {"rollout.max_tokens=20", "critic.kind=shared"},
+            ["data.limit=64", "critic.kind=separate", "critic.lr=1e-4", "model=tiny", "reward=[{function: exact_answer}]"],
+            {"rollout.max_tokens=20", "critic.kind=shared", "critic.lr=null"},
         ),
+        # two rows fill the budget: fewer rows are no advice, however many are allowed
+        ("demo_sft", ["data.limit=64", "train.token_budget=96"], {"train.gradient_checkpointing=true"}),
     ],
 )
 def test_advice_keeps_its_promises(recipe: str, given: list[str], said: set[str], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +135,35 @@ def test_advice_keeps_its_promises(recipe: str, given: list[str], said: set[str]
         if "max_length" not in changes[0]:  # of rows without a trained token left nothing is trained
             assert then.total_gb > gb / 1.15 - 0.01, changes
         assert ("adapter.dropout=0" in changes) == ("train.gradient_checkpointing=true" in changes and recipe == "demo_lora")
+
+
+def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual layers of an adapter are not there in every model: that stops no plan of a recipe without one."""
+
+    def missing(*given: object) -> int:
+        raise UserError("adapter.targets: no layer is called q_proj")
+
+    monkeypatch.setattr(plan, "adapter_parameters", missing)
+    (found,) = plan.of_recipe(recipes.load("demo_sft", ["data.limit=64"]))
+    assert found.advice and not any("adapter" in less for less in found.advice)
+    assert plan._fits_groups(gpt2(), 64) and not plan._fits_groups(gpt2(), 512)
+
+
+@pytest.mark.skipif("mlx" not in engines.available(), reason="of MLX's own account of its arrays")
+@pytest.mark.parametrize("length", [128, 512])
+def test_prediction_of_an_evaluation_on_mlx(length: int) -> None:
+    import mlx.core as mx
+
+    engine, folder = engines.get("mlx"), loading.base_folder("tiny")
+    model = engine.load(folder)
+    batch = collate([Example((5,) * length, (False,) * (length - 8) + (True,) * 8)] * 32, 512)
+    engine.reset_memory()
+    before = mx.get_active_memory()
+    model.token_logprobs([batch])
+    taken = mx.get_peak_memory() - before
+    training = plan.Training("mlx", plan.size(folder), 0, True)
+    predicted = training.forward(plan.shapes([batch])[0]) + training.logits(plan.shapes([batch])[0], training=False)
+    assert predicted == pytest.approx(taken / 2**30, rel=0.35)
 
 
 def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,11 @@ def alike(rows: Sequence[Sequence[int]], packs: bool, batch_size: int, token_bud
     return list(_micro_batches(order, lengths, batch_size, token_budget)) if rows else []
 
 
+def evaluation_limits(batch_size: int, token_budget: int | None = None) -> tuple[int, int | None]:
+    """The rows, and padded tokens if those are limited, of a pass without gradients, from the limits of a training micro-batch: see ``EVALUATION_FACTOR``."""
+    return EVALUATION_FACTOR * batch_size, token_budget and EVALUATION_FACTOR * token_budget
+
+
 def for_evaluation(lengths: Sequence[int], batch_size: int, token_budget: int | None = None) -> list[list[int]]:
-    """:func:`by_length` for passes without gradients, from the limits of a training micro-batch: see ``EVALUATION_FACTOR``."""
-    return by_length(lengths, EVALUATION_FACTOR * batch_size, token_budget and EVALUATION_FACTOR * token_budget)
+    """:func:`by_length` for passes without gradients, from the limits of a training micro-batch: see :func:`evaluation_limits`."""
+    return by_length(lengths, *evaluation_limits(batch_size, token_budget))

@@ -46,10 +46,8 @@ def measure(
 ) -> dict[str, list[np.ndarray]]:
     """``old`` and ``reference`` log-probabilities and ``old_value`` of every answer token, from the forward pass that trains."""
     examples = [a.example for a in answers]
-    factor = data_batches.EVALUATION_FACTOR
-    rows = data_batches.alike(
-        [e.tokens for e in examples], parties.policy.packs, factor * train.batch_size, train.token_budget and factor * train.token_budget
-    )
+    limits = data_batches.evaluation_limits(train.batch_size, train.token_budget)
+    rows = data_batches.alike([e.tokens for e in examples], parties.policy.packs, *limits)
     batches = [data_batches.collate([examples[i] for i in part], context) for part in rows]
 
     def of_policy(model: Model, batch: DeviceBatch) -> dict[str, Array]:
