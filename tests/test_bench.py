@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mlx_posttrain import bench, engines
+from mlx_posttrain import bench, engines, loading
 from mlx_posttrain.bench import comparison, peers, render, scaling, work, worker
 from mlx_posttrain.bench.material import Shape, model_folder, rows
 from mlx_posttrain.cli import app
@@ -230,13 +230,37 @@ def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_kind_of_work_on_the_embedded_model() -> None:
-    kinds = ["kl", "kl-lora", "reward", "ppo", "generate", "generate-single"]
-    result = bench.bench("tiny", kinds, units=1, shape=Shape(rows=8, batch_size=4))
+def test_other_kinds_of_work_on_the_embedded_model() -> None:
+    result = bench.bench("tiny", ["kl", "kl-lora", "reward", "ppo"], units=1, shape=Shape(rows=8, batch_size=4))
+    assert len(result["timings"]) == 4 * len(bench.here())
     for t in result["timings"]:
         assert t["error"] is None and t["mismatch"] is None, (t["what"], t["engine"], t["error"], t["mismatch"])
-    told = {(r["what"], r["engine"]): r["time"][0] for r in result["relations"]}
-    assert all(told["generate-single", engine] > 1 for engine in bench.here())
+
+
+@pytest.mark.parametrize("engine", bench.here())
+def test_answers_one_at_a_time_are_those_of_a_batch(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gate:
+        def __init__(self) -> None:
+            self.units = iter([True, False])
+            self.told: dict[str, float] = {}
+
+        def open(self) -> bool:
+            return next(self.units)
+
+        def report(self, **figures: float) -> None:
+            self.told = figures
+
+        def close(self, **figures: float) -> None:
+            pass
+
+    monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 2, "samples": 3, "max_tokens": 5})
+    told = []
+    for what in ("generate", "generate-single"):
+        gate = Gate()
+        worker.generate({"engine": engine, "what": what, "folder": str(loading.base_folder("tiny"))}, gate)  # type: ignore[arg-type]
+        told.append(gate.told)
+    assert told[0]["rows"] == 6 and told[0]["tokens"] == 30
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -118,8 +118,6 @@ def overrides(less: str) -> tuple[list[str], float]:
             ["data.limit=64", "critic.kind=separate", "critic.lr=1e-4", "model=tiny", "reward=[{function: exact_answer}]"],
             {"rollout.max_tokens=20", "critic.kind=shared", "critic.lr=null"},
         ),
-        # two rows fill the budget: fewer rows are no advice, however many are allowed
-        ("demo_sft", ["data.limit=64", "train.token_budget=96"], {"train.gradient_checkpointing=true"}),
     ],
 )
 def test_advice_keeps_its_promises(recipe: str, given: list[str], said: set[str], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +133,14 @@ def test_advice_keeps_its_promises(recipe: str, given: list[str], said: set[str]
         if "max_length" not in changes[0]:  # of rows without a trained token left nothing is trained
             assert then.total_gb > gb / 1.15 - 0.01, changes
         assert ("adapter.dropout=0" in changes) == ("train.gradient_checkpointing=true" in changes and recipe == "demo_lora")
+
+
+def test_fewer_rows_are_fewer_only_where_rows_were_the_limit() -> None:
+    full, short = plan.Shape(16, 64, 512), plan.Shape(4, 200, 320)
+    assert plan._at_most([full, short], 16, 8, None) == [short, plan.Shape(8, 64, 256)]  # a budget of tokens holds the other down
+    assert plan._at_most([short], 16, 8, None) == [short] and plan._at_most([full], 16, 16, None) == [full]
+    assert plan._at_most([plan.Shape(8, 64, 64)], 4, 2, None) == [plan.Shape(4, 64, 32)]  # four pairs
+    assert plan._at_most([short], 16, 16, 96) == [plan.Shape(4, 96, 154)] and plan._at_most([], 16, 8, None) == []
 
 
 def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:

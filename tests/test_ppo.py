@@ -422,6 +422,12 @@ def test_without_held_out_prompts(random_gpt2, rows_file, counting, tmp_path, ca
     assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2] and all(s["score"] == s["answer"].count("e") for s in samples)
     said = capfd.readouterr().err
     assert "there are no held-out prompts" in said and "nan" not in said and "score" not in result
+    compiles = False
+    if ENGINES[0] == "mlx":
+        from mlx_posttrain.engines.compile_check import compile_works
+
+        compiles = compile_works()
+    assert ("steps were compiled" in said) == compiles
     assert not any("eval/kl" in r for r in records(done))
     run(random_gpt2, rows_file, counting, tmp_path / "none", "data.holdout=0", "train.steps=1", "sample.count=0")
     assert not (tmp_path / "none" / "samples.jsonl").exists()
