@@ -24,7 +24,7 @@ Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
 #: Name in ``Batch.extra`` of [N, width] float32 hidden states that ``reference_hidden`` gave for the batch's positions.
 REFERENCE_HIDDEN = "reference_hidden"
 
-#: Bytes of gradients whose parameters MLX updates together: new weights and moments of so many are there beside the old.
+#: Bytes of gradients whose parameters MLX updates together: new weights and moments of so many, and of what MLX begins ahead, are there beside the old.
 UPDATE_BYTES = 64 * 2**20
 
 #: A GPT-2 block on MLX that would keep more bytes than this for its backward pass computes part of them again (mlx_lean.py).

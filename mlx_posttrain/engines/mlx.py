@@ -490,7 +490,8 @@ class MLXTrainer:
             )  # fmt: skip
             net.update(tree_unflatten(list(zip(names, updated, strict=True))))
             state |= {f"{name}.{m}": value for name, own in zip(names, moments, strict=True) for m, value in own.items()}
-            mx.eval(updated, moments)
+            del group, known  # nothing but the work itself holds the old arrays, so what is done gives its memory to what follows
+            mx.async_eval(updated, moments)
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         net = self.model.net
@@ -512,6 +513,7 @@ class MLXTrainer:
             net.update(parameters)  # tracing leaves placeholders in the module
         norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for _, g in tree_flatten(gradients)))
         sums["grad_norm"] = norm
+        # The step's one wait: what is logged also says whether the weights may take the gradient. The update is not waited for.
         result = {name: float(v.item()) for name, v in sums.items()}
         if not np.isfinite(result["loss"]) or not np.isfinite(result["grad_norm"]):
             raise FloatingPointError(f"loss {result['loss']}, gradient norm {result['grad_norm']}")

@@ -55,6 +55,21 @@ def test_the_update_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> Non
     assert peaks[0] < 0.6 * peaks[1], f"{peaks[0]:.2f} and {peaks[1]:.2f} times the weights"
 
 
+def test_a_step_waits_for_what_is_logged_alone(monkeypatch: pytest.MonkeyPatch, random_gpt2: Path) -> None:
+    model = MLXEngine().load(random_gpt2)
+    trainer = MLXEngine().trainer(model, AdamW())
+    before = model.weights()
+
+    def refuse(*arrays: object) -> None:
+        raise AssertionError("neither micro-batches nor the update are waited for")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", refuse)
+        trainer.step(sft.loss, [batch(16, vocabulary=model.config["vocab_size"])] * 2, 1e-3)
+    after = model.weights()
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
+
+
 def growth(random_gpt2: Path, after: Callable[[], object]) -> tuple[int, int]:
     """Bytes by which what is held after a round of steps, and a round's peak, grow from the first ten rounds to the last ten.
 
