@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mlx_posttrain import bench, engines, loading
 from mlx_posttrain.bench import comparison, peers, render, scaling, work, worker
-from mlx_posttrain.bench.material import Shape, model_folder, rows
+from mlx_posttrain.bench.material import Shape, model_folder, reward_folder, rows
 from mlx_posttrain.cli import app
 from mlx_posttrain.convert import hub
 from mlx_posttrain.errors import UserError
@@ -261,6 +261,38 @@ def test_answers_one_at_a_time_are_those_of_a_batch(engine: str, monkeypatch: py
         told.append(gate.told)
     assert told[0]["rows"] == 6 and told[0]["tokens"] == 30
     assert told[1] == pytest.approx(told[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["sft", "ppo", "scaling"])
+def test_a_unit_ends_when_its_work_is_done(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX returns from a step while its update still runs."""
+    mlx = pytest.importorskip("mlx_posttrain.engines.mlx")
+    happened = []
+
+    class OneUnit:
+        peak = None
+
+        def open(self) -> bool:
+            return "unit" not in happened
+
+        def report(self, **figures: Any) -> None:
+            happened.append("unit")
+
+        def close(self, **figures: Any) -> None:
+            pass
+
+    step, synchronize = mlx.MLXTrainer.step, mlx.MLXEngine.synchronize
+    monkeypatch.setattr(mlx.MLXTrainer, "step", lambda *a: (happened.append("step"), step(*a))[1])
+    monkeypatch.setattr(mlx.MLXEngine, "synchronize", lambda self: (happened.append("wait"), synchronize(self))[1])
+    monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 1, "samples": 2, "max_tokens": 4})
+    monkeypatch.setattr(scaling, "cases", lambda context: [scaling.Case(1, 8, 4)])
+    monkeypatch.setattr(scaling, "loss_peak", lambda *a: 0.0)
+    folder = str(loading.base_folder("tiny"))
+    spec = {"engine": "mlx-cpu", "what": what, "folder": folder, "shape": {"rows": 2, "batch_size": 2, "length": 16}}
+    if what == "ppo":
+        spec["reward"] = str(reward_folder(Path(folder), tmp_path))
+    (scaling.work if what == "scaling" else worker.WORK[what])(spec, OneUnit())
+    assert happened.count("step") >= 1 and happened[-2:] == ["wait", "unit"]
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def work(spec: dict[str, Any], gate: Gate) -> None:
         for i in (*range(len(known)), *reversed(range(len(known)))):
             begun = time.perf_counter()
             loss = trainer.step(sft.loss, [known[i][1]], learning_rate("sft"))["loss"]
+            engine.synchronize()
             seconds[i].append(time.perf_counter() - begun)
         tokens = 2 * sum(case.rows * case.trained for case, _ in known)
         found = [{**case._asdict(), "seconds": s} for (case, _), s in zip(known, seconds, strict=True)]

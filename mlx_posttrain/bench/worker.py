@@ -140,6 +140,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
             units = sum(b.count for b in step)
             total += trainer.step(loss, step, rate)["loss"] * units
             tokens += units
+        engine.synchronize()
         gate.report(loss=total / tokens, rows=len(examples), tokens=tokens, steps=len(steps))
     gate.close(device=engine.device(), shapes=len({b.tokens.shape + b.index.shape for step in steps for b in step}), first=first)
 
@@ -211,6 +212,7 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
                 name: seen.statistics[f"objective/{key}"] for name, key in (("kl", "kl"), ("score", "scores"), ("score_std", "scores_std"))
             }
         step += 1
+        engine.synchronize()
         tokens = sum(len(a.tokens) for a in answers)
         gate.report(loss=seen.statistics["objective/entropy"] * len(answers) / tokens, rows=len(answers), tokens=tokens)
     gate.close(device=engine.device(), first=first)

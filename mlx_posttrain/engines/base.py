@@ -280,6 +280,9 @@ class Engine(Protocol):
     def reset_memory(self) -> None:
         """Forget the peak so far."""
 
+    def synchronize(self) -> None:
+        """Wait until everything that was begun is done: MLX returns from a step while its update still runs."""
+
     def device(self) -> str:
         """For people: 'Apple M3 (Metal)', 'CPU, 2 threads'."""
 

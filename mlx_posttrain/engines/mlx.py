@@ -598,6 +598,9 @@ class MLXEngine:
     def reset_memory(self) -> None:
         mx.reset_peak_memory()
 
+    def synchronize(self) -> None:
+        mx.synchronize()
+
     def device(self) -> str:
         if mx.default_device() == mx.Device(mx.gpu):
             return f"{mx.device_info().get('device_name', 'GPU')} (Metal)"

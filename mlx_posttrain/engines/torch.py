@@ -489,6 +489,9 @@ class TorchEngine:
     def reset_memory(self) -> None:
         doctor.forget_process_peak()
 
+    def synchronize(self) -> None:
+        pass  # a CPU's operations are done when they return
+
     def device(self) -> str:
         return f"CPU, {torch.get_num_threads()} threads"
 
