@@ -95,6 +95,23 @@ def test_a_peers_first_rollout_is_of_the_same_policy_and_scorer(first: dict[str,
     assert other.mismatch == said
 
 
+@pytest.mark.parametrize(
+    ("first", "entropy", "said"),
+    [
+        ({}, 4.47, None),  # after the first update each engine draws from a policy of its own
+        ({"entropy": 4.46}, 4.42, "entropies of the first rollout differ by 0.68%"),
+        ({"score": 3.1}, 4.42, "mean scores of the first rollout differ: 3.100, and 0.000 +- 0.500"),
+        ({}, 4.0, "entropies differ by 9.5%"),
+    ],
+)
+def test_our_engines_draw_the_first_answers_alike(first: dict[str, float], entropy: float, said: str | None) -> None:
+    same = {"kl": 0.0, "score": 0.0, "score_std": 1.0, "entropy": 4.43}
+    base = timing("mlx-cpu", [1.0], [4.42], what="ppo", first=same)
+    other = timing("torch-cpu", [2.0], [entropy], what="ppo", against="mlx-cpu", first={**same, **first})
+    comparison.compare([base, other])
+    assert other.mismatch == said
+
+
 def test_no_ratio_where_losses_disagree() -> None:
     found = [timing("mlx-cpu", [1.0], [3.0]), timing("torch-cpu", [2.0], [3.006], against="mlx-cpu")]
     comparison.compare(found)

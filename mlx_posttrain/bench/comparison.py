@@ -17,7 +17,8 @@ from typing import Any
 #: Largest difference, as a share, between losses of our engines, which compute the same: of training, and of sampled answers, where one draw
 #: that falls on the other side of a boundary changes all that follows.
 AGREE, AGREE_SAMPLED = 1e-3, 5e-3
-#: The same for a peer: its loss before any update, and PPO's entropy, of answers that it draws itself.
+#: The same for a peer: its loss before any update, and PPO's entropy, of answers that it draws itself. Our engines draw alike until the first
+#: update: two of 32 answers that parted there made the policies, and with them all later answers, others.
 AGREE_FIRST, AGREE_ENTROPY = 1e-3, 5e-2
 #: A peer's loss falls by at least one part in so many of what ours does, and by at most so many times that: its order of rows is its own, and
 #: mlx-lm trains the blocks of a model only.
@@ -32,7 +33,7 @@ class Timing:
 
     against: the engine it is compared with, None where there is none. first: what was seen before the first update; of ours with ``rows``, the
     summed negative log-likelihood and number of trained tokens of every row, of a peer with the ``rows`` of its first batch, their trained
-    ``tokens`` and ``loss``; of PPO ``kl``, ``score`` and, of ours, ``score_std``.
+    ``tokens`` and ``loss``; of PPO ``kl``, ``score`` and, of ours, ``score_std`` and ``entropy``.
     """
 
     engine: str
@@ -74,7 +75,7 @@ def compare(timings: Sequence[Timing]) -> None:
             t.mismatch = f"{t.against} failed"
             continue
         t.disagreement = max(map(_apart, t.losses, base.losses))
-        t.mismatch = _peer(t, base) if t.version else _ours(t)
+        t.mismatch = _peer(t, base) if t.version else _ours(t, base)
         if t.mismatch is None:
             t.ratio = spread([a / b for a, b in zip(t.seconds, base.seconds, strict=True)])
 
@@ -88,9 +89,12 @@ def _apart(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-9)
 
 
-def _ours(t: Timing) -> str | None:
+def _ours(t: Timing, base: Timing) -> str | None:
     assert t.disagreement is not None
-    allowed = AGREE_SAMPLED if t.what == "ppo" or t.what.startswith("generate") else AGREE
+    if t.what == "ppo":
+        apart = _apart(t.first["entropy"], base.first["entropy"])
+        return f"entropies of the first rollout differ by {apart:.2%}" if apart > AGREE_SAMPLED else _same_rollout(t, base)
+    allowed = AGREE_SAMPLED if t.what.startswith("generate") else AGREE
     return f"losses differ by {t.disagreement:.2%}" if t.disagreement > allowed else None
 
 

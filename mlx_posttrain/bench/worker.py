@@ -207,14 +207,14 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
         figures = measure(parties, answers, 1.0, recipe.train, policy.context)
         seen = experience(answers, parties.scorer(answers), figures, recipe.ppo, None, recipe.kl.beta)
         method.update(recipe, *trainers, seen, losses, learning_rate("ppo"), step, policy.context, packs=policy.packs)
-        if step == 0:
-            first = {
-                name: seen.statistics[f"objective/{key}"] for name, key in (("kl", "kl"), ("score", "scores"), ("score_std", "scores_std"))
-            }
-        step += 1
         engine.synchronize()
         tokens = sum(len(a.tokens) for a in answers)
-        gate.report(loss=seen.statistics["objective/entropy"] * len(answers) / tokens, rows=len(answers), tokens=tokens)
+        entropy = seen.statistics["objective/entropy"] * len(answers) / tokens
+        if step == 0:
+            told = (("kl", "kl"), ("score", "scores"), ("score_std", "scores_std"))
+            first = {"entropy": entropy, **{name: seen.statistics[f"objective/{key}"] for name, key in told}}
+        step += 1
+        gate.report(loss=entropy, rows=len(answers), tokens=tokens)
     gate.close(device=engine.device(), first=first)
 
 
