@@ -12,7 +12,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_posttrain.activations import CHUNKS_ALIVE, DORA, FORWARD, KEPT, LOGITS_ALIVE, REFERENCE_ALIVE, STOCK_ATTENTION, STOCK_GELU, Block
+from mlx_posttrain.activations import (
+    CHUNKS_ALIVE,
+    DORA,
+    EVALUATED_ALIVE,
+    FORWARD,
+    KEPT,
+    LOGITS_ALIVE,
+    OVERLAP,
+    PAIRS,
+    PAIRS_BESIDE,
+    REFERENCE_ALIVE,
+    STOCK_ATTENTION,
+    STOCK_GELU,
+    Block,
+)
 from mlx_posttrain.data.batches import Batch, layout
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
@@ -80,6 +94,8 @@ class Training:
     checkpointing: bool = False
     dropout: bool = False
     reference: bool = False
+    divergence: bool = False  # whether the loss asks for one from the reference, over the whole vocabulary
+    beside: bool = False  # whether evaluations run the reference's blocks too: its states are not kept
     accumulate: bool = False
     batches: Sequence[Shape] = ()
     evaluations: Sequence[Shape] = ()
@@ -161,24 +177,27 @@ class Training:
         """GB of the chunks of logits that are alive, or of all logits at a quantised head; with the other side of a divergence, and in training
         with the slopes that are kept for a trained head's gradient."""
         every = 4 * batch.positions * self.size.vocabulary
-        beside = REFERENCE_ALIVE[self.engine] if self.reference else 1.0
+        beside = REFERENCE_ALIVE[self.engine] if self.divergence else 1.0
         if self.size.packed_head or (self.bits is not None and not self.size.tied):
             return LOGITS_ALIVE * every * beside / GB
         chunks = fused.chunks(batch.positions, self.size.vocabulary)
+        chunk = 4 * chunks[0].stop * self.size.vocabulary
+        if not training:
+            each, most = EVALUATED_ALIVE[self.engine][self.divergence]
+            return min(most * chunk, each * every) / GB
         each, most = CHUNKS_ALIVE[self.engine][self.adapter]
-        alive = min(most, each * len(chunks)) * 4 * chunks[0].stop * self.size.vocabulary
-        kept = fused.kept(batch.positions, self.size.vocabulary) if training and not self.adapter else 0
-        return (alive * beside + self.number * self.size.vocabulary * kept) / GB
+        kept = 0 if self.adapter else fused.kept(batch.positions, self.size.vocabulary)
+        return (min(most, each * len(chunks)) * chunk * beside + self.number * self.size.vocabulary * kept) / GB
 
     def head(self) -> float:
         """GB of the head's gradient, which is there before the blocks have freed anything; torch adds to the one of earlier micro-batches."""
         there = self.adapter or (self.accumulate and self.engine == "torch")
         return 0.0 if there else self.number * self.size.vocabulary * self.size.width / GB
 
-    def forward(self, batch: Shape) -> float:
-        """GB of a pass without gradients: one block's arrays."""
+    def forward(self, batch: Shape, pairs: dict[str, float] = PAIRS) -> float:
+        """GB of a pass without gradients: one block's arrays, so many of them on each engine with a number for each head and pair of positions."""
         s, tokens = self.size, batch.tokens
-        block = tokens * (6 * s.width + (3 if s.gated else 2) * s.inner) + 2 * batch.rows * s.heads * batch.length**2
+        block = tokens * (6 * s.width + (3 if s.gated else 2) * s.inner) + pairs[self.engine] * batch.rows * s.heads * batch.length**2
         return FORWARD[self.engine] * self.number * block / GB
 
     def phases(self) -> list[tuple[str, dict[str, float]]]:
@@ -194,9 +213,11 @@ class Training:
             else:
                 found.append(("as the backward pass begins", {"activations": kept, "logits": logits, "gradients": gradients}))
         found.append(("in the update", {"gradients": self.gradients(), "update": self.update()}))
-        found += [
-            ("in an evaluation", {"activations": self.forward(b), "logits": self.logits(b, training=False)}) for b in self.evaluations
-        ]
+        for b in self.evaluations:
+            blocks, one = self.forward(b, PAIRS_BESIDE if self.beside else PAIRS), len(fused.chunks(b.positions, self.size.vocabulary)) == 1
+            late = OVERLAP[self.engine] * blocks if one else 0.0
+            found.append(("as an evaluation reads its rows", {"activations": blocks}))
+            found.append(("in an evaluation", {"activations": late, "logits": self.logits(b, training=False)}))
         return found
 
     def update(self) -> float:

@@ -18,8 +18,9 @@ from typing import Any
 from mlx_posttrain import loading
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain import reference as references
+from mlx_posttrain.activations import PAIRS_OF_PROMPTS
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, evaluation_limits, round_up
-from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM
+from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM, split
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.footprint import DTYPE_BYTES, GB, Shape, Training, distinct, shapes
 from mlx_posttrain.progress import say
@@ -174,25 +175,26 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
         trained, read, steps = trained + sum(b.trained_tokens for b in micro), read + sum(b.tokens.size for b in micro), steps + 1
         most = max(most, len(micro))
     seen, evaluated = distinct(seen), shapes(data.evaluation(), packs)
-    kept = references.share(data, of.width, cache_gb).gb if reference else 0.0
+    kept = references.share(data, of.width, cache_gb) if reference else references.Share()
 
-    def of_recipe(changed: Any, longest: int | None = None, states: float = kept) -> Plan:
+    def of_recipe(changed: Any, longest: int | None = None, kept: references.Share = kept) -> Plan:
         """The plan of the recipe, or with another one's settings of the same rows, cut to ``longest``."""
         old, new = recipe.train.batch_size, changed.train.batch_size
         training = replace(
-            _training(changed, engine, of), reference=reference, accumulate=most > 1 or new < old,
+            _training(changed, engine, of), reference=reference, divergence=reference, beside=reference and not kept.held_out,
+            accumulate=most > 1 or new < old,
             batches=_at_most(seen, old, new, longest),
             evaluations=_at_most(evaluated, evaluation_limits(old)[0], evaluation_limits(new)[0], longest),
         )  # fmt: skip
-        return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": states})
+        return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": kept.gb})
 
     options: list[tuple[str, Callable[[], Plan]]] = [
         (text, partial(of_recipe, changed)) for text, changed in _alternatives(recipe, engine, of)
     ]
     half = round_up(max(b.length for b in seen) // 2, LENGTH_MULTIPLE)
     options.append((f"data.max_length={half}, which cuts or drops longer rows", partial(of_recipe, recipe, longest=half)))
-    if kept:
-        options.append(("kl.cache_gb=0", partial(of_recipe, recipe, states=0.0)))
+    if kept.gb:
+        options.append(("kl.cache_gb=0", partial(of_recipe, recipe, kept=references.Share())))
     return _advised(of_recipe(recipe), options)
 
 
@@ -210,8 +212,9 @@ def cache(of: Size, positions: int, dtype: str) -> float:
     return 2 * of.layers * of.key_width * positions * DTYPE_BYTES[dtype] / GB
 
 
-def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Sequence[Size]) -> Plan:
-    """The plan of a PPO run whose longest prompt has so many tokens and whose reward models and judges are of these sizes."""
+def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, once: Sequence[Sequence[int]], rewards: Sequence[Size]) -> Plan:
+    """The plan of a PPO run. longest_prompt: tokens of the longest training prompt; once: of the prompts that are answered together with one answer each, to
+    normalise rewards or in evaluations; rewards: sizes of the reward models and judges."""
     r = recipe.rollout
     changes = [*_alternatives(recipe, engine, of)]
     if recipe.critic.kind == "separate":
@@ -221,12 +224,12 @@ def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seq
                 for key, value in (("max_tokens", r.max_tokens // 2), ("token_budget", r.token_budget // 2)) if value]  # fmt: skip
 
     def of_recipe(changed: Any) -> Plan:
-        return _ppo(changed, engine, of, longest_prompt, rewards)
+        return _ppo(changed, engine, of, longest_prompt, once, rewards)
 
     return _advised(of_recipe(recipe), [(text, partial(of_recipe, changed)) for text, changed in changes])
 
 
-def _ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Sequence[Size]) -> Plan:
+def _ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, once: Sequence[Sequence[int]], rewards: Sequence[Size]) -> Plan:
     """:func:`of_ppo` without advice."""
     r, train = recipe.rollout, recipe.train
     length = round_up(longest_prompt + r.max_tokens, LENGTH_MULTIPLE)
@@ -253,11 +256,22 @@ def _ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, rewards: Seque
         critic = replace(policy, trained=of.parameters, adapter=False, bits=None, dtype="float32", reference=False)
         more["critic"] = critic.weights() + critic.optimizer()
         others = [(f"{phase} of the critic", {**parts, "logits": 0.0}) for phase, parts in critic.phases()]
-    positions = round_up(longest_prompt + r.max_tokens, CACHE_BLOCK)
-    together = max(1, min(answers, r.token_budget // positions))
-    held = positions if engine == "mlx" else round_up(longest_prompt + r.max_tokens, ROOM)
-    others.append(("in a rollout", {"cache": cache(of, together * held, recipe.dtype), "logits": 4 * 4 * together * of.vocabulary / GB}))
+    for lengths, samples in (([longest_prompt] * r.prompts, r.samples), *((lengths, 1) for lengths in once)):
+        others += _rollout(policy, lengths, samples, r.max_tokens, r.token_budget)
     return peak(_name(recipe), policy, train.steps, (answers * r.max_tokens, answers * length), more, others)
+
+
+def _rollout(
+    model: Training, lengths: Sequence[int], samples: int, max_tokens: int, token_budget: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The phases of answering prompts of so many tokens: reading those of each decode batch, and decoding it."""
+    most = min(max_tokens, model.size.context or max_tokens)
+    for batch, at_once in split(lengths, samples, most, token_budget):
+        asked = Shape(len(lengths[batch]), max(lengths[batch]), 0)
+        room = round_up(asked.length + most, CACHE_BLOCK if model.engine == "mlx" else ROOM)
+        read, held = (cache(model.size, rows * room, model.dtype) for rows in (asked.rows, asked.rows * at_once))
+        yield "as a rollout reads its prompts", {"cache": read, "activations": model.forward(asked, PAIRS_OF_PROMPTS)}
+        yield "in a rollout", {"cache": held, "logits": 4 * 4 * asked.rows * at_once * model.size.vocabulary / GB}
 
 
 def _name(recipe: Any) -> str:

@@ -27,10 +27,10 @@ GB = 2**30
 class Share(NamedTuple):
     """The rows whose states are kept, what they take in GB, and GB of those that would have paid but do not fit."""
 
-    training: bool
-    held_out: bool
-    gb: float
-    beyond: float
+    training: bool = False
+    held_out: bool = False
+    gb: float = 0.0
+    beyond: float = 0.0
 
 
 def share(data: Data, width: int, limit: float) -> Share:

@@ -146,23 +146,30 @@ def in_batches(
 
     The texts are those of a single batch: a row's random numbers come from the seed and its place in the whole.
     """
-    answer_tokens = min(max_tokens, model.context or max_tokens)
+    for batch, at_once in split([len(p) for p in prompts], samples, min(max_tokens, model.context or max_tokens), token_budget):
+        for first in range(0, samples, at_once):
+            yield from model.generate(
+                prompts[batch],
+                max_tokens=max_tokens,
+                samples=min(at_once, samples - first),
+                first_row=batch.start * samples + first,
+                **settings,
+            )
+
+
+def split(lengths: Sequence[int], samples: int, answer_tokens: int, token_budget: int) -> Iterator[tuple[slice, int]]:
+    """Prompts of so many tokens in decode batches: which ones, and how many samples of each at a time, which are fewer where one prompt's are too many."""
 
     def positions(prompt_tokens: int) -> int:
         return round_up(prompt_tokens + answer_tokens, CACHE_BLOCK)
 
     begin = 0
-    while begin < len(prompts):
+    while begin < len(lengths):
         end, longest = begin, 0
-        while end < len(prompts):
-            longest = max(longest, len(prompts[end]))
+        while end < len(lengths):
+            longest = max(longest, lengths[end])
             if end > begin and (end + 1 - begin) * samples * positions(longest) > token_budget:
                 break
             end += 1
-        # One prompt's samples may be too many for a batch themselves.
-        part = samples if end > begin + 1 else max(1, min(samples, token_budget // positions(len(prompts[begin]))))
-        for first in range(0, samples, part):
-            yield from model.generate(
-                prompts[begin:end], max_tokens=max_tokens, samples=min(part, samples - first), first_row=begin * samples + first, **settings
-            )
+        yield slice(begin, end), samples if end > begin + 1 else max(1, min(samples, token_budget // positions(lengths[begin])))
         begin = end

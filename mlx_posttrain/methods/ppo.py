@@ -47,6 +47,8 @@ from mlx_posttrain.rl.settings import CriticSection, KLSection, PPOSection, PPOT
 from mlx_posttrain.schedule import learning_rate
 from mlx_posttrain.training import adamw, blown_up, check_warmup, not_finite, same_data, tell_compiled
 
+NORMALISED_ON = 256  # prompts, at most
+
 
 class Recipe(recipes.Recipe):
     """PPO against a reward."""
@@ -200,7 +202,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         loading.check_vocabulary(tokenizer, policy, folder)
         check_warmup(recipe.train, recipe.train.steps)
         questions, held_out = prompts.read(recipe.data, tokenizer, policy.context, recipe.rollout.max_tokens, recipe.seed)
-        plans.tell(lambda: _plan(recipe, engine.name, folder, [*questions, *held_out]))  # before reference, critic and scorers are there
+        plans.tell(lambda: _plan(recipe, engine.name, folder, questions, held_out))  # before reference, critic and scorers are there
         beside = _ptx_rows(recipe, tokenizer, policy.context)
         policy.keep_reference()
         parties = Parties(
@@ -235,12 +237,18 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
     """What the recipe would take; makes no run directory and loads no weights. Raises UserError as reading the data does."""
     folder = loading.locate(recipe.model).folder
     found = prompts.read(recipe.data, loading.load_tokenizer(folder), plans.size(folder).context, recipe.rollout.max_tokens, recipe.seed)
-    return [_plan(recipe, engines.get(recipe.engine).name, folder, [*found[0], *found[1]])]
+    return [_plan(recipe, engines.get(recipe.engine).name, folder, *found)]
 
 
-def _plan(recipe: Recipe, engine: str, folder: Path, questions: Sequence[Question]) -> plans.Plan:
+def _plan(recipe: Recipe, engine: str, folder: Path, questions: Sequence[Question], held_out: Sequence[Question]) -> plans.Plan:
+    once = [[len(q.tokens) for q in asked] for asked in (_normalised_on(questions, recipe.seed), held_out)]
     scorers = [plans.size(loading.locate(entry.model).folder) for entry in [*recipe.reward, *recipe.judge] if entry.model]
-    return plans.of_ppo(recipe, engine, plans.size(folder), max(len(q.tokens) for q in questions), scorers)
+    return plans.of_ppo(recipe, engine, plans.size(folder), max(len(q.tokens) for q in questions), once, scorers)
+
+
+def _normalised_on(questions: Sequence[Question], seed: int) -> list[Question]:
+    """The training prompts whose first answers say what a reward is centred and scaled by."""
+    return [questions[i] for i in prompts.order(len(questions), seed, -1)[:NORMALISED_ON]]
 
 
 def _critic_source(recipe: Recipe) -> str | None:
@@ -359,8 +367,7 @@ def fit(
     try:
         with interruptible(run.folder) as signals:
             if first == 0:
-                asked = [questions[i] for i in prompts.order(len(questions), recipe.seed, -1)][:256]
-                reference = answer(asked, 1, recipe.seed + 1)
+                reference = answer(_normalised_on(questions, recipe.seed), 1, recipe.seed + 1)
                 parties.scorer.normalise_on(reference)
                 parties.judge.normalise_on(reference)
                 _fit_critic(parties, _critic_source(recipe))
