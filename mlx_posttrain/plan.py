@@ -20,6 +20,7 @@ from mlx_posttrain import recipe as recipes
 from mlx_posttrain import reference as references
 from mlx_posttrain.activations import PAIRS_OF_PROMPTS
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, evaluation_limits, round_up
+from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM, split
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.footprint import DTYPE_BYTES, GB, Shape, Training, distinct, shapes
@@ -27,6 +28,7 @@ from mlx_posttrain.progress import say
 from mlx_posttrain.sizes import Size, adapted, adapter_parameters, size  # noqa: F401  size is for those who plan
 
 WARN_ABOVE = 0.75  # share of this machine's memory
+KEPT_ROWS = 0.9  # of the training rows: a shorter data.max_length that drops more than the others is no advice
 LESS = 0.97  # of the peak: what takes more than that is no advice
 #: The interpreter and libraries, GB: the torch engine's memory is the whole process, MLX counts its arrays only.
 PROGRAM = {"mlx": 0.0, "torch": 0.48}
@@ -191,11 +193,29 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
     options: list[tuple[str, Callable[[], Plan]]] = [
         (text, partial(of_recipe, changed)) for text, changed in _alternatives(recipe, engine, of)
     ]
-    half = round_up(max(b.length for b in seen) // 2, LENGTH_MULTIPLE)
-    options.append((f"data.max_length={half}, which cuts or drops longer rows", partial(of_recipe, recipe, longest=half)))
+    if shorter := _shorter(recipe, data):
+        options.append((shorter[1], partial(of_recipe, recipe, longest=shorter[0])))
     if kept.gb:
         options.append(("kl.cache_gb=0", partial(of_recipe, recipe, kept=references.Share())))
     return _advised(of_recipe(recipe), options)
+
+
+def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:
+    """Half the longest training row, or what nine of ten rows need to be trained on; and the override, with what it does to the rows. None where that is no less."""
+
+    most, packed = max(data.lengths), recipe.data.pack
+
+    def needs(row: Any, length: int) -> int:
+        """Tokens of a row; of one that may be cut, those up to its first trained one."""
+        return row.trained.index(True) + 1 if isinstance(row, Example) and recipe.data.too_long == "cut" else length
+
+    needed = sorted(map(needs, data.train, data.lengths))
+    longest = round_up(max(most // 2, 0 if packed else needed[math.ceil(KEPT_ROWS * len(needed)) - 1]), LENGTH_MULTIPLE)
+    if longest >= most:
+        return None
+    lost, long = (sum(n > longest for n in lengths) for lengths in (needed, data.lengths))
+    fates = " and ".join(f"{fate} {n:,}" for fate, n in (("cuts", long - lost), ("drops", lost)) if n)
+    return longest, f"data.max_length={longest}" + ("" if packed else f", which {fates} of {len(needed):,} rows")
 
 
 def _at_most(batches: Sequence[Shape], old: int, new: int, longest: int | None) -> list[Shape]:

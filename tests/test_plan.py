@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import REFERENCE_HIDDEN, AdamW, AdapterSpec
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import sft
+from mlx_posttrain.training import Data
 
 
 def gpt2() -> plan.Size:
@@ -135,6 +137,40 @@ def test_advice_keeps_its_promises(recipe: str, given: list[str], said: set[str]
         if "max_length" not in changes[0]:  # of rows without a trained token left nothing is trained
             assert then.total_gb > gb / 1.15 - 0.01, changes
         assert ("adapter.dropout=0" in changes) == ("train.gradient_checkpointing=true" in changes and recipe == "demo_lora")
+
+
+@pytest.mark.parametrize(("recipe", "too_long"), [("demo_sft", "cut"), ("demo_sft", "drop"), ("demo_distill", "drop")])
+def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(recipe: str, too_long: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["model=tiny", "data.limit=600", f"data.too_long={too_long}"]
+    (found,) = plan.of_recipe(recipes.load(recipe, given))
+    (less,) = [less for less in found.advice if "max_length" in less]
+    counts = {fate: int(n) for fate, n in re.findall(r"(cuts|drops) (\d+)", less)}
+    rows = int(less.partition(" of ")[2].split()[0])
+    assert counts["drops"] <= 0.1 * rows and ("cuts" in counts) == (too_long == "cut")
+    capsys.readouterr()
+    plan.of_recipe(recipes.load(recipe, [*given, less.split(",")[0]]))
+    kept, untrained, long, truncated = map(
+        int, re.search(r"training rows: (\d+) of .*\((\d+) without.* (\d+) too long, (\d+) truncated", capsys.readouterr().err).groups()
+    )
+    assert kept == rows - counts["drops"] and untrained + long == counts["drops"] and truncated == counts.get("cuts", 0)
+
+
+def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
+    settings = recipes.load("demo_sft", ["data.too_long=drop"]).train
+    rows = [Example((1,) * 100, (False,) * 99 + (True,))] * 10
+
+    def shorter(rows: list[Example], *given: str) -> tuple[int, str] | None:
+        return plan._shorter(recipes.load("demo_sft", list(given)), Data(rows, [], settings, 0, 512))
+
+    assert shorter(rows, "data.too_long=drop") is None and shorter(rows) is None  # the answer is the last token
+    early = [Example((1,) * 100, (False,) * 9 + (True,) * 91)] * 10
+    assert shorter(early, "data.too_long=drop") is None and shorter(early) == (56, "data.max_length=56, which cuts 10 of 10 rows")
+    assert shorter([*early[1:], *rows[:1]]) == (56, "data.max_length=56, which cuts 9 and drops 1 of 10 rows")
+    packed = recipes.load("00_pretrain_tiny", []).model_copy(deep=True)
+    assert packed.data.pack and plan._shorter(packed, Data([Example((1,) * 100, (True,) * 100)] * 3, [], settings, 0, 512)) == (
+        56,
+        "data.max_length=56",
+    )
 
 
 def test_fewer_rows_are_fewer_only_where_rows_were_the_limit() -> None:
