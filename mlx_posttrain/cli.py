@@ -382,16 +382,20 @@ def bench(
     from mlx_posttrain.bench import render
 
     def names(text: str) -> list[str]:
-        return [name.strip() for name in text.split(",") if name.strip()]
+        return [name.strip() for name in text.split(",")]
 
     output = output.expanduser()
-    render.claim(output)
-    result = module.bench(
-        model, names(what), names(engines) if engines else None, peers=peers, units=units, shape=module.Shape(rows, length, batch_size)
-    )
-    typer.echo(render.block(result))
-    render.write(result, output)
-    typer.echo(f"{output}: bench.json, bench.md, bench.svg, bench.png", err=True)
+    with render.claimed(output):
+        result = module.bench(
+            model,
+            names(what),
+            None if engines is None else names(engines),
+            peers=peers,
+            units=units,
+            shape=module.Shape(rows, length, batch_size),
+        )
+        typer.echo(render.block(result))
+        typer.echo(f"{output}: {', '.join(render.write(result, output))}", err=True)
 
 
 @app.command()

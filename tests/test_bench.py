@@ -320,8 +320,8 @@ def test_installed_peers_do_the_same_work(what: str) -> None:
     One batch holds all rows, so that nobody's order of rows plays a part.
     """
     result = bench.bench("tiny", [what], peers=True, units=2, shape=Shape(rows=8))
-    found = [t for t in result["timings"] if t["version"]]
-    assert found
+    found = [t for t in result["timings"] if t["engine"] not in bench.ENGINES]
+    assert {peers.peer(t["engine"]) for t in found} == {peers.peer(name) for name in peers.beside(bench.here())} != set()
     for t in found:
         assert t["error"] is None and t["mismatch"] is None and t["ratio"], (t["engine"], t["error"], t["mismatch"])
         assert t["disagreement"] < 1e-4 and t["against"].partition("-")[0] == peers.PEERS[peers.peer(t["engine"])].engine
@@ -387,11 +387,42 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (["--what", "sfd"], "sfd"),
         (["--engines", "cuda"], "mlx-gpu, mlx-cpu, torch-cpu"),
-        (["--rows", "12"], "no multiple of --batch-size 8"),
+        (["--what", "sft,,lora"], "'sft,,lora'"),
+        (["--what", "sft,sft"], "once each"),
+        (["--what", ""], "give one or more of sft"),
+        (["--engines", ""], "give one or more of mlx-gpu"),
+        (["--rows", "12", "--peers"], "no multiple of --batch-size 8"),
+        (["--model", "tiny", "--length", "600"], "sft takes rows of 600 tokens, and tiny reads 512 at most: give a shorter --length"),
         (["--what", "reward", "--rows", "9", "--batch-size", "3"], "give an even number"),
         (["--what", "ppo", "--rows", "10", "--batch-size", "5"], "give a number that divides them"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["bench", "--output", str(tmp_path), *arguments])
+    done = CliRunner().invoke(app, ["bench", "--output", str(tmp_path / "new" / "bench"), *arguments])
     assert isinstance(done.exception, UserError) and said in str(done.exception)
+    assert not (tmp_path / "new" / "bench").exists()
+
+
+def test_prompts_and_answers_must_fit_the_model(tmp_path: Path, random_gpt2: Path) -> None:
+    for what in ("generate", "ppo"):
+        with pytest.raises(UserError, match=f"{what} takes rows of .* reads 64 at most: leave it out of --what"):
+            bench._check_context("it", bench.plan.size(random_gpt2), [what], Shape(rows=2, length=16))
+    bench._check_context("it", bench.plan.size(random_gpt2), ["sft", "scaling"], Shape(rows=2, length=64))
+
+
+def test_what_nobody_finished_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine that fails is a line; where all do there is nothing to tell, and a folder that was there before stays."""
+    monkeypatch.setattr(bench, "measure_peaks", lambda name: {"gflops": 1.0, "gb_per_s": 1.0})
+    monkeypatch.setattr(
+        bench, "_take_turns", lambda specs, units: [bench.Timing(s["engine"], s["what"], error="out of memory") for s in specs]
+    )
+    monkeypatch.setattr(bench, "_scaling", lambda spec, units: {"error": "no room"})
+    for what, said in (("sft,lora", "out of memory"), ("scaling", "no room")):
+        done = CliRunner().invoke(app, ["bench", "--model", "tiny", "--what", what, "--output", str(tmp_path)])
+        assert isinstance(done.exception, UserError) and f"no engine finished: {said}" in str(done.exception)
+    assert tmp_path.exists() and not list(tmp_path.iterdir())
+    cases = [{**case._asdict(), "seconds": [1.0]} for case in scaling.cases(512)]
+    monkeypatch.setattr(bench, "_scaling", lambda spec, units: {"cases": cases, "loss": []})
+    done = CliRunner().invoke(app, ["bench", "--model", "tiny", "--what", "sft,scaling", "--output", str(tmp_path)])
+    assert done.exit_code == 0 and "out of memory" in done.output
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md"} and "bench.svg" not in done.output

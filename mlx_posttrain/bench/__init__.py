@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx_posttrain import plan
 from mlx_posttrain.bench.comparison import Timing, compare, relations
-from mlx_posttrain.bench.material import SIZES, Shape, model_folder, reward_folder
+from mlx_posttrain.bench.material import SIZES, Shape, model_folder, reward_folder, rows
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.progress import say
 
@@ -71,14 +71,15 @@ def bench(
 
     peers: also other trainers that are installed, each beside the engine of ours on its library and device. units: timed units after the
     warm-up; a unit is a pass over the rows, one PPO iteration, one batch of answers, or of ``scaling`` two steps of every case. Raises
-    UserError for an unknown kind of work or engine, and for a model that cannot be had; an engine that fails is a line of the result.
+    UserError for an unknown kind of work or engine, for a model that cannot be had, and for rows that it does not read; an engine that fails
+    is a line of the result, unless none has finished anything, which is a UserError too.
     """
     shape = shape or Shape()
     engines = list(engines or here())
-    for name, known, key in [*((w, WHAT, "--what") for w in what), *((e, ENGINES, "--engines") for e in engines)]:
-        if name not in known:
-            raise UserError(f"{key} {name!r}: give one or more of {', '.join(known)}, with commas between")
-    if shape.rows % shape.batch_size:
+    for key, names, known in (("--what", what, WHAT), ("--engines", engines, ENGINES)):
+        if not names or any(name not in known or names.count(name) > 1 for name in names):
+            raise UserError(f"{key} {','.join(names)!r}: give one or more of {', '.join(known)}, once each, with commas between")
+    if peers and shape.rows % shape.batch_size:
         raise UserError(f"--rows {shape.rows} is no multiple of --batch-size {shape.batch_size}: a peer would leave the rest out")
     if "reward" in what and shape.rows % 2:
         raise UserError(f"--rows {shape.rows}: a reward model is trained on pairs of rows, so give an even number")
@@ -96,6 +97,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="mlx-posttrain-bench-") as scratch:
         folder = model_folder(model, Path(scratch))
         of = plan.size(folder)
+        _check_context(model, of, what, shape)
         spec: dict[str, Any] = {"folder": str(folder), "shape": asdict(shape)}
         if "ppo" in what:
             spec["reward"] = str(reward_folder(folder, Path(scratch)))
@@ -105,17 +107,35 @@ def bench(
                 continue
             against: dict[str, str | None] = {name: engines[0] if name != engines[0] else None for name in engines}
             against |= {name: ours for name, ours in extra.items() if kind in others.PEERS[others.peer(name)].can}
-            given = [{**spec, "engine": name, "what": kind, "against": base, "peers": bool(extra)} for name, base in against.items()]
+            given = [{**spec, **others.own(name, folder, Path(scratch)), "engine": name, "what": kind, "against": base, "peers": bool(extra)}
+                     for name, base in against.items()]  # fmt: skip
             found = _take_turns(given, units)
             compare(found)
             for t in found:
                 if t.error is None and t.engine in peaks:
                     _shares(t, of, shape, peaks[t.engine])
             timings += found
+    failed = [t.error for t in timings] + [found.get("error") for found in scaled.values()]
+    if all(failed):
+        raise UserError(f"no engine finished: {failed[0]}")
     return {
         "model": f"{model}, random weights" if model in SIZES else model, "shape": asdict(shape), "units": units, "machine": machine,
         "peaks": peaks, "timings": [asdict(t) for t in timings], "relations": relations(timings), "scaling": scaled,
     }  # fmt: skip
+
+
+def _check_context(model: str, of: plan.Size, what: Sequence[str], shape: Shape) -> None:
+    """Raise UserError for rows, or prompts with their answers, that the model does not read; scaling leaves such cases out itself."""
+    from mlx_posttrain.bench.worker import ROLLOUT, prompts
+
+    asked = max(map(len, prompts(of.vocabulary))) + ROLLOUT["max_tokens"]
+    longest = max(len(e.tokens) for e in rows(shape, of.vocabulary))
+    for kind in what:
+        sampled = kind in ("ppo", "generate", "generate-single")
+        tokens = asked if sampled else longest
+        if kind != "scaling" and of.context is not None and tokens > of.context:
+            hint = "leave it out of --what" if sampled else "give a shorter --length"
+            raise UserError(f"{kind} takes rows of {tokens} tokens, and {model} reads {of.context} at most: {hint}")
 
 
 def here() -> list[str]:

@@ -49,6 +49,18 @@ def peer(name: str) -> str:
     return name.rpartition("-")[0]
 
 
+def own(name: str, folder: Path, scratch: Path) -> dict[str, str]:
+    """The ``folder`` that the peer ``name`` reads instead of this one: mlx-lm knows GPT-2's weights without the prefix that transformers saves."""
+    from mlx_posttrain.convert import hub, weights
+
+    if peer(name) != "mlx-lm" or hub.check_config(folder)["model_type"] != "gpt2":
+        return {}
+    target = scratch / "mlx-lm"
+    if not target.exists():
+        weights.convert(folder, target, dtype="float32")  # it trains in the format of the file
+    return {"folder": str(target)}
+
+
 class _Finished(Exception):
     """Raised inside a peer's loop to leave it."""
 

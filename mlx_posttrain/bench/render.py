@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +90,33 @@ def block(result: Mapping[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def claim(folder: Path) -> None:
-    """Make the folder, before anything is measured for it. Raises UserError when it cannot be, or holds a benchmark already."""
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder before anything is measured for it; where that fails, it is not left behind.
+
+    Raises UserError when it cannot be made, or holds a benchmark already.
+    """
     if (folder / "bench.json").exists():
         raise UserError(f"--output {folder} holds a benchmark already: give another folder, or delete it")
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be made: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
 
 
-def write(result: Mapping[str, Any], folder: Path) -> None:
-    """``bench.json``, ``bench.md``, ``bench.svg`` and ``bench.png`` in a folder. Raises UserError when it cannot be written."""
+def write(result: Mapping[str, Any], folder: Path) -> list[str]:
+    """``bench.json``, ``bench.md`` and, of trained or sampled tokens, ``bench.svg`` and ``bench.png`` in a folder; returns their names.
+
+    Raises UserError when it cannot be written.
+    """
     try:
         write_atomically(folder / "bench.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
         write_atomically(folder / "bench.md", lambda path: path.write_text(block(result), encoding="utf-8"))
@@ -116,3 +132,4 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
 
         figures = {f"{t['what']} {t['engine']}": rates(t) for t in worked}
         charts.save(charts.bars(figures, y="trained or sampled tokens/s", title=str(result["model"])), folder, "bench")
+    return ["bench.json", "bench.md", *(["bench.svg", "bench.png"] if worked else [])]
