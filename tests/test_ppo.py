@@ -482,6 +482,13 @@ def test_recipes_that_cannot_be(override, said, random_gpt2, rows_file, counting
         load(random_gpt2, rows_file, counting, tmp_path / "run", override)
 
 
+def test_answers_as_long_as_the_context_leave_no_room(random_gpt2, rows_file, counting, tmp_path):
+    chosen = load(random_gpt2, rows_file, counting, tmp_path / "run", "rollout.max_tokens=64")
+    with pytest.raises(UserError, match=r"rollout.max_tokens=64 leaves no room for a prompt in the model's context of 64"):
+        methods.get("ppo").run(chosen)
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_score_at_all_is_an_error(random_gpt2, rows_file, tmp_path):
     (tmp_path / "none.py").write_text("def f(prompts, completions):\n    return [None] * len(completions)\n")
     with pytest.raises(UserError, match="could be scored"):

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from mlx_posttrain import engines, methods, recipe
+from mlx_posttrain import engines, methods, plan, recipe
 from mlx_posttrain.convert import hub
 
 SHIPPED = sorted(recipe.shipped())
@@ -235,6 +235,24 @@ def test_pretraining_learns_from_random_weights(engine, tmp_path):
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["eval/loss"]
     assert first == pytest.approx(5.7, abs=0.2)  # ln 300
     assert result["loss"] < 1.5
+
+
+def offline() -> list[list[str]]:
+    """The commands for the embedded model in the first lines of recipes, but for those of a whole pipeline."""
+    lines = [line.lstrip("# ") for path in recipe.shipped().values() for line in path.read_text().splitlines()]
+    return [shlex.split(re.split(r"\s{2,}", line)[0])[2:] for line in lines if re.match(r"mlx-posttrain run .* model=tiny", line)]
+
+
+@pytest.mark.parametrize("words", offline(), ids=lambda words: words[0])
+def test_offline_commands_find_their_model_and_data(words):
+    (found,) = plan.of_recipe(recipe.load(words[0], words[1:]))
+    assert found.steps and found.parameters < 4e6
+
+
+def test_every_stage_that_trains_on_gpt2_has_an_offline_command():
+    assert {"01_sft", "02_templates", "03_lora", "03_qlora", "06_kl_sft", "07_reward", "07_ppo", "08_distill"} <= {
+        words[0] for words in offline()
+    }
 
 
 def test_the_commands_in_recipes_and_readme_parse(root):

@@ -59,7 +59,9 @@ def load_rows(
     if limit is not None and limit < 1:
         raise UserError(f"data limit {limit}: must be at least 1 (leave it out to take every row)")
     if families and source not in GENERATED:
-        raise UserError(f"data.families belongs to {', '.join(GENERATED)}, not to {source}; leave it out")
+        raise UserError(
+            f"data.families belongs to {', '.join(GENERATED)}, not to {source}; leave it out, or say data.families=null where a recipe has it"
+        )
     if source.startswith("embedded/"):
         return _pick(_embedded(source, split, limit, seed, families), limit, seed, shuffle)
     if not is_hub_id(source):

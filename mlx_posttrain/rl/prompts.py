@@ -26,6 +26,8 @@ def read(data: DataSection, tokenizer: Any, context: int | None, max_tokens: int
     """
     found = supervised.split_rows(data, seed, _read)
     room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
+    if room < 1:
+        raise UserError(f"rollout.max_tokens={max_tokens} leaves no room for a prompt in the model's context of {context}: lower it")
     kept = []
     for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
         questions = [q for q in _encode(rows, tokenizer, str(data.template)) if len(q.tokens) <= room]
