@@ -195,7 +195,7 @@ class Training:
         return 0.0 if there else self.number * self.size.vocabulary * self.size.width / GB
 
     def forward(self, batch: Shape, pairs: dict[str, float] = PAIRS) -> float:
-        """GB of a pass without gradients: one block's arrays, so many of them on each engine with a number for each head and pair of positions."""
+        """GB of a pass without gradients: one block's arrays. pairs: by engine, how many of them have a number for each head and pair of positions."""
         s, tokens = self.size, batch.tokens
         block = tokens * (6 * s.width + (3 if s.gated else 2) * s.inner) + pairs[self.engine] * batch.rows * s.heads * batch.length**2
         return FORWARD[self.engine] * self.number * block / GB

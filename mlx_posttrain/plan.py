@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_posttrain import loading
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain import reference as references
 from mlx_posttrain.activations import PAIRS_OF_PROMPTS
-from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, evaluation_limits, round_up
+from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, evaluation_limits, for_evaluation, round_up
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM, split
 from mlx_posttrain.errors import UserError
@@ -91,14 +91,14 @@ class Plan:
 def peak(name: str, training: Training, steps: int, tokens: tuple[float, float], more: Mapping[str, float] | None = None,
          others: Sequence[tuple[str, dict[str, float]]] = ()) -> Plan:  # fmt: skip
     """The plan of one trained network. tokens: trained and read in a step; more: what is there all the time beside it, GB by name;
-    others: further phases."""
+    others: further phases, which may say otherwise of what is there all the time."""
     from mlx_posttrain.doctor import memory
 
     always = {
         "program": PROGRAM[training.engine], "weights": training.weights(), "reference": training.reference_copy(), "optimizer": training.optimizer(),
         **(more or {}),
     }  # fmt: skip
-    phase, parts = max([*training.phases(), *others], key=lambda found: sum(found[1].values()))
+    phase, parts = max([*training.phases(), *others], key=lambda found: sum({**always, **found[1]}.values()))
     return Plan(
         name=name, engine=training.engine, parameters=training.size.parameters + (training.trained if training.adapter else 0),
         trained=training.trained, steps=steps, trained_a_step=tokens[0], positions_a_step=tokens[1], parts={**always, **parts},
@@ -178,6 +178,8 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
         most = max(most, len(micro))
     seen, evaluated = distinct(seen), shapes(data.evaluation(), packs)
     kept = references.share(data, of.width, cache_gb) if reference else references.Share()
+    together = for_evaluation(data.lengths, recipe.train.batch_size, recipe.train.token_budget)
+    reading = distinct(Shape(len(rows), round_up(max(data.lengths[i] for i in rows), LENGTH_MULTIPLE), 0) for rows in together)
 
     def of_recipe(changed: Any, longest: int | None = None, kept: references.Share = kept) -> Plan:
         """The plan of the recipe, or with another one's settings of the same rows, cut to ``longest``."""
@@ -188,7 +190,9 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
             batches=_at_most(seen, old, new, longest),
             evaluations=_at_most(evaluated, evaluation_limits(old)[0], evaluation_limits(new)[0], longest),
         )  # fmt: skip
-        return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": kept.gb})
+        once = _at_most(reading if kept.training else [], evaluation_limits(old)[0], evaluation_limits(new)[0], longest)
+        others = [("as the reference's states are computed", {"activations": training.forward(b), "optimizer": 0.0}) for b in once]
+        return peak(_name(recipe), training, data.steps, (trained / steps, read / steps), {"kept states": kept.gb}, others)
 
     options: list[tuple[str, Callable[[], Plan]]] = [
         (text, partial(of_recipe, changed)) for text, changed in _alternatives(recipe, engine, of)
@@ -202,20 +206,25 @@ def of_data(recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = 
 
 def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:
     """Half the longest training row, or what nine of ten rows need to be trained on; and the override, with what it does to the rows. None where that is no less."""
-
-    most, packed = max(data.lengths), recipe.data.pack
+    most, packed, pairs = max(data.lengths), recipe.data.pack, not isinstance(data.train[0], Example)
 
     def needs(row: Any, length: int) -> int:
         """Tokens of a row; of one that may be cut, those up to its first trained one."""
-        return row.trained.index(True) + 1 if isinstance(row, Example) and recipe.data.too_long == "cut" else length
+        return length if pairs or recipe.data.too_long == "drop" else row.trained.index(True) + 1
 
     needed = sorted(map(needs, data.train, data.lengths))
     longest = round_up(max(most // 2, 0 if packed else needed[math.ceil(KEPT_ROWS * len(needed)) - 1]), LENGTH_MULTIPLE)
     if longest >= most:
         return None
     lost, long = (sum(n > longest for n in lengths) for lengths in (needed, data.lengths))
-    fates = " and ".join(f"{fate} {n:,}" for fate, n in (("cuts", long - lost), ("drops", lost)) if n)
-    return longest, f"data.max_length={longest}" + ("" if packed else f", which {fates} of {len(needed):,} rows")
+    if packed:
+        fate = ""
+    elif pairs:
+        fate = f", which shortens or drops {lost:,} of {len(needed):,} pairs"
+    else:
+        fates = " and ".join(f"{what} {n:,}" for what, n in (("cuts", long - lost), ("drops", lost)) if n)
+        fate = f", which {fates} of {len(needed):,} rows"
+    return longest, f"data.max_length={longest}{fate}"
 
 
 def _at_most(batches: Sequence[Shape], old: int, new: int, longest: int | None) -> list[Shape]:
@@ -232,53 +241,72 @@ def cache(of: Size, positions: int, dtype: str) -> float:
     return 2 * of.layers * of.key_width * positions * DTYPE_BYTES[dtype] / GB
 
 
-def of_ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, once: Sequence[Sequence[int]], rewards: Sequence[Size]) -> Plan:
-    """The plan of a PPO run. longest_prompt: tokens of the longest training prompt; once: of the prompts that are answered together with one answer each, to
-    normalise rewards or in evaluations; rewards: sizes of the reward models and judges."""
+class PromptLengths(NamedTuple):
+    """Tokens of PPO's prompts: of the longest in training, of those whose answers come ahead of training, and of the held-out ones."""
+
+    longest: int
+    ahead: Sequence[int]
+    held_out: Sequence[int]
+
+
+def of_ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Sequence[Size]) -> Plan:
+    """The plan of a PPO run. rewards: sizes of the reward models and judges."""
     r = recipe.rollout
     changes = [*_alternatives(recipe, engine, of)]
     if recipe.critic.kind == "separate":
         own = " critic.lr=null" * (recipe.critic.lr is not None) + " critic.init=auto" * (recipe.critic.init != "auto")
         changes.append((f"critic.kind=shared{own}", _changed(recipe, "critic", kind="shared")))
-    changes += [(f"rollout.{key}={value}", _changed(recipe, "rollout", **{key: value}))
-                for key, value in (("max_tokens", r.max_tokens // 2), ("token_budget", r.token_budget // 2)) if value]  # fmt: skip
+    values = {"max_tokens": r.max_tokens // 2, "token_budget": r.token_budget // 2}
+    if of.context is not None and r.max_tokens + recipe.data.max_length > of.context:
+        values["max_tokens"] = 0  # longer prompts would have room and take it
+    changes += [(f"rollout.{key}={value}", _changed(recipe, "rollout", **{key: value})) for key, value in values.items() if value]
 
     def of_recipe(changed: Any) -> Plan:
-        return _ppo(changed, engine, of, longest_prompt, once, rewards)
+        return _ppo(changed, engine, of, asked, rewards)
 
     return _advised(of_recipe(recipe), [(text, partial(of_recipe, changed)) for text, changed in changes])
 
 
-def _ppo(recipe: Any, engine: str, of: Size, longest_prompt: int, once: Sequence[Sequence[int]], rewards: Sequence[Size]) -> Plan:
+def _ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Sequence[Size]) -> Plan:
     """:func:`of_ppo` without advice."""
     r, train = recipe.rollout, recipe.train
-    length = round_up(longest_prompt + r.max_tokens, LENGTH_MULTIPLE)
-
     training = replace(_training(recipe, engine, of), reference=True, accumulate=train.accumulate > 1 or recipe.ptx is not None)
 
-    def shape(rows: int) -> Shape:  # packed, each prompt is read once: at worst as many as there are rows
-        packed = min(rows, r.prompts) * longest_prompt + rows * r.max_tokens if training.packs else None
+    def shape(most: int, budget: int | None, answers: int, prompts: int, longest: int) -> Shape:
+        """Of a batch of answers; packed, each prompt is read once."""
+        length = round_up(longest + r.max_tokens, LENGTH_MULTIPLE)
+        rows = min(answers, most, max(1, budget // length) if budget else most)
+        packed = min(rows, prompts) * longest + rows * r.max_tokens if training.packs else None
         return Shape(rows, length, round_up(rows * r.max_tokens, POSITION_MULTIPLE), packed)
 
     answers = r.prompts * r.samples
-
-    def rows(most: int, budget: int | None) -> int:
-        return min(most, budget // length or 1) if budget else most
-
-    limits = train.batch_size, train.token_budget
-    policy = replace(training, batches=[shape(rows(*limits))], evaluations=[shape(rows(*evaluation_limits(*limits)))])
+    limits, sampled = (train.batch_size, train.token_budget), (answers, r.prompts, asked.longest)
+    evaluations = [shape(*evaluation_limits(*limits), *sampled)]
+    if unseen := len(asked.held_out):
+        evaluations.append(shape(*evaluation_limits(*limits), unseen, unseen, max(asked.held_out)))
+    policy = replace(training, batches=[shape(*limits, *sampled)], evaluations=evaluations)
     if recipe.ptx is not None:
         longest = round_up(min(recipe.ptx.data.max_length, of.context or recipe.ptx.data.max_length), LENGTH_MULTIPLE)
         policy = replace(policy, batches=[*policy.batches, Shape(recipe.ptx.batch_size, longest, recipe.ptx.batch_size * longest)])
     more = {"reward": sum(s.parameters for s in rewards) * 4 / GB}
+    untrained = {"optimizer": 0.0}  # moments come with the first update
     others: list[tuple[str, dict[str, float]]] = []
     if recipe.critic.kind == "separate":
         critic = replace(policy, trained=of.parameters, adapter=False, bits=None, dtype="float32", reference=False)
+        untrained["critic"] = critic.weights()
         more["critic"] = critic.weights() + critic.optimizer()
-        others = [(f"{phase} of the critic", {**parts, "logits": 0.0}) for phase, parts in critic.phases()]
-    for lengths, samples in (([longest_prompt] * r.prompts, r.samples), *((lengths, 1) for lengths in once)):
+        others += [(f"{phase}, of the critic", {**parts, "logits": 0.0}) for phase, parts in critic.phases()]
+    for lengths, samples in (([asked.longest] * r.prompts, r.samples), (asked.held_out, 1)):
         others += _rollout(policy, lengths, samples, r.max_tokens, r.token_budget)
-    return peak(_name(recipe), policy, train.steps, (answers * r.max_tokens, answers * length), more, others)
+    others += [(phase, {**parts, **untrained}) for phase, parts in _rollout(policy, asked.ahead, 1, r.max_tokens, r.token_budget)]
+    return peak(
+        _name(recipe),
+        policy,
+        train.steps,
+        (answers * r.max_tokens, answers * round_up(asked.longest + r.max_tokens, LENGTH_MULTIPLE)),
+        more,
+        others,
+    )
 
 
 def _rollout(
@@ -287,11 +315,11 @@ def _rollout(
     """The phases of answering prompts of so many tokens: reading those of each decode batch, and decoding it."""
     most = min(max_tokens, model.size.context or max_tokens)
     for batch, at_once in split(lengths, samples, most, token_budget):
-        asked = Shape(len(lengths[batch]), max(lengths[batch]), 0)
-        room = round_up(asked.length + most, CACHE_BLOCK if model.engine == "mlx" else ROOM)
-        read, held = (cache(model.size, rows * room, model.dtype) for rows in (asked.rows, asked.rows * at_once))
-        yield "as a rollout reads its prompts", {"cache": read, "activations": model.forward(asked, PAIRS_OF_PROMPTS)}
-        yield "in a rollout", {"cache": held, "logits": 4 * 4 * asked.rows * at_once * model.size.vocabulary / GB}
+        prompts = Shape(len(lengths[batch]), max(lengths[batch]), 0)
+        room = round_up(prompts.length + most, CACHE_BLOCK if model.engine == "mlx" else ROOM)
+        read, held = (cache(model.size, rows * room, model.dtype) for rows in (prompts.rows, prompts.rows * at_once))
+        yield "as a rollout reads its prompts", {"cache": read, "activations": model.forward(prompts, PAIRS_OF_PROMPTS)}
+        yield "in a rollout", {"cache": held, "logits": 4 * 4 * prompts.rows * at_once * model.size.vocabulary / GB}
 
 
 def _name(recipe: Any) -> str:

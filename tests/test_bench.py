@@ -1,5 +1,6 @@
 """The benchmark: real processes that take turns, ratios that are refused, and what is written."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -400,7 +401,7 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
 def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "--output", str(tmp_path / "new" / "bench"), *arguments])
     assert isinstance(done.exception, UserError) and said in str(done.exception)
-    assert not (tmp_path / "new" / "bench").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_prompts_and_answers_must_fit_the_model(tmp_path: Path, random_gpt2: Path) -> None:
@@ -408,6 +409,8 @@ def test_prompts_and_answers_must_fit_the_model(tmp_path: Path, random_gpt2: Pat
         with pytest.raises(UserError, match=f"{what} takes rows of .* reads 64 at most: leave it out of --what"):
             bench._check_context("it", bench.plan.size(random_gpt2), [what], Shape(rows=2, length=16))
     bench._check_context("it", bench.plan.size(random_gpt2), ["sft", "scaling"], Shape(rows=2, length=64))
+    with pytest.raises(UserError, match="scaling takes rows of 64 tokens"):
+        bench._check_context("it", dataclasses.replace(bench.plan.size(random_gpt2), context=63), ["scaling"], Shape(rows=2, length=64))
 
 
 def test_what_nobody_finished_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

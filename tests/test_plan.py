@@ -17,7 +17,8 @@ from mlx_posttrain import engines, loading, plan
 from mlx_posttrain import recipe as recipes
 from mlx_posttrain.cli import app
 from mlx_posttrain.data.batches import collate
-from mlx_posttrain.data.types import Example
+from mlx_posttrain.data.pairs import Pair, PairData
+from mlx_posttrain.data.types import Example, Preference
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import REFERENCE_HIDDEN, AdamW, AdapterSpec
 from mlx_posttrain.errors import UserError
@@ -166,7 +167,12 @@ def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
     early = [Example((1,) * 100, (False,) * 9 + (True,) * 91)] * 10
     assert shorter(early, "data.too_long=drop") is None and shorter(early) == (56, "data.max_length=56, which cuts 10 of 10 rows")
     assert shorter([*early[1:], *rows[:1]]) == (56, "data.max_length=56, which cuts 9 and drops 1 of 10 rows")
-    packed = recipes.load("00_pretrain_tiny", []).model_copy(deep=True)
+    row = Preference(prompt=(), chosen="", rejected="")
+    known = [Pair((1,) * n, (1,) * 20, i, row) for i, n in enumerate((30,) * 9 + (100,))]  # a long dialogue may do without its oldest turns
+    assert plan._shorter(recipes.load("demo_reward", ["model=tiny"]), PairData(known, [], settings, 0, 512, pad=0)) == (
+        56, "data.max_length=56, which shortens or drops 1 of 10 pairs",
+    )  # fmt: skip
+    packed = recipes.load("00_pretrain_tiny", [])
     assert packed.data.pack and plan._shorter(packed, Data([Example((1,) * 100, (True,) * 100)] * 3, [], settings, 0, 512)) == (
         56,
         "data.max_length=56",
@@ -258,6 +264,49 @@ def test_prompts_that_are_answered_once_count(monkeypatch: pytest.MonkeyPatch) -
         )
         assert min(held_out.parts["cache"], normalised.parts["cache"]) > 10 * alone.parts.get("cache", 0) and "rollout" in held_out.phase
         assert any("rollout.token_budget=" in less for less in held_out.advice)
+        assert alone.parts.get("cache", 0) < 0.01
+        assert normalised.parts["optimizer"] == 0 < held_out.parts["optimizer"]  # the moments come with the first update
+
+
+@pytest.mark.parametrize("engine", engines.available())
+def test_held_out_answers_are_measured_at_their_own_length(engine: str) -> None:
+    """Few short prompts are trained on; the answers to many long ones are measured together, every prompt of them another."""
+    recipe = recipes.load("demo_ppo", ["model=tiny", "reward=[{function: checker}]", "rollout.prompts=1", "rollout.token_budget=512"])
+    of = plan.size(loading.base_folder("tiny"))
+    alone, short, long = (
+        plan._ppo(recipe, engine, of, plan.PromptLengths(10, [10], held_out), []).total_gb for held_out in ([], [10] * 64, [400] * 64)
+    )
+    rows = recipe.train.batch_size * 4
+    packed = rows * (400 + recipe.rollout.max_tokens) if engine == "torch" else None
+    training = plan.Training(engine, of, of.parameters, False, reference=True)
+    read = training.forward(plan.Shape(rows, 440, 0, packed))
+    assert long == pytest.approx(plan.PROGRAM[engine] + 2 * training.weights() + training.optimizer() + read)
+    assert alone < short < long
+
+
+def test_shorter_answers_are_no_advice_where_longer_prompts_would_follow() -> None:
+    for length, offered in ((472, True), (473, False)):
+        (found,) = plan.of_recipe(
+            recipes.load("demo_ppo", ["model=tiny", "reward=[{function: checker}]", f"data.max_length={length}", "data.limit=64"])
+        )
+        assert any("max_tokens" in less for less in found.advice) == offered
+
+
+def test_the_reference_reads_training_rows_once_where_their_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches as large as an evaluation's; in a single epoch they are computed step by step."""
+    given = ["model=tiny", "data.source=embedded/tasks", "data.limit=64", "data.eval_limit=1", "train.batch_size=4", "data.clean=null"]
+    seen: list[tuple[str, dict[str, float]]] = []
+    peak = plan.peak
+    monkeypatch.setattr(plan, "peak", lambda *given: (seen.extend(given[-1]), peak(*given))[1])
+    for epochs in (1, 2):
+        seen.clear()
+        (found,) = plan.of_recipe(recipes.load("06_kl_sft", [*given, f"train.epochs={epochs}", "engine=auto"]))
+        assert bool(seen) == (epochs == 2)
+    training = plan.Training(found.engine, plan.size(loading.base_folder("tiny")), 0, True)
+    read = [training.forward(plan.Shape(16, length, 0)) for length in range(8, 129, 8)]
+    assert max(parts["activations"] for _, parts in seen) in read and {name for name, _ in seen} == {
+        "as the reference's states are computed"
+    }
 
 
 def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

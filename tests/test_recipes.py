@@ -10,6 +10,7 @@ import pytest
 
 from mlx_posttrain import engines, methods, plan, recipe
 from mlx_posttrain.convert import hub
+from mlx_posttrain.rl import rewards
 
 SHIPPED = sorted(recipe.shipped())
 DEFAULTS: dict[str, dict] = {
@@ -245,7 +246,10 @@ def offline() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", offline(), ids=lambda words: words[0])
 def test_offline_commands_find_their_model_and_data(words):
-    (found,) = plan.of_recipe(recipe.load(words[0], words[1:]))
+    chosen = recipe.load(words[0], words[1:])
+    (found,) = plan.of_recipe(chosen)
+    for entry in chosen.reward if words[0] == "07_ppo" else []:
+        rewards.load(entry.function)
     assert found.steps and found.parameters < 4e6
 
 

@@ -90,14 +90,13 @@ def bench(
     extra = others.beside(engines) if peers else {}
     if peers and not extra:
         raise UserError(f"--peers: none of {', '.join(others.PEERS)} is installed that runs on {', '.join(engines)}")
-    machine = describe()
-    peaks = {name: measure_peaks(name) for name in engines}
     timings: list[Timing] = []
     scaled: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mlx-posttrain-bench-") as scratch:
         folder = model_folder(model, Path(scratch))
         of = plan.size(folder)
         _check_context(model, of, what, shape)
+        machine, peaks = describe(), {name: measure_peaks(name) for name in engines}
         spec: dict[str, Any] = {"folder": str(folder), "shape": asdict(shape)}
         if "ppo" in what:
             spec["reward"] = str(reward_folder(folder, Path(scratch)))
@@ -107,8 +106,7 @@ def bench(
                 continue
             against: dict[str, str | None] = {name: engines[0] if name != engines[0] else None for name in engines}
             against |= {name: ours for name, ours in extra.items() if kind in others.PEERS[others.peer(name)].can}
-            given = [{**spec, **others.own(name, folder, Path(scratch)), "engine": name, "what": kind, "against": base, "peers": bool(extra)}
-                     for name, base in against.items()]  # fmt: skip
+            given = [{**spec, "engine": name, "what": kind, "against": base, "peers": bool(extra)} for name, base in against.items()]
             found = _take_turns(given, units)
             compare(found)
             for t in found:
@@ -125,16 +123,17 @@ def bench(
 
 
 def _check_context(model: str, of: plan.Size, what: Sequence[str], shape: Shape) -> None:
-    """Raise UserError for rows, or prompts with their answers, that the model does not read; scaling leaves such cases out itself."""
+    """Raise UserError for rows, or prompts with their answers, that the model does not read; of scaling's longer cases such are left out."""
+    from mlx_posttrain.bench.scaling import ROWS
     from mlx_posttrain.bench.worker import ROLLOUT, prompts
 
     asked = max(map(len, prompts(of.vocabulary))) + ROLLOUT["max_tokens"]
     longest = max(len(e.tokens) for e in rows(shape, of.vocabulary))
     for kind in what:
-        sampled = kind in ("ppo", "generate", "generate-single")
-        tokens = asked if sampled else longest
-        if kind != "scaling" and of.context is not None and tokens > of.context:
-            hint = "leave it out of --what" if sampled else "give a shorter --length"
+        own = kind == "scaling" or kind == "ppo" or kind.startswith("generate")  # rows of its own, whatever --length says
+        tokens = ROWS[0].length if kind == "scaling" else asked if own else longest
+        if of.context is not None and tokens > of.context:
+            hint = "leave it out of --what" if own else "give a shorter --length"
             raise UserError(f"{kind} takes rows of {tokens} tokens, and {model} reads {of.context} at most: {hint}")
 
 

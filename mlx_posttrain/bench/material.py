@@ -60,9 +60,7 @@ def model_folder(name: str, scratch: Path) -> Path:
     folder = scratch / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(gpt2_config(VOCABULARY, size, eos=VOCABULARY - 1), indent=2) + "\n")
-    # Under the hub's names, which mlx-lm reads too.
-    found = {name.removeprefix("transformer."): value for name, value in random_weights(VOCABULARY, size, 0).items()}
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(random_weights(VOCABULARY, size, 0), folder / "model.safetensors", metadata={"format": "pt"})
     _numbered_words(folder)
     return folder
 

@@ -49,18 +49,6 @@ def peer(name: str) -> str:
     return name.rpartition("-")[0]
 
 
-def own(name: str, folder: Path, scratch: Path) -> dict[str, str]:
-    """The ``folder`` that the peer ``name`` reads instead of this one: mlx-lm knows GPT-2's weights without the prefix that transformers saves."""
-    from mlx_posttrain.convert import hub, weights
-
-    if peer(name) != "mlx-lm" or hub.check_config(folder)["model_type"] != "gpt2":
-        return {}
-    target = scratch / "mlx-lm"
-    if not target.exists():
-        weights.convert(folder, target, dtype="float32")  # it trains in the format of the file
-    return {"folder": str(target)}
-
-
 class _Finished(Exception):
     """Raised inside a peer's loop to leave it."""
 
@@ -73,6 +61,7 @@ def _in(batch: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[int
 def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     """mlx-lm's own loop; its ``full`` trains the blocks only, its LoRA is put on every block's attention and MLP projections as ours is."""
     from mlx_posttrain import blas
+    from mlx_posttrain.convert import hub, weights
 
     blas.load()
     import mlx.core as mx
@@ -85,7 +74,13 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
 
     use_device(spec["against"])
     folder, shape = Path(spec["folder"]), Shape(**spec["shape"])
-    net, config = load_model(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        if (
+            hub.check_config(folder)["model_type"] == "gpt2"
+        ):  # it knows the weights without the prefix that transformers saves, and trains in the file's format
+            weights.convert(folder, folder := Path(scratch) / "model", dtype="float32")
+        net, config = load_model(folder)
+        mx.eval(net.parameters())
     net.freeze()
     if spec["what"] == "lora":
         keys = {"rank": 16, "dropout": 0.0, "scale": 2.0, "keys": ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]}

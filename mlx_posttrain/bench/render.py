@@ -98,7 +98,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     if (folder / "bench.json").exists():
         raise UserError(f"--output {folder} holds a benchmark already: give another folder, or delete it")
-    new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,9 +106,9 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if new:
-            with contextlib.suppress(OSError):  # something is in it
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # something is in it
+            for path in made:
+                path.rmdir()
         raise
 
 

@@ -241,9 +241,9 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
 
 
 def _plan(recipe: Recipe, engine: str, folder: Path, questions: Sequence[Question], held_out: Sequence[Question]) -> plans.Plan:
-    once = [[len(q.tokens) for q in asked] for asked in (_normalised_on(questions, recipe.seed), held_out)]
+    training, ahead, unseen = ([len(q.tokens) for q in asked] for asked in (questions, _normalised_on(questions, recipe.seed), held_out))
     scorers = [plans.size(loading.locate(entry.model).folder) for entry in [*recipe.reward, *recipe.judge] if entry.model]
-    return plans.of_ppo(recipe, engine, plans.size(folder), max(len(q.tokens) for q in questions), once, scorers)
+    return plans.of_ppo(recipe, engine, plans.size(folder), plans.PromptLengths(max(training), ahead, unseen), scorers)
 
 
 def _normalised_on(questions: Sequence[Question], seed: int) -> list[Question]:
