@@ -299,14 +299,8 @@ def _ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Sequ
     for lengths, samples in (([asked.longest] * r.prompts, r.samples), (asked.held_out, 1)):
         others += _rollout(policy, lengths, samples, r.max_tokens, r.token_budget)
     others += [(phase, {**parts, **untrained}) for phase, parts in _rollout(policy, asked.ahead, 1, r.max_tokens, r.token_budget)]
-    return peak(
-        _name(recipe),
-        policy,
-        train.steps,
-        (answers * r.max_tokens, answers * round_up(asked.longest + r.max_tokens, LENGTH_MULTIPLE)),
-        more,
-        others,
-    )
+    tokens = answers * r.max_tokens, answers * round_up(asked.longest + r.max_tokens, LENGTH_MULTIPLE)
+    return peak(_name(recipe), policy, train.steps, tokens, more, others)
 
 
 def _rollout(

@@ -127,6 +127,7 @@ def fit(
     if not held_out and train.select == "best":
         say("there are no held-out rows to choose the best weights by: final/ will hold those of the last step")
     first = _restore(engine, model, trainer, run, state) if resume else 0
+    engine.reset_memory()
     if before is not None:
         before()
         held_out = data.evaluation()
@@ -168,7 +169,6 @@ def fit(
         return train.early_stop is None or state["worse"] < train.early_stop
 
     progress = Progress(run.folder.name, data.steps, first)
-    engine.reset_memory()
     try:
         with interruptible(run.folder) as signals:
             if first == 0:
@@ -257,7 +257,11 @@ def blown_up(done: int, what: str, run: Run) -> UserError:
 
 def _last_good(run: Run) -> str:
     saved = run.list_checkpoints()
-    return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
+    return (
+        f"the last good checkpoint is {saved[-1]}"
+        if saved
+        else f"no checkpoint had been written yet, so delete {run.folder} or give another output before the next run"
+    )
 
 
 def check_warmup(train: OptimizerSection, steps: int) -> None:

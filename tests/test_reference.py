@@ -201,7 +201,7 @@ def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys):
     assert f"reference: {planned.parts['kept states']:.3g} GB of hidden states are computed once and kept" in said
     chosen.kl.cache_gb = 0.0
     (without,) = plan.of_recipe(chosen)
-    assert planned.total_gb - without.total_gb == pytest.approx(planned.parts["kept states"]) and without.parts["kept states"] == 0
+    assert planned.parts["kept states"] > 0 == without.parts["kept states"]
 
 
 def test_evaluations_take_four_times_a_steps_budget():

@@ -75,9 +75,8 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     use_device(spec["against"])
     folder, shape = Path(spec["folder"]), Shape(**spec["shape"])
     with tempfile.TemporaryDirectory() as scratch:
-        if (
-            hub.check_config(folder)["model_type"] == "gpt2"
-        ):  # it knows the weights without the prefix that transformers saves, and trains in the file's format
+        # It knows GPT-2's weights without the prefix that transformers saves, and trains in the format of the file.
+        if hub.check_config(folder)["model_type"] == "gpt2":
             weights.convert(folder, folder := Path(scratch) / "model", dtype="float32")
         net, config = load_model(folder)
         mx.eval(net.parameters())
