@@ -460,6 +460,21 @@ def test_prediction_against_training_in_half_precision_and_with_checkpoints(mode
     [
         ("demo_sft", ["data.limit=64", "data.eval_limit=16", "train.steps=3"]),
         ("06_kl_sft", ["model=tiny", "data.source=embedded/tasks", "data.limit=64", "train.steps=3"]),
+        (  # the pass that computes the reference's states is the peak
+            "06_kl_sft",
+            [
+                "model=tiny",
+                "data.source=embedded/tasks",
+                "data.limit=64",
+                "data.holdout=1",
+                "data.eval_limit=1",
+                "data.clean=null",
+                "adapter.rank=8",
+                "train.lr=1e-3",
+                "train.batch_size=4",
+                "train.gradient_checkpointing=true",
+            ],
+        ),
         ("demo_ppo", ["model=tiny", "reward=[{function: checker}]", "train.steps=1", "rollout.prompts=8", "train.batch_size=8"]),
     ],
 )
