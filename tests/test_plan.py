@@ -220,7 +220,7 @@ def most(phases: Iterable[tuple[str, dict[str, float]]], name: str) -> float:
 
 
 @pytest.mark.parametrize("loss", ["sft", "kl", "kl of kept states"])
-@pytest.mark.parametrize(("rows", "length", "trained"), [(8, 512, 8), (16, 64, 32), (32, 64, 46), (64, 64, 32)])
+@pytest.mark.parametrize(("rows", "length", "trained"), [(8, 512, 8), (64, 32, 8), (16, 64, 32), (32, 64, 46), (64, 64, 32)])
 def test_prediction_of_an_evaluation_on_mlx(rows: int, length: int, trained: int, loss: str, mlx_taken: Callable[..., float]) -> None:
     """Blocks are the most, or logits, those of one chunk and of several, and a reference's beside them."""
     folder = loading.base_folder("tiny")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain import engines, methods, plan, recipe
+from mlx_posttrain import reference as references
 from mlx_posttrain.data.batches import by_row, collate, with_rows
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import fused
@@ -189,14 +190,20 @@ def test_a_head_that_is_not_one_plain_matrix_goes_without(engine, random_gpt2, c
     assert np.isfinite(trainer.step(sft.kl_loss(0.3, "forward"), made.micro_batches(made.rows(0)), 1e-3)["loss"])
 
 
-def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys):
-    """40 rows, 6 of them held out, twice; the rows' states at a width of 64."""
+def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys, monkeypatch):
+    """40 rows, 6 of them held out, twice; the rows' states at a width of 64. What it takes to compute them counts in the run's peak."""
+    happened = []
+    engine, keep = type(engines.get("auto")), references.remember
+    reset = engine.reset_memory
+    monkeypatch.setattr(engine, "reset_memory", lambda self: (happened.append("reset"), reset(self))[1])
+    monkeypatch.setattr(references, "remember", lambda *given: (happened.append("remember"), keep(*given))[1])
     chosen = recipe.load("06_kl_sft", [
         f"model={random_gpt2}", f"data.source={rows_file}", "data.limit=null", "data.holdout=6", f"output={tmp_path / 'run'}",
         "train.epochs=2", "sample.count=0", "data.clean=null",
     ])  # fmt: skip
     (planned,) = plan.of_recipe(chosen)
     methods.get(chosen.method).run(chosen)
+    assert happened == ["reset", "remember"]
     said = capsys.readouterr().err
     assert f"reference: {planned.parts['kept states']:.3g} GB of hidden states are computed once and kept" in said
     chosen.kl.cache_gb = 0.0
