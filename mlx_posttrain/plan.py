@@ -217,14 +217,9 @@ def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:
     if longest >= most:
         return None
     lost, long = (sum(n > longest for n in lengths) for lengths in (needed, data.lengths))
-    if packed:
-        fate = ""
-    elif pairs:
-        fate = f", which shortens or drops {lost:,} of {len(needed):,} pairs"
-    else:
-        fates = " and ".join(f"{what} {n:,}" for what, n in (("cuts", long - lost), ("drops", lost)) if n)
-        fate = f", which {fates} of {len(needed):,} rows"
-    return longest, f"data.max_length={longest}{fate}"
+    dropped, unit = ("shortens or drops", "pairs") if pairs else ("drops", "rows")
+    fates = " and ".join(f"{fate} {n:,}" for fate, n in (("cuts", long - lost), (dropped, lost)) if n)
+    return longest, f"data.max_length={longest}" + ("" if packed else f", which {fates} of {len(needed):,} {unit}")
 
 
 def _at_most(batches: Sequence[Shape], old: int, new: int, longest: int | None) -> list[Shape]:
@@ -256,10 +251,10 @@ def of_ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Se
     if recipe.critic.kind == "separate":
         own = " critic.lr=null" * (recipe.critic.lr is not None) + " critic.init=auto" * (recipe.critic.init != "auto")
         changes.append((f"critic.kind=shared{own}", _changed(recipe, "critic", kind="shared")))
-    values = {"max_tokens": r.max_tokens // 2, "token_budget": r.token_budget // 2}
-    if of.context is not None and r.max_tokens + recipe.data.max_length > of.context:
-        values["max_tokens"] = 0  # longer prompts would have room and take it
-    changes += [(f"rollout.{key}={value}", _changed(recipe, "rollout", **{key: value})) for key, value in values.items() if value]
+    # Where the context holds prompts down, shorter answers would only make room for longer prompts.
+    roomy = of.context is None or r.max_tokens + recipe.data.max_length <= of.context
+    halves = {"max_tokens": r.max_tokens // 2 if roomy else 0, "token_budget": r.token_budget // 2}
+    changes += [(f"rollout.{key}={half}", _changed(recipe, "rollout", **{key: half})) for key, half in halves.items() if half]
 
     def of_recipe(changed: Any) -> Plan:
         return _ppo(changed, engine, of, asked, rewards)

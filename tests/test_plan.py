@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,7 +200,7 @@ def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def mlx_taken() -> Iterator[Callable[[Callable[[], object]], float]]:
+def mlx_taken() -> Callable[[Callable[[], object]], float]:
     """GB that a call takes at its peak besides what is there before, by MLX's own account of its arrays."""
     mx = pytest.importorskip("mlx.core")
 
@@ -212,7 +212,7 @@ def mlx_taken() -> Iterator[Callable[[Callable[[], object]], float]]:
         call()
         return (mx.get_peak_memory() - before) / 2**30
 
-    yield taken
+    return taken
 
 
 def most(phases: Iterable[tuple[str, dict[str, float]]], name: str) -> float:

@@ -206,9 +206,11 @@ def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys, monke
     assert happened == ["reset", "remember"]
     said = capsys.readouterr().err
     assert f"reference: {planned.parts['kept states']:.3g} GB of hidden states are computed once and kept" in said
-    chosen.kl.cache_gb = 0.0
-    (without,) = plan.of_recipe(chosen)
-    assert planned.parts["kept states"] > 0 == without.parts["kept states"]
+    # A row at a time and none held out, no pass without gradients is the peak: what differs is what is kept.
+    few = [f"model={random_gpt2}", f"data.source={rows_file}", "data.limit=null", "data.holdout=0", "train.batch_size=1", "data.clean=null"]
+    (kept,), (without,) = (plan.of_recipe(recipe.load("06_kl_sft", [*few, f"kl.cache_gb={gb}"])) for gb in (1, 0))
+    assert kept.total_gb - without.total_gb == pytest.approx(kept.parts["kept states"]) and kept.phase == without.phase
+    assert kept.parts["kept states"] > 0 == without.parts["kept states"]
 
 
 def test_evaluations_take_four_times_a_steps_budget():

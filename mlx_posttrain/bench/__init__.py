@@ -129,11 +129,11 @@ def _check_context(model: str, of: plan.Size, what: Sequence[str], shape: Shape)
 
     asked = max(map(len, prompts(of.vocabulary))) + ROLLOUT["max_tokens"]
     longest = max(len(e.tokens) for e in rows(shape, of.vocabulary))
+    own = {"scaling": ROWS[0].length, "ppo": asked, "generate": asked, "generate-single": asked}  # whatever --length says
     for kind in what:
-        own = kind == "scaling" or kind == "ppo" or kind.startswith("generate")  # rows of its own, whatever --length says
-        tokens = ROWS[0].length if kind == "scaling" else asked if own else longest
+        tokens = own.get(kind, longest)
         if of.context is not None and tokens > of.context:
-            hint = "leave it out of --what" if own else "give a shorter --length"
+            hint = "leave it out of --what" if kind in own else "give a shorter --length"
             raise UserError(f"{kind} takes rows of {tokens} tokens, and {model} reads {of.context} at most: {hint}")
 
 
