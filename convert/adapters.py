@@ -1,8 +1,9 @@
 """LoRA and DoRA adapters between PEFT's files and mlx-lm's modules.
 
-PEFT keeps `lora_A.weight` (r, in), `lora_B.weight` (out, r) and, for DoRA, `lora_magnitude_vector` (out,), whatever the layout of the base
-weight. mlx-lm keeps `lora_a` (in, r), `lora_b` (r, out) and `m` (out,). Sources: `peft/tuners/lora/layer.py`, `peft/tuners/lora/model.py`,
-`mlx_lm/tuner/lora.py`, `mlx_lm/tuner/dora.py`.
+PEFT keeps `lora_A.weight` (r, in), `lora_B.weight` (out, r) and, for DoRA, `lora_magnitude_vector` (out,),
+whatever the layout of the base weight. mlx-lm keeps `lora_a` (in, r), `lora_b` (r, out) and `m` (out,).
+Sources: `peft/tuners/lora/layer.py`, `peft/tuners/lora/model.py`, `mlx_lm/tuner/lora.py`,
+`mlx_lm/tuner/dora.py`.
 """
 
 from __future__ import annotations
@@ -27,42 +28,68 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD = "score.weight"  # of a sequence classifier
 
-# The magnitude's key has no ".weight" in files; PEFT adds it on loading. An adapter name may remain in keys of a raw state dict.
-_KEY = re.compile(r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.(?!weight$)[^.]+)?(\.weight)?$")
+# The magnitude's key has no ".weight" in files; PEFT adds it on loading. An adapter name may remain in keys
+# of a raw state dict.
+_KEY = re.compile(
+    r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.(?!weight$)[^.]+)?(\.weight)?$"
+)
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 
-# First values that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) move part of the base into the adapter,
-# so that the adapter is meaningless beside the original base.
+# First values that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) move part
+# of the base into the adapter, so that the adapter is meaningless beside the original base.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Options of PEFT's LoRA that add parameters or change the formula.
 UNSUPPORTED = (
-    "trainable_token_indices", "layers_to_transform", "layer_replication", "target_parameters", "lora_bias",
-    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens", "megatron_config",
-)  # fmt: skip
+    "trainable_token_indices",
+    "layers_to_transform",
+    "layer_replication",
+    "target_parameters",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "alora_invocation_tokens",
+    "megatron_config",
+)
 
 
 def hf_path(module: str, model_type: str = "gpt2") -> str:
-    """Return the transformers path of an mlx-lm module: GPT-2's `model.h.0.attn.c_attn` is `transformer.h.0.attn.c_attn`, others stay."""
-    return "transformer." + module.removeprefix("model.") if model_type == "gpt2" and module.startswith("model.h.") else module
+    """Return the transformers path of an mlx-lm module: GPT-2's `model.h.0.attn.c_attn` is
+    `transformer.h.0.attn.c_attn`, others stay.
+    """
+    return (
+        "transformer." + module.removeprefix("model.")
+        if model_type == "gpt2" and module.startswith("model.h.")
+        else module
+    )
 
 
 def mlx_path(module: str, model_type: str = "gpt2") -> str:
-    """Return the mlx-lm path of a transformers module, with or without GPT-2's `transformer.`; other architectures stay."""
+    """Return the mlx-lm path of a transformers module, with or without GPT-2's `transformer.`; other
+    architectures stay.
+    """
     bare = module.removeprefix("transformer.")
     return f"model.{bare}" if model_type == "gpt2" and bare.startswith("h.") else module
 
 
 def peft_to_mlx(tensors: Mapping[str, Any], model_type: str = "gpt2") -> Modules:
-    """Return PEFT tensors as {mlx-lm module path: {"lora_a": (in, r), "lora_b": (r, out), "m": (out,) with DoRA}}.
+    """Return PEFT tensors as {mlx-lm module path: {"lora_a": (in, r), "lora_b": (r, out), "m": (out,) with
+    DoRA}}.
 
     Raises:
-        UserError: a tensor that is not a LoRA or DoRA matrix of a linear layer, or a module with a part missing or of a wrong shape.
+        UserError: a tensor that is not a LoRA or DoRA matrix of a linear layer, or a module with a part
+        missing or of a wrong shape.
     """
     modules: Modules = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key.removeprefix(PREFIX))
         if match is None:
-            raise UserError(f"the adapter holds {key}, which is no LoRA or DoRA matrix of a linear layer; such adapters are not supported")
+            raise UserError(
+                f"the adapter holds {key}, which is no LoRA or DoRA matrix of a linear layer; "
+                "such adapters are not supported"
+            )
         part = _PARTS[match["part"]]
         value = tensor.reshape(-1) if part == "m" else tensor.T
         modules.setdefault(mlx_path(match["path"], model_type), {})[part] = value
@@ -72,7 +99,8 @@ def peft_to_mlx(tensors: Mapping[str, Any], model_type: str = "gpt2") -> Modules
 
 
 def mlx_to_peft(modules: Mapping[str, Module], model_type: str = "gpt2") -> dict[str, Any]:
-    """Return mlx-lm modules as PEFT's tensors by key: `base_model.model.<path>.lora_A.weight` (r, in), `.lora_B.weight` (out, r) and so on.
+    """Return mlx-lm modules as PEFT's tensors by key: `base_model.model.<path>.lora_A.weight` (r, in),
+    `.lora_B.weight` (out, r) and so on.
 
     Raises:
         UserError: a module with a part missing or of a wrong shape.
@@ -89,12 +117,16 @@ def mlx_to_peft(modules: Mapping[str, Module], model_type: str = "gpt2") -> dict
 
 
 def rank_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") -> int:
-    """Return the rank that a PEFT config gives a module (an mlx-lm or transformers path), `rank_pattern` included."""
+    """Return the rank that a PEFT config gives a module (an mlx-lm or transformers path), `rank_pattern`
+    included.
+    """
     return int(_by_pattern(config.get("rank_pattern"), hf_path(module, model_type), config["r"]))
 
 
 def scale_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") -> float:
-    """Return the factor on B A for a module: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732), patterns included."""
+    """Return the factor on B A for a module: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732),
+    patterns included.
+    """
     rank = rank_of(config, module, model_type)
     alpha = float(_by_pattern(config.get("alpha_pattern"), hf_path(module, model_type), config["lora_alpha"]))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -116,16 +148,18 @@ def save_adapter(
     model_type: str = "gpt2",
     head: Any | None = None,
 ) -> None:
-    """Write PEFT's adapter_config.json and adapter_model.safetensors (float32) for mlx-lm modules of NumPy, MLX or torch arrays.
+    """Write PEFT's adapter_config.json and adapter_model.safetensors (float32) for mlx-lm modules of NumPy,
+    MLX or torch arrays.
 
     With `head` (1, width) the task type is SEQ_CLS and the head, trained in full, is among the tensors.
 
-    `targets` are module name endings as PEFT matches them, a regular expression, or None for the modules' own full paths.
-    `fan_in_fan_out` is True for GPT-2's Conv1D, False elsewhere. The config is written last: a half-written folder is no adapter.
+    `targets` are module name endings as PEFT matches them, a regular expression, or None for the modules' own
+    full paths. `fan_in_fan_out` is True for GPT-2's Conv1D, False elsewhere. The config is written last: a
+    half-written folder is no adapter.
 
     Raises:
-        UserError: not enough disk space, a module with parts missing.
-        ValueError: `targets`, `rank` or `dora` contradict the modules, so that PEFT would ignore tensors or make new ones.
+        UserError: not enough disk space, a module with parts missing. ValueError: `targets`, `rank` or `dora`
+        contradict the modules, so that PEFT would ignore tensors or make new ones.
     """
     from safetensors.numpy import save
 
@@ -140,7 +174,9 @@ def save_adapter(
         "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": sorted(hf_path(m, model_type) for m in modules) if targets is None else _as_listed(targets),
+        "target_modules": sorted(hf_path(m, model_type) for m in modules)
+        if targets is None
+        else _as_listed(targets),
         "use_rslora": rslora,
         "use_dora": dora,
         "init_lora_weights": True,
@@ -148,7 +184,9 @@ def save_adapter(
     }
     _check_against_config(modules, config, model_type, ValueError)
     _check_targets(modules, config["target_modules"], model_type)
-    tensors = {name: to_float32(value).copy(order="C") for name, value in mlx_to_peft(modules, model_type).items()}
+    tensors = {
+        name: to_float32(value).copy(order="C") for name, value in mlx_to_peft(modules, model_type).items()
+    }
     if head is not None:
         tensors[PREFIX + HEAD] = to_float32(head).copy(order="C")
     data = save(tensors, metadata={"format": "pt"})
@@ -159,37 +197,53 @@ def save_adapter(
 
 
 def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any], Modules]:
-    """Return a PEFT LoRA or DoRA adapter folder's config and its modules in mlx-lm's layout, as NumPy float32 arrays.
+    """Return a PEFT LoRA or DoRA adapter folder's config and its modules in mlx-lm's layout, as NumPy float32
+    arrays.
 
-    Ranks and scales that differ by module (`rank_pattern`, `alpha_pattern`) are supported: ask `rank_of` and `scale_of`. A classifier's
-    head is left out: engines/files.py reads it.
+    Ranks and scales that differ by module (`rank_pattern`, `alpha_pattern`) are supported: ask `rank_of` and
+    `scale_of`. A classifier's head is left out: engines/files.py reads it.
 
     Raises:
-        UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly; the message names what it is.
+        UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly; the
+        message names what it is.
     """
     check_folder(folder, "adapter")
     config = read_json(folder / CONFIG)
     where = folder / CONFIG
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not supported, only LORA (with or without DoRA)")
+        raise UserError(
+            f"{where}: peft_type {config.get('peft_type')!r} is not supported, only LORA (with "
+            "or without DoRA)"
+        )
     if config.get("bias", "none") != "none":
-        raise UserError(f"{where}: bias {config['bias']!r} is not supported, only 'none': the adapter changes the base model's biases")
+        raise UserError(
+            f"{where}: bias {config['bias']!r} is not supported, only 'none': the adapter "
+            "changes the base model's biases"
+        )
     for key in UNSUPPORTED:
         if config.get(key):
-            raise UserError(f"{where}: {key} is not supported; merge the adapter with PEFT (merge_and_unload) and start from that model")
-    if config.get("modules_to_save") not in (None, [], ["score"], ["classifier", "score"]):  # PEFT itself lists both for SEQ_CLS
+            raise UserError(
+                f"{where}: {key} is not supported; merge the adapter with PEFT "
+                "(merge_and_unload) and start from that model"
+            )
+    # PEFT itself lists both for SEQ_CLS
+    if config.get("modules_to_save") not in (None, [], ["score"], ["classifier", "score"]):
         raise UserError(
-            f"{where}: modules_to_save is not supported; merge the adapter with PEFT (merge_and_unload) and start from that model"
+            f"{where}: modules_to_save is not supported; merge the adapter with PEFT (merge_and_unload) and "
+            "start from that model"
         )
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise UserError(
-            f"{where}: init_lora_weights {init!r} changed the base model's weights, so the adapter does not fit the original base; "
+            f"{where}: init_lora_weights {init!r} changed the base model's weights, so the adapter does not "
+            "fit the original base; "
             "save it with PEFT's path_initial_model_for_weight_conversion first"
         )
     config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, **config}
     tensors = read_float32(folder / TENSORS)
-    modules = peft_to_mlx({key: value for key, value in tensors.items() if key.removeprefix(PREFIX) != HEAD}, model_type)
+    modules = peft_to_mlx(
+        {key: value for key, value in tensors.items() if key.removeprefix(PREFIX) != HEAD}, model_type
+    )
     if not modules:
         raise UserError(f"{folder / TENSORS} holds no tensor")
     modules = {path: modules[path] for path in sorted(modules, key=_natural)}
@@ -197,11 +251,15 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
     return config, modules
 
 
-def to_mlx_lm(folder: Path, modules: Mapping[str, Module], config: Mapping[str, Any], model_type: str = "gpt2") -> None:
-    """Write an adapters folder that `mlx_lm.load(model, adapter_path=folder)` loads; `config` is PEFT's, as `read_adapter` returns it.
+def to_mlx_lm(
+    folder: Path, modules: Mapping[str, Module], config: Mapping[str, Any], model_type: str = "gpt2"
+) -> None:
+    """Write an adapters folder that `mlx_lm.load(model, adapter_path=folder)` loads; `config` is PEFT's, as
+    `read_adapter` returns it.
 
-    mlx-lm has one rank and one scale for all modules: smaller ranks are padded with zeros and other scales move into `lora_b`, which leaves
-    every product as it was. Modules are listed by full path, so the file does not depend on the model's number of layers.
+    mlx-lm has one rank and one scale for all modules: smaller ranks are padded with zeros and other scales
+    move into `lora_b`, which leaves every product as it was. Modules are listed by full path, so the file
+    does not depend on the model's number of layers.
 
     Raises:
         UserError: not enough disk space, no module, a module with parts missing.
@@ -232,7 +290,12 @@ def to_mlx_lm(folder: Path, modules: Mapping[str, Module], config: Mapping[str, 
     written = {
         "fine_tune_type": "dora" if config.get("use_dora") else "lora",
         "num_layers": _layers(modules),
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": float(config.get("lora_dropout", 0.0)), "keys": sorted(modules)},
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": float(config.get("lora_dropout", 0.0)),
+            "keys": sorted(modules),
+        },
     }
     if config.get("base_model_name_or_path"):
         written["model"] = config["base_model_name_or_path"]
@@ -255,7 +318,10 @@ def _layers(modules: Mapping[str, Module]) -> int:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Look a module up as PEFT's get_pattern_key does: the first pattern that matches the end of the path."""
-    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+    return next(
+        (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)),
+        default,
+    )
 
 
 def _check_module(path: str, module: Mapping[str, Any]) -> None:
@@ -264,23 +330,35 @@ def _check_module(path: str, module: Mapping[str, Any]) -> None:
             raise UserError(f"the adapter lacks {part} of {path}")
     a, b = tuple(module["lora_a"].shape), tuple(module["lora_b"].shape)
     if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
-        raise UserError(f"the adapter's matrices of {path} do not fit together: lora_a (in, r) is {a}, lora_b (r, out) is {b}")
+        raise UserError(
+            f"the adapter's matrices of {path} do not fit together: lora_a (in, r) is {a}, "
+            f"lora_b (r, out) is {b}"
+        )
     if "m" in module and tuple(module["m"].shape) != b[1:]:
-        raise UserError(f"the adapter's magnitude vector of {path} has shape {tuple(module['m'].shape)}, expected {b[1:]}")
+        raise UserError(
+            f"the adapter's magnitude vector of {path} has shape {tuple(module['m'].shape)}, expected {b[1:]}"
+        )
 
 
-def _check_against_config(modules: Mapping[str, Module], config: Mapping[str, Any], model_type: str, error: type[Exception]) -> None:
+def _check_against_config(
+    modules: Mapping[str, Module], config: Mapping[str, Any], model_type: str, error: type[Exception]
+) -> None:
     for path, module in modules.items():
         rank, expected = int(module["lora_a"].shape[1]), rank_of(config, path, model_type)
         if rank != expected:
             raise error(f"{path} has rank {rank}, but the config says {expected}")
         if bool(config.get("use_dora")) != ("m" in module):
             found = "has a" if "m" in module else "lacks the"
-            raise error(f"{path} {found} magnitude vector, but the config says use_dora {bool(config.get('use_dora'))}")
+            raise error(
+                f"{path} {found} magnitude vector, but the config says use_dora "
+                f"{bool(config.get('use_dora'))}"
+            )
 
 
 def _check_targets(modules: Mapping[str, Module], targets: Sequence[str] | str, model_type: str) -> None:
-    """PEFT drops tensors of modules that no target matches and makes fresh adapters for targets without tensors, both quietly."""
+    """PEFT drops tensors of modules that no target matches and makes fresh adapters for targets without
+    tensors, both quietly.
+    """
     if targets == "all-linear":
         return
 
@@ -297,4 +375,6 @@ def _check_targets(modules: Mapping[str, Module], targets: Sequence[str] | str, 
         possible = {f"transformer.h.{i}.{name}" for i in range(_layers(modules)) for name in CONV1D}
         absent = sorted(path for path in possible - paths if matched(path))
         if absent:
-            raise ValueError(f"targets {targets} match {absent[0]} too, which has no adapter; PEFT would make a new one")
+            raise ValueError(
+                f"targets {targets} match {absent[0]} too, which has no adapter; PEFT would make a new one"
+            )

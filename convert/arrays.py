@@ -17,7 +17,9 @@ def library(array: Any) -> str:
 
 
 def to_float32(array: Any) -> Any:
-    """Return a floating array of any library as a NumPy float32 array of the same shape; fp16 and bf16 widen exactly."""
+    """Return a floating array of any library as a NumPy float32 array of the same shape; fp16 and bf16 widen
+    exactly.
+    """
     import numpy as np
 
     kind = library(array)
@@ -37,7 +39,8 @@ def require_mlx(purpose: str) -> None:
         import mlx_lm  # noqa: F401
     except ImportError:
         raise UserError(
-            f"{purpose} needs MLX, which is not installed: do it on an Apple Silicon Mac or on Linux, after `pip install mlx-posttrain`"
+            f"{purpose} needs MLX, which is not installed: do it on an Apple Silicon Mac or on Linux, after "
+            "`pip install mlx-posttrain`"
         ) from None
 
 
@@ -59,7 +62,8 @@ def like(value: Any, reference: Any) -> Any:
 
 
 def read_float32(path: Path) -> dict[str, Any]:
-    """Return a safetensors file's floating tensors as NumPy float32, whichever framework is installed (NumPy alone has no bf16).
+    """Return a safetensors file's floating tensors as NumPy float32, whichever framework is installed (NumPy
+    alone has no bf16).
 
     Raises:
         UserError: the file is missing, damaged, or holds a type that is not F64, F32, F16 or BF16.
@@ -70,12 +74,16 @@ def read_float32(path: Path) -> dict[str, Any]:
     try:
         tensors = deserialize(path.read_bytes())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or is not a safetensors file ({error}); download or copy it again") from None
+        raise UserError(
+            f"{path} is damaged or is not a safetensors file ({error}); download or copy it again"
+        ) from None
     out = {}
     for name, tensor in tensors:
         kind = _NUMPY_TYPES.get(tensor["dtype"])
         if kind is None:
-            raise UserError(f"{path}: {name} has type {tensor['dtype']}; only F32, F16, BF16 and F64 are read")
+            raise UserError(
+                f"{path}: {name} has type {tensor['dtype']}; only F32, F16, BF16 and F64 are read"
+            )
         if kind == "bfloat16":
             # bf16 is the upper half of a float32.
             value = (np.frombuffer(tensor["data"], dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)

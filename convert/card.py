@@ -13,10 +13,11 @@ _HUB_ID = re.compile(r"^(?!tiny$|embedded/)(?!.*\.(jsonl?|csv|parquet|txt)$)[A-Z
 def model_card(info: Mapping[str, Any]) -> str:
     """Return a model card in Markdown.
 
-    Keys of `info`, all optional but "name": "base_model" and "datasets" (hub ids reach the front matter, other names only the text),
-    "license", "language", "library_name" ("transformers", "peft" or "mlx"), "tags", "description", "data" and "method" (text, or
-    {label: value}), "figures" ({name: value}, or rows of equal keys, which become a table), "command", "limitations" (text or a list),
-    "versions" ({package: version}).
+    Keys of `info`, all optional but "name": "base_model" and "datasets" (hub ids reach the front matter,
+    other names only the text), "license", "language", "library_name" ("transformers", "peft" or "mlx"),
+    "tags", "description", "data" and "method" (text, or {label: value}), "figures" ({name: value}, or rows of
+    equal keys, which become a table), "command", "limitations" (text or a list), "versions" ({package:
+    version}).
 
     Raises:
         KeyError: "name" is missing.
@@ -35,7 +36,8 @@ def model_card(info: Mapping[str, Any]) -> str:
         _section(
             "Limitations",
             info.get("limitations")
-            or "A small language model: it states false things with confidence, repeats what its training data holds, and has not been "
+            or "A small language model: it states false things with confidence, repeats what its training "
+            "data holds, and has not been "
             "tested for safety.",
         )
     )
@@ -45,7 +47,9 @@ def model_card(info: Mapping[str, Any]) -> str:
 
 
 def _front_matter(info: Mapping[str, Any]) -> str:
-    """Return the YAML block; names that are not hub ids are left out, as the hub refuses a card with local paths."""
+    """Return the YAML block; names that are not hub ids are left out, as the hub refuses a card with local
+    paths.
+    """
     from huggingface_hub import ModelCardData
 
     base = info.get("base_model")
@@ -80,13 +84,23 @@ def _body(body: Any) -> str:
     if isinstance(body, str):
         return body
     rows = list(body)
-    return _table(rows) if rows and all(isinstance(row, Mapping) for row in rows) else "\n".join(f"- {_value(row)}" for row in rows)
+    return (
+        _table(rows)
+        if rows and all(isinstance(row, Mapping) for row in rows)
+        else "\n".join(f"- {_value(row)}" for row in rows)
+    )
 
 
 def _table(rows: list[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *[[_value(row.get(column, "")) for column in columns] for row in rows]]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *[[_value(row.get(column, "")) for column in columns] for row in rows],
+    ]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _value(value: Any) -> str:

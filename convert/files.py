@@ -1,4 +1,6 @@
-"""Small file helpers of the converters: JSON with clear errors, atomic writes, free disk space, tokenizer files."""
+"""Small file helpers of the converters: JSON with clear errors, atomic writes, free disk space, tokenizer
+files.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +18,43 @@ from typing import Any
 from mlx_posttrain.errors import UserError
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "tokenizer.model", "spiece.model", "*.tiktoken",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "spiece.model",
+    "*.tiktoken",
+)
 
 # Class names that only transformers 5 knows; 4.57 stops with "Tokenizer class ... does not exist".
-TRANSFORMERS_5_TOKENIZERS = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
+TRANSFORMERS_5_TOKENIZERS = (
+    "TokenizersBackend",
+    "PythonBackend",
+    "SentencePieceBackend",
+    "MistralCommonBackend",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        UserError: the file is missing, is not valid JSON (line and column are named) or does not hold an object.
+        UserError: the file is missing, is not valid JSON (line and column are named) or does not hold an
+        object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise UserError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not valid JSON: it is not UTF-8 text") from None
     except OSError as error:
@@ -46,7 +65,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's own list of names, is on the disk and not only in memory that a power cut empties.
+    """Wait until a file, or a folder's own list of names, is on the disk and not only in memory that a power
+    cut empties.
 
     Raises:
         OSError: the data of a file could not be written after all (a full or failing disk).
@@ -55,14 +75,17 @@ def to_disk(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():  # some file systems cannot do it for folders, and then their renames need no help
+        # some file systems cannot do it for folders, and then their renames need no help
+        if not path.is_dir():
             raise
     finally:
         os.close(handle)
 
 
 def drive_to_disk(path: Path) -> None:
-    """On macOS, where fsync leaves data in the drive's own memory, empty that memory too; elsewhere `to_disk` has done so already."""
+    """On macOS, where fsync leaves data in the drive's own memory, empty that memory too; elsewhere `to_disk`
+    has done so already.
+    """
     if sys.platform == "darwin":
         import fcntl
 
@@ -75,8 +98,11 @@ def drive_to_disk(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one, never half of one."""
-    # The suffix stays last, as mlx appends ".safetensors" to names without it; the leading dot hides the file from "model*" patterns.
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new
+    one, never half of one.
+    """
+    # The suffix stays last, as mlx appends ".safetensors" to names without it; the leading dot hides the file
+    # from "model*" patterns.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         write(temporary)
@@ -102,7 +128,8 @@ def human_size(size: float) -> str:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Check that the disk that holds `folder` (which need not exist yet) has `needed` bytes free, with 1 % and 1 MB to spare.
+    """Check that the disk that holds `folder` (which need not exist yet) has `needed` bytes free, with 1 %
+    and 1 MB to spare.
 
     Raises:
         UserError: there is less; the message gives both figures.
@@ -113,16 +140,18 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed * 1.01 + 1_000_000:
         raise UserError(
-            f"not enough disk space in {existing}: {human_size(needed)} needed, {human_size(free)} free; free some or choose another folder"
+            f"not enough disk space in {existing}: {human_size(needed)} needed, {human_size(free)} free; "
+            "free some or choose another folder"
         )
 
 
 @contextmanager
 def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` whose files move to `path` when the block ends well; otherwise nothing is left.
+    """Yield a temporary folder beside `path` whose files move to `path` when the block ends well; otherwise
+    nothing is left.
 
-    With `force`, files of the same name are replaced, weight files of an earlier model are removed (loaders read every
-    `model*.safetensors`) and other files stay.
+    With `force`, files of the same name are replaced, weight files of an earlier model are removed (loaders
+    read every `model*.safetensors`) and other files stay.
 
     Raises:
         UserError: `path` is a file, or a folder that is not empty and `force` is not set.
@@ -130,7 +159,9 @@ def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder to write to")
     if path.is_dir() and any(path.iterdir()) and not force:
-        raise UserError(f"{path} exists and is not empty; choose another folder or use --force to write into it")
+        raise UserError(
+            f"{path} exists and is not empty; choose another folder or use --force to write into it"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -152,8 +183,9 @@ def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
 def copy_tokenizer(src: Path, dst: Path) -> list[str]:
     """Copy a model folder's tokenizer files byte for byte and return their names.
 
-    Two things in tokenizer_config.json may change, where transformers 5 wrote what 4.57 cannot load: a `tokenizer_class` becomes one that both
-    know, and a list under `extra_special_tokens` (a dictionary in 4.57) gets the key's older name, which both read.
+    Two things in tokenizer_config.json may change, where transformers 5 wrote what 4.57 cannot load: a
+    `tokenizer_class` becomes one that both know, and a list under `extra_special_tokens` (a dictionary in
+    4.57) gets the key's older name, which both read.
     """
     names = sorted({file.name for pattern in TOKENIZER_FILES for file in src.glob(pattern)})
     for name in names:
@@ -163,7 +195,9 @@ def copy_tokenizer(src: Path, dst: Path) -> list[str]:
         config, data = read_json(path), path.read_bytes()
         # Edited as text, so that every other byte stays as it was.
         if config.get("tokenizer_class") in TRANSFORMERS_5_TOKENIZERS:
-            data = re.sub(rb'("tokenizer_class"\s*:\s*)"[^"]*"', rb'\1"%s"' % _portable_class(src).encode(), data)
+            data = re.sub(
+                rb'("tokenizer_class"\s*:\s*)"[^"]*"', rb'\1"%s"' % _portable_class(src).encode(), data
+            )
         if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
             data = re.sub(rb'"extra_special_tokens"(\s*:\s*\[)', rb'"additional_special_tokens"\1', data)
         path.write_bytes(data)
@@ -171,9 +205,11 @@ def copy_tokenizer(src: Path, dst: Path) -> list[str]:
 
 
 def _portable_class(src: Path) -> str:
-    """Return GPT2Tokenizer for GPT-2's kind of tokenizer.json and the generic PreTrainedTokenizerFast for any other.
+    """Return GPT2Tokenizer for GPT-2's kind of tokenizer.json and the generic PreTrainedTokenizerFast for any
+    other.
 
-    GPT2Tokenizer rebuilds a plain byte-level pre-tokenizer around the vocabulary, which would silently change a tokenizer that differs.
+    GPT2Tokenizer rebuilds a plain byte-level pre-tokenizer around the vocabulary, which would silently change
+    a tokenizer that differs.
     """
     path = src / "tokenizer.json"
     if not path.exists():
@@ -181,5 +217,7 @@ def _portable_class(src: Path) -> str:
     tokenizer = read_json(path)
     splitter = tokenizer.get("pre_tokenizer") or {}
     byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
-    is_gpt2 = (tokenizer.get("model") or {}).get("type") == "BPE" and byte_level and not tokenizer.get("normalizer")
+    is_gpt2 = (
+        (tokenizer.get("model") or {}).get("type") == "BPE" and byte_level and not tokenizer.get("normalizer")
+    )
     return "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"

@@ -1,7 +1,8 @@
-"""GPT-2's tensor names and layouts: Hugging Face's `transformer.h.*` with Conv1D weights (in, out), mlx-lm's `model.h.*` with (out, in).
+"""GPT-2's tensor names and layouts: Hugging Face's `transformer.h.*` with Conv1D weights (in, out), mlx-lm's
+`model.h.*` with (out, in).
 
-Pure functions over dictionaries of NumPy, MLX or torch arrays; nothing is computed, so every tensor keeps its bits and its type.
-Sources: `transformers/models/gpt2/modeling_gpt2.py` (Conv1D), `mlx_lm/models/gpt2.py`.
+Pure functions over dictionaries of NumPy, MLX or torch arrays; nothing is computed, so every tensor keeps its
+bits and its type. Sources: `transformers/models/gpt2/modeling_gpt2.py` (Conv1D), `mlx_lm/models/gpt2.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from mlx_posttrain.errors import UserError
 Weights = dict[str, Any]
 
 # What GPT2Config takes for a key that config.json leaves out; mlx-lm has no defaults for them.
-DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5}
+DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "layer_norm_epsilon": 1e-5,
+}
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
 # The four weight matrices of a block that Hugging Face keeps as Conv1D.
@@ -28,7 +36,9 @@ _QUANTISED = (".scales", ".biases")
 
 
 def is_conv1d(module: str) -> bool:
-    """Tell whether a GPT-2 module path, with any prefix, is one that Hugging Face keeps as Conv1D with weight (in, out)."""
+    """Tell whether a GPT-2 module path, with any prefix, is one that Hugging Face keeps as Conv1D with weight
+    (in, out).
+    """
     return _CONV1D_WEIGHT.search(f"{module}.weight") is not None
 
 
@@ -38,14 +48,17 @@ def is_mlx(weights: Mapping[str, Any]) -> bool:
 
 
 def hf_to_mlx(weights: Mapping[str, Any], n_layer: int, tie_word_embeddings: bool = True) -> Weights:
-    """Return GPT-2 weights under mlx-lm's names, matrices as (out, in); a dictionary that has those names already is checked and passed on.
+    """Return GPT-2 weights under mlx-lm's names, matrices as (out, in); a dictionary that has those names
+    already is checked and passed on.
 
-    Accepts the hub's bare names (`h.0.*`) and `save_pretrained`'s (`transformer.h.0.*`), drops the `attn.bias` and `attn.masked_bias`
-    buffers, and drops `lm_head.weight` (vocab, d) when it equals `wte.weight`; one that differs stays only with `tie_word_embeddings`
-    False. `score.weight` of a reward model passes through.
+    Accepts the hub's bare names (`h.0.*`) and `save_pretrained`'s (`transformer.h.0.*`), drops the
+    `attn.bias` and `attn.masked_bias` buffers, and drops `lm_head.weight` (vocab, d) when it equals
+    `wte.weight`; one that differs stays only with `tie_word_embeddings` False. `score.weight` of a reward
+    model passes through.
 
     Raises:
-        UserError: a tensor is missing, is not GPT-2's, or `lm_head.weight` differs from `wte.weight` in a tied model.
+        UserError: a tensor is missing, is not GPT-2's, or `lm_head.weight` differs from `wte.weight` in a
+        tied model.
     """
     if is_mlx(weights):
         out = dict(weights)
@@ -63,13 +76,17 @@ def hf_to_mlx(weights: Mapping[str, Any], n_layer: int, tie_word_embeddings: boo
 
 
 def mlx_to_hf(weights: Mapping[str, Any]) -> Weights:
-    """Return mlx-lm's GPT-2 weights under transformers' names (`transformer.*`), Conv1D matrices as (in, out), no head when tied.
+    """Return mlx-lm's GPT-2 weights under transformers' names (`transformer.*`), Conv1D matrices as (in,
+    out), no head when tied.
 
     Raises:
         UserError: the weights are quantised, which Hugging Face's layout cannot hold.
     """
     if any(name.endswith(_QUANTISED) for name in weights):
-        raise UserError("these weights are quantised; give a dtype (float16, bfloat16 or float32) to dequantise them first")
+        raise UserError(
+            "these weights are quantised; give a dtype (float16, bfloat16 or float32) to "
+            "dequantise them first"
+        )
     out = {}
     for name, value in weights.items():
         if _CONV1D_WEIGHT.search(name):
@@ -79,7 +96,8 @@ def mlx_to_hf(weights: Mapping[str, Any]) -> Weights:
 
 
 def with_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a GPT-2 config with the sizes that it leaves to transformers' defaults; `where` names the file in errors.
+    """Return a GPT-2 config with the sizes that it leaves to transformers' defaults; `where` names the file
+    in errors.
 
     Raises:
         UserError: a size is not a whole number above 0, or n_head does not divide n_embd.
@@ -89,12 +107,16 @@ def with_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(full[key], int) or isinstance(full[key], bool) or full[key] < 1:
             raise UserError(f"{where} has {key} {full[key]!r}; it must be a whole number of at least 1")
     if full["n_embd"] % full["n_head"]:
-        raise UserError(f"{where} has n_embd {full['n_embd']}, which its n_head {full['n_head']} does not divide; correct one of them")
+        raise UserError(
+            f"{where} has n_embd {full['n_embd']}, which its n_head {full['n_head']} does not "
+            "divide; correct one of them"
+        )
     return full
 
 
 def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Check the shape of each tensor of an mlx-lm GPT-2 against its config; quantised matrices, which are packed, are left alone.
+    """Check the shape of each tensor of an mlx-lm GPT-2 against its config; quantised matrices, which are
+    packed, are left alone.
 
     Raises:
         UserError: one differs; both shapes are given.
@@ -106,7 +128,10 @@ def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         "mlp.c_fc": (4 * width, width),
         "mlp.c_proj": (width, 4 * width),
     }
-    shapes = {"model.wte.weight": (config["vocab_size"], width), "model.wpe.weight": (config["n_positions"], width)}
+    shapes = {
+        "model.wte.weight": (config["vocab_size"], width),
+        "model.wpe.weight": (config["n_positions"], width),
+    }
     for name in expected_names(config["n_layer"]):
         module, _, kind = name.rpartition(".")
         rows, columns = sizes.get(module.split(".", 3)[-1], (width, width))
@@ -115,7 +140,8 @@ def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         found = tuple(weights[name].shape)
         if found != expected and f"{module}.scales" not in weights:
             raise UserError(
-                f"{name} has shape {found}, and config.json asks for {expected} ((out, in) for matrices); one of the two is wrong"
+                f"{name} has shape {found}, and config.json asks for {expected} ((out, in) for matrices); "
+                "one of the two is wrong"
             )
 
 
@@ -123,12 +149,16 @@ def expected_names(n_layer: int) -> list[str]:
     """Return every tensor name of an mlx-lm GPT-2 with `n_layer` blocks, in the model's order."""
     names = ["model.wte.weight", "model.wpe.weight"]
     for i in range(n_layer):
-        names += [f"model.h.{i}.{module}.{kind}" for module in (*NORMS, *CONV1D) for kind in ("weight", "bias")]
+        names += [
+            f"model.h.{i}.{module}.{kind}" for module in (*NORMS, *CONV1D) for kind in ("weight", "bias")
+        ]
     return [*names, "model.ln_f.weight", "model.ln_f.bias"]
 
 
 def transposed(matrix: Any) -> Any:
-    """Return a matrix (a, b) as (b, a), contiguous where the library asks for that; the values keep their bits."""
+    """Return a matrix (a, b) as (b, a), contiguous where the library asks for that; the values keep their
+    bits.
+    """
     turned = matrix.T
     if hasattr(turned, "contiguous"):  # torch: safetensors refuses strided views
         return turned.contiguous()
@@ -156,7 +186,8 @@ def _tie(weights: Weights, tie_word_embeddings: bool) -> None:
         del weights["lm_head.weight"]
     elif tie_word_embeddings:
         raise UserError(
-            "lm_head.weight differs from wte.weight in a tied model; if that is meant, set tie_word_embeddings to false in config.json"
+            "lm_head.weight differs from wte.weight in a tied model; if that is meant, set "
+            "tie_word_embeddings to false in config.json"
         )
 
 
@@ -164,12 +195,21 @@ def _check_names(weights: Mapping[str, Any], n_layer: int) -> None:
     expected = set(expected_names(n_layer))
     missing = [name for name in expected_names(n_layer) if name not in weights]
     if missing:
-        raise UserError(f"the weights lack {missing[0]}{_and_more(missing)} for a GPT-2 with n_layer {n_layer}")
+        raise UserError(
+            f"the weights lack {missing[0]}{_and_more(missing)} for a GPT-2 with n_layer {n_layer}"
+        )
     known = expected | {"lm_head.weight", "score.weight"}
     # A quantised matrix brings .scales and .biases beside its .weight.
-    extra = sorted(n for n in weights if n not in known and not (n.endswith(_QUANTISED) and f"{n.rsplit('.', 1)[0]}.weight" in expected))
+    extra = sorted(
+        n
+        for n in weights
+        if n not in known and not (n.endswith(_QUANTISED) and f"{n.rsplit('.', 1)[0]}.weight" in expected)
+    )
     if extra:
-        raise UserError(f"{extra[0]}{_and_more(extra)} is not part of a GPT-2 with n_layer {n_layer}; check n_layer in config.json")
+        raise UserError(
+            f"{extra[0]}{_and_more(extra)} is not part of a GPT-2 with n_layer {n_layer}; check "
+            "n_layer in config.json"
+        )
 
 
 def _and_more(names: list[str]) -> str:

@@ -17,12 +17,22 @@ from .files import read_json
 EMBEDDED = "tiny"
 
 # Weights load by safetensors only: pickle files (.bin, .pt) and Python files are never fetched.
-ALLOWED = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.txt", "*.jinja", "tokenizer.model", "spiece.model", "*.tiktoken"]
+ALLOWED = [
+    "*.json",
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "*.txt",
+    "*.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "*.tiktoken",
+]
 IGNORED = ["*.bin", "*.py", "*.pt", "*.msgpack", "*.h5", "*.onnx", "*/*"]
 
 _GIVE = "give an existing folder or a hub id such as openai-community/gpt2"
 
-# Ids from before the hub had organisations; the hub redirects them, the cache knows them under the name that was asked for.
+# Ids from before the hub had organisations; the hub redirects them, the cache knows them under the name that
+# was asked for.
 LEGACY = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -33,13 +43,16 @@ LEGACY = {
 
 
 def resolve(model: str | Path, kind: str = "model") -> Path:
-    """Return the local folder of `model`: "tiny" (embedded), an existing folder, or a hub id ("openai-community/gpt2", "gpt2").
+    """Return the local folder of `model`: "tiny" (embedded), an existing folder, or a hub id
+    ("openai-community/gpt2", "gpt2").
 
-    A complete copy in the hub cache is used as it is, without a network call; otherwise the hub's client downloads it and shows its
-    progress. `kind` "adapter" looks for a PEFT adapter instead of a model; "either" takes both, see `holds_adapter`.
+    A complete copy in the hub cache is used as it is, without a network call; otherwise the hub's client
+    downloads it and shows its progress. `kind` "adapter" looks for a PEFT adapter instead of a model;
+    "either" takes both, see `holds_adapter`.
 
     Raises:
-        UserError: one line that says what is wrong and what to do: no such folder, no such id, gated, not cached while offline,
+        UserError: one line that says what is wrong and what to do: no such folder, no such id, gated, not
+        cached while offline,
             no config, no safetensors.
     """
     name = str(model).strip()
@@ -52,7 +65,9 @@ def resolve(model: str | Path, kind: str = "model") -> Path:
         check_folder(folder, _kind_of(folder, kind))
         return folder
     if folder.exists():
-        raise UserError(f"{name} is a file; give the folder that holds {_config_name(kind)} and the safetensors weights")
+        raise UserError(
+            f"{name} is a file; give the folder that holds {_config_name(kind)} and the safetensors weights"
+        )
     if isinstance(model, Path) or _looks_like_path(name):
         raise UserError(_missing_folder(name) or f"the folder {name} does not exist; {_GIVE}")
     return _from_hub(name, kind)
@@ -64,10 +79,12 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def check_config(path: Path) -> dict[str, Any]:
-    """Read config.json of a model folder (or the file itself) as a dictionary, a GPT-2's completed with its default sizes.
+    """Read config.json of a model folder (or the file itself) as a dictionary, a GPT-2's completed with its
+    default sizes.
 
     Raises:
-        UserError: it is missing, is broken JSON (line and column are named), names no model_type, or gives a GPT-2 impossible sizes.
+        UserError: it is missing, is broken JSON (line and column are named), names no model_type, or gives a
+        GPT-2 impossible sizes.
     """
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
@@ -75,12 +92,16 @@ def check_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} names no model_type, so the architecture is unknown")
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f'{file} has architectures {names!r}; it must be a list of class names, for example ["GPT2LMHeadModel"]')
+        raise UserError(
+            f"{file} has architectures {names!r}; it must be a list of class names, for example "
+            '["GPT2LMHeadModel"]'
+        )
     return gpt2.with_sizes(config, str(file)) if config["model_type"] == "gpt2" else config
 
 
 def check_tensors(file: Path) -> None:
-    """Check that a file is in safetensors' format and as long as its header says; the tensors themselves are not read.
+    """Check that a file is in safetensors' format and as long as its header says; the tensors themselves are
+    not read.
 
     Raises:
         UserError: it is cut off, empty, or another kind of file.
@@ -91,11 +112,14 @@ def check_tensors(file: Path) -> None:
         with safe_open(str(file), framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or is not a safetensors file ({error}); download or copy it again") from None
+        raise UserError(
+            f"{file} is damaged or is not a safetensors file ({error}); download or copy it again"
+        ) from None
 
 
 def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> None:
-    """Check that a folder holds a model (config.json and safetensors weights) or a PEFT adapter; `name` is what the user called it.
+    """Check that a folder holds a model (config.json and safetensors weights) or a PEFT adapter; `name` is
+    what the user called it.
 
     Raises:
         UserError: it does not, or a file of it is damaged; the message says what was found instead.
@@ -105,12 +129,18 @@ def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> 
     if not (folder / config).is_file():
         other = "adapter_config.json" if kind == "model" else "config.json"
         if (folder / other).is_file():
-            what = "a PEFT adapter, not a model; give the model it was trained on" if kind == "model" else "a model, not a PEFT adapter"
+            what = (
+                "a PEFT adapter, not a model; give the model it was trained on"
+                if kind == "model"
+                else "a model, not a PEFT adapter"
+            )
             raise UserError(f"{shown} has {other} but no {config}: it holds {what}")
         raise UserError(f"{shown} has no {config}; give a folder in Hugging Face's format")
     if kind == "adapter":
         if not (folder / "adapter_model.safetensors").is_file():
-            raise UserError(f"{shown} has no adapter_model.safetensors{_pickle_hint(folder, 'adapter_model.bin')}")
+            raise UserError(
+                f"{shown} has no adapter_model.safetensors{_pickle_hint(folder, 'adapter_model.bin')}"
+            )
         check_tensors(folder / "adapter_model.safetensors")
         return
     shards = weight_files(folder)
@@ -118,7 +148,10 @@ def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> 
         raise UserError(f"{shown} has no model.safetensors{_pickle_hint(folder, 'pytorch_model*.bin')}")
     for shard in shards:
         if not (folder / shard).is_file():
-            raise UserError(f"{shown} lacks the shard {shard} that model.safetensors.index.json names; download or copy the model again")
+            raise UserError(
+                f"{shown} lacks the shard {shard} that model.safetensors.index.json names; "
+                "download or copy the model again"
+            )
         check_tensors(folder / shard)
     for settings in ("tokenizer_config.json", "generation_config.json"):
         if (folder / settings).is_file():
@@ -126,13 +159,17 @@ def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> 
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of a model folder's weight files, as its index lists them where there is one; empty without safetensors."""
+    """Return the names of a model folder's weight files, as its index lists them where there is one; empty
+    without safetensors.
+    """
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(v, str) and v == os.path.basename(v) for v in shards.values()):
+        if not isinstance(shards, dict) or not all(
+            isinstance(v, str) and v == os.path.basename(v) for v in shards.values()
+        ):
             raise UserError(f"{index} has no usable weight_map; download the model again")
         return sorted(set(shards.values()))
     return sorted(path.name for path in folder.glob("model*.safetensors"))
@@ -143,7 +180,10 @@ def _embedded() -> Path:
 
     folder = Path(str(files("mlx_posttrain") / "assets" / EMBEDDED))
     if not (folder / "config.json").is_file() or not weight_files(folder):
-        raise UserError("the embedded model tiny is not in this installation; install mlx-posttrain again or give another model")
+        raise UserError(
+            "the embedded model tiny is not in this installation; install mlx-posttrain again "
+            "or give another model"
+        )
     return folder
 
 
@@ -169,7 +209,12 @@ def _pickle_hint(folder: Path, pattern: str) -> str:
 
 def _looks_like_path(name: str) -> bool:
     # recipes write to runs/NAME: a misspelt run must not be asked of the hub
-    return name.startswith((".", "~", "/", "runs/")) or name.endswith(("/", ".safetensors")) or "\\" in name or name.count("/") > 1
+    return (
+        name.startswith((".", "~", "/", "runs/"))
+        or name.endswith(("/", ".safetensors"))
+        or "\\" in name
+        or name.count("/") > 1
+    )
 
 
 def _ids(name: str) -> list[str]:
@@ -186,7 +231,10 @@ def _from_hub(name: str, kind: str) -> Path:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise UserError(f"{name!r} is neither an existing folder nor a valid hub id (an id looks like openai-community/gpt2)") from None
+        raise UserError(
+            f"{name!r} is neither an existing folder nor a valid hub id (an id looks like "
+            "openai-community/gpt2)"
+        ) from None
     partial = None
     for repo in _ids(name):
         cached = _cached(repo, kind)
@@ -205,7 +253,8 @@ def _from_hub(name: str, kind: str) -> Path:
         if partial is None:
             check_folder(folder, kind, name)
         raise UserError(
-            f"{name} is in the hub cache without complete safetensors weights; complete it while online (hf download {name}), "
+            f"{name} is in the hub cache without complete safetensors weights; complete it while online (hf "
+            f"download {name}), "
             "or give another model if it has only pickle files such as pytorch_model.bin, which do not load"
         )
     check_folder(folder, kind, name)
@@ -224,11 +273,15 @@ def _cached(repo: str, kind: str) -> Path | None:
 
 
 def _missing_folder(name: str) -> str | None:
-    """Return the line for what is no hub id but a mistyped folder: the one that it would be in exists here."""
+    """Return the line for what is no hub id but a mistyped folder: the one that it would be in exists
+    here.
+    """
     path = Path(name).expanduser()
     if path.parent == Path(".") or not path.parent.is_dir():
         return None
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(
+        path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1, cutoff=0.6
+    )
     hint = f"did you mean {path.parent / near[0]}?" if near else _GIVE
     return f"the folder {name} does not exist; {hint}"
 
@@ -243,7 +296,9 @@ def _complete(folder: Path, kind: str, tokenizer: bool) -> bool:
         return False
     if not names or not all((folder / shard).is_file() for shard in names):
         return False
-    return not tokenizer or any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+    return not tokenizer or any(
+        (folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "tokenizer.model")
+    )
 
 
 def _explain(name: str, error: Exception) -> str:
@@ -263,16 +318,27 @@ def _explain(name: str, error: Exception) -> str:
     download = f"download it once while online (hf download {name}) or give a folder"
     if isinstance(cause, GatedRepoError):
         return f"{name} is gated: accept its terms at https://huggingface.co/{name}, then run: hf auth login"
-    if isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError | OfflineModeIsEnabled) and (missing := _missing_folder(name)):
+    if isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError | OfflineModeIsEnabled) and (
+        missing := _missing_folder(name)
+    ):
         return missing
     if isinstance(cause, RepositoryNotFoundError):
-        return f"{name} is neither an existing folder nor a model on the hub; check the spelling, or if it is private run: hf auth login"
+        return (
+            f"{name} is neither an existing folder nor a model on the hub; check the spelling, or if it "
+            "is private run: hf auth login"
+        )
     if isinstance(cause, HfHubHTTPError) and status in (401, 403):
         return f"the hub refused access to {name} (HTTP {status}); run: hf auth login"
     if isinstance(cause, HfHubHTTPError) and status is not None:
-        return f"the hub answered HTTP {status} for {name}, which is not in the cache; try again later or give a folder"
+        return (
+            f"the hub answered HTTP {status} for {name}, which is not in the cache; try again later or "
+            "give a folder"
+        )
     if isinstance(cause, OfflineModeIsEnabled):
-        return f"{name} is no folder here and not in the hub cache, and offline mode is on (HF_HUB_OFFLINE); {download}"
+        return (
+            f"{name} is no folder here and not in the hub cache, and offline mode is on "
+            f"(HF_HUB_OFFLINE); {download}"
+        )
     if isinstance(error, LocalEntryNotFoundError):
         return f"{name} is no folder here and not in the hub cache, and the hub cannot be reached; {download}"
     if isinstance(error, json.JSONDecodeError):

@@ -12,14 +12,22 @@ from .arrays import like, to_float32
 from .gpt2 import is_conv1d
 
 
-def merge(base: Mapping[str, Any], modules: Mapping[str, Module], config: Mapping[str, Any], model_type: str = "gpt2") -> dict[str, Any]:
-    """Return base weights under Hugging Face's names with the adapter folded in: summed in float32, returned in each weight's type.
+def merge(
+    base: Mapping[str, Any],
+    modules: Mapping[str, Module],
+    config: Mapping[str, Any],
+    model_type: str = "gpt2",
+) -> dict[str, Any]:
+    """Return base weights under Hugging Face's names with the adapter folded in: summed in float32, returned
+    in each weight's type.
 
-    `modules` are in mlx-lm's layout and `config` is PEFT's, as `read_adapter` returns them. GPT-2 weights may have bare or `transformer.`
-    names and are (in, out); other architectures' are (out, in). Source: PEFT's `Linear.merge` and `DoraLinearVariant.merge_safe`.
+    `modules` are in mlx-lm's layout and `config` is PEFT's, as `read_adapter` returns them. GPT-2 weights may
+    have bare or `transformer.` names and are (in, out); other architectures' are (out, in). Source: PEFT's
+    `Linear.merge` and `DoraLinearVariant.merge_safe`.
 
     Raises:
-        UserError: the base has no such module, the shapes differ, or the result exceeds the range of the weight's type.
+        UserError: the base has no such module, the shapes differ, or the result exceeds the range of the
+        weight's type.
     """
     import numpy as np
 
@@ -31,11 +39,16 @@ def merge(base: Mapping[str, Any], modules: Mapping[str, Module], config: Mappin
         weight = stored.T if turned else stored
         update = delta(module, scale_of(config, path, model_type))
         if weight.shape != update.shape:
-            raise UserError(f"the adapter does not fit this base: {name} is {tuple(weight.shape)} (out, in), its update is {update.shape}")
+            raise UserError(
+                f"the adapter does not fit this base: {name} is {tuple(weight.shape)} (out, "
+                f"in), its update is {update.shape}"
+            )
         result = fold(weight, update, module.get("m"))
         out = like(np.ascontiguousarray(result.T if turned else result), base[name])
         if not np.isfinite(to_float32(out)).all() and np.isfinite(stored).all():
-            raise UserError(f"merging {path} leaves the range of {base[name].dtype}; convert the base to float32 first")
+            raise UserError(
+                f"merging {path} leaves the range of {base[name].dtype}; convert the base to float32 first"
+            )
         merged[name] = out
     return merged
 
@@ -49,7 +62,9 @@ def delta(module: Module, scale: float) -> Any:
 
 
 def fold(weight: Any, update: Any, magnitude: Any | None = None) -> Any:
-    """Return weight + update, (out, in) in NumPy float32; DoRA's magnitude (out,) sets every row's length (arXiv:2402.09353, eq. 5)."""
+    """Return weight + update, (out, in) in NumPy float32; DoRA's magnitude (out,) sets every row's length
+    (arXiv:2402.09353, eq. 5).
+    """
     import numpy as np
 
     total = weight + update
@@ -58,11 +73,15 @@ def fold(weight: Any, update: Any, magnitude: Any | None = None) -> Any:
     return total * (to_float32(magnitude) / np.linalg.norm(total, axis=1))[:, None]
 
 
-def quantised_drift(weight: Any, update: Any, bits: int, group_size: int = 64, mode: str = "affine") -> dict[str, float]:
-    """Return how much of `update` (out, in) remains when it is added to the dequantised `weight` (out, in) and the sum is quantised again.
+def quantised_drift(
+    weight: Any, update: Any, bits: int, group_size: int = 64, mode: str = "affine"
+) -> dict[str, float]:
+    """Return how much of `update` (out, in) remains when it is added to the dequantised `weight` (out, in)
+    and the sum is quantised again.
 
-    With kept = dequantise(quantise(weight + update)) - weight: "cosine" between kept and update, "norm_ratio" |kept| / |update|, "error"
-    |kept - update| / |update|, and "update_ratio" |update| / |weight|, the size of the update. A zero update gives cosine 1 and ratios 0.
+    With kept = dequantise(quantise(weight + update)) - weight: "cosine" between kept and update, "norm_ratio"
+    |kept| / |update|, "error" |kept - update| / |update|, and "update_ratio" |update| / |weight|, the size of
+    the update. A zero update gives cosine 1 and ratios 0.
     """
     import mlx.core as mx
     import numpy as np
@@ -86,8 +105,9 @@ def quantised_drift(weight: Any, update: Any, bits: int, group_size: int = 64, m
 def logit_drift(adapted: Any, other: Any, base: Any) -> dict[str, float]:
     """Return how far `other` logits are from those of a base with its adapter; all [..., V] in NumPy.
 
-    "lost": rms of (other - adapted) over rms of (adapted - base), 0 for the same logits, about 1 when the adapter is gone;
-    "max_logit_difference": the largest |other - adapted|; "kl": mean KL(adapted || other) in nats per position.
+    "lost": rms of (other - adapted) over rms of (adapted - base), 0 for the same logits, about 1 when the
+    adapter is gone; "max_logit_difference": the largest |other - adapted|; "kl": mean KL(adapted || other) in
+    nats per position.
     """
     import numpy as np
 

@@ -1,4 +1,6 @@
-"""Weight files on disk, and whole-model conversion between Hugging Face folders and the folders that mlx-lm loads."""
+"""Weight files on disk, and whole-model conversion between Hugging Face folders and the folders that mlx-lm
+loads.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 BITS = (2, 3, 4, 5, 6, 8)
 INDEX = "model.safetensors.index.json"
 
-# Options of transformers' GPT-2 that mlx-lm's GPT-2 ignores, with the values under which both compute the same.
+# Options of transformers' GPT-2 that mlx-lm's GPT-2 ignores, with the values under which both compute the
+# same.
 GPT2_FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
@@ -30,7 +33,9 @@ GPT2_FIXED = {
 
 
 class Converted(NamedTuple):
-    """What `convert` wrote: the folder, the architecture, the number of tensors, their bytes, and the bits of a quantised model."""
+    """What `convert` wrote: the folder, the architecture, the number of tensors, their bytes, and the bits of
+    a quantised model.
+    """
 
     path: Path
     model_type: str
@@ -40,12 +45,14 @@ class Converted(NamedTuple):
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """Return a model folder's tensors by name, from one safetensors file or from shards: MLX arrays, or torch tensors where MLX is not installed.
+    """Return a model folder's tensors by name, from one safetensors file or from shards: MLX arrays, or torch
+    tensors where MLX is not installed.
 
     MLX reads the data when it is first used.
 
     Raises:
-        UserError: no safetensors weights, a shard that the index names is missing, or a file is cut off or is not safetensors.
+        UserError: no safetensors weights, a shard that the index names is missing, or a file is cut off or is
+        not safetensors.
     """
     load: Callable[[str], Any]
     try:
@@ -59,11 +66,15 @@ def load_weights(path: Path) -> dict[str, Any]:
     return weights
 
 
-def save_weights(path: Path, weights: Mapping[str, Any], max_shard_bytes: int = MAX_SHARD_BYTES, format: str = "pt") -> list[str]:
-    """Write tensors (MLX, torch or NumPy) as model.safetensors, or as numbered shards and an index, and return the file names.
+def save_weights(
+    path: Path, weights: Mapping[str, Any], max_shard_bytes: int = MAX_SHARD_BYTES, format: str = "pt"
+) -> list[str]:
+    """Write tensors (MLX, torch or NumPy) as model.safetensors, or as numbered shards and an index, and
+    return the file names.
 
-    Every file is written under a temporary name first and renamed when all are complete; weight files of an earlier model in the folder
-    are removed. `format` is the metadata entry that transformers reads ("pt"; "mlx" in mlx-lm's folders).
+    Every file is written under a temporary name first and renamed when all are complete; weight files of an
+    earlier model in the folder are removed. `format` is the metadata entry that transformers reads ("pt";
+    "mlx" in mlx-lm's folders).
 
     Raises:
         UserError: not enough disk space.
@@ -71,7 +82,10 @@ def save_weights(path: Path, weights: Mapping[str, Any], max_shard_bytes: int = 
     from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
-        dict(weights), get_storage_size=_nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+        dict(weights),
+        get_storage_size=_nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
     require_space(path, sum(_nbytes(w) for w in weights.values()))
     path.mkdir(parents=True, exist_ok=True)
@@ -105,14 +119,16 @@ def convert(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Converted:
-    """Convert a model folder or hub id to a folder that mlx-lm loads (`to` "mlx") or that transformers loads ("hf").
+    """Convert a model folder or hub id to a folder that mlx-lm loads (`to` "mlx") or that transformers loads
+    ("hf").
 
-    GPT-2 keeps every tensor bit for bit unless `dtype` or `quantize` (bits, through mlx-lm's quantize_model) ask otherwise. Other
-    architectures go through mlx-lm's own conversion, to "mlx" only. Tokenizer files follow byte for byte, see `copy_tokenizer`. `dst`
-    appears only when all is written.
+    GPT-2 keeps every tensor bit for bit unless `dtype` or `quantize` (bits, through mlx-lm's quantize_model)
+    ask otherwise. Other architectures go through mlx-lm's own conversion, to "mlx" only. Tokenizer files
+    follow byte for byte, see `copy_tokenizer`. `dst` appears only when all is written.
 
     Raises:
-        UserError: unusable options or source, a GPT-2 variant that mlx-lm would compute wrongly, `dst` in use without
+        UserError: unusable options or source, a GPT-2 variant that mlx-lm would compute wrongly, `dst` in use
+        without
             `force`, no disk space.
     """
     _check_options(to, dtype, quantize, group_size)
@@ -121,14 +137,19 @@ def convert(
     model_type = config["model_type"]
     if model_type != "gpt2":
         if to == "hf":
-            raise UserError(f"{src} is {model_type}; only GPT-2 converts to Hugging Face's format, use the original model")
+            raise UserError(
+                f"{src} is {model_type}; only GPT-2 converts to Hugging Face's format, use the original model"
+            )
         with output_folder(target, force) as folder:
             _convert_with_mlx_lm(source, folder, model_type, dtype, quantize, group_size)
             return _summary(folder, target, model_type, quantize)
     config = gpt2_config(config)
     weights = _load_gpt2(source, config, dtype)
     if "lm_head.weight" in weights:
-        raise UserError(f"{src} has an output head of its own (tie_word_embeddings false), which mlx-lm's GPT-2 does not have")
+        raise UserError(
+            f"{src} has an output head of its own (tie_word_embeddings false), which mlx-lm's "
+            "GPT-2 does not have"
+        )
     for key in ("quantization", "quantization_config"):
         # Dequantised by now where a dtype was asked for; an untouched quantised model was refused.
         config.pop(key, None)
@@ -149,21 +170,31 @@ def convert(
 
 
 def gpt2_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a GPT-2 config completed with what mlx-lm needs (n_ctx and the values that transformers leaves to defaults).
+    """Return a GPT-2 config completed with what mlx-lm needs (n_ctx and the values that transformers leaves
+    to defaults).
 
     Raises:
-        UserError: a head that is not a language model's, or an option under which mlx-lm's GPT-2 would compute something else.
+        UserError: a head that is not a language model's, or an option under which mlx-lm's GPT-2 would
+        compute something else.
     """
     full = {**gpt2.DEFAULTS, **config}
     full.setdefault("n_ctx", full["n_positions"])
     for key, allowed in GPT2_FIXED.items():
         if full.get(key, allowed[0]) not in allowed:
-            raise UserError(f"config.json has {key} {full[key]!r}, which mlx-lm's GPT-2 does not compute; supported: {allowed[0]!r}")
+            raise UserError(
+                f"config.json has {key} {full[key]!r}, which mlx-lm's GPT-2 does not compute; "
+                f"supported: {allowed[0]!r}"
+            )
     if full.get("n_inner") not in (None, 4 * full["n_embd"]):
-        raise UserError(f"config.json has n_inner {full['n_inner']}; mlx-lm's GPT-2 has 4 * n_embd = {4 * full['n_embd']} only")
+        raise UserError(
+            f"config.json has n_inner {full['n_inner']}; mlx-lm's GPT-2 has 4 * n_embd = "
+            f"{4 * full['n_embd']} only"
+        )
     architectures = full.get("architectures") or ["GPT2LMHeadModel"]
     if not {"GPT2LMHeadModel", "GPT2Model"} & set(architectures):
-        raise UserError(f"config.json names {architectures[0]}; only GPT-2 language models (GPT2LMHeadModel) convert")
+        raise UserError(
+            f"config.json names {architectures[0]}; only GPT-2 language models (GPT2LMHeadModel) convert"
+        )
     return full
 
 
@@ -174,7 +205,9 @@ def _checked_files(path: Path) -> Iterator[Path]:
     for name in names:
         file = path / name
         if not file.is_file():
-            raise UserError(f"{path} lacks the shard {name} that {INDEX} names; download or copy the model again")
+            raise UserError(
+                f"{path} lacks the shard {name} that {INDEX} names; download or copy the model again"
+            )
         check_tensors(file)
         yield file
 
@@ -192,12 +225,20 @@ def _write_safetensors(path: Path, tensors: dict[str, Any], format: str) -> None
     elif library == "torch":
         from safetensors.torch import save_file as save_torch
 
-        save_torch({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": format})
+        save_torch(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata={"format": format},
+        )
     else:
         import numpy as np
         from safetensors.numpy import save_file as save_numpy
 
-        save_numpy({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata={"format": format})
+        save_numpy(
+            {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+            path,
+            metadata={"format": format},
+        )
 
 
 def _check_options(to: str, dtype: str | None, quantize: int | None, group_size: int | None) -> None:
@@ -214,10 +255,15 @@ def _check_options(to: str, dtype: str | None, quantize: int | None, group_size:
 
 
 def _load_gpt2(source: Path, config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Return a GPT-2 folder's weights under mlx-lm's names, dequantised and cast where `dtype` asks for it."""
+    """Return a GPT-2 folder's weights under mlx-lm's names, dequantised and cast where `dtype` asks for
+    it.
+    """
     if "quantization" in config or "quantization_config" in config:
         if dtype is None:
-            raise UserError(f"{source} is quantised; give a dtype (float16, bfloat16 or float32) to dequantise it (lost bits stay lost)")
+            raise UserError(
+                f"{source} is quantised; give a dtype (float16, bfloat16 or float32) to "
+                "dequantise it (lost bits stay lost)"
+            )
         weights = _dequantised(source)
     else:
         weights = load_weights(source)
@@ -237,12 +283,15 @@ def _dequantised(source: Path) -> dict[str, Any]:
     try:
         model, _ = load_model(source, lazy=True)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{source} is quantised in a way that mlx-lm cannot read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"{source} is quantised in a way that mlx-lm cannot read: {' '.join(str(error).split())[:200]}"
+        ) from None
     return dict(tree_flatten(dequantize_model(model).parameters()))
 
 
 def cast(name: str, array: Any, dtype: str) -> Any:
-    """Return an MLX or torch array of floating numbers as `dtype`, and any other as it is; `name` stands in errors.
+    """Return an MLX or torch array of floating numbers as `dtype`, and any other as it is; `name` stands in
+    errors.
 
     Raises:
         UserError: a finite value is beyond float16's range.
@@ -259,12 +308,19 @@ def cast(name: str, array: Any, dtype: str) -> Any:
         if not mx.issubdtype(array.dtype, mx.floating):
             return array
         result, isfinite = array.astype(getattr(mx, dtype)), mx.isfinite
-    if dtype == "float16" and array.dtype != result.dtype and not isfinite(result).all() and isfinite(array).all():
+    if (
+        dtype == "float16"
+        and array.dtype != result.dtype
+        and not isfinite(result).all()
+        and isfinite(array).all()
+    ):
         raise UserError(f"{name} holds values beyond float16's range (65504); choose bfloat16 or float32")
     return result
 
 
-def _quantise(weights: dict[str, Any], config: dict[str, Any], bits: int, group_size: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _quantise(
+    weights: dict[str, Any], config: dict[str, Any], bits: int, group_size: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     require_mlx("quantising")
     from mlx.utils import tree_flatten
     from mlx_lm.models.gpt2 import Model, ModelArgs
@@ -272,7 +328,10 @@ def _quantise(weights: dict[str, Any], config: dict[str, Any], bits: int, group_
 
     group_size = group_size or next((g for g in (64, 32) if config["n_embd"] % g == 0), None)
     if group_size is None or config["n_embd"] % group_size:
-        raise UserError(f"n_embd {config['n_embd']} is not a multiple of the group size {group_size or 32}, so no matrix can be quantised")
+        raise UserError(
+            f"n_embd {config['n_embd']} is not a multiple of the group size {group_size or 32}, "
+            "so no matrix can be quantised"
+        )
     model = Model(ModelArgs.from_dict(config))
     model.load_weights(list(weights.items()))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
@@ -280,12 +339,18 @@ def _quantise(weights: dict[str, Any], config: dict[str, Any], bits: int, group_
     return dict(tree_flatten(model.parameters())), config
 
 
-def _write_hf(source: Path, folder: Path, weights: dict[str, Any], config: dict[str, Any], max_shard_bytes: int) -> None:
+def _write_hf(
+    source: Path, folder: Path, weights: dict[str, Any], config: dict[str, Any], max_shard_bytes: int
+) -> None:
     save_weights(folder, gpt2.mlx_to_hf(weights), max_shard_bytes, format="pt")
     config = {**_with_dtype(config, weights), "architectures": ["GPT2LMHeadModel"]}
     write_json(folder / "config.json", config)
     if not _copy_if_there(source / "generation_config.json", folder):
-        tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+        tokens = {
+            key: config[key]
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if config.get(key) is not None
+        }
         write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
 
 
@@ -302,7 +367,9 @@ def _copy_if_there(file: Path, folder: Path) -> bool:
     return True
 
 
-def _convert_with_mlx_lm(source: Path, folder: Path, model_type: str, dtype: str | None, bits: int | None, group_size: int | None) -> None:
+def _convert_with_mlx_lm(
+    source: Path, folder: Path, model_type: str, dtype: str | None, bits: int | None, group_size: int | None
+) -> None:
     """Run mlx-lm's own conversion into an empty folder."""
     require_mlx(f"converting {model_type}")
     from mlx_lm.convert import convert as mlx_lm_convert
@@ -311,9 +378,18 @@ def _convert_with_mlx_lm(source: Path, folder: Path, model_type: str, dtype: str
     inner = folder / "model"
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            mlx_lm_convert(str(source), str(inner), quantize=bits is not None, q_bits=bits, q_group_size=group_size, dtype=dtype)
+            mlx_lm_convert(
+                str(source),
+                str(inner),
+                quantize=bits is not None,
+                q_bits=bits,
+                q_group_size=group_size,
+                dtype=dtype,
+            )
     except (ValueError, KeyError, ImportError) as error:
-        raise UserError(f"mlx-lm cannot convert {source} ({model_type}): {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"mlx-lm cannot convert {source} ({model_type}): {' '.join(str(error).split())[:200]}"
+        ) from None
     for file in inner.iterdir():
         file.replace(folder / file.name)
     inner.rmdir()

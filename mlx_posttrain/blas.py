@@ -1,13 +1,15 @@
 """A fast BLAS for MLX on Linux.
 
-MLX's Linux wheel links the reference BLAS, which multiplies matrices at about 5 GFLOP/s on a machine that can do 170. This module
-finds an OpenBLAS and lets MLX's library, and nothing else in the process, call it: the addresses of ``cblas_?gemm`` in libmlx's own
-import table (the GOT slots that the loader filled) are replaced by OpenBLAS's.
+MLX's Linux wheel links the reference BLAS, which multiplies matrices at about 5 GFLOP/s on a machine that can
+do 170. This module finds an OpenBLAS and lets MLX's library, and nothing else in the process, call it: the
+addresses of ``cblas_?gemm`` in libmlx's own import table (the GOT slots that the loader filled) are replaced
+by OpenBLAS's.
 
-Why not simply load OpenBLAS with RTLD_GLOBAL before MLX? Because then every library loaded later binds to it as well, PyTorch
-included: its matrix products leave MKL (training 1.5 times slower, so no fair comparison), and its complex dot products come out
-wrong, since the two libraries return complex numbers by different conventions. Redirecting one library touches nothing else, does
-not depend on the order of imports, and works with any symbol prefix.
+Why not simply load OpenBLAS with RTLD_GLOBAL before MLX? Because then every library loaded later binds to it
+as well, PyTorch included: its matrix products leave MKL (training 1.5 times slower, so no fair comparison),
+and its complex dot products come out wrong, since the two libraries return complex numbers by different
+conventions. Redirecting one library touches nothing else, does not depend on the order of imports, and works
+with any symbol prefix.
 
 Where OpenBLAS comes from, first match wins:
 
@@ -15,9 +17,9 @@ Where OpenBLAS comes from, first match wins:
 2. SciPy's wheel, which carries a current OpenBLAS for every processor and is installed with this package;
 3. a system library (Debian and Ubuntu: libopenblas0-pthread).
 
-``OPENBLAS_NUM_THREADS`` and ``OMP_NUM_THREADS`` are obeyed; 1 is the faster choice while other programs keep the cores busy, because
-threads that wait for each other then wait for whole time slices (256 x 256: 64 against 11 GFLOP/s on two busy cores).
-On macOS MLX uses Accelerate or the GPU and nothing is done.
+``OPENBLAS_NUM_THREADS`` and ``OMP_NUM_THREADS`` are obeyed; 1 is the faster choice while other programs keep
+the cores busy, because threads that wait for each other then wait for whole time slices (256 x 256: 64
+against 11 GFLOP/s on two busy cores). On macOS MLX uses Accelerate or the GPU and nothing is done.
 """
 
 from __future__ import annotations
@@ -34,13 +36,20 @@ from typing import Any
 
 ENV = "MLX_POSTTRAIN_BLAS"
 ADVICE = (
-    "MLX uses the slow reference BLAS on this machine: install SciPy's wheel (pip install scipy) or an OpenBLAS "
+    "MLX uses the slow reference BLAS on this machine: install SciPy's wheel (pip install scipy) or an "
+    "OpenBLAS "
     "(Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas-threads)"
 )
-UNCHECKED = "which BLAS MLX multiplies with could not be checked ({}): `mlx-posttrain doctor` measures how fast it is"
-UNCHANGED = "MLX keeps the slow reference BLAS, since its import table cannot be changed here ({}): use an MLX built with a fast one, or engine=torch"
+UNCHECKED = (
+    "which BLAS MLX multiplies with could not be checked ({}): `mlx-posttrain doctor` measures how fast it is"
+)
+UNCHANGED = (
+    "MLX keeps the slow reference BLAS, since its import table cannot be changed here ({}): use an "
+    "MLX built with a fast one, or engine=torch"
+)
 
-# What libmlx calls in every forward and backward pass. LAPACK (mx.linalg) stays with the library that MLX was built with.
+# What libmlx calls in every forward and backward pass. LAPACK (mx.linalg) stays with the library that MLX was
+# built with.
 _ROUTINES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _PREFIXES = ("scipy_", "")  # SciPy's wheels rename all symbols, systems do not
 _SYSTEM_NAMES = (
@@ -54,7 +63,8 @@ _SYSTEM_NAMES = (
 class BlasInfo:
     """The library that multiplies MLX's matrices on the CPU.
 
-    ``name`` is None when it is not known to be fast; ``advice`` then says what to do (None when there is nothing to do).
+    ``name`` is None when it is not known to be fast; ``advice`` then says what to do (None when there is
+    nothing to do).
     """
 
     name: str | None
@@ -111,14 +121,18 @@ def _load() -> BlasInfo:
     return BlasInfo(None, present, f"{ENV}: {problem}" if wish else ADVICE)
 
 
-# -- finding an OpenBLAS ------------------------------------------------------------------------------------------------
+# finding an OpenBLAS
 
 
 def _candidates() -> Iterator[str]:
-    """Libraries to try: SciPy's (next to the package, not imported), one beside Python (conda), the system's."""
+    """Libraries to try: SciPy's (next to the package, not imported), one beside Python (conda), the
+    system's.
+    """
     spec = importlib.util.find_spec("scipy")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        yield from sorted(str(p) for p in Path(folder).with_name("scipy.libs").glob("libscipy_openblas-*.so*"))
+        yield from sorted(
+            str(p) for p in Path(folder).with_name("scipy.libs").glob("libscipy_openblas-*.so*")
+        )
     for name in _SYSTEM_NAMES:
         beside = Path(sys.prefix) / "lib" / name
         yield str(beside) if beside.exists() else name
@@ -140,7 +154,9 @@ def _open(path: str) -> tuple[ctypes.CDLL, str]:
 
 
 def _config(library: ctypes.CDLL, prefix: str) -> str:
-    """OpenBLAS's line about itself, such as 'OpenBLAS 0.3.30 DYNAMIC_ARCH Haswell MAX_THREADS=64'; '' for other libraries."""
+    """OpenBLAS's line about itself, such as 'OpenBLAS 0.3.30 DYNAMIC_ARCH Haswell MAX_THREADS=64'; '' for
+    other libraries.
+    """
     name = prefix + "openblas_get_config"
     if not hasattr(library, name):
         return ""
@@ -162,10 +178,11 @@ def _describe(library: ctypes.CDLL, prefix: str) -> str:
 
 
 def _self_test(sgemm: Any) -> None:
-    """Multiply small integer matrices, whose product is exact in float32, in the three forms that training uses.
+    """Multiply small integer matrices, whose product is exact in float32, in the three forms that training
+    uses.
 
-    Old OpenBLAS builds are known to compute wrongly on processors newer than they are; such a library is passed over.
-    Raises ArithmeticError.
+    Old OpenBLAS builds are known to compute wrongly on processors newer than they are; such a library is
+    passed over. Raises ArithmeticError.
     """
     import numpy as np
 
@@ -181,15 +198,26 @@ def _self_test(sgemm: Any) -> None:
             right = np.ascontiguousarray(b.T if flip_b else b, dtype=np.float32)
             out = np.full((m, n), np.nan, dtype=np.float32)
             sgemm(
-                row_major, transposed if flip_a else plain, transposed if flip_b else plain, m, n, k,
-                1.0, left.ctypes.data_as(pointer), left.shape[1], right.ctypes.data_as(pointer), right.shape[1],
-                0.0, out.ctypes.data_as(pointer), n,
-            )  # fmt: skip
+                row_major,
+                transposed if flip_a else plain,
+                transposed if flip_b else plain,
+                m,
+                n,
+                k,
+                1.0,
+                left.ctypes.data_as(pointer),
+                left.shape[1],
+                right.ctypes.data_as(pointer),
+                right.shape[1],
+                0.0,
+                out.ctypes.data_as(pointer),
+                n,
+            )
             if not np.array_equal(out, a @ b):
                 raise ArithmeticError("multiplies wrongly on this processor")
 
 
-# -- redirecting one library's imports (ELF, 64 bit) ------------------------------------------------------------------------
+# redirecting one library's imports (ELF, 64 bit)
 
 # Names and numbers as in elf.h and the processors' ABI supplements.
 _PT_DYNAMIC = 2
@@ -201,19 +229,33 @@ _READ, _WRITE, _EXECUTE = 1, 2, 4  # mprotect(2)
 
 class _ProgramHeader(ctypes.Structure):
     _fields_ = [
-        ("type", ctypes.c_uint32), ("flags", ctypes.c_uint32), ("offset", ctypes.c_uint64), ("vaddr", ctypes.c_uint64),
-        ("paddr", ctypes.c_uint64), ("filesz", ctypes.c_uint64), ("memsz", ctypes.c_uint64), ("align", ctypes.c_uint64),
-    ]  # fmt: skip
+        ("type", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+        ("vaddr", ctypes.c_uint64),
+        ("paddr", ctypes.c_uint64),
+        ("filesz", ctypes.c_uint64),
+        ("memsz", ctypes.c_uint64),
+        ("align", ctypes.c_uint64),
+    ]
 
 
 class _LoadedObject(ctypes.Structure):
     _fields_ = [
-        ("base", ctypes.c_uint64), ("name", ctypes.c_char_p), ("headers", ctypes.POINTER(_ProgramHeader)), ("count", ctypes.c_uint16),
-    ]  # fmt: skip
+        ("base", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("headers", ctypes.POINTER(_ProgramHeader)),
+        ("count", ctypes.c_uint16),
+    ]
 
 
 class _DynamicLibrary(ctypes.Structure):
-    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p)]
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
 
 
 @dataclass(frozen=True)
@@ -227,7 +269,8 @@ class _Slot:
         return ctypes.c_uint64.from_address(self.address).value
 
     def redirect(self, target: int) -> None:
-        """Write another function's address: one aligned word, so a thread that calls meanwhile sees the old or the new one.
+        """Write another function's address: one aligned word, so a thread that calls meanwhile sees the old
+        or the new one.
 
         The page is as writable afterwards as the loader left it. Raises OSError where it may not be written.
         """
@@ -240,12 +283,16 @@ class _Slot:
 
 
 def _protection(address: int) -> int:
-    """What this process may do with the page at ``address``, as mprotect's bits. Raises OSError when the system does not tell."""
+    """What this process may do with the page at ``address``, as mprotect's bits. Raises OSError when the
+    system does not tell.
+    """
     for line in Path("/proc/self/maps").read_text().splitlines():
         begin, _, rest = line.partition("-")
         end, letters = rest.split()[:2]
         if int(begin, 16) <= address < int(end, 16):
-            return sum(bit for letter, bit in (("r", _READ), ("w", _WRITE), ("x", _EXECUTE)) if letter in letters)
+            return sum(
+                bit for letter, bit in (("r", _READ), ("w", _WRITE), ("x", _EXECUTE)) if letter in letters
+            )
     raise OSError(f"nothing is mapped at {address:#x}")
 
 
@@ -259,7 +306,8 @@ def _protect(address: int, bits: int) -> None:
 
 
 def _import_slots(library: str, routines: tuple[str, ...]) -> dict[str, _Slot]:
-    """Return where the loaded ``library`` keeps the addresses of imported ``routines``; empty if it imports none.
+    """Return where the loaded ``library`` keeps the addresses of imported ``routines``; empty if it imports
+    none.
 
     Raises LookupError with a few words where that cannot be found out.
     """

@@ -9,17 +9,25 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    name="mlx-posttrain", help="Post-train language models on a Mac or Linux machine: recipes on MLX and on PyTorch CPU.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
+    name="mlx-posttrain",
+    help="Post-train language models on a Mac or Linux machine: recipes on MLX and on PyTorch CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 EngineOption = Annotated[str, typer.Option("--engine", help="mlx, torch or auto")]
 
 
 @app.command()
 def run(
-    recipe: Annotated[str | None, typer.Argument(help="a YAML file or the name of a shipped recipe, see `recipes`")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, for example model=tiny train.lr=1e-4")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="a YAML file or the name of a shipped recipe, see `recipes`")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value settings, for example model=tiny train.lr=1e-4")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="continue this unfinished run; takes no recipe")] = None,
 ) -> None:
     """Run a recipe, or continue a run."""
@@ -55,14 +63,20 @@ def recipes() -> None:
 
 @app.command()
 def keys(
-    method: Annotated[str, typer.Argument(help="a method (sft, reward, ppo, distill, pipeline, pretrain, report), or suite")] = "sft",
+    method: Annotated[
+        str, typer.Argument(help="a method (sft, reward, ppo, distill, pipeline, pretrain, report), or suite")
+    ] = "sft",
 ) -> None:
-    """List every key a recipe may have, with its default; `keys suite`: what eval, compare, analyze and report take."""
+    """List every key a recipe may have, with its default; `keys suite`: what eval, compare, analyze and
+    report take.
+    """
     from mlx_posttrain import methods
     from mlx_posttrain import recipe as module
     from mlx_posttrain.evaluate.suite import SuiteSection
 
-    for key, default, description in module.describe(SuiteSection if method == "suite" else methods.get(method).Recipe):
+    for key, default, description in module.describe(
+        SuiteSection if method == "suite" else methods.get(method).Recipe
+    ):
         typer.echo(f"{key:32} {default:18} {description}")
 
 
@@ -102,10 +116,15 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="one prompt a line, as UTF-8 text")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="sample from the smallest set of tokens with this probability")] = 1.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="sample from the smallest set of tokens with this probability"),
+    ] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="answers per prompt")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="fixes what is sampled")] = 0,
-    template: Annotated[str | None, typer.Option(help="prompt format; default: the run's own, `none` for a plain model")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="prompt format; default: the run's own, `none` for a plain model")
+    ] = None,
     engine: EngineOption = "auto",
     json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
@@ -116,11 +135,16 @@ def generate(
     prompts = list(prompt or [])
     if file is not None:
         try:
-            prompts += [line for line in file.expanduser().read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+            prompts += [
+                line for line in file.expanduser().read_text(encoding="utf-8-sig").split("\n") if line.strip()
+            ]
         except OSError as error:
             raise UserError(f"--file {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"--file {file}: not UTF-8 text (byte {error.start + 1}); give a text file with one prompt a line") from None
+            raise UserError(
+                f"--file {file}: not UTF-8 text (byte {error.start + 1}); give a text file with "
+                "one prompt a line"
+            ) from None
     if not prompts:
         raise UserError("give a prompt: --prompt TEXT (several times if you like) or --file FILE")
     answers = generation.answer(
@@ -156,7 +180,15 @@ def chat(
     """Talk to a model; answers stream. An empty line or Ctrl-D ends, /new starts over."""
     from mlx_posttrain import generation
 
-    generation.chat(model, engine=engine, template=template, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    generation.chat(
+        model,
+        engine=engine,
+        template=template,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
 
 
 @app.command()
@@ -165,15 +197,20 @@ def export(
     output: Annotated[Path | None, typer.Option(help="folder to write; default: RUN/export-FORMAT")] = None,
     to: Annotated[str, typer.Option(help="peft, hf or mlx-lm")] = "peft",
     merge: Annotated[bool, typer.Option(help="fold the adapter into its base")] = False,
-    force: Annotated[bool, typer.Option(help="write into a folder that is not empty; merge in spite of a large drift")] = False,
-    push: Annotated[str | None, typer.Option(metavar="REPO", help="also upload to this hub repository")] = None,
+    force: Annotated[
+        bool, typer.Option(help="write into a folder that is not empty; merge in spite of a large drift")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="also upload to this hub repository")
+    ] = None,
 ) -> None:
     """Write a run for PEFT, transformers or mlx-lm, with a model card."""
     from mlx_posttrain import export as module
 
     run = run.expanduser()
     target = (output or run / f"export-{to}").expanduser()
-    if not (push and not force and module.is_export(target, run, to, merge)):  # what an upload that failed left is uploaded as it is
+    # what an upload that failed left is uploaded as it is
+    if not (push and not force and module.is_export(target, run, to, merge)):
         done = module.export(run, target, to, merged=merge, force=force)
         if "note" in done:
             typer.echo(done["note"])
@@ -186,35 +223,52 @@ def export(
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run, a model or adapter folder, `tiny`, or a hub id")],
     settings: Annotated[
-        list[str] | None, typer.Argument(help="key=value of the suite, for example rows=my.jsonl limit=50 samples=4")
+        list[str] | None,
+        typer.Argument(help="key=value of the suite, for example rows=my.jsonl limit=50 samples=4"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
     engine: EngineOption = "auto",
 ) -> None:
-    """Ask and read one model: right answers, losses, perplexity, repetition, each with its interval. `keys suite` lists the settings."""
+    """Ask and read one model: right answers, losses, perplexity, repetition, each with its interval. `keys
+    suite` lists the settings.
+    """
     _compare([model], settings, json, engine)
 
 
 @app.command()
 def compare(
-    models: Annotated[list[str], typer.Argument(help="runs or models, the first is the baseline; then key=value of the suite")],
-    report: Annotated[Path | None, typer.Option(dir_okay=False, help="also write this HTML page, with charts beside it")] = None,
+    models: Annotated[
+        list[str],
+        typer.Argument(help="runs or models, the first is the baseline; then key=value of the suite"),
+    ],
+    report: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="also write this HTML page, with charts beside it")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
     engine: EngineOption = "auto",
 ) -> None:
-    """Measure several models on the same questions and texts with the same decoding, and say which differences are beyond chance."""
+    """Measure several models on the same questions and texts with the same decoding, and say which
+    differences are beyond chance.
+    """
     _compare([m for m in models if not _setting(m)], [m for m in models if _setting(m)], json, engine, report)
 
 
 @app.command()
 def analyze(
     runs: Annotated[list[str], typer.Argument(help="run directories; then key=value of the suite")],
-    base: Annotated[str | None, typer.Option(help="the model they are compared with; default: the one that the first started from")] = None,
-    output: Annotated[Path | None, typer.Option(dir_okay=False, help="also write this HTML page, with charts beside it")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="the model they are compared with; default: the one that the first started from"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="also write this HTML page, with charts beside it")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="findings as JSON")] = False,
     engine: EngineOption = "auto",
 ) -> None:
-    """Say what runs show: forgetting, drift, foreign data, loops, templates, overfitting, loss against answers."""
+    """Say what runs show: forgetting, drift, foreign data, loops, templates, overfitting, loss against
+    answers.
+    """
     import json as jsonlib
 
     from mlx_posttrain.evaluate import analyze as module
@@ -238,8 +292,13 @@ def analyze(
 def report(
     runs: Annotated[list[str], typer.Argument(help="run directories; then key=value of the suite")],
     output: Annotated[Path, typer.Option(dir_okay=False, help="the page to write")] = Path("report.html"),
-    base: Annotated[str | None, typer.Option(help="the model they are compared with; default: the one that the first started from")] = None,
-    logs_only: Annotated[bool, typer.Option("--logs-only", help="curves, samples and recipes; load and measure no model")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="the model they are compared with; default: the one that the first started from"),
+    ] = None,
+    logs_only: Annotated[
+        bool, typer.Option("--logs-only", help="curves, samples and recipes; load and measure no model")
+    ] = False,
     engine: EngineOption = "auto",
 ) -> None:
     """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
@@ -253,7 +312,9 @@ def report(
     output = output.expanduser()
     pages.check_target(output)
     if logs_only:
-        curve = kinds.overfitting({label: reopen(n)[0].metrics() for n, label in zip(names, labels_of(names), strict=True)})
+        curve = kinds.overfitting(
+            {label: reopen(n)[0].metrics() for n, label in zip(names, labels_of(names), strict=True)}
+        )
         _page(output, names, None, [curve] if curve else [])
     else:
         _page(output, names, *module.analyze(names, suite, engine, base=base))
@@ -278,7 +339,9 @@ def _suite(arguments: list[str]) -> tuple[list[str], Any]:
     return [_home(a) for a in arguments if not _setting(a)], module.parse(raw, SuiteSection, "settings")
 
 
-def _compare(names: list[str], settings: list[str] | None, json: bool, engine: str, page: Path | None = None) -> None:
+def _compare(
+    names: list[str], settings: list[str] | None, json: bool, engine: str, page: Path | None = None
+) -> None:
     import json as jsonlib
 
     from mlx_posttrain.errors import UserError
@@ -291,7 +354,10 @@ def _compare(names: list[str], settings: list[str] | None, json: bool, engine: s
         raise UserError("name at least one run or model")
     others, suite = _suite(settings or [])
     if others:
-        raise UserError(f"{others[0]!r} is no setting (write key=value); several models are measured by `mlx-posttrain compare`")
+        raise UserError(
+            f"{others[0]!r} is no setting (write key=value); several models are measured by "
+            "`mlx-posttrain compare`"
+        )
     if page:
         page = page.expanduser()
         pages.check_target(page)
@@ -313,17 +379,31 @@ def _page(path: Path, names: list[str], comparison: Any, findings: list[Any]) ->
 
 @app.command()
 def synthesize(
-    output: Annotated[Path, typer.Argument(dir_okay=False, help="JSONL file to write; an interrupted one is continued")],
+    output: Annotated[
+        Path, typer.Argument(dir_okay=False, help="JSONL file to write; an interrupted one is continued")
+    ],
     teacher: Annotated[str, typer.Option(help="a run, a model or adapter folder, `tiny`, or a hub id")],
-    prompts: Annotated[str, typer.Option(help="questions: a file, embedded data, or a hub id, with answers where a rule checks")],
+    prompts: Annotated[
+        str,
+        typer.Option(help="questions: a file, embedded data, or a hub id, with answers where a rule checks"),
+    ],
     samples: Annotated[int, typer.Option(min=1, help="candidates drawn for each question")] = 8,
     keep: Annotated[int, typer.Option(min=1, help="candidates kept of each question at most")] = 1,
-    reward: Annotated[str | None, typer.Option(help="a reward model that chooses the best, instead of the row's rule")] = None,
-    thoughts: Annotated[bool, typer.Option("--thoughts", help="keep only answers of the form <think> ... </think> answer")] = False,
+    reward: Annotated[
+        str | None, typer.Option(help="a reward model that chooses the best, instead of the row's rule")
+    ] = None,
+    thoughts: Annotated[
+        bool, typer.Option("--thoughts", help="keep only answers of the form <think> ... </think> answer")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0.01)] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 512,
-    near: Annotated[float, typer.Option(min=0, max=1, help="drop kept answers of one question that share this much; 0: keep all")] = 0.7,
+    near: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="drop kept answers of one question that share this much; 0: keep all"
+        ),
+    ] = 0.7,
     template: Annotated[str | None, typer.Option(help="prompt format; default: the teacher's own")] = None,
     system: Annotated[str | None, typer.Option(help="system prompt; default: the teacher's own")] = None,
     format: Annotated[str, typer.Option(help="shape of a question's row, as data.format")] = "auto",
@@ -331,10 +411,14 @@ def synthesize(
     seed: Annotated[int, typer.Option(min=0, help="fixes what is sampled")] = 0,
     engine: EngineOption = "auto",
 ) -> None:
-    """Let a teacher answer questions many times, keep what is right (or what a reward model likes best), and write data for 08_distill."""
+    """Let a teacher answer questions many times, keep what is right (or what a reward model likes best), and
+    write data for 08_distill.
+    """
     from mlx_posttrain import synthesize as module
 
-    settings = module.Settings(samples, temperature, top_p, max_tokens, template, system, reward, keep, near or None, thoughts, seed)
+    settings = module.Settings(
+        samples, temperature, top_p, max_tokens, template, system, reward, keep, near or None, thoughts, seed
+    )
     output = output.expanduser()
     told = module.synthesize(teacher, prompts, output, settings, engine=engine, limit=limit, format=format)
     typer.echo(f"{output}: " + ", ".join(f"{count} {what}" for what, count in told.items()))
@@ -346,7 +430,9 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
     json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """Say what a recipe would take before it runs: parameters, steps, tokens, memory by part, and what to change if it does not fit."""
+    """Say what a recipe would take before it runs: parameters, steps, tokens, memory by part, and what to
+    change if it does not fit.
+    """
     from mlx_posttrain import plan as module
     from mlx_posttrain import recipe as recipes
 
@@ -361,23 +447,40 @@ def plan(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (random weights), tiny, or a folder or run")] = "gpt2",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (random weights), tiny, or a folder or run"
+        ),
+    ] = "gpt2",
     what: Annotated[
         str, typer.Option(help="of sft, lora, kl, kl-lora, reward, ppo, generate, generate-single, scaling")
     ] = "sft,lora,kl,generate",
-    engines: Annotated[str | None, typer.Option(help="of mlx-gpu, mlx-cpu, torch-cpu; default: what this machine has")] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="of mlx-gpu, mlx-cpu, torch-cpu; default: what this machine has")
+    ] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="also mlx-lm's, transformers' and TRL's own trainers, where they are installed")
+        bool,
+        typer.Option(
+            "--peers", help="also mlx-lm's, transformers' and TRL's own trainers, where they are installed"
+        ),
     ] = False,
-    units: Annotated[int, typer.Option(min=1, help="timed units of each engine, after one that warms up")] = 3,
+    units: Annotated[
+        int, typer.Option(min=1, help="timed units of each engine, after one that warms up")
+    ] = 3,
     rows: Annotated[int, typer.Option(min=1, help="rows of a training unit")] = 32,
     length: Annotated[
-        int | None, typer.Option(min=8, help="tokens of every row; default: prompts of 20 to 60, answers of 10 to 200")
+        int | None,
+        typer.Option(min=8, help="tokens of every row; default: prompts of 20 to 60, answers of 10 to 200"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    output: Annotated[Path, typer.Option(file_okay=False, help="folder for bench.json, bench.md and the chart")] = Path("runs/bench"),
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="folder for bench.json, bench.md and the chart")
+    ] = Path("runs/bench"),
 ) -> None:
-    """Time engines on the same weights and rows in turns; prints speed, memory, and ratios where the losses agree."""
+    """Time engines on the same weights and rows in turns; prints speed, memory, and ratios where the losses
+    agree.
+    """
     from mlx_posttrain import bench as module
     from mlx_posttrain.bench import render
 

@@ -1,7 +1,8 @@
-"""``mlx-posttrain demo``: the whole journey on the embedded tiny model (recipes/demo.yaml), and what to look at afterwards.
+"""``mlx-posttrain demo``: the whole journey on the embedded tiny model (recipes/demo.yaml), and what to look
+at afterwards.
 
-Offline and within minutes: SFT, templates, LoRA, KL-SFT, a reward model, PPO and reasoning, measured on the same held-out rows in one
-report; then one adapter exported for PEFT and the base converted for mlx-lm.
+Offline and within minutes: SFT, templates, LoRA, KL-SFT, a reward model, PPO and reasoning, measured on the
+same held-out rows in one report; then one adapter exported for PEFT and the base converted for mlx-lm.
 """
 
 from __future__ import annotations
@@ -25,25 +26,32 @@ from mlx_posttrain.runs import read_jsonl
 
 
 def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
-    """Run it all, or what an interrupted demo has left to do, and print what came out. Raises UserError when ``output`` is in use."""
+    """Run it all, or what an interrupted demo has left to do, and print what came out. Raises UserError when
+    ``output`` is in use.
+    """
     begun = time.monotonic()
     name = engines.get(engine).name
     chosen = recipe.load("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
     try:
         _run(output, chosen, name)
     except Interrupted as error:  # the pipeline's own advice would end without what is printed below
-        raise Interrupted(str(error).replace(f"--resume {output.absolute()}", "the same `mlx-posttrain demo`")) from None
+        raise Interrupted(
+            str(error).replace(f"--resume {output.absolute()}", "the same `mlx-posttrain demo`")
+        ) from None
     report = output / "report" / "final"
     _print_reward_model(output / "reward")
     _print_ppo(output / "ppo")
     _print_thinking(output / "distill")
     adapter = output / "lora-peft"
-    export.export(output / "lora", adapter, "peft", force=True)  # one that an interruption left is written again
+    # one that an interruption left is written again
+    export.export(output / "lora", adapter, "peft", force=True)
     print(f"\nThe LoRA adapter is in {adapter}, in PEFT's format." + _peft_check(output / "lora", adapter))
     if name == "mlx":
         from mlx_posttrain.convert.weights import convert
 
-        print(f"The base is in {convert('tiny', output / 'tiny-mlx', to='mlx').path}, in the format of mlx-lm.")
+        print(
+            f"The base is in {convert('tiny', output / 'tiny-mlx', to='mlx').path}, in the format of mlx-lm."
+        )
     print(
         f"\n{time.monotonic() - begun:.0f} s in all. Open the report in a browser:\n"
         f"  {(report / 'report.html').absolute()}\n"
@@ -57,7 +65,9 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
 
 
 def _run(output: Path, chosen: recipe.Recipe, engine: str) -> None:
-    """Run the pipeline in a new folder, or go on with that of the same demo. Raises UserError for a folder with anything else."""
+    """Run the pipeline in a new folder, or go on with that of the same demo. Raises UserError for a folder
+    with anything else.
+    """
     pipeline = methods.get("pipeline")
     if not runs.is_run(output):
         if output.exists() and any(path.name != lock.NAME for path in output.iterdir()):
@@ -71,17 +81,25 @@ def _run(output: Path, chosen: recipe.Recipe, engine: str) -> None:
         raise UserError(f"{output} holds {what}: delete it, or choose another folder with --output")
     if (raw["engine"], raw["seed"]) != (engine, chosen.seed):
         begun = f"--engine {raw['engine']} --seed {raw['seed']}"
-        raise UserError(f"{output} holds an unfinished demo: continue it with {begun}, delete it, or choose another folder with --output")
+        raise UserError(
+            f"{output} holds an unfinished demo: continue it with {begun}, delete it, or choose "
+            "another folder with --output"
+        )
     if not all(runs.Run(output / stage).finished for stage in raw["stages"]):
-        pipeline.run(recipe.parse(raw | {"output": str(output)}, pipeline.Recipe, str(output / "recipe.yaml")), resume=True)
+        pipeline.run(
+            recipe.parse(raw | {"output": str(output)}, pipeline.Recipe, str(output / "recipe.yaml")),
+            resume=True,
+        )
 
 
 def _print_reward_model(run: Path) -> None:
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     low, high = (f"{report['accuracy'][i]:.0%}" for i in (1, 2))
     print(
-        f"The reward model prefers the better of two held-out answers in {report['accuracy'][0]:.1%} [{low}, {high}] of pairs; "
-        f"taking the longer one is right in {report['longer'][0]:.1%}, a bag of words in {report['bag_of_words'][0]:.1%}."
+        f"The reward model prefers the better of two held-out answers in {report['accuracy'][0]:.1%} "
+        f"[{low}, {high}] of pairs; "
+        f"taking the longer one is right in {report['longer'][0]:.1%}, a bag of words in "
+        f"{report['bag_of_words'][0]:.1%}."
     )
 
 
@@ -91,14 +109,17 @@ def _print_ppo(run: Path) -> None:
     evaluations = [r for r in records if "eval/score" in r]
     before, after = evaluations[0], evaluations[-1]
     print(
-        "\nPPO on a model that imitates good and bad answers alike; mean score of each step's answers, in standard deviations of its own:\n  "
-        + sparkline(curve)
+        "\nPPO on a model that imitates good and bad answers alike; mean score of each step's answers, in "
+        "standard deviations of its own:\n  " + sparkline(curve)
     )
     print("  held-out prompts, sampled      before     after")
     for key, label, form in (
-        ("eval/score", "score", "{:+.2f}"), ("eval/kl", "KL from the start, nats", "{:.2f}"), ("eval/length", "length, tokens", "{:.1f}"),
-        ("eval/accuracy", "right answers", "{:.1%}"), ("eval/eos_share", "ended by itself", "{:.0%}"),
-    ):  # fmt: skip
+        ("eval/score", "score", "{:+.2f}"),
+        ("eval/kl", "KL from the start, nats", "{:.2f}"),
+        ("eval/length", "length, tokens", "{:.1f}"),
+        ("eval/accuracy", "right answers", "{:.1%}"),
+        ("eval/eos_share", "ended by itself", "{:.0%}"),
+    ):
         print(f"  {label:24} {form.format(before[key]):>12} {form.format(after[key]):>9}")
     said = read_jsonl(run / "samples.jsonl")
     first, last = ([r for r in said if r["step"] == step] for step in (0, said[-1]["step"]))
@@ -110,9 +131,13 @@ def _print_ppo(run: Path) -> None:
 
 def _print_thinking(run: Path) -> None:
     report: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    share = {name: f"{report[name][0]:.0%} [{report[name][1]:.0%}, {report[name][2]:.0%}]" for name in ("accuracy", "accuracy_at_once")}
+    share = {
+        name: f"{report[name][0]:.0%} [{report[name][1]:.0%}, {report[name][2]:.0%}]"
+        for name in ("accuracy", "accuracy_at_once")
+    }
     print(
-        f"\nReasoning: {share['accuracy']} of {report['questions']} held-out questions right after thinking, {share['accuracy_at_once']} when "
+        f"\nReasoning: {share['accuracy']} of {report['questions']} held-out questions right after "
+        f"thinking, {share['accuracy_at_once']} when "
         "made to answer at once."
     )
     (example, *_) = read_jsonl(run / "answers.jsonl")
@@ -127,7 +152,9 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _peft_check(run: Path, adapter: Path) -> str:
-    """Reload the adapter through PEFT where torch is installed, and say how far its logits are from the run's own."""
+    """Reload the adapter through PEFT where torch is installed, and say how far its logits are from the run's
+    own.
+    """
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
         return " (Install torch and peft to reload it here.)"
     difference = peft_difference(run, adapter)
@@ -135,7 +162,9 @@ def _peft_check(run: Path, adapter: Path) -> str:
 
 
 def peft_difference(run: Path, adapter: Path) -> float:
-    """Largest absolute difference between a run's logits and those of base plus exported adapter in transformers and PEFT."""
+    """Largest absolute difference between a run's logits and those of base plus exported adapter in
+    transformers and PEFT.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -152,7 +181,9 @@ def peft_difference(run: Path, adapter: Path) -> float:
 
 @contextlib.contextmanager
 def _without_loading_noise() -> Iterator[None]:
-    """Without transformers' bars of loaded weights, and its warning that PEFT asks by a name it has given up: nobody here can act on either."""
+    """Without transformers' bars of loaded weights, and its warning that PEFT asks by a name it has given up:
+    nobody here can act on either.
+    """
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

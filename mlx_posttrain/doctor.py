@@ -1,7 +1,8 @@
 """What this machine has for training, and what to fix: `mlx-posttrain doctor`.
 
-Every check is one small function that returns `Check`s and may raise anything: a failing check becomes a line of the report, never a
-traceback. Nothing leaves the machine and no secret is read: of the hub token only its presence is reported.
+Every check is one small function that returns `Check`s and may raise anything: a failing check becomes a line
+of the report, never a traceback. Nothing leaves the machine and no secret is read: of the hub token only its
+presence is reported.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Check:
 
 
 def doctor(json: bool = False) -> int:
-    """Print the report, as a table or as JSON; return 1 if something must be fixed before training works, else 0."""
+    """Print the report, as a table or as JSON; return 1 if something must be fixed before training works,
+    else 0.
+    """
     checks = collect()
     if json:
         print(_json.dumps([asdict(check) for check in checks], indent=2))
@@ -47,9 +50,23 @@ def doctor(json: bool = False) -> int:
 
 
 def collect() -> list[Check]:
-    """Run every check, in the order of the report. Takes a few seconds, most of it importing MLX and PyTorch."""
+    """Run every check, in the order of the report. Takes a few seconds, most of it importing MLX and
+    PyTorch.
+    """
     checks: list[Check] = []
-    for check in (_system, _python, _memory, _disk, _packages, _devices, _blas, _compiler, _torch, _wired, _hub):
+    for check in (
+        _system,
+        _python,
+        _memory,
+        _disk,
+        _packages,
+        _devices,
+        _blas,
+        _compiler,
+        _torch,
+        _wired,
+        _hub,
+    ):
         checks += _safely(check)
     return checks
 
@@ -78,7 +95,9 @@ def render(checks: list[Check]) -> None:
 
 
 def measure_gflops(engine: str = "mlx", size: int = 1024, seconds: float = 0.25) -> float:
-    """Return the best float32 matmul rate of ``engine`` (mlx or torch, on its default device) in GFLOP/s, within about ``seconds``."""
+    """Return the best float32 matmul rate of ``engine`` (mlx or torch, on its default device) in GFLOP/s,
+    within about ``seconds``.
+    """
     if engine == "torch":
         import torch
 
@@ -104,7 +123,7 @@ def measure_gflops(engine: str = "mlx", size: int = 1024, seconds: float = 0.25)
     return 2 * size**3 / best / 1e9
 
 
-# -- checks -------------------------------------------------------------------------------------------------------------
+# checks
 
 
 def _system() -> list[Check]:
@@ -115,13 +134,37 @@ def _system() -> list[Check]:
         if _apple_silicon() and int(release.partition(".")[0] or 0) < 14:
             checks = [Check("system", f"macOS {release}", FAIL, "MLX needs macOS 14 or newer: update macOS")]
     else:
-        names = platform.freedesktop_os_release() if hasattr(platform, "freedesktop_os_release") and sys.platform == "linux" else {}
+        names = (
+            platform.freedesktop_os_release()
+            if hasattr(platform, "freedesktop_os_release") and sys.platform == "linux"
+            else {}
+        )
         chip = _cpu_model() or platform.processor() or platform.machine()
-        checks = [Check("system", f"{names.get('PRETTY_NAME', platform.system())}, {platform.machine()}, kernel {platform.release()}")]
+        checks = [
+            Check(
+                "system",
+                f"{names.get('PRETTY_NAME', platform.system())}, {platform.machine()}, "
+                f"kernel {platform.release()}",
+            )
+        ]
         if sys.platform != "linux":
-            checks = [Check("system", platform.platform(), WARN, "only macOS and Linux are supported (on Windows: WSL 2)")]
+            checks = [
+                Check(
+                    "system",
+                    platform.platform(),
+                    WARN,
+                    "only macOS and Linux are supported (on Windows: WSL 2)",
+                )
+            ]
         elif platform.libc_ver()[0] != "glibc":
-            checks.append(Check("C library", "not glibc", WARN, "MLX and PyTorch publish wheels for glibc only: use another distribution"))
+            checks.append(
+                Check(
+                    "C library",
+                    "not glibc",
+                    WARN,
+                    "MLX and PyTorch publish wheels for glibc only: use another distribution",
+                )
+            )
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [*checks, Check("chip", f"{chip}, {usable} cores")]
 
@@ -129,12 +172,17 @@ def _system() -> list[Check]:
 def _python() -> list[Check]:
     value = f"{platform.python_version()} {platform.machine()} ({sys.executable})"
     if _translated():
-        advice = "this Python runs under Rosetta and cannot use MLX: install an arm64 Python, remove .venv and run make again"
+        advice = (
+            "this Python runs under Rosetta and cannot use MLX: install an arm64 Python, remove .venv "
+            "and run make again"
+        )
         return [Check("Python", value + ", under Rosetta", FAIL, advice)]
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         return [Check("Python", value, WARN, "tested with Python 3.10 to 3.13")]
     if sys.platform == "darwin" and platform.machine() == "x86_64" and sys.version_info >= (3, 13):
-        return [Check("Python", value, FAIL, "PyTorch's last release for Intel Macs needs Python 3.10 to 3.12")]
+        return [
+            Check("Python", value, FAIL, "PyTorch's last release for Intel Macs needs Python 3.10 to 3.12")
+        ]
     return [Check("Python", value)]
 
 
@@ -142,12 +190,21 @@ def _memory() -> list[Check]:
     total, available = memory()
     value = f"{total / _GIB:.1f} GiB" + (f", {available / _GIB:.1f} GiB available" if available else "")
     if available and available < 2 * _GIB:
-        return [Check("memory", value, WARN, "close other programs: full fine-tuning of GPT-2 124M takes about 3 GiB")]
+        return [
+            Check(
+                "memory",
+                value,
+                WARN,
+                "close other programs: full fine-tuning of GPT-2 124M takes about 3 GiB",
+            )
+        ]
     return [Check("memory", value)]
 
 
 def memory() -> tuple[int, int]:
-    """Return total and available memory in bytes (available 0 if unknown), within the container's limit if there is one."""
+    """Return total and available memory in bytes (available 0 if unknown), within the container's limit if
+    there is one.
+    """
     if sys.platform == "darwin":
         total = int(_command("sysctl", "-n", "hw.memsize") or 0)
         pages: dict[str, int] = {}
@@ -175,7 +232,8 @@ def process_peak() -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
-    # getrusage would do on Linux but for two things: it begins with the parent's memory, and it cannot be reset.
+    # getrusage would do on Linux but for two things: it begins with the parent's memory, and it cannot be
+    # reset.
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
@@ -190,21 +248,32 @@ def _disk() -> list[Check]:
     free = shutil.disk_usage(Path.cwd()).free
     value = f"{free / _GIB:.1f} GiB free here"
     if free < 2 * _GIB:
-        advice = "a GPT-2 124M checkpoint with its optimizer takes 1.5 GiB: make room or set output=DIR elsewhere"
+        advice = (
+            "a GPT-2 124M checkpoint with its optimizer takes 1.5 GiB: make room or set output=DIR elsewhere"
+        )
         return [Check("disk", value, WARN, advice)]
     return [Check("disk", value)]
 
 
 def _packages() -> list[Check]:
     intel_mac = sys.platform == "darwin" and platform.machine() == "x86_64"
-    needed = {"mlx": not intel_mac, "mlx-lm": not intel_mac, "torch": intel_mac, "peft": intel_mac, "transformers": True, "numpy": True}
+    needed = {
+        "mlx": not intel_mac,
+        "mlx-lm": not intel_mac,
+        "torch": intel_mac,
+        "peft": intel_mac,
+        "transformers": True,
+        "numpy": True,
+    }
     checks = [Check("mlx-posttrain", _version("mlx-posttrain") or "not installed")]
     for name, required in needed.items():
         version = _version(name)
         if version:
             checks.append(Check(name, version))
         elif required:
-            checks.append(Check(name, "missing", FAIL, "pip install -e . in the project's folder (or make demo)"))
+            checks.append(
+                Check(name, "missing", FAIL, "pip install -e . in the project's folder (or make demo)")
+            )
         elif name in ("torch", "peft") and not intel_mac:
             checks.append(Check(name, 'not installed (optional: pip install -e ".[torch]")'))
         else:
@@ -218,11 +287,19 @@ def _devices() -> list[Check]:
     import mlx.core as mx
 
     if not mx.is_available(mx.Device(mx.gpu)):
-        advice = "Metal is not available to this process: run it in a session of the logged-in user" if _apple_silicon() else ""
+        advice = (
+            "Metal is not available to this process: run it in a session of the logged-in user"
+            if _apple_silicon()
+            else ""
+        )
         return [Check("MLX devices", "cpu", WARN if advice else OK, advice)]
     info = mx.device_info(mx.Device(mx.gpu))
     budget = int(info.get("max_recommended_working_set_size", 0)) / _GIB
-    value = f"gpu ({info.get('device_name', 'unknown')}" + (f", {budget:.1f} GiB recommended at most" if budget else "") + "), cpu"
+    value = (
+        f"gpu ({info.get('device_name', 'unknown')}"
+        + (f", {budget:.1f} GiB recommended at most" if budget else "")
+        + "), cpu"
+    )
     default = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     return [Check("MLX devices", f"{value}; default {default}")]
 
@@ -232,7 +309,12 @@ def _torch() -> list[Check]:
         return []
     import torch
 
-    return [Check("PyTorch threads", f"{torch.get_num_threads()}, {measure_gflops('torch'):.0f} GFLOP/s (float32 matmul)")]
+    return [
+        Check(
+            "PyTorch threads",
+            f"{torch.get_num_threads()}, {measure_gflops('torch'):.0f} GFLOP/s (float32 matmul)",
+        )
+    ]
 
 
 def _blas() -> list[Check]:
@@ -242,9 +324,14 @@ def _blas() -> list[Check]:
 
     info = blas.load(quiet=True)
     rate = measure_gflops()
-    value = f"{info.name or ('reference BLAS' if info.path else 'unknown BLAS')}, {rate:.0f} GFLOP/s (float32 matmul, default device)"
+    value = (
+        f"{info.name or ('reference BLAS' if info.path else 'unknown BLAS')}, {rate:.0f} GFLOP/s "
+        "(float32 matmul, default device)"
+    )
     if sys.platform == "linux" and info.name is None:
-        return [Check("MLX's BLAS", value, WARN, info.advice or f"{blas.ENV}=none is set: unset it for speed")]
+        return [
+            Check("MLX's BLAS", value, WARN, info.advice or f"{blas.ENV}=none is set: unset it for speed")
+        ]
     return [Check("MLX's BLAS", value)]
 
 
@@ -258,7 +345,14 @@ def _compiler() -> list[Check]:
         return [Check("mx.compile", "does not work, steps run uncompiled", WARN, problem)]
     if not fuses():
         advice = "install g++ (Debian, Ubuntu: apt install g++), MLX uses it to fuse operations on the CPU"
-        return [Check("mx.compile", "no g++: operations run unfused, which is slower and needs more memory", WARN, advice)]
+        return [
+            Check(
+                "mx.compile",
+                "no g++: operations run unfused, which is slower and needs more memory",
+                WARN,
+                advice,
+            )
+        ]
     return [Check("mx.compile", "works")]
 
 
@@ -267,7 +361,10 @@ def _wired() -> list[Check]:
         return []
     limit = int(_command("sysctl", "-n", "iogpu.wired_limit_mb") or 0)
     if limit:
-        advice = "a raised limit can hang the machine when memory runs out: sudo sysctl iogpu.wired_limit_mb=0 restores the default"
+        advice = (
+            "a raised limit can hang the machine when memory runs out: sudo sysctl "
+            "iogpu.wired_limit_mb=0 restores the default"
+        )
         return [Check("wired limit", f"{limit} MB", WARN, advice)]
     return [Check("wired limit", "system default, never changed by this program")]
 
@@ -276,7 +373,11 @@ def _hub() -> list[Check]:
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
-    size = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file() and not f.is_symlink()) if cache.is_dir() else 0
+    size = (
+        sum(f.stat().st_size for f in cache.rglob("*") if f.is_file() and not f.is_symlink())
+        if cache.is_dir()
+        else 0
+    )
     parent = next(p for p in (cache, *cache.parents) if p.exists())
     writable = os.access(parent, os.W_OK)
     checks = [
@@ -286,14 +387,16 @@ def _hub() -> list[Check]:
             OK if writable else WARN,
             "" if writable else "set HF_HOME to a folder you can write to",
         ),
-        Check("hub token", "present" if get_token() else "none (needed only for gated models and for --push)"),
+        Check(
+            "hub token", "present" if get_token() else "none (needed only for gated models and for --push)"
+        ),
     ]
     if constants.HF_HUB_OFFLINE:
         checks.append(Check("hub access", "offline (HF_HUB_OFFLINE is set): only cached models and data"))
     return checks
 
 
-# -- helpers ------------------------------------------------------------------------------------------------------------
+# helpers
 
 
 def _safely(check: Callable[[], list[Check]]) -> list[Check]:
@@ -301,7 +404,14 @@ def _safely(check: Callable[[], list[Check]]) -> list[Check]:
         return check()
     except Exception as error:  # a broken package must show in the report, not end it
         name = check.__name__.strip("_")
-        return [Check(name, "could not be checked", WARN, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
+        return [
+            Check(
+                name,
+                "could not be checked",
+                WARN,
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            )
+        ]
 
 
 def _version(package: str) -> str | None:

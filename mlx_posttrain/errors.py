@@ -1,7 +1,7 @@
 """How a command ends badly.
 
-A foreseeable failure (bad input, full disk, interruption, non-finite loss) is a :class:`UserError`: one line, exit code 2.
-Anything else that escapes is a defect of this project, keeps its traceback and exits with 1.
+A foreseeable failure (bad input, full disk, interruption, non-finite loss) is a :class:`UserError`: one line,
+exit code 2. Anything else that escapes is a defect of this project, keeps its traceback and exits with 1.
 """
 
 

@@ -1,8 +1,10 @@
-"""A run's result in the formats other people load: PEFT, transformers, mlx-lm; merged or not; with a model card.
+"""A run's result in the formats other people load: PEFT, transformers, mlx-lm; merged or not; with a model
+card.
 
-Runs already keep Hugging Face's formats, so most of this is copying. An adapter trained on a quantised base is another matter: merged
-into that base, rounding to the grid swallows small updates, and on the base as it was before quantising it says something else than it did
-in training. Both effects on the logits are measured, printed, and written into the card.
+Runs already keep Hugging Face's formats, so most of this is copying. An adapter trained on a quantised base
+is another matter: merged into that base, rounding to the grid swallows small updates, and on the base as it
+was before quantising it says something else than it did in training. Both effects on the logits are measured,
+printed, and written into the card.
 """
 
 from __future__ import annotations
@@ -25,18 +27,23 @@ from mlx_posttrain.loading import Source, is_hub_id, locate
 
 FORMATS = ("peft", "hf", "mlx-lm")
 
-#: Largest share of the adapter's effect on the logits that a merge into a quantised base may lose. At .25 the greedy answers of
-#: the embedded model still agree almost everywhere; a small adapter on a 4-bit base loses far more.
+#: Largest share of the adapter's effect on the logits that a merge into a quantised base may lose. At .25 the
+#: greedy answers of the embedded model still agree almost everywhere; a small adapter on a 4-bit base loses
+#: far more.
 MAX_LOST = 0.25
 
 
-def export(run: str | Path, destination: str | Path, to: str = "peft", *, merged: bool = False, force: bool = False) -> dict[str, Any]:
-    """Write a finished run for another program; returns {"path", "format", ...} and, where it differs from the run, "drift" and a "note".
+def export(
+    run: str | Path, destination: str | Path, to: str = "peft", *, merged: bool = False, force: bool = False
+) -> dict[str, Any]:
+    """Write a finished run for another program; returns {"path", "format", ...} and, where it differs from
+    the run, "drift" and a "note".
 
-    peft: an adapter folder. hf: a model folder for transformers (an adapter run needs ``merged``). mlx-lm: a model folder or,
-    for an adapter run without ``merged``, an adapter folder, for mlx-lm. Raises UserError for an unknown format, a run that has
-    nothing of that kind, a destination in use (``force`` writes into it), or a quantised merge that would lose more than
-    MAX_LOST of the adapter's effect (``force`` does it all the same).
+    peft: an adapter folder. hf: a model folder for transformers (an adapter run needs ``merged``). mlx-lm: a
+    model folder or, for an adapter run without ``merged``, an adapter folder, for mlx-lm. Raises UserError
+    for an unknown format, a run that has nothing of that kind, a destination in use (``force`` writes into
+    it), or a quantised merge that would lose more than MAX_LOST of the adapter's effect (``force`` does it
+    all the same).
     """
     if to not in FORMATS:
         raise UserError(f"cannot export to {to!r}; formats: {', '.join(FORMATS)}")
@@ -49,8 +56,15 @@ def export(run: str | Path, destination: str | Path, to: str = "peft", *, merged
     if source.adapter is not None and to == "hf" and not merged:
         raise UserError(f"{run} is an adapter: add --merge for a model folder, or use --to peft")
     if merged and to == "peft":
-        raise UserError("--merge folds the adapter into its base, so there is nothing left for --to peft: use --to hf or --to mlx-lm")
-    summary: dict[str, Any] = {"path": str(target), "format": to, "merged": merged and source.adapter is not None}
+        raise UserError(
+            "--merge folds the adapter into its base, so there is nothing left for --to peft: "
+            "use --to hf or --to mlx-lm"
+        )
+    summary: dict[str, Any] = {
+        "path": str(target),
+        "format": to,
+        "merged": merged and source.adapter is not None,
+    }
     with output_folder(target, force) as folder:
         if source.adapter is None:
             _full(source, folder, to)
@@ -76,29 +90,38 @@ def export(run: str | Path, destination: str | Path, to: str = "peft", *, merged
 
 
 def is_export(folder: Path, run: str | Path, to: str, merged: bool) -> bool:
-    """Whether ``folder`` holds what :func:`export` with these arguments writes: its card, which is written last, says so."""
+    """Whether ``folder`` holds what :func:`export` with these arguments writes: its card, which is written
+    last, says so.
+    """
     card_file = folder / "README.md"
-    return card_file.is_file() and card_file.read_text(encoding="utf-8").startswith(model_card(locate(run), Path(run), to, merged))
+    return card_file.is_file() and card_file.read_text(encoding="utf-8").startswith(
+        model_card(locate(run), Path(run), to, merged)
+    )
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an exported folder to the hub; returns its address. Raises UserError when not logged in, refused, or without a network."""
+    """Upload an exported folder to the hub; returns its address. Raises UserError when not logged in,
+    refused, or without a network.
+    """
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo))
-    except Exception as error:  # besides the hub's own errors those of its HTTP library, which differs from release to release
+    # besides the hub's own errors those of its HTTP library, which differs from release to release
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"upload to {repo} failed: {reason}; the folder {folder} is complete: log in with `hf auth login` or mend the network, "
+            f"upload to {repo} failed: {reason}; the folder {folder} is complete: log in with `hf auth "
+            "login` or mend the network, "
             "and give the same command again"
         ) from None
 
 
 def write_merged(source: Source, folder: Path) -> None:
-    """Write base plus adapter as a model folder, in float32 where the run computed so: a 16-bit base would round small updates away.
+    """Write base plus adapter as a model folder, in float32 where the run computed so: a 16-bit base would
+    round small updates away.
 
     The base is dequantised first where it was quantised.
     """
@@ -112,7 +135,9 @@ def write_merged(source: Source, folder: Path) -> None:
         files.save_model(folder, merged, source.folder)
         return
     pad = loading.pad_id(hub.check_config(source.folder), loading.load_tokenizer(source.folder))
-    files.save_model(folder, {**merged, files.HEAD: like(head, next(iter(merged.values())))}, source.folder, pad)
+    files.save_model(
+        folder, {**merged, files.HEAD: like(head, next(iter(merged.values())))}, source.folder, pad
+    )
 
 
 def _base_weights(source: Source) -> dict[str, Any]:
@@ -129,11 +154,15 @@ def _base_weights(source: Source) -> dict[str, Any]:
     if (source.recipe or {}).get("dtype", "float32") == "float32":
         found = {name: weights.cast(name, value, "float32") for name, value in found.items()}
     config = hub.check_config(source.folder)
-    return gpt2.mlx_to_hf(gpt2.hf_to_mlx(found, config["n_layer"])) if config["model_type"] == "gpt2" else found
+    return (
+        gpt2.mlx_to_hf(gpt2.hf_to_mlx(found, config["n_layer"])) if config["model_type"] == "gpt2" else found
+    )
 
 
 def _bits(source: Source) -> int | None:
-    """Bits of the base that the run was trained on: quantised for it (QLoRA), or a folder that is quantised itself."""
+    """Bits of the base that the run was trained on: quantised for it (QLoRA), or a folder that is quantised
+    itself.
+    """
     return source.quantize or (hub.check_config(source.folder).get("quantization") or {}).get("bits")
 
 
@@ -187,11 +216,16 @@ def _opened(source: Source, run: str | Path) -> tuple[Any, np.ndarray]:
 
 
 def _beside_unquantised(source: Source, run: str | Path) -> dict[str, Any]:
-    """What the adapter loses on the base as it was before quantising, which is what others will load it on."""
+    """What the adapter loses on the base as it was before quantising, which is what others will load it
+    on.
+    """
     assert source.adapter is not None
     what = f"trained on a base quantised to {source.quantize} bits; on the base as it is"
     if "mlx" not in engines.available():
-        return {"note": f"The adapter was {what} it answers differently; how much was not measured, as MLX is not installed."}
+        return {
+            "note": f"The adapter was {what} it answers differently; how much was not measured, as MLX "
+            "is not installed."
+        }
     model, probe = _opened(source, run)
     adapted = model.full_logits(probe)
     with model.adapters_off():
@@ -202,7 +236,8 @@ def _beside_unquantised(source: Source, run: str | Path) -> dict[str, Any]:
     drift = merge.logit_drift(adapted, other.full_logits(probe), base)
     return {
         "drift": drift,
-        "note": f"The adapter was {what}, {_figures(drift)}. Merging to full precision (--to hf --merge) keeps the run.",
+        "note": f"The adapter was {what}, {_figures(drift)}. Merging to full precision (--to hf --merge) "
+        "keeps the run.",
     }
 
 
@@ -214,15 +249,18 @@ def _requantised(source: Source, run: str | Path, folder: Path, force: bool) -> 
     drift = save_requantised(model, folder, probe)
     if drift["lost"] > MAX_LOST and not force:
         raise UserError(
-            f"merging into the {_bits(source)}-bit base would lose {drift['lost']:.0%} of the adapter's effect on the logits (bound {MAX_LOST:.0%}): "
-            "keep the adapter apart (--to peft or --to mlx-lm without --merge), merge to full precision with --to hf --merge, or add --force"
+            f"merging into the {_bits(source)}-bit base would lose {drift['lost']:.0%} of the adapter's "
+            f"effect on the logits (bound {MAX_LOST:.0%}): "
+            "keep the adapter apart (--to peft or --to mlx-lm without --merge), merge to full precision "
+            "with --to hf --merge, or add --force"
         )
     return {"drift": drift, "note": f"The adapter was merged into the quantised base: {_figures(drift)}."}
 
 
 def _figures(drift: Mapping[str, float]) -> str:
     return (
-        f"{drift['lost']:.1%} of the adapter's effect on the logits is lost, largest difference {drift['max_logit_difference']:.3f}, "
+        f"{drift['lost']:.1%} of the adapter's effect on the logits is lost, largest difference "
+        f"{drift['max_logit_difference']:.3f}, "
         f"KL {drift['kl']:.4f} nats"
     )
 
@@ -240,25 +278,35 @@ def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) 
     figures = json.loads(result.read_text()) if result.is_file() else {}
     environment = _environment(run)
     adapter = raw.get("adapter") or {}
-    method = {"method": raw.get("method", "unknown"), "seed": raw.get("seed"), "template": raw.get("data", {}).get("template")}
+    method = {
+        "method": raw.get("method", "unknown"),
+        "seed": raw.get("seed"),
+        "template": raw.get("data", {}).get("template"),
+    }
     method |= {
-        k: raw.get("train", {}).get(k) for k in ("epochs", "steps", "batch_size", "accumulate", "lr", "schedule", "warmup", "weight_decay")
+        k: raw.get("train", {}).get(k)
+        for k in ("epochs", "steps", "batch_size", "accumulate", "lr", "schedule", "warmup", "weight_decay")
     }
     method |= {f"adapter {k}": v for k, v in adapter.items() if v is not None}
     method |= {f"kl {k}": v for k, v in (raw.get("kl") or {}).items()}
-    return card.model_card({
-        "name": run.name,
-        "base_model": base_name(source),
-        "datasets": raw.get("data", {}).get("source"),
-        "library_name": {"peft": "peft", "mlx-lm": "mlx"}.get(to, "transformers"),
-        "description": raw.get("description") or f"A model made by {raw.get('method', 'post-training')}.",
-        "data": {k: v for k, v in raw.get("data", {}).items() if v not in (None, {}, [])},
-        "method": {k: v for k, v in method.items() if v is not None},
-        "figures": {f"held-out {k}" if k in ("loss", "nll", "kl") else k.replace("_", " "): v for k, v in figures.items()},
-        "command": environment.get("command"),
-        "versions": environment.get("versions"),
-        "tags": [t for t in (raw.get("method"), adapter.get("kind"), "merged" if merged else None) if t],
-    })  # fmt: skip
+    return card.model_card(
+        {
+            "name": run.name,
+            "base_model": base_name(source),
+            "datasets": raw.get("data", {}).get("source"),
+            "library_name": {"peft": "peft", "mlx-lm": "mlx"}.get(to, "transformers"),
+            "description": raw.get("description") or f"A model made by {raw.get('method', 'post-training')}.",
+            "data": {k: v for k, v in raw.get("data", {}).items() if v not in (None, {}, [])},
+            "method": {k: v for k, v in method.items() if v is not None},
+            "figures": {
+                f"held-out {k}" if k in ("loss", "nll", "kl") else k.replace("_", " "): v
+                for k, v in figures.items()
+            },
+            "command": environment.get("command"),
+            "versions": environment.get("versions"),
+            "tags": [t for t in (raw.get("method"), adapter.get("kind"), "merged" if merged else None) if t],
+        }
+    )
 
 
 def _environment(run: Path) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from mlx_posttrain.progress import say
 
 
 def template_for(source: Source, tokenizer: Any, template: str | None) -> tuple[str, bool]:
-    """(template, whether to apply it): what was asked for, a run's own, a chat model's own, or the plain text."""
+    """(template, whether to apply it): what was asked for, a run's own, a chat model's own, or the plain
+    text.
+    """
     chosen = template or source.template or ("chat" if getattr(tokenizer, "chat_template", None) else "none")
     return ("instruction", False) if chosen == "none" else (chosen, True)
 
@@ -33,24 +35,44 @@ def answer(
     samples: int = 1,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """``samples`` answers to each prompt: {"prompt", "answer", "tokens", "stopped"} in order, as each decode batch ends.
+    """``samples`` answers to each prompt: {"prompt", "answer", "tokens", "stopped"} in order, as each decode
+    batch ends.
 
-    ``stopped`` tells whether the answer ended by itself. Raises UserError for an unknown model or a prompt beyond the context.
+    ``stopped`` tells whether the answer ended by itself. Raises UserError for an unknown model or a prompt
+    beyond the context.
     """
     model, tokenizer, source = open_model(name, engine)
     chosen, templated = template_for(source, tokenizer, template)
     room = model.context - 1 if model.context else None
     before = (Turn("system", source.system),) if source.system and templated else ()
-    ids = encode.encode_prompts([(*before, Turn("user", p)) for p in prompts], tokenizer, chosen, room, templated=templated)
+    ids = encode.encode_prompts(
+        [(*before, Turn("user", p)) for p in prompts], tokenizer, chosen, room, templated=templated
+    )
     completions = decoding.in_batches(
-        model, ids, max_tokens=max_tokens, stop=encode.eos_id(tokenizer), temperature=temperature, top_p=top_p, samples=samples, seed=seed
+        model,
+        ids,
+        max_tokens=max_tokens,
+        stop=encode.eos_id(tokenizer),
+        temperature=temperature,
+        top_p=top_p,
+        samples=samples,
+        seed=seed,
     )
     for i, c in enumerate(completions):
         text = tokenizer.decode(c.tokens).strip()
         yield {"prompt": prompts[i // samples], "answer": text, "tokens": len(c.tokens), "stopped": c.stopped}
 
 
-def chat(name: str, *, engine: str, template: str | None, max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def chat(
+    name: str,
+    *,
+    engine: str,
+    template: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> None:
     """Read lines from standard input and stream answers to standard output until the input ends.
 
     A line that leaves no room for an answer in the model's context is refused, and the chat goes on.
@@ -73,7 +95,9 @@ def chat(name: str, *, engine: str, template: str | None, max_tokens: int, tempe
             turns = []
             continue
         try:
-            turns, ids = _fitting(before, [*turns, Turn("user", line)], tokenizer, chosen, templated, model.context, max_tokens)
+            turns, ids = _fitting(
+                before, [*turns, Turn("user", line)], tokenizer, chosen, templated, model.context, max_tokens
+            )
         except UserError as error:
             say(f"mlx-posttrain: {error}")
             continue
@@ -93,9 +117,17 @@ def chat(name: str, *, engine: str, template: str | None, max_tokens: int, tempe
 
 
 def _fitting(
-    before: tuple[Turn, ...], turns: list[Turn], tokenizer: Any, template: str, templated: bool, context: int | None, max_tokens: int
+    before: tuple[Turn, ...],
+    turns: list[Turn],
+    tokenizer: Any,
+    template: str,
+    templated: bool,
+    context: int | None,
+    max_tokens: int,
 ) -> tuple[list[Turn], list[int]]:
-    """What is remembered of a conversation after ``before``, which is never forgotten, and its token ids. Raises UserError when the last question does not fit by itself."""
+    """What is remembered of a conversation after ``before``, which is never forgotten, and its token ids.
+    Raises UserError when the last question does not fit by itself.
+    """
     # A long conversation forgets its oldest exchange first.
     while True:
         limit = context - 1 if context and len(turns) == 1 else None

@@ -1,9 +1,10 @@
 """Let glibc keep the memory that a step frees for the next step.
 
-By default glibc maps every large block anew and gives it back when it is freed, so that each large array is paid for with page
-faults: the kernel clears its pages one by one, on one core. On Linux MLX's CPU backend and PyTorch both allocate through it, and
-element-wise operations on arrays of 90 MB took up to seven times as long for it (docs/speed.md). macOS has another allocator, and MLX's
-GPU backend a cache of its own: nothing is done there.
+By default glibc maps every large block anew and gives it back when it is freed, so that each large array is
+paid for with page faults: the kernel clears its pages one by one, on one core. On Linux MLX's CPU backend and
+PyTorch both allocate through it, and element-wise operations on arrays of 90 MB took up to seven times as
+long for it (docs/speed.md). macOS has another allocator, and MLX's GPU backend a cache of its own: nothing is
+done there.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ SPARE = (1 << 31) - 1  # bytes kept free at the top of the heap before any go ba
 
 @cache
 def keep() -> bool:
-    """Set it up once for the process; returns whether it was done for blocks of any size up to ``BLOCK`` bytes.
+    """Set it up once for the process; returns whether it was done for blocks of any size up to ``BLOCK``
+    bytes.
 
-    Where the user has settings of their own (``MALLOC_*``, or glibc.malloc in ``GLIBC_TUNABLES``), they are left alone.
+    Where the user has settings of their own (``MALLOC_*``, or glibc.malloc in ``GLIBC_TUNABLES``), they are
+    left alone.
     """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
     if chosen or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,4 +1,6 @@
-"""Anything that names a model, opened on an engine: a hub id, a folder, ``tiny``, a finished run, a PEFT adapter."""
+"""Anything that names a model, opened on an engine: a hub id, a folder, ``tiny``, a finished run, a PEFT
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's parts lie: the folder with its weights, the adapter on it if any, the recipe that made it if it is a run, and
-    the hub id of an adapter's base if its config names one.
+    """Where a model's parts lie: the folder with its weights, the adapter on it if any, the recipe that made
+    it if it is a run, and the hub id of an adapter's base if its config names one.
     """
 
     folder: Path
@@ -45,7 +47,9 @@ class Source:
     @property
     def system(self) -> str | None:
         """The system prompt that a run was trained with."""
-        return self.recipe["data"].get("system") if self.recipe is not None and "data" in self.recipe else None
+        return (
+            self.recipe["data"].get("system") if self.recipe is not None and "data" in self.recipe else None
+        )
 
     @property
     def quantize(self) -> int | None:
@@ -59,11 +63,14 @@ def locate(name: str | Path) -> Source:
     if runs.is_run(path):
         run, recipe = runs.reopen(path)
         if recipe.get("method") == "pipeline":
-            from mlx_posttrain.methods.pipeline import language_model  # not at the top: pipeline imports this module
+            # not at the top: pipeline imports this module
+            from mlx_posttrain.methods.pipeline import language_model
 
             return locate(language_model(path))
         if not run.finished:
-            raise UserError(f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`")
+            raise UserError(
+                f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`"
+            )
         if (run.final / "adapter_config.json").is_file():
             return Source(base_folder(recipe["model"]), run.final, recipe)
         hub.check_folder(run.final)
@@ -80,11 +87,15 @@ def _adapter(folder: Path, name: str) -> Source:
     config, _ = adapters.read_adapter(folder)
     base = config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{name}: adapter_config.json names no base_model_name_or_path; add the base's folder or id there")
+        raise UserError(
+            f"{name}: adapter_config.json names no base_model_name_or_path; add the base's folder or id there"
+        )
     return Source(hub.resolve(base), folder, base_id=base if is_hub_id(base) else None)
 
 
-def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32", *, scores: bool = False) -> tuple[Model, Any, Source]:
+def open_model(
+    name: str | Path, engine: str = "auto", dtype: str = "float32", *, scores: bool = False
+) -> tuple[Model, Any, Source]:
     """(model, tokenizer, source) ready to generate or evaluate.
 
     Raises UserError for a reward model, or with ``scores`` for a model that is none.
@@ -99,14 +110,19 @@ def open_model(name: str | Path, engine: str = "auto", dtype: str = "float32", *
     if model.has_head and not scores:
         raise UserError(f"{name} is a reward model: it scores texts and writes none; give a language model")
     if scores and not model.has_head:
-        raise UserError(f"{name} is no reward model: train one with 07_reward, or give a sequence classifier with one label")
+        raise UserError(
+            f"{name} is no reward model: train one with 07_reward, or give a sequence "
+            "classifier with one label"
+        )
     tokenizer = load_tokenizer(source.folder)
     check_vocabulary(tokenizer, model, source.folder)
     return model, tokenizer, source
 
 
 def adapter_spec(adapter: AdapterSection) -> AdapterSpec:
-    """The adapter that a recipe asks for: its own, or with ``adapter.path`` that of the adapter it starts from."""
+    """The adapter that a recipe asks for: its own, or with ``adapter.path`` that of the adapter it starts
+    from.
+    """
     if adapter.path is not None:
         return files.spec_of(adapter_folder(adapter.path), adapter.dropout)
     targets = tuple(adapter.targets) if adapter.targets else None
@@ -129,34 +145,45 @@ def load_tokenizer(folder: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
-        raise UserError(f"{folder} has no tokenizer: copy its base's tokenizer.json and tokenizer_config.json there")
+    # transformers would make an empty one
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} has no tokenizer: copy its base's tokenizer.json and tokenizer_config.json there"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # a damaged file fails anywhere in the libraries that read it
         raise UserError(
-            f"{folder}: no tokenizer can be loaded from it ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            f"{folder}: no tokenizer can be loaded from it "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from None
 
 
 def check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
-    """Raise UserError when the tokenizer has ids beyond the embedding: MLX would read out of bounds, silently."""
+    """Raise UserError when the tokenizer has ids beyond the embedding: MLX would read out of bounds,
+    silently.
+    """
     rows = model.config.get("vocab_size")
     if rows is not None and len(tokenizer) > rows:
         raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows}: they do not belong together"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows}: they do "
+            "not belong together"
         )
 
 
 def pad_id(config: dict[str, Any], tokenizer: Any) -> int:
-    """The token that does not count when a score's position is looked for: the config's pad, else the tokenizer's, else EOS.
+    """The token that does not count when a score's position is looked for: the config's pad, else the
+    tokenizer's, else EOS.
 
-    A GPT-2 has no pad, so it is EOS: a score is then read at the last token before it. See data/pairs.py, last_token.
+    A GPT-2 has no pad, so it is EOS: a score is then read at the last token before it. See data/pairs.py,
+    last_token.
     """
     for found in (config.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id):
         if found is not None:
             return int(found)
-    raise UserError("neither the config nor the tokenizer names a pad or an end-of-text token, so scores have no position")
+    raise UserError(
+        "neither the config nor the tokenizer names a pad or an end-of-text token, so scores have no position"
+    )
 
 
 def is_hub_id(name: str) -> bool:
@@ -167,24 +194,30 @@ def is_hub_id(name: str) -> bool:
 def base_folder(name: str | Path) -> Path:
     """The folder that a new run starts from; an adapter run is merged once, beside its ``final/``.
 
-    A folder that is quantised is taken back to float32 for that. Raises UserError for a QLoRA run, which others continue by its adapter.
+    A folder that is quantised is taken back to float32 for that. Raises UserError for a QLoRA run, which
+    others continue by its adapter.
     """
     source = locate(name)
     if source.adapter is None:
         return source.folder
     if source.quantize:
         raise UserError(
-            f"{name}: a QLoRA run cannot be a new run's model; start from its adapter with adapter.path={name}, or export it with --merge"
+            f"{name}: a QLoRA run cannot be a new run's model; start from its adapter with "
+            f"adapter.path={name}, or export it with --merge"
         )
     if source.recipe is None:
         raise UserError(
-            f"{name} is an adapter without a run: start from it with adapter.path={name} and model={source.base_id or source.folder}"
+            f"{name} is an adapter without a run: start from it with adapter.path={name} and "
+            f"model={source.base_id or source.folder}"
         )
     merged = source.adapter.parent / "merged"
     if not merged.is_dir():
         from mlx_posttrain import export
 
         if hub.check_config(source.folder).get("quantization"):
-            say(f"{source.folder} is quantised: the adapter of {name} is merged into its weights as float32, several times their size")
+            say(
+                f"{source.folder} is quantised: the adapter of {name} is merged into its weights as "
+                "float32, several times their size"
+            )
         runs.replace_folder(merged, lambda folder: export.write_merged(source, folder))
     return merged

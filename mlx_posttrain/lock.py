@@ -12,7 +12,8 @@ from mlx_posttrain.errors import UserError
 
 NAME = ".lock"
 
-#: Device and inode of the lock files that this process has: a run that failed may still be referred to when it is resumed here.
+#: Device and inode of the lock files that this process has: a run that failed may still be referred to when
+#: it is resumed here.
 _own: set[tuple[int, int]] = set()
 
 
@@ -91,4 +92,7 @@ def _owner(handle: int) -> str:
 
 
 def _in_use(folder: Path, owner: str) -> InUse:
-    return InUse(f"{folder} is in use by process {owner or 'unknown'}: wait until it ends, or stop it, before you start another")
+    return InUse(
+        f"{folder} is in use by process {owner or 'unknown'}: wait until it ends, or stop it, "
+        "before you start another"
+    )

@@ -1,13 +1,14 @@
 """The array names that losses need, chosen by the library of the argument (after einops' dispatch on type).
 
-A loss is written once against these names plus the operators and methods that all three libraries share, and then runs on
-MLX arrays (training on Apple Silicon or Linux), torch tensors (training on any CPU) and NumPy arrays (float64 truth in tests).
+A loss is written once against these names plus the operators and methods that all three libraries share, and
+then runs on MLX arrays (training on Apple Silicon or Linux), torch tensors (training on any CPU) and NumPy
+arrays (float64 truth in tests).
 
     xp = ops(logprobs)
     loss = -xp.sum(xp.log_sigmoid(logprobs))
 
-Conventions: ``axis`` and ``keepdims`` as in NumPy; integer index arrays for ``take_along_axis`` have the same number of
-dimensions as the data; ``stop_gradient`` is the identity where there are no gradients.
+Conventions: ``axis`` and ``keepdims`` as in NumPy; integer index arrays for ``take_along_axis`` have the same
+number of dimensions as the data; ``stop_gradient`` is the identity where there are no gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def ops(x: Any) -> SimpleNamespace:
     try:
         return _NAMESPACES[library]()
     except KeyError:
-        raise TypeError(f"expected an mlx, torch or numpy array, got {type(x).__module__}.{type(x).__name__}") from None
+        raise TypeError(
+            f"expected an mlx, torch or numpy array, got {type(x).__module__}.{type(x).__name__}"
+        ) from None
 
 
 @cache

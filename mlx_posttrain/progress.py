@@ -32,9 +32,13 @@ class Progress:
             from rich.progress import Progress as RichProgress
 
             self.bar = RichProgress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self.task = self.bar.add_task(name, total=steps, completed=start, status="")
             self.bar.start()
 
@@ -43,7 +47,9 @@ class Progress:
         self.tokens += tokens
         now = time.monotonic()
         elapsed = now - self.begun
-        status = f"loss {loss:.3f}  {self.tokens / max(elapsed, 1e-9):,.0f} trained tokens/s  {memory_gb:.2f} GB"
+        status = (
+            f"loss {loss:.3f}  {self.tokens / max(elapsed, 1e-9):,.0f} trained tokens/s  {memory_gb:.2f} GB"
+        )
         if self.bar is not None:
             self.bar.update(self.task, completed=done, status=status)
         elif now - self.spoke > 10 or done in (self.start + 1, self.steps):
@@ -76,7 +82,9 @@ class Interrupted(UserError):
 
 def interrupted(signals: list[str], done: int, folder: Path) -> Interrupted:
     """What a loop raises when it ends early, after its checkpoint."""
-    return Interrupted(f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {folder}")
+    return Interrupted(
+        f"interrupted ({signals[0]}) after step {done}; everything is saved: continue with --resume {folder}"
+    )
 
 
 def _pending(caught: list[str]) -> bool:
@@ -88,9 +96,10 @@ def _pending(caught: list[str]) -> bool:
 def interruptible(folder: Path) -> Iterator[list[str]]:
     """Collect Ctrl-C and SIGTERM instead of breaking off inside an update; the loop looks between steps.
 
-    Yields a list that becomes non-empty with the signal's name. A second Ctrl-C breaks off at once. Raises Interrupted for an error of the
-    array library while one is pending, saying that the run in ``folder`` goes on from its last checkpoint: a terminal sends Ctrl-C to the
-    whole process group, so to the compiler that MLX waits for as well, and the step fails for want of what it was to compile.
+    Yields a list that becomes non-empty with the signal's name. A second Ctrl-C breaks off at once. Raises
+    Interrupted for an error of the array library while one is pending, saying that the run in ``folder`` goes
+    on from its last checkpoint: a terminal sends Ctrl-C to the whole process group, so to the compiler that
+    MLX waits for as well, and the step fails for want of what it was to compile.
     """
     caught: list[str] = []
 
@@ -111,7 +120,8 @@ def interruptible(folder: Path) -> Iterator[list[str]]:
         if not _pending(caught):
             raise
         raise Interrupted(
-            f"interrupted ({caught[0]}) in the middle of a step: continue from the last checkpoint with --resume {folder}"
+            f"interrupted ({caught[0]}) in the middle of a step: continue from the last checkpoint with "
+            f"--resume {folder}"
         ) from None
     finally:
         for s, old in previous.items():

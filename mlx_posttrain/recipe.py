@@ -1,7 +1,8 @@
 """What a recipe may say: typed, strict, every key described.
 
-A recipe is one YAML file. Unknown keys are errors that name the nearest key, values are checked, and ``key.sub=value`` on the
-command line overrides any key. A method adds its own section by subclassing :class:`Recipe` in its own file.
+A recipe is one YAML file. Unknown keys are errors that name the nearest key, values are checked, and
+``key.sub=value`` on the command line overrides any key. A method adds its own section by subclassing
+:class:`Recipe` in its own file.
 """
 
 from __future__ import annotations
@@ -34,43 +35,63 @@ class CleanSection(Section):
     min_words: int = Field(3, ge=0, description="shortest answer kept, in words")
     max_words: int = Field(300, ge=1, description="longest answer kept, in words")
     complete: bool = Field(True, description="drop answers that break off in mid-sentence")
-    boilerplate: bool = Field(True, description="drop refusals, 'As an AI language model', bare links and placeholders")
+    boilerplate: bool = Field(
+        True, description="drop refusals, 'As an AI language model', bare links and placeholders"
+    )
     language: str | None = Field("en", description="keep rows written in this language; null keeps all")
     exact: bool = Field(True, description="drop rows that are the same but for case and spacing")
     near: float | None = Field(
-        0.7, gt=0, le=1, description="drop near duplicates: Jaccard similarity of word 5-grams from which two rows are one; null: off"
+        0.7,
+        gt=0,
+        le=1,
+        description="drop near duplicates: Jaccard similarity of word 5-grams from which "
+        "two rows are one; null: off",
     )
-    keep: int | None = Field(None, ge=1, description="keep this many rows, drawn by seed; null keeps all that pass")
+    keep: int | None = Field(
+        None, ge=1, description="keep this many rows, drawn by seed; null keeps all that pass"
+    )
 
 
 class DataSection(Section):
     """Where rows come from and how they become tokens."""
 
-    source: str = Field(description="embedded/tasks, a .json/.jsonl/.csv/.parquet file, or a Hugging Face data-set id")
+    source: str = Field(
+        description="embedded/tasks, a .json/.jsonl/.csv/.parquet file, or a Hugging Face data-set id"
+    )
     split: str = Field("train", description="split of the source to train on")
     config: str | None = Field(None, description="configuration name of a Hugging Face data set")
     limit: int | None = Field(None, ge=1, description="take this many rows; null takes all")
     shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
     format: str = Field(
         "auto",
-        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, labelled, reasoning, gsm8k, "
+        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, "
+        "labelled, reasoning, gsm8k, "
         "question_answer, prompt, chosen, either",
     )
     families: list[str] | None = Field(None, description="kinds of embedded rows to take; null: all")
-    columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
-    template: str | list[str] = Field("instruction", description="a template's name, or a list from which each row draws one by seed")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="our column name: the file's column name"
+    )
+    template: str | list[str] = Field(
+        "instruction", description="a template's name, or a list from which each row draws one by seed"
+    )
     train_on: Literal["completion", "assistant", "all"] = Field(
         "completion", description="which tokens are trained: the last answer, every answer, or all text"
     )
     max_length: int = Field(512, ge=8, description="longest row in tokens")
     too_long: Literal["cut", "drop"] = Field(
-        "cut", description="a row longer than max_length: cut its answer's end, or drop the row; both are counted"
+        "cut",
+        description="a row longer than max_length: cut its answer's end, or drop the row; both are counted",
     )
     system: str | None = Field(None, description="system prompt put before every conversation that has none")
     pack: bool = Field(False, description="join text rows into blocks of max_length tokens (pre-training)")
     clean: CleanSection | None = Field(None, description="data-quality filters; null: none")
-    eval_split: str | None = Field(None, description="split to evaluate on; null: `valid` of the embedded data, else `holdout`")
-    holdout: float = Field(0.1, ge=0, description="rows kept from training for evaluation: a share below 1, or a number of rows")
+    eval_split: str | None = Field(
+        None, description="split to evaluate on; null: `valid` of the embedded data, else `holdout`"
+    )
+    holdout: float = Field(
+        0.1, ge=0, description="rows kept from training for evaluation: a share below 1, or a number of rows"
+    )
     eval_limit: int | None = Field(256, ge=1, description="evaluate on at most this many held-out rows")
 
     @model_validator(mode="after")
@@ -87,20 +108,30 @@ class OptimizerSection(Section):
 
     batch_size: int = Field(8, ge=1, description="rows in a micro-batch")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
-    token_budget: int | None = Field(None, ge=32, description="split micro-batches so that none holds more padded tokens than this")
+    token_budget: int | None = Field(
+        None, ge=32, description="split micro-batches so that none holds more padded tokens than this"
+    )
     lr: float = Field(2e-5, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
-    warmup: float = Field(0.1, ge=0, description="warm-up: a share of all steps below 1, or a number of steps")
+    warmup: float = Field(
+        0.1, ge=0, description="warm-up: a share of all steps below 1, or a number of steps"
+    )
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of cosine and linear schedules")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay; applies to matrices only, not to biases and norms")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decay; applies to matrices only, not to biases and norms"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in a run")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: as often as evaluation")
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; null: as often as evaluation"
+    )
     keep: int = Field(2, ge=1, description="checkpoints kept, besides the best")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third slower")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, about a third slower"
+    )
 
 
 class TrainSection(OptimizerSection):
@@ -108,23 +139,36 @@ class TrainSection(OptimizerSection):
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     steps: int | None = Field(None, ge=1, description="optimizer steps; null: as many as `epochs` needs")
-    early_stop: int | None = Field(None, ge=1, description="stop after this many evaluations without a better loss; null: never")
-    select: Literal["best", "last"] = Field("best", description="which weights become final: best held-out loss, or the last step's")
+    early_stop: int | None = Field(
+        None, ge=1, description="stop after this many evaluations without a better loss; null: never"
+    )
+    select: Literal["best", "last"] = Field(
+        "best", description="which weights become final: best held-out loss, or the last step's"
+    )
 
 
 class AdapterSection(Section):
-    """LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024) or QLoRA (Dettmers et al. 2023)."""
+    """LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024) or QLoRA (Dettmers et al.
+    2023).
+    """
 
-    kind: Literal["lora", "dora"] = Field("lora", description="low-rank update, or low-rank direction with a trained magnitude")
+    kind: Literal["lora", "dora"] = Field(
+        "lora", description="low-rank update, or low-rank direction with a trained magnitude"
+    )
     rank: int = Field(16, ge=1, description="rank of the update")
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank))")
+    alpha: float = Field(
+        32.0, gt=0, description="the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank))"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     rslora: bool = Field(False, description="scale by alpha/sqrt(rank)")
     targets: list[str] | None = Field(
         None,
-        description="layer names that get an adapter, matched at the end of the path; null: c_attn and c_proj on GPT-2, the attention projections elsewhere",
+        description="layer names that get an adapter, matched at the end of the path; null: c_attn and "
+        "c_proj on GPT-2, the attention projections elsewhere",
     )
-    quantize: int | None = Field(None, description="QLoRA: hold the frozen base in 2, 3, 4, 6 or 8 bits (MLX)")
+    quantize: int | None = Field(
+        None, description="QLoRA: hold the frozen base in 2, 3, 4, 6 or 8 bits (MLX)"
+    )
     group_size: int = Field(64, description="weights that share one quantisation scale: 32, 64 or 128")
     path: str | None = Field(None, description="start from this PEFT adapter folder or run")
 
@@ -137,15 +181,20 @@ class AdapterSection(Section):
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size takes 32, 64 or 128, not {self.group_size}")
         if self.kind == "dora" and self.quantize in (3, 6):
-            raise ValueError("DoRA takes a base of 2, 4 or 8 bits")  # mlx-lm's layer miscounts the width of the others
+            # mlx-lm's layer miscounts the width of the others
+            raise ValueError("DoRA takes a base of 2, 4 or 8 bits")
         return self
 
 
 class SampleSection(Section):
     """Texts written during training, for the eye."""
 
-    prompts: list[str] = Field(default_factory=list, description="prompts to answer; empty: the first held-out rows")
-    count: int = Field(3, ge=0, description="how many held-out rows to answer when `prompts` is empty; 0: none")
+    prompts: list[str] = Field(
+        default_factory=list, description="prompts to answer; empty: the first held-out rows"
+    )
+    count: int = Field(
+        3, ge=0, description="how many held-out rows to answer when `prompts` is empty; 0: none"
+    )
     max_tokens: int = Field(64, ge=1, description="longest answer in tokens")
     temperature: float = Field(0.0, ge=0, description="0: greedy")
 
@@ -155,13 +204,20 @@ class Recipe(Section):
 
     method: str = Field(description="sft, pretrain")
     description: str = Field("", description="what this recipe shows, for the run's card")
-    model: str = Field("tiny", description="`tiny` (embedded), a local folder, a finished run, or a Hugging Face model id")
-    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="mlx, torch, or the first of them that this machine has")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the weights")
+    model: str = Field(
+        "tiny", description="`tiny` (embedded), a local folder, a finished run, or a Hugging Face model id"
+    )
+    engine: Literal["auto", "mlx", "torch"] = Field(
+        "auto", description="mlx, torch, or the first of them that this machine has"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="number format of the weights"
+    )
     output: str | None = Field(None, description="run directory; null: runs/<recipe's name>")
     seed: int = Field(0, ge=0, description="fixes data order, new parameters, dropout and samples")
     log: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="where figures go besides metrics.jsonl: tensorboard (files in the run directory), wandb"
+        default_factory=list,
+        description="where figures go besides metrics.jsonl: tensorboard (files in the run directory), wandb",
     )
     data: DataSection
     train: TrainSection = Field(default_factory=lambda: TrainSection())
@@ -203,13 +259,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(
-            f"{path}: a recipe is a mapping of keys to values; this file holds {'nothing' if raw is None else type(raw).__name__}"
+            f"{path}: a recipe is a mapping of keys to values; this file holds "
+            f"{'nothing' if raw is None else type(raw).__name__}"
         )
     return raw
 
 
 def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """``raw`` with ``key.sub=value`` settings applied; values are YAML, so ``null``, numbers and lists work."""
+    """``raw`` with ``key.sub=value`` settings applied; values are YAML, so ``null``, numbers and lists
+    work.
+    """
     raw = copy.deepcopy(raw)
     for setting in overrides:
         key, equals, text = setting.partition("=")
@@ -228,7 +287,8 @@ def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """(mapping, last part) of ``key.sub`` in a nested mapping, with the sections on the way made where they lack.
+    """(mapping, last part) of ``key.sub`` in a nested mapping, with the sections on the way made where they
+    lack.
 
     Raises UserError where one of them is a value.
     """
@@ -243,13 +303,27 @@ def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 
 #: Keys whose value may name a file or a folder.
-_PATHS = ("model", "source", "path", "start", "function", "base", "reward", "rows", "texts", "last_words", "runs")
+_PATHS = (
+    "model",
+    "source",
+    "path",
+    "start",
+    "function",
+    "base",
+    "reward",
+    "rows",
+    "texts",
+    "last_words",
+    "runs",
+)
 
 
 def paths_in_full(value: Any, key: str = "") -> Any:
-    """A recipe, or a part of one, with every existing path in it absolute, so that a run can be opened and resumed from any folder.
+    """A recipe, or a part of one, with every existing path in it absolute, so that a run can be opened and
+    resumed from any folder.
 
-    Hub ids, ``tiny`` and embedded data stay; of a reward function ``file.py:name`` the file becomes absolute. A recipe is changed in place.
+    Hub ids, ``tiny`` and embedded data stay; of a reward function ``file.py:name`` the file becomes absolute.
+    A recipe is changed in place.
     """
     if isinstance(value, BaseModel):
         for name in type(value).model_fields:
@@ -267,28 +341,43 @@ def paths_in_full(value: Any, key: str = "") -> Any:
 
 
 def check_training(recipe: Any) -> None:
-    """Raise ValueError for a combination of number format, adapter and checkpointing that would train something else than it says."""
+    """Raise ValueError for a combination of number format, adapter and checkpointing that would train
+    something else than it says.
+    """
     if recipe.adapter is None:
         if recipe.dtype != "float32":
-            raise ValueError("full training needs dtype float32: smaller formats round most updates away; use an adapter, or float32")
+            raise ValueError(
+                "full training needs dtype float32: smaller formats round most updates away; "
+                "use an adapter, or float32"
+            )
     elif recipe.adapter.dropout and recipe.train.gradient_checkpointing:
-        raise ValueError("adapter.dropout and train.gradient_checkpointing exclude each other: the recomputation would draw another mask")
+        raise ValueError(
+            "adapter.dropout and train.gradient_checkpointing exclude each other: the "
+            "recomputation would draw another mask"
+        )
 
 
 def check_one_way_of_asking(data: DataSection, sample: SampleSection, what: str) -> None:
-    """Raise ValueError when a recipe about answers to prompts sets keys that mean nothing there: an option is never ignored silently."""
+    """Raise ValueError when a recipe about answers to prompts sets keys that mean nothing there: an option is
+    never ignored silently.
+    """
     for key in ("pack", "clean", "train_on", "too_long", "system"):
         if getattr(data, key) != DataSection.model_fields[key].default:
             raise ValueError(f"data.{key} means nothing for {what}; leave it out")
     for key in ("prompts", "max_tokens", "temperature"):
         if getattr(sample, key) != SampleSection.model_fields[key].get_default(call_default_factory=True):
-            raise ValueError(f"sample.{key} means nothing for {what}: samples are the first held-out rows, sample.count of them")
+            raise ValueError(
+                f"sample.{key} means nothing for {what}: samples are the first held-out rows, "
+                "sample.count of them"
+            )
     if not isinstance(data.template, str):
         raise ValueError("data.template takes one name here: all answers to a prompt must be asked for alike")
 
 
 def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = None) -> S:
-    """Check ``raw``, read from a file in ``folder``, against a method's recipe class or another section. Raises UserError, one line, naming the key."""
+    """Check ``raw``, read from a file in ``folder``, against a method's recipe class or another section.
+    Raises UserError, one line, naming the key.
+    """
     try:
         return cls.model_validate(_floats(raw), context={"folder": folder})
     except ValidationError as error:
@@ -298,7 +387,8 @@ def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = N
 def load(name: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file or a shipped recipe, apply overrides, and check it against its method's class.
 
-    Raises UserError for a missing file, broken YAML, an unknown method, an unknown key (naming the nearest) or a wrong value.
+    Raises UserError for a missing file, broken YAML, an unknown method, an unknown key (naming the nearest)
+    or a wrong value.
     """
     from mlx_posttrain import methods
 
@@ -310,7 +400,9 @@ def load(name: str, overrides: list[str] | None = None) -> Recipe:
     if "method" not in raw:
         near = difflib.get_close_matches("method", [str(k) for k in raw], n=1, cutoff=0.6)
         hint = f" ({near[0]!r} is not a key; did you mean 'method'?)" if near else ""
-        raise UserError(f"{path.name}: the key 'method' is missing{hint}; methods: {', '.join(methods.NAMES)}")
+        raise UserError(
+            f"{path.name}: the key 'method' is missing{hint}; methods: {', '.join(methods.NAMES)}"
+        )
     recipe = parse(raw, methods.get(str(raw["method"])).Recipe, path.name, path.parent)
     if recipe.output is None:
         recipe.output = f"runs/{path.stem}"
@@ -335,7 +427,8 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _keys(cls, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        elsewhere = [k for k in _all_keys(cls) if k.rsplit(".", 1)[-1] == path[-1]]  # `lr` at the top means train.lr
+        # `lr` at the top means train.lr
+        elsewhere = [k for k in _all_keys(cls) if k.rsplit(".", 1)[-1] == path[-1]]
         if elsewhere:
             hint = f"did you mean '{elsewhere[0]}'?"
         elif near:
@@ -347,7 +440,8 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
         return f"the key '{key}' is missing"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if error["type"] == "value_error" and isinstance(error["input"], dict):  # about several keys: the message says which
+    # about several keys: the message says which
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
         return f"'{key}': {message}" if key else message
     return f"'{key}': {message}, got {error['input']!r}"
 
@@ -384,7 +478,13 @@ def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str
     rows = []
     for name, field in cls.model_fields.items():
         section = _section(field.annotation)
-        default = "required" if field.is_required() else "" if section else repr(field.get_default(call_default_factory=True))
+        default = (
+            "required"
+            if field.is_required()
+            else ""
+            if section
+            else repr(field.get_default(call_default_factory=True))
+        )
         text = field.description or ((section.__doc__ or "").strip().split("\n")[0] if section else "")
         rows.append((prefix + name, default, text))
         if section is not None:

@@ -1,10 +1,9 @@
 """A run directory: everything that happened, and everything needed to go on.
 
-recipe.yaml      the resolved recipe with versions and machine
-metrics.jsonl    one line per step or evaluation
-tensorboard/     its figures as event files, and in wandb/ W&B's, where the recipe's ``log`` asks for them
-samples.jsonl    texts written during training
-checkpoints/     step-N/ (trained weights, optimizer, random state, position); best-N/ (weights with the best evaluation);
+recipe.yaml      the resolved recipe with versions and machine metrics.jsonl    one line per step or
+evaluation tensorboard/     its figures as event files, and in wandb/ W&B's, where the recipe's ``log`` asks
+for them samples.jsonl    texts written during training checkpoints/     step-N/ (trained weights, optimizer,
+random state, position); best-N/ (weights with the best evaluation);
                  damaged-step-N/ (one that a resume found broken and went past)
 final/           a transformers model folder or a PEFT adapter folder
 card.md          what was done, for people
@@ -60,7 +59,9 @@ class Run:
         self._release: Callable[[], object] = lambda: None
 
     def hold(self) -> None:
-        """Be the only process that writes here, until :meth:`close`, or until the run is let go of. Raises lock.InUse."""
+        """Be the only process that writes here, until :meth:`close`, or until the run is let go of. Raises
+        lock.InUse.
+        """
         try:
             self._release = weakref.finalize(self, lock.hold(self.folder))
         except OSError as error:
@@ -69,10 +70,12 @@ class Run:
     # what happened
 
     def track(self, trackers: Sequence[Tracker]) -> None:
-        """Give every record to ``trackers`` too, until :meth:`close`, or until the run is let go of because it failed."""
+        """Give every record to ``trackers`` too, until :meth:`close`, or until the run is let go of because
+        it failed.
+        """
         self.trackers = trackers
-        # Every method has a loop of its own and may end anywhere in it; none has to think of this. At the end of the process the
-        # trackers' packages see to themselves.
+        # Every method has a loop of its own and may end anywhere in it; none has to think of this. At the end
+        # of the process the trackers' packages see to themselves.
         weakref.finalize(self, close_all, trackers, finished=False).atexit = False
 
     def close(self) -> None:
@@ -81,7 +84,9 @@ class Run:
         self._release()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record to metrics.jsonl. Floats are written in full so that runs can be compared exactly."""
+        """Append one record to metrics.jsonl. Floats are written in full so that runs can be compared
+        exactly.
+        """
         self._append("metrics.jsonl", record)
         try:
             for tracker in self.trackers:
@@ -106,7 +111,9 @@ class Run:
         return read_jsonl(self.folder / "metrics.jsonl")
 
     def write_recipe(self, recipe: Recipe, **facts: Any) -> None:
-        """Write the resolved recipe with the versions and machine it runs on, and ``facts`` that became known since."""
+        """Write the resolved recipe with the versions and machine it runs on, and ``facts`` that became known
+        since.
+        """
         environment = {"environment": environment_info(), **facts}
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_text(self.folder / "recipe.yaml", text + "\n" + yaml.safe_dump(environment, sort_keys=False))
@@ -114,12 +121,17 @@ class Run:
     # checkpoints
 
     def save_checkpoint(
-        self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], arrays: Mapping[str, np.ndarray], keep: int
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        state: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        keep: int,
     ) -> Path:
         """Write ``checkpoints/step-N`` completely or not at all, then delete all but the newest ``keep``.
 
-        ``write(folder)`` writes weights and optimizer; ``state`` is JSON (position, best loss); ``arrays`` are random states.
-        Raises UserError when the disk is full, leaving earlier checkpoints alone.
+        ``write(folder)`` writes weights and optimizer; ``state`` is JSON (position, best loss); ``arrays``
+        are random states. Raises UserError when the disk is full, leaving earlier checkpoints alone.
         """
         target = self.checkpoints / f"step-{step:06d}"
 
@@ -130,7 +142,8 @@ class Run:
             if state.get("best"):
                 files |= _sizes(self.checkpoints / state["best"], state["best"])
             (folder / "state.json").write_text(json.dumps({"step": step, **state, "files": files}))
-            for name in ("metrics.jsonl", "samples.jsonl"):  # no record may be missing that a resume takes as written
+            # no record may be missing that a resume takes as written
+            for name in ("metrics.jsonl", "samples.jsonl"):
                 if (self.folder / name).is_file():
                     to_disk(self.folder / name)
 
@@ -148,9 +161,11 @@ class Run:
         return target
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, None where there is none; newer ones that are damaged are renamed, and a line says so.
+        """The newest whole checkpoint, None where there is none; newer ones that are damaged are renamed, and
+        a line says so.
 
-        Whole means: every file of it and of the best weights that it names is there with the size it was written with, and opens.
+        Whole means: every file of it and of the best weights that it names is there with the size it was
+        written with, and opens.
         """
         for unfinished in self.checkpoints.glob(".*.tmp"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -167,7 +182,14 @@ class Run:
                     folder.rename(aside)
                 damaged.append(f"{folder} is damaged ({error}) and now called {aside.name}")
         if damaged:
-            say("; ".join(damaged) + (f": going on from {found.folder.name}" if found else ": no other is left, so starting from step 0"))
+            say(
+                "; ".join(damaged)
+                + (
+                    f": going on from {found.folder.name}"
+                    if found
+                    else ": no other is left, so starting from step 0"
+                )
+            )
         return found
 
     def _open(self, folder: Path) -> Checkpoint:
@@ -192,7 +214,8 @@ class Run:
             raise _Damaged("random.npz cannot be read") from None
 
     def _step_folders(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name))  # a millionth step has one digit more
+        # a millionth step has one digit more
+        return sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name))
 
     def save_best(self, step: int, write: Callable[[Path], None]) -> str:
         """Write the weights with the best evaluation so far to ``checkpoints/best-N``; returns that name."""
@@ -220,24 +243,31 @@ class Run:
         return self.final.is_dir()
 
     def discard(self) -> None:
-        """Take away a run in which nothing was trained, so that the next try does not find the folder in use; other files stay."""
+        """Take away a run in which nothing was trained, so that the next try does not find the folder in use;
+        other files stay.
+        """
         for name in ("recipe.yaml", lock.NAME):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "start", ignore_errors=True)  # the model that pre-training makes to start from
+        # the model that pre-training makes to start from
+        shutil.rmtree(self.folder / "start", ignore_errors=True)
         self._release()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
 
 def start(folder: str | Path, recipe: Recipe) -> Run:
-    """Create a run directory, for this process to write. Raises UserError when the folder holds anything: a run never overwrites another."""
+    """Create a run directory, for this process to write. Raises UserError when the folder holds anything: a
+    run never overwrites another.
+    """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(path.name != lock.NAME for path in folder.iterdir())):
         lock.check(folder)
         if (folder / "recipe.yaml").is_file():
             state = "a finished run" if (folder / "final").is_dir() else "an unfinished run"
             hint = "" if (folder / "final").is_dir() else f"continue it with --resume {folder}, or "
-            raise UserError(f"{folder} holds {state}: {hint}choose another folder with output=DIR, or delete it")
+            raise UserError(
+                f"{folder} holds {state}: {hint}choose another folder with output=DIR, or delete it"
+            )
         raise UserError(f"{folder} exists and is not empty: choose another folder with output=DIR")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -292,9 +322,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder under a temporary name, then rename it to ``target``: neither a crash nor a power cut leaves half of one.
+    """Fill a folder under a temporary name, then rename it to ``target``: neither a crash nor a power cut
+    leaves half of one.
 
-    An existing ``target`` (the same step written again after a resume) is removed first. Raises UserError on a full disk.
+    An existing ``target`` (the same step written again after a resume) is removed first. Raises UserError on
+    a full disk.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -323,7 +355,9 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
 def _cannot_write(path: Path, error: Exception) -> UserError:
     free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return UserError(f"{path} cannot be written ({reason}; {free:.1f} GB free): make room, then continue with --resume")
+    return UserError(
+        f"{path} cannot be written ({reason}; {free:.1f} GB free): make room, then continue with --resume"
+    )
 
 
 class _Damaged(Exception):
@@ -342,7 +376,11 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 def _sizes(folder: Path, name: str) -> dict[str, int]:
     """Bytes of every file in a folder, by its path from the folder's future parent."""
-    return {f"{name}/{p.relative_to(folder).as_posix()}": p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        f"{name}/{p.relative_to(folder).as_posix()}": p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def environment_info() -> dict[str, Any]:

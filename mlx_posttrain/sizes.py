@@ -1,4 +1,6 @@
-"""A model's size as its files describe it, without loading a weight: shapes by name, and what follows from them."""
+"""A model's size as its files describe it, without loading a weight: shapes by name, and what follows from
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ _HEADS = ("lm_head", "wte", "transformer.wte", "model.wte", "model.embed_tokens"
 
 @dataclass(frozen=True)
 class Size:
-    """A model as its files describe it. tensors: shapes by name, those of the weights that packed ones stand for; file_bytes: what they take
-    on disk; packed: whether the folder is quantised, packed_head: its head too; keys: width of all key heads together, where it is not
-    ``width``."""
+    """A model as its files describe it. tensors: shapes by name, those of the weights that packed ones stand
+    for; file_bytes: what they take on disk; packed: whether the folder is quantised, packed_head: its head
+    too; keys: width of all key heads together, where it is not ``width``.
+    """
 
     layers: int
     width: int
@@ -38,7 +41,9 @@ class Size:
 
     @property
     def key_width(self) -> int:
-        """Of keys, and of values, in a block: less than ``width`` under grouped-query attention (Ainslie et al. 2023)."""
+        """Of keys, and of values, in a block: less than ``width`` under grouped-query attention (Ainslie et
+        al. 2023).
+        """
         return self.width if self.keys is None else self.keys
 
     @property
@@ -60,13 +65,17 @@ class Size:
     def linear(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the linear layers' weights, by the layers' paths; embeddings and a head are none."""
         found = {
-            name.removesuffix(".weight"): shape for name, shape in self.tensors.items() if name.endswith(".weight") and len(shape) == 2
+            name.removesuffix(".weight"): shape
+            for name, shape in self.tensors.items()
+            if name.endswith(".weight") and len(shape) == 2
         }
         return {path: shape for path, shape in found.items() if not _NO_LINEAR.search(path)}
 
 
 def size(folder: Path) -> Size:
-    """Read a model's size from its config and the headers of its weights. Raises UserError when the config does not give it."""
+    """Read a model's size from its config and the headers of its weights. Raises UserError when the config
+    does not give it.
+    """
     from safetensors import safe_open
 
     config = hub.check_config(folder)
@@ -93,28 +102,45 @@ def size(folder: Path) -> Size:
         for name in names:
             if isinstance(config.get(name), int):
                 return config[name]
-        raise UserError(f"{folder}: config.json names none of {', '.join(names)}, so memory cannot be planned")
+        raise UserError(
+            f"{folder}: config.json names none of {', '.join(names)}, so memory cannot be planned"
+        )
 
     width, heads = number("n_embd", "hidden_size"), number("n_head", "num_attention_heads")
     keys = (config.get("num_key_value_heads") or heads) * (config.get("head_dim") or width // heads)
     return Size(
-        layers=number("n_layer", "num_hidden_layers"), width=width, heads=heads, keys=keys,
-        inner=config.get("n_inner") or config.get("intermediate_size") or 4 * width, vocabulary=number("vocab_size"),
-        context=config.get("n_positions") or config.get("max_position_embeddings"), model_type=config["model_type"],
-        tensors=tensors, file_bytes=sum((folder / name).stat().st_size for name in files), packed=bits > 0, packed_head=packed_head,
-    )  # fmt: skip
+        layers=number("n_layer", "num_hidden_layers"),
+        width=width,
+        heads=heads,
+        keys=keys,
+        inner=config.get("n_inner") or config.get("intermediate_size") or 4 * width,
+        vocabulary=number("vocab_size"),
+        context=config.get("n_positions") or config.get("max_position_embeddings"),
+        model_type=config["model_type"],
+        tensors=tensors,
+        file_bytes=sum((folder / name).stat().st_size for name in files),
+        packed=bits > 0,
+        packed_head=packed_head,
+    )
 
 
 def adapted(of: Size, spec: AdapterSpec) -> list[tuple[int, int]]:
     """(in, out) of every layer that an adapter stands on. Raises UserError when a target matches none."""
-    shapes = [of.linear[path] for path in match_targets(list(of.linear), spec.resolved(of.model_type).targets or ())]
-    conv1d = of.model_type == "gpt2" and not gpt2.is_mlx(of.tensors)  # [in, out]; every other file has [out, in]
+    shapes = [
+        of.linear[path] for path in match_targets(list(of.linear), spec.resolved(of.model_type).targets or ())
+    ]
+    # [in, out]; every other file has [out, in]
+    conv1d = of.model_type == "gpt2" and not gpt2.is_mlx(of.tensors)
     return [(shape[0], shape[1]) if conv1d else (shape[1], shape[0]) for shape in shapes]
 
 
 def adapter_parameters(of: Size, spec: AdapterSpec) -> int:
-    """How many parameters an adapter has: rank * (in + out) a target, and out more for DoRA's magnitudes (Hu et al. 2021, section 4.1).
+    """How many parameters an adapter has: rank * (in + out) a target, and out more for DoRA's magnitudes (Hu
+    et al. 2021, section 4.1).
 
     Raises UserError when a target matches no layer.
     """
-    return sum(spec.rank * (enters + leaves) + (leaves if spec.kind == "dora" else 0) for enters, leaves in adapted(of, spec))
+    return sum(
+        spec.rank * (enters + leaves) + (leaves if spec.kind == "dora" else 0)
+        for enters, leaves in adapted(of, spec)
+    )

@@ -26,7 +26,9 @@ from mlx_posttrain.training import Data, fit
 Record = TypeVar("Record")
 Start = Callable[[Path], Path]  # makes the model that a run starts from in the run's folder
 #: Rows to evaluate on are worth having, and a run can do without them.
-NONE_HELD_OUT = "{what}: none of them can be used as data.max_length stands, so nothing is evaluated during training"
+NONE_HELD_OUT = (
+    "{what}: none of them can be used as data.max_length stands, so nothing is evaluated during training"
+)
 
 Prepare = Callable[[list[Conversation]], list[Conversation]]  # changes the training rows
 
@@ -34,16 +36,28 @@ Prepare = Callable[[list[Conversation]], list[Conversation]]  # changes the trai
 def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[formats.Record]:
     """The rows of one split as records; prints what was dropped."""
     rows = sources.load_rows(
-        data.source, split=split, config=data.config, limit=limit, seed=seed, shuffle=data.shuffle, families=data.families
+        data.source,
+        split=split,
+        config=data.config,
+        limit=limit,
+        seed=seed,
+        shuffle=data.shuffle,
+        families=data.families,
     )
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
     for reason, count in dropped.items():
         say(f"{data.source} {split}: {count} rows dropped: {reason}")
     if data.config is not None and split == data.split and not sources.is_hub_id(data.source):
-        say(f"data.config={data.config} is not used: only data sets on the hub have configurations, and {data.source} is none")
+        say(
+            f"data.config={data.config} is not used: only data sets on the hub have configurations, and "
+            f"{data.source} is none"
+        )
     further = [ours for ours in data.columns if ours not in formats.COLUMNS]
     if further and split == data.split:
-        say(f"data.columns: no format reads {', '.join(further)}; kept beside the rows for checks and reward functions")
+        say(
+            f"data.columns: no format reads {', '.join(further)}; kept beside the rows for checks and "
+            "reward functions"
+        )
     return parsed
 
 
@@ -53,42 +67,69 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
     conversations = [row for row in parsed if isinstance(row, Conversation)]
     if len(conversations) < len(parsed):
         raise UserError(
-            f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows, and this method imitates one answer: "
-            "say which with data.format=chosen, or with data.columns, for example {prompt: prompt, completion: chosen}"
+            f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows, and this method imitates "
+            "one answer: "
+            "say which with data.format=chosen, or with data.columns, for example {prompt: prompt, "
+            "completion: chosen}"
         )
     if any(row.turns[-1].role != "assistant" for row in conversations):
         raise UserError(
-            f"{data.source}: these rows have a prompt and no answer to imitate; accepted: {formats.accepted()}; rename with data.columns"
+            f"{data.source}: these rows have a prompt and no answer to imitate; accepted: "
+            f"{formats.accepted()}; rename with data.columns"
         )
     if data.system is not None:
         system = Turn("system", data.system)
-        conversations = [replace(c, turns=(system, *c.turns)) if c.templated and c.turns[0].role != "system" else c for c in conversations]
+        conversations = [
+            replace(c, turns=(system, *c.turns)) if c.templated and c.turns[0].role != "system" else c
+            for c in conversations
+        ]
     if data.clean is not None:
         from mlx_posttrain.data import quality
 
         conversations, drops = quality.clean(conversations, seed=seed, **data.clean.model_dump())
-        say("cleaning dropped " + ", ".join(f"{reason} {count}" for reason, count in drops.items()) + f"; {len(conversations)} rows kept")
+        say(
+            "cleaning "
+            "dropped "
+            + ", ".join(f"{reason} {count}" for reason, count in drops.items())
+            + f"; {len(conversations)} rows kept"
+        )
     return conversations
 
 
-def split_rows(data: DataSection, seed: int, read: Callable[..., list[Record]]) -> tuple[list[Record], list[Record]]:
-    """Training and held-out rows: from a split of the source, or rows set aside by seed. ``read`` as :func:`read_conversations`."""
+def split_rows(
+    data: DataSection, seed: int, read: Callable[..., list[Record]]
+) -> tuple[list[Record], list[Record]]:
+    """Training and held-out rows: from a split of the source, or rows set aside by seed. ``read`` as
+    :func:`read_conversations`.
+    """
     train = read(data, split=data.split, limit=data.limit, seed=seed)
     eval_split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
     if eval_split:
         return train, read(data, split=eval_split, limit=data.eval_limit, seed=seed)
     if data.holdout >= len(train):
-        raise UserError(f"data.holdout={data.holdout:g} leaves none of {len(train)} rows to train on; lower it")
+        raise UserError(
+            f"data.holdout={data.holdout:g} leaves none of {len(train)} rows to train on; lower it"
+        )
     aside = int(data.holdout if data.holdout >= 1 else round(data.holdout * len(train)))
     aside = min(aside, data.eval_limit or aside, len(train) - 1)
     chosen = set(np.random.default_rng([seed, 0xE7A1]).permutation(len(train))[:aside].tolist())
-    return [c for i, c in enumerate(train) if i not in chosen], [c for i, c in enumerate(train) if i in chosen]
+    return [c for i, c in enumerate(train) if i not in chosen], [
+        c for i, c in enumerate(train) if i in chosen
+    ]
 
 
 def encode_rows(
-    conversations: list[Conversation], data: DataSection, tokenizer: Any, context: int | None, seed: int, what: str, *, needed: bool = True
+    conversations: list[Conversation],
+    data: DataSection,
+    tokenizer: Any,
+    context: int | None,
+    seed: int,
+    what: str,
+    *,
+    needed: bool = True,
 ) -> list[Example]:
-    """Conversations as examples of at most the recipe's and the model's length; prints what was dropped and cut.
+    """Conversations as examples of at most the recipe's and the model's length; prints what was dropped and
+    cut.
 
     Raises UserError when none is left of rows that are ``needed``.
     """
@@ -122,21 +163,29 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
     if quantize and hub.check_config(folder).get("quantization"):
         raise UserError(f"{recipe.model} is quantised already: leave out adapter.quantize")
     model = engine.load(
-        folder, dtype=recipe.dtype, quantize=quantize, group_size=adapter.group_size if adapter else 64,
+        folder,
+        dtype=recipe.dtype,
+        quantize=quantize,
+        group_size=adapter.group_size if adapter else 64,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
-    )  # fmt: skip
+    )
     model.base_name = recipe.model if loading.is_hub_id(recipe.model) else str(folder)
     if adapter is not None:
         spec = loading.adapter_spec(adapter)
         model.add_adapter(spec, recipe.seed)
         if adapter.path is not None:
             start = loading.adapter_folder(adapter.path)
-            say(f"adapter from {start}: its own {spec.kind}, rank {spec.rank}, alpha {spec.alpha:g} hold, not the recipe's")
+            say(
+                f"adapter from {start}: its own {spec.kind}, rank {spec.rank}, alpha {spec.alpha:g} hold, "
+                "not the recipe's"
+            )
             model.load_trained(start)
     return model
 
 
-def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Conversation], run: runs.Run) -> Callable[[int], None]:
+def sampler(
+    model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Conversation], run: runs.Run
+) -> Callable[[int], None]:
     """A function that answers a few prompts and writes them to samples.jsonl."""
     data, sample = recipe.data, recipe.sample
     template = data.template if isinstance(data.template, str) else data.template[0]
@@ -150,25 +199,41 @@ def sampler(model: Model, tokenizer: Any, recipe: Recipe, held_out: list[Convers
         wanted = [c.turns[-1].content for c in rows]
         templated = rows[0].templated if rows else True
     length = (model.context or data.max_length) - 1
-    prompts = [p[-length:] for p in encode.encode_prompts(asked, tokenizer, template, templated=templated)] if asked else []
+    prompts = (
+        [p[-length:] for p in encode.encode_prompts(asked, tokenizer, template, templated=templated)]
+        if asked
+        else []
+    )
 
     def write(step: int) -> None:
         if not prompts:
             return
         answers = model.generate(
-            prompts, max_tokens=sample.max_tokens, stop=encode.eos_id(tokenizer), temperature=sample.temperature, seed=recipe.seed
+            prompts,
+            max_tokens=sample.max_tokens,
+            stop=encode.eos_id(tokenizer),
+            temperature=sample.temperature,
+            seed=recipe.seed,
         )
         for turns, answer, want in zip(asked, answers, wanted, strict=True):
             text = tokenizer.decode(answer.tokens).strip()
             run.sample(
-                {"step": step, "prompt": turns[-1].content if turns else "", "answer": text, "stopped": answer.stopped, "wanted": want}
+                {
+                    "step": step,
+                    "prompt": turns[-1].content if turns else "",
+                    "answer": text,
+                    "stopped": answer.stopped,
+                    "wanted": want,
+                }
             )
 
     return write
 
 
 def begin(recipe: Recipe, resume: bool) -> tuple[Engine, runs.Run]:
-    """The recipe's engine and its run directory, new or reopened; what the recipe names by path is then named in full."""
+    """The recipe's engine and its run directory, new or reopened; what the recipe names by path is then named
+    in full.
+    """
     trackers.check(recipe.log)
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
@@ -188,8 +253,8 @@ def begin(recipe: Recipe, resume: bool) -> tuple[Engine, runs.Run]:
 
 @contextlib.contextmanager
 def setting_up(run: runs.Run, resume: bool) -> Iterator[None]:
-    """Take the run directory away again if what happens inside fails or is interrupted: nothing has been trained, and the next try must not
-    find it in use.
+    """Take the run directory away again if what happens inside fails or is interrupted: nothing has been
+    trained, and the next try must not find it in use.
     """
     try:
         yield
@@ -203,8 +268,14 @@ def announce(recipe: Recipe, engine: Engine, model: Model) -> None:
     """Say how much of the model trains. Raises UserError when nothing does."""
     total, trained = model.parameter_counts()
     if trained == 0:
-        raise UserError(f"{recipe.model} is quantised, so none of its weights can be trained: add an adapter, for example adapter.rank=16")
-    say(f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
+        raise UserError(
+            f"{recipe.model} is quantised, so none of its weights can be trained: add an "
+            "adapter, for example adapter.rank=16"
+        )
+    say(
+        f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train "
+        f"({trained / total:.2%})"
+    )
 
 
 def finish(run: runs.Run, result: dict[str, Any], write: Callable[[Path], None]) -> None:
@@ -215,26 +286,50 @@ def finish(run: runs.Run, result: dict[str, Any], write: Callable[[Path], None])
     run.close()
 
 
-def training_data(recipe: Recipe, train: list[Conversation], held_out: list[Conversation], tokenizer: Any, context: int | None) -> Data:
-    """Rows as token ids, and the batches of any step; prints what was dropped. Raises UserError where rows and ``data.pack`` do not go together."""
+def training_data(
+    recipe: Recipe,
+    train: list[Conversation],
+    held_out: list[Conversation],
+    tokenizer: Any,
+    context: int | None,
+) -> Data:
+    """Rows as token ids, and the batches of any step; prints what was dropped. Raises UserError where rows
+    and ``data.pack`` do not go together.
+    """
     if recipe.data.pack and train[0].templated:
-        raise UserError("data.pack joins plain text: these rows have prompts; leave out data.pack, or give rows with a column 'text'")
+        raise UserError(
+            "data.pack joins plain text: these rows have prompts; leave out data.pack, or give "
+            "rows with a column 'text'"
+        )
     examples = encode_rows(train, recipe.data, tokenizer, context, recipe.seed, "training rows")
-    unseen = encode_rows(held_out, recipe.data, tokenizer, context, recipe.seed, "held-out rows", needed=False)
+    unseen = encode_rows(
+        held_out, recipe.data, tokenizer, context, recipe.seed, "held-out rows", needed=False
+    )
     return Data(examples, unseen, recipe.train, recipe.seed, context)
 
 
 def planned(
-    recipe: Recipe, *, reference: bool = False, cache_gb: float = 0.0, start: Start | None = None, prepare: Prepare | None = None
+    recipe: Recipe,
+    *,
+    reference: bool = False,
+    cache_gb: float = 0.0,
+    start: Start | None = None,
+    prepare: Prepare | None = None,
 ) -> list[plan.Plan]:
-    """What a run would take; arguments as of :func:`run`. Makes no run directory and loads no weights. Raises UserError as reading the data does."""
+    """What a run would take; arguments as of :func:`run`. Makes no run directory and loads no weights. Raises
+    UserError as reading the data does.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         source = start(Path(scratch)) if start else loading.locate(recipe.model).folder
         of = plan.size(source)
         train, held_out = split_rows(recipe.data, recipe.seed, read_conversations)
         train = prepare(train) if prepare else train
         data = training_data(recipe, train, held_out, loading.load_tokenizer(source), of.context)
-    return [plan.of_data(recipe, engines.get(recipe.engine).name, of, data, reference=reference, cache_gb=cache_gb)]
+    return [
+        plan.of_data(
+            recipe, engines.get(recipe.engine).name, of, data, reference=reference, cache_gb=cache_gb
+        )
+    ]
 
 
 def run(
@@ -251,11 +346,12 @@ def run(
 ) -> dict[str, Any]:
     """Load, train, save.
 
-    ``start(run_folder)`` makes the model to start from, by default ``recipe.model``; ``prepare`` changes the training rows;
-    ``judge(run, model, tokenizer, held_out, kept)`` looks at the trained model and returns further figures; kept is the share of the
-    training rows that were trained on.
+    ``start(run_folder)`` makes the model to start from, by default ``recipe.model``; ``prepare`` changes the
+    training rows; ``judge(run, model, tokenizer, held_out, kept)`` looks at the trained model and returns
+    further figures; kept is the share of the training rows that were trained on.
 
-    ``reference`` keeps the starting model beside the trained one, and as much of what it says of the rows as takes ``cache_gb``.
+    ``reference`` keeps the starting model beside the trained one, and as much of what it says of the rows as
+    takes ``cache_gb``.
 
     Returns the final evaluation. Raises UserError for every foreseeable failure, see fit.
     """
@@ -268,7 +364,8 @@ def run(
         model = load_model(engine, recipe, source, adapter)
         if model.has_head:
             raise UserError(
-                f"{recipe.model} is a reward model: it scores texts and cannot learn to write them; start from a language model"
+                f"{recipe.model} is a reward model: it scores texts and cannot learn to write them; start "
+                "from a language model"
             )
         loading.check_vocabulary(tokenizer, model, source)
         data = training_data(recipe, train, held_out, tokenizer, model.context)
@@ -276,7 +373,11 @@ def run(
         if untemplated and not resume:
             run.write_recipe(recipe, untemplated=True)
         announce(recipe, engine, model)
-        plan.tell(lambda: plan.of_data(recipe, engine.name, plan.size(source), data, reference=reference, cache_gb=cache_gb))
+        plan.tell(
+            lambda: plan.of_data(
+                recipe, engine.name, plan.size(source), data, reference=reference, cache_gb=cache_gb
+            )
+        )
         engine.seed(recipe.seed)
         if reference:
             model.keep_reference()
@@ -286,9 +387,15 @@ def run(
             references.remember(model, data, cache_gb)
 
     result: dict[str, Any] = fit(
-        engine, model, loss, data, run, resume=resume, on_evaluate=sampler(model, tokenizer, recipe, held_out, run),
+        engine,
+        model,
+        loss,
+        data,
+        run,
+        resume=resume,
+        on_evaluate=sampler(model, tokenizer, recipe, held_out, run),
         before=remember if reference else None,
-    )  # fmt: skip
+    )
     if judge is not None:
         result |= judge(run, model, tokenizer, held_out, kept)
     finish(run, result, model.save)

@@ -1,7 +1,7 @@
 """The supervised loop: order the rows, step, evaluate, keep the best, checkpoint, resume.
 
-Everything a step depends on is the recipe, the data, and what a checkpoint holds (trained weights, optimizer moments, random
-state, step number), so a run that is killed and resumed gives the losses of one that was not.
+Everything a step depends on is the recipe, the data, and what a checkpoint holds (trained weights, optimizer
+moments, random state, step number), so a run that is killed and resumed gives the losses of one that was not.
 """
 
 from __future__ import annotations
@@ -54,9 +54,23 @@ Figures = Mapping[str, Sequence[np.ndarray]]
 class Data:
     """Training and held-out examples, and the batches of any step."""
 
-    def __init__(self, train: Sequence[Example], held_out: Sequence[Example], settings: TrainSection, seed: int, context: int | None):
-        self.train, self.held_out, self.settings, self.seed, self.context = train, held_out, settings, seed, context
-        #: What batches carry besides, by name: for each training row, and each held-out row, an array over its trained tokens.
+    def __init__(
+        self,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        settings: TrainSection,
+        seed: int,
+        context: int | None,
+    ):
+        self.train, self.held_out, self.settings, self.seed, self.context = (
+            train,
+            held_out,
+            settings,
+            seed,
+            context,
+        )
+        #: What batches carry besides, by name: for each training row, and each held-out row, an array over
+        #: its trained tokens.
         self.figures: Figures = {}
         self.held_out_figures: Figures = {}
         self.lengths = [len(e.tokens) for e in train]
@@ -70,7 +84,12 @@ class Data:
         if epoch != self._epoch:
             s = self.settings
             self._order = batches.steps(
-                self.lengths, batch_size=s.batch_size, accumulate=s.accumulate, seed=self.seed, epoch=epoch, token_budget=s.token_budget
+                self.lengths,
+                batch_size=s.batch_size,
+                accumulate=s.accumulate,
+                seed=self.seed,
+                epoch=epoch,
+                token_budget=s.token_budget,
             )
             self._epoch = epoch
         return self._order[position]
@@ -101,12 +120,14 @@ def fit(
     on_evaluate: Callable[[int], None] | None = None,
     before: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Train ``model`` on ``data`` and leave the chosen weights in ``run.final``; returns the evaluation of those weights and the step they are of.
+    """Train ``model`` on ``data`` and leave the chosen weights in ``run.final``; returns the evaluation of
+    those weights and the step they are of.
 
-    ``on_evaluate(step)`` is called after each evaluation, to write samples; ``before()`` once, when the settings have been checked, to give
-    ``data`` what its batches carry besides. Raises UserError for settings that the data cannot meet,
-    for data that differ from those of the run that is resumed, for a non-finite loss, in training or held out (earlier checkpoints stay, the batch is named),
-    for a full disk, and for Ctrl-C (checkpointed).
+    ``on_evaluate(step)`` is called after each evaluation, to write samples; ``before()`` once, when the
+    settings have been checked, to give ``data`` what its batches carry besides. Raises UserError for settings
+    that the data cannot meet, for data that differ from those of the run that is resumed, for a non-finite
+    loss, in training or held out (earlier checkpoints stay, the batch is named), for a full disk, and for
+    Ctrl-C (checkpointed).
     """
     train = data.settings
     trainer = engine.trainer(model, adamw(train))
@@ -117,7 +138,13 @@ def fit(
     checkpoint_bytes = 12 * trained + 2**20  # float32 weights and two moments
     try:
         check_settings(data, held_out)
-        state: dict[str, Any] = {"best": None, "best_loss": None, "worse": 0, "evaluation": {}, "best_evaluation": {}}
+        state: dict[str, Any] = {
+            "best": None,
+            "best_loss": None,
+            "worse": 0,
+            "evaluation": {},
+            "best_evaluation": {},
+        }
         state["data"] = fingerprint(data, held_out)
         require_space(run.folder, checkpoint_bytes)
     except UserError:
@@ -125,7 +152,10 @@ def fit(
             run.discard()
         raise
     if not held_out and train.select == "best":
-        say("there are no held-out rows to choose the best weights by: final/ will hold those of the last step")
+        say(
+            "there are no held-out rows to choose the best weights by: final/ will hold those of the last "
+            "step"
+        )
     first = _restore(engine, model, trainer, run, state) if resume else 0
     engine.reset_memory()
     if before is not None:
@@ -137,14 +167,17 @@ def fit(
         trainer.save(folder / "optimizer.safetensors")
 
     def checkpoint(done: int, seen: Sequence[batches.Batch]) -> None:
-        # The step's loss is of the weights before it: ask once more, or weights that have blown up would be kept as good ones.
+        # The step's loss is of the weights before it: ask once more, or weights that have blown up would be
+        # kept as good ones.
         after = model.evaluate(loss, seen[:1])["loss"]
         if not math.isfinite(after):
             raise blown_up(done, f"the loss with the weights that it made is {after}", run)
         try:
             require_space(run.folder, checkpoint_bytes)
         except UserError as error:
-            raise UserError(f"step {done} is not saved: {error}; then continue with --resume {run.folder}") from None
+            raise UserError(
+                f"step {done} is not saved: {error}; then continue with --resume {run.folder}"
+            ) from None
         run.save_checkpoint(done, write, state, engine.random_state(), train.keep)
 
     def evaluate(done: int) -> bool:
@@ -173,25 +206,43 @@ def fit(
         with interruptible(run.folder) as signals:
             if first == 0:
                 evaluate(0)
-            stopped_early = train.early_stop is not None and state["worse"] >= train.early_stop  # and then killed before it was done
+            # and then killed before it was done
+            stopped_early = train.early_stop is not None and state["worse"] >= train.early_stop
             for step in range(first, 0 if stopped_early else data.steps):
                 rows = data.rows(step)
                 micro = data.micro_batches(rows)
-                lr = learning_rate(step, steps=data.steps, peak=train.lr, schedule=train.schedule, warmup=train.warmup, floor=train.min_lr)
+                lr = learning_rate(
+                    step,
+                    steps=data.steps,
+                    peak=train.lr,
+                    schedule=train.schedule,
+                    warmup=train.warmup,
+                    floor=train.min_lr,
+                )
                 begun = time.perf_counter()
                 try:
                     metrics = trainer.step(loss, micro, lr)
                 except FloatingPointError as error:
-                    batch = f"The batch: training rows {[i for part in rows for i in part][:16]}, counted from 0 after filtering"
+                    batch = (
+                        f"The batch: training rows {[i for part in rows for i in part][:16]}, counted "
+                        "from 0 after filtering"
+                    )
                     advice = f"{batch}. Look at those rows, or start anew with a lower train.lr"
                     raise not_finite(step, error, run, advice) from None
                 done = step + 1
                 tokens = sum(b.trained_tokens for b in micro)
                 memory = engine.memory()
-                run.log({
-                    "step": done, "epoch": done / data.steps_per_epoch, "lr": lr, "tokens": tokens, **metrics,
-                    "seconds": time.perf_counter() - begun, **memory,
-                })  # fmt: skip
+                run.log(
+                    {
+                        "step": done,
+                        "epoch": done / data.steps_per_epoch,
+                        "lr": lr,
+                        "tokens": tokens,
+                        **metrics,
+                        "seconds": time.perf_counter() - begun,
+                        **memory,
+                    }
+                )
                 progress.update(done, metrics["loss"], tokens, memory["peak_gb"])
                 going = True
                 if done % eval_every == 0 or done == data.steps:
@@ -211,7 +262,8 @@ def fit(
         state["evaluation"] = state["best_evaluation"]
         if state["evaluation"]["step"] == 0:
             say(
-                "no evaluation was better than the first: final/ holds the model as it was before training; see metrics.jsonl, or set train.select=last"
+                "no evaluation was better than the first: final/ holds the model as it was before training; "
+                "see metrics.jsonl, or set train.select=last"
             )
     return {**state["evaluation"], "parameters": total, "trained_parameters": trained}
 
@@ -239,20 +291,29 @@ def tell_compiled(*trainers: Trainer) -> None:
 
 
 def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> UserError:
-    """What to say when step ``step``, counted from 0, had a loss or gradient that is not finite; the checkpoints there are stay.
+    """What to say when step ``step``, counted from 0, had a loss or gradient that is not finite; the
+    checkpoints there are stay.
 
     The present weights are not saved: they may be what is wrong, as an update can overflow a step earlier.
     """
-    return UserError(f"step {step + 1}: {error}: stopped before the weights took it; {_last_good(run)}. {advice}")
+    return UserError(
+        f"step {step + 1}: {error}: stopped before the weights took it; {_last_good(run)}. {advice}"
+    )
 
 
 def blown_up(done: int, what: str, run: Run) -> UserError:
-    """What to say of weights, after ``done`` steps, that give figures that are not finite (``what``); they are not saved."""
+    """What to say of weights, after ``done`` steps, that give figures that are not finite (``what``); they
+    are not saved.
+    """
     if done == 0:
         return UserError(
-            f"before the first step {what}: the model that the run starts from is broken, or the rows are; nothing was trained"
+            f"before the first step {what}: the model that the run starts from is broken, or the rows are; "
+            "nothing was trained"
         )
-    return UserError(f"step {done}: {what}: these weights are not saved; {_last_good(run)}. Start anew with a lower train.lr")
+    return UserError(
+        f"step {done}: {what}: these weights are not saved; {_last_good(run)}. Start anew with "
+        "a lower train.lr"
+    )
 
 
 def _last_good(run: Run) -> str:
@@ -260,7 +321,8 @@ def _last_good(run: Run) -> str:
     return (
         f"the last good checkpoint is {saved[-1]}"
         if saved
-        else f"no checkpoint had been written yet, so delete {run.folder} or give another output before the next run"
+        else f"no checkpoint had been written yet, so delete {run.folder} or give another output before the "
+        "next run"
     )
 
 
@@ -268,7 +330,8 @@ def check_warmup(train: OptimizerSection, steps: int) -> None:
     """Raise UserError for a warm-up that is as long as the run."""
     if train.warmup >= 1 and train.warmup >= steps:
         raise UserError(
-            f"train.warmup={train.warmup:g} steps, and the run has {steps}: the learning rate would not reach train.lr; "
+            f"train.warmup={train.warmup:g} steps, and the run has {steps}: the learning rate would not "
+            "reach train.lr; "
             "lower it, give a share of the steps (below 1), or train for longer"
         )
 
@@ -278,24 +341,33 @@ def check_settings(data: TrainingData, held_out: Sequence[batches.Batch]) -> Non
     train = data.settings
     check_warmup(train, data.steps)
     if train.early_stop is not None and not held_out:
-        raise UserError("train.early_stop needs held-out rows to stop by: give data.eval_split or data.holdout, or leave it out")
+        raise UserError(
+            "train.early_stop needs held-out rows to stop by: give data.eval_split or "
+            "data.holdout, or leave it out"
+        )
     if train.token_budget is None:
         return
-    beyond = [b.tokens.size for b in held_out if b.tokens.size > batches.EVALUATION_FACTOR * train.token_budget]
+    beyond = [
+        b.tokens.size for b in held_out if b.tokens.size > batches.EVALUATION_FACTOR * train.token_budget
+    ]
     beyond += [b.tokens.size for b in _epoch(data) if b.tokens.size > train.token_budget]
     if beyond:
         raise UserError(
-            f"train.token_budget={train.token_budget} is too small: the longest row takes {max(beyond)} padded tokens by itself; "
+            f"train.token_budget={train.token_budget} is too small: the longest row takes {max(beyond)} "
+            "padded tokens by itself; "
             f"raise it to {max(beyond)}, or lower data.max_length"
         )
 
 
 def fingerprint(data: TrainingData, held_out: Sequence[batches.Batch]) -> dict[str, dict[str, Any]]:
-    """What a run's figures depend on besides its recipe: the number of rows of both parts, and a hash of their batches in order.
+    """What a run's figures depend on besides its recipe: the number of rows of both parts, and a hash of
+    their batches in order.
 
     Of the training rows those of the first epoch, as far as the run takes them.
     """
-    trained = sum(len(part) for step in range(min(data.steps, data.steps_per_epoch)) for part in data.rows(step))
+    trained = sum(
+        len(part) for step in range(min(data.steps, data.steps_per_epoch)) for part in data.rows(step)
+    )
     return {
         "training": {"rows": trained, "hash": _hash(_epoch(data))},
         "held-out": {"rows": sum(len(b.tokens) for b in held_out), "hash": _hash(held_out)},
@@ -310,18 +382,32 @@ def _epoch(data: TrainingData) -> Iterable[batches.Batch]:
 def _hash(parts: Iterable[batches.Batch]) -> str:
     digest = hashlib.sha256()
     for b in parts:
-        for array in (b.tokens, b.index, b.target, b.weight, b.row, *(b.extra[name] for name in sorted(b.extra))):
+        for array in (
+            b.tokens,
+            b.index,
+            b.target,
+            b.weight,
+            b.row,
+            *(b.extra[name] for name in sorted(b.extra)),
+        ):
             digest.update(str(array.shape).encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
 def same_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], run: Run) -> None:
-    """Raise UserError when a resumed run meets other rows than it began with; both as :func:`fingerprint` gives them."""
+    """Raise UserError when a resumed run meets other rows than it began with; both as :func:`fingerprint`
+    gives them.
+    """
     for part, old in before.items():
         if old != now[part]:
             new = now[part]["rows"]
-            how = f"{old['rows']} rows then, {new} now" if old["rows"] != new else f"{new} rows as before, with other content"
+            how = (
+                f"{old['rows']} rows then, {new} now"
+                if old["rows"] != new
+                else f"{new} rows as before, with other content"
+            )
             raise UserError(
-                f"the {part} rows are not those that {run.folder} began with ({how}): put the data back as they were, or start anew with output=DIR"
+                f"the {part} rows are not those that {run.folder} began with ({how}): put the data back as "
+                "they were, or start anew with output=DIR"
             )

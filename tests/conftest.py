@@ -1,4 +1,6 @@
-"""What every test gets: no network, no telemetry, no user caches or tokens, and no more threads than its share of the cores."""
+"""What every test gets: no network, no telemetry, no user caches or tokens, and no more threads than its
+share of the cores.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,17 @@ os.environ.update(
     DO_NOT_TRACK="1",
     TOKENIZERS_PARALLELISM="false",
 )
-for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+for _name in (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+):
     os.environ.pop(_name, None)
 
-# Workers side by side: threads that wait for each other on busy cores are many times slower than one thread each.
+# Workers side by side: threads that wait for each other on busy cores are many times slower than one thread
+# each.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     _THREADS = str(max(1, (os.cpu_count() or 1) // _WORKERS))
@@ -45,7 +54,9 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder beside the project with data and reference figures; tests that need it are skipped without it."""
+    """The folder beside the project with data and reference figures; tests that need it are skipped without
+    it.
+    """
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("needs ../shared")
@@ -66,7 +77,9 @@ def random_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mlx_posttrain.methods.pretrain import PretrainSection, make_model
 
     folder = tmp_path_factory.mktemp("random-gpt2")
-    make_model(folder, SENTENCES, PretrainSection(vocab_size=400, layers=2, heads=2, width=64, context=64), seed=1)
+    make_model(
+        folder, SENTENCES, PretrainSection(vocab_size=400, layers=2, heads=2, width=64, context=64), seed=1
+    )
     return folder
 
 
@@ -79,5 +92,14 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with path.open("w") as f:
         for i in range(40):
             words = " ".join(SENTENCES[i % 4].split()[: 2 + i % 9])
-            f.write(json.dumps({"instruction": f"Repeat number {i}.", "input": words if i % 2 else "", "output": f"{words} {i}"}) + "\n")
+            f.write(
+                json.dumps(
+                    {
+                        "instruction": f"Repeat number {i}.",
+                        "input": words if i % 2 else "",
+                        "output": f"{words} {i}",
+                    }
+                )
+                + "\n"
+            )
     return path

@@ -23,10 +23,13 @@ from mlx_posttrain.plan import Size
 
 
 def timing(engine: str, seconds: list[float], losses: list[float], **more: Any) -> bench.Timing:
-    return bench.Timing(engine, more.pop("what", "sft"), seconds=seconds, losses=losses, rows=8, tokens=100, **more)
+    return bench.Timing(
+        engine, more.pop("what", "sft"), seconds=seconds, losses=losses, rows=8, tokens=100, **more
+    )
 
 
-ROWS = [(30.0, 10), (44.0, 11), (12.0, 4)]  # of three rows the summed loss and the trained tokens: 86 / 25 = 3.44 in all
+# of three rows the summed loss and the trained tokens: 86 / 25 = 3.44 in all
+ROWS = [(30.0, 10), (44.0, 11), (12.0, 4)]
 
 
 def ours(**more: Any) -> bench.Timing:
@@ -40,13 +43,18 @@ def peer(loss: float = 74 / 21, tokens: int = 21, losses: tuple[float, float] = 
 
 
 def test_ratio_is_the_median_of_pairs() -> None:
-    found = [timing("mlx-cpu", [1.0, 2.0, 4.0], [3.0] * 3), timing("torch-cpu", [2.0, 2.0, 12.0], [3.0] * 3, against="mlx-cpu")]
+    found = [
+        timing("mlx-cpu", [1.0, 2.0, 4.0], [3.0] * 3),
+        timing("torch-cpu", [2.0, 2.0, 12.0], [3.0] * 3, against="mlx-cpu"),
+    ]
     comparison.compare(found)
     assert found[0].ratio is None and found[1].ratio == (2.0, 1.0, 3.0) and found[1].disagreement == 0
 
 
 def test_every_engine_is_compared_with_its_own_kind() -> None:
-    """Another library's or device's engine as the base would make a peer look fast or slow for what is not its doing."""
+    """Another library's or device's engine as the base would make a peer look fast or slow for what is not
+    its doing.
+    """
     found = [timing("mlx-cpu", [10.0, 10.0], [3.4, 3.3]), ours(against="mlx-cpu"), peer()]
     comparison.compare(found)
     assert found[2].ratio == (2.5, 2.0, 3.0)
@@ -58,7 +66,12 @@ def test_peers_are_measured_on_the_device_asked_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: True)
     assert peers.beside(["mlx-cpu"]) == {"mlx-lm-cpu": "mlx-cpu"}
     both = peers.beside(["mlx-gpu", "mlx-cpu", "torch-cpu"])
-    assert both == {"mlx-lm-gpu": "mlx-gpu", "mlx-lm-cpu": "mlx-cpu", "transformers-cpu": "torch-cpu", "trl-cpu": "torch-cpu"}
+    assert both == {
+        "mlx-lm-gpu": "mlx-gpu",
+        "mlx-lm-cpu": "mlx-cpu",
+        "transformers-cpu": "torch-cpu",
+        "trl-cpu": "torch-cpu",
+    }
     assert {peers.peer(name) for name in both} == set(peers.PEERS) == set(peers.WORK)
 
 
@@ -85,13 +98,21 @@ def test_a_peer_must_begin_alike_and_learn_alike(other: bench.Timing, said: str 
     [
         ({"kl": 0.0, "score": 0.1}, 10.7, None),
         ({"kl": 0.4, "score": 0.1}, 10.7, "trl-cpu's first divergence from the reference is 0.400, not 0"),
-        ({"kl": 0.0, "score": 3.1}, 10.7, "mean scores of the first rollout differ: 3.100, and 0.000 +- 0.500"),
+        (
+            {"kl": 0.0, "score": 3.1},
+            10.7,
+            "mean scores of the first rollout differ: 3.100, and 0.000 +- 0.500",
+        ),
         ({"kl": 0.0, "score": 0.1}, 9.0, "entropies differ by 15.9%"),
     ],
 )
-def test_a_peers_first_rollout_is_of_the_same_policy_and_scorer(first: dict[str, float], entropy: float, said: str | None) -> None:
+def test_a_peers_first_rollout_is_of_the_same_policy_and_scorer(
+    first: dict[str, float], entropy: float, said: str | None
+) -> None:
     base = timing("torch-cpu", [1.0], [10.7], what="ppo", first={"kl": 0.0, "score": 0.0, "score_std": 1.0})
-    other = timing("trl-cpu", [2.0], [entropy], what="ppo", against="torch-cpu", version="1.12.0", first=first)
+    other = timing(
+        "trl-cpu", [2.0], [entropy], what="ppo", against="torch-cpu", version="1.12.0", first=first
+    )
     comparison.compare([base, other])
     assert other.mismatch == said
 
@@ -105,7 +126,9 @@ def test_a_peers_first_rollout_is_of_the_same_policy_and_scorer(first: dict[str,
         ({}, 4.0, "entropies differ by 9.5%"),
     ],
 )
-def test_our_engines_draw_the_first_answers_alike(first: dict[str, float], entropy: float, said: str | None) -> None:
+def test_our_engines_draw_the_first_answers_alike(
+    first: dict[str, float], entropy: float, said: str | None
+) -> None:
     same = {"kl": 0.0, "score": 0.0, "score_std": 1.0, "entropy": 4.43}
     base = timing("mlx-cpu", [1.0], [4.42], what="ppo", first=same)
     other = timing("torch-cpu", [2.0], [entropy], what="ppo", against="mlx-cpu", first={**same, **first})
@@ -121,9 +144,17 @@ def test_no_ratio_where_losses_disagree() -> None:
 
 
 def test_no_ratio_where_a_loss_is_not_finite() -> None:
-    found = [timing("mlx-cpu", [1.0, 1.0], [3.0, 3.0]), timing("torch-cpu", [2.0, 2.0], [3.0, float("nan")], against="mlx-cpu")]
+    found = [
+        timing("mlx-cpu", [1.0, 1.0], [3.0, 3.0]),
+        timing("torch-cpu", [2.0, 2.0], [3.0, float("nan")], against="mlx-cpu"),
+    ]
     comparison.compare(found)
-    assert found[1].ratio is None and "not finite" in (found[1].error or "") and not found[1].losses and found[0].error is None
+    assert (
+        found[1].ratio is None
+        and "not finite" in (found[1].error or "")
+        and not found[1].losses
+        and found[0].error is None
+    )
     failed = [timing("mlx-cpu", [1.0], [float("inf")]), timing("torch-cpu", [2.0], [3.0], against="mlx-cpu")]
     comparison.compare(failed)
     assert failed[1].ratio is None and failed[1].mismatch == "mlx-cpu failed"
@@ -133,10 +164,19 @@ def test_what_a_kind_of_work_takes_over_another() -> None:
     def done(what: str, seconds: list[float], peak: float) -> bench.Timing:
         return timing("mlx-cpu", seconds, [3.0], what=what, peak_gb=peak)
 
-    found = [done("sft", [2.0, 2.0, 4.0], 2.0), done("kl", [2.8, 3.0, 3.0], 3.0), done("lora", [1.0, 1.2, 1.4], 1.0)]
+    found = [
+        done("sft", [2.0, 2.0, 4.0], 2.0),
+        done("kl", [2.8, 3.0, 3.0], 3.0),
+        done("lora", [1.0, 1.2, 1.4], 1.0),
+    ]
     kl, lora = comparison.relations([*found, timing("mlx-lm-cpu", [9.0], [3.0], what="lora", version="1")])
     assert (kl["what"], kl["over"], kl["time"], kl["memory"]) == ("kl", "sft", (1.5, 0.7, 1.5), 1.5)
-    assert (lora["what"], lora["over"], lora["time"], lora["memory"]) == ("lora", "sft", (0.6, 0.25, 0.7), 0.5)
+    assert (lora["what"], lora["over"], lora["time"], lora["memory"]) == (
+        "lora",
+        "sft",
+        (0.6, 0.25, 0.7),
+        0.5,
+    )
     assert render._relation(kl) == "kl / sft on mlx-cpu: 1.50 [0.70, 1.50] of the time, 1.50 of the memory"
 
 
@@ -147,48 +187,91 @@ def test_nothing_is_told_in_terms_of_work_that_was_not_the_same() -> None:
     alone = [done("mlx-cpu", "generate", 3.0), done("mlx-cpu", "generate-single", 3.001)]
     assert [r["over"] for r in comparison.relations(alone)] == ["generate"]
     assert comparison.relations([alone[0], done("mlx-cpu", "generate-single", 3.1)]) == []
-    found = [done("mlx-cpu", "sft", 3.0), done("torch-cpu", "sft", 3.2, against="mlx-cpu"), done("torch-cpu", "lora", 3.0)]
+    found = [
+        done("mlx-cpu", "sft", 3.0),
+        done("torch-cpu", "sft", 3.2, against="mlx-cpu"),
+        done("torch-cpu", "lora", 3.0),
+    ]
     comparison.compare(found[:2])
     assert comparison.relations(found) == []
 
 
 def test_what_is_collected_is_shown() -> None:
-    t = vars(ours()) | {"steps": 4, "shapes": 3, "disagreement": 1.5e-5, "against": "mlx-cpu", "ratio": (2.0, 1.9, 2.1), "flops_share": 0.5}
+    t = vars(ours()) | {
+        "steps": 4,
+        "shapes": 3,
+        "disagreement": 1.5e-5,
+        "against": "mlx-cpu",
+        "ratio": (2.0, 1.9, 2.1),
+        "flops_share": 0.5,
+    }
     (row,) = render.table({"timings": [t]}).splitlines()[2:]
     shown = dict(zip(render.COLUMNS, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
-    assert shown["seconds a step"] == "0.375" and shown["shapes"] == "3" and shown["losses differ"] == "0.0015%"
+    assert (
+        shown["seconds a step"] == "0.375" and shown["shapes"] == "3" and shown["losses differ"] == "0.0015%"
+    )
     assert shown["of product peak"] == "50%"
     result = {
-        "shape": vars(Shape()), "peaks": {}, "machine": {"chip": "x", "transformers": "5"}, "model": "tiny", "units": 2, "relations": [],
-        "scaling": {}, "timings": [t, vars(peer())],
-    }  # fmt: skip
+        "shape": vars(Shape()),
+        "peaks": {},
+        "machine": {"chip": "x", "transformers": "5"},
+        "model": "tiny",
+        "units": 2,
+        "relations": [],
+        "scaling": {},
+        "timings": [t, vars(peer())],
+    }
     assert "- trl: 1.16.0" in render.block(result)
 
 
 def test_rows_are_the_same_everywhere_and_as_long_as_said() -> None:
     shape = Shape(rows=64)
     assert rows(shape, 4096) == rows(shape, 4096)
-    prompts, answers = zip(*((sum(not t for t in e.trained), sum(e.trained)) for e in rows(shape, 4096)), strict=True)
+    prompts, answers = zip(
+        *((sum(not t for t in e.trained), sum(e.trained)) for e in rows(shape, 4096)), strict=True
+    )
     assert min(prompts) >= 20 and max(prompts) <= 60 and min(answers) >= 10 and max(answers) <= 200
     assert {len(e.tokens) for e in rows(Shape(rows=4, length=40), 4096)} == {40}
 
 
 def test_operations_by_hand() -> None:
-    tiny = Size(1, 2, 8, 1, 10, 32, "gpt2", {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)})
+    tiny = Size(
+        1,
+        2,
+        8,
+        1,
+        10,
+        32,
+        "gpt2",
+        {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)},
+    )
     shape = Shape(rows=1, length=8)  # 1 prompt token, 7 trained
     attention = 2 * 2 * 2 * 64 / 2
     assert work.training_flops(tiny, "sft", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 3 * attention
     assert work.training_flops(tiny, "kl-lora", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
-    assert work.training_flops(tiny, "reward", shape) == 6 * 12 * 4 * 8 + 3 * attention  # its head is one number a row
+    # its head is one number a row
+    assert work.training_flops(tiny, "reward", shape) == 6 * 12 * 4 * 8 + 3 * attention
 
 
 def test_operations_of_ppo_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Size(1, 2, 8, 1, 10, 32, "gpt2", {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)})
+    tiny = Size(
+        1,
+        2,
+        8,
+        1,
+        10,
+        32,
+        "gpt2",
+        {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)},
+    )
     monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 1, "samples": 2, "max_tokens": 4})
     monkeypatch.setattr(worker, "prompts", lambda vocabulary: [[1, 2, 3]])
-    body, attention, head = 2 * 48 * 7, 2 * 2 * 2 * 49 / 2, 2 * 2 * 10 * 4  # one answer forward: 3 + 4 tokens, 4 of them with logits
+    # one answer forward: 3 + 4 tokens, 4 of them with logits
+    body, attention, head = 2 * 48 * 7, 2 * 2 * 2 * 49 / 2, 2 * 2 * 10 * 4
     decoding = 2 * (2 * 48 * 4 + attention + head) + 2 * 48 * 3  # the prompt is read once for both
-    assert work.ppo_flops(tiny) == decoding + 2 * (4 * (body + attention) + 2 * head) + 2 * 2 * (6 * (body + attention) + 3 * head)
+    assert work.ppo_flops(tiny) == decoding + 2 * (4 * (body + attention) + 2 * head) + 2 * 2 * (
+        6 * (body + attention) + 3 * head
+    )
 
 
 def test_decoding_row_by_row_reads_the_weights_for_every_row() -> None:
@@ -197,20 +280,28 @@ def test_decoding_row_by_row_reads_the_weights_for_every_row() -> None:
 
 
 def test_lines_of_scaling() -> None:
-    seconds = {case: 0.1 * case.rows * case.length / 1024 + 1e-4 * case.rows * case.trained for case in scaling.cases(256)}
+    seconds = {
+        case: 0.1 * case.rows * case.length / 1024 + 1e-4 * case.rows * case.trained
+        for case in scaling.cases(256)
+    }
     found = {
         "cases": [{**case._asdict(), "seconds": [s]} for case, s in seconds.items()],
         "loss": [{"positions": 1024, "vocabulary": 8192, "mb": 50.0, "logits_mb": 32.0}],
     }
     text = "\n".join(scaling.lines("mlx-cpu", found))
     assert "4 times the rows: 4.00 times the time" in text
-    assert "0.12, 0.50 and 0.88 of the tokens trained: 0.59, 0.80 and 1 of the time (on a straight line 0.80 in the middle)" in text
+    assert (
+        "0.12, 0.50 and 0.88 of the tokens trained: 0.59, 0.80 and 1 of the time (on a straight line 0.80 "
+        "in the middle)" in text
+    )
     assert "the same tokens in rows 4 times as long: 1.00 times the time" in text  # 512 tokens do not fit
     assert "| 1024 | 8192 | 50 | 32 |" in text
 
 
 @pytest.mark.parametrize("engine", engines.available())
-def test_the_loss_knows_neither_positions_nor_vocabulary(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_knows_neither_positions_nor_vocabulary(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlx_posttrain.engines import fused
 
     if engine == "torch" and sys.platform != "linux":
@@ -220,7 +311,9 @@ def test_the_loss_knows_neither_positions_nor_vocabulary(engine: str, monkeypatc
     monkeypatch.setattr(fused, "PANEL", 1)  # which may take twice the budget
     scaling.loss_peak(engine, 256, 4096)  # what a library sets up when it is first used
     # Three times: torch's is the process's, and whether a heap has holes differs from call to call.
-    small, large = (max(scaling.loss_peak(engine, *sizes) for _ in range(3)) for sizes in ((512, 4096), (2048, 16384)))
+    small, large = (
+        max(scaling.loss_peak(engine, *sizes) for _ in range(3)) for sizes in ((512, 4096), (2048, 16384))
+    )
     assert large < small + 12 and large < 2048 * 16384 * 4 / 2**20 / 2
 
 
@@ -228,7 +321,20 @@ def test_the_loss_knows_neither_positions_nor_vocabulary(engine: str, monkeypatc
 def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
     have = bench.here()
     done = CliRunner().invoke(
-        app, ["bench", "--model", "tiny", "--what", "sft,generate", "--units", "2", "--rows", "16", "--output", str(tmp_path / "out")]
+        app,
+        [
+            "bench",
+            "--model",
+            "tiny",
+            "--what",
+            "sft,generate",
+            "--units",
+            "2",
+            "--rows",
+            "16",
+            "--output",
+            str(tmp_path / "out"),
+        ],
     )
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "out" / "bench.json").read_text())
@@ -238,7 +344,8 @@ def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
         assert t["error"] is None and len(t["seconds"]) == 2 and min(t["seconds"]) > 0 and t["peak_gb"] > 0
     if len(have) > 1:
         assert timings["sft", have[1]]["ratio"] is not None, timings["sft", have[1]]["disagreement"]
-        assert timings["generate", have[1]]["disagreement"] < 5e-3  # the same answers, sampled from the same numbers
+        # the same answers, sampled from the same numbers
+        assert timings["generate", have[1]]["disagreement"] < 5e-3
     again = CliRunner().invoke(app, ["bench", "--model", "tiny", "--output", str(tmp_path / "out")])
     assert "holds a benchmark already" in str(again.exception)  # and nothing was measured for it
     text = (tmp_path / "out" / "bench.md").read_text()
@@ -249,10 +356,17 @@ def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_other_kinds_of_work_on_the_embedded_model() -> None:
-    result = bench.bench("tiny", ["kl", "kl-lora", "reward", "ppo"], units=1, shape=Shape(rows=8, batch_size=4))
+    result = bench.bench(
+        "tiny", ["kl", "kl-lora", "reward", "ppo"], units=1, shape=Shape(rows=8, batch_size=4)
+    )
     assert len(result["timings"]) == 4 * len(bench.here())
     for t in result["timings"]:
-        assert t["error"] is None and t["mismatch"] is None, (t["what"], t["engine"], t["error"], t["mismatch"])
+        assert t["error"] is None and t["mismatch"] is None, (
+            t["what"],
+            t["engine"],
+            t["error"],
+            t["mismatch"],
+        )
 
 
 @pytest.mark.parametrize("engine", bench.here())
@@ -282,7 +396,9 @@ def test_answers_one_at_a_time_are_those_of_a_batch(engine: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("what", ["sft", "ppo", "scaling"])
-def test_a_unit_ends_when_its_work_is_done(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_ends_when_its_work_is_done(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MLX returns from a step while its update still runs."""
     mlx = pytest.importorskip("mlx_posttrain.engines.mlx")
     happened = []
@@ -301,12 +417,19 @@ def test_a_unit_ends_when_its_work_is_done(what: str, tmp_path: Path, monkeypatc
 
     step, synchronize = mlx.MLXTrainer.step, mlx.MLXEngine.synchronize
     monkeypatch.setattr(mlx.MLXTrainer, "step", lambda *a: (happened.append("step"), step(*a))[1])
-    monkeypatch.setattr(mlx.MLXEngine, "synchronize", lambda self: (happened.append("wait"), synchronize(self))[1])
+    monkeypatch.setattr(
+        mlx.MLXEngine, "synchronize", lambda self: (happened.append("wait"), synchronize(self))[1]
+    )
     monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 1, "samples": 2, "max_tokens": 4})
     monkeypatch.setattr(scaling, "cases", lambda context: [scaling.Case(1, 8, 4)])
     monkeypatch.setattr(scaling, "loss_peak", lambda *a: 0.0)
     folder = str(loading.base_folder("tiny"))
-    spec = {"engine": "mlx-cpu", "what": what, "folder": folder, "shape": {"rows": 2, "batch_size": 2, "length": 16}}
+    spec = {
+        "engine": "mlx-cpu",
+        "what": what,
+        "folder": folder,
+        "shape": {"rows": 2, "batch_size": 2, "length": 16},
+    }
     if what == "ppo":
         spec["reward"] = str(reward_folder(Path(folder), tmp_path))
     (scaling.work if what == "scaling" else worker.WORK[what])(spec, OneUnit())
@@ -322,17 +445,32 @@ def test_installed_peers_do_the_same_work(what: str) -> None:
     """
     result = bench.bench("tiny", [what], peers=True, units=2, shape=Shape(rows=8))
     found = [t for t in result["timings"] if t["engine"] not in bench.ENGINES]
-    assert {peers.peer(t["engine"]) for t in found} == {peers.peer(name) for name in peers.beside(bench.here())} != set()
+    assert (
+        {peers.peer(t["engine"]) for t in found}
+        == {peers.peer(name) for name in peers.beside(bench.here())}
+        != set()
+    )
     for t in found:
-        assert t["error"] is None and t["mismatch"] is None and t["ratio"], (t["engine"], t["error"], t["mismatch"])
-        assert t["disagreement"] < 1e-4 and t["against"].partition("-")[0] == peers.PEERS[peers.peer(t["engine"])].engine
+        assert t["error"] is None and t["mismatch"] is None and t["ratio"], (
+            t["engine"],
+            t["error"],
+            t["mismatch"],
+        )
+        assert (
+            t["disagreement"] < 1e-4
+            and t["against"].partition("-")[0] == peers.PEERS[peers.peer(t["engine"])].engine
+        )
 
 
 @pytest.mark.slow
 def test_scaling_of_the_embedded_model(tmp_path: Path) -> None:
     result = bench.bench("tiny", ["scaling"], [bench.here()[0]], units=1)
     (found,) = result["scaling"].values()
-    assert len(found["cases"]) == 8 and all(len(c["seconds"]) == 2 for c in found["cases"]) and len(found["loss"]) == 4
+    assert (
+        len(found["cases"]) == 8
+        and all(len(c["seconds"]) == 2 for c in found["cases"])
+        and len(found["loss"]) == 4
+    )
     assert "times the rows" in render.block(result)
     render.write(result, tmp_path)
     assert (tmp_path / "bench.json").is_file()
@@ -356,7 +494,9 @@ def test_ctrl_c_ends_all_processes_with_a_word(tmp_path: Path) -> None:
     ]
     # A shell without job control has the processes of its background ignore Ctrl-C, and so would ours.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen
+    )
     assert process.stderr is not None
     assert "unit 1 of 500" in process.stderr.readline()  # both engines are open and have warmed up
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
@@ -367,7 +507,9 @@ def test_ctrl_c_ends_all_processes_with_a_word(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_fails_is_a_line() -> None:
-    (found,) = bench._take_turns([{"engine": bench.here()[0], "what": "sft", "folder": "/nowhere", "shape": vars(Shape())}], 1)
+    (found,) = bench._take_turns(
+        [{"engine": bench.here()[0], "what": "sft", "folder": "/nowhere", "shape": vars(Shape())}], 1
+    )
     assert found.error and "nowhere" in found.error
     assert "nowhere" in render.table({"timings": [vars(found)]})
 
@@ -393,7 +535,10 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
         (["--what", ""], "give one or more of sft"),
         (["--engines", ""], "give one or more of mlx-gpu"),
         (["--rows", "12", "--peers"], "no multiple of --batch-size 8"),
-        (["--model", "tiny", "--length", "600"], "sft takes rows of 600 tokens, and tiny reads 512 at most: give a shorter --length"),
+        (
+            ["--model", "tiny", "--length", "600"],
+            "sft takes rows of 600 tokens, and tiny reads 512 at most: give a shorter --length",
+        ),
         (["--what", "reward", "--rows", "9", "--batch-size", "3"], "give an even number"),
         (["--what", "ppo", "--rows", "10", "--batch-size", "5"], "give a number that divides them"),
     ],
@@ -406,26 +551,44 @@ def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> Non
 
 def test_prompts_and_answers_must_fit_the_model(tmp_path: Path, random_gpt2: Path) -> None:
     for what in ("generate", "ppo"):
-        with pytest.raises(UserError, match=f"{what} takes rows of .* reads 64 at most: leave it out of --what"):
+        with pytest.raises(
+            UserError, match=f"{what} takes rows of .* reads 64 at most: leave it out of --what"
+        ):
             bench._check_context("it", bench.plan.size(random_gpt2), [what], Shape(rows=2, length=16))
     bench._check_context("it", bench.plan.size(random_gpt2), ["sft", "scaling"], Shape(rows=2, length=64))
     with pytest.raises(UserError, match="scaling takes rows of 64 tokens"):
-        bench._check_context("it", dataclasses.replace(bench.plan.size(random_gpt2), context=63), ["scaling"], Shape(rows=2, length=64))
+        bench._check_context(
+            "it",
+            dataclasses.replace(bench.plan.size(random_gpt2), context=63),
+            ["scaling"],
+            Shape(rows=2, length=64),
+        )
 
 
 def test_what_nobody_finished_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One engine that fails is a line; where all do there is nothing to tell, and a folder that was there before stays."""
+    """One engine that fails is a line; where all do there is nothing to tell, and a folder that was there
+    before stays.
+    """
     monkeypatch.setattr(bench, "measure_peaks", lambda name: {"gflops": 1.0, "gb_per_s": 1.0})
     monkeypatch.setattr(
-        bench, "_take_turns", lambda specs, units: [bench.Timing(s["engine"], s["what"], error="out of memory") for s in specs]
+        bench,
+        "_take_turns",
+        lambda specs, units: [bench.Timing(s["engine"], s["what"], error="out of memory") for s in specs],
     )
     monkeypatch.setattr(bench, "_scaling", lambda spec, units: {"error": "no room"})
     for what, said in (("sft,lora", "out of memory"), ("scaling", "no room")):
-        done = CliRunner().invoke(app, ["bench", "--model", "tiny", "--what", what, "--output", str(tmp_path)])
+        done = CliRunner().invoke(
+            app, ["bench", "--model", "tiny", "--what", what, "--output", str(tmp_path)]
+        )
         assert isinstance(done.exception, UserError) and f"no engine finished: {said}" in str(done.exception)
     assert tmp_path.exists() and not list(tmp_path.iterdir())
     cases = [{**case._asdict(), "seconds": [1.0]} for case in scaling.cases(512)]
     monkeypatch.setattr(bench, "_scaling", lambda spec, units: {"cases": cases, "loss": []})
-    done = CliRunner().invoke(app, ["bench", "--model", "tiny", "--what", "sft,scaling", "--output", str(tmp_path)])
+    done = CliRunner().invoke(
+        app, ["bench", "--model", "tiny", "--what", "sft,scaling", "--output", str(tmp_path)]
+    )
     assert done.exit_code == 0 and "out of memory" in done.output
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md"} and "bench.svg" not in done.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench.json",
+        "bench.md",
+    } and "bench.svg" not in done.output

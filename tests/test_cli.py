@@ -22,14 +22,26 @@ def run(random_gpt2, rows_file, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*overrides: str, recipe: str = "01_sft", engine: str = ENGINES[0]):
-        base = [f"model={random_gpt2}", f"data.source={rows_file}", "output=out", f"engine={engine}", "train.steps=2", "sample.count=0"]
+        base = [
+            f"model={random_gpt2}",
+            f"data.source={rows_file}",
+            "output=out",
+            f"engine={engine}",
+            "train.steps=2",
+            "sample.count=0",
+        ]
         code = 0
         try:
             main(["run", recipe, *base, *overrides])
         except SystemExit as exit:
             code = exit.code or 0
         captured = capfd.readouterr()
-        return SimpleNamespace(code=code, err=captured.err, out=captured.out, last=(captured.err.strip().splitlines() or [""])[-1])
+        return SimpleNamespace(
+            code=code,
+            err=captured.err,
+            out=captured.out,
+            last=(captured.err.strip().splitlines() or [""])[-1],
+        )
 
     return call
 
@@ -122,7 +134,19 @@ def test_a_full_disk_is_found_before_training(run, monkeypatch, tmp_path):
 
 
 def test_generate_prints_answers_and_refuses_long_prompts(random_gpt2, capfd):
-    main_ok(["generate", str(random_gpt2), "--prompt", "The cat", "--prompt", "A dog", "--max-tokens", "5", "--json"])
+    main_ok(
+        [
+            "generate",
+            str(random_gpt2),
+            "--prompt",
+            "The cat",
+            "--prompt",
+            "A dog",
+            "--max-tokens",
+            "5",
+            "--json",
+        ]
+    )
     answers = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [a["prompt"] for a in answers] == ["The cat", "A dog"] and all(a["tokens"] <= 5 for a in answers)
     with pytest.raises(SystemExit) as exit:
@@ -138,7 +162,9 @@ def main_ok(arguments: list[str]) -> None:
 
 
 def processor_seconds(*arguments: str) -> float:
-    """What Python takes of a processor with these arguments: wall-clock time would measure the machine's load."""
+    """What Python takes of a processor with these arguments: wall-clock time would measure the machine's
+    load.
+    """
     import resource
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -148,9 +174,11 @@ def processor_seconds(*arguments: str) -> float:
 
 
 def test_help_and_recipe_errors_answer_at_once():
-    """No heavy import on the way, and little time beside that of the libraries that read a recipe, whatever the machine's speed.
+    """No heavy import on the way, and little time beside that of the libraries that read a recipe, whatever
+    the machine's speed.
 
-    On two shared cores they take 0.12 and 0.37 s, the goal being half a second; torch alone would add more than a second.
+    On two shared cores they take 0.12 and 0.37 s, the goal being half a second; torch alone would add more
+    than a second.
     """
     asked = [sys.executable, "-X", "importtime", "-m", "mlx_posttrain", "run", "01_sft", "trian.lr=1"]
     refusal = subprocess.run(asked, capture_output=True, text=True, timeout=60)
@@ -161,7 +189,10 @@ def test_help_and_recipe_errors_answer_at_once():
     assert "pydantic" in loaded and not loaded & heavy
 
     libraries = ("-c", "import typer, yaml, pydantic, numpy")
-    turns = [[processor_seconds(*call) for call in (libraries, ("-m", "mlx_posttrain", "--help"), asked[3:])] for _ in range(5)]
+    turns = [
+        [processor_seconds(*call) for call in (libraries, ("-m", "mlx_posttrain", "--help"), asked[3:])]
+        for _ in range(5)
+    ]
     needed, help, error = (min(times) for times in zip(*turns, strict=True))
     assert help < 1.2 * needed and error < 2.5 * needed
 
@@ -169,7 +200,9 @@ def test_help_and_recipe_errors_answer_at_once():
 def test_every_key_is_described(capfd):
     main_ok(["keys", "sft"])
     lines = capfd.readouterr().out.splitlines()
-    assert all(len(line.split()) > 2 for line in lines) and any(line.startswith("train.lr ") for line in lines)
+    assert all(len(line.split()) > 2 for line in lines) and any(
+        line.startswith("train.lr ") for line in lines
+    )
 
 
 def test_plain_progress_is_lines_not_control_codes(run):

@@ -1,4 +1,6 @@
-"""The demo as a newcomer runs it: a process, the shipped model, nothing from the network; and it must have learned something."""
+"""The demo as a newcomer runs it: a process, the shipped model, nothing from the network; and it must have
+learned something.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from mlx_posttrain.progress import Interrupted
 def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     out = tmp_path / "demo"
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)], capture_output=True, text=True, timeout=1600, cwd=tmp_path
+        [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=1600,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     comparison = json.loads((out / "report" / "final" / "report-comparison.json").read_text())
@@ -28,14 +34,19 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     assert list(found) == ["base", "sft", "templates", "lora", "kl", "crowd", "ppo"]
     base = found["base"]
     assert base["accuracy"] < 0.05  # the base does not know the format
-    for name, more in (("sft", 0.25), ("kl", 0.25), ("lora", 0.05)):  # an adapter on so small a base learns slower than its weights
+    # an adapter on so small a base learns slower than its weights
+    for name, more in (("sft", 0.25), ("kl", 0.25), ("lora", 0.05)):
         assert found[name]["accuracy"] > base["accuracy"] + more, name
         assert found[name]["accuracy_phrasing"] > base["accuracy_phrasing"] + more, name
         assert found[name]["response_loss"] < base["response_loss"] - 2.0, name
-    # The leash holds: less of the base text is forgotten than by plain SFT, and the model stays nearer to the base.
-    assert abs(found["kl"]["perplexity"] - base["perplexity"]) < abs(found["sft"]["perplexity"] - base["perplexity"])
+    # The leash holds: less of the base text is forgotten than by plain SFT, and the model stays nearer to the
+    # base.
+    assert abs(found["kl"]["perplexity"] - base["perplexity"]) < abs(
+        found["sft"]["perplexity"] - base["perplexity"]
+    )
     assert found["kl"]["kl"] < found["sft"]["kl"]
-    # The reward model knows more than words or length give away, and PPO raises its score on prompts it was not trained on.
+    # The reward model knows more than words or length give away, and PPO raises its score on prompts it was
+    # not trained on.
     report = json.loads((out / "reward" / "report.json").read_text())
     assert report["accuracy"][0] > max(report["bag_of_words"][0], report["longer"][0]) + 0.05
     records = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()]
@@ -44,16 +55,34 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     # Thinking is learned: its form, and what it is good for.
     thinking = json.loads((out / "distill" / "report.json").read_text())
     assert thinking["format_rate"][0] > 0.5 and thinking["accuracy"][0] > thinking["base_accuracy"][0] + 0.05
-    for words in ("right answers", "base-text", "repetition", "wanted", "PEFT", "mlx-posttrain run 03_lora", "before", "KL from the start",
-                  "after thinking", "report.html"):  # fmt: skip
+    for words in (
+        "right answers",
+        "base-text",
+        "repetition",
+        "wanted",
+        "PEFT",
+        "mlx-posttrain run 03_lora",
+        "before",
+        "KL from the start",
+        "after thinking",
+        "report.html",
+    ):
         assert words in done.stdout, words
     assert (out / "lora-peft" / "adapter_model.safetensors").is_file()
     page = (out / "report" / "final" / "report.html").read_text()
-    for words in ("Was base text forgotten?", "Reward against KL", "right after thinking", "repetition, sampled"):
+    for words in (
+        "Was base text forgotten?",
+        "Reward against KL",
+        "right after thinking",
+        "repetition, sampled",
+    ):
         assert words in page, words
     assert "Loading weights" not in done.stderr and "FutureWarning" not in done.stderr
     again = subprocess.run(
-        [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert again.returncode == 2 and "earlier demo" in again.stderr
 
@@ -63,7 +92,10 @@ def test_reading_an_adapter_through_peft_makes_no_noise(tmp_path, capfd):
     pytest.importorskip("peft")
     run = tmp_path / "run"
     methods.get("sft").run(
-        recipe.load("demo_lora", [f"output={run}", "data.limit=16", "data.eval_limit=4", "train.steps=1", "sample.count=0"])
+        recipe.load(
+            "demo_lora",
+            [f"output={run}", "data.limit=16", "data.eval_limit=4", "train.steps=1", "sample.count=0"],
+        )
     )
     export.export(run, tmp_path / "peft", "peft")
     capfd.readouterr()
@@ -91,7 +123,10 @@ def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, mo
         calls.append((chosen.output, resume))
         if not resume:
             runs.start(chosen.output, chosen).close()
-        raise Interrupted(f"stage sft: interrupted (SIGINT) after step 3; everything is saved: continue with --resume {chosen.output}")
+        raise Interrupted(
+            "stage sft: interrupted (SIGINT) after step 3; everything is saved: continue "
+            f"with --resume {chosen.output}"
+        )
 
     monkeypatch.setattr(pipeline, "run", stop)
     for resumed in (False, True):

@@ -1,4 +1,6 @@
-"""Distillation: thoughts are read, trained, asked for and judged; what is left out is counted; the merged model is the trained one."""
+"""Distillation: thoughts are read, trained, asked for and judged; what is left out is counted; the merged
+model is the trained one.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,15 @@ ENGINES = engines.available()
 
 def test_what_is_a_thought():
     assert reasoning.thought_of("<think>\n1 + 2 = 3\n</think>\n3") == ("1 + 2 = 3", "3")
-    for bad in ("3", "<think>a", "<think></think>3", "<think>a</think>", "b <think>a</think>3", "<think>a</think><think>b</think>3",
-                "<think>a</think>3</think>"):  # fmt: skip
+    for bad in (
+        "3",
+        "<think>a",
+        "<think></think>3",
+        "<think>a</think>",
+        "b <think>a</think>3",
+        "<think>a</think><think>b</think>3",
+        "<think>a</think>3</think>",
+    ):
         assert reasoning.thought_of(bad) is None, bad
     assert reasoning.steps_of("<think>\n1 + 2 = 3\n\n3 + 4 = 7\n</think>\n7") == 2
     assert reasoning.steps_of("7") == 0
@@ -39,20 +48,33 @@ def test_a_trace_is_the_thought_alone():
     "row, said",
     [
         ({"question": "q", "thinking": "t", "answer": "a"}, "<think>\nt\n</think>\na"),
-        ({"problem": "q", "deepseek_reasoning": "t", "deepseek_solution": "a", "domain": "math"}, "<think>\nt\n</think>\na"),
-        ({"question": "q", "thinking": "t", "answer": "a", "response": "<think>x</think>y"}, "<think>\nt\n</think>\na"),
+        (
+            {"problem": "q", "deepseek_reasoning": "t", "deepseek_solution": "a", "domain": "math"},
+            "<think>\nt\n</think>\na",
+        ),
+        (
+            {"question": "q", "thinking": "t", "answer": "a", "response": "<think>x</think>y"},
+            "<think>\nt\n</think>\na",
+        ),
     ],
 )
 def test_the_trace_is_read_and_not_the_answer_alone(row, said):
     (found,), dropped = formats.parse_rows([row])
-    assert isinstance(found, Conversation) and found.turns == (Turn("user", "q"), Turn("assistant", said)) and not dropped
+    assert (
+        isinstance(found, Conversation)
+        and found.turns == (Turn("user", "q"), Turn("assistant", said))
+        and not dropped
+    )
     assert found.extra["answer"] == "a"
 
 
 def test_gsm8k_steps_become_a_thought():
     row = {"question": "q", "answer": "48/2 = <<48/2=24>>24 clips.\nIn all 72.\n#### 72"}
     (found,), _ = formats.parse_rows([row], format="gsm8k")
-    assert found.turns[-1].content == "<think>\n48/2 = 24 clips.\nIn all 72.\n</think>\n72" and found.extra["answer"] == "72"
+    assert (
+        found.turns[-1].content == "<think>\n48/2 = 24 clips.\nIn all 72.\n</think>\n72"
+        and found.extra["answer"] == "72"
+    )
     (plain,), _ = formats.parse_rows([row])
     assert plain.turns[-1].content == row["answer"]
 
@@ -61,8 +83,14 @@ def test_shared_reasoning_files_are_read(shared):
     from mlx_posttrain.data.sources import load_rows
     from mlx_posttrain.evaluate import verify
 
-    for name, format, count in (("gsm8k-train", "gsm8k", 7473), ("thinking-traces", "auto", 153), ("countdown-train", "auto", 2000)):
-        found, dropped = formats.parse_rows(load_rows(str(shared / "data" / "reasoning" / f"{name}.jsonl")), format=format)
+    for name, format, count in (
+        ("gsm8k-train", "gsm8k", 7473),
+        ("thinking-traces", "auto", 153),
+        ("countdown-train", "auto", 2000),
+    ):
+        found, dropped = formats.parse_rows(
+            load_rows(str(shared / "data" / "reasoning" / f"{name}.jsonl")), format=format
+        )
         assert len(found) + sum(dropped.values()) == count and sum(dropped.values()) <= 2, (name, dropped)
         assert all(reasoning.thought_of(c.turns[-1].content) for c in found), name
         if name != "thinking-traces":
@@ -70,11 +98,30 @@ def test_shared_reasoning_files_are_read(shared):
 
 
 def load(output, *overrides: str):
-    return recipe.load("08_distill", [
-        "model=tiny", "data.source=embedded/reasoning", "data.config=null", "data.families=[long_sum]", "data.limit=48", "data.system=null",
-        "data.template=question", "data.max_length=128", "data.eval_limit=12", "train.epochs=1", "train.batch_size=8", "train.accumulate=1",
-        "train.steps=4", "train.lr=1e-3", "think.questions=6", "think.max_tokens=24", "sample.count=1", f"output={output}", *overrides,
-    ])  # fmt: skip
+    return recipe.load(
+        "08_distill",
+        [
+            "model=tiny",
+            "data.source=embedded/reasoning",
+            "data.config=null",
+            "data.families=[long_sum]",
+            "data.limit=48",
+            "data.system=null",
+            "data.template=question",
+            "data.max_length=128",
+            "data.eval_limit=12",
+            "train.epochs=1",
+            "train.batch_size=8",
+            "train.accumulate=1",
+            "train.steps=4",
+            "train.lr=1e-3",
+            "think.questions=6",
+            "think.max_tokens=24",
+            "sample.count=1",
+            f"output={output}",
+            *overrides,
+        ],
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -82,20 +129,25 @@ def test_a_run_ends_with_a_report_and_a_merged_model(engine, tmp_path, capsys):
     result = methods.get("distill").run(load(tmp_path / "run", f"engine={engine}"))
     run = Run(tmp_path / "run")
     report = json.loads((run.folder / "report.json").read_text())
-    assert report["questions"] == 6 and report["accuracy"][0] == result["accuracy"] and "base_accuracy" in report
+    assert (
+        report["questions"] == 6 and report["accuracy"][0] == result["accuracy"] and "base_accuracy" in report
+    )
     answers = [json.loads(line) for line in (run.folder / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 6 and all(a["at_once"].startswith("<think>\n\n</think>") for a in answers)
     merged = engines.get(engine).load(run.folder / "merged")
     trained, tokenizer, _ = loading.open_model(run.folder, engine)
     tokens = np.array([tokenizer.encode("What is 2 + 3?")])
-    # The embedded base is stored in float16, and a merge keeps its base's format: logits around 10 differ in the third decimal.
+    # The embedded base is stored in float16, and a merge keeps its base's format: logits around 10 differ in
+    # the third decimal.
     np.testing.assert_allclose(merged.full_logits(tokens), trained.full_logits(tokens), atol=1e-2)
     assert "merged into" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("adapter", ["{rank: 8, alpha: 64}", "{rank: 4, kind: dora}", "null"])
-def test_the_base_that_is_asked_is_the_model_before_training(engine, adapter, random_gpt2, tmp_path, monkeypatch):
+def test_the_base_that_is_asked_is_the_model_before_training(
+    engine, adapter, random_gpt2, tmp_path, monkeypatch
+):
     """With an adapter it is the same weights without it, and nothing is loaded again."""
     asked, think = [], reasoning.think
 
@@ -106,20 +158,36 @@ def test_the_base_that_is_asked_is_the_model_before_training(engine, adapter, ra
     monkeypatch.setattr(reasoning, "think", spy)
     library, loaded = engines.get(engine), []
     load_weights = type(library).load
-    monkeypatch.setattr(type(library), "load", lambda *given, **more: loaded.append(given) or load_weights(*given, **more))
-    more = ["train.lr=1e-2", "train.select=last", "think.questions=4", "think.max_tokens=12", "sample.count=0"]
+    monkeypatch.setattr(
+        type(library), "load", lambda *given, **more: loaded.append(given) or load_weights(*given, **more)
+    )
+    more = [
+        "train.lr=1e-2",
+        "train.select=last",
+        "think.questions=4",
+        "think.max_tokens=12",
+        "sample.count=0",
+    ]
     methods.get("distill").run(load(tmp_path / "run", f"engine={engine}", f"adapter={adapter}", *more))
     assert len(loaded) == (2 if adapter == "null" else 1)
     start, tokenizer, _ = loading.open_model("tiny", engine)
-    rows = [json.loads(line)["question"] for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["question"] for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()
+    ]
     alone = think(
-        start, tokenizer, [Conversation((Turn("user", q), Turn("assistant", ""))) for q in rows], template="question", max_tokens=12
+        start,
+        tokenizer,
+        [Conversation((Turn("user", q), Turn("assistant", ""))) for q in rows],
+        template="question",
+        max_tokens=12,
     )
     assert asked[2].texts == alone.texts and asked[0].texts != alone.texts
 
 
 def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, monkeypatch):
-    """Context 64: a row is answered up to its end, not up to half of it, and no question that could be answered is left out."""
+    """Context 64: a row is answered up to its end, not up to half of it, and no question that could be
+    answered is left out.
+    """
     found = {}
     think = reasoning.think
 
@@ -128,10 +196,16 @@ def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, 
         return found[more.get("begin", "")]
 
     monkeypatch.setattr(reasoning, "think", spy)
-    monkeypatch.setattr("mlx_posttrain.data.encode.eos_id", lambda tokenizer: 10**6)  # nothing ends by itself
+    # nothing ends by itself
+    monkeypatch.setattr("mlx_posttrain.data.encode.eos_id", lambda tokenizer: 10**6)
     student, tokenizer, _ = loading.open_model(random_gpt2, ENGINES[0])
-    chosen = load(tmp_path, "think.base=false", "think.max_tokens=null", "data.max_length=64", "data.template=none")
-    rows = [Conversation((Turn("user", "2 + 3?" + " more" * more), Turn("assistant", "5")), extra={"answer": "5"}) for more in (0, 5)]
+    chosen = load(
+        tmp_path, "think.base=false", "think.max_tokens=null", "data.max_length=64", "data.template=none"
+    )
+    rows = [
+        Conversation((Turn("user", "2 + 3?" + " more" * more), Turn("assistant", "5")), extra={"answer": "5"})
+        for more in (0, 5)
+    ]
     asked = [len(tokenizer.encode(row.turns[0].content)) for row in rows]
     distill = methods.get("distill")
     distill.judge(chosen, Run(tmp_path), student, tokenizer, rows, kept=0.5)
@@ -140,19 +214,35 @@ def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, 
     assert found[reasoning.AT_ONCE].output_tokens.tolist() == [64 - n - begun for n in asked]
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["questions"] == 2 and figures["kept"] == 0.5 and figures["ended"][0] == 0
-    distill.judge(load(tmp_path, "think.base=false", "think.max_tokens=7", "data.template=none"), Run(tmp_path), student, tokenizer, rows)
+    distill.judge(
+        load(tmp_path, "think.base=false", "think.max_tokens=7", "data.template=none"),
+        Run(tmp_path),
+        student,
+        tokenizer,
+        rows,
+    )
     assert found[""].output_tokens.tolist() == [7, 7]
 
 
 def test_long_traces_are_left_out_and_counted(tmp_path, capsys):
-    methods.get("distill").run(load(tmp_path / "run", "data.max_length=96", "data.families=null", "think.questions=0", "train.steps=1"))
+    methods.get("distill").run(
+        load(
+            tmp_path / "run", "data.max_length=96", "data.families=null", "think.questions=0", "train.steps=1"
+        )
+    )
     said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("training rows"))
     assert "0 truncated" in said and int(said.partition("trained token, ")[2].split()[0]) > 0
 
 
 def test_a_system_prompt_is_trained_and_asked_with(tmp_path):
     methods.get("distill").run(
-        load(tmp_path / "run", "data.system=Think first.", "think.base=false", "data.template=chatml", "data.max_length=192")
+        load(
+            tmp_path / "run",
+            "data.system=Think first.",
+            "think.base=false",
+            "data.template=chatml",
+            "data.max_length=192",
+        )
     )
     assert loading.locate(tmp_path / "run").system == "Think first."
     from mlx_posttrain import supervised
@@ -165,11 +255,21 @@ def test_a_system_prompt_is_trained_and_asked_with(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_thoughts_are_learned(engine, tmp_path):
-    """Counting a word in a list: after a few minutes three in ten come out right, twice as many as without the thought."""
-    chosen = recipe.load("demo_distill", [
-        f"engine={engine}", "data.limit=2560", "data.eval_limit=120", "think.questions=120", "think.base=false", "sample.count=0",
-        f"output={tmp_path / 'run'}",
-    ])  # fmt: skip
+    """Counting a word in a list: after a few minutes three in ten come out right, twice as many as without
+    the thought.
+    """
+    chosen = recipe.load(
+        "demo_distill",
+        [
+            f"engine={engine}",
+            "data.limit=2560",
+            "data.eval_limit=120",
+            "think.questions=120",
+            "think.base=false",
+            "sample.count=0",
+            f"output={tmp_path / 'run'}",
+        ],
+    )
     result = methods.get("distill").run(chosen)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert result["format_rate"] > 0.9 and result["accuracy"] > 0.15

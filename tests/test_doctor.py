@@ -1,4 +1,6 @@
-"""doctor, the BLAS that MLX gets, and the check of mx.compile, each in a process of its own where the process matters."""
+"""doctor, the BLAS that MLX gets, and the check of mx.compile, each in a process of its own where the process
+matters.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,33 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX bri
 def python(code: str, **environment: str) -> str:
     """Run ``code`` in a fresh interpreter and return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-# -- doctor
+# doctor
 
 
 def test_every_check_reports():
     checks = doctor.collect()
     names = [check.name for check in checks]
-    for name in ("system", "chip", "Python", "memory", "disk", "transformers", "numpy", "hub cache", "hub token"):
+    for name in (
+        "system",
+        "chip",
+        "Python",
+        "memory",
+        "disk",
+        "transformers",
+        "numpy",
+        "hub cache",
+        "hub token",
+    ):
         assert name in names
     assert {check.status for check in checks} <= {doctor.OK, doctor.WARN, doctor.FAIL}
     assert not [check for check in checks if check.value == "could not be checked"]
@@ -38,7 +54,9 @@ def test_every_check_reports():
 
 
 def test_json_parses_and_the_exit_code_says_whether_something_must_be_fixed(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "collect", lambda: [doctor.Check("a", "1"), doctor.Check("b", "2", doctor.WARN, "do b")])
+    monkeypatch.setattr(
+        doctor, "collect", lambda: [doctor.Check("a", "1"), doctor.Check("b", "2", doctor.WARN, "do b")]
+    )
     assert doctor.doctor(json=True) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["a", "b"]
     monkeypatch.setattr(doctor, "collect", lambda: [doctor.Check("c", "3", doctor.FAIL, "do c")])
@@ -83,14 +101,18 @@ def test_missing_and_broken_packages_are_lines_of_the_report():
 
 def test_rosetta_is_recognised(monkeypatch):
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
-    monkeypatch.setattr(doctor, "_command", lambda *words: "1" if words[-1] == "sysctl.proc_translated" else "")
+    monkeypatch.setattr(
+        doctor, "_command", lambda *words: "1" if words[-1] == "sysctl.proc_translated" else ""
+    )
     (check,) = doctor._python()
     assert check.status == doctor.FAIL
     assert "Rosetta" in check.value
     assert "arm64" in check.advice
 
 
-@pytest.mark.parametrize(("release", "status"), [("13.6", doctor.FAIL), ("14.0", doctor.OK), ("26.1", doctor.OK)])
+@pytest.mark.parametrize(
+    ("release", "status"), [("13.6", doctor.FAIL), ("14.0", doctor.OK), ("26.1", doctor.OK)]
+)
 def test_mlx_needs_macos_14(monkeypatch, release, status):
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
     monkeypatch.setattr(doctor.platform, "machine", lambda: "arm64")
@@ -102,9 +124,13 @@ def test_mlx_needs_macos_14(monkeypatch, release, status):
 
 
 def test_memory_on_a_mac_is_read_from_its_own_tools(monkeypatch):
-    vm_stat = "Mach Virtual Memory Statistics:\nPages free:   1000.\nPages inactive:   500.\nPages active:  7.\n"
+    vm_stat = (
+        "Mach Virtual Memory Statistics:\nPages free:   1000.\nPages inactive:   500.\nPages active:  7.\n"
+    )
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
-    monkeypatch.setattr(doctor, "_command", lambda *words: vm_stat if words[0] == "vm_stat" else str(16 * 1024**3))
+    monkeypatch.setattr(
+        doctor, "_command", lambda *words: vm_stat if words[0] == "vm_stat" else str(16 * 1024**3)
+    )
     assert doctor.memory() == (16 * 1024**3, 1500 * os.sysconf("SC_PAGE_SIZE"))
 
 
@@ -122,9 +148,12 @@ RATE = """
 @linux
 def test_mlx_is_at_least_five_times_faster_with_the_blas_found():
     pytest.importorskip("mlx")
-    if "mlx_cpu" not in python("from mlx_posttrain import blas; print(blas.load().path)", MLX_POSTTRAIN_BLAS="none"):
+    if "mlx_cpu" not in python(
+        "from mlx_posttrain import blas; print(blas.load().path)", MLX_POSTTRAIN_BLAS="none"
+    ):
         pytest.skip("this MLX was not built with the reference BLAS")
-    one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # so that the other tests' load does not matter
+    # so that the other tests' load does not matter
+    one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     slow, name = python(RATE, MLX_POSTTRAIN_BLAS="none", **one).split("\n")[:2]
     assert name == "None"
     fast, name = python(RATE, MLX_POSTTRAIN_BLAS="", **one).split("\n")[:2]
@@ -160,7 +189,9 @@ def test_results_are_right_and_the_order_of_imports_does_not_matter(first):
 
 @linux
 def test_only_mlx_gets_it():
-    """A global OpenBLAS would give PyTorch wrong complex dot products (another calling convention) and take its matmul from MKL."""
+    """A global OpenBLAS would give PyTorch wrong complex dot products (another calling convention) and take
+    its matmul from MKL.
+    """
     pytest.importorskip("mlx")
     pytest.importorskip("torch")
     python(
@@ -202,11 +233,20 @@ def test_a_library_that_cannot_be_used_is_one_line_and_mlx_still_works(tmp_path)
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        ("blas._protection = lambda address: 1; blas._protect = refuse", "cannot be changed here ([Errno 13] mprotect: Permission denied)"),
+        (
+            "blas._protection = lambda address: 1; blas._protect = refuse",
+            "cannot be changed here ([Errno 13] mprotect: Permission denied)",
+        ),
         ("blas._protection = refuse", "cannot be changed here"),  # no /proc
         ("blas._FUNCTION_RELOCATIONS = {}", "could not be checked (unknown processor"),
-        ("ctypes.CDLL = lambda *given, **named: object()", "could not be checked (this C library does not tell"),
-        ("blas._import_slots = lambda *given: real('libnowhere.so', *given[1:])", "could not be checked (libnowhere.so is not among"),
+        (
+            "ctypes.CDLL = lambda *given, **named: object()",
+            "could not be checked (this C library does not tell",
+        ),
+        (
+            "blas._import_slots = lambda *given: real('libnowhere.so', *given[1:])",
+            "could not be checked (libnowhere.so is not among",
+        ),
     ],
     ids=["mprotect fails", "no /proc", "unknown processor", "missing symbol", "library under another name"],
 )
@@ -262,7 +302,7 @@ def test_a_library_that_multiplies_wrongly_is_refused():
         blas._self_test(Sgemm())
 
 
-# -- mx.compile
+# mx.compile
 
 PROBE = """
     import mlx.core as mx
@@ -288,5 +328,7 @@ def test_a_broken_compiler_or_temporary_folder_is_noticed(tmp_path):
     works, _, problem = python(PROBE, PATH=f"{tools}:/usr/bin:/bin", TMPDIR=str(scratch)).split("|")
     assert works == "False"
     assert "Failed to compile" in problem
-    works, _, problem = python(PROBE, PATH=f"{tools}:/usr/bin:/bin", TMPDIR=str(tmp_path / "missing")).split("|")
+    works, _, problem = python(PROBE, PATH=f"{tools}:/usr/bin:/bin", TMPDIR=str(tmp_path / "missing")).split(
+        "|"
+    )
     assert works == "False"

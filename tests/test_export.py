@@ -1,4 +1,6 @@
-"""What a run leaves behind is what PEFT, transformers and mlx-lm load: logits compared, warnings and unexpected keys refused."""
+"""What a run leaves behind is what PEFT, transformers and mlx-lm load: logits compared, warnings and
+unexpected keys refused.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,16 @@ def runs(random_gpt2, rows_file, tmp_path_factory):
             }[kind]
             output = folder / f"{engine}-{kind}"
             overrides = [
-                f"model={random_gpt2}", f"data.source={rows_file}", f"output={output}", f"engine={engine}",
-                "train.steps=6", "train.lr=2e-2", "sample.count=0", *adapter, *more,
-            ]  # fmt: skip
+                f"model={random_gpt2}",
+                f"data.source={rows_file}",
+                f"output={output}",
+                f"engine={engine}",
+                "train.steps=6",
+                "train.lr=2e-2",
+                "sample.count=0",
+                *adapter,
+                *more,
+            ]
             chosen = recipe.load("01_sft", overrides)
             methods.get(chosen.method).run(chosen)
             made[engine, kind] = output
@@ -59,7 +68,8 @@ def no_warning():
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            warnings.simplefilter("ignore", FutureWarning)  # deprecations between peft and transformers say nothing of our files
+            # deprecations between peft and transformers say nothing of our files
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         for name in names:
@@ -91,7 +101,8 @@ def test_peft_loads_the_exported_adapter(engine, kind, runs, random_gpt2, tmp_pa
     ours, _, _ = open_model(run, engine)
     assert np.abs(transformers_logits(model) - ours.full_logits(TOKENS)).max() < 1e-4
     bare, _, _ = open_model(random_gpt2, engine)
-    assert np.abs(bare.full_logits(TOKENS) - ours.full_logits(TOKENS)).max() > 1e-2  # the adapter does something
+    # the adapter does something
+    assert np.abs(bare.full_logits(TOKENS) - ours.full_logits(TOKENS)).max() > 1e-2
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(random_gpt2) and config["fan_in_fan_out"] is True
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -110,7 +121,10 @@ def test_transformers_loads_full_and_merged_models(engine, kind, runs, tmp_path)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ours, tokenizer, _ = open_model(run, engine)
     assert np.abs(transformers_logits(model) - ours.full_logits(TOKENS)).max() < 1e-4
-    assert AutoTokenizer.from_pretrained(tmp_path / "model")("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "model")("the cat")["input_ids"]
+        == tokenizer("the cat")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -148,14 +162,16 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
     assert records[-1]["eval/loss"] < records[0]["eval/loss"]
     total, trained = model.parameter_counts()
     plain, _, _ = open_model(random_gpt2, "mlx")
-    assert total - trained == plain.parameter_counts()[0]  # a packed weight counts as the weights it stands for
+    # a packed weight counts as the weights it stands for
+    assert total - trained == plain.parameter_counts()[0]
 
     # To full precision: the base after rounding plus the adapter, nothing lost.
     export.export(run, tmp_path / "hf", "hf", merged=True)
     merged, _, _ = open_model(tmp_path / "hf", "mlx")
     assert np.abs(merged.full_logits(TOKENS) - model.full_logits(TOKENS)).max() < 1e-3
 
-    # Into the grid again: measured; refused when too much of the adapter is lost, and then nothing is left behind.
+    # Into the grid again: measured; refused when too much of the adapter is lost, and then nothing is left
+    # behind.
     drift = export.export(run, tmp_path / "forced", "mlx-lm", merged=True, force=True)["drift"]
     import mlx.core as mx
     from mlx_lm import load
@@ -165,7 +181,10 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
     difference = np.abs(np.array(again(mx.array(probe))) - model.full_logits(probe)).max()
     assert drift["max_logit_difference"] == pytest.approx(difference, rel=1e-3)
     assert 0 < drift["lost"] < 2 and drift["kl"] > 0
-    assert f"largest difference {drift['max_logit_difference']:.3f}" in (tmp_path / "forced" / "README.md").read_text()
+    assert (
+        f"largest difference {drift['max_logit_difference']:.3f}"
+        in (tmp_path / "forced" / "README.md").read_text()
+    )
     monkey = pytest.MonkeyPatch()
     monkey.setattr(export, "MAX_LOST", drift["lost"] / 2)
     with pytest.raises(UserError, match=r"4-bit base would lose .* --force"):
@@ -187,7 +206,10 @@ def test_an_adapter_made_by_peft_is_a_starting_point(engine, random_gpt2, rows_f
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(random_gpt2)
-    theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"))
+    theirs = get_peft_model(
+        base,
+        LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    )
     torch.manual_seed(0)
     for name, p in theirs.named_parameters():
         if "lora_B" in name:
@@ -195,10 +217,19 @@ def test_an_adapter_made_by_peft_is_a_starting_point(engine, random_gpt2, rows_f
     theirs.save_pretrained(tmp_path / "adapter")
     opened, _, _ = open_model(tmp_path / "adapter", engine)  # its base is named in its config
     assert np.abs(opened.full_logits(TOKENS) - transformers_logits(theirs)).max() < 1e-4
-    chosen = recipe.load("01_sft", [
-        f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", f"engine={engine}", "train.steps=1", "train.lr=1e-9",
-        "sample.count=0", f"adapter.path={tmp_path / 'adapter'}",
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "01_sft",
+        [
+            f"model={random_gpt2}",
+            f"data.source={rows_file}",
+            f"output={tmp_path / 'run'}",
+            f"engine={engine}",
+            "train.steps=1",
+            "train.lr=1e-9",
+            "sample.count=0",
+            f"adapter.path={tmp_path / 'adapter'}",
+        ],
+    )
     methods.get(chosen.method).run(chosen)
     continued, _, _ = open_model(tmp_path / "run", engine)
     assert np.abs(continued.full_logits(TOKENS) - transformers_logits(theirs)).max() < 1e-4
@@ -216,9 +247,18 @@ def test_a_run_made_by_one_engine_opens_on_the_other(runs):
 def test_a_run_is_a_new_runs_model(runs, rows_file, tmp_path):
     """Also an adapter run, which is merged once, beside its final/."""
     first = runs(ENGINES[0], "lora")
-    chosen = recipe.load("01_sft", [
-        f"model={first}", f"data.source={rows_file}", f"output={tmp_path / 'second'}", f"engine={ENGINES[0]}", "train.steps=1", "train.lr=1e-9", "sample.count=0",
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "01_sft",
+        [
+            f"model={first}",
+            f"data.source={rows_file}",
+            f"output={tmp_path / 'second'}",
+            f"engine={ENGINES[0]}",
+            "train.steps=1",
+            "train.lr=1e-9",
+            "sample.count=0",
+        ],
+    )
     methods.get(chosen.method).run(chosen)
     assert locate(tmp_path / "second").adapter is None
     ours, theirs = (open_model(r, ENGINES[0])[0].full_logits(TOKENS) for r in (first, tmp_path / "second"))
@@ -248,7 +288,10 @@ def test_refusals(runs, tmp_path):
 
 def test_push_uploads_only_when_asked_and_fails_in_one_line(runs, tmp_path, monkeypatch):
     calls = []
-    api = SimpleNamespace(create_repo=lambda *a, **k: calls.append("create"), upload_folder=lambda **k: calls.append(k["repo_id"]) or "url")
+    api = SimpleNamespace(
+        create_repo=lambda *a, **k: calls.append("create"),
+        upload_folder=lambda **k: calls.append(k["repo_id"]) or "url",
+    )
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
     export.export(runs(ENGINES[0], "lora"), tmp_path / "a", "peft")
     assert calls == []
@@ -265,7 +308,11 @@ def test_push_uploads_only_when_asked_and_fails_in_one_line(runs, tmp_path, monk
         raise type("ConnectError", (Exception,), {})()  # the HTTP library's own, which is no OSError
 
     api.create_repo = without_network
-    with pytest.raises(UserError, match=r"upload to me/model failed: ConnectError; .*give the same command again"):
+    with pytest.raises(
+        UserError,
+        match=r"upload to me/model failed: ConnectError; .*give the same command "
+        r"again",
+    ):
         export.push(tmp_path / "a", "me/model")
 
 
@@ -282,10 +329,17 @@ def test_an_upload_that_failed_is_tried_again(runs, tmp_path, monkeypatch, capfd
     lora, full = (str(runs(ENGINES[0], kind)) for kind in ("lora", "full"))
     command = ["export", lora, "--output", str(tmp_path / "out"), "--push", "me/model"]
     outcome = []
-    for arguments in (command, command, ["export", full, "--to", "hf", *command[2:]], [*command, "--to", "mlx-lm"]):
+    for arguments in (
+        command,
+        command,
+        ["export", full, "--to", "hf", *command[2:]],
+        [*command, "--to", "mlx-lm"],
+    ):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         said = capfd.readouterr()
-        outcome.append((ended.value.code, "url of out" in said.out, "no network" in said.err, "not empty" in said.err))
+        outcome.append(
+            (ended.value.code, "url of out" in said.out, "no network" in said.err, "not empty" in said.err)
+        )
     refused = (2, False, False, True)
     assert outcome == [(2, False, True, False), (0, True, False, False), refused, refused]

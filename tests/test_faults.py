@@ -42,19 +42,50 @@ def file(name: str, content: Callable[[bytes], bytes]) -> Callable[[Path], objec
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no n_layer, so 12": (config(n_layer=None), r"lack model.h.2.ln_1.weight \(and 119 more\) for a GPT-2 with n_layer 12"),
-    "n_layer a word": (config(n_layer="two"), r"config.json has n_layer 'two'; it must be a whole number of at least 1"),
+    "no n_layer, so 12": (
+        config(n_layer=None),
+        r"lack model.h.2.ln_1.weight \(and 119 more\) for a GPT-2 with n_layer 12",
+    ),
+    "n_layer a word": (
+        config(n_layer="two"),
+        r"config.json has n_layer 'two'; it must be a whole number of at least "
+        r"1",
+    ),
     "no heads": (config(n_head=0), r"config.json has n_head 0; it must"),
-    "heads do not divide": (config(n_head=3), r"config.json has n_embd 64, which its n_head 3 does not divide"),
-    "architectures a word": (config(architectures="GPT2LMHeadModel"), r"architectures 'GPT2LMHeadModel'; it must be a list"),
+    "heads do not divide": (
+        config(n_head=3),
+        r"config.json has n_embd 64, which its n_head 3 does not divide",
+    ),
+    "architectures a word": (
+        config(architectures="GPT2LMHeadModel"),
+        r"architectures 'GPT2LMHeadModel'; it must be a list",
+    ),
     "no model type": (config(model_type=None), r"names no model_type"),
     "empty config": (file("config.json", lambda _: b""), r"config.json is not valid JSON"),
-    "list for config": (file("config.json", lambda _: b"[]"), r"config.json must hold a JSON object, found list"),
-    "junk weights": (file("model.safetensors", lambda _: b"hello" * 1000), r"model.safetensors is damaged or is not a safetensors file"),
-    "truncated weights": (file("model.safetensors", lambda d: d[: len(d) // 2]), r"model.safetensors is damaged"),
+    "list for config": (
+        file("config.json", lambda _: b"[]"),
+        r"config.json must hold a JSON object, found list",
+    ),
+    "junk weights": (
+        file("model.safetensors", lambda _: b"hello" * 1000),
+        r"model.safetensors is damaged "
+        r"or is not a safetensors file",
+    ),
+    "truncated weights": (
+        file("model.safetensors", lambda d: d[: len(d) // 2]),
+        r"model.safetensors is damaged",
+    ),
     "empty weights": (file("model.safetensors", lambda _: b""), r"model.safetensors is damaged"),
-    "list for tokenizer config": (file("tokenizer_config.json", lambda _: b"[]"), r"tokenizer_config.json must hold a JSON object"),
-    "list for generation config": (file("generation_config.json", lambda _: b"[]"), r"generation_config.json must hold a JSON object"),
+    "list for tokenizer config": (
+        file("tokenizer_config.json", lambda _: b"[]"),
+        r"tokenizer_config.json must hold a JSON "
+        r"object",
+    ),
+    "list for generation config": (
+        file("generation_config.json", lambda _: b"[]"),
+        r"generation_config.json must hold a JSON "
+        r"object",
+    ),
 }
 
 
@@ -80,7 +111,11 @@ def test_a_tensor_of_the_wrong_shape(name, random_gpt2, tmp_path):
     (key,) = [k for k in tensors if k.endswith(f"transformer.{name}") or k == name]
     tensors[key] = np.ascontiguousarray(tensors[key][..., :-1])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=rf"model.{name} has shape \(.*\), and config.json asks for \(".replace(".", r"\.", 1)):
+    with pytest.raises(
+        UserError,
+        match=rf"model.{name} has shape \(.*\), and config.json asks for "
+        r"\(".replace(".", r"\.", 1),
+    ):
         convert(folder, tmp_path / "out")
 
 
@@ -88,11 +123,23 @@ def test_the_shapes_of_a_gpt2():
     """A block of width 2 written out by hand, (out, in)."""
     sizes = {"vocab_size": 5, "n_positions": 4, "n_embd": 2, "n_layer": 1, "n_head": 1}
     right = {
-        "wte.weight": (5, 2), "wpe.weight": (4, 2), "ln_f.weight": (2,), "ln_f.bias": (2,),
-        "h.0.ln_1.weight": (2,), "h.0.ln_1.bias": (2,), "h.0.ln_2.weight": (2,), "h.0.ln_2.bias": (2,),
-        "h.0.attn.c_attn.weight": (6, 2), "h.0.attn.c_attn.bias": (6,), "h.0.attn.c_proj.weight": (2, 2), "h.0.attn.c_proj.bias": (2,),
-        "h.0.mlp.c_fc.weight": (8, 2), "h.0.mlp.c_fc.bias": (8,), "h.0.mlp.c_proj.weight": (2, 8), "h.0.mlp.c_proj.bias": (2,),
-    }  # fmt: skip
+        "wte.weight": (5, 2),
+        "wpe.weight": (4, 2),
+        "ln_f.weight": (2,),
+        "ln_f.bias": (2,),
+        "h.0.ln_1.weight": (2,),
+        "h.0.ln_1.bias": (2,),
+        "h.0.ln_2.weight": (2,),
+        "h.0.ln_2.bias": (2,),
+        "h.0.attn.c_attn.weight": (6, 2),
+        "h.0.attn.c_attn.bias": (6,),
+        "h.0.attn.c_proj.weight": (2, 2),
+        "h.0.attn.c_proj.bias": (2,),
+        "h.0.mlp.c_fc.weight": (8, 2),
+        "h.0.mlp.c_fc.bias": (8,),
+        "h.0.mlp.c_proj.weight": (2, 8),
+        "h.0.mlp.c_proj.bias": (2,),
+    }
     tensors = {f"model.{name}": np.zeros(shape) for name, shape in right.items()}
     gpt2.check_shapes(tensors, sizes)
     for name, tensor in tensors.items():
@@ -117,7 +164,10 @@ def test_an_index_that_names_a_missing_shard(random_gpt2, tmp_path):
 @pytest.mark.parametrize("budget", [1, 2 * 256, 4 * 256, 7 * 256])
 def test_decoding_in_parts_gives_the_texts_of_one_batch(engine, budget, random_gpt2):
     model, tokenizer, _ = open_model(random_gpt2, engine)
-    prompts = [tokenizer.encode(text) for text in ("The cat", "A small dog ran over the hill", "Numbers", "Once upon a time", "The moon")]
+    prompts = [
+        tokenizer.encode(text)
+        for text in ("The cat", "A small dog ran over the hill", "Numbers", "Once upon a time", "The moon")
+    ]
     options = {"max_tokens": 6, "stop": tokenizer.eos_token_id, "temperature": 1.0, "top_p": 0.9, "seed": 3}
     calls: list[int] = []
     generate = model.generate
@@ -131,7 +181,9 @@ def test_decoding_in_parts_gives_the_texts_of_one_batch(engine, budget, random_g
     together = model.generate(prompts, samples=3, **options)
     model.generate = counted
     parts = list(decoding.in_batches(model, prompts, samples=3, token_budget=budget, **options))
-    assert [c.tokens for c in parts] == [c.tokens for c in together] and [c.stopped for c in parts] == [c.stopped for c in together]
+    assert [c.tokens for c in parts] == [c.tokens for c in together] and [c.stopped for c in parts] == [
+        c.stopped for c in together
+    ]
     assert calls == {1: [1] * 15, 2 * 256: [2, 1] * 5, 4 * 256: [3] * 5, 7 * 256: [6, 6, 3]}[budget]
 
 
@@ -155,8 +207,13 @@ def test_a_line_is_what_ends_in_a_newline(random_gpt2, tmp_path, capfd):
     """A byte-order mark is no text, and Unicode's other separators stand inside a prompt."""
     (tmp_path / "prompts").write_bytes("\ufeffThe cat\r\n\n A\u2028dog\n".encode())
     with pytest.raises(SystemExit):
-        cli.main(["generate", str(random_gpt2), "--file", str(tmp_path / "prompts"), "--max-tokens", "2", "--json"])
-    assert [json.loads(line)["prompt"] for line in capfd.readouterr().out.split("\n")[:-1]] == ["The cat", " A\u2028dog"]
+        cli.main(
+            ["generate", str(random_gpt2), "--file", str(tmp_path / "prompts"), "--max-tokens", "2", "--json"]
+        )
+    assert [json.loads(line)["prompt"] for line in capfd.readouterr().out.split("\n")[:-1]] == [
+        "The cat",
+        " A\u2028dog",
+    ]
 
 
 @pytest.mark.parametrize("command", [["generate", "tiny", "--prompt", "x"], ["chat", "tiny"], ["demo"]])
@@ -174,9 +231,23 @@ def test_a_demo_into_a_file(tmp_path, capfd):
 def test_a_chat_outlives_a_question_that_is_too_long(engine, random_gpt2):
     asked = b"The cat\n" + b"The cat sat on the mat. " * 40 + b"\n\xff\xfe\nThe cat\n"
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_posttrain", "chat", str(random_gpt2), "--max-tokens", "3", "--temperature", "0", "--engine", engine],
-        input=asked, capture_output=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "mlx_posttrain",
+            "chat",
+            str(random_gpt2),
+            "--max-tokens",
+            "3",
+            "--temperature",
+            "0",
+            "--engine",
+            engine,
+        ],
+        input=asked,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.decode().strip().splitlines()
     assert "more than the 63 that fit; shorten it" in line
@@ -190,7 +261,9 @@ def test_a_config_that_contradicts_its_weights_is_one_line(engine, random_gpt2, 
         shutil.copytree(random_gpt2, folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
-        said = one_line(["generate", str(folder), "--prompt", "Hi", "--max-tokens", "2", "--engine", engine], capfd)
+        said = one_line(
+            ["generate", str(folder), "--prompt", "Hi", "--max-tokens", "2", "--engine", engine], capfd
+        )
         assert str(folder) in said or "config" in said, (key, said)
 
 

@@ -28,7 +28,8 @@ def test_chat_answers_each_line_and_ends_with_the_input(random_gpt2):
     answers = done.stdout.split("\n")
     (alone,) = generation.answer(str(random_gpt2), ["The cat"], max_tokens=6)
     assert done.stdout.count("\n") >= 3
-    assert answers[0].strip() == alone["answer"]  # and after /new the same question gets the same answer again
+    # and after /new the same question gets the same answer again
+    assert answers[0].strip() == alone["answer"]
     assert done.stdout.rstrip("\n").endswith(alone["answer"])
 
 
@@ -54,9 +55,18 @@ def test_a_runs_own_template_is_used(engine, random_gpt2, rows_file, tmp_path):
     from mlx_posttrain import methods, recipe
     from mlx_posttrain.loading import open_model
 
-    chosen = recipe.load("01_sft", [
-        f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", f"engine={engine}", "train.steps=1", "data.template=question", "sample.count=0",
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "01_sft",
+        [
+            f"model={random_gpt2}",
+            f"data.source={rows_file}",
+            f"output={tmp_path / 'run'}",
+            f"engine={engine}",
+            "train.steps=1",
+            "data.template=question",
+            "sample.count=0",
+        ],
+    )
     methods.get(chosen.method).run(chosen)
     model, tokenizer, source = open_model(tmp_path / "run", engine)
     assert generation.template_for(source, tokenizer, None) == ("question", True)
@@ -69,8 +79,25 @@ def test_a_runs_own_template_is_used(engine, random_gpt2, rows_file, tmp_path):
 
 def test_json_output_is_one_object_a_line(random_gpt2):
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_posttrain", "generate", str(random_gpt2), "--prompt", "The cat", "--samples", "3", "--temperature", "1", "--max-tokens", "4", "--json"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "mlx_posttrain",
+            "generate",
+            str(random_gpt2),
+            "--prompt",
+            "The cat",
+            "--samples",
+            "3",
+            "--temperature",
+            "1",
+            "--max-tokens",
+            "4",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 3 and len({a["answer"] for a in answers}) > 1

@@ -22,7 +22,9 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(**settings: str) -> tuple[bool, int]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
-    done = subprocess.run([sys.executable, "-c", PROBE], env=env | settings, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env=env | settings, capture_output=True, text=True, check=True
+    )
     kept, count = done.stdout.split()
     return kept == "True", int(count)
 

@@ -1,4 +1,6 @@
-"""Two processes never write one run: the second is told which process has it; a process that died leaves it free."""
+"""Two processes never write one run: the second is told which process has it; a process that died leaves it
+free.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ def writer(tmp_path):
 
     def call(what: str, folder: Path) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, what, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+            [sys.executable, "-c", WRITER, what, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
         )
         started.append(process)
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
@@ -84,7 +90,11 @@ def test_a_stage_that_another_process_resumed_is_left_alone(writer, tmp_path, ca
     runs.start(folder, recipe.load(str(tmp_path / "two.yaml"), [f"output={folder}"])).close()
     process = writer("01_sft", folder / "a")
     line = refused(capfd, "run", "--resume", str(folder))
-    assert line.startswith("mlx-posttrain: stage a: ") and f"process {process.pid}" in line and "delete" not in line
+    assert (
+        line.startswith("mlx-posttrain: stage a: ")
+        and f"process {process.pid}" in line
+        and "delete" not in line
+    )
 
 
 def test_of_two_that_start_at_once_one_is_refused(writer, tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""What people type for models, adapters, folders, engines and columns: found where it is meant, refused by one line where it is nothing."""
+"""What people type for models, adapters, folders, engines and columns: found where it is meant, refused by
+one line where it is nothing.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,15 @@ def refused(capfd, *arguments: str) -> str:
 def lora(random_gpt2, rows_file, tmp_path_factory) -> Path:
     """A finished adapter run."""
     folder = tmp_path_factory.mktemp("lora") / "03_lora"
-    run("01_sft", f"model={random_gpt2}", f"data.source={rows_file}", f"output={folder}", "adapter.rank=2", "train.lr=1e-2", *SHORT)
+    run(
+        "01_sft",
+        f"model={random_gpt2}",
+        f"data.source={rows_file}",
+        f"output={folder}",
+        "adapter.rank=2",
+        "train.lr=1e-2",
+        *SHORT,
+    )
     return folder
 
 
@@ -71,18 +81,38 @@ def test_an_interrupted_pretraining_takes_its_first_model_away_too(tmp_path, mon
         assert (tmp_path / "run" / "start" / "model.safetensors").is_file()
         raise KeyboardInterrupt
 
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"The cat sat on mat {i}."}) + "\n" for i in range(20)))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"The cat sat on mat {i}."}) + "\n" for i in range(20))
+    )
     monkeypatch.setattr(loading, "load_tokenizer", interrupt)
-    small = ["pretrain.vocab_size=300", "pretrain.layers=1", "pretrain.width=48", "pretrain.heads=2", "pretrain.context=64"]
+    small = [
+        "pretrain.vocab_size=300",
+        "pretrain.layers=1",
+        "pretrain.width=48",
+        "pretrain.heads=2",
+        "pretrain.context=64",
+    ]
     with pytest.raises(KeyboardInterrupt):
-        run("00_pretrain_tiny", f"data.source={tmp_path / 'texts.jsonl'}", f"output={tmp_path / 'run'}", *small, *SHORT)
+        run(
+            "00_pretrain_tiny",
+            f"data.source={tmp_path / 'texts.jsonl'}",
+            f"output={tmp_path / 'run'}",
+            *small,
+            *SHORT,
+        )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif("mlx" not in ENGINES, reason="quantising needs MLX")
 def test_a_refused_quantised_model_leaves_the_folder_free(random_gpt2, rows_file, tmp_path):
     weights.convert(random_gpt2, tmp_path / "q4", quantize=4, group_size=32)
-    settings = [f"model={tmp_path / 'q4'}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", *SHORT, "engine=mlx"]
+    settings = [
+        f"model={tmp_path / 'q4'}",
+        f"data.source={rows_file}",
+        f"output={tmp_path / 'run'}",
+        *SHORT,
+        "engine=mlx",
+    ]
     with pytest.raises(UserError, match="add an adapter"):
         run("01_sft", *settings)
     assert not (tmp_path / "run").exists()
@@ -94,16 +124,29 @@ def test_a_refused_quantised_model_leaves_the_folder_free(random_gpt2, rows_file
 
 def test_an_adapter_is_found_by_its_hub_id(cached, lora, rows_file, tmp_path):
     prompts = ["The cat sat", "Numbers such as"]
-    here, there = (generation.answer(name, prompts, engine=ENGINES[0], template="none", max_tokens=5) for name in (lora, "me/lora"))
+    here, there = (
+        generation.answer(name, prompts, engine=ENGINES[0], template="none", max_tokens=5)
+        for name in (lora, "me/lora")
+    )
     assert [a["answer"] for a in here] == [a["answer"] for a in there]
-    run("01_sft", "model=me/base", "adapter.path=me/lora", f"data.source={rows_file}", f"output={tmp_path / 'run'}", *SHORT)
+    run(
+        "01_sft",
+        "model=me/base",
+        "adapter.path=me/lora",
+        f"data.source={rows_file}",
+        f"output={tmp_path / 'run'}",
+        *SHORT,
+    )
     with pytest.raises(UserError, match=r"model=me/base$"):
         loading.base_folder("me/lora")
 
 
 def test_an_exported_adapter_keeps_the_hub_id_of_its_base(cached, tmp_path):
     export.export("me/lora", tmp_path / "out", "peft")
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "me/base"
+    )
 
 
 # rows
@@ -119,7 +162,14 @@ def test_held_out_rows_that_are_all_too_long_do_not_stop_a_run(random_gpt2, tmp_
     rows[int(aside.turns[0].content)]["instruction"] = "a very long question " * 80
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = [f"model={random_gpt2}", f"data.source={source}", f"output={tmp_path / 'run'}", "data.max_length=64", "seed=1", *SHORT]
+    settings = [
+        f"model={random_gpt2}",
+        f"data.source={source}",
+        f"output={tmp_path / 'run'}",
+        "data.max_length=64",
+        "seed=1",
+        *SHORT,
+    ]
     run("01_sft", *settings, "data.holdout=1")
     said = capfd.readouterr().err
     assert said.count("held-out rows: none of them can be used") == 1 and "training rows: 29 of 29" in said
@@ -130,10 +180,17 @@ def test_held_out_rows_that_are_all_too_long_do_not_stop_a_run(random_gpt2, tmp_
 def test_a_mistyped_column_of_ours_is_refused_and_a_foreign_one_is_named(random_gpt2, tmp_path, capfd):
     source = tmp_path / "rows.jsonl"
     source.write_text(
-        "".join(json.dumps({"instruction": f"Say {i}.", "input": "x", "output": "yes", "points": 1}) + "\n" for i in range(9))
+        "".join(
+            json.dumps({"instruction": f"Say {i}.", "input": "x", "output": "yes", "points": 1}) + "\n"
+            for i in range(9)
+        )
     )
     settings = [f"model={random_gpt2}", f"data.source={source}", f"output={tmp_path / 'run'}", *SHORT]
-    with pytest.raises(UserError, match=r"data.columns names 'inptu', which no format reads; did you mean 'input'"):
+    with pytest.raises(
+        UserError,
+        match=r"data.columns names 'inptu', which no format reads; did you mean "
+        r"'input'",
+    ):
         run("01_sft", *settings, "data.columns={inptu: input}")
     run("01_sft", *settings, "data.columns={weight: points}")
     assert capfd.readouterr().err.count("data.columns: no format reads weight;") == 1
@@ -145,7 +202,8 @@ def test_a_configuration_that_a_file_does_not_have_is_not_used_in_silence(tmp_pa
     for source in (str(tmp_path / "rows.jsonl"), "embedded/tasks"):
         supervised.read_rows(recipe.DataSection(source=source, config="main"), split="train", limit=1, seed=0)
         assert (
-            f"data.config=main is not used: only data sets on the hub have configurations, and {source} is none" in capfd.readouterr().err
+            f"data.config=main is not used: only data sets on the hub have configurations, and {source} is "
+            "none" in capfd.readouterr().err
         )
 
 
@@ -173,10 +231,15 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(lora, tmp_path, monkeypa
     typed = f"{lora.parent.name}/03_lroa"
     for arguments in (["generate", typed, "--prompt", "x"], ["export", typed]):
         line = refused(capfd, *arguments)
-        assert f"the folder {typed} does not exist; did you mean {lora.parent.name}/03_lora?" in line and "hf download" not in line
+        assert (
+            f"the folder {typed} does not exist; did you mean {lora.parent.name}/03_lora?" in line
+            and "hf download" not in line
+        )
 
 
-@pytest.mark.parametrize(("name", "words"), [("tourch", "did you mean 'torch'"), ("jax", "engines: mlx, torch, auto")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("tourch", "did you mean 'torch'"), ("jax", "engines: mlx, torch, auto")]
+)
 def test_an_unknown_engine_is_not_one_to_install(name, words):
     with pytest.raises(UserError, match=f"unknown engine '{name}'; {words}"):
         engines.get(name)

@@ -25,18 +25,30 @@ def project(root: Path) -> dict:
 
 def sources(root: Path) -> list[Path]:
     """The project's own files: what git tracks, or without git everything but what .gitignore names."""
-    done = subprocess.run(["git", "-C", str(root), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True
+    )
     if done.returncode == 0 and done.stdout:
         return [root / line for line in done.stdout.splitlines() if (root / line).is_file()]
     ignored = {".venv", ".git", "runs", "build", "dist"}
-    return [p for p in root.rglob("*") if p.is_file() and not ignored & set(p.relative_to(root).parts) and "__pycache__" not in p.parts]
+    return [
+        p
+        for p in root.rglob("*")
+        if p.is_file() and not ignored & set(p.relative_to(root).parts) and "__pycache__" not in p.parts
+    ]
 
 
 def test_every_package_is_listed(root, project):
-    """The list in pyproject.toml is written by hand, because folders outside mlx_posttrain/ are part of the package."""
+    """The list in pyproject.toml is written by hand, because folders outside mlx_posttrain/ are part of the
+    package.
+    """
     listed = set(project["tool"]["setuptools"]["packages"])
     found = set()
-    for top, name in (("mlx_posttrain", "mlx_posttrain"), ("convert", "mlx_posttrain.convert"), ("recipes", "mlx_posttrain.recipes")):
+    for top, name in (
+        ("mlx_posttrain", "mlx_posttrain"),
+        ("convert", "mlx_posttrain.convert"),
+        ("recipes", "mlx_posttrain.recipes"),
+    ):
         for file in (root / top).rglob("__init__.py"):
             found.add(".".join([name, *file.parent.relative_to(root / top).parts]))
     assert listed == found
@@ -52,7 +64,19 @@ def test_the_wheel_contains_everything(root, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(file, target)
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(source)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "-w",
+            str(tmp_path),
+            str(source),
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -62,7 +86,11 @@ def test_the_wheel_contains_everything(root, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {"mlx_posttrain/py.typed"}
-    for top, inside in (("mlx_posttrain", "mlx_posttrain"), ("convert", "mlx_posttrain/convert"), ("recipes", "mlx_posttrain/recipes")):
+    for top, inside in (
+        ("mlx_posttrain", "mlx_posttrain"),
+        ("convert", "mlx_posttrain/convert"),
+        ("recipes", "mlx_posttrain/recipes"),
+    ):
         for file in (f for f in (source / top).rglob("*") if f.is_file()):
             relative = file.relative_to(source / top)
             if file.suffix in (".py", ".yaml") or "assets" in relative.parts:
@@ -97,7 +125,12 @@ def test_markers_give_each_machine_its_engine(project, root, machine, python):
     requirements = pytest.importorskip("packaging.requirements")
     if machine == "intel mac" and python == "3.13":
         pytest.skip("no PyTorch for it; the Makefile refuses")
-    environment = {**MACHINES[machine], "python_version": python, "python_full_version": python + ".0", "extra": ""}
+    environment = {
+        **MACHINES[machine],
+        "python_version": python,
+        "python_full_version": python + ".0",
+        "extra": "",
+    }
     wanted: dict[str, list] = {}
     for line in [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["torch"]]:
         requirement = requirements.Requirement(line)
@@ -122,14 +155,18 @@ def test_markers_give_each_machine_its_engine(project, root, machine, python):
     assert all(len(lines) == 1 for lines in pins.values())
     for name, (pin,) in pins.items():
         (version,) = [specifier.version for specifier in pin.specifier]
-        assert name not in wanted or wanted[name][0].specifier.contains(version), f"{name}: the pin contradicts pyproject.toml"
+        assert name not in wanted or wanted[name][0].specifier.contains(version), (
+            f"{name}: the pin contradicts pyproject.toml"
+        )
     assert pins["torch"][0].specifier.contains("2.2.2" if machine == "intel mac" else "2.13.0")
 
 
 FORBIDDEN = {
     # split, so that this file does not contain what it looks for
     "a machine's path": re.compile(
-        "/(?:" + "|".join(["root/", "work/", "home/(?!some)[a-z]", "Users/(?!some)[a-z]", "opt/(?:wheels|pypi)"]) + ")"
+        "/(?:"
+        + "|".join(["root/", "work/", "home/(?!some)[a-z]", "Users/(?!some)[a-z]", "opt/(?:wheels|pypi)"])
+        + ")"
     ),
     "a package index": re.compile("(?:index-url|find-links|trusted-host)" + r"[ =:]+[\"']?(?:https?|file|/)"),
     "a token": re.compile("hf_" + "[A-Za-z]{30,}|gh[pousr]_" + "[A-Za-z0-9]{30,}"),
@@ -168,11 +205,16 @@ def test_make_says_before_a_large_download_how_to_avoid_it(machine, arguments, s
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(root / name, tmp_path / name)
     done = subprocess.run(
-        ["make", "venv/.installed-dev", "VENV=venv", f"PIP_ARGS={arguments}"], cwd=tmp_path, capture_output=True, text=True,
+        ["make", "venv/.installed-dev", "VENV=venv", f"PIP_ARGS={arguments}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
-    *before, install = [line for line in done.stdout.splitlines() if line.startswith(("make: on Linux", "installing"))]
+    *before, install = [
+        line for line in done.stdout.splitlines() if line.startswith(("make: on Linux", "installing"))
+    ]
     assert install.startswith("installing -m pip install") and bool(before) is said
     assert all("PIP_ARGS" in line and "CONTRIBUTING.md" in line for line in before)
 
@@ -191,9 +233,13 @@ def test_make_refuses_an_unsuitable_python(root, tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and timeout")
+@pytest.mark.skipif(
+    shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and timeout"
+)
 def test_ci_fetches_a_browser_as_root_and_goes_on_without_one(root, tmp_path):
-    """apt-get is asked once where there is no browser, says nothing, and its failure is one line and no end."""
+    """apt-get is asked once where there is no browser, says nothing, and its failure is one line and no
+    end.
+    """
     tools, asked = tmp_path / "bin", tmp_path / "asked"
     tools.mkdir()
     for name in ("bash", "dirname", "timeout"):
@@ -210,13 +256,21 @@ def test_ci_fetches_a_browser_as_root_and_goes_on_without_one(root, tmp_path):
     shutil.copy(root / ".ci" / "run", tmp_path / ".ci" / "run")
 
     def said() -> list[str]:
-        done = subprocess.run([tools / "bash", tmp_path / ".ci" / "run"], capture_output=True, text=True, env={"PATH": str(tools)})
+        done = subprocess.run(
+            [tools / "bash", tmp_path / ".ci" / "run"],
+            capture_output=True,
+            text=True,
+            env={"PATH": str(tools)},
+        )
         assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout.splitlines()
 
     alone = said()
     assert (
-        len(alone) == 2 and "no Chromium could be installed" in alone[0] and alone[1] == "make test" and asked.read_text().count("\n") == 1
+        len(alone) == 2
+        and "no Chromium could be installed" in alone[0]
+        and alone[1] == "make test"
+        and asked.read_text().count("\n") == 1
     )
     asked.unlink()
     stub("chromium", "exit 0")

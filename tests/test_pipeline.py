@@ -1,4 +1,6 @@
-"""Pipelines: stages feed each other, mistakes are found before the first one starts, and a kill at any moment costs nothing."""
+"""Pipelines: stages feed each other, mistakes are found before the first one starts, and a kill at any moment
+costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +27,38 @@ ENGINE = engines.available()[0]
 
 
 def write(path: Path, stages: dict, **keys) -> Path:
-    path.write_text(yaml.safe_dump({"method": "pipeline", "engine": ENGINE, **keys, "stages": stages}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"method": "pipeline", "engine": ENGINE, **keys, "stages": stages}, sort_keys=False)
+    )
     return path
 
 
 @pytest.fixture
 def three(random_gpt2, rows_file, tmp_path, monkeypatch) -> Path:
-    """A pipeline of three stages: all weights, an adapter with dropout on them, all weights of the two merged."""
+    """A pipeline of three stages: all weights, an adapter with dropout on them, all weights of the two
+    merged.
+    """
     monkeypatch.chdir(tmp_path)
     shutil.copy(rows_file, tmp_path / "rows.jsonl")
     common = {
-        "data": {"source": "rows.jsonl"}, "data.holdout": 6, "train.steps": 4, "train.save_every": 2, "train.eval_every": 2,
-        "train.batch_size": 3, "train.lr": 1e-2, "train.select": "last", "sample.count": 0,
-    }  # fmt: skip
+        "data": {"source": "rows.jsonl"},
+        "data.holdout": 6,
+        "train.steps": 4,
+        "train.save_every": 2,
+        "train.eval_every": 2,
+        "train.batch_size": 3,
+        "train.lr": 1e-2,
+        "train.select": "last",
+        "sample.count": 0,
+    }
     return write(
         tmp_path / "three.yaml",
         {
             "a": {"recipe": "01_sft", "set": {**common, "model": str(random_gpt2)}},
-            "b": {"recipe": "01_sft", "set": {**common, "model": "{a}", "adapter": {"rank": 4}, "adapter.dropout": 0.2}},
+            "b": {
+                "recipe": "01_sft",
+                "set": {**common, "model": "{a}", "adapter": {"rank": 4}, "adapter.dropout": 0.2},
+            },
             "c": {"recipe": "01_sft", "set": {**common, "model": "{b}"}},
         },
     )
@@ -81,13 +97,24 @@ def states(output: Path) -> list[str]:
 
 
 def test_the_second_stage_starts_where_the_first_ended(tmp_path, capfd):
-    """On the tiny model: an adapter that has learned nothing yet has the loss that the first stage ended with."""
-    common = {"data.source": "embedded/tasks", "data.limit": 60, "data.eval_limit": 8, "train.steps": 2, "train.select": "last"}
+    """On the tiny model: an adapter that has learned nothing yet has the loss that the first stage ended
+    with.
+    """
+    common = {
+        "data.source": "embedded/tasks",
+        "data.limit": 60,
+        "data.eval_limit": 8,
+        "train.steps": 2,
+        "train.select": "last",
+    }
     path = write(
         tmp_path / "two.yaml",
         {
             "tune": {"recipe": "01_sft", "set": {**common, "model": "tiny", "train.lr": 1e-3}},
-            "adapt": {"recipe": "03_lora", "set": {**common, "model": "{tune}", "data.template": "instruction", "data.max_length": 256}},
+            "adapt": {
+                "recipe": "03_lora",
+                "set": {**common, "model": "{tune}", "data.template": "instruction", "data.max_length": 256},
+            },
         },
     )
     output = tmp_path / "out"
@@ -96,13 +123,19 @@ def test_the_second_stage_starts_where_the_first_ended(tmp_path, capfd):
     assert shown.out.strip() == str(output)
     tuned, adapted = (json.loads((output / name / "result.json").read_text()) for name in ("tune", "adapt"))
     assert records(output / "adapt")[0]["eval/loss"] == pytest.approx(tuned["loss"], abs=1e-5)
-    assert records(output / "tune")[0]["eval/loss"] > tuned["loss"] + 0.01 and adapted["loss"] != tuned["loss"]
+    assert (
+        records(output / "tune")[0]["eval/loss"] > tuned["loss"] + 0.01 and adapted["loss"] != tuned["loss"]
+    )
     assert (output / "adapt" / "final" / "adapter_config.json").is_file()
     assert yaml.safe_load((output / "adapt" / "recipe.yaml").read_text())["model"] == str(output / "tune")
 
     kept = json.loads((output / "pipeline.json").read_text())
     assert list(kept) == ["tune", "adapt"] and states(output) == ["finished"] * 2
-    assert kept["tune"]["result"] == tuned and kept["adapt"]["result"] == adapted and kept["adapt"]["seconds"] > 0
+    assert (
+        kept["tune"]["result"] == tuned
+        and kept["adapt"]["result"] == adapted
+        and kept["adapt"]["seconds"] > 0
+    )
     table = shown.err.strip().splitlines()[-3:]
     assert table[0].split() == ["stage", "method", "seconds", "figures"]
     assert table[2].startswith("adapt") and f"loss {adapted['loss']:.4g}" in table[2]
@@ -130,7 +163,16 @@ def test_a_stage_is_an_ordinary_run(three, tmp_path):
 
 def test_overrides_for_one_stage_and_for_all(three):
     chosen = recipe.load(
-        str(three), ["seed=7", "engine=torch", "output=there", "b.train.steps=9", "b.adapter.rank=2", "c.adapter=null", "c.seed=1"]
+        str(three),
+        [
+            "seed=7",
+            "engine=torch",
+            "output=there",
+            "b.train.steps=9",
+            "b.adapter.rank=2",
+            "c.adapter=null",
+            "c.seed=1",
+        ],
     )
     a, b, c = pipeline.stage_recipes(chosen).values()
     assert (a.train.steps, b.train.steps, c.train.steps) == (4, 9, 4)
@@ -156,7 +198,14 @@ def test_a_name_in_braces_is_that_stages_folder(value, wanted, tmp_path):
         tmp_path / "p.yaml",
         {
             "a": {"recipe": "01_sft"},
-            "b": {"recipe": "01_sft", "set": {"model": value, "sample": {"prompts": [value, "none"]}, "data.columns": {"prompt": value}}},
+            "b": {
+                "recipe": "01_sft",
+                "set": {
+                    "model": value,
+                    "sample": {"prompts": [value, "none"]},
+                    "data.columns": {"prompt": value},
+                },
+            },
         },
     )
     b = pipeline.stage_recipes(recipe.load(str(path), ["output=/o"]))["b"]
@@ -166,9 +215,15 @@ def test_a_name_in_braces_is_that_stages_folder(value, wanted, tmp_path):
 
 def test_a_stages_file_is_looked_for_beside_the_pipelines(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "01_sft").write_text("method: sft\ndescription: near\ndata: {source: x.jsonl}\n")  # the shipped one's name, but nearer
-    (tmp_path / "here.yaml").write_text("method: sft\ndescription: in the working directory\ndata: {source: x.jsonl}\n")
-    path = write(tmp_path / "recipes" / "p.yaml", {"a": {"recipe": "../01_sft"}, "b": {"recipe": "01_sft"}, "c": {"recipe": "here.yaml"}})
+    # the shipped one's name, but nearer
+    (tmp_path / "01_sft").write_text("method: sft\ndescription: near\ndata: {source: x.jsonl}\n")
+    (tmp_path / "here.yaml").write_text(
+        "method: sft\ndescription: in the working directory\ndata: {source: x.jsonl}\n"
+    )
+    path = write(
+        tmp_path / "recipes" / "p.yaml",
+        {"a": {"recipe": "../01_sft"}, "b": {"recipe": "01_sft"}, "c": {"recipe": "here.yaml"}},
+    )
     shutil.copy(tmp_path / "01_sft", tmp_path / "recipes" / "01_sft")
     monkeypatch.chdir(tmp_path)
     found = [own.description for own in pipeline.stage_recipes(recipe.load("recipes/p.yaml")).values()]
@@ -176,11 +231,15 @@ def test_a_stages_file_is_looked_for_beside_the_pipelines(tmp_path, monkeypatch)
     (tmp_path / "recipes" / "01_sft").unlink()
     monkeypatch.chdir(tmp_path / "recipes")
     shutil.copy(tmp_path / "here.yaml", "here.yaml")
-    assert "memorise" in pipeline.stage_recipes(recipe.load(path.name))["b"].description  # the shipped one
+    # the shipped one
+    assert "memorise" in pipeline.stage_recipes(recipe.load(path.name))["b"].description
 
 
 def test_a_stages_recipe_may_stand_in_the_pipeline(tmp_path):
-    path = write(tmp_path / "p.yaml", {"a": {"recipe": {"method": "sft", "data": {"source": "x.jsonl"}}, "set": {"data.limit": 3}}})
+    path = write(
+        tmp_path / "p.yaml",
+        {"a": {"recipe": {"method": "sft", "data": {"source": "x.jsonl"}}, "set": {"data.limit": 3}}},
+    )
     own = pipeline.stage_recipes(recipe.load(str(path)))["a"]
     assert own.data.source == "x.jsonl" and own.data.limit == 3
 
@@ -224,7 +283,15 @@ def test_every_key_is_described(capfd):
     main_ok(["keys", "pipeline"])
     lines = capfd.readouterr().out.splitlines()
     assert all(len(line.split()) > 3 for line in lines)
-    assert {line.split()[0] for line in lines} >= {"method", "engine", "seed", "output", "stages", "stages.recipe", "stages.set"}
+    assert {line.split()[0] for line in lines} >= {
+        "method",
+        "engine",
+        "seed",
+        "output",
+        "stages",
+        "stages.recipe",
+        "stages.set",
+    }
 
 
 # Going on
@@ -237,7 +304,9 @@ def start():
 
     def call(*arguments: str, **options) -> subprocess.Popen:
         command = [sys.executable, "-m", "mlx_posttrain", "run", *arguments]
-        begun.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options))
+        begun.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+        )
         return begun[-1]
 
     yield call
@@ -254,16 +323,22 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("moment", ["b/checkpoints/step-000002", "a/final"], ids=["inside the second stage", "between stages"])
+@pytest.mark.parametrize(
+    "moment", ["b/checkpoints/step-000002", "a/final"], ids=["inside the second stage", "between stages"]
+)
 def test_kill_and_resume_equals_an_uninterrupted_pipeline(moment, three, start, tmp_path):
-    """Resumed from another folder, without the pipeline's file: the run directory holds all that is needed."""
+    """Resumed from another folder, without the pipeline's file: the run directory holds all that is
+    needed.
+    """
     wanted = run(three, tmp_path / "whole", "b.train.steps=12")
     broken = tmp_path / "broken"
     process = start(str(three), "output=broken", "b.train.steps=12", cwd=tmp_path)
     wait_for(lambda: (broken / moment).is_dir(), process)
     process.kill()  # kill -9: no handler runs
     process.communicate()
-    assert not (broken / "b" / "final").exists() and not (broken / "c").exists(), "the kill came too late to prove anything"
+    assert not (broken / "b" / "final").exists() and not (broken / "c").exists(), (
+        "the kill came too late to prove anything"
+    )
     assert states(broken)[1:] in (["running", "waiting"], ["waiting", "waiting"])
     first = {p: p.stat().st_mtime_ns for p in (broken / "a" / "final").rglob("*")}
 
@@ -275,15 +350,25 @@ def test_kill_and_resume_equals_an_uninterrupted_pipeline(moment, three, start, 
     for name in "abc":
         assert records(broken / name) == records(tmp_path / "whole" / name), name
     kept = json.loads((broken / "pipeline.json").read_text())
-    assert {name: stage["result"] for name, stage in kept.items()} == wanted and states(broken) == ["finished"] * 3
-    assert {p: p.stat().st_mtime_ns for p in (broken / "a" / "final").rglob("*")} == first, "a finished stage was run again"
+    assert {name: stage["result"] for name, stage in kept.items()} == wanted and states(broken) == [
+        "finished"
+    ] * 3
+    assert {p: p.stat().st_mtime_ns for p in (broken / "a" / "final").rglob("*")} == first, (
+        "a finished stage was run again"
+    )
     assert "stage 1 of 3, a: finished before" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_says_how_to_resume_the_pipeline(number, three, start, tmp_path):
     output = tmp_path / "out"
-    process = start(str(three), f"output={output}", "b.train.steps=5000", "b.train.eval_every=100000", "b.train.save_every=100000")
+    process = start(
+        str(three),
+        f"output={output}",
+        "b.train.steps=5000",
+        "b.train.eval_every=100000",
+        "b.train.save_every=100000",
+    )
     wait_for(lambda: (output / "b" / "metrics.jsonl").is_file() and len(records(output / "b")) > 2, process)
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=120)
@@ -324,7 +409,10 @@ def test_killed_when_the_last_stage_was_done_but_not_noted(three, tmp_path, capf
     assert json.loads((output / "pipeline.json").read_text())["c"] == {**kept["c"], "seconds": 0.0}
 
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
-    assert refused(capfd, "run", "--resume", str(output)) == f"mlx-posttrain: {output} is finished: there is nothing to resume"
+    assert (
+        refused(capfd, "run", "--resume", str(output))
+        == f"mlx-posttrain: {output} is finished: there is nothing to resume"
+    )
     assert "finished pipeline" in refused(capfd, "run", str(three), f"output={output}")
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
 
@@ -349,7 +437,13 @@ def test_a_first_stage_that_cannot_start_leaves_nothing(three, tmp_path, capfd):
 def test_a_later_stage_that_cannot_start_can_be_corrected(three, tmp_path, capfd):
     output = tmp_path / "out"
     last = refused(capfd, "run", str(three), f"output={output}", "b.data.source=nothing.jsonl")
-    for word in ("stage b: ", "nothing.jsonl", "stages.b.set", str(output / "recipe.yaml"), f"--resume {output}"):
+    for word in (
+        "stage b: ",
+        "nothing.jsonl",
+        "stages.b.set",
+        str(output / "recipe.yaml"),
+        f"--resume {output}",
+    ):
         assert word in last
     assert states(output) == ["finished", "failed", "waiting"] and not (output / "b").exists()
     text = (output / "recipe.yaml").read_text()
@@ -376,7 +470,11 @@ def test_a_stage_that_fails_says_how_to_go_on(three, tmp_path, monkeypatch, capf
 
     monkeypatch.setattr(sft, "run", failing)
     output = tmp_path / "out"
-    with pytest.raises(UserError, match=rf"stage b: step 3: the loss is inf; continue with --resume {output} \(.*delete {output / 'b'}"):
+    with pytest.raises(
+        UserError,
+        match=r"stage b: step 3: the loss is inf; continue with --resume "
+        rf"{output} \(.*delete {output / 'b'}",
+    ):
         run(three, output)
     resume(output)
     assert calls[2:] == [(str(output / "b"), True), (str(output / "c"), False)]
@@ -386,10 +484,18 @@ def test_a_pipelines_own_recipe_can_be_run_again(three, tmp_path):
     run(three, tmp_path / "out", "b.train.steps=3")
     kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert kept["environment"]["versions"]["numpy"] and kept["engine"] == ENGINE
-    assert kept["stages"]["b"]["recipe"]["train"]["steps"] == 3 and kept["stages"]["b"]["set"]["model"] == "{a}"
-    again = recipe.load(str(tmp_path / "out" / "recipe.yaml"), [f"output={tmp_path / 'again'}", "c.train.steps=2"])
+    assert (
+        kept["stages"]["b"]["recipe"]["train"]["steps"] == 3 and kept["stages"]["b"]["set"]["model"] == "{a}"
+    )
+    again = recipe.load(
+        str(tmp_path / "out" / "recipe.yaml"), [f"output={tmp_path / 'again'}", "c.train.steps=2"]
+    )
     own = pipeline.stage_recipes(again)
-    assert own["b"].model == str(tmp_path / "again" / "a") and own["b"].train.steps == 3 and own["c"].train.steps == 2
+    assert (
+        own["b"].model == str(tmp_path / "again" / "a")
+        and own["b"].train.steps == 3
+        and own["c"].train.steps == 2
+    )
     assert own["a"].data.source == str(tmp_path / "rows.jsonl")
 
 
@@ -397,7 +503,9 @@ def test_the_last_stage_that_writes_text_is_the_pipelines_model(tmp_path):
     def made(methods: list[str], done: int) -> Path:
         names = [f"s{i}" for i in range(len(methods))]
         stages = {name: {"recipe": {"method": method}} for name, method in zip(names, methods, strict=True)}
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"method": "pipeline", "stages": stages}, sort_keys=False))
+        (tmp_path / "recipe.yaml").write_text(
+            yaml.safe_dump({"method": "pipeline", "stages": stages}, sort_keys=False)
+        )
         for i, name in enumerate(names):
             shutil.rmtree(tmp_path / name, ignore_errors=True)
             (tmp_path / name / ("final" if i < done else "checkpoints")).mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""What a plan predicts: counts worked by hand, parts that move as they must, and the peak of real training."""
+"""What a plan predicts: counts worked by hand, parts that move as they must, and the peak of real
+training.
+"""
 
 import gc
 import json
@@ -29,9 +31,19 @@ from mlx_posttrain.training import Data
 def gpt2() -> plan.Size:
     """GPT-2 124M without its weights."""
     d = 768
-    tensors: dict[str, tuple[int, ...]] = {"wte.weight": (50257, d), "wpe.weight": (1024, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
+    tensors: dict[str, tuple[int, ...]] = {
+        "wte.weight": (50257, d),
+        "wpe.weight": (1024, d),
+        "ln_f.weight": (d,),
+        "ln_f.bias": (d,),
+    }
     for i in range(12):
-        for name, shape in (("attn.c_attn", (d, 3 * d)), ("attn.c_proj", (d, d)), ("mlp.c_fc", (d, 4 * d)), ("mlp.c_proj", (4 * d, d))):
+        for name, shape in (
+            ("attn.c_attn", (d, 3 * d)),
+            ("attn.c_proj", (d, d)),
+            ("mlp.c_fc", (d, 4 * d)),
+            ("mlp.c_proj", (4 * d, d)),
+        ):
             tensors |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
         tensors |= {f"h.{i}.{ln}.{part}": (d,) for ln in ("ln_1", "ln_2") for part in ("weight", "bias")}
     return plan.Size(12, d, 4 * d, 12, 50257, 1024, "gpt2", tensors)
@@ -40,8 +52,11 @@ def gpt2() -> plan.Size:
 def test_counts_of_gpt2() -> None:
     assert gpt2().parameters == 124_439_808
     assert plan.adapter_parameters(gpt2(), AdapterSpec(rank=16)) == 1_622_016
-    # DoRA: one magnitude for each output of c_attn (2304), attention's c_proj (768) and the MLP's (768), in 12 blocks
-    assert plan.adapter_parameters(gpt2(), AdapterSpec(kind="dora", rank=16)) == 1_622_016 + 12 * (2304 + 768 + 768)
+    # DoRA: one magnitude for each output of c_attn (2304), attention's c_proj (768) and the MLP's (768), in
+    # 12 blocks
+    assert plan.adapter_parameters(gpt2(), AdapterSpec(kind="dora", rank=16)) == 1_622_016 + 12 * (
+        2304 + 768 + 768
+    )
 
 
 def test_parts_by_hand() -> None:
@@ -51,7 +66,8 @@ def test_parts_by_hand() -> None:
     assert full.optimizer() == 2 * full.weights() == 2 * full.gradients()
     assert full.reference_copy() == 0 and replace(full, reference=True).reference_copy() == full.weights()
     lora = replace(full, trained=1_622_016, adapter=True, reference=True)
-    assert lora.reference_copy() == 0 and lora.head() == 0  # the same weights are the reference, and the head does not train
+    # the same weights are the reference, and the head does not train
+    assert lora.reference_copy() == 0 and lora.head() == 0
     assert lora.weights() == pytest.approx((124_439_808 + 1_622_016) * 4 / 2**30)
     four_bits = replace(lora, bits=4)
     packed = 12 * 12 * 768**2  # the linear layers
@@ -62,7 +78,9 @@ def test_parts_by_hand() -> None:
 
 
 def test_checkpointed_blocks_are_never_lean() -> None:
-    """Recomputing whole blocks takes the lean ones off: a larger batch keeps more, also beyond the bound from which blocks are lean."""
+    """Recomputing whole blocks takes the lean ones off: a larger batch keeps more, also beyond the bound from
+    which blocks are lean.
+    """
     one = plan.Training("mlx", gpt2(), 124_439_808, False, batches=[], checkpointing=True)
     sizes = [one.activations(plan.Shape(rows, 256, 64)) for rows in range(1, 13)]
     assert sizes == sorted(sizes) and sizes[-1] == pytest.approx(12 * sizes[0])
@@ -71,19 +89,31 @@ def test_checkpointed_blocks_are_never_lean() -> None:
 def test_logits_do_not_grow_with_the_batch() -> None:
     for engine in ("mlx", "torch"):
         training = plan.Training(engine, gpt2(), 124_439_808, False)
-        many, few = (training.logits(plan.Shape(rows, length, n)) for rows, length, n in ((64, 1024, 60_000), (8, 128, 1024)))
+        many, few = (
+            training.logits(plan.Shape(rows, length, n))
+            for rows, length, n in ((64, 1024, 60_000), (8, 128, 1024))
+        )
         assert many == pytest.approx(few, rel=0.1) and many < 0.35
 
 
 def test_rows_that_torch_packs_are_counted_once() -> None:
-    """Two answers of 4 and 6 tokens to one prompt of 10: with the last token read by nobody 10 + 3 + 5, where padding makes 2 x 16."""
+    """Two answers of 4 and 6 tokens to one prompt of 10: with the last token read by nobody 10 + 3 + 5, where
+    padding makes 2 x 16.
+    """
     prompt = tuple(range(1, 11))
-    rows = [Example((*prompt, *range(first, first + n)), (False,) * 10 + (True,) * n) for first, n in ((20, 4), (40, 6))]
+    rows = [
+        Example((*prompt, *range(first, first + n)), (False,) * 10 + (True,) * n)
+        for first, n in ((20, 4), (40, 6))
+    ]
     (padded,), (packed,) = (plan.shapes([collate(rows)], packs) for packs in (False, True))
     assert padded == plan.Shape(2, 16, 64) and packed == plan.Shape(2, 16, 64, 18)
     assert plan.distinct([padded, packed, plan.Shape(2, 16, 64, 17)]) == [padded]
     full = plan.Training("torch", gpt2(), 124_439_808, False)
-    assert full.packs and not replace(full, engine="mlx").packs and not replace(full, adapter=True, dropout=True).packs
+    assert (
+        full.packs
+        and not replace(full, engine="mlx").packs
+        and not replace(full, adapter=True, dropout=True).packs
+    )
     assert full.inputs(packed) == pytest.approx(full.inputs(padded) * 18 / 32)
     assert full.forward(packed) < full.forward(padded)
     assert full.activations(packed) < full.activations(padded)
@@ -100,8 +130,15 @@ def test_torch_adds_the_gradients_of_micro_batches_in_place() -> None:
 
 
 def test_the_peak_is_the_largest_moment() -> None:
-    small = plan.peak("run", plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(1, 32, 64)]), 1, (1, 1))
-    large = plan.peak("run", plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(8, 1024, 4096)]), 1, (1, 1))
+    small = plan.peak(
+        "run", plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(1, 32, 64)]), 1, (1, 1)
+    )
+    large = plan.peak(
+        "run",
+        plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(8, 1024, 4096)]),
+        1,
+        (1, 1),
+    )
     assert small.phase == "in the update" and large.phase == "as the backward pass begins"
     assert large.total_gb == pytest.approx(sum(large.parts.values())) and large.total_gb > 2 * small.total_gb
 
@@ -116,16 +153,32 @@ def overrides(less: str) -> tuple[list[str], float]:
 @pytest.mark.parametrize(
     ("recipe", "given", "said"),
     [
-        ("demo_sft", ["data.limit=64"], {"train.batch_size=8", "train.gradient_checkpointing=true", "adapter.rank=16"}),
-        ("demo_lora", ["data.limit=64", "adapter.dropout=0.1"], {"train.batch_size=8", "train.gradient_checkpointing=true"}),
+        (
+            "demo_sft",
+            ["data.limit=64"],
+            {"train.batch_size=8", "train.gradient_checkpointing=true", "adapter.rank=16"},
+        ),
+        (
+            "demo_lora",
+            ["data.limit=64", "adapter.dropout=0.1"],
+            {"train.batch_size=8", "train.gradient_checkpointing=true"},
+        ),
         (
             "demo_ppo",
-            ["data.limit=64", "critic.kind=separate", "critic.lr=1e-4", "model=tiny", "reward=[{function: exact_answer}]"],
+            [
+                "data.limit=64",
+                "critic.kind=separate",
+                "critic.lr=1e-4",
+                "model=tiny",
+                "reward=[{function: exact_answer}]",
+            ],
             {"rollout.max_tokens=20", "critic.kind=shared", "critic.lr=null"},
         ),
     ],
 )
-def test_advice_keeps_its_promises(recipe: str, given: list[str], said: set[str], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_keeps_its_promises(
+    recipe: str, given: list[str], said: set[str], engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever follows it is told the peak that it promised, but for rows that fall into other batches."""
     monkeypatch.setitem(plan.PROGRAM, "torch", 0.0)  # beside which the embedded model is nothing
     given = [f"engine={engine}", *given]
@@ -137,11 +190,17 @@ def test_advice_keeps_its_promises(recipe: str, given: list[str], said: set[str]
         assert then.total_gb < found.total_gb and then.total_gb < 1.15 * gb + 0.01, changes
         if "max_length" not in changes[0]:  # of rows without a trained token left nothing is trained
             assert then.total_gb > gb / 1.15 - 0.01, changes
-        assert ("adapter.dropout=0" in changes) == ("train.gradient_checkpointing=true" in changes and recipe == "demo_lora")
+        assert ("adapter.dropout=0" in changes) == (
+            "train.gradient_checkpointing=true" in changes and recipe == "demo_lora"
+        )
 
 
-@pytest.mark.parametrize(("recipe", "too_long"), [("demo_sft", "cut"), ("demo_sft", "drop"), ("demo_distill", "drop")])
-def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(recipe: str, too_long: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "too_long"), [("demo_sft", "cut"), ("demo_sft", "drop"), ("demo_distill", "drop")]
+)
+def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(
+    recipe: str, too_long: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["model=tiny", "data.limit=600", f"data.too_long={too_long}"]
     (found,) = plan.of_recipe(recipes.load(recipe, given))
     (less,) = [less for less in found.advice if "max_length" in less]
@@ -151,9 +210,18 @@ def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(recipe: str, 
     capsys.readouterr()
     plan.of_recipe(recipes.load(recipe, [*given, less.split(",")[0]]))
     kept, untrained, long, truncated = map(
-        int, re.search(r"training rows: (\d+) of .*\((\d+) without.* (\d+) too long, (\d+) truncated", capsys.readouterr().err).groups()
+        int,
+        re.search(
+            r"training rows: (\d+) of .*\((\d+) without.* (\d+) too long, (\d+) "
+            r"truncated",
+            capsys.readouterr().err,
+        ).groups(),
     )
-    assert kept == rows - counts["drops"] and untrained + long == counts["drops"] and truncated == counts.get("cuts", 0)
+    assert (
+        kept == rows - counts["drops"]
+        and untrained + long == counts["drops"]
+        and truncated == counts.get("cuts", 0)
+    )
 
 
 def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
@@ -163,32 +231,42 @@ def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
     def shorter(rows: list[Example], *given: str) -> tuple[int, str] | None:
         return plan._shorter(recipes.load("demo_sft", list(given)), Data(rows, [], settings, 0, 512))
 
-    assert shorter(rows, "data.too_long=drop") is None and shorter(rows) is None  # the answer is the last token
+    # the answer is the last token
+    assert shorter(rows, "data.too_long=drop") is None and shorter(rows) is None
     early = [Example((1,) * 100, (False,) * 9 + (True,) * 91)] * 10
-    assert shorter(early, "data.too_long=drop") is None and shorter(early) == (56, "data.max_length=56, which cuts 10 of 10 rows")
+    assert shorter(early, "data.too_long=drop") is None and shorter(early) == (
+        56,
+        "data.max_length=56, which cuts 10 of 10 rows",
+    )
     assert shorter([*early[1:], *rows[:1]]) == (56, "data.max_length=56, which cuts 9 and drops 1 of 10 rows")
     row = Preference(prompt=(), chosen="", rejected="")
-    known = [Pair((1,) * n, (1,) * 20, i, row) for i, n in enumerate((30,) * 9 + (100,))]  # a long dialogue may do without its oldest turns
-    assert plan._shorter(recipes.load("demo_reward", ["model=tiny"]), PairData(known, [], settings, 0, 512, pad=0)) == (
-        56, "data.max_length=56, which shortens or drops 1 of 10 pairs",
-    )  # fmt: skip
+    # a long dialogue may do without its oldest turns
+    known = [Pair((1,) * n, (1,) * 20, i, row) for i, n in enumerate((30,) * 9 + (100,))]
+    assert plan._shorter(
+        recipes.load("demo_reward", ["model=tiny"]), PairData(known, [], settings, 0, 512, pad=0)
+    ) == (56, "data.max_length=56, which shortens or drops 1 of 10 pairs")
     packed = recipes.load("00_pretrain_tiny", [])
-    assert packed.data.pack and plan._shorter(packed, Data([Example((1,) * 100, (True,) * 100)] * 3, [], settings, 0, 512)) == (
-        56,
-        "data.max_length=56",
-    )
+    assert packed.data.pack and plan._shorter(
+        packed, Data([Example((1,) * 100, (True,) * 100)] * 3, [], settings, 0, 512)
+    ) == (56, "data.max_length=56")
 
 
 def test_fewer_rows_are_fewer_only_where_rows_were_the_limit() -> None:
     full, short = plan.Shape(16, 64, 512), plan.Shape(4, 200, 320)
-    assert plan._at_most([full, short], 16, 8, None) == [short, plan.Shape(8, 64, 256)]  # a budget of tokens holds the other down
+    # a budget of tokens holds the other down
+    assert plan._at_most([full, short], 16, 8, None) == [short, plan.Shape(8, 64, 256)]
     assert plan._at_most([short], 16, 8, None) == [short] and plan._at_most([full], 16, 16, None) == [full]
     assert plan._at_most([plan.Shape(8, 64, 64)], 4, 2, None) == [plan.Shape(4, 64, 32)]  # four pairs
-    assert plan._at_most([short], 16, 16, 96) == [plan.Shape(4, 96, 154)] and plan._at_most([], 16, 8, None) == []
+    assert (
+        plan._at_most([short], 16, 16, 96) == [plan.Shape(4, 96, 154)]
+        and plan._at_most([], 16, 8, None) == []
+    )
 
 
 def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The usual layers of an adapter are not there in every model: that stops no plan of a recipe without one."""
+    """The usual layers of an adapter are not there in every model: that stops no plan of a recipe without
+    one.
+    """
 
     def missing(*given: object) -> int:
         raise UserError("adapter.targets: no layer is called q_proj")
@@ -220,19 +298,31 @@ def most(phases: Iterable[tuple[str, dict[str, float]]], name: str) -> float:
 
 
 @pytest.mark.parametrize("loss", ["sft", "kl", "kl of kept states"])
-@pytest.mark.parametrize(("rows", "length", "trained"), [(8, 512, 8), (64, 32, 8), (16, 64, 32), (32, 64, 46), (64, 64, 32)])
-def test_prediction_of_an_evaluation_on_mlx(rows: int, length: int, trained: int, loss: str, mlx_taken: Callable[..., float]) -> None:
+@pytest.mark.parametrize(
+    ("rows", "length", "trained"), [(8, 512, 8), (64, 32, 8), (16, 64, 32), (32, 64, 46), (64, 64, 32)]
+)
+def test_prediction_of_an_evaluation_on_mlx(
+    rows: int, length: int, trained: int, loss: str, mlx_taken: Callable[..., float]
+) -> None:
     """Blocks are the most, or logits, those of one chunk and of several, and a reference's beside them."""
     folder = loading.base_folder("tiny")
     model = engines.get("mlx").load(folder)
     batch = collate([Example((5,) * length, (False,) * (length - trained) + (True,) * trained)] * rows, 512)
     training = plan.Training(
-        "mlx", plan.size(folder), 0, True, divergence=loss != "sft", beside=loss == "kl", evaluations=plan.shapes([batch])
+        "mlx",
+        plan.size(folder),
+        0,
+        True,
+        divergence=loss != "sft",
+        beside=loss == "kl",
+        evaluations=plan.shapes([batch]),
     )
     model.keep_reference()
     if loss == "kl of kept states":
         batch = replace(batch, extra={REFERENCE_HIDDEN: model.reference_hidden(batch)})
-    taken = mlx_taken(lambda: model.evaluate(sft.loss if loss == "sft" else sft.kl_loss(0.1, "forward"), [batch]))
+    taken = mlx_taken(
+        lambda: model.evaluate(sft.loss if loss == "sft" else sft.kl_loss(0.1, "forward"), [batch])
+    )
     assert most(training.phases(), "evaluation") == pytest.approx(taken, rel=0.2)
 
 
@@ -243,38 +333,68 @@ def test_prediction_of_an_evaluation_on_mlx(rows: int, length: int, trained: int
 def test_prediction_of_a_rollout_on_mlx(
     prompts: int, samples: int, length: int, tokens: int, budget: int, mlx_taken: Callable[..., float]
 ) -> None:
-    """Reading prompts is the most, or decoding; the second is two decode batches, the last one four of a prompt's samples at a time."""
+    """Reading prompts is the most, or decoding; the second is two decode batches, the last one four of a
+    prompt's samples at a time.
+    """
     folder = loading.base_folder("tiny")
     model = engines.get("mlx").load(folder)
-    settings = {"stop": None, "temperature": 1.0, "top_p": 1.0, "seed": 0, "max_tokens": tokens, "samples": samples, "token_budget": budget}
+    settings = {
+        "stop": None,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "seed": 0,
+        "max_tokens": tokens,
+        "samples": samples,
+        "token_budget": budget,
+    }
     taken = mlx_taken(lambda: list(decoding.in_batches(model, [[5] * length] * prompts, **settings)))
-    phases = plan._rollout(plan.Training("mlx", plan.size(folder), 0, True), [length] * prompts, samples, tokens, budget)
+    phases = plan._rollout(
+        plan.Training("mlx", plan.size(folder), 0, True), [length] * prompts, samples, tokens, budget
+    )
     assert most(phases, "rollout") == pytest.approx(taken, rel=0.1)
 
 
 def test_prompts_that_are_answered_once_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PPO normalises rewards on 256 prompts and evaluates all held-out ones, which may be larger rollouts than those of its steps."""
+    """PPO normalises rewards on 256 prompts and evaluates all held-out ones, which may be larger rollouts
+    than those of its steps.
+    """
     monkeypatch.setattr(plan, "PROGRAM", {"mlx": 0.0, "torch": 0.0})
-    given = ["model=tiny", "reward=[{function: exact_answer}]", "rollout.prompts=1", "train.batch_size=1", "train.accumulate=1"]
+    given = [
+        "model=tiny",
+        "reward=[{function: exact_answer}]",
+        "rollout.prompts=1",
+        "train.batch_size=1",
+        "train.accumulate=1",
+    ]
     none = ["data.limit=1", "data.eval_limit=1"]
     for engine in engines.available():
         (alone,), (held_out,), (normalised,) = (
             plan.of_recipe(recipes.load("demo_ppo", [*given, f"engine={engine}", *more]))
             for more in (none, ["data.limit=1"], ["data.limit=256", *none[1:]])
         )
-        assert min(held_out.parts["cache"], normalised.parts["cache"]) > 10 * alone.parts.get("cache", 0) and "rollout" in held_out.phase
+        assert (
+            min(held_out.parts["cache"], normalised.parts["cache"]) > 10 * alone.parts.get("cache", 0)
+            and "rollout" in held_out.phase
+        )
         assert any("rollout.token_budget=" in less for less in held_out.advice)
         assert alone.parts.get("cache", 0) < 0.01
-        assert normalised.parts["optimizer"] == 0 < held_out.parts["optimizer"]  # the moments come with the first update
+        # the moments come with the first update
+        assert normalised.parts["optimizer"] == 0 < held_out.parts["optimizer"]
 
 
 @pytest.mark.parametrize("engine", engines.available())
 def test_held_out_answers_are_measured_at_their_own_length(engine: str) -> None:
-    """Few short prompts are trained on; the answers to many long ones are measured together, every prompt of them another."""
-    recipe = recipes.load("demo_ppo", ["model=tiny", "reward=[{function: checker}]", "rollout.prompts=1", "rollout.token_budget=512"])
+    """Few short prompts are trained on; the answers to many long ones are measured together, every prompt of
+    them another.
+    """
+    recipe = recipes.load(
+        "demo_ppo",
+        ["model=tiny", "reward=[{function: checker}]", "rollout.prompts=1", "rollout.token_budget=512"],
+    )
     of = plan.size(loading.base_folder("tiny"))
     alone, short, long = (
-        plan._ppo(recipe, engine, of, plan.PromptLengths(10, [10], held_out), []).total_gb for held_out in ([], [10] * 64, [400] * 64)
+        plan._ppo(recipe, engine, of, plan.PromptLengths(10, [10], held_out), []).total_gb
+        for held_out in ([], [10] * 64, [400] * 64)
     )
     rows = recipe.train.batch_size * 4
     packed = rows * (400 + recipe.rollout.max_tokens) if engine == "torch" else None
@@ -287,20 +407,34 @@ def test_held_out_answers_are_measured_at_their_own_length(engine: str) -> None:
 def test_shorter_answers_are_no_advice_where_longer_prompts_would_follow() -> None:
     for length, offered in ((472, True), (473, False)):
         (found,) = plan.of_recipe(
-            recipes.load("demo_ppo", ["model=tiny", "reward=[{function: checker}]", f"data.max_length={length}", "data.limit=64"])
+            recipes.load(
+                "demo_ppo",
+                ["model=tiny", "reward=[{function: checker}]", f"data.max_length={length}", "data.limit=64"],
+            )
         )
         assert any("max_tokens" in less for less in found.advice) == offered
 
 
-def test_the_reference_reads_training_rows_once_where_their_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_reads_training_rows_once_where_their_states_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In batches as large as an evaluation's; in a single epoch they are computed step by step."""
-    given = ["model=tiny", "data.source=embedded/tasks", "data.limit=64", "data.eval_limit=1", "train.batch_size=4", "data.clean=null"]
+    given = [
+        "model=tiny",
+        "data.source=embedded/tasks",
+        "data.limit=64",
+        "data.eval_limit=1",
+        "train.batch_size=4",
+        "data.clean=null",
+    ]
     seen: list[tuple[str, dict[str, float]]] = []
     peak = plan.peak
     monkeypatch.setattr(plan, "peak", lambda *given: (seen.extend(given[-1]), peak(*given))[1])
     for epochs in (1, 2):
         seen.clear()
-        (found,) = plan.of_recipe(recipes.load("06_kl_sft", [*given, f"train.epochs={epochs}", "engine=auto"]))
+        (found,) = plan.of_recipe(
+            recipes.load("06_kl_sft", [*given, f"train.epochs={epochs}", "engine=auto"])
+        )
         assert bool(seen) == (epochs == 2)
     training = plan.Training(found.engine, plan.size(loading.base_folder("tiny")), 0, True)
     read = [training.forward(plan.Shape(16, length, 0)) for length in range(8, 129, 8)]
@@ -318,7 +452,10 @@ def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
         (found[gb],) = plan.of_recipe(recipes.load("demo_sft", ["data.limit=64"]))
     assert "may not fit" not in found[64].line()
     line = found[0.01].line()
-    assert "may not fit; with less: train.batch_size=" in line and ", or train.gradient_checkpointing=true (" in line
+    assert (
+        "may not fit; with less: train.batch_size=" in line
+        and ", or train.gradient_checkpointing=true (" in line
+    )
     assert all(f"with less: {less}" in found[64].text() for less in found[64].advice)
 
 
@@ -328,18 +465,37 @@ def llama_folder(folder: Path, tied: bool) -> Path:
 
     width, inner, heads, keys, vocabulary = 96, 256, 6, 2, 512
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": width, "num_hidden_layers": 3, "intermediate_size": inner,
-        "num_attention_heads": heads, "num_key_value_heads": keys, "rms_norm_eps": 1e-6, "vocab_size": vocabulary, "eos_token_id": 0,
-        "max_position_embeddings": 256, "tie_word_embeddings": tied, "rope_theta": 10000.0, "hidden_act": "silu",
-    }  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": width,
+        "num_hidden_layers": 3,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": vocabulary,
+        "eos_token_id": 0,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+    }
     if not tied:
         shapes["lm_head.weight"] = (vocabulary, width)
     square, narrow = (width, width), (width // heads * keys, width)
     for i in range(3):
         at = f"model.layers.{i}."
-        shapes |= {f"{at}self_attn.{n}_proj.weight": shape for n, shape in (("q", square), ("k", narrow), ("v", narrow), ("o", square))}
-        shapes |= {f"{at}mlp.{n}_proj.weight": (inner, width) for n in ("gate", "up")} | {f"{at}mlp.down_proj.weight": (width, inner)}
+        shapes |= {
+            f"{at}self_attn.{n}_proj.weight": shape
+            for n, shape in (("q", square), ("k", narrow), ("v", narrow), ("o", square))
+        }
+        shapes |= {f"{at}mlp.{n}_proj.weight": (inner, width) for n in ("gate", "up")} | {
+            f"{at}mlp.down_proj.weight": (width, inner)
+        }
         shapes |= {f"{at}{n}_layernorm.weight": (width,) for n in ("input", "post_attention")}
     rng = np.random.default_rng(0)
     folder.mkdir()
@@ -352,7 +508,9 @@ def llama_folder(folder: Path, tied: bool) -> Path:
 def test_grouped_queries_and_gates_are_read_from_the_files(tmp_path: Path) -> None:
     of = plan.size(llama_folder(tmp_path / "untied", tied=False))
     assert of.key_width == 32 and of.gated and not of.tied and of.inner == 256
-    assert plan.cache(of, 100, "float32") == 2 * plan.cache(of, 100, "bfloat16") == 2 * 3 * 32 * 100 * 4 / 2**30
+    assert (
+        plan.cache(of, 100, "float32") == 2 * plan.cache(of, 100, "bfloat16") == 2 * 3 * 32 * 100 * 4 / 2**30
+    )
     tied = plan.size(llama_folder(tmp_path / "tied", tied=True))
     assert tied.tied and of.parameters - tied.parameters == 512 * 96
     gpt = plan.size(loading.base_folder("tiny"))
@@ -372,7 +530,9 @@ def test_half_the_bytes_in_bfloat16(tmp_path: Path) -> None:
     assert full.logits(batch) - half.logits(batch) == pytest.approx(2 * 256 * 512 / 2**30)
     lora = replace(half, trained=1000, adapter=True, adapted=[(96, 96)] * 3)
     assert lora.optimizer() == replace(lora, dtype="float32").optimizer()  # and so are adapters
-    assert lora.activations(batch) - replace(lora, adapted=()).activations(batch) == pytest.approx(4 * 3 * 4 * 128 * 96 / 2**30)
+    assert lora.activations(batch) - replace(lora, adapted=()).activations(batch) == pytest.approx(
+        4 * 3 * 4 * 128 * 96 / 2**30
+    )
 
 
 def test_what_dora_keeps_by_hand() -> None:
@@ -384,7 +544,9 @@ def test_what_dora_keeps_by_hand() -> None:
     outputs = 12 * (2304 + 768 + 768) * 4 * 128
     assert dora.activations(batch) - lora.activations(batch) == pytest.approx(4 * outputs / 2**30)
     # of a quantised base the weights that it dequantises too: 8 * 768^2 in each block
-    assert replace(dora, bits=4).activations(batch) - dora.activations(batch) == pytest.approx(4 * 12 * 8 * 768**2 / 2**30)
+    assert replace(dora, bits=4).activations(batch) - dora.activations(batch) == pytest.approx(
+        4 * 12 * 8 * 768**2 / 2**30
+    )
 
 
 def test_a_quantised_head_has_all_logits() -> None:
@@ -392,7 +554,8 @@ def test_a_quantised_head_has_all_logits() -> None:
     untied = replace(gpt2(), tensors={**gpt2().tensors, "lm_head.weight": (50257, 768)})
     lora = plan.Training("mlx", untied, 1_622_016, True)
     assert lora.logits(batch) < 0.3 and replace(lora, bits=4).logits(batch) > 4 * 8192 * 50257 / 2**30
-    assert replace(lora, bits=4, size=gpt2()).logits(batch) < 0.3  # an embedding is not quantised, so neither is a tied head
+    # an embedding is not quantised, so neither is a tied head
+    assert replace(lora, bits=4, size=gpt2()).logits(batch) < 0.3
 
 
 def test_a_guess_is_called_one() -> None:
@@ -405,12 +568,22 @@ def test_a_guess_is_called_one() -> None:
         assert "a guess" in plan.peak("run", replace(guess, batches=[plan.Shape(1, 8, 8)]), 1, (1, 1)).text()
 
 
-def measured(folder: Path, mode: str, rows: int, length: int, dtype: str = "float32", **more: bool) -> tuple[float, float]:
-    """(predicted, measured) peak in GB of a training step on MLX: full, lora, dora, or a q before those for a base of 4 bits."""
+def measured(
+    folder: Path, mode: str, rows: int, length: int, dtype: str = "float32", **more: bool
+) -> tuple[float, float]:
+    """(predicted, measured) peak in GB of a training step on MLX: full, lora, dora, or a q before those for a
+    base of 4 bits.
+    """
     bits = 4 if mode.startswith("q") else None
     engine = engines.get("mlx")
     gc.collect()  # what earlier tests left would count
-    model = engine.load(folder, dtype=dtype, quantize=bits, group_size=32, gradient_checkpointing=more.get("checkpointing", False))
+    model = engine.load(
+        folder,
+        dtype=dtype,
+        quantize=bits,
+        group_size=32,
+        gradient_checkpointing=more.get("checkpointing", False),
+    )
     of = plan.size(folder)
     training = plan.Training("mlx", of, of.parameters, False, dtype, bits, 32, **more)
     if mode != "full":
@@ -418,9 +591,15 @@ def measured(folder: Path, mode: str, rows: int, length: int, dtype: str = "floa
         model.add_adapter(spec, seed=0)
         trained, layers = plan.adapter_parameters(of, spec), plan.adapted(of, spec)
         training = replace(training, trained=trained, adapter=True, adapted=layers, dora=spec.kind == "dora")
-    assert (of.parameters + (training.trained if training.adapter else 0), training.trained) == model.parameter_counts()
+    assert (
+        of.parameters + (training.trained if training.adapter else 0),
+        training.trained,
+    ) == model.parameter_counts()
     rng = np.random.default_rng(0)
-    row = Example(tuple(rng.integers(1, of.vocabulary - 1, length).tolist()), (False,) * (length // 4) + (True,) * (length - length // 4))
+    row = Example(
+        tuple(rng.integers(1, of.vocabulary - 1, length).tolist()),
+        (False,) * (length // 4) + (True,) * (length - length // 4),
+    )
     batch = collate([row] * rows, model.context)
     trainer = engine.trainer(model, AdamW())
     trainer.step(sft.loss, [batch], 1e-4)
@@ -432,13 +611,17 @@ def measured(folder: Path, mode: str, rows: int, length: int, dtype: str = "floa
 
 @pytest.mark.parametrize("mode", ["full", "lora", "dora", "qlora", "qdora"])
 def test_prediction_against_training(mode: str) -> None:
-    """MLX counts its own arrays, so the embedded model will do; of torch only a whole process can be measured."""
+    """MLX counts its own arrays, so the embedded model will do; of torch only a whole process can be
+    measured.
+    """
     pytest.importorskip("mlx")
     predicted, peak = measured(loading.base_folder("tiny"), mode, 4, 256)
     assert predicted == pytest.approx(peak, rel=0.15)
 
 
-@pytest.mark.parametrize(("mode", "tied"), [("full", False), ("lora", True), ("dora", True), ("qlora", True), ("qlora", False)])
+@pytest.mark.parametrize(
+    ("mode", "tied"), [("full", False), ("lora", True), ("dora", True), ("qlora", True), ("qlora", False)]
+)
 def test_prediction_against_training_of_a_llama(mode: str, tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("mlx")
     predicted, peak = measured(llama_folder(tmp_path / "llama", tied), mode, 8, 128)
@@ -446,9 +629,12 @@ def test_prediction_against_training_of_a_llama(mode: str, tied: bool, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("mode", "dtype", "checkpointing"), [("full", "bfloat16", False), ("lora", "bfloat16", False), ("full", "float32", True)]
+    ("mode", "dtype", "checkpointing"),
+    [("full", "bfloat16", False), ("lora", "bfloat16", False), ("full", "float32", True)],
 )
-def test_prediction_against_training_in_half_precision_and_with_checkpoints(mode: str, dtype: str, checkpointing: bool) -> None:
+def test_prediction_against_training_in_half_precision_and_with_checkpoints(
+    mode: str, dtype: str, checkpointing: bool
+) -> None:
     pytest.importorskip("mlx")
     predicted, peak = measured(loading.base_folder("tiny"), mode, 4, 256, dtype, checkpointing=checkpointing)
     assert predicted == pytest.approx(peak, rel=0.2)
@@ -475,10 +661,21 @@ def test_prediction_against_training_in_half_precision_and_with_checkpoints(mode
                 "train.gradient_checkpointing=true",
             ],
         ),
-        ("demo_ppo", ["model=tiny", "reward=[{function: checker}]", "train.steps=1", "rollout.prompts=8", "train.batch_size=8"]),
+        (
+            "demo_ppo",
+            [
+                "model=tiny",
+                "reward=[{function: checker}]",
+                "train.steps=1",
+                "rollout.prompts=8",
+                "train.batch_size=8",
+            ],
+        ),
     ],
 )
-def test_every_run_says_it_first_and_comes_near(recipe: str, given: list[str], engine: str, tmp_path: Path) -> None:
+def test_every_run_says_it_first_and_comes_near(
+    recipe: str, given: list[str], engine: str, tmp_path: Path
+) -> None:
     """A real run of either engine, in a process of its own, as torch's memory is the process's."""
     command = [
         sys.executable,
@@ -524,7 +721,11 @@ def test_an_adapter_to_start_from_decides_its_own_size(tmp_path: Path) -> None:
     model = engine.load(loading.base_folder("tiny"))
     model.add_adapter(AdapterSpec(rank=3), seed=0)
     model.save(tmp_path / "adapter")
-    (found,) = plan.of_recipe(recipes.load("demo_lora", [f"adapter.path={tmp_path / 'adapter'}", "adapter.rank=32", "data.limit=16"]))
+    (found,) = plan.of_recipe(
+        recipes.load(
+            "demo_lora", [f"adapter.path={tmp_path / 'adapter'}", "adapter.rank=32", "data.limit=16"]
+        )
+    )
     assert found.trained == model.parameter_counts()[1]
 
 
@@ -545,11 +746,14 @@ method: pipeline
 stages:
   sft: {recipe: demo_sft, set: {data.limit: 64}}
   reward: {recipe: demo_reward, set: {model: "{sft}", data.limit: 64}}
-  ppo: {recipe: demo_ppo, set: {model: "{sft}", reward: [{model: "{reward}"}], critic.kind: separate, data.limit: 64}}
+  ppo:
+    recipe: demo_ppo
+    set: {model: "{sft}", reward: [{model: "{reward}"}], critic.kind: separate, data.limit: 64}
 """
     (tmp_path / "all.yaml").write_text(stages)
     plans = plan.of_recipe(recipes.load(str(tmp_path / "all.yaml"), [f"output={tmp_path / 'out'}"]))
-    assert [p.name for p in plans] == ["sft", "reward", "ppo"]  # models that are yet to be made have the size of what they start from
+    # models that are yet to be made have the size of what they start from
+    assert [p.name for p in plans] == ["sft", "reward", "ppo"]
     assert plans[2].parts["critic"] > 0 and plans[2].parts["reward"] > 0
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,6 @@
-"""PPO as a user runs it: starts at ratio 1, learns a trivial reward, resumes exactly, and both engines tell the same story."""
+"""PPO as a user runs it: starts at ratio 1, learns a trivial reward, resumes exactly, and both engines tell
+the same story.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from mlx_posttrain.rl.rollouts import Answer, Question
 from mlx_posttrain.runs import Run
 
 ENGINES = engines.available()
-COUNT = "def reward(prompts, completions, **columns):\n    return [float(c.count('e')) for c in completions]\n"
+COUNT = (
+    "def reward(prompts, completions, **columns):\n    return [float(c.count('e')) for c in completions]\n"
+)
 NO_CLOCK = ("seconds", "seconds/rollout", "peak_gb")
 
 
@@ -51,15 +55,35 @@ def classifier(folder: Path, target: Path) -> str:
 
 
 def ptx(rows: Path) -> str:
-    return f"ptx={{coefficient: 2.0, batch_size: 2, data: {{source: {json.dumps(str(rows))}, max_length: 48, template: question}}}}"
+    return (
+        f"ptx={{coefficient: 2.0, batch_size: 2, data: {{source: {json.dumps(str(rows))}, max_length: "
+        f"48, template: question}}}}"
+    )
 
 
 def load(random_gpt2, rows_file, reward: str, output: Path, *overrides: str):
-    return recipe.load("07_ppo", [
-        f"model={random_gpt2}", f"reward=[{{function: {json.dumps(reward)}}}]", f"data.source={rows_file}", "data.eval_split=null",
-        "data.limit=40", "data.template=question", "data.max_length=40", "data.eval_limit=8", f"output={output}", "rollout.prompts=8",
-        "rollout.max_tokens=8", "kl.beta=0.05", "train.batch_size=4", "train.accumulate=1", "train.steps=3", "train.lr=1e-3", *overrides,
-    ])  # fmt: skip
+    return recipe.load(
+        "07_ppo",
+        [
+            f"model={random_gpt2}",
+            f"reward=[{{function: {json.dumps(reward)}}}]",
+            f"data.source={rows_file}",
+            "data.eval_split=null",
+            "data.limit=40",
+            "data.template=question",
+            "data.max_length=40",
+            "data.eval_limit=8",
+            f"output={output}",
+            "rollout.prompts=8",
+            "rollout.max_tokens=8",
+            "kl.beta=0.05",
+            "train.batch_size=4",
+            "train.accumulate=1",
+            "train.steps=3",
+            "train.lr=1e-3",
+            *overrides,
+        ],
+    )
 
 
 def run(*args, resume: bool = False):
@@ -77,11 +101,25 @@ def steps(run: Run) -> list[dict]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    "more", [[], ["critic.kind=shared"], ["adapter.rank=4"], ["rollout.temperature=0.7", "adapter.rank=4", "critic.kind=shared"]]
+    "more",
+    [
+        [],
+        ["critic.kind=shared"],
+        ["adapter.rank=4"],
+        ["rollout.temperature=0.7", "adapter.rank=4", "critic.kind=shared"],
+    ],
 )
 def test_the_first_ratio_is_one(engine, more, random_gpt2, rows_file, counting, tmp_path):
     _, done = run(
-        random_gpt2, rows_file, counting, tmp_path / "run", f"engine={engine}", "train.steps=1", "ppo.epochs=1", "train.batch_size=8", *more
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        f"engine={engine}",
+        "train.steps=1",
+        "ppo.epochs=1",
+        "train.batch_size=8",
+        *more,
     )
     first = steps(done)[0]
     assert first["updates"] == 1
@@ -110,23 +148,45 @@ def test_the_first_ratio_is_one(engine, more, random_gpt2, rows_file, counting, 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_reward_for_one_letter_is_learned(engine, seed, random_gpt2, rows_file, counting, tmp_path):
     _, done = run(
-        random_gpt2, rows_file, counting, tmp_path / "run", f"engine={engine}", f"seed={seed}", "train.steps=25", "rollout.prompts=16",
-        "rollout.samples=2", "train.batch_size=16", "train.lr=3e-3", "critic.lr=3e-3", "rollout.missing_eos_penalty=null", "kl.beta=0.01",
-        "train.eval_every=25", "train.schedule=constant",
-    )  # fmt: skip
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        f"engine={engine}",
+        f"seed={seed}",
+        "train.steps=25",
+        "rollout.prompts=16",
+        "rollout.samples=2",
+        "train.batch_size=16",
+        "train.lr=3e-3",
+        "critic.lr=3e-3",
+        "rollout.missing_eos_penalty=null",
+        "kl.beta=0.01",
+        "train.eval_every=25",
+        "train.schedule=constant",
+    )
     scores = [r["objective/scores"] for r in steps(done)]
-    # One of 382 tokens is an e, and some more hold one: a random policy has about one in an answer of 8 tokens.
+    # One of 382 tokens is an e, and some more hold one: a random policy has about one in an answer of 8
+    # tokens.
     assert np.mean(scores[-3:]) > 2 * np.mean(scores[:3]) + 0.5, scores
     assert steps(done)[-1]["objective/kl"] > 0.1
 
 
 def everything(reward_model: str, counting: str, rows: Path) -> list[str]:
-    """Every part of the algorithm that has a state: scales of rewards and judge, a copied critic, beta, rows beside."""
+    """Every part of the algorithm that has a state: scales of rewards and judge, a copied critic, beta, rows
+    beside.
+    """
     return [
-        f"reward=[{{model: {json.dumps(reward_model)}, weight: 0.5}}, {{function: {json.dumps(counting)}, weight: 2.0, normalise: true}}]",
-        f"judge=[{{model: {json.dumps(reward_model)}}}]", ptx(rows), "kl.controller=adaptive", "kl.horizon=50", "critic.lr=3e-3",
-        "train.eval_every=1", "train.batch_size=8",
-    ]  # fmt: skip
+        f"reward=[{{model: {json.dumps(reward_model)}, weight: 0.5}}, {{function: {json.dumps(counting)}, "
+        f"weight: 2.0, normalise: true}}]",
+        f"judge=[{{model: {json.dumps(reward_model)}}}]",
+        ptx(rows),
+        "kl.controller=adaptive",
+        "kl.horizon=50",
+        "critic.lr=3e-3",
+        "train.eval_every=1",
+        "train.batch_size=8",
+    ]
 
 
 def final_weights(run: Run) -> dict[str, np.ndarray]:
@@ -163,7 +223,15 @@ def test_other_rows_are_not_resumed_on(what, part, random_gpt2, rows_file, count
     """A column that only reward functions see, and the texts beside, are data as much as the prompts."""
     mine = shutil.copy(rows_file, tmp_path / "mine.jsonl")
     prompts_from, texts_from = (mine, rows_file) if what == "prompts" else (rows_file, mine)
-    args = (random_gpt2, prompts_from, counting, tmp_path / "run", "train.steps=2", "train.save_every=1", ptx(Path(texts_from)))
+    args = (
+        random_gpt2,
+        prompts_from,
+        counting,
+        tmp_path / "run",
+        "train.steps=2",
+        "train.save_every=1",
+        ptx(Path(texts_from)),
+    )
     _, whole = run(*args)
     shutil.rmtree(whole.final)
     shutil.rmtree(whole.checkpoints / "step-000002")
@@ -174,13 +242,22 @@ def test_other_rows_are_not_resumed_on(what, part, random_gpt2, rows_file, count
 
 def test_killed_and_resumed(random_gpt2, rows_file, counting, reward_model, tmp_path):
     """A real process and kill -9: every figure and weight is that of a run that was let be."""
-    more = [*everything(reward_model, counting, rows_file), "train.steps=6", "train.save_every=1", "train.keep=9"]
+    more = [
+        *everything(reward_model, counting, rows_file),
+        "train.steps=6",
+        "train.save_every=1",
+        "train.keep=9",
+    ]
     _, whole = run(random_gpt2, rows_file, counting, tmp_path / "whole", *more)
     broken = Run(tmp_path / "broken")
     file = tmp_path / "recipe.yaml"
     raw = load(random_gpt2, rows_file, counting, broken.folder, *more).model_dump(mode="json")
     file.write_text(json.dumps(raw))
-    process = subprocess.Popen([sys.executable, "-m", "mlx_posttrain", "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_posttrain", "run", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     end = time.monotonic() + 240
     try:
         while not (broken.checkpoints / "step-000002").is_dir():
@@ -201,7 +278,13 @@ def test_killed_and_resumed(random_gpt2, rows_file, counting, reward_model, tmp_
 def test_the_finished_model_says_what_it_said_in_training(engine, random_gpt2, rows_file, counting, tmp_path):
     """Gradient checkpointing on: texts sampled right after training are those of the saved model."""
     _, done = run(
-        random_gpt2, rows_file, counting, tmp_path / "run", f"engine={engine}", "train.gradient_checkpointing=true", "sample.count=6"
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        f"engine={engine}",
+        "train.gradient_checkpointing=true",
+        "sample.count=6",
     )
     samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
     last = [s for s in samples if s["step"] == 3]
@@ -210,12 +293,25 @@ def test_the_finished_model_says_what_it_said_in_training(engine, random_gpt2, r
     from mlx_posttrain.rl import prompts
 
     _, held_out = prompts.read(chosen.data, tokenizer, model.context, 8, 0)
-    again = rollouts.sample(model, tokenizer, held_out, samples=1, max_tokens=8, temperature=1.0, stop=0, seed=0, token_budget=32768)
+    again = rollouts.sample(
+        model,
+        tokenizer,
+        held_out,
+        samples=1,
+        max_tokens=8,
+        temperature=1.0,
+        stop=0,
+        seed=0,
+        token_budget=32768,
+    )
     assert last and [a.text for a in again] == [s["answer"] for s in last]
-    assert [s["answer"] for s in last] != [s["answer"] for s in samples if s["step"] == 0]  # it has learned something since
+    # it has learned something since
+    assert [s["answer"] for s in last] != [s["answer"] for s in samples if s["step"] == 0]
 
 
-def test_what_it_takes_is_said_before_the_other_models_are_there(random_gpt2, rows_file, counting, tmp_path, monkeypatch, capfd):
+def test_what_it_takes_is_said_before_the_other_models_are_there(
+    random_gpt2, rows_file, counting, tmp_path, monkeypatch, capfd
+):
     def stop(*args):
         raise UserError("so far")
 
@@ -249,7 +345,8 @@ def test_reference_and_critic_stand_apart(engine, random_gpt2, rows_file, counti
     after = measure(parties, seen.answers, 1.0, chosen.train, 64)
     assert all(np.array_equal(a, b) for a, b in zip(before["reference"], after["reference"], strict=True))
     assert any(not np.allclose(a, b, atol=1e-4) for a, b in zip(before["old"], after["old"], strict=True))
-    # The answers that were better than expected became likelier, the others less likely: the whole chain's sign.
+    # The answers that were better than expected became likelier, the others less likely: the whole chain's
+    # sign.
     gain = np.concatenate(seen.figures["advantage"])
     moved = np.concatenate(after["old"]) - np.concatenate(before["old"])
     assert np.corrcoef(gain, moved)[0, 1] > 0.3
@@ -263,7 +360,12 @@ def recorded(parties: Parties, chosen):
         tokens = tuple(int(t) for t in rng.integers(1, 380, 3 + i % 4))
         stopped = i % 3 > 0
         answers.append(
-            Answer(Question(tuple(int(t) for t in rng.integers(1, 380, 4 + i)), "q", {}), tokens + ((0,) if stopped else ()), stopped, "a")
+            Answer(
+                Question(tuple(int(t) for t in rng.integers(1, 380, 4 + i)), "q", {}),
+                tokens + ((0,) if stopped else ()),
+                stopped,
+                "a",
+            )
         )
     figures = measure(parties, answers, 1.0, chosen.train, 64)
     return experience(answers, rng.normal(size=8), figures, chosen.ppo, 1.0, 0.05)
@@ -272,7 +374,15 @@ def recorded(parties: Parties, chosen):
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
 @pytest.mark.parametrize("kind", ["separate", "shared"])
 def test_engines_agree_over_ten_updates(kind, random_gpt2, rows_file, counting, tmp_path):
-    chosen = load(random_gpt2, rows_file, counting, tmp_path / "run", f"critic.kind={kind}", "ppo.epochs=1", "train.accumulate=8")
+    chosen = load(
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        f"critic.kind={kind}",
+        "ppo.epochs=1",
+        "train.accumulate=8",
+    )
     curves = []
     for name in ENGINES:
         library = engines.get(name)
@@ -291,16 +401,32 @@ def test_engines_agree_over_ten_updates(kind, random_gpt2, rows_file, counting, 
         curves.append(records)
     for ours, theirs in zip(*curves, strict=True):
         assert ours["updates"] == 1
-        for figure in ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "val/ratio", "policy/entropy_avg"):
+        for figure in (
+            "loss/policy_avg",
+            "loss/value_avg",
+            "policy/approxkl_avg",
+            "val/ratio",
+            "policy/entropy_avg",
+        ):
             assert ours[figure] == pytest.approx(theirs[figure], rel=2e-3, abs=2e-5), figure
     assert abs(curves[0][-1]["val/ratio"] - 1) > 1e-4
 
 
 def test_several_samples_and_texts_beside(random_gpt2, rows_file, counting, tmp_path):
     result, done = run(
-        random_gpt2, rows_file, counting, tmp_path / "run", "rollout.prompts=4", "rollout.samples=3", "adapter.rank=4",
-        ptx(rows_file), "ppo.whiten_rewards=true", "ppo.score_clip=1.0", "ppo.target_kl=100", "judge=[{function: exact_answer}]",
-    )  # fmt: skip
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        "rollout.prompts=4",
+        "rollout.samples=3",
+        "adapter.rank=4",
+        ptx(rows_file),
+        "ppo.whiten_rewards=true",
+        "ppo.score_clip=1.0",
+        "ppo.target_kl=100",
+        "judge=[{function: exact_answer}]",
+    )
     assert all(r["loss/ptx_avg"] > 1 for r in steps(done))
     assert steps(done)[0]["episode"] == 12
     assert result["trained_parameters"] < result["parameters"] / 10
@@ -314,7 +440,17 @@ def test_one_budget_or_another_samples_the_same(random_gpt2):
     texts = [
         [
             a.tokens
-            for a in rollouts.sample(model, tokenizer, asked, samples=2, max_tokens=6, temperature=1.0, stop=0, seed=4, token_budget=budget)
+            for a in rollouts.sample(
+                model,
+                tokenizer,
+                asked,
+                samples=2,
+                max_tokens=6,
+                temperature=1.0,
+                stop=0,
+                seed=4,
+                token_budget=budget,
+            )
         ]
         for budget in (32, 1024, 10_000)
     ]
@@ -335,7 +471,15 @@ def test_beta_follows_the_run_both_ways(random_gpt2, rows_file, counting, tmp_pa
         "train.batch_size=8",
         "ppo.epochs=1",
     ]
-    _, done = run(random_gpt2, rows_file, counting, tmp_path / "run", *more, "train.schedule=constant", "rollout.missing_eos_penalty=null")
+    _, done = run(
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        *more,
+        "train.schedule=constant",
+        "rollout.missing_eos_penalty=null",
+    )
     found = steps(done)
     assert found[0]["beta"] == 0.2
     for now, then in itertools.pairwise(found):
@@ -346,13 +490,25 @@ def test_beta_follows_the_run_both_ways(random_gpt2, rows_file, counting, tmp_pa
 
 
 def test_a_strong_penalty_keeps_the_policy_near(random_gpt2, rows_file, counting, tmp_path):
-    more = ["train.steps=10", "train.lr=3e-3", "train.schedule=constant", "train.eval_every=10", "critic.lr=3e-3", "train.batch_size=8"]
-    free, held = [run(random_gpt2, rows_file, counting, tmp_path / str(b), *more, f"kl.beta={b}")[0]["kl"] for b in (0.0, 3.0)]
+    more = [
+        "train.steps=10",
+        "train.lr=3e-3",
+        "train.schedule=constant",
+        "train.eval_every=10",
+        "critic.lr=3e-3",
+        "train.batch_size=8",
+    ]
+    free, held = [
+        run(random_gpt2, rows_file, counting, tmp_path / str(b), *more, f"kl.beta={b}")[0]["kl"]
+        for b in (0.0, 3.0)
+    ]
     assert held < 0.5 * free and free > 0.2, (held, free)
 
 
 def test_rates_orders_and_texts_of_the_loop(random_gpt2, rows_file, counting, tmp_path, monkeypatch):
-    """What the loop hands to each step's updates: the scheduled rate, the step's number, the answers to the step's prompts, the texts."""
+    """What the loop hands to each step's updates: the scheduled rate, the step's number, the answers to the
+    step's prompts, the texts.
+    """
     given = []
     real = ppo.update
 
@@ -372,20 +528,35 @@ def test_rates_orders_and_texts_of_the_loop(random_gpt2, rows_file, counting, tm
         "rollout.samples=2",
         ptx(rows_file),
     )
-    assert [lr for lr, *_ in given] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4]) == [r["lr"] for r in steps(done)]
+    assert (
+        [lr for lr, *_ in given]
+        == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+        == [r["lr"] for r in steps(done)]
+    )
     assert [step for _, step, *_ in given] == [0, 1, 2, 3]
     asked = [[tokens[i : i + 2] for i in (0, 2, 4, 6)] for _, _, tokens, _, _ in given]
     assert all(a == b for step in asked for a, b in step)  # a prompt's samples stand together
-    assert len({pair[0] for step in asked for pair in step}) == 16  # four steps of four prompts, none twice in a pass
+    # four steps of four prompts, none twice in a pass
+    assert len({pair[0] for step in asked for pair in step}) == 16
     assert all(texts > 2 and critic for *_, texts, critic in given)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("weight, normalise", [(1.0, "null"), (-2.0, "null"), (3.0, "false")])
-def test_a_copied_critic_starts_at_what_its_model_adds(engine, weight, normalise, random_gpt2, rows_file, counting, reward_model, tmp_path):
-    """Where the score is read, the critic's value is the reward model's part of the score: weighted, and normalised if that is."""
+def test_a_copied_critic_starts_at_what_its_model_adds(
+    engine, weight, normalise, random_gpt2, rows_file, counting, reward_model, tmp_path
+):
+    """Where the score is read, the critic's value is the reward model's part of the score: weighted, and
+    normalised if that is.
+    """
     models = f"{{model: {json.dumps(reward_model)}, weight: {weight}, normalise: {normalise}}}"
-    chosen = load(random_gpt2, rows_file, counting, tmp_path / "run", f"reward=[{{function: {json.dumps(counting)}}}, {models}]")
+    chosen = load(
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        f"reward=[{{function: {json.dumps(counting)}}}, {models}]",
+    )
     library, tokenizer = engines.get(engine), loading.load_tokenizer(random_gpt2)
     scorer = scoring.Scorer(chosen.reward, library, tokenizer, "question")
     policy = library.load(random_gpt2)
@@ -395,7 +566,10 @@ def test_a_copied_critic_starts_at_what_its_model_adds(engine, weight, normalise
     answers = [Answer(Question(t[:3], "q", {}), t[3:], False, "eee"[i % 3 :]) for i, t in enumerate(texts)]
     scorer.normalise_on(answers)
     ppo._fit_critic(parties, ppo._critic_source(chosen))
-    values = parties.critic.apply(lambda m, b: {"v": m.scores(b)}, [pairs.collate_rows(texts, None, 64)])[0]["v"] + parties.value_offset
+    values = (
+        parties.critic.apply(lambda m, b: {"v": m.scores(b)}, [pairs.collate_rows(texts, None, 64)])[0]["v"]
+        + parties.value_offset
+    )
     counted = np.array([a.text.count("e") for a in answers])
     assert values == pytest.approx(scorer(answers) - counted, abs=2e-4)
     assert np.ptp(values) > 0.5
@@ -408,18 +582,34 @@ def test_a_short_reward_model_is_found_before_training(random_gpt2, rows_file, c
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "n_positions": 24, "n_ctx": 24}))
     (file,) = (tmp_path / "short").glob("*.safetensors")
-    save_file({k: v[:24].copy() if "wpe" in k else v for k, v in load_file(file).items()}, file, {"format": "pt"})
+    save_file(
+        {k: v[:24].copy() if "wpe" in k else v for k, v in load_file(file).items()}, file, {"format": "pt"}
+    )
     short = json.dumps(classifier(tmp_path / "short", tmp_path / "reward"))
     for more in ([f"reward=[{{model: {short}}}]"], [f"judge=[{{model: {short}}}]"]):
-        with pytest.raises(UserError, match=r"reward: it reads 24 tokens, and the longest prompt with rollout.max_tokens has \d+"):
+        with pytest.raises(
+            UserError,
+            match=r"reward: it reads 24 tokens, and the longest prompt with "
+            r"rollout.max_tokens has \d+",
+        ):
             run(random_gpt2, rows_file, counting, tmp_path / "run", *more)
         assert not (tmp_path / "run").exists()
 
 
 def test_without_held_out_prompts(random_gpt2, rows_file, counting, tmp_path, capfd):
-    result, done = run(random_gpt2, rows_file, counting, tmp_path / "run", "data.holdout=0", "train.steps=2", "sample.count=2")
+    result, done = run(
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        "data.holdout=0",
+        "train.steps=2",
+        "sample.count=2",
+    )
     samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2] and all(s["score"] == s["answer"].count("e") for s in samples)
+    assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2] and all(
+        s["score"] == s["answer"].count("e") for s in samples
+    )
     said = capfd.readouterr().err
     assert "there are no held-out prompts" in said and "nan" not in said and "score" not in result
     compiles = False
@@ -429,12 +619,22 @@ def test_without_held_out_prompts(random_gpt2, rows_file, counting, tmp_path, ca
         compiles = compile_works()
     assert ("steps were compiled" in said) == compiles
     assert not any("eval/kl" in r for r in records(done))
-    run(random_gpt2, rows_file, counting, tmp_path / "none", "data.holdout=0", "train.steps=1", "sample.count=0")
+    run(
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "none",
+        "data.holdout=0",
+        "train.steps=1",
+        "sample.count=0",
+    )
     assert not (tmp_path / "none" / "samples.jsonl").exists()
 
 
 def test_the_shown_functions_and_command(root, random_gpt2, tmp_path, monkeypatch):
-    """What docs/rlhf.md and the recipe's header show, as they show it, on a file with prompts and one column more."""
+    """What docs/rlhf.md and the recipe's header show, as they show it, on a file with prompts and one column
+    more.
+    """
     shown = (root / "docs" / "rlhf.md").read_text()
     (tmp_path / "my_rewards.py").write_text(shown.split("```python")[1].split("```")[0])
     rows = [{"prompt": f"Say number {i}.", "target": "e" if i % 2 else None} for i in range(30)]
@@ -445,9 +645,17 @@ def test_the_shown_functions_and_command(root, random_gpt2, tmp_path, monkeypatc
     assert command in shown
     words = shlex.split(command)
     assert words[:3] == ["mlx-posttrain", "run", "07_ppo"]
-    small = [f"model={random_gpt2}", "rollout.max_tokens=8", "rollout.prompts=8", "train.steps=1", "sample.count=0"]
+    small = [
+        f"model={random_gpt2}",
+        "rollout.max_tokens=8",
+        "rollout.prompts=8",
+        "train.steps=1",
+        "sample.count=0",
+    ]
     for name in ("brief", "right"):
-        chosen = recipe.load(words[2], [*(w.replace(":brief", f":{name}") for w in words[3:]), *small, f"output={name}"])
+        chosen = recipe.load(
+            words[2], [*(w.replace(":brief", f":{name}") for w in words[3:]), *small, f"output={name}"]
+        )
         assert np.isfinite(methods.get("ppo").run(chosen)["score"])
     assert 0 < steps(Run(tmp_path / "right"))[0]["val/unscored"] < 8
     assert steps(Run(tmp_path / "brief"))[0]["val/unscored"] == 0
@@ -455,7 +663,14 @@ def test_the_shown_functions_and_command(root, random_gpt2, tmp_path, monkeypatc
 
 def test_an_early_stop_on_kl(random_gpt2, rows_file, counting, tmp_path):
     _, done = run(
-        random_gpt2, rows_file, counting, tmp_path / "run", "ppo.target_kl=1e-9", "ppo.epochs=3", "train.steps=1", "train.lr=1e-2"
+        random_gpt2,
+        rows_file,
+        counting,
+        tmp_path / "run",
+        "ppo.target_kl=1e-9",
+        "ppo.epochs=3",
+        "train.steps=1",
+        "train.lr=1e-2",
     )
     assert steps(done)[0]["updates"] < 6
 
@@ -484,7 +699,11 @@ def test_recipes_that_cannot_be(override, said, random_gpt2, rows_file, counting
 
 def test_answers_as_long_as_the_context_leave_no_room(random_gpt2, rows_file, counting, tmp_path):
     chosen = load(random_gpt2, rows_file, counting, tmp_path / "run", "rollout.max_tokens=64")
-    with pytest.raises(UserError, match=r"rollout.max_tokens=64 leaves no room for a prompt in the model's context of 64"):
+    with pytest.raises(
+        UserError,
+        match=r"rollout.max_tokens=64 leaves no room for a prompt in the model's "
+        r"context of 64",
+    ):
         methods.get("ppo").run(chosen)
     assert not (tmp_path / "run").exists()
 

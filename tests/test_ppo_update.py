@@ -25,13 +25,22 @@ TEMPERATURE, CLIP, VALUE_CLIP, VF, PTX = 0.7, 0.2, 0.15, 0.3, 2.5
 
 
 def load(*overrides: str):
-    return recipe.load("07_ppo", [
-        "reward=[{function: checker}]", f"rollout.temperature={TEMPERATURE}", f"ppo.clip={CLIP}", f"ppo.value_clip={VALUE_CLIP}", *overrides,
-    ])  # fmt: skip
+    return recipe.load(
+        "07_ppo",
+        [
+            "reward=[{function: checker}]",
+            f"rollout.temperature={TEMPERATURE}",
+            f"ppo.clip={CLIP}",
+            f"ppo.value_clip={VALUE_CLIP}",
+            *overrides,
+        ],
+    )
 
 
 def with_ptx() -> str:
-    return f"ptx={{coefficient: {PTX}, batch_size: 2, data: {{source: {json.dumps(str(Path('rows.jsonl')))}}}}}"
+    return (
+        f"ptx={{coefficient: {PTX}, batch_size: 2, data: {{source: {json.dumps(str(Path('rows.jsonl')))}}}}}"
+    )
 
 
 def rows() -> list[Example]:
@@ -49,7 +58,9 @@ def plain(model, example: Example, temperature: float) -> np.ndarray:
     logits = np.asarray(model.full_logits(np.array([example.tokens], np.int32))[0], np.float64) / temperature
     logits -= logits.max(-1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    return np.array([logits[t - 1, example.tokens[t]] for t in range(1, len(example.tokens)) if example.trained[t]])
+    return np.array(
+        [logits[t - 1, example.tokens[t]] for t in range(1, len(example.tokens)) if example.trained[t]]
+    )
 
 
 def plain_values(model, example: Example) -> np.ndarray:
@@ -65,7 +76,9 @@ def around(present: list[np.ndarray], spread: float, seed: int) -> list[np.ndarr
     return [p + rng.uniform(-spread, spread, len(p)) for p in present]
 
 
-def policy_by_hand(new: np.ndarray, old: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def policy_by_hand(
+    new: np.ndarray, old: np.ndarray, gain: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(loss, d loss / d new, clipped) of each token, one token at a time."""
     found = []
     for n, o, a in zip(new, old, gain, strict=True):
@@ -76,8 +89,12 @@ def policy_by_hand(new: np.ndarray, old: np.ndarray, gain: np.ndarray) -> tuple[
     return tuple(np.array(x) for x in zip(*found))  # type: ignore[return-value]
 
 
-def value_by_hand(new: np.ndarray, old: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(loss, d loss / d new, clipped) of each token: where the value held near the old one is the worse of the two, it counts."""
+def value_by_hand(
+    new: np.ndarray, old: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(loss, d loss / d new, clipped) of each token: where the value held near the old one is the worse of
+    the two, it counts.
+    """
     found = []
     for v, o, r in zip(new, old, wanted, strict=True):
         held = min(max(v, o - VALUE_CLIP), o + VALUE_CLIP)
@@ -87,18 +104,30 @@ def value_by_hand(new: np.ndarray, old: np.ndarray, wanted: np.ndarray) -> tuple
 
 
 def prepared(model):
-    """Two micro-batches of answers with old figures around the model's present ones, and everything that was put into them by token."""
+    """Two micro-batches of answers with old figures around the model's present ones, and everything that was
+    put into them by token.
+    """
     examples = rows()
     new, values = [plain(model, e, TEMPERATURE) for e in examples], [plain_values(model, e) for e in examples]
     rng = np.random.default_rng(4)
     figures = {
-        "old": around(new, 0.6, 1), "old_value": around(values, 0.5, 2), "return": around(values, 0.6, 3),
+        "old": around(new, 0.6, 1),
+        "old_value": around(values, 0.5, 2),
+        "return": around(values, 0.6, 3),
         "advantage": [rng.normal(size=n) for n in LENGTHS],
-    }  # fmt: skip
+    }
     parts = [[0, 2], [1, 3]]
-    made = [rollouts.with_figures([examples[i] for i in p], {n: [v[i] for i in p] for n, v in figures.items()}, 64) for p in parts]
+    made = [
+        rollouts.with_figures(
+            [examples[i] for i in p], {n: [v[i] for i in p] for n, v in figures.items()}, 64
+        )
+        for p in parts
+    ]
     order = [i for p in parts for i in p]
-    flat = {name: np.concatenate([v[i] for i in order]) for name, v in {**figures, "new": new, "value": values}.items()}
+    flat = {
+        name: np.concatenate([v[i] for i in order])
+        for name, v in {**figures, "new": new, "value": values}.items()
+    }
     return made, order, flat
 
 
@@ -107,7 +136,9 @@ def carrying(made, order, coefficients: dict[str, np.ndarray]):
     ends = np.cumsum([LENGTHS[i] for i in order])[:-1]
     by_row = {name: np.split(values, ends) for name, values in coefficients.items()}
     return [
-        batches.with_rows(replace(b, extra={}), {name: values[2 * k : 2 * k + 2] for name, values in by_row.items()})
+        batches.with_rows(
+            replace(b, extra={}), {name: values[2 * k : 2 * k + 2] for name, values in by_row.items()}
+        )
         for k, b in enumerate(made)
     ]
 
@@ -129,7 +160,9 @@ def test_policy_loss_of_a_real_model(engine, kind, random_gpt2):
     if kind == "separate":  # the same figures, and a policy without a head
         model = engines.get(engine).load(random_gpt2)
     shared = kind == "shared"
-    loss = ppo.policy_loss(load(with_ptx(), f"critic.kind={kind}", *([f"ppo.vf_coef={VF}"] if shared else [])))
+    loss = ppo.policy_loss(
+        load(with_ptx(), f"critic.kind={kind}", *([f"ppo.vf_coef={VF}"] if shared else []))
+    )
     beside = replace(batches.collate(texts(), 64), group="ptx")
 
     policy, slope, clipped = policy_by_hand(flat["new"], flat["old"], flat["advantage"])
@@ -138,9 +171,13 @@ def test_policy_loss_of_a_real_model(engine, kind, random_gpt2):
     ratio = np.exp(flat["new"] - flat["old"])
     nll = -np.concatenate([plain(model, e, 1.0) for e in texts()])
     wanted = {
-        "loss/policy_avg": policy.mean(), "policy/approxkl_avg": 0.5 * ((flat["new"] - flat["old"]) ** 2).mean(),
-        "policy/clipfrac_avg": clipped.mean(), "val/ratio": ratio.mean(), "ratio_squared": (ratio**2).mean(), "loss/ptx_avg": nll.mean(),
-    }  # fmt: skip
+        "loss/policy_avg": policy.mean(),
+        "policy/approxkl_avg": 0.5 * ((flat["new"] - flat["old"]) ** 2).mean(),
+        "policy/clipfrac_avg": clipped.mean(),
+        "val/ratio": ratio.mean(),
+        "ratio_squared": (ratio**2).mean(),
+        "loss/ptx_avg": nll.mean(),
+    }
     total = policy.mean() + PTX * nll.mean()
     if shared:
         wanted |= {"loss/value_avg": value.mean(), "val/clipfrac_avg": value_clipped.mean()}
@@ -180,7 +217,9 @@ def test_value_loss_of_a_real_critic(engine, random_gpt2):
     def by_slopes(m, batch):
         return (m.scores(batch) * batch.extra["slope"] * batch.weight).sum() / batch.total, {}
 
-    same_gradient(critic.gradient(loss, made), critic.gradient(by_slopes, carrying(made, order, {"slope": slope})))
+    same_gradient(
+        critic.gradient(loss, made), critic.gradient(by_slopes, carrying(made, order, {"slope": slope}))
+    )
     unclipped = critic.evaluate(ppo.value_loss(None), made)
     assert unclipped["loss"] == pytest.approx(0.5 * ((flat["value"] - flat["return"]) ** 2).mean(), rel=1e-4)
     assert unclipped["val/clipfrac_avg"] == 0
@@ -198,21 +237,31 @@ class Recorder:
         which = len(self.calls) - 1
         ratio = self.ratios[which % len(self.ratios)]
         return {
-            "loss": 7.0, "grad_norm": 1.0, "val/ratio": ratio, "ratio_squared": ratio**2 + 0.25,
+            "loss": 7.0,
+            "grad_norm": 1.0,
+            "val/ratio": ratio,
+            "ratio_squared": ratio**2 + 0.25,
             "policy/approxkl_avg": self.approxkl[which % len(self.approxkl)],
-        }  # fmt: skip
+        }
 
 
 def seen(count: int) -> Experience:
     rng = np.random.default_rng(5)
-    made = [Answer(Question((1, 2 + i), "q", {}), tuple(rng.integers(1, 380, 2 + i % 3).tolist()), True, "a") for i in range(count)]
-    figures = {n: [rng.normal(size=len(a.tokens)) for a in made] for n in ("old", "old_value", "advantage", "return")}
+    made = [
+        Answer(Question((1, 2 + i), "q", {}), tuple(rng.integers(1, 380, 2 + i % 3).tolist()), True, "a")
+        for i in range(count)
+    ]
+    figures = {
+        n: [rng.normal(size=len(a.tokens)) for a in made] for n in ("old", "old_value", "advantage", "return")
+    }
     return Experience(made, figures, {})
 
 
 def questions_of(trainer: Recorder) -> list[int]:
     """Second prompt token, which numbers the rows, in the order in which they were trained on."""
-    return [int(row[1]) for _, given, _ in trainer.calls for b in given if b.group != "ptx" for row in b.tokens]
+    return [
+        int(row[1]) for _, given, _ in trainer.calls for b in given if b.group != "ptx" for row in b.tokens
+    ]
 
 
 def updated(chosen, step: int = 0, beside=(), **answers) -> tuple[dict[str, float], Recorder, Recorder]:
@@ -228,11 +277,17 @@ def test_every_epoch_takes_every_answer_once_in_a_new_order():
     passes = [order[i : i + 12] for i in (0, 12, 24)]
     assert figures["updates"] == 9 and [len(given) for _, given, _ in policy.calls] == [2] * 9
     assert all(sorted(p) == list(range(2, 14)) for p in passes)
-    # Which answers share an optimizer step differs from epoch to epoch and from step to step; sorting by length is not shuffling.
-    together = [[frozenset(p[i : i + 4]) for i in (0, 4, 8)] for p in [*passes, questions_of(updated(chosen, step=1)[1])[:12]]]
+    # Which answers share an optimizer step differs from epoch to epoch and from step to step; sorting by
+    # length is not shuffling.
+    together = [
+        [frozenset(p[i : i + 4]) for i in (0, 4, 8)]
+        for p in [*passes, questions_of(updated(chosen, step=1)[1])[:12]]
+    ]
     assert all(a != b for i, a in enumerate(together) for b in together[:i])
     assert questions_of(updated(chosen)[1]) == order == questions_of(critic)
-    assert {loss for loss, _, _ in policy.calls} == {"policy"} and {loss for loss, _, _ in critic.calls} == {"value"}
+    assert {loss for loss, _, _ in policy.calls} == {"policy"} and {loss for loss, _, _ in critic.calls} == {
+        "value"
+    }
 
 
 def test_figures_go_with_their_answers():
@@ -282,7 +337,8 @@ def test_rows_that_begin_alike_are_together_where_they_share_work():
     rows = [(2, 7, 1, 1, 1, 1), (1, 5), (2, 7, 3), (1, 5, 2, 2, 2)]
     assert batches.alike(rows, True, 2, None) == [[1, 3], [0, 2]]
     assert batches.alike(rows, False, 2, None) == [[1, 2], [3, 0]]
-    assert batches.alike([(2,) * 30, (1,) * 3, (3,) * 2], True, 3, 64) == [[1, 0], [2]]  # the longest row counts, not the last
+    # the longest row counts, not the last
+    assert batches.alike([(2,) * 30, (1,) * 3, (3,) * 2], True, 3, 64) == [[1, 0], [2]]
 
 
 @pytest.mark.parametrize("packs", [False, True])
@@ -294,7 +350,9 @@ def test_minibatches_take_every_row_once_within_their_limits(packs):
     assert Counter(i for step in cut for part in step for i in part) == Counter(range(11))
     assert [sum(map(len, step)) for step in cut] == [6, 5]
     for part in (part for step in cut for part in step):
-        assert len(part) <= 3 and (len(part) == 1 or len(part) * batches.round_up(max(lengths[i] for i in part), 8) <= 64)
+        assert len(part) <= 3 and (
+            len(part) == 1 or len(part) * batches.round_up(max(lengths[i] for i in part), 8) <= 64
+        )
     again = rollouts.minibatches(rows, **limits, rng=np.random.default_rng(1))
     other = rollouts.minibatches(rows, **limits, rng=np.random.default_rng(2))
     assert again == cut != other

@@ -1,4 +1,6 @@
-"""Bases in few bits: folders that are quantised already, QLoRA on a base that is not, merges onto 16-bit bases."""
+"""Bases in few bits: folders that are quantised already, QLoRA on a base that is not, merges onto 16-bit
+bases.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,21 @@ TOKENS = np.arange(3, 51)[None].repeat(2, 0)
 
 
 def train(model: Path, rows: Path, output: Path, *more: str) -> Path:
-    chosen = recipe.load("01_sft", [
-        f"model={model}", f"data.source={rows}", f"output={output}", "engine=mlx", "train.steps=6", "train.lr=2e-2", "sample.count=0",
-        "adapter.rank=4", "adapter.alpha=16", *more,
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "01_sft",
+        [
+            f"model={model}",
+            f"data.source={rows}",
+            f"output={output}",
+            "engine=mlx",
+            "train.steps=6",
+            "train.lr=2e-2",
+            "sample.count=0",
+            "adapter.rank=4",
+            "adapter.alpha=16",
+            *more,
+        ],
+    )
     methods.get(chosen.method).run(chosen)
     return output
 
@@ -73,12 +86,17 @@ def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_pat
         cli.main(["export", str(run), "--output", str(tmp_path / "peft")])
     assert (said := capfd.readouterr().out.splitlines()[0]) in (tmp_path / "peft" / "README.md").read_text()
     drift = export.export(run, tmp_path / "adapters", "mlx-lm")["drift"]
-    assert f"trained on a base quantised to 4 bits; on the base as it is, {drift['lost']:.1%} of the adapter's effect" in said
+    assert (
+        f"trained on a base quantised to 4 bits; on the base as it is, {drift['lost']:.1%} of the adapter's "
+        "effect" in said
+    )
     theirs, ours = open_model(tmp_path / "peft", "mlx")[0], open_model(run, "mlx")[0]
     probe = np.random.default_rng(0).integers(0, ours.config["vocab_size"], (4, 32))
     difference = np.abs(theirs.full_logits(probe) - ours.full_logits(probe)).max()
     assert drift["max_logit_difference"] == pytest.approx(difference, rel=1e-4) and difference > 1e-2
-    assert export.is_export(tmp_path / "peft", run, "peft", False) and not export.is_export(tmp_path / "peft", run, "mlx-lm", False)
+    assert export.is_export(tmp_path / "peft", run, "peft", False) and not export.is_export(
+        tmp_path / "peft", run, "mlx-lm", False
+    )
 
 
 def test_a_merge_into_a_16_bit_base_is_float32(random_gpt2, rows_file, tmp_path):

@@ -1,4 +1,6 @@
-"""Every shipped recipe is read, and runs for a step on the tiny model with the embedded data; the README's commands parse."""
+"""Every shipped recipe is read, and runs for a step on the tiny model with the embedded data; the README's
+commands parse.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from mlx_posttrain.rl import rewards
 
 SHIPPED = sorted(recipe.shipped())
 DEFAULTS: dict[str, dict] = {
-    "07_reward": {"train.lr": 1e-5, "train.epochs": 1, "data.limit": 5000, "data.source": "Anthropic/hh-rlhf"},
+    "07_reward": {
+        "train.lr": 1e-5,
+        "train.epochs": 1,
+        "data.limit": 5000,
+        "data.source": "Anthropic/hh-rlhf",
+    },
     "07_ppo": {
         "train.steps": 150,
         "kl.beta": 0.5,
@@ -42,7 +49,13 @@ DEFAULTS: dict[str, dict] = {
         "data.source": "yahma/alpaca-cleaned",
     },
     "03_qlora": {"train.lr": 1e-4, "adapter.quantize": 4, "data.limit": 200},
-    "06_kl_sft": {"train.lr": 2e-5, "train.epochs": 2, "kl.beta": 0.1, "data.clean.keep": 3000, "data.source": "tatsu-lab/alpaca"},
+    "06_kl_sft": {
+        "train.lr": 2e-5,
+        "train.epochs": 2,
+        "kl.beta": 0.1,
+        "data.clean.keep": 3000,
+        "data.source": "tatsu-lab/alpaca",
+    },
 }
 
 
@@ -76,18 +89,53 @@ def test_five_templates():
 
 
 SMALL = {  # what makes a recipe of a method run within seconds, offline
-    "sft": ["model=tiny", "data.source=embedded/tasks", "data.format=auto", "data.limit=200", "data.eval_limit=8", "train.steps=1", "sample.max_tokens=4"],
-    "reward": ["model=tiny", "data.source=embedded/preferences", "data.eval_split=valid", "data.limit=60", "data.eval_limit=8", "train.steps=1"],
-    "ppo": [
-        "model=tiny", "reward=[{function: checker}]", "data.source=embedded/tasks", "data.eval_split=valid", "data.limit=60", "data.eval_limit=4",
-        "train.steps=1", "train.batch_size=4", "train.accumulate=1", "rollout.prompts=4", "rollout.max_tokens=8", "critic.kind=shared",
-    ],
-    "distill": [
-        "model=tiny", "data.source=embedded/reasoning", "data.config=null", "data.limit=40", "data.max_length=128", "data.eval_limit=4",
-        "data.system=null", "train.steps=1", "train.batch_size=4", "train.accumulate=1", "think.questions=2", "think.max_tokens=8",
+    "sft": [
+        "model=tiny",
+        "data.source=embedded/tasks",
+        "data.format=auto",
+        "data.limit=200",
+        "data.eval_limit=8",
+        "train.steps=1",
         "sample.max_tokens=4",
     ],
-}  # fmt: skip
+    "reward": [
+        "model=tiny",
+        "data.source=embedded/preferences",
+        "data.eval_split=valid",
+        "data.limit=60",
+        "data.eval_limit=8",
+        "train.steps=1",
+    ],
+    "ppo": [
+        "model=tiny",
+        "reward=[{function: checker}]",
+        "data.source=embedded/tasks",
+        "data.eval_split=valid",
+        "data.limit=60",
+        "data.eval_limit=4",
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.accumulate=1",
+        "rollout.prompts=4",
+        "rollout.max_tokens=8",
+        "critic.kind=shared",
+    ],
+    "distill": [
+        "model=tiny",
+        "data.source=embedded/reasoning",
+        "data.config=null",
+        "data.limit=40",
+        "data.max_length=128",
+        "data.eval_limit=4",
+        "data.system=null",
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.accumulate=1",
+        "think.questions=2",
+        "think.max_tokens=8",
+        "sample.max_tokens=4",
+    ],
+}
 SHOWN = {
     "sft": {"prompt", "answer", "wanted"},
     "reward": {"chosen", "rejected", "chosen_score"},
@@ -97,7 +145,12 @@ SHOWN = {
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in SHIPPED if not n.startswith("00") and recipe.read_yaml(recipe.shipped()[n])["method"] in SMALL]
+    "name",
+    [
+        n
+        for n in SHIPPED
+        if not n.startswith("00") and recipe.read_yaml(recipe.shipped()[n])["method"] in SMALL
+    ],
 )
 @pytest.mark.parametrize("engine", engines.available())
 def test_runs_on_the_tiny_model(name, engine, tmp_path):
@@ -114,11 +167,28 @@ def test_runs_on_the_tiny_model(name, engine, tmp_path):
 
 
 def test_rlhf_in_one_command(tmp_path):
-    """SFT, reward model and PPO as one pipeline, on the tiny model with real pairs' format, then the policy answers."""
+    """SFT, reward model and PPO as one pipeline, on the tiny model with real pairs' format, then the policy
+    answers.
+    """
     tiny = {"sft": "sft", "reward": "reward", "ppo": "ppo"}
-    settings = [f"{stage}.{s}" for stage, method in tiny.items() for s in SMALL[method] if not s.startswith(("model=", "reward="))]
-    chosen = recipe.load("07_rlhf", [f"output={tmp_path / 'run'}", "sft.model=tiny", "sft.data.format=auto", "sft.data.template=question",
-                                     "reward.data.template=question", "ppo.data.template=question", *settings])  # fmt: skip
+    settings = [
+        f"{stage}.{s}"
+        for stage, method in tiny.items()
+        for s in SMALL[method]
+        if not s.startswith(("model=", "reward="))
+    ]
+    chosen = recipe.load(
+        "07_rlhf",
+        [
+            f"output={tmp_path / 'run'}",
+            "sft.model=tiny",
+            "sft.data.format=auto",
+            "sft.data.template=question",
+            "reward.data.template=question",
+            "ppo.data.template=question",
+            *settings,
+        ],
+    )
     results = methods.get("pipeline").run(chosen)
     assert list(results) == ["sft", "reward", "ppo"]
     assert all((tmp_path / "run" / stage / "final").is_dir() for stage in tiny)
@@ -141,19 +211,40 @@ def test_the_journey_in_one_command(tmp_path):
         "ppo": "ppo",
         "distill": "distill",
     }
-    settings = [f"{stage}.{s}" for stage, method in methods_of.items() for s in SMALL[method] if not s.startswith("reward=")]
+    settings = [
+        f"{stage}.{s}"
+        for stage, method in methods_of.items()
+        for s in SMALL[method]
+        if not s.startswith("reward=")
+    ]
     settings = [s for s in settings if s not in ("reward.model=tiny", "judge.model=tiny", "ppo.model=tiny")]
     suite = ["limit=4", "max_tokens=6", "text_limit=3", "continuation=12", "samples=2"]
-    chosen = recipe.load("journey", [
-        f"output={tmp_path / 'run'}", *settings, "ppo.reward=[{model: '{reward}'}]", "reward.data.template=instruction", "judge.data.template=instruction",
-        "kl.data.clean=null", *(f"report.suite.{s}" for s in suite),
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "journey",
+        [
+            f"output={tmp_path / 'run'}",
+            *settings,
+            "ppo.reward=[{model: '{reward}'}]",
+            "reward.data.template=instruction",
+            "judge.data.template=instruction",
+            "kl.data.clean=null",
+            *(f"report.suite.{s}" for s in suite),
+        ],
+    )
     results = methods.get("pipeline").run(chosen)
     assert list(results) == [*methods_of, "report"]
     page = (tmp_path / "run" / "report" / "final" / "report.html").read_text()
     assert all(f">{name}<" in page or f" {name}" in page for name in methods_of)
     numbers = json.loads((tmp_path / "run" / "report" / "final" / "report-comparison.json").read_text())
-    assert [m["name"] for m in numbers["models"]] == ["base", "sft", "templates", "lora", "kl", "ppo", "distill"]
+    assert [m["name"] for m in numbers["models"]] == [
+        "base",
+        "sft",
+        "templates",
+        "lora",
+        "kl",
+        "ppo",
+        "distill",
+    ]
     assert "wins" in numbers["models"][1]["figures"] or "score" in numbers["models"][1]["figures"]
     # Each is asked as it was trained, and judged by a reward model that trained none of them.
     assert [m["template"] for m in numbers["models"]] == ["instruction"] * 5 + ["dialogue", "chatml"]
@@ -171,7 +262,9 @@ def test_the_trade_off_compares_like_with_like():
 
     stages = stage_recipes(recipe.load("07_tradeoff"))
     runs = {name: own.model_dump() for name, own in stages.items() if own.method == "ppo"}
-    assert sorted((own["kl"]["beta"], own["seed"]) for own in runs.values()) == [(b, s) for b in (0.05, 0.2, 0.3, 0.5) for s in (0, 1, 2)]
+    assert sorted((own["kl"]["beta"], own["seed"]) for own in runs.values()) == [
+        (b, s) for b in (0.05, 0.2, 0.3, 0.5) for s in (0, 1, 2)
+    ]
     for own in runs.values():
         own["kl"].pop("beta"), own.pop("seed"), own.pop("output")
     assert all(own == next(iter(runs.values())) for own in runs.values())
@@ -186,7 +279,10 @@ def test_the_budget_compares_like_with_like():
     report = stages.pop("report")
     assert [own["seed"] for own in stages.values()] == [0, 1, 2] * 3
     kinds = [(own["data"].pop("format"), own["data"].pop("limit")) for own in stages.values()]
-    assert kinds == [("reasoning", 16000)] * 3 + [("question_answer", 16000)] * 3 + [("question_answer", 35200)] * 3
+    assert (
+        kinds
+        == [("reasoning", 16000)] * 3 + [("question_answer", 16000)] * 3 + [("question_answer", 35200)] * 3
+    )
     for own in stages.values():
         for key in ("seed", "output", "description", "think"):
             own.pop(key)
@@ -200,25 +296,46 @@ def test_the_budget_in_one_command(tmp_path):
     """The shipped recipe, cut short: nine runs, and paired gains over questions and seeds in the report."""
     names = [f"{kind}_{seed}" for kind in ("traces", "answers", "tokens") for seed in (0, 1, 2)]
     small = ["data.limit=16", "data.eval_limit=4", "train.batch_size=8", "train.steps=1", "sample.count=0"]
-    chosen = recipe.load("08_budget", [
-        f"output={tmp_path / 'run'}", *(f"{name}.{s}" for name in names for s in small), *(f"traces_{seed}.think.questions=2" for seed in (0, 1, 2)),
-        "report.suite.limit=4", "report.suite.think_tokens=8", "report.suite.max_tokens=8", "report.suite.text_limit=2",
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "08_budget",
+        [
+            f"output={tmp_path / 'run'}",
+            *(f"{name}.{s}" for name in names for s in small),
+            *(f"traces_{seed}.think.questions=2" for seed in (0, 1, 2)),
+            "report.suite.limit=4",
+            "report.suite.think_tokens=8",
+            "report.suite.max_tokens=8",
+            "report.suite.text_limit=2",
+        ],
+    )
     methods.get("pipeline").run(chosen)
     final = tmp_path / "run" / "report" / "final"
     told = {f["question"]: f for f in json.loads((final / "report-findings.json").read_text())}
     for name in ("traces over answers, same rows and steps", "traces over answers, same tokens"):
         found = told[f"Is it a gain: {name}?"]
-        assert len(found["figures"]["each"]) == 3 and len(found["figures"]["over_seeds"]) == 3 and "over 3 seeds" in found["sentence"]
+        assert (
+            len(found["figures"]["each"]) == 3
+            and len(found["figures"]["over_seeds"]) == 3
+            and "over 3 seeds" in found["sentence"]
+        )
         assert found["sentence"] in (final / "report.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["02_templates", "03_lora", "06_kl_sft"])
 def test_runs_on_local_files(name, random_gpt2, shared, tmp_path):
-    chosen = recipe.load(name, [
-        f"model={random_gpt2}", f"data.source={shared / 'data' / 'instruct' / 'short-tasks.jsonl'}", "data.max_length=64", "data.eval_limit=8",
-        "data.holdout=20", f"output={tmp_path / 'run'}", "train.steps=1", "sample.count=0",
-    ])  # fmt: skip
+    chosen = recipe.load(
+        name,
+        [
+            f"model={random_gpt2}",
+            f"data.source={shared / 'data' / 'instruct' / 'short-tasks.jsonl'}",
+            "data.max_length=64",
+            "data.eval_limit=8",
+            "data.holdout=20",
+            f"output={tmp_path / 'run'}",
+            "train.steps=1",
+            "sample.count=0",
+        ],
+    )
     assert methods.get(chosen.method).run(chosen)["loss"] > 0
 
 
@@ -226,12 +343,34 @@ def test_runs_on_local_files(name, random_gpt2, shared, tmp_path):
 def test_pretraining_learns_from_random_weights(engine, tmp_path):
     """Twenty sentences, a few dozen steps: the loss falls far below that of guessing."""
     texts = tmp_path / "texts.jsonl"
-    sentences = [f"the {a} {b} sees the {c}." for a in ("big", "small") for b in ("cat", "dog", "cow") for c in ("moon", "sun", "hill")]
-    texts.write_text("".join(json.dumps({"text": " ".join(sentences[i:] + sentences[:i])}) + "\n" for i in range(18)))
-    chosen = recipe.load("00_pretrain_tiny", [
-        f"data.source={texts}", f"output={tmp_path / 'run'}", f"engine={engine}", "pretrain.vocab_size=300", "pretrain.layers=2", "pretrain.width=48",
-        "pretrain.heads=2", "pretrain.context=64", "data.max_length=64", "data.holdout=2", "train.epochs=20", "train.warmup=5", "train.lr=5e-3", "train.eval_every=20",
-    ])  # fmt: skip
+    sentences = [
+        f"the {a} {b} sees the {c}."
+        for a in ("big", "small")
+        for b in ("cat", "dog", "cow")
+        for c in ("moon", "sun", "hill")
+    ]
+    texts.write_text(
+        "".join(json.dumps({"text": " ".join(sentences[i:] + sentences[:i])}) + "\n" for i in range(18))
+    )
+    chosen = recipe.load(
+        "00_pretrain_tiny",
+        [
+            f"data.source={texts}",
+            f"output={tmp_path / 'run'}",
+            f"engine={engine}",
+            "pretrain.vocab_size=300",
+            "pretrain.layers=2",
+            "pretrain.width=48",
+            "pretrain.heads=2",
+            "pretrain.context=64",
+            "data.max_length=64",
+            "data.holdout=2",
+            "train.epochs=20",
+            "train.warmup=5",
+            "train.lr=5e-3",
+            "train.eval_every=20",
+        ],
+    )
     result = methods.get(chosen.method).run(chosen)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["eval/loss"]
     assert first == pytest.approx(5.7, abs=0.2)  # ln 300
@@ -239,9 +378,21 @@ def test_pretraining_learns_from_random_weights(engine, tmp_path):
 
 
 def offline() -> list[list[str]]:
-    """The commands for the embedded model in the first lines of recipes, but for those of a whole pipeline."""
-    lines = [line.lstrip("# ") for path in recipe.shipped().values() for line in path.read_text().splitlines()]
-    return [shlex.split(re.split(r"\s{2,}", line)[0])[2:] for line in lines if re.match(r"mlx-posttrain run .* model=tiny", line)]
+    """The commands for the embedded model in the first lines of recipes, but for those of a whole
+    pipeline.
+    """
+    lines = [
+        line.lstrip("# ") for path in recipe.shipped().values() for line in path.read_text().splitlines()
+    ]
+    return [
+        shlex.split(re.split(r"\s{2,}", line)[0])[2:]
+        for line in lines
+        if re.match(
+            r"mlx-posttrain run "
+            r".* model=tiny",
+            line,
+        )
+    ]
 
 
 @pytest.mark.parametrize("words", offline(), ids=lambda words: words[0])
@@ -254,9 +405,16 @@ def test_offline_commands_find_their_model_and_data(words):
 
 
 def test_every_stage_that_trains_on_gpt2_has_an_offline_command():
-    assert {"01_sft", "02_templates", "03_lora", "03_qlora", "06_kl_sft", "07_reward", "07_ppo", "08_distill"} <= {
-        words[0] for words in offline()
-    }
+    assert {
+        "01_sft",
+        "02_templates",
+        "03_lora",
+        "03_qlora",
+        "06_kl_sft",
+        "07_reward",
+        "07_ppo",
+        "08_distill",
+    } <= {words[0] for words in offline()}
 
 
 def test_the_commands_in_recipes_and_readme_parse(root):
@@ -268,7 +426,8 @@ def test_the_commands_in_recipes_and_readme_parse(root):
         m
         for text in texts
         for m in re.findall(
-            r"mlx-posttrain (?:run|export|generate|chat|convert|doctor|demo|recipes|keys|eval|compare|analyze|report|synthesize)[^\n`]*",
+            r"mlx-posttrain "
+            r"(?:run|export|generate|chat|convert|doctor|demo|recipes|keys|eval|compare|analyze|report|synthesize)[^\n`]*",
             text,
         )
     ]

@@ -1,4 +1,6 @@
-"""The reference's hidden states, computed once: the same losses without its blocks, as far as memory is given."""
+"""The reference's hidden states, computed once: the same losses without its blocks, as far as memory is
+given.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def data(epochs: float = 2, **settings) -> Data:
-    return Data(examples(11), examples(5, seed=1), TrainSection(batch_size=3, accumulate=2, epochs=epochs, **settings), 0, 64)
+    return Data(
+        examples(11),
+        examples(5, seed=1),
+        TrainSection(batch_size=3, accumulate=2, epochs=epochs, **settings),
+        0,
+        64,
+    )
 
 
 def leashed(engine, folder, adapter: bool, dtype: str = "float32"):
@@ -63,7 +71,8 @@ def test_what_is_kept_within_a_limit():
     assert kept(14 * token) == Share(False, True, 5 * token, 10 * token)
     assert kept(4 * token) == Share(False, False, 0, 15 * token)
     assert kept(0) == Share(False, False, 0, 15 * token)
-    assert kept(15 * token, epochs=1) == Share(False, True, 5 * token, 0)  # a row that is met once need not be kept
+    # a row that is met once need not be kept
+    assert kept(15 * token, epochs=1) == Share(False, True, 5 * token, 0)
     assert kept(15 * token, held_out=()) == Share(True, False, 10 * token, 0)
     assert kept(10 * token, held_out=(row, row)) == Share(True, False, 10 * token, 20 * token)
 
@@ -75,16 +84,22 @@ def test_each_row_has_its_own_states_whenever_they_are_computed(engine, random_g
     found = hidden_states(model, made.train, made)
     for example, states in zip(made.train, found, strict=True):
         alone = model.reference_hidden(collate([example], 64))
-        assert states.shape == (sum(example.trained[1:]), model.reference_width) and states.dtype == np.float32
+        assert (
+            states.shape == (sum(example.trained[1:]), model.reference_width) and states.dtype == np.float32
+        )
         assert states == pytest.approx(alone[: len(states)], abs=1e-5)
     for step in range(2):
         trainer.step(sft.loss, made.micro_batches(made.rows(step)), 1e-2)
-    assert all(np.array_equal(a, b) for a, b in zip(found, hidden_states(model, made.train, made), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(found, hidden_states(model, made.train, made), strict=True)
+    )
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_losses_gradients_and_weights_are_those_without_a_cache(engine, random_gpt2, adapter, direction, monkeypatch):
+def test_losses_gradients_and_weights_are_those_without_a_cache(
+    engine, random_gpt2, adapter, direction, monkeypatch
+):
     """AdamW's eps is large, or rounding of tiny gradients would become whole steps."""
     monkeypatch.setattr(fused, "CHUNK_BYTES", 50 * 400 * 4)
     loss = sft.kl_loss(0.3, direction)
@@ -95,7 +110,9 @@ def test_losses_gradients_and_weights_are_those_without_a_cache(engine, random_g
         remember(model, made, limit)
         assert bool(made.figures) == bool(made.held_out_figures) == bool(limit)
         gradients.append(model.gradient(loss, made.micro_batches(made.rows(1))))
-        curves.append([trainer.step(loss, made.micro_batches(made.rows(step)), 3e-3) for step in range(made.steps)])
+        curves.append(
+            [trainer.step(loss, made.micro_batches(made.rows(step)), 3e-3) for step in range(made.steps)]
+        )
         curves[-1].append(model.evaluate(loss, made.evaluation()))
         weights.append(model.weights())
     for ours, theirs in zip(*curves, strict=True):
@@ -125,7 +142,9 @@ def watch_blocks(model, monkeypatch) -> list:
             for block in net.transformer.h if net is not None else ():
                 block.register_forward_pre_hook(lambda block, _: ran.append(block))
         return ran
-    for block in {type(b): b for net in (model.net, model._reference) if net is not None for b in net.model.h}.values():
+    for block in {
+        type(b): b for net in (model.net, model._reference) if net is not None for b in net.model.h
+    }.values():
         original = type(block).__call__
 
         def call(self, *args, original=original, **kwargs):
@@ -138,7 +157,9 @@ def watch_blocks(model, monkeypatch) -> list:
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_the_references_blocks_run_no_more(engine, random_gpt2, adapter, monkeypatch):
-    """In training, traced or not, and in evaluations; with an adapter the policy's own blocks are the reference's."""
+    """In training, traced or not, and in evaluations; with an adapter the policy's own blocks are the
+    reference's.
+    """
     counts = []
     for limit in (1.0, 0.0):
         with monkeypatch.context() as patch:
@@ -187,29 +208,57 @@ def test_a_head_that_is_not_one_plain_matrix_goes_without(engine, random_gpt2, c
     made = data()
     remember(model, made, 1.0)
     assert not made.figures and not made.held_out_figures and not capsys.readouterr().err
-    assert np.isfinite(trainer.step(sft.kl_loss(0.3, "forward"), made.micro_batches(made.rows(0)), 1e-3)["loss"])
+    assert np.isfinite(
+        trainer.step(sft.kl_loss(0.3, "forward"), made.micro_batches(made.rows(0)), 1e-3)["loss"]
+    )
 
 
 def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys, monkeypatch):
-    """40 rows, 6 of them held out, twice; the rows' states at a width of 64. What it takes to compute them counts in the run's peak."""
+    """40 rows, 6 of them held out, twice; the rows' states at a width of 64. What it takes to compute them
+    counts in the run's peak.
+    """
     happened = []
     engine, keep = type(engines.get("auto")), references.remember
     reset = engine.reset_memory
     monkeypatch.setattr(engine, "reset_memory", lambda self: (happened.append("reset"), reset(self))[1])
     monkeypatch.setattr(references, "remember", lambda *given: (happened.append("remember"), keep(*given))[1])
-    chosen = recipe.load("06_kl_sft", [
-        f"model={random_gpt2}", f"data.source={rows_file}", "data.limit=null", "data.holdout=6", f"output={tmp_path / 'run'}",
-        "train.epochs=2", "sample.count=0", "data.clean=null",
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "06_kl_sft",
+        [
+            f"model={random_gpt2}",
+            f"data.source={rows_file}",
+            "data.limit=null",
+            "data.holdout=6",
+            f"output={tmp_path / 'run'}",
+            "train.epochs=2",
+            "sample.count=0",
+            "data.clean=null",
+        ],
+    )
     (planned,) = plan.of_recipe(chosen)
     methods.get(chosen.method).run(chosen)
     assert happened == ["reset", "remember"]
     said = capsys.readouterr().err
-    assert f"reference: {planned.parts['kept states']:.3g} GB of hidden states are computed once and kept" in said
+    assert (
+        f"reference: {planned.parts['kept states']:.3g} GB of hidden states are computed once and kept"
+        in said
+    )
     # A row at a time and none held out, no pass without gradients is the peak: what differs is what is kept.
-    few = [f"model={random_gpt2}", f"data.source={rows_file}", "data.limit=null", "data.holdout=0", "train.batch_size=1", "data.clean=null"]
-    (kept,), (without,) = (plan.of_recipe(recipe.load("06_kl_sft", [*few, f"kl.cache_gb={gb}"])) for gb in (1, 0))
-    assert kept.total_gb - without.total_gb == pytest.approx(kept.parts["kept states"]) and kept.phase == without.phase
+    few = [
+        f"model={random_gpt2}",
+        f"data.source={rows_file}",
+        "data.limit=null",
+        "data.holdout=0",
+        "train.batch_size=1",
+        "data.clean=null",
+    ]
+    (kept,), (without,) = (
+        plan.of_recipe(recipe.load("06_kl_sft", [*few, f"kl.cache_gb={gb}"])) for gb in (1, 0)
+    )
+    assert (
+        kept.total_gb - without.total_gb == pytest.approx(kept.parts["kept states"])
+        and kept.phase == without.phase
+    )
     assert kept.parts["kept states"] > 0 == without.parts["kept states"]
 
 

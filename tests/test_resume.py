@@ -1,4 +1,6 @@
-"""A run that is killed at any moment and resumed gives the losses and weights of one that was not. Real processes, real kills."""
+"""A run that is killed at any moment and resumed gives the losses and weights of one that was not. Real
+processes, real kills.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,23 @@ def command(*arguments: str) -> list[str]:
 
 def settings(model: Path, rows: Path, output: Path, engine: str, *more: str) -> list[str]:
     return [
-        "run", "01_sft", f"model={model}", f"data.source={rows}", "data.holdout=6", f"output={output}", f"engine={engine}", "train.steps=14",
-        "train.eval_every=5", "train.save_every=3", "train.lr=1e-3", "train.batch_size=3", "train.accumulate=2", "sample.count=1", "sample.max_tokens=4",
+        "run",
+        "01_sft",
+        f"model={model}",
+        f"data.source={rows}",
+        "data.holdout=6",
+        f"output={output}",
+        f"engine={engine}",
+        "train.steps=14",
+        "train.eval_every=5",
+        "train.save_every=3",
+        "train.lr=1e-3",
+        "train.batch_size=3",
+        "train.accumulate=2",
+        "sample.count=1",
+        "sample.max_tokens=4",
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def losses(run: Path) -> list[tuple]:
@@ -61,7 +76,12 @@ def wait_for(condition, process, seconds: float = 120) -> None:
 )
 def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt2, rows_file, tmp_path):
     whole = tmp_path / "whole"
-    subprocess.run(command(*settings(random_gpt2, rows_file, whole, engine, *adapter)), check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        command(*settings(random_gpt2, rows_file, whole, engine, *adapter)),
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
 
     broken = tmp_path / "broken"
     arguments = settings(random_gpt2, rows_file, broken, engine, *adapter)
@@ -72,7 +92,9 @@ def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt
     killed_after = len(losses(broken))
     assert not (broken / "final").exists()
 
-    done = subprocess.run(command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert ("hidden states are computed once and kept" in done.stderr) == ("kl.beta=0.3" in adapter)
     assert killed_after < len(losses(whole)), "the kill came too late to prove anything"
@@ -80,7 +102,9 @@ def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt
     for name, value in weights(whole).items():
         assert np.array_equal(value, weights(broken)[name]), name
 
-    again = subprocess.run(command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=120)
+    again = subprocess.run(
+        command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=120
+    )
     assert again.returncode == 2 and "finished" in again.stderr
 
 
@@ -100,26 +124,48 @@ def test_every_kind_of_training_resumes(engine, kind, random_gpt2, rows_file, tm
         pytest.skip("quantised training needs mlx")
 
     def train(output: Path, *more: str) -> Path:
-        overrides = settings(random_gpt2, rows_file, output, engine, "train.steps=5", "train.save_every=2", "sample.count=0", *more)[2:]
+        overrides = settings(
+            random_gpt2,
+            rows_file,
+            output,
+            engine,
+            "train.steps=5",
+            "train.save_every=2",
+            "sample.count=0",
+            *more,
+        )[2:]
         chosen = recipe.load("01_sft", overrides)
         methods.get("sft").run(chosen)
         return output
 
     if "{adapter}" in KINDS[kind][0]:
         train(tmp_path / "first", "adapter.rank=4")
-    whole = train(tmp_path / "whole", *(setting.format(adapter=tmp_path / "first") for setting in KINDS[kind]))
+    whole = train(
+        tmp_path / "whole", *(setting.format(adapter=tmp_path / "first") for setting in KINDS[kind])
+    )
     broken = shutil.copytree(whole, tmp_path / "broken")
     shutil.rmtree(broken / "final")
     shutil.rmtree(broken / "checkpoints" / "step-000005")
     _, raw = runs.reopen(broken)
-    methods.get("sft").run(recipe.parse(raw | {"output": str(broken)}, methods.get("sft").Recipe, "recipe.yaml"), resume=True)
-    assert [dict(r)["step"] for r in losses(broken)] == [0, 1, 2, 3, 4, 5, 5] and losses(broken) == losses(whole)
+    methods.get("sft").run(
+        recipe.parse(raw | {"output": str(broken)}, methods.get("sft").Recipe, "recipe.yaml"), resume=True
+    )
+    assert [dict(r)["step"] for r in losses(broken)] == [0, 1, 2, 3, 4, 5, 5] and losses(broken) == losses(
+        whole
+    )
     assert all(np.array_equal(value, weights(broken)[name]) for name, value in weights(whole).items())
 
 
 def test_ctrl_c_that_also_kills_the_compiler_of_mlx(tmp_path):
     """What MLX then raises is part of the interrupt; without one it keeps its traceback."""
-    with pytest.raises(Interrupted, match=r"interrupted \(SIGINT\) in the middle of a step: continue .* --resume"), interruptible(tmp_path):
+    with (
+        pytest.raises(
+            Interrupted,
+            match=r"interrupted \(SIGINT\) in the middle of a step: continue .* "
+            r"--resume",
+        ),
+        interruptible(tmp_path),
+    ):
         os.kill(os.getpid(), signal.SIGINT)
         raise RuntimeError("Could not load C++ shared library")
     with pytest.raises(RuntimeError, match="shared library"), interruptible(tmp_path):
@@ -130,7 +176,9 @@ def test_ctrl_c_that_also_kills_the_compiler_of_mlx(tmp_path):
 def test_killed_before_the_first_checkpoint(engine, random_gpt2, rows_file, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(*settings(random_gpt2, rows_file, run, engine, "train.save_every=100")), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(*settings(random_gpt2, rows_file, run, engine, "train.save_every=100")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     wait_for(lambda: (run / "metrics.jsonl").is_file(), process)
     process.kill()
@@ -148,9 +196,21 @@ def test_killed_before_the_first_checkpoint(engine, random_gpt2, rows_file, tmp_
 def test_ctrl_c_saves_and_says_how_to_go_on(engine, number, random_gpt2, rows_file, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(*settings(random_gpt2, rows_file, run, engine, "train.steps=5000", "train.save_every=100000", "train.eval_every=100000")),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command(
+            *settings(
+                random_gpt2,
+                rows_file,
+                run,
+                engine,
+                "train.steps=5000",
+                "train.save_every=100000",
+                "train.eval_every=100000",
+            )
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses(run)) > 3, process)
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)

@@ -1,4 +1,6 @@
-"""A reward model as a user trains it: it learns what is planted, says so, resumes exactly, and scores alike in transformers."""
+"""A reward model as a user trains it: it learns what is planted, says so, resumes exactly, and scores alike
+in transformers.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ NO_CLOCK = ("seconds", "peak_gb")
 
 @pytest.fixture(scope="module")
 def kind_rows(tmp_path_factory) -> Path:
-    """Pairs in which the answer that has "moon" before "hill" is preferred: an order, which no bag of words can see."""
+    """Pairs in which the answer that has "moon" before "hill" is preferred: an order, which no bag of words
+    can see.
+    """
     rng = np.random.default_rng(0)
     words = ["cat", "dog", "king", "apples", "gold"]
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
@@ -36,10 +40,24 @@ def kind_rows(tmp_path_factory) -> Path:
 
 
 def load(model, rows, output, *overrides: str):
-    return recipe.load("07_reward", [
-        f"model={model}", f"data.source={rows}", "data.eval_split=null", "data.limit=null", "data.holdout=40", "data.template=question",
-        "data.max_length=48", f"output={output}", "train.batch_size=8", "train.accumulate=1", "train.lr=2e-3", "train.steps=6", *overrides,
-    ])  # fmt: skip
+    return recipe.load(
+        "07_reward",
+        [
+            f"model={model}",
+            f"data.source={rows}",
+            "data.eval_split=null",
+            "data.limit=null",
+            "data.holdout=40",
+            "data.template=question",
+            "data.max_length=48",
+            f"output={output}",
+            "train.batch_size=8",
+            "train.accumulate=1",
+            "train.lr=2e-3",
+            "train.steps=6",
+            *overrides,
+        ],
+    )
 
 
 def losses(run: Run) -> list[dict]:
@@ -48,7 +66,9 @@ def losses(run: Run) -> list[dict]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_order_of_words_is_learned_and_reported(engine, random_gpt2, kind_rows, tmp_path):
-    result = methods.get("reward").run(load(random_gpt2, kind_rows, tmp_path / "run", f"engine={engine}", "train.steps=120"))
+    result = methods.get("reward").run(
+        load(random_gpt2, kind_rows, tmp_path / "run", f"engine={engine}", "train.steps=120")
+    )
     assert result["accuracy"] > 0.9
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["bag_of_words"][0] == pytest.approx(0.5, abs=0.15)
@@ -57,32 +77,54 @@ def test_an_order_of_words_is_learned_and_reported(engine, random_gpt2, kind_row
     with pytest.raises(UserError, match="scores texts and writes none"):
         loading.open_model(tmp_path / "run", engine)
     with pytest.raises(UserError, match="cannot learn to write"):
-        methods.get("sft").run(recipe.load("01_sft", [f"model={tmp_path / 'run'}", f"output={tmp_path / 'sft'}", f"engine={engine}"]))
+        methods.get("sft").run(
+            recipe.load(
+                "01_sft", [f"model={tmp_path / 'run'}", f"output={tmp_path / 'sft'}", f"engine={engine}"]
+            )
+        )
     with pytest.raises(UserError, match="no reward model"):
         loading.open_model(random_gpt2, engine, scores=True)
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
 @pytest.mark.parametrize(
-    "more", [[], ["adapter.rank=4", "reward.centring=0.01"], ["data.columns={margin: margin}"]], ids=["full", "lora", "margins"]
+    "more",
+    [[], ["adapter.rank=4", "reward.centring=0.01"], ["data.columns={margin: margin}"]],
+    ids=["full", "lora", "margins"],
 )
 def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     wide = tmp_path / "margins.jsonl"
-    wide.write_text("".join(json.dumps({**json.loads(line), "margin": 3.0}) + "\n" for line in Path(kind_rows).read_text().splitlines()))
+    wide.write_text(
+        "".join(
+            json.dumps({**json.loads(line), "margin": 3.0}) + "\n"
+            for line in Path(kind_rows).read_text().splitlines()
+        )
+    )
     for engine in ENGINES:
         methods.get("reward").run(
-            load(random_gpt2, wide if "margin" in str(more) else kind_rows, tmp_path / engine, f"engine={engine}", *more)
+            load(
+                random_gpt2,
+                wide if "margin" in str(more) else kind_rows,
+                tmp_path / engine,
+                f"engine={engine}",
+                *more,
+            )
         )
     curves = [[r["nll"] for r in losses(Run(tmp_path / e))] for e in ENGINES]
-    assert (curves[0][0] > 2) is ("margin" in str(more))  # at a difference of 0 the loss is log(1 + e^3) = 3.05, not ln 2
+    # at a difference of 0 the loss is log(1 + e^3) = 3.05, not ln 2
+    assert (curves[0][0] > 2) is ("margin" in str(more))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     done = export.export(tmp_path / ENGINES[0], tmp_path / "hf", "hf", merged=more[:1] == ["adapter.rank=4"])
     net, info = AutoModelForSequenceClassification.from_pretrained(done["path"], output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(done["path"])
-    texts = ["Question: Say 3.\n\nAnswer: cat moon dog hill", "Question: Say 4.\n\nAnswer: gold", "The moon and the hill and the moon."]
+    texts = [
+        "Question: Say 3.\n\nAnswer: cat moon dog hill",
+        "Question: Say 4.\n\nAnswer: gold",
+        "The moon and the hill and the moon.",
+    ]
     rows = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in texts]
     import torch
 
@@ -98,7 +140,9 @@ def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows,
         from peft import PeftModel
 
         export.export(tmp_path / ENGINES[0], tmp_path / "peft", "peft")
-        base = AutoModelForSequenceClassification.from_pretrained(random_gpt2, num_labels=1, pad_token_id=tokenizer.eos_token_id)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            random_gpt2, num_labels=1, pad_token_id=tokenizer.eos_token_id
+        )
         with torch.no_grad():
             adapted = PeftModel.from_pretrained(base, tmp_path / "peft").eval()(**batch).logits[:, 0].numpy()
         assert np.abs(adapted - theirs).max() < 1e-4
@@ -107,7 +151,16 @@ def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows,
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("more", [[], ["adapter.rank=4", "adapter.dropout=0.1"]], ids=["full", "lora"])
 def test_resumes_to_the_same_figures(engine, more, random_gpt2, kind_rows, tmp_path):
-    args = (random_gpt2, kind_rows, tmp_path / "run", f"engine={engine}", "train.save_every=3", "train.eval_every=3", "train.keep=9", *more)
+    args = (
+        random_gpt2,
+        kind_rows,
+        tmp_path / "run",
+        f"engine={engine}",
+        "train.save_every=3",
+        "train.eval_every=3",
+        "train.keep=9",
+        *more,
+    )
     methods.get("reward").run(load(*args))
     run = Run(tmp_path / "run")
     wanted = losses(run)
@@ -119,11 +172,26 @@ def test_resumes_to_the_same_figures(engine, more, random_gpt2, kind_rows, tmp_p
 
 def test_ppo_takes_a_lora_reward_model_and_its_critic(random_gpt2, kind_rows, tmp_path):
     methods.get("reward").run(load(random_gpt2, kind_rows, tmp_path / "rm", "adapter.rank=4"))
-    chosen = recipe.load("07_ppo", [
-        f"model={random_gpt2}", f"reward=[{{model: {json.dumps(str(tmp_path / 'rm'))}}}]", f"data.source={kind_rows}", "data.eval_split=null",
-        "data.limit=40", "data.template=question", "data.max_length=40", "data.eval_limit=8", f"output={tmp_path / 'ppo'}", "rollout.prompts=8",
-        "rollout.max_tokens=8", "train.batch_size=8", "train.accumulate=1", "train.steps=2", "judge=[{function: checker}]",
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "07_ppo",
+        [
+            f"model={random_gpt2}",
+            f"reward=[{{model: {json.dumps(str(tmp_path / 'rm'))}}}]",
+            f"data.source={kind_rows}",
+            "data.eval_split=null",
+            "data.limit=40",
+            "data.template=question",
+            "data.max_length=40",
+            "data.eval_limit=8",
+            f"output={tmp_path / 'ppo'}",
+            "rollout.prompts=8",
+            "rollout.max_tokens=8",
+            "train.batch_size=8",
+            "train.accumulate=1",
+            "train.steps=2",
+            "judge=[{function: checker}]",
+        ],
+    )
     result = methods.get("ppo").run(chosen)
     first = next(r for r in Run(tmp_path / "ppo").metrics() if "episode" in r)
     # Scores are counted in standard deviations of the reference's, around its mean.
@@ -152,9 +220,18 @@ def test_loss_on_the_batch_is_the_formula(random_gpt2):
 def test_helpful_base_rows_are_read(shared, tmp_path):
     """Raw HH-RLHF dialogues, as the hub has them."""
     rows = shared / "data" / "preference" / "hh-helpful-base.jsonl"
-    result = methods.get("reward").run(load(
-        "tiny", rows, tmp_path / "run", "data.limit=60", "data.template=dialogue", "data.max_length=256", "data.holdout=10", "train.steps=2",
-    ))  # fmt: skip
+    result = methods.get("reward").run(
+        load(
+            "tiny",
+            rows,
+            tmp_path / "run",
+            "data.limit=60",
+            "data.template=dialogue",
+            "data.max_length=256",
+            "data.holdout=10",
+            "train.steps=2",
+        )
+    )
     assert 0 <= result["accuracy"] <= 1
 
 

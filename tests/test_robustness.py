@@ -1,4 +1,6 @@
-"""What befalls a run from outside: damaged checkpoints, a full disk, other data under a resumed run, settings that its rows cannot meet."""
+"""What befalls a run from outside: damaged checkpoints, a full disk, other data under a resumed run, settings
+that its rows cannot meet.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,21 @@ ENGINES = engines.available()
 
 def settings(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
     return [
-        f"model={model}", f"data.source={rows}", "data.holdout=6", f"output={output}", f"engine={ENGINES[0]}", "train.steps=6", "train.eval_every=2",
-        "train.save_every=2", "train.keep=3", "train.lr=1e-3", "train.batch_size=4", "sample.count=1", "sample.max_tokens=2", *more,
-    ]  # fmt: skip
+        f"model={model}",
+        f"data.source={rows}",
+        "data.holdout=6",
+        f"output={output}",
+        f"engine={ENGINES[0]}",
+        "train.steps=6",
+        "train.eval_every=2",
+        "train.save_every=2",
+        "train.keep=3",
+        "train.lr=1e-3",
+        "train.batch_size=4",
+        "sample.count=1",
+        "sample.max_tokens=2",
+        *more,
+    ]
 
 
 def train(*overrides: str) -> dict:
@@ -191,7 +205,9 @@ def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(engine, random_gpt2, rows_file, tmp_path):
-    """A limit on the size of a file that the weights meet and the optimizer's moments do not, in a real process."""
+    """A limit on the size of a file that the weights meet and the optimizer's moments do not, in a real
+    process.
+    """
     whole = tmp_path / "whole"
     train(*settings(random_gpt2, rows_file, whole, f"engine={engine}"))
     run = tmp_path / "run"
@@ -205,7 +221,10 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(engine, random_gpt2,
     limited = ["bash", "-c", f'ulimit -f {size * 5 // 4 // 1024}; exec "$@"', "-", *command]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "step-000006 cannot be written" in done.stderr.splitlines()[-1] and "--resume" in done.stderr.splitlines()[-1]
+    assert (
+        "step-000006 cannot be written" in done.stderr.splitlines()[-1]
+        and "--resume" in done.stderr.splitlines()[-1]
+    )
     assert {p: p.read_bytes() for p in before} == before
     assert not list((run / "checkpoints").glob(".*")), "half a checkpoint is left"
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -217,7 +236,11 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(engine, random_gpt2,
 def test_a_log_on_a_full_disk_is_one_line(tmp_path):
     run = runs.Run(tmp_path)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device; .*--resume"):
+    with pytest.raises(
+        UserError,
+        match=r"metrics.jsonl cannot be written \(No space left on device; "
+        r".*--resume",
+    ):
         run.log({"step": 1})
 
 
@@ -229,17 +252,33 @@ def test_other_training_rows_are_refused(random_gpt2, rows_file, tmp_path):
     lines = rows_file.read_text().splitlines(keepends=True)
     rows.write_text("".join(lines))
     run = tmp_path / "run"
-    train(*settings(random_gpt2, rows, run, "train.epochs=1", "train.steps=null", "train.eval_every=3", "train.save_every=3"))
+    train(
+        *settings(
+            random_gpt2,
+            rows,
+            run,
+            "train.epochs=1",
+            "train.steps=null",
+            "train.eval_every=3",
+            "train.save_every=3",
+        )
+    )
     shutil.rmtree(run / "final")
     log = (run / "metrics.jsonl").read_bytes()
     for changed, words in (
         ([*lines, lines[0]], r"training rows .* \(34 rows then, 35 now\)"),
-        ([line.replace("Repeat", "Say") for line in lines], r"training rows .* \(34 rows as before, with other content\)"),
+        (
+            [line.replace("Repeat", "Say") for line in lines],
+            r"training rows .* \(34 rows as before, with "
+            r"other content\)",
+        ),
     ):
         rows.write_text("".join(changed))
         with pytest.raises(UserError, match=words):
             resume(run)
-        assert (run / "metrics.jsonl").read_bytes() == log and not list((run / "checkpoints").glob("damaged*"))
+        assert (run / "metrics.jsonl").read_bytes() == log and not list(
+            (run / "checkpoints").glob("damaged*")
+        )
     rows.write_text("".join(lines))
     resume(run)
 
@@ -253,7 +292,11 @@ def test_other_held_out_rows_are_refused(random_gpt2, tmp_path):
     train(*settings(random_gpt2, tmp_path, run, "data.eval_split=test", "train.steps=2"))
     shutil.rmtree(run / "final")
     (tmp_path / "test.jsonl").write_text((tmp_path / "test.jsonl").read_text().replace("yes", "no", 1))
-    with pytest.raises(UserError, match=r"the held-out rows are not those .* \(8 rows as before, with other content\)"):
+    with pytest.raises(
+        UserError,
+        match=r"the held-out rows are not those .* \(8 rows as before, with other "
+        r"content\)",
+    ):
         resume(run)
 
 
@@ -264,7 +307,11 @@ def test_other_held_out_rows_are_refused(random_gpt2, tmp_path):
 def test_an_evaluation_that_is_not_finite_ends_the_run(engine, random_gpt2, rows_file, tmp_path):
     run = tmp_path / "run"
     more = ["train.steps=1", "train.lr=1e30", "train.warmup=0", "train.select=last", f"engine={engine}"]
-    with pytest.raises(UserError, match=r"step 1: the held-out loss is nan: these weights are not saved; no checkpoint .* lower train.lr"):
+    with pytest.raises(
+        UserError,
+        match=r"step 1: the held-out loss is nan: these weights are not saved; no "
+        r"checkpoint .* lower train.lr",
+    ):
         train(*settings(random_gpt2, rows_file, run, *more))
     assert not (run / "final").exists() and not list(run.glob("checkpoints/*-000001"))
     assert all(np.isfinite(r.get("eval/loss", 0.0)) for r in records(run))
@@ -272,10 +319,23 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(engine, random_gpt2, rows
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_weights_that_blew_up_are_no_checkpoint(engine, random_gpt2, rows_file, tmp_path):
-    """Finite, but so large that their loss is not, which without an evaluation only the next step would find out."""
+    """Finite, but so large that their loss is not, which without an evaluation only the next step would find
+    out.
+    """
     run = tmp_path / "run"
-    more = ["train.steps=3", "train.lr=1e30", "train.warmup=0", "train.save_every=1", "train.eval_every=3", f"engine={engine}"]
-    with pytest.raises(UserError, match=r"step 1: the loss with the weights that it made is nan: .* no checkpoint had been written"):
+    more = [
+        "train.steps=3",
+        "train.lr=1e30",
+        "train.warmup=0",
+        "train.save_every=1",
+        "train.eval_every=3",
+        f"engine={engine}",
+    ]
+    with pytest.raises(
+        UserError,
+        match=r"step 1: the loss with the weights that it made is nan: .* no "
+        r"checkpoint had been written",
+    ):
         train(*settings(random_gpt2, rows_file, run, *more))
     assert not list(run.glob("checkpoints/step-*")) and not (run / "final").exists()
 
@@ -288,7 +348,10 @@ def test_a_model_that_is_broken_from_the_start(random_gpt2, rows_file, tmp_path)
     tensors = load_file(broken / "model.safetensors")
     next(iter(tensors.values()))[:] = np.nan
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="before the first step the held-out loss is nan: the model that the run starts from is broken"):
+    with pytest.raises(
+        UserError,
+        match="before the first step the held-out loss is nan: the model that the run starts from is broken",
+    ):
         train(*settings(broken, rows_file, tmp_path / "run"))
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
@@ -300,11 +363,16 @@ def test_a_model_that_is_broken_from_the_start(random_gpt2, rows_file, tmp_path)
     ("more", "words"),
     [
         (["train.warmup=6"], r"train.warmup=6 steps, and the run has 6"),
-        (["train.warmup=9", "train.steps=null", "train.epochs=1"], r"train.warmup=9 steps, and the run has 9"),
+        (
+            ["train.warmup=9", "train.steps=null", "train.epochs=1"],
+            r"train.warmup=9 steps, and the run has "
+            r"9",
+        ),
         (["data.holdout=0", "train.early_stop=2"], r"train.early_stop needs held-out rows"),
         (
             ["train.token_budget=32"],
-            r"train.token_budget=32 is too small: the longest row takes 64 padded tokens by itself; raise it to 64",
+            r"train.token_budget=32 is too small: the longest row takes 64 padded tokens by itself; raise "
+            r"it to 64",
         ),
         (["data.holdout=1.5"], r"data.*: holdout is a share below 1 or a whole number of rows, not 1.5"),
         (["data.families=[]"], r"data.*: families is empty"),
@@ -318,5 +386,14 @@ def test_settings_that_the_rows_cannot_meet(more, words, random_gpt2, rows_file,
 
 
 def test_settings_that_they_just_meet(random_gpt2, rows_file, tmp_path, capfd):
-    train(*settings(random_gpt2, rows_file, tmp_path / "run", "train.warmup=5", "train.token_budget=64", "data.holdout=0"))
+    train(
+        *settings(
+            random_gpt2,
+            rows_file,
+            tmp_path / "run",
+            "train.warmup=5",
+            "train.token_budget=64",
+            "data.holdout=0",
+        )
+    )
     assert "final/ will hold those of the last step" in capfd.readouterr().err

@@ -1,4 +1,6 @@
-"""What a run leaves describes itself: figures, template, base; a failed start leaves nothing of ours and all of yours."""
+"""What a run leaves describes itself: figures, template, base; a failed start leaves nothing of ours and all
+of yours.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ TOKENS = np.arange(3, 40)[None]
 
 
 def run(model, rows, output, *more: str) -> dict:
-    overrides = [f"model={model}", f"data.source={rows}", f"output={output}", f"engine={ENGINE}", "train.steps=4", "sample.count=0", *more]
+    overrides = [
+        f"model={model}",
+        f"data.source={rows}",
+        f"output={output}",
+        f"engine={ENGINE}",
+        "train.steps=4",
+        "sample.count=0",
+        *more,
+    ]
     chosen = recipe.load("01_sft", overrides)
     return methods.get(chosen.method).run(chosen)
 
@@ -24,7 +34,9 @@ def run(model, rows, output, *more: str) -> dict:
 def test_an_adapter_on_an_adapter_opens_on_the_merged_base(random_gpt2, rows_file, tmp_path):
     run(random_gpt2, rows_file, tmp_path / "a", "adapter.rank=4", "train.lr=5e-2", "train.select=last")
     run(tmp_path / "a", rows_file, tmp_path / "b", "adapter.rank=4", "train.lr=1e-9", "train.select=last")
-    first, second, base = (open_model(m, ENGINE)[0].full_logits(TOKENS) for m in (tmp_path / "a", tmp_path / "b", random_gpt2))
+    first, second, base = (
+        open_model(m, ENGINE)[0].full_logits(TOKENS) for m in (tmp_path / "a", tmp_path / "b", random_gpt2)
+    )
     assert np.abs(first - base).max() > 1e-2
     assert np.abs(first - second).max() < 1e-3
 
@@ -42,12 +54,16 @@ def test_figures_are_those_of_the_weights_in_final(random_gpt2, rows_file, tmp_p
 
 def test_rows_trained_as_they_stand_are_asked_as_they_stand(random_gpt2, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"Repeat {i}:", "completion": f" {i}"}) + "\n" for i in range(12)))
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"Repeat {i}:", "completion": f" {i}"}) + "\n" for i in range(12))
+    )
     run(random_gpt2, rows, tmp_path / "run")
     model, tokenizer, source = open_model(tmp_path / "run", ENGINE)
     assert generation.template_for(source, tokenizer, None)[1] is False
     (answer,) = generation.answer(str(tmp_path / "run"), ["Repeat 3:"], engine=ENGINE, max_tokens=4)
-    (direct,) = model.generate([tokenizer.encode("Repeat 3:", add_special_tokens=False)], max_tokens=4, stop=tokenizer.eos_token_id)
+    (direct,) = model.generate(
+        [tokenizer.encode("Repeat 3:", add_special_tokens=False)], max_tokens=4, stop=tokenizer.eos_token_id
+    )
     assert answer["answer"] == tokenizer.decode(direct.tokens).strip()
 
 
@@ -97,7 +113,10 @@ def test_a_tokenizer_of_another_model_is_refused(random_gpt2, rows_file, tmp_pat
 
     other = tmp_path / "model"
     make_model(
-        other, ["a few words only, again and again"] * 3, PretrainSection(vocab_size=300, layers=1, heads=2, width=64, context=64), 0
+        other,
+        ["a few words only, again and again"] * 3,
+        PretrainSection(vocab_size=300, layers=1, heads=2, width=64, context=64),
+        0,
     )
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         shutil.copy(random_gpt2 / name, other / name)

@@ -1,4 +1,6 @@
-"""A teacher's answers, chosen by rule and by reward model; provenance; an interrupted command goes on to the same file."""
+"""A teacher's answers, chosen by rule and by reward model; provenance; an interrupted command goes on to the
+same file.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def questions(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("q") / "questions.jsonl"
     rule = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     path.write_text(
-        "".join(json.dumps({"prompt": f"Write about {w}.", **rule}) + "\n" for w in ("cats", "dogs", "kings", "hills", "moons"))
+        "".join(
+            json.dumps({"prompt": f"Write about {w}.", **rule}) + "\n"
+            for w in ("cats", "dogs", "kings", "hills", "moons")
+        )
     )
     return path
 
@@ -66,7 +71,12 @@ def test_an_interrupted_command_goes_on_to_the_same_file(questions, tmp_path, mo
     def cut(output, written, state):
         if calls:
             with output.open("a") as f:  # killed in the middle of the second chunk
-                f.write(json.dumps(written[0] if written else {"provenance": {"question": 2}}) + "\n" + '{"question": "hal')
+                f.write(
+                    json.dumps(written[0] if written else {"provenance": {"question": 2}})
+                    + "\n"
+                    + '{"question": '
+                    '"hal'
+                )
             raise KeyboardInterrupt
         calls.append(1)
         append(output, written, state)
@@ -78,17 +88,27 @@ def test_an_interrupted_command_goes_on_to_the_same_file(questions, tmp_path, mo
     make(tmp_path / "cut.jsonl", questions)
     assert rows(tmp_path / "cut.jsonl") == rows(tmp_path / "whole.jsonl")
     with pytest.raises(UserError, match="other settings \\(temperature\\)"):
-        make(tmp_path / "cut.jsonl", questions, Settings(samples=4, max_tokens=12, keep=2, near=None, temperature=1.5))
+        make(
+            tmp_path / "cut.jsonl",
+            questions,
+            Settings(samples=4, max_tokens=12, keep=2, near=None, temperature=1.5),
+        )
 
 
 def test_what_is_deleted_is_made_anew_and_long_questions_are_left_out(tmp_path, monkeypatch, questions):
     monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
     path = tmp_path / "q.jsonl"
-    long = json.dumps({"prompt": "word " * 600, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]})
+    long = json.dumps(
+        {"prompt": "word " * 600, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    )
     path.write_text(long + "\n" + questions.read_text())
     told = make(tmp_path / "out.jsonl", path)
     first = rows(tmp_path / "out.jsonl")
-    assert told["questions beyond the context"] == 1 and first and all(r["provenance"]["question"] > 0 for r in first)
+    assert (
+        told["questions beyond the context"] == 1
+        and first
+        and all(r["provenance"]["question"] > 0 for r in first)
+    )
     (tmp_path / "out.jsonl").unlink()
     make(tmp_path / "out.jsonl", path)
     assert rows(tmp_path / "out.jsonl") == first
@@ -106,12 +126,22 @@ def test_a_reward_model_chooses_the_best(questions, tmp_path, random_gpt2, monke
     judge.save_classifier(tmp_path / "judge", loading.pad_id(judge.config, tokenizer))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "judge" / name).is_file()
-    make(tmp_path / "all.jsonl", questions, Settings(samples=6, max_tokens=12, keep=6, near=None, reward=str(tmp_path / "judge")))
-    make(tmp_path / "best.jsonl", questions, Settings(samples=6, max_tokens=12, keep=1, near=None, reward=str(tmp_path / "judge")))
+    make(
+        tmp_path / "all.jsonl",
+        questions,
+        Settings(samples=6, max_tokens=12, keep=6, near=None, reward=str(tmp_path / "judge")),
+    )
+    make(
+        tmp_path / "best.jsonl",
+        questions,
+        Settings(samples=6, max_tokens=12, keep=1, near=None, reward=str(tmp_path / "judge")),
+    )
     everything, best = rows(tmp_path / "all.jsonl"), rows(tmp_path / "best.jsonl")
     for row in best:
         own = [r["provenance"]["score"] for r in everything if r["question"] == row["question"]]
-        assert row["provenance"]["score"] == pytest.approx(max(own), rel=1e-5) and row["provenance"]["chosen_by"] == str(tmp_path / "judge")
+        assert row["provenance"]["score"] == pytest.approx(max(own), rel=1e-5) and row["provenance"][
+            "chosen_by"
+        ] == str(tmp_path / "judge")
 
 
 def test_near_duplicates_and_order(monkeypatch):
@@ -121,14 +151,28 @@ def test_near_duplicates_and_order(monkeypatch):
     assert chosen == [0, 2] and fate == [None, "near duplicate", None, "wrong"]
     import numpy as np
 
-    assert synthesize._chosen(texts[:3], [None, None, None], np.array([0.0, 1.0, 2.0]), Settings(keep=1, near=None)) == [2]
+    assert synthesize._chosen(
+        texts[:3], [None, None, None], np.array([0.0, 1.0, 2.0]), Settings(keep=1, near=None)
+    ) == [2]
 
 
 def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
     """Nor does it after an interruption between the two."""
     path, out = tmp_path / "twice.jsonl", tmp_path / "out.jsonl"
-    path.write_text("".join(json.dumps({"question": q, "answer": "5"}) + "\n" for q in ("2 + 3?", "4 + 1?", "2 + 3?", "2 + 3?")))
-    said = iter([["the sum is 5", "5"], ["5", "the sum is 5"], ["the sum is 5", "we get 5"], ["we get 5", "The sum is 5"]])
+    path.write_text(
+        "".join(
+            json.dumps({"question": q, "answer": "5"}) + "\n"
+            for q in ("2 + 3?", "4 + 1?", "2 + 3?", "2 + 3?")
+        )
+    )
+    said = iter(
+        [
+            ["the sum is 5", "5"],
+            ["5", "the sum is 5"],
+            ["the sum is 5", "we get 5"],
+            ["we get 5", "The sum is 5"],
+        ]
+    )
 
     def candidates(model, prompts, **settings):
         tokenizer = loading.load_tokenizer(loading.locate("tiny").folder)
@@ -166,8 +210,15 @@ def test_questions_that_nobody_can_judge(tmp_path, questions):
 
 
 def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
-    """What synthesize keeps of a teacher that thinks is what 08_distill trains on: trace and answer, the wrong one left out."""
-    said = ["<think>\n2 + 3 = 5\n</think>\n5", "<think>\n2 + 3 = 6\n</think>\n6", "5", "<think>\nfive\n</think>\n5"]
+    """What synthesize keeps of a teacher that thinks is what 08_distill trains on: trace and answer, the
+    wrong one left out.
+    """
+    said = [
+        "<think>\n2 + 3 = 5\n</think>\n5",
+        "<think>\n2 + 3 = 6\n</think>\n6",
+        "5",
+        "<think>\nfive\n</think>\n5",
+    ]
 
     def candidates(model, prompts, **settings):
         tokenizer = loading.load_tokenizer(loading.locate("tiny").folder)
@@ -175,19 +226,41 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
     path = tmp_path / "q.jsonl"
-    path.write_text("".join(json.dumps({"question": f"What is {n} + {5 - n}?", "answer": "5"}) + "\n" for n in range(6)))
-    told = make(tmp_path / "traces.jsonl", path, Settings(samples=4, max_tokens=12, keep=2, near=None, thoughts=True))
+    path.write_text(
+        "".join(json.dumps({"question": f"What is {n} + {5 - n}?", "answer": "5"}) + "\n" for n in range(6))
+    )
+    told = make(
+        tmp_path / "traces.jsonl", path, Settings(samples=4, max_tokens=12, keep=2, near=None, thoughts=True)
+    )
     assert (told["written"], told["wrong"], told["no thought"]) == (12, 6, 6)
     monkeypatch.undo()
-    chosen = recipe.load("08_distill", [
-        "model=tiny", f"engine={ENGINE}", f"data.source={tmp_path / 'traces.jsonl'}", "data.config=null", "data.holdout=2", "data.system=null",
-        "data.template=question", "data.max_length=96", "train.steps=1", "train.batch_size=4", "train.accumulate=1", "think.questions=2",
-        "think.max_tokens=8", "think.base=false", "sample.count=0", f"output={tmp_path / 'run'}",
-    ])  # fmt: skip
+    chosen = recipe.load(
+        "08_distill",
+        [
+            "model=tiny",
+            f"engine={ENGINE}",
+            f"data.source={tmp_path / 'traces.jsonl'}",
+            "data.config=null",
+            "data.holdout=2",
+            "data.system=null",
+            "data.template=question",
+            "data.max_length=96",
+            "train.steps=1",
+            "train.batch_size=4",
+            "train.accumulate=1",
+            "think.questions=2",
+            "think.max_tokens=8",
+            "think.base=false",
+            "sample.count=0",
+            f"output={tmp_path / 'run'}",
+        ],
+    )
     from mlx_posttrain import methods, supervised
 
     read = supervised.read_conversations(chosen.data, split="train", limit=None, seed=0)
-    assert {row.turns[-1].content for row in read} == {said[0], said[3]} and all(row.extra["answer"] == "5" for row in read)
+    assert {row.turns[-1].content for row in read} == {said[0], said[3]} and all(
+        row.extra["answer"] == "5" for row in read
+    )
     assert methods.get("distill").run(chosen)["loss"] > 0
     assert json.loads((tmp_path / "run" / "report.json").read_text())["questions"] == 2
 

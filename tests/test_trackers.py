@@ -1,4 +1,6 @@
-"""`log`: what TensorBoard and Weights & Biases are given is what metrics.jsonl holds, each step once; without `log` nothing is."""
+"""`log`: what TensorBoard and Weights & Biases are given is what metrics.jsonl holds, each step once; without
+`log` nothing is.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,38 @@ from mlx_posttrain import engines, methods, recipe, supervised, trackers
 from mlx_posttrain.errors import UserError
 
 ENGINE = engines.available()[0]
-needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboardX") is None, reason="needs tensorboardX")
+needs_tensorboard = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboardX") is None, reason="needs tensorboardX"
+)
 
 
 def settings(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
     return [
-        f"model={model}", f"data.source={rows}", "data.holdout=6", f"output={output}", f"engine={ENGINE}", "train.steps=8", "train.eval_every=4",
-        "train.save_every=2", "train.lr=1e-3", "train.batch_size=3", "sample.count=0", *more,
-    ]  # fmt: skip
+        f"model={model}",
+        f"data.source={rows}",
+        "data.holdout=6",
+        f"output={output}",
+        f"engine={ENGINE}",
+        "train.steps=8",
+        "train.eval_every=4",
+        "train.save_every=2",
+        "train.lr=1e-3",
+        "train.batch_size=3",
+        "sample.count=0",
+        *more,
+    ]
 
 
 def call(*arguments: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, with ``path`` before the installed packages."""
     before = os.pathsep.join(str(p) for p in (path, os.environ.get("PYTHONPATH")) if p)
     return subprocess.run(
-        [sys.executable, "-m", "mlx_posttrain", "run", *arguments], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "mlx_posttrain", "run", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": before, **environment},
-    )  # fmt: skip
+    )
 
 
 def expected(run: Path) -> dict[tuple[str, int], np.float32]:
@@ -63,7 +80,9 @@ def events(folder: Path) -> list[Any]:
 
 
 def shown(folder: Path) -> tuple[dict[tuple[str, int], np.float32], list[str]]:
-    """(scalars, texts) that TensorBoard shows: a start of a session drops the scalars that were there from its step on."""
+    """(scalars, texts) that TensorBoard shows: a start of a session drops the scalars that were there from
+    its step on.
+    """
     scalars: dict[tuple[str, int], np.float32] = {}
     texts: list[str] = []
     for event in events(folder):
@@ -85,7 +104,9 @@ def check_with_tensorboard(folder: Path, wanted: dict[tuple[str, int], np.float3
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    found = [((tag, s.step), np.float32(s.value)) for tag in reader.Tags()["scalars"] for s in reader.Scalars(tag)]
+    found = [
+        ((tag, s.step), np.float32(s.value)) for tag in reader.Tags()["scalars"] for s in reader.Scalars(tag)
+    ]
     assert sorted(found) == sorted(wanted.items())
     assert len(reader.Tensors("recipe/text_summary")) == 1
 
@@ -107,13 +128,30 @@ def test_event_files_hold_what_metrics_hold(random_gpt2, rows_file, tmp_path):
 @pytest.mark.parametrize("checkpoint", ["step-000004", None], ids=["after a checkpoint", "before the first"])
 def test_a_killed_and_resumed_run_has_each_step_once(checkpoint, random_gpt2, rows_file, tmp_path):
     run = tmp_path / "run"
-    more = ["log=[tensorboard]", "train.steps=40", "train.eval_every=10", f"train.save_every={4 if checkpoint else 1000}"]
+    more = [
+        "log=[tensorboard]",
+        "train.steps=40",
+        "train.eval_every=10",
+        f"train.save_every={4 if checkpoint else 1000}",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_posttrain", "run", "01_sft", *settings(random_gpt2, rows_file, run, *more)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "mlx_posttrain",
+            "run",
+            "01_sft",
+            *settings(random_gpt2, rows_file, run, *more),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     end = time.monotonic() + 120
-    while not (run / "checkpoints" / checkpoint).exists() if checkpoint else len(events(run / "tensorboard")) < 5:
+    while (
+        not (run / "checkpoints" / checkpoint).exists()
+        if checkpoint
+        else len(events(run / "tensorboard")) < 5
+    ):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.005)
     process.kill()  # kill -9: nothing is closed
@@ -135,12 +173,16 @@ def test_a_killed_and_resumed_run_has_each_step_once(checkpoint, random_gpt2, ro
 
 @pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_package_is_one_line_and_leaves_nothing(name, package, random_gpt2, rows_file, tmp_path):
-    """Also where a folder of the package's name is about, as W&B leaves them: Python finds a package without a file."""
+    """Also where a folder of the package's name is about, as W&B leaves them: Python finds a package without
+    a file.
+    """
     hide = tmp_path / "site"
     hide.mkdir()
     (hide / "sitecustomize.py").write_text(
-        "import sys\nfrom importlib.machinery import ModuleSpec\nclass Hide:\n    def find_spec(self, name, path=None, target=None):\n"
-        f"        return ModuleSpec(name, None) if name == {package!r} else None\nsys.meta_path.insert(0, Hide())\n"
+        "import sys\nfrom importlib.machinery import ModuleSpec\nclass Hide:\n    def find_spec(self, name, "
+        "path=None, target=None):\n"
+        f"        return ModuleSpec(name, None) if name == {package!r} else None\nsys.meta_path.insert(0, "
+        "Hide())\n"
     )
     done = call("01_sft", *settings(random_gpt2, rows_file, tmp_path / "run", f"log=[{name}]"), path=hide)
     assert done.returncode == 2
@@ -183,7 +225,9 @@ def init(**settings):
 
 @pytest.fixture
 def fake_wandb(tmp_path: Path) -> tuple[Path, Path]:
-    """(folder for the path, file of calls) of a module that records how it is called and answers as W&B does."""
+    """(folder for the path, file of calls) of a module that records how it is called and answers as W&B
+    does.
+    """
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").write_text(FAKE_WANDB)
     (tmp_path / "calls").touch()
@@ -196,20 +240,24 @@ def test_wandb_is_called_as_it_should_be(fake_wandb, random_gpt2, rows_file, tmp
     run = tmp_path / "run"
     (site / "sitecustomize.py").write_text(
         "import os\nif os.environ.get('BREAK'):\n    from mlx_posttrain.engines import " + ENGINE + " as e\n"
-        "    cls = next(v for k, v in vars(e).items() if k.endswith('Trainer') and hasattr(v, 'step') and v.__module__ == e.__name__)\n"
+        "    cls = next(v for k, v in vars(e).items() if k.endswith('Trainer') and hasattr(v, 'step') and "
+        "v.__module__ == e.__name__)\n"
         "    step, count = cls.step, []\n    def broken(self, *a):\n        count.append(1)\n"
-        "        if len(count) > 5: raise FloatingPointError('loss is nan')\n        return step(self, *a)\n    cls.step = broken\n"
+        "        if len(count) > 5: raise FloatingPointError('loss is nan')\n        return step(self, "
+        "*a)\n    cls.step = broken\n"
     )
     arguments = settings(random_gpt2, rows_file, run, "log=[wandb]")
     broken = call("01_sft", *arguments, path=site, FAKE_WANDB=str(calls), WANDB_MODE="online", BREAK="1")
     assert broken.returncode == 2 and "loss is nan" in broken.stderr
     first = [json.loads(line) for line in calls.read_text().splitlines()]
-    assert [r[0] for r in first] == ["login", "init", *["log"] * 7, "finish"]  # evaluations at 0 and 4, steps 1 to 5
+    # evaluations at 0 and 4, steps 1 to 5
+    assert [r[0] for r in first] == ["login", "init", *["log"] * 7, "finish"]
     assert first[-1] == ["finish", 1]
     resumed = call("--resume", str(run), path=site, FAKE_WANDB=str(calls), WANDB_MODE="offline")
     assert resumed.returncode == 0, resumed.stderr
     second = [json.loads(line) for line in calls.read_text().splitlines()][len(first) :]
-    assert [r[0] for r in second] == ["init", *["log"] * 4, "finish"]  # from checkpoint 4: W&B has step 5, so 6, 7, 8 and the evaluation
+    # from checkpoint 4: W&B has step 5, so 6, 7, 8 and the evaluation
+    assert [r[0] for r in second] == ["init", *["log"] * 4, "finish"]
     assert second[-1] == ["finish", 0]
 
     started, again = first[1][1], second[0][1]
@@ -219,13 +267,17 @@ def test_wandb_is_called_as_it_should_be(fake_wandb, random_gpt2, rows_file, tmp
     logged = [((k, r[2]), np.float32(v)) for r in first + second if r[0] == "log" for k, v in r[1].items()]
     wanted = expected(run)
     assert len(dict(logged)) == len(logged) and dict(logged).keys() == wanted.keys()
-    assert all(dict(logged)[key] == value for key, value in wanted.items() if key[0] not in ("seconds", "peak_gb"))
+    assert all(
+        dict(logged)[key] == value for key, value in wanted.items() if key[0] not in ("seconds", "peak_gb")
+    )
 
 
 def test_without_an_account_nothing_begins(fake_wandb, random_gpt2, rows_file, tmp_path):
     site, calls = fake_wandb
     arguments = settings(random_gpt2, rows_file, tmp_path / "run", "log=[wandb]")
-    done = call("01_sft", *arguments, path=site, FAKE_WANDB=str(calls), FAKE_WANDB_KEY="none", WANDB_MODE="online")
+    done = call(
+        "01_sft", *arguments, path=site, FAKE_WANDB=str(calls), FAKE_WANDB_KEY="none", WANDB_MODE="online"
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "no API key configured" in line and "wandb login" in line and "WANDB_MODE=offline" in line
@@ -234,7 +286,12 @@ def test_without_an_account_nothing_begins(fake_wandb, random_gpt2, rows_file, t
 
 def test_wandb_is_not_touched_without_log(fake_wandb, random_gpt2, rows_file, tmp_path):
     site, calls = fake_wandb
-    done = call("01_sft", *settings(random_gpt2, rows_file, tmp_path / "run", "train.steps=2"), path=site, FAKE_WANDB=str(calls))
+    done = call(
+        "01_sft",
+        *settings(random_gpt2, rows_file, tmp_path / "run", "train.steps=2"),
+        path=site,
+        FAKE_WANDB=str(calls),
+    )
     assert done.returncode == 0 and calls.read_text() == ""
     assert not {"wandb", "tensorboard"} & {p.name for p in (tmp_path / "run").iterdir()}
 
@@ -243,7 +300,11 @@ def test_wandb_offline(random_gpt2, rows_file, tmp_path):
     """The real package, where it is installed: its own file holds every number of metrics.jsonl."""
     pytest.importorskip("wandb")
     run = tmp_path / "run"
-    environment = {"WANDB_MODE": "offline", "WANDB_CACHE_DIR": str(tmp_path / "cache"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
+    environment = {
+        "WANDB_MODE": "offline",
+        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
+    }
     done = call("01_sft", *settings(random_gpt2, rows_file, run, "log=[wandb]"), **environment)
     assert done.returncode == 0, done.stderr
     (folder,) = (run / "wandb").glob("offline-run-*")

@@ -1,9 +1,9 @@
 """Engines, and other trainers, timed on the same work: `mlx-posttrain bench`.
 
-Every engine works in a process of its own (worker.py) and all are open at once; they take turns, one unit of work at a time in alternating
-order, so that whatever else the machine does falls on all of them. The first unit is warm-up: it compiles. A ratio is the median of the
-ratios of units that were done beside each other, with the smallest and the largest; it is left out where the work was not the same
-(comparison.py).
+Every engine works in a process of its own (worker.py) and all are open at once; they take turns, one unit of
+work at a time in alternating order, so that whatever else the machine does falls on all of them. The first
+unit is warm-up: it compiles. A ratio is the median of the ratios of units that were done beside each other,
+with the smallest and the largest; it is left out where the work was not the same (comparison.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class _Worker:
     def __init__(self, spec: dict[str, Any]):
         command = [sys.executable, "-m", "mlx_posttrain.bench.worker", json.dumps(spec)]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
 
     def hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -67,29 +69,44 @@ def bench(
     units: int = 3,
     shape: Shape | None = None,
 ) -> dict[str, Any]:
-    """Time ``engines`` (by default all that are here) at each kind of work; returns timings, this machine's peaks, and its description.
+    """Time ``engines`` (by default all that are here) at each kind of work; returns timings, this machine's
+    peaks, and its description.
 
-    peers: also other trainers that are installed, each beside the engine of ours on its library and device. units: timed units after the
-    warm-up; a unit is a pass over the rows, one PPO iteration, one batch of answers, or of ``scaling`` two steps of every case. Raises
-    UserError for an unknown kind of work or engine, for a model that cannot be had, and for rows that it does not read; an engine that fails
-    is a line of the result, unless none has finished anything, which is a UserError too.
+    peers: also other trainers that are installed, each beside the engine of ours on its library and device.
+    units: timed units after the warm-up; a unit is a pass over the rows, one PPO iteration, one batch of
+    answers, or of ``scaling`` two steps of every case. Raises UserError for an unknown kind of work or
+    engine, for a model that cannot be had, and for rows that it does not read; an engine that fails is a line
+    of the result, unless none has finished anything, which is a UserError too.
     """
     shape = shape or Shape()
     engines = list(engines or here())
     for key, names, known in (("--what", what, WHAT), ("--engines", engines, ENGINES)):
         if not names or any(name not in known or names.count(name) > 1 for name in names):
-            raise UserError(f"{key} {','.join(names)!r}: give one or more of {', '.join(known)}, once each, with commas between")
+            raise UserError(
+                f"{key} {','.join(names)!r}: give one or more of {', '.join(known)}, once each, "
+                "with commas between"
+            )
     if peers and shape.rows % shape.batch_size:
-        raise UserError(f"--rows {shape.rows} is no multiple of --batch-size {shape.batch_size}: a peer would leave the rest out")
+        raise UserError(
+            f"--rows {shape.rows} is no multiple of --batch-size {shape.batch_size}: a peer "
+            "would leave the rest out"
+        )
     if "reward" in what and shape.rows % 2:
-        raise UserError(f"--rows {shape.rows}: a reward model is trained on pairs of rows, so give an even number")
+        raise UserError(
+            f"--rows {shape.rows}: a reward model is trained on pairs of rows, so give an even number"
+        )
     if "ppo" in what and 32 % shape.batch_size:
-        raise UserError(f"--batch-size {shape.batch_size}: an iteration of ppo has 32 answers; give a number that divides them")
+        raise UserError(
+            f"--batch-size {shape.batch_size}: an iteration of ppo has 32 answers; give a "
+            "number that divides them"
+        )
     from mlx_posttrain.bench import peers as others
 
     extra = others.beside(engines) if peers else {}
     if peers and not extra:
-        raise UserError(f"--peers: none of {', '.join(others.PEERS)} is installed that runs on {', '.join(engines)}")
+        raise UserError(
+            f"--peers: none of {', '.join(others.PEERS)} is installed that runs on {', '.join(engines)}"
+        )
     timings: list[Timing] = []
     scaled: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mlx-posttrain-bench-") as scratch:
@@ -104,9 +121,16 @@ def bench(
             if kind == "scaling":
                 scaled = {name: _scaling({**spec, "engine": name, "what": kind}, units) for name in engines}
                 continue
-            against: dict[str, str | None] = {name: engines[0] if name != engines[0] else None for name in engines}
-            against |= {name: ours for name, ours in extra.items() if kind in others.PEERS[others.peer(name)].can}
-            given = [{**spec, "engine": name, "what": kind, "against": base, "peers": bool(extra)} for name, base in against.items()]
+            against: dict[str, str | None] = {
+                name: engines[0] if name != engines[0] else None for name in engines
+            }
+            against |= {
+                name: ours for name, ours in extra.items() if kind in others.PEERS[others.peer(name)].can
+            }
+            given = [
+                {**spec, "engine": name, "what": kind, "against": base, "peers": bool(extra)}
+                for name, base in against.items()
+            ]
             found = _take_turns(given, units)
             compare(found)
             for t in found:
@@ -117,24 +141,35 @@ def bench(
     if all(failed):
         raise UserError(f"no engine finished: {failed[0]}")
     return {
-        "model": f"{model}, random weights" if model in SIZES else model, "shape": asdict(shape), "units": units, "machine": machine,
-        "peaks": peaks, "timings": [asdict(t) for t in timings], "relations": relations(timings), "scaling": scaled,
-    }  # fmt: skip
+        "model": f"{model}, random weights" if model in SIZES else model,
+        "shape": asdict(shape),
+        "units": units,
+        "machine": machine,
+        "peaks": peaks,
+        "timings": [asdict(t) for t in timings],
+        "relations": relations(timings),
+        "scaling": scaled,
+    }
 
 
 def _check_context(model: str, of: plan.Size, what: Sequence[str], shape: Shape) -> None:
-    """Raise UserError for rows, or prompts with their answers, that the model does not read; of scaling's longer cases such are left out."""
+    """Raise UserError for rows, or prompts with their answers, that the model does not read; of scaling's
+    longer cases such are left out.
+    """
     from mlx_posttrain.bench.scaling import ROWS
     from mlx_posttrain.bench.worker import ROLLOUT, prompts
 
     asked = max(map(len, prompts(of.vocabulary))) + ROLLOUT["max_tokens"]
     longest = max(len(e.tokens) for e in rows(shape, of.vocabulary))
-    own = {"scaling": ROWS[0].length, "ppo": asked, "generate": asked, "generate-single": asked}  # whatever --length says
+    # whatever --length says
+    own = {"scaling": ROWS[0].length, "ppo": asked, "generate": asked, "generate-single": asked}
     for kind in what:
         tokens = own.get(kind, longest)
         if of.context is not None and tokens > of.context:
             hint = "leave it out of --what" if kind in own else "give a shorter --length"
-            raise UserError(f"{kind} takes rows of {tokens} tokens, and {model} reads {of.context} at most: {hint}")
+            raise UserError(
+                f"{kind} takes rows of {tokens} tokens, and {model} reads {of.context} at most: {hint}"
+            )
 
 
 def here() -> list[str]:
@@ -174,7 +209,11 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
                 if t.error is not None:
                     continue
                 t.peak_gb, t.process_gb, t.device = heard["peak_gb"], heard["process_gb"], heard["device"]
-                t.shapes, t.version, t.first = heard.get("shapes"), heard.get("version", ""), heard.get("first", {})
+                t.shapes, t.version, t.first = (
+                    heard.get("shapes"),
+                    heard.get("version", ""),
+                    heard.get("first", {}),
+                )
     finally:
         for w in workers:
             w.end()
@@ -182,7 +221,9 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
 
 
 def _scaling(spec: dict[str, Any], units: int) -> dict[str, Any]:
-    """Seconds of every case in all units after the warm-up, and the memory of the loss (scaling.py); ``error`` where the engine failed."""
+    """Seconds of every case in all units after the warm-up, and the memory of the loss (scaling.py);
+    ``error`` where the engine failed.
+    """
     worker = _Worker(spec)
     try:
         heard = worker.hear()
@@ -205,19 +246,25 @@ def _scaling(spec: dict[str, Any], units: int) -> dict[str, Any]:
 
 
 def _shares(t: Timing, of: plan.Size, shape: Shape, peaks: dict[str, float]) -> None:
-    """What part of the machine's own peaks the useful work took: products for training, reading the weights for decoding."""
+    """What part of the machine's own peaks the useful work took: products for training, reading the weights
+    for decoding.
+    """
     from mlx_posttrain.bench.work import decode_bytes, ppo_flops, training_flops
 
     seconds = statistics.median(t.seconds)
     if t.what.startswith("generate"):
-        t.bandwidth_share = decode_bytes(of, 1 if t.what == "generate" else int(t.rows)) / seconds / 1e9 / peaks["gb_per_s"]
+        t.bandwidth_share = (
+            decode_bytes(of, 1 if t.what == "generate" else int(t.rows)) / seconds / 1e9 / peaks["gb_per_s"]
+        )
     else:
         flops = ppo_flops(of) if t.what == "ppo" else training_flops(of, t.what, shape)
         t.flops_share = flops / seconds / 1e9 / peaks["gflops"]
 
 
 def measure_peaks(engine: str) -> dict[str, float]:
-    """This machine's own peaks on an engine's device: ``gflops`` of float32 products, ``gb_per_s`` read by a sum, in a process of its own."""
+    """This machine's own peaks on an engine's device: ``gflops`` of float32 products, ``gb_per_s`` read by a
+    sum, in a process of its own.
+    """
     code = f"import json; from mlx_posttrain.bench.work import peaks; print(json.dumps(peaks({engine!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -230,7 +277,19 @@ def describe() -> dict[str, str]:
     """Chip, memory and versions, for whoever reads the figures elsewhere."""
     from mlx_posttrain import doctor
 
-    wanted = ("system", "chip", "Python", "memory", "mlx-posttrain", "mlx", "mlx-lm", "torch", "peft", "transformers", "MLX's BLAS")
+    wanted = (
+        "system",
+        "chip",
+        "Python",
+        "memory",
+        "mlx-posttrain",
+        "mlx",
+        "mlx-lm",
+        "torch",
+        "peft",
+        "transformers",
+        "MLX's BLAS",
+    )
     found = {c.name: c.value for c in doctor.collect() if c.name in wanted}
     found["Python"] = found.get("Python", "").split(" (")[0]
     found["memory"] = found.get("memory", "").split(",")[0]

@@ -1,9 +1,11 @@
-"""Who is compared with whom, and whether they did the same work: a ratio of times is printed for nothing else.
+"""Who is compared with whom, and whether they did the same work: a ratio of times is printed for nothing
+else.
 
-Our engines are compared with the first of them. A peer is compared with ours on the same library and device, and must have begun alike and
-learnt alike: on its first batch, before any update, the same tokens count and give the same loss, and over the units the loss falls about as
-far. PPO's first rollout is of weights that nobody has changed: its divergence from the reference is 0, and the scorer, asked about other
-answers of the same policy, gives the same mean score within its error.
+Our engines are compared with the first of them. A peer is compared with ours on the same library and device,
+and must have begun alike and learnt alike: on its first batch, before any update, the same tokens count and
+give the same loss, and over the units the loss falls about as far. PPO's first rollout is of weights that
+nobody has changed: its divergence from the reference is 0, and the scorer, asked about other answers of the
+same policy, gives the same mean score within its error.
 """
 
 from __future__ import annotations
@@ -14,26 +16,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Largest difference, as a share, between losses of our engines, which compute the same: of training, and of sampled answers, where one draw
-#: that falls on the other side of a boundary changes all that follows.
+#: Largest difference, as a share, between losses of our engines, which compute the same: of training, and of
+#: sampled answers, where one draw that falls on the other side of a boundary changes all that follows.
 AGREE, AGREE_SAMPLED = 1e-3, 5e-3
-#: The same for a peer: its loss before any update, and PPO's entropy, of answers that it draws itself. Our engines draw alike until the first
-#: update: two of 32 answers that parted there made the policies, and with them all later answers, others.
+#: The same for a peer: its loss before any update, and PPO's entropy, of answers that it draws itself. Our
+#: engines draw alike until the first update: two of 32 answers that parted there made the policies, and with
+#: them all later answers, others.
 AGREE_FIRST, AGREE_ENTROPY = 1e-3, 5e-2
-#: A peer's loss falls by at least one part in so many of what ours does, and by at most so many times that: its order of rows is its own, and
-#: mlx-lm trains the blocks of a model only.
+#: A peer's loss falls by at least one part in so many of what ours does, and by at most so many times that:
+#: its order of rows is its own, and mlx-lm trains the blocks of a model only.
 FALL = 2.0
-#: PPO: the first divergence from the reference in nats per answer, and the distance of mean scores in standard errors.
+#: PPO: the first divergence from the reference in nats per answer, and the distance of mean scores in
+#: standard errors.
 FIRST_KL, SCORE_ERRORS = 1e-2, 4.0
 
 
 @dataclass
 class Timing:
-    """One engine at one kind of work: seconds and losses of its units, the warm-up left out, and what it used.
+    """One engine at one kind of work: seconds and losses of its units, the warm-up left out, and what it
+    used.
 
-    against: the engine it is compared with, None where there is none. first: what was seen before the first update; of ours with ``rows``, the
-    summed negative log-likelihood and number of trained tokens of every row, of a peer with the ``rows`` of its first batch, their trained
-    ``tokens`` and ``loss``; of PPO ``kl``, ``score`` and, of ours, ``score_std`` and ``entropy``.
+    against: the engine it is compared with, None where there is none. first: what was seen before the first
+    update; of ours with ``rows``, the summed negative log-likelihood and number of trained tokens of every
+    row, of a peer with the ``rows`` of its first batch, their trained ``tokens`` and ``loss``; of PPO ``kl``,
+    ``score`` and, of ours, ``score_std`` and ``entropy``.
     """
 
     engine: str
@@ -51,9 +57,12 @@ class Timing:
     shapes: int | None = None
     first: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    ratio: tuple[float, float, float] | None = None  # seconds over those of ``against``: median, least, most
+    # seconds over those of ``against``: median, least, most
+    ratio: tuple[float, float, float] | None = None
     disagreement: float | None = (
-        None  # relative difference of losses: the largest of a unit, of a peer in training the one before any update
+        # relative difference of losses: the largest of a unit, of a peer in training the one before any
+        # update
+        None
     )
     fall: float | None = None  # how far a peer's loss fell in training, over how far ours did
     mismatch: str | None = None  # why there is no ratio
@@ -62,7 +71,9 @@ class Timing:
 
 
 def compare(timings: Sequence[Timing]) -> None:
-    """Fill in ratios to ``against`` where both worked and did the same work, and elsewhere the reason why there is none."""
+    """Fill in ratios to ``against`` where both worked and did the same work, and elsewhere the reason why
+    there is none.
+    """
     for t in timings:
         if not all(map(math.isfinite, t.losses)):
             t.error, t.losses = "a loss was not finite: what diverges is not compared", []
@@ -93,7 +104,11 @@ def _ours(t: Timing, base: Timing) -> str | None:
     assert t.disagreement is not None
     if t.what == "ppo":
         apart = _apart(t.first["entropy"], base.first["entropy"])
-        return f"entropies of the first rollout differ by {apart:.2%}" if apart > AGREE_SAMPLED else _same_rollout(t, base)
+        return (
+            f"entropies of the first rollout differ by {apart:.2%}"
+            if apart > AGREE_SAMPLED
+            else _same_rollout(t, base)
+        )
     allowed = AGREE_SAMPLED if t.what.startswith("generate") else AGREE
     return f"losses differ by {t.disagreement:.2%}" if t.disagreement > allowed else None
 
@@ -121,7 +136,10 @@ def _same_rollout(t: Timing, base: Timing) -> str | None:
             return f"{side.engine}'s first divergence from the reference is {side.first['kl']:.3f}, not 0"
     error = base.first["score_std"] * math.sqrt(2 / base.rows)
     if abs(t.first["score"] - base.first["score"]) > SCORE_ERRORS * error:
-        return f"mean scores of the first rollout differ: {t.first['score']:.3f}, and {base.first['score']:.3f} +- {error:.3f}"
+        return (
+            f"mean scores of the first rollout differ: {t.first['score']:.3f}, and "
+            f"{base.first['score']:.3f} +- {error:.3f}"
+        )
     assert t.disagreement is not None
     return f"entropies differ by {t.disagreement:.1%}" if t.disagreement > AGREE_ENTROPY else None
 
@@ -131,18 +149,34 @@ RELATIONS = (("kl", "sft"), ("kl-lora", "lora"), ("lora", "sft"), ("generate-sin
 
 
 def relations(timings: Sequence[Timing]) -> list[dict[str, Any]]:
-    """What one kind of work takes over what another does, on each engine of ours that did both: ``time`` and ``memory``.
+    """What one kind of work takes over what another does, on each engine of ours that did both: ``time`` and
+    ``memory``.
 
-    Left out where an engine's losses disagree with another's, or where answers decoded in two ways are not equally likely.
-    The kinds were not done in turns: least and most of ``time`` are the extremes of all units, so they tell what a busy machine may have done.
+    Left out where an engine's losses disagree with another's, or where answers decoded in two ways are not
+    equally likely. The kinds were not done in turns: least and most of ``time`` are the extremes of all
+    units, so they tell what a busy machine may have done.
     """
-    done = {(t.what, t.engine): t for t in timings if t.error is None and not t.version and (t.disagreement is None or t.ratio)}
+    done = {
+        (t.what, t.engine): t
+        for t in timings
+        if t.error is None and not t.version and (t.disagreement is None or t.ratio)
+    }
     found = []
     for (what, engine), t in done.items():
         for base in (done.get((other, engine)) for kind, other in RELATIONS if kind == what):
-            if base is None or (what.startswith("generate") and max(map(_apart, t.losses, base.losses)) > AGREE_SAMPLED):
+            if base is None or (
+                what.startswith("generate") and max(map(_apart, t.losses, base.losses)) > AGREE_SAMPLED
+            ):
                 continue
             middle = statistics.median(t.seconds) / statistics.median(base.seconds)
             time = (middle, min(t.seconds) / max(base.seconds), max(t.seconds) / min(base.seconds))
-            found.append({"engine": engine, "what": what, "over": base.what, "time": time, "memory": t.peak_gb / base.peak_gb})
+            found.append(
+                {
+                    "engine": engine,
+                    "what": what,
+                    "over": base.what,
+                    "time": time,
+                    "memory": t.peak_gb / base.peak_gb,
+                }
+            )
     return found

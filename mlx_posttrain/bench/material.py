@@ -1,4 +1,6 @@
-"""What a benchmark works on: a model folder, perhaps of random weights, and rows like those of an instruction set."""
+"""What a benchmark works on: a model folder, perhaps of random weights, and rows like those of an instruction
+set.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ from mlx_posttrain.engines.base import head_start, width
 from mlx_posttrain.errors import UserError
 
 #: GPT-2's published sizes: layers, heads, width (Radford et al. 2019, table 2).
-SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+SIZES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 VOCABULARY, CONTEXT = 50257, 1024
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The rows of a benchmark: ``length`` tokens each, or where it is None prompts of 20 to 60 and answers of 10 to 200 tokens."""
+    """The rows of a benchmark: ``length`` tokens each, or where it is None prompts of 20 to 60 and answers of
+    10 to 200 tokens.
+    """
 
     rows: int = 32
     length: int | None = None
@@ -29,7 +38,9 @@ class Shape:
 
 
 def rows(shape: Shape, vocabulary: int, seed: int = 0) -> list[Example]:
-    """Rows of random tokens, common ones more often (Zipf), with their answers trained; the same in every process."""
+    """Rows of random tokens, common ones more often (Zipf), with their answers trained; the same in every
+    process.
+    """
     rng = np.random.default_rng([seed, 0xBE7C4])
     found = []
     for _ in range(shape.rows):
@@ -43,7 +54,8 @@ def rows(shape: Shape, vocabulary: int, seed: int = 0) -> list[Example]:
 
 
 def model_folder(name: str, scratch: Path) -> Path:
-    """The folder of a model: a named size with random weights, made in ``scratch``, or what ``name`` means elsewhere.
+    """The folder of a model: a named size with random weights, made in ``scratch``, or what ``name`` means
+    elsewhere.
 
     Raises UserError as loading does.
     """
@@ -59,7 +71,9 @@ def model_folder(name: str, scratch: Path) -> Path:
     size = PretrainSection(vocab_size=VOCABULARY, layers=layers, heads=heads, width=wide, context=CONTEXT)
     folder = scratch / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(gpt2_config(VOCABULARY, size, eos=VOCABULARY - 1), indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(gpt2_config(VOCABULARY, size, eos=VOCABULARY - 1), indent=2) + "\n"
+    )
     save_file(random_weights(VOCABULARY, size, 0), folder / "model.safetensors", metadata={"format": "pt"})
     _numbered_words(folder)
     return folder
@@ -70,7 +84,9 @@ def _numbered_words(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     end = "<|endoftext|>"
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY - 1)} | {end: VOCABULARY - 1}, unk_token=end))
+    tokenizer = Tokenizer(
+        models.WordLevel({str(i): i for i in range(VOCABULARY - 1)} | {end: VOCABULARY - 1}, unk_token=end)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="")
     tokenizer.add_special_tokens([end])
@@ -95,7 +111,9 @@ def reward_folder(folder: Path, scratch: Path) -> Path:
 
     config = hub.check_config(folder)
     if config["model_type"] != "gpt2":
-        raise UserError(f"bench: PPO is measured on GPT-2 only, not on {config['model_type']}; leave ppo out of --what")
+        raise UserError(
+            f"bench: PPO is measured on GPT-2 only, not on {config['model_type']}; leave ppo out of --what"
+        )
     target = scratch / "reward"
     target.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {

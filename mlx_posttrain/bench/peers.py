@@ -1,7 +1,9 @@
-"""The same rows through other trainers that are installed: mlx-lm's, transformers', and TRL's for supervised training and PPO.
+"""The same rows through other trainers that are installed: mlx-lm's, transformers', and TRL's for supervised
+training and PPO.
 
-Each has its own defaults. What is set: the batch size, the learning rate, float32, no dropout, completion-only loss. Batches, padding and
-averages are theirs. Of the first batch it is noted which rows it holds, how many tokens it trains and what its loss is before any update.
+Each has its own defaults. What is set: the batch size, the learning rate, float32, no dropout,
+completion-only loss. Batches, padding and averages are theirs. Of the first batch it is noted which rows it
+holds, how many tokens it trains and what its loss is before any update.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from mlx_posttrain.data.types import Example
 
 
 class Peer(NamedTuple):
-    """Another trainer: the engine of ours whose library it uses, the packages it needs, and what it can do."""
+    """Another trainer: the engine of ours whose library it uses, the packages it needs, and what it can
+    do.
+    """
 
     engine: str
     packages: tuple[str, ...]
@@ -36,7 +40,9 @@ PEERS = {
 
 
 def beside(engines: Sequence[str]) -> dict[str, str]:
-    """The installed peers on the devices of ``engines``, each with the engine it is compared with: ``mlx-lm-cpu`` with ``mlx-cpu``."""
+    """The installed peers on the devices of ``engines``, each with the engine it is compared with:
+    ``mlx-lm-cpu`` with ``mlx-cpu``.
+    """
     found: dict[str, str] = {}
     for name, peer in PEERS.items():
         if all(importlib.util.find_spec(package) for package in peer.packages):
@@ -59,7 +65,9 @@ def _in(batch: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[int
 
 
 def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
-    """mlx-lm's own loop; its ``full`` trains the blocks only, its LoRA is put on every block's attention and MLP projections as ours is."""
+    """mlx-lm's own loop; its ``full`` trains the blocks only, its LoRA is put on every block's attention and
+    MLP projections as ours is.
+    """
     from mlx_posttrain import blas
     from mlx_posttrain.convert import hub, weights
 
@@ -75,14 +83,20 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     use_device(spec["against"])
     folder, shape = Path(spec["folder"]), Shape(**spec["shape"])
     with tempfile.TemporaryDirectory() as scratch:
-        # It knows GPT-2's weights without the prefix that transformers saves, and trains in the format of the file.
+        # It knows GPT-2's weights without the prefix that transformers saves, and trains in the format of the
+        # file.
         if hub.check_config(folder)["model_type"] == "gpt2":
             weights.convert(folder, folder := Path(scratch) / "model", dtype="float32")
         net, config = load_model(folder)
         mx.eval(net.parameters())
     net.freeze()
     if spec["what"] == "lora":
-        keys = {"rank": 16, "dropout": 0.0, "scale": 2.0, "keys": ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]}
+        keys = {
+            "rank": 16,
+            "dropout": 0.0,
+            "scale": 2.0,
+            "keys": ["attn.c_attn", "attn.c_proj", "mlp.c_proj"],
+        }
         linear_to_lora_layers(net, len(net.layers), keys)
     else:
         for layer in net.layers:
@@ -92,10 +106,13 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     tokens = float(sum(sum(e.trained) for e in examples))
     steps = len(data) // shape.batch_size
     first: dict[str, Any] = {}
-    losses: list[tuple[float, float]] = []  # of each step, and by how many tokens: its own mean is one of batches, ours one of tokens
+    # of each step, and by how many tokens: its own mean is one of batches, ours one of tokens
+    losses: list[tuple[float, float]] = []
 
     def batches(*given: Any, **named: Any) -> Iterator[Any]:
-        """Its batches; the loss of a row ends with the row, where mlx-lm's own goes on to the padding token after it."""
+        """Its batches; the loss of a row ends with the row, where mlx-lm's own goes on to the padding token
+        after it.
+        """
         for batch, spans in trainer.iterate_batches(*given, **named):
             if not first:
                 first["rows"] = _in(np.array(batch).tolist(), examples)
@@ -122,13 +139,23 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     if gate.open():
         with tempfile.TemporaryDirectory() as scratch:
             settings = trainer.TrainingArgs(
-                batch_size=shape.batch_size, iters=10**6, steps_per_report=1, steps_per_eval=10**9, steps_per_save=10**9,
-                max_seq_length=config["n_positions"], adapter_file=f"{scratch}/adapters.safetensors",
-            )  # fmt: skip
+                batch_size=shape.batch_size,
+                iters=10**6,
+                steps_per_report=1,
+                steps_per_eval=10**9,
+                steps_per_save=10**9,
+                max_seq_length=config["n_positions"],
+                adapter_file=f"{scratch}/adapters.safetensors",
+            )
             with contextlib.suppress(_Finished):
-                # Its recipes leave Adam's bias correction off, which makes the first steps three times as long: losses would part.
-                adam = optim.AdamW(learning_rate=learning_rate(spec["what"]), weight_decay=0.0, bias_correction=True)
-                trainer.train(net, adam, data, args=settings, iterate_batches=batches, training_callback=Pace())
+                # Its recipes leave Adam's bias correction off, which makes the first steps three times as
+                # long: losses would part.
+                adam = optim.AdamW(
+                    learning_rate=learning_rate(spec["what"]), weight_decay=0.0, bias_correction=True
+                )
+                trainer.train(
+                    net, adam, data, args=settings, iterate_batches=batches, training_callback=Pace()
+                )
     gate.close(device=spec["against"], version=importlib.metadata.version("mlx-lm"), first=first)
 
 
@@ -139,9 +166,27 @@ def trl(spec: dict[str, Any], gate: Gate) -> None:
         return _trl_ppo(spec, gate)
     from trl import SFTConfig, SFTTrainer
 
-    def make(net: Any, adapter: Any, tokenizer: Any, common: dict[str, Any], watched: Callable[[type], type], **given: Any) -> Any:
-        own = {"max_length": None, "completion_only_loss": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False}
-        return watched(SFTTrainer)(model=net, args=SFTConfig(**common, **own), processing_class=tokenizer, peft_config=adapter, **given)
+    def make(
+        net: Any,
+        adapter: Any,
+        tokenizer: Any,
+        common: dict[str, Any],
+        watched: Callable[[type], type],
+        **given: Any,
+    ) -> Any:
+        own = {
+            "max_length": None,
+            "completion_only_loss": True,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "packing": False,
+        }
+        return watched(SFTTrainer)(
+            model=net,
+            args=SFTConfig(**common, **own),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            **given,
+        )
 
     return _supervised(spec, gate, "trl", make)
 
@@ -151,9 +196,21 @@ def transformers(spec: dict[str, Any], gate: Gate) -> None:
     from peft import get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    def make(net: Any, adapter: Any, tokenizer: Any, common: dict[str, Any], watched: Callable[[type], type], **given: Any) -> Any:
+    def make(
+        net: Any,
+        adapter: Any,
+        tokenizer: Any,
+        common: dict[str, Any],
+        watched: Callable[[type], type],
+        **given: Any,
+    ) -> Any:
         net = net if adapter is None else get_peft_model(net, adapter)
-        return watched(Trainer)(model=net, args=TrainingArguments(**common), data_collator=DataCollatorForSeq2Seq(tokenizer), **given)
+        return watched(Trainer)(
+            model=net,
+            args=TrainingArguments(**common),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            **given,
+        )
 
     return _supervised(spec, gate, "transformers", make)
 
@@ -162,13 +219,23 @@ def _common(scratch: str, batch_size: int, rate: float) -> dict[str, Any]:
     """What every trainer of the transformers family is told."""
     os.environ.setdefault("WANDB_DISABLED", "true")
     return {
-        "output_dir": scratch, "per_device_train_batch_size": batch_size, "learning_rate": rate, "save_strategy": "no", "report_to": "none",
-        "use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False, "disable_tqdm": True,
-    }  # fmt: skip
+        "output_dir": scratch,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": rate,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
 
 
 def _pace(gate: Gate, figures: Callable[[dict[str, float]], dict[str, float] | None]) -> Any:
-    """A callback for which each line of the trainer's log is a unit; ``figures`` makes the unit's of it, None where it is another line."""
+    """A callback for which each line of the trainer's log is a unit; ``figures`` makes the unit's of it, None
+    where it is another line.
+    """
     from transformers import TrainerCallback
 
     class Pace(TrainerCallback):
@@ -182,8 +249,12 @@ def _pace(gate: Gate, figures: Callable[[dict[str, float]], dict[str, float] | N
     return Pace()
 
 
-def _watched(trainer: Any, examples: Sequence[Example], first: dict[str, Any], seen: list[tuple[float, int]]) -> Any:
-    """The trainer's class, which notes its first batch in ``first``, and every batch's loss and trained tokens in ``seen``."""
+def _watched(
+    trainer: Any, examples: Sequence[Example], first: dict[str, Any], seen: list[tuple[float, int]]
+) -> Any:
+    """The trainer's class, which notes its first batch in ``first``, and every batch's loss and trained
+    tokens in ``seen``.
+    """
 
     class Watched(trainer):
         def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
@@ -199,22 +270,35 @@ def _watched(trainer: Any, examples: Sequence[Example], first: dict[str, Any], s
 
 
 def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[..., Any]) -> None:
-    """Supervised training by a trainer that ``make`` makes of a model, an adapter's settings or None, a tokenizer and arguments."""
+    """Supervised training by a trainer that ``make`` makes of a model, an adapter's settings or None, a
+    tokenizer and arguments.
+    """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shape = Shape(**spec["shape"])
-    net = AutoModelForCausalLM.from_pretrained(spec["folder"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    net = AutoModelForCausalLM.from_pretrained(
+        spec["folder"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
     tokenizer = AutoTokenizer.from_pretrained(spec["folder"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     examples = rows(shape, net.config.vocab_size)
-    labels = [[token if trained else -100 for token, trained in zip(e.tokens, e.trained, strict=True)] for e in examples]
+    labels = [
+        [token if trained else -100 for token, trained in zip(e.tokens, e.trained, strict=True)]
+        for e in examples
+    ]
     data = Dataset.from_dict({"input_ids": [list(e.tokens) for e in examples], "labels": labels})
     adapter = None
     if spec["what"] == "lora":
         from peft import LoraConfig
 
-        adapter = LoraConfig(r=16, lora_alpha=32, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        adapter = LoraConfig(
+            r=16,
+            lora_alpha=32,
+            target_modules=["c_attn", "c_proj"],
+            fan_in_fan_out=True,
+            task_type="CAUSAL_LM",
+        )
     tokens = float(sum(sum(e.trained) for e in examples))
     steps = len(examples) // shape.batch_size
     first: dict[str, Any] = {}
@@ -223,7 +307,8 @@ def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[.
     def figures(logs: dict[str, float]) -> dict[str, float] | None:
         if "loss" not in logs:
             return None
-        # The log has the mean of the batches' means, which depends on the order of the rows; ours is the mean over tokens.
+        # The log has the mean of the batches' means, which depends on the order of the rows; ours is the mean
+        # over tokens.
         mean = sum(loss * count for loss, count in seen) / sum(count for _, count in seen)
         seen.clear()
         return {"loss": mean, "rows": len(examples), "tokens": tokens, "steps": steps}
@@ -254,7 +339,10 @@ def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
     batch_size = spec["shape"]["batch_size"]
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     policy, reference = (AutoModelForCausalLM.from_pretrained(spec["folder"], **off) for _ in range(2))
-    reward, value = (AutoModelForSequenceClassification.from_pretrained(spec["reward"], num_labels=1, **off) for _ in range(2))
+    reward, value = (
+        AutoModelForSequenceClassification.from_pretrained(spec["reward"], num_labels=1, **off)
+        for _ in range(2)
+    )
     tokenizer = AutoTokenizer.from_pretrained(spec["folder"], padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     count = ROLLOUT["prompts"] * ROLLOUT["samples"]
@@ -267,18 +355,34 @@ def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
             return None
         if not first:
             first.update(kl=logs["objective/kl"], score=logs["objective/scores"])
-        return {"loss": logs["objective/entropy"] / ROLLOUT["max_tokens"], "rows": count, "tokens": count * ROLLOUT["max_tokens"]}
+        return {
+            "loss": logs["objective/entropy"] / ROLLOUT["max_tokens"],
+            "rows": count,
+            "tokens": count * ROLLOUT["max_tokens"],
+        }
 
     with tempfile.TemporaryDirectory() as scratch:
         settings = PPOConfig(
-            **_common(scratch, batch_size, learning_rate("ppo")), gradient_accumulation_steps=max(1, count // batch_size), num_ppo_epochs=2,
-            num_mini_batches=1, total_episodes=10**6, response_length=ROLLOUT["max_tokens"], temperature=1.0, num_sample_generations=0,
+            **_common(scratch, batch_size, learning_rate("ppo")),
+            gradient_accumulation_steps=max(1, count // batch_size),
+            num_ppo_epochs=2,
+            num_mini_batches=1,
+            total_episodes=10**6,
+            response_length=ROLLOUT["max_tokens"],
+            temperature=1.0,
+            num_sample_generations=0,
             logging_steps=1,
-        )  # fmt: skip
+        )
         trainer = PPOTrainer(
-            args=settings, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
-            train_dataset=data, callbacks=[_pace(gate, figures)],
-        )  # fmt: skip
+            args=settings,
+            processing_class=tokenizer,
+            model=policy,
+            ref_model=reference,
+            reward_model=reward,
+            value_model=value,
+            train_dataset=data,
+            callbacks=[_pace(gate, figures)],
+        )
         if gate.open():
             with contextlib.suppress(_Finished):
                 trainer.train()

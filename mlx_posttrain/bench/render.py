@@ -14,16 +14,30 @@ from mlx_posttrain.convert.files import write_atomically
 from mlx_posttrain.errors import UserError
 
 NOTE = (
-    "Time against: median, least and most of the ratios of units done beside each other. Losses differ: the largest difference of a unit's loss; "
-    "of a peer in training of the loss of its first batch before any update, and how far its loss fell over the units as a share of how far "
-    "ours did. Peak GB: of mlx and mlx-lm the arrays, of the others the whole process. Of product peak: the products that the work asks for, "
-    "padding and recomputation not counted. Of read peak: reading every weight once for each token of a decode batch, a sum on all cores being 1."
+    "Time against: median, least and most of the ratios of units done beside each other. Losses differ: the "
+    "largest difference of a unit's loss; "
+    "of a peer in training of the loss of its first batch before any update, and how far its loss fell over "
+    "the units as a share of how far "
+    "ours did. Peak GB: of mlx and mlx-lm the arrays, of the others the whole process. Of product peak: the "
+    "products that the work asks for, "
+    "padding and recomputation not counted. Of read peak: reading every weight once for each token of a "
+    "decode batch, a sum on all cores being 1."
 )
 
 COLUMNS = (
-    "work", "engine", "seconds a unit", "seconds a step", "shapes", "rows/s", "trained tokens/s", "time against", "losses differ", "peak GB",
-    "of product peak", "of read peak",
-)  # fmt: skip
+    "work",
+    "engine",
+    "seconds a unit",
+    "seconds a step",
+    "shapes",
+    "rows/s",
+    "trained tokens/s",
+    "time against",
+    "losses differ",
+    "peak GB",
+    "of product peak",
+    "of read peak",
+)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -34,12 +48,26 @@ def table(result: Mapping[str, Any]) -> str:
             lines.append(_row([t["what"], t["engine"], t["error"], *[""] * (len(COLUMNS) - 3)]))
             continue
         seconds = statistics.median(t["seconds"])
-        lines.append(_row([
-            t["what"], t["engine"], f"{seconds:.2f} [{min(t['seconds']):.2f}, {max(t['seconds']):.2f}]",
-            f"{seconds / t['steps']:.3f}" if t["steps"] else "", "" if t["shapes"] is None else str(t["shapes"]),
-            f"{t['rows'] / seconds:.2f}", f"{t['tokens'] / seconds:.0f}", _ratio(t), _agreement(t), f"{t['peak_gb']:.2f}",
-            *("" if t[name] is None else f"{t[name]:.0%}" for name in ("flops_share", "bandwidth_share")),
-        ]))  # fmt: skip
+        lines.append(
+            _row(
+                [
+                    t["what"],
+                    t["engine"],
+                    f"{seconds:.2f} [{min(t['seconds']):.2f}, {max(t['seconds']):.2f}]",
+                    f"{seconds / t['steps']:.3f}" if t["steps"] else "",
+                    "" if t["shapes"] is None else str(t["shapes"]),
+                    f"{t['rows'] / seconds:.2f}",
+                    f"{t['tokens'] / seconds:.0f}",
+                    _ratio(t),
+                    _agreement(t),
+                    f"{t['peak_gb']:.2f}",
+                    *(
+                        "" if t[name] is None else f"{t[name]:.0%}"
+                        for name in ("flops_share", "bandwidth_share")
+                    ),
+                ]
+            )
+        )
     return "\n".join(lines)
 
 
@@ -70,8 +98,12 @@ def _relation(r: Mapping[str, Any]) -> str:
 def block(result: Mapping[str, Any]) -> str:
     """Machine, versions and table in Markdown, for pasting."""
     shape = result["shape"]
-    rows = f"{shape['rows']} rows of " + (f"{shape['length']} tokens" if shape["length"] else "20 to 60 and 10 to 200 tokens")
-    peaks = "; ".join(f"{name} {p['gflops']:.0f} GFLOP/s, {p['gb_per_s']:.1f} GB/s" for name, p in result["peaks"].items())
+    rows = f"{shape['rows']} rows of " + (
+        f"{shape['length']} tokens" if shape["length"] else "20 to 60 and 10 to 200 tokens"
+    )
+    peaks = "; ".join(
+        f"{name} {p['gflops']:.0f} GFLOP/s, {p['gb_per_s']:.1f} GB/s" for name, p in result["peaks"].items()
+    )
     facts = [f"{name}: {value}" for name, value in result["machine"].items()]
     facts += [
         f"model: {result['model']}",
@@ -84,9 +116,16 @@ def block(result: Mapping[str, Any]) -> str:
     if result["timings"]:
         text += ["", table(result), "", NOTE]
     if result["relations"]:
-        text += ["", "Not in turns, so with the extremes of all units:", "", *(f"- {_relation(r)}" for r in result["relations"])]
+        text += [
+            "",
+            "Not in turns, so with the extremes of all units:",
+            "",
+            *(f"- {_relation(r)}" for r in result["relations"]),
+        ]
     for engine, found in result["scaling"].items():
-        text += ["", f"- {engine}: {found['error']}"] if "error" in found else ["", *scaling.lines(engine, found)]
+        text += (
+            ["", f"- {engine}: {found['error']}"] if "error" in found else ["", *scaling.lines(engine, found)]
+        )
     return "\n".join(text) + "\n"
 
 
@@ -113,12 +152,16 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[str]:
-    """``bench.json``, ``bench.md`` and, of trained or sampled tokens, ``bench.svg`` and ``bench.png`` in a folder; returns their names.
+    """``bench.json``, ``bench.md`` and, of trained or sampled tokens, ``bench.svg`` and ``bench.png`` in a
+    folder; returns their names.
 
     Raises UserError when it cannot be written.
     """
     try:
-        write_atomically(folder / "bench.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
+        write_atomically(
+            folder / "bench.json",
+            lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"),
+        )
         write_atomically(folder / "bench.md", lambda path: path.write_text(block(result), encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
@@ -131,5 +174,7 @@ def write(result: Mapping[str, Any], folder: Path) -> list[str]:
             return t["tokens"] / middle, t["tokens"] / most, t["tokens"] / least
 
         figures = {f"{t['what']} {t['engine']}": rates(t) for t in worked}
-        charts.save(charts.bars(figures, y="trained or sampled tokens/s", title=str(result["model"])), folder, "bench")
+        charts.save(
+            charts.bars(figures, y="trained or sampled tokens/s", title=str(result["model"])), folder, "bench"
+        )
     return ["bench.json", "bench.md", *(["bench.svg", "bench.png"] if worked else [])]

@@ -1,8 +1,10 @@
-"""What a step costs against its rows, their length and their trained tokens, and what the memory of the loss depends on.
+"""What a step costs against its rows, their length and their trained tokens, and what the memory of the loss
+depends on.
 
-A step should take a time that grows with the tokens read and, for the head and the loss, with the trained tokens, on a straight line; longer
-rows of the same number of tokens cost attention more. The loss should take a memory that knows neither the number of positions nor the
-vocabulary, since logits exist a chunk at a time (engines/fused.py).
+A step should take a time that grows with the tokens read and, for the head and the loss, with the trained
+tokens, on a straight line; longer rows of the same number of tokens cost attention more. The loss should take
+a memory that knows neither the number of positions nor the vocabulary, since logits exist a chunk at a time
+(engines/fused.py).
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ def batch(case: Case, vocabulary: int, context: int | None) -> Any:
 
 
 def work(spec: dict[str, Any], gate: Gate) -> None:
-    """A unit is a full training step of every case, forth and then back; at the end what the loss alone takes."""
+    """A unit is a full training step of every case, forth and then back; at the end what the loss alone
+    takes.
+    """
     from mlx_posttrain.engines.base import AdamW
     from mlx_posttrain.methods import sft
 
@@ -81,7 +85,9 @@ def work(spec: dict[str, Any], gate: Gate) -> None:
 
 
 def loss_peak(engine: str, positions: int, vocabulary: int) -> float:
-    """MB that a loss and its gradient take at their peak beside hidden states, a trained head, and the gradients of both."""
+    """MB that a loss and its gradient take at their peak beside hidden states, a trained head, and the
+    gradients of both.
+    """
     rng = np.random.default_rng(0)
     h, w = (rng.standard_normal((n, WIDTH)).astype(np.float32) for n in (positions, vocabulary))
     target = rng.integers(0, vocabulary, positions)
@@ -121,17 +127,28 @@ def _torch_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
 
 
 def lines(engine: str, found: Mapping[str, Any]) -> list[str]:
-    """What was found on one engine, in Markdown. found: ``cases`` with the seconds of all units, and ``loss``."""
+    """What was found on one engine, in Markdown. found: ``cases`` with the seconds of all units, and
+    ``loss``.
+    """
     seconds = {Case(c["rows"], c["length"], c["trained"]): c["seconds"] for c in found["cases"]}
     middle = {case: statistics.median(s) for case, s in seconds.items()}
-    text = [f"| {engine}: rows x length | trained tokens | seconds a step | microseconds a token read |", "|---|---|---|---|"]
+    text = [
+        f"| {engine}: rows x length | trained tokens | seconds a step | microseconds a token read |",
+        "|---|---|---|---|",
+    ]
     for case, s in seconds.items():
         spread = f"{middle[case]:.4f} [{min(s):.4f}, {max(s):.4f}]"
         read = case.rows * case.length
-        text.append(f"| {case.rows} x {case.length} | {case.rows * case.trained} | {spread} | {1e6 * middle[case] / read:.0f} |")
+        text.append(
+            f"| {case.rows} x {case.length} | {case.rows * case.trained} | {spread} | "
+            f"{1e6 * middle[case] / read:.0f} |"
+        )
     text += ["", f"- {_rows(middle)}", f"- {_trained(middle)}", f"- {_lengths(middle)}", ""]
     text += [f"| {engine}: positions | vocabulary | MB of the loss | MB of all logits |", "|---|---|---|---|"]
-    return text + [f"| {p['positions']} | {p['vocabulary']} | {p['mb']:.0f} | {p['logits_mb']:.0f} |" for p in found["loss"]]
+    return text + [
+        f"| {p['positions']} | {p['vocabulary']} | {p['mb']:.0f} | {p['logits_mb']:.0f} |"
+        for p in found["loss"]
+    ]
 
 
 def _rows(middle: Mapping[Case, float]) -> str:
@@ -141,8 +158,13 @@ def _rows(middle: Mapping[Case, float]) -> str:
 
 def _trained(middle: Mapping[Case, float]) -> str:
     few, some, all_ = TRAINED
-    straight = middle[few] + (middle[all_] - middle[few]) * (some.trained - few.trained) / (all_.trained - few.trained)
-    shares = f"{few.trained / few.length:.2f}, {some.trained / some.length:.2f} and {all_.trained / all_.length:.2f} of the tokens trained"
+    straight = middle[few] + (middle[all_] - middle[few]) * (some.trained - few.trained) / (
+        all_.trained - few.trained
+    )
+    shares = (
+        f"{few.trained / few.length:.2f}, {some.trained / some.length:.2f} and "
+        f"{all_.trained / all_.length:.2f} of the tokens trained"
+    )
     return (
         f"{shares}: {middle[few] / middle[all_]:.2f}, {middle[some] / middle[all_]:.2f} and 1 of the time "
         f"(on a straight line {straight / middle[all_]:.2f} in the middle)"
@@ -152,4 +174,7 @@ def _trained(middle: Mapping[Case, float]) -> str:
 def _lengths(middle: Mapping[Case, float]) -> str:
     known: Sequence[Case] = [case for case in LENGTHS if case in middle]
     first, last = known[0], known[-1]
-    return f"the same tokens in rows {last.length / first.length:.0f} times as long: {middle[last] / middle[first]:.2f} times the time"
+    return (
+        f"the same tokens in rows {last.length / first.length:.0f} times as long: "
+        f"{middle[last] / middle[first]:.2f} times the time"
+    )

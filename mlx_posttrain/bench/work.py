@@ -11,20 +11,23 @@ from mlx_posttrain.plan import Size
 
 
 def training_flops(of: Size, what: str, shape: Shape) -> float:
-    """Floating-point operations in the matrix products of one pass over the rows, padding and recomputation not counted.
+    """Floating-point operations in the matrix products of one pass over the rows, padding and recomputation
+    not counted.
 
-    2 for each weight and token forward, 2 for the gradient of the input and, where the weight trains, 2 for its own (Kaplan et al. 2020,
-    section 2.1); attention by the length squared, halved because it looks back only; the head at trained positions; the reference's pass.
+    2 for each weight and token forward, 2 for the gradient of the input and, where the weight trains, 2 for
+    its own (Kaplan et al. 2020, section 2.1); attention by the length squared, halved because it looks back
+    only; the head at trained positions; the reference's pass.
     """
     per_token = sum(map(math.prod, of.linear.values()))
     factor = 4 if what.endswith("lora") else 6
     reference = 2 if what.startswith("kl") else 0
     total = 0.0
     for e in rows(shape, of.vocabulary):
-        length, trained = len(e.tokens), 0 if what == "reward" else sum(e.trained)  # a reward model's head is one number a row
-        total += (factor + reference) * (per_token * length + of.width * of.vocabulary * trained) + (3 + reference / 2) * _attention(
-            of, length
-        )
+        # a reward model's head is one number a row
+        length, trained = len(e.tokens), 0 if what == "reward" else sum(e.trained)
+        total += (factor + reference) * (per_token * length + of.width * of.vocabulary * trained) + (
+            3 + reference / 2
+        ) * _attention(of, length)
     return total
 
 
@@ -36,8 +39,9 @@ def _attention(of: Size, length: int) -> float:
 def ppo_flops(of: Size) -> float:
     """The same of one PPO iteration of the benchmark, answers of full length, as the algorithm asks for it.
 
-    Decoding with a cache, each prompt read once; policy, reference, critic and reward model once over all answers; two epochs of policy and
-    critic. The vocabulary's head in decoding, in policy and reference, and in the policy's epochs.
+    Decoding with a cache, each prompt read once; policy, reference, critic and reward model once over all
+    answers; two epochs of policy and critic. The vocabulary's head in decoding, in policy and reference, and
+    in the policy's epochs.
     """
     from mlx_posttrain.bench.worker import ROLLOUT, prompts
 
@@ -55,14 +59,18 @@ def ppo_flops(of: Size) -> float:
 
 
 def decode_bytes(of: Size, batches: int = 1) -> float:
-    """Bytes of weights that decoding reads: all of them for every token of each of ``batches`` decode batches."""
+    """Bytes of weights that decoding reads: all of them for every token of each of ``batches`` decode
+    batches.
+    """
     from mlx_posttrain.bench.worker import ROLLOUT
 
     return float(of.file_bytes * ROLLOUT["max_tokens"] * batches)
 
 
 def peaks(engine: str, seconds: float = 0.5) -> dict[str, float]:
-    """``gflops``: the best float32 product; ``gb_per_s``: the best rate at which half a gigabyte is read once and added up, on all cores."""
+    """``gflops``: the best float32 product; ``gb_per_s``: the best rate at which half a gigabyte is read once
+    and added up, on all cores.
+    """
     from mlx_posttrain.bench.worker import open_engine
     from mlx_posttrain.doctor import measure_gflops
 

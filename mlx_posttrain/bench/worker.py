@@ -2,8 +2,8 @@
 
     python -m mlx_posttrain.bench.worker '{"engine": "mlx-cpu", "what": "sft", ...}'
 
-In its own process an engine has its own threads and its own memory, and while others work it waits on a pipe. One JSON line says that it is
-ready, one what each unit took, and one, at the end, what it used.
+In its own process an engine has its own threads and its own memory, and while others work it waits on a pipe.
+One JSON line says that it is ready, one what each unit took, and one, at the end, what it used.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ ROLLOUT = {"prompts": 4, "samples": 8, "max_tokens": 64}
 
 
 def learning_rate(what: str) -> float:
-    """Small enough that losses stay comparable, large enough that a few steps move them: an adapter, which begins at zero, needs more."""
+    """Small enough that losses stay comparable, large enough that a few steps move them: an adapter, which
+    begins at zero, needs more.
+    """
     return 3e-4 if what.endswith("lora") else 1e-5
 
 
 class Gate:
-    """The worker's end of the pipe: ``open`` waits for the next unit and starts the clock, ``report`` stops it."""
+    """The worker's end of the pipe: ``open`` waits for the next unit and starts the clock, ``report`` stops
+    it.
+    """
 
     def __init__(self, peak: Callable[[], float] | None = None):
         self.peak = peak
@@ -53,7 +57,9 @@ class Gate:
         self._say(seconds=time.perf_counter() - self._begun, **figures)
 
     def close(self, **figures: Any) -> None:
-        """What was used in all: ``peak_gb`` by the library's own account, ``process_gb`` of the whole process."""
+        """What was used in all: ``peak_gb`` by the library's own account, ``process_gb`` of the whole
+        process.
+        """
         whole = doctor.process_peak() / 2**30
         self._say(peak_gb=self.peak() if self.peak else whole, process_gb=whole, **figures)
 
@@ -87,7 +93,9 @@ def open_engine(name: str) -> Any:
 
 
 def untrained(model: Any, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
-    """Of each row the summed negative log-likelihood of its trained tokens, and their number: what a peer's first loss is held against."""
+    """Of each row the summed negative log-likelihood of its trained tokens, and their number: what a peer's
+    first loss is held against.
+    """
     from mlx_posttrain.data import batches
 
     found = []
@@ -99,7 +107,9 @@ def untrained(model: Any, examples: Sequence[Example], batch_size: int) -> list[
 
 
 def train(spec: dict[str, Any], gate: Gate) -> None:
-    """A pass over the rows: sft, kl (all weights), lora, kl-lora (rank 16) or reward (neighbouring rows as pairs)."""
+    """A pass over the rows: sft, kl (all weights), lora, kl-lora (rank 16) or reward (neighbouring rows as
+    pairs).
+    """
     from mlx_posttrain.data import pairs
     from mlx_posttrain.data.types import Preference
     from mlx_posttrain.engines.base import AdamW, AdapterSpec, head_start, width
@@ -114,7 +124,9 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     examples = rows(shape, model.config["vocab_size"])
     if what.endswith("lora"):
         model.add_adapter(AdapterSpec(rank=16, alpha=32.0), seed=0)
-    settings = TrainSection(batch_size=shape.batch_size if what != "reward" else max(1, shape.batch_size // 2))
+    settings = TrainSection(
+        batch_size=shape.batch_size if what != "reward" else max(1, shape.batch_size // 2)
+    )
     loss: Any = sft.loss
     data: Any
     if what == "reward":
@@ -122,7 +134,9 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
         loss = reward.pair_loss()
         row = Preference(prompt=(), chosen="", rejected="")
         sides = [e.tokens for e in examples]
-        known = [pairs.Pair(c, r, i, row) for i, (c, r) in enumerate(zip(sides[::2], sides[1::2], strict=True))]
+        known = [
+            pairs.Pair(c, r, i, row) for i, (c, r) in enumerate(zip(sides[::2], sides[1::2], strict=True))
+        ]
         data = pairs.PairData(known, [], settings, 0, model.context, pad=0)
     else:
         data = Data(examples, [], settings, 0, model.context)
@@ -142,34 +156,54 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
             tokens += units
         engine.synchronize()
         gate.report(loss=total / tokens, rows=len(examples), tokens=tokens, steps=len(steps))
-    gate.close(device=engine.device(), shapes=len({b.tokens.shape + b.index.shape for step in steps for b in step}), first=first)
+    gate.close(
+        device=engine.device(),
+        shapes=len({b.tokens.shape + b.index.shape for step in steps for b in step}),
+        first=first,
+    )
 
 
 def prompts(vocabulary: int) -> list[list[int]]:
     """Prompts to decode from: the first tokens of the benchmark's rows."""
-    return [list(e.tokens[: sum(not t for t in e.trained)]) for e in rows(Shape(rows=ROLLOUT["prompts"]), vocabulary)]
+    return [
+        list(e.tokens[: sum(not t for t in e.trained)])
+        for e in rows(Shape(rows=ROLLOUT["prompts"]), vocabulary)
+    ]
 
 
 def generate(spec: dict[str, Any], gate: Gate) -> None:
-    """Sample 8 answers of 64 tokens to each of 4 prompts, in one decode batch or (``generate-single``) row by row."""
+    """Sample 8 answers of 64 tokens to each of 4 prompts, in one decode batch or (``generate-single``) row by
+    row.
+    """
     engine = open_engine(spec["engine"])
     model = engine.load(Path(spec["folder"]))
     asked, samples = prompts(model.config["vocab_size"]), ROLLOUT["samples"]
-    settings: dict[str, Any] = {"max_tokens": ROLLOUT["max_tokens"], "stop": None, "temperature": 1.0, "seed": 0}
+    settings: dict[str, Any] = {
+        "max_tokens": ROLLOUT["max_tokens"],
+        "stop": None,
+        "temperature": 1.0,
+        "seed": 0,
+    }
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
     while gate.open():
         if spec["what"] == "generate":
             answers = model.generate(asked, samples=samples, **settings)
         else:
-            answers = [model.generate([p], first_row=i * samples + s, **settings)[0] for i, p in enumerate(asked) for s in range(samples)]
+            answers = [
+                model.generate([p], first_row=i * samples + s, **settings)[0]
+                for i, p in enumerate(asked)
+                for s in range(samples)
+            ]
         logprobs = [p for a in answers for p in a.logprobs]
         gate.report(loss=-float(np.mean(logprobs)), rows=len(answers), tokens=len(logprobs))
     gate.close(device=engine.device())
 
 
 def ppo(spec: dict[str, Any], gate: Gate) -> None:
-    """One iteration: 32 answers of 64 tokens, scored by a reward model, and 2 epochs of updates of a policy and a separate critic."""
+    """One iteration: 32 answers of 64 tokens, scored by a reward model, and 2 epochs of updates of a policy
+    and a separate critic.
+    """
     from mlx_posttrain import loading
     from mlx_posttrain.engines.base import AdamW
     from mlx_posttrain.methods import ppo as method
@@ -179,18 +213,27 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
 
     engine, folder = open_engine(spec["engine"]), Path(spec["folder"])
     batch_size = spec["shape"]["batch_size"]
-    recipe = method.Recipe.model_validate({
-        "method": "ppo", "model": str(folder), "engine": engine.name, "data": {"source": "embedded/tasks", "template": "none"},
-        "reward": [{"model": spec["reward"]}], "train": {"batch_size": batch_size, "accumulate": max(1, 32 // batch_size)},
-        "rollout": {**ROLLOUT, "missing_eos_penalty": None},
-    })  # fmt: skip
+    recipe = method.Recipe.model_validate(
+        {
+            "method": "ppo",
+            "model": str(folder),
+            "engine": engine.name,
+            "data": {"source": "embedded/tasks", "template": "none"},
+            "reward": [{"model": spec["reward"]}],
+            "train": {"batch_size": batch_size, "accumulate": max(1, 32 // batch_size)},
+            "rollout": {**ROLLOUT, "missing_eos_penalty": None},
+        }
+    )
     tokenizer = loading.load_tokenizer(folder)
     policy = engine.load(folder)
     policy.keep_reference()
     parties = Parties(
-        policy, engine.load(Path(spec["reward"])), tokenizer,
-        scoring.Scorer(recipe.reward, engine, tokenizer, "none"), scoring.Scorer([], engine, tokenizer, "none"),
-    )  # fmt: skip
+        policy,
+        engine.load(Path(spec["reward"])),
+        tokenizer,
+        scoring.Scorer(recipe.reward, engine, tokenizer, "none"),
+        scoring.Scorer([], engine, tokenizer, "none"),
+    )
     assert parties.critic is not None
     settings = AdamW(eps=1e-5, clip=0.5)
     trainers = engine.trainer(policy, settings), engine.trainer(parties.critic, settings)
@@ -201,12 +244,21 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
     step, first = 0, {}
     while gate.open():
         answers = rollouts.sample(
-            policy, tokenizer, asked, samples=ROLLOUT["samples"], max_tokens=ROLLOUT["max_tokens"], temperature=1.0,
-            stop=policy.config["vocab_size"] - 1, seed=step, token_budget=recipe.rollout.token_budget,
-        )  # fmt: skip
+            policy,
+            tokenizer,
+            asked,
+            samples=ROLLOUT["samples"],
+            max_tokens=ROLLOUT["max_tokens"],
+            temperature=1.0,
+            stop=policy.config["vocab_size"] - 1,
+            seed=step,
+            token_budget=recipe.rollout.token_budget,
+        )
         figures = measure(parties, answers, 1.0, recipe.train, policy.context)
         seen = experience(answers, parties.scorer(answers), figures, recipe.ppo, None, recipe.kl.beta)
-        method.update(recipe, *trainers, seen, losses, learning_rate("ppo"), step, policy.context, packs=policy.packs)
+        method.update(
+            recipe, *trainers, seen, losses, learning_rate("ppo"), step, policy.context, packs=policy.packs
+        )
         engine.synchronize()
         tokens = sum(len(a.tokens) for a in answers)
         entropy = seen.statistics["objective/entropy"] * len(answers) / tokens
@@ -219,9 +271,15 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
 
 
 WORK = {
-    "sft": train, "lora": train, "kl": train, "kl-lora": train, "reward": train,
-    "ppo": ppo, "generate": generate, "generate-single": generate,
-}  # fmt: skip
+    "sft": train,
+    "lora": train,
+    "kl": train,
+    "kl-lora": train,
+    "reward": train,
+    "ppo": ppo,
+    "generate": generate,
+    "generate-single": generate,
+}
 
 
 def main() -> None:

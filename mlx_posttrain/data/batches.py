@@ -1,7 +1,7 @@
 """Examples to batches: which rows go together, and the arrays that an engine trains on.
 
-Rows are right-padded. A causal model never looks right, so training needs no padding mask, and because a batch names its
-trained positions by flat index, logits are computed for those positions only.
+Rows are right-padded. A causal model never looks right, so training needs no padding mask, and because a
+batch names its trained positions by flat index, logits are computed for those positions only.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import numpy as np
 
 from mlx_posttrain.data.types import Example
 
-LENGTH_MULTIPLE = 8  # of padded lengths, so that a compiled step meets few shapes; at 32 short rows would be half padding
+# of padded lengths, so that a compiled step meets few shapes; at 32 short rows would be half padding
+LENGTH_MULTIPLE = 8
 POSITION_MULTIPLE = 64
-#: So many times the rows, and padded tokens, of a training micro-batch go through a model together where there is no gradient. A block's arrays
-#: are let go as the next one begins: of GPT-2 a pass holds 14 numbers for each token and unit of width, on MLX two to three times as many,
-#: a training step 15 to 25 in every block.
+#: So many times the rows, and padded tokens, of a training micro-batch go through a model together where
+#: there is no gradient. A block's arrays are let go as the next one begins: of GPT-2 a pass holds 14 numbers
+#: for each token and unit of width, on MLX two to three times as many, a training step 15 to 25 in every
+#: block.
 EVALUATION_FACTOR = 4
 WORTHWHILE = 0.95  # of the padded tokens: packing more than that gains less than gathering rows costs
 
@@ -26,14 +28,13 @@ WORTHWHILE = 0.95  # of the padded tokens: packing more than that gains less tha
 class Batch:
     """One micro-batch of B rows, padded to T tokens, with N trained positions (padded).
 
-    tokens: [B, T] int32, right-padded with 0 (no pad id is needed: nothing reads a padded position).
-    index: [N] int32, ``row * T + t`` of the position whose output predicts ``target``.
-    target: [N] int32, the token at ``t + 1``.
-    weight: [N] float32, 1 for a trained token, 0 for padding of the index.
-    row: [N] int32, the row that a position belongs to.
-    extra: further arrays of a method, by name: PPO's advantages, the margins of pairs.
-    units: what the loss is averaged over, summed with the step's other micro-batches of the same ``group``; None: trained tokens.
-    group: micro-batches of one step that are averaged together: PPO's own, and the texts mixed in beside them.
+    tokens: [B, T] int32, right-padded with 0 (no pad id is needed: nothing reads a padded position). index:
+    [N] int32, ``row * T + t`` of the position whose output predicts ``target``. target: [N] int32, the token
+    at ``t + 1``. weight: [N] float32, 1 for a trained token, 0 for padding of the index. row: [N] int32, the
+    row that a position belongs to. extra: further arrays of a method, by name: PPO's advantages, the margins
+    of pairs. units: what the loss is averaged over, summed with the step's other micro-batches of the same
+    ``group``; None: trained tokens. group: micro-batches of one step that are averaged together: PPO's own,
+    and the texts mixed in beside them.
     """
 
     tokens: np.ndarray
@@ -94,12 +95,14 @@ def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch
 
 
 def layout(tokens: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """How rows lie in one piece, what several begin with only once, and nothing behind the last output asked for; None where it would not pay.
+    """How rows lie in one piece, what several begin with only once, and nothing behind the last output asked
+    for; None where it would not pay.
 
-    tokens: [B, T] right-padded ids; index: [N] outputs asked for, into B * T flattened. A row shares its beginning with the earlier row that it has
-    most in common with: a template with all rows, and behind it a prompt with the other answers to it.
-    Returns place, [B, t] of each row's tokens in the piece, 0 behind a row's end, t its longest; and owner, [P] index into B * t, flattened, of
-    one row's copy of each token of the piece.
+    tokens: [B, T] right-padded ids; index: [N] outputs asked for, into B * T flattened. A row shares its
+    beginning with the earlier row that it has most in common with: a template with all rows, and behind it a
+    prompt with the other answers to it. Returns place, [B, t] of each row's tokens in the piece, 0 behind a
+    row's end, t its longest; and owner, [P] index into B * t, flattened, of one row's copy of each token of
+    the piece.
     """
     rows, width = tokens.shape
     needed = np.zeros(rows, int)
@@ -127,7 +130,9 @@ def by_row(batch: Batch, values: np.ndarray) -> list[np.ndarray]:
 
 
 def with_rows(batch: Batch, figures: Mapping[str, Sequence[np.ndarray]]) -> Batch:
-    """The batch carrying figures in ``extra`` as [N, ...] float32: for each name what :func:`by_row` gives, one array per row."""
+    """The batch carrying figures in ``extra`` as [N, ...] float32: for each name what :func:`by_row` gives,
+    one array per row.
+    """
 
     def flat(parts: Sequence[np.ndarray]) -> np.ndarray:
         joined = np.concatenate(parts)
@@ -139,14 +144,22 @@ def with_rows(batch: Batch, figures: Mapping[str, Sequence[np.ndarray]]) -> Batc
 
 
 def steps(
-    lengths: Sequence[int], *, batch_size: int, accumulate: int = 1, seed: int, epoch: int, token_budget: int | None = None
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    seed: int,
+    epoch: int,
+    token_budget: int | None = None,
 ) -> list[list[list[int]]]:
-    """The order of one epoch: a list of optimizer steps, each a list of micro-batches, each a list of row numbers.
+    """The order of one epoch: a list of optimizer steps, each a list of micro-batches, each a list of row
+    numbers.
 
-    A step takes ``batch_size * accumulate`` rows of similar length (sorted within windows of 32 steps of a shuffled order, the
-    steps shuffled again), so that 1 x 8 and 8 x 1 hold the same rows. A micro-batch has at most ``batch_size`` rows and, with
-    ``token_budget``, at most that many padded tokens. Depends on nothing but the arguments, so a resumed run meets the same
-    order. The last step of an epoch may be smaller; no row is left out.
+    A step takes ``batch_size * accumulate`` rows of similar length (sorted within windows of 32 steps of a
+    shuffled order, the steps shuffled again), so that 1 x 8 and 8 x 1 hold the same rows. A micro-batch has
+    at most ``batch_size`` rows and, with ``token_budget``, at most that many padded tokens. Depends on
+    nothing but the arguments, so a resumed run meets the same order. The last step of an epoch may be
+    smaller; no row is left out.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -160,13 +173,17 @@ def steps(
     return [list(_micro_batches(rows, lengths, batch_size, token_budget)) for rows in grouped]
 
 
-def _micro_batches(rows: list[int], lengths: Sequence[int], batch_size: int, token_budget: int | None) -> Iterator[list[int]]:
+def _micro_batches(
+    rows: list[int], lengths: Sequence[int], batch_size: int, token_budget: int | None
+) -> Iterator[list[int]]:
     batch: list[int] = []
     longest = 0
     for i in rows:
         longest = max(longest, lengths[i])
         full = len(batch) == batch_size
-        over = token_budget is not None and (len(batch) + 1) * round_up(longest, LENGTH_MULTIPLE) > token_budget
+        over = (
+            token_budget is not None and (len(batch) + 1) * round_up(longest, LENGTH_MULTIPLE) > token_budget
+        )
         if batch and (full or over):
             yield batch
             batch, longest = [], lengths[i]
@@ -180,10 +197,14 @@ def by_length(lengths: Sequence[int], batch_size: int, token_budget: int | None 
     return list(_micro_batches(rows, lengths, batch_size, token_budget)) if rows else []
 
 
-def alike(rows: Sequence[Sequence[int]], packs: bool, batch_size: int, token_budget: int | None = None) -> list[list[int]]:
-    """Row numbers in the micro-batches that cost a model least, from the rows' token ids; every row exactly once.
+def alike(
+    rows: Sequence[Sequence[int]], packs: bool, batch_size: int, token_budget: int | None = None
+) -> list[list[int]]:
+    """Row numbers in the micro-batches that cost a model least, from the rows' token ids; every row exactly
+    once.
 
-    Rows of similar length; for a model that ``packs``, which reads what rows share once and no padding, rows with their beginnings in common.
+    Rows of similar length; for a model that ``packs``, which reads what rows share once and no padding, rows
+    with their beginnings in common.
     """
     lengths = [len(r) for r in rows]
     if not packs:
@@ -193,10 +214,16 @@ def alike(rows: Sequence[Sequence[int]], packs: bool, batch_size: int, token_bud
 
 
 def evaluation_limits(batch_size: int, token_budget: int | None = None) -> tuple[int, int | None]:
-    """The rows, and padded tokens if those are limited, of a pass without gradients, from the limits of a training micro-batch: see ``EVALUATION_FACTOR``."""
+    """The rows, and padded tokens if those are limited, of a pass without gradients, from the limits of a
+    training micro-batch: see ``EVALUATION_FACTOR``.
+    """
     return EVALUATION_FACTOR * batch_size, token_budget and EVALUATION_FACTOR * token_budget
 
 
-def for_evaluation(lengths: Sequence[int], batch_size: int, token_budget: int | None = None) -> list[list[int]]:
-    """:func:`by_length` for passes without gradients, from the limits of a training micro-batch: see :func:`evaluation_limits`."""
+def for_evaluation(
+    lengths: Sequence[int], batch_size: int, token_budget: int | None = None
+) -> list[list[int]]:
+    """:func:`by_length` for passes without gradients, from the limits of a training micro-batch: see
+    :func:`evaluation_limits`.
+    """
     return by_length(lengths, *evaluation_limits(batch_size, token_budget))

@@ -1,7 +1,9 @@
-"""Conversations to token ids: each segment tokenised on its own, EOS after each answer, a mark on every trained token.
+"""Conversations to token ids: each segment tokenised on its own, EOS after each answer, a mark on every
+trained token.
 
-Text is tokenised as the tokenizer's own users would type it: a special token written out in a row (``<|endoftext|>``) becomes that
-token. Tokenizers that begin every text with BOS (Llama) get one BOS at the start of a row; GPT-2's does not and gets none.
+Text is tokenised as the tokenizer's own users would type it: a special token written out in a row
+(``<|endoftext|>``) becomes that token. Tokenizers that begin every text with BOS (Llama) get one BOS at the
+start of a row; GPT-2's does not and gets none.
 """
 
 from __future__ import annotations
@@ -16,14 +18,18 @@ from mlx_posttrain.data.templates import Segment, TrainOn, check_name, choose, r
 from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.errors import UserError
 
-CHUNK = 2048  # rows tokenised at a time: enough to keep the tokenizer's threads busy, little enough not to hold all text twice
+# rows tokenised at a time: enough to keep the tokenizer's threads busy, little enough not to hold all text
+# twice
+CHUNK = 2048
 
 Truncate = Literal["response", "drop"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows: ``total`` is kept + dropped_no_target + dropped_long; a truncated row is also kept."""
+    """What became of the rows: ``total`` is kept + dropped_no_target + dropped_long; a truncated row is also
+    kept.
+    """
 
     total: int = 0
     kept: int = 0
@@ -36,7 +42,8 @@ class Report:
     def __str__(self) -> str:
         return (
             f"{self.kept:,} of {self.total:,} rows kept ({self.dropped_no_target:,} without a trained token, "
-            f"{self.dropped_long:,} too long, {self.truncated:,} truncated), {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+            f"{self.dropped_long:,} too long, {self.truncated:,} truncated), {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} trained"
         )
 
 
@@ -48,7 +55,10 @@ class _Encoded(NamedTuple):
 def eos_id(tokenizer: Any) -> int:
     """Return the id of the end-of-text token; UserError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, so no answer could end; set eos_token in its tokenizer_config.json")
+        raise UserError(
+            "the tokenizer has no EOS token, so no answer could end; set eos_token in its "
+            "tokenizer_config.json"
+        )
     return int(tokenizer.eos_token_id)
 
 
@@ -70,12 +80,16 @@ def encode(
     train_on: TrainOn = "completion",
     truncate: Truncate = "response",
 ) -> Example | None:
-    """Return one conversation as an Example of at most ``max_length`` tokens, or None if no trained token is left.
+    """Return one conversation as an Example of at most ``max_length`` tokens, or None if no trained token is
+    left.
 
-    ``truncate`` "response" cuts the end off a long row, which then has no EOS (it did not end there); "drop" returns None for it.
+    ``truncate`` "response" cuts the end off a long row, which then has no EOS (it did not end there); "drop"
+    returns None for it.
     """
     _check(max_length, truncate)
-    whole = _assemble([render(conversation, template, tokenizer, train_on)], tokenizer, [_starts(conversation, template)])[0]
+    whole = _assemble(
+        [render(conversation, template, tokenizer, train_on)], tokenizer, [_starts(conversation, template)]
+    )[0]
     example, _ = _fit(whole, max_length, truncate, conversation)
     return example
 
@@ -93,7 +107,8 @@ def encode_all(
 ) -> tuple[list[Example], Report]:
     """Return the Examples of all rows in order and a Report of what was dropped or cut.
 
-    With several ``templates`` each row gets one by ``seed`` and its own text. Raises UserError if no row is left of rows that are ``needed``.
+    With several ``templates`` each row gets one by ``seed`` and its own text. Raises UserError if no row is
+    left of rows that are ``needed``.
     """
     _check(max_length, truncate)
     for name in templates:
@@ -125,7 +140,10 @@ def encode_all(
         trained_tokens=sum(sum(e.trained) for e in examples),
     )
     if needed and not examples:
-        raise UserError(f"no row left to train on: {report}; raise the maximum length ({max_length}) or check the answers' column")
+        raise UserError(
+            f"no row left to train on: {report}; raise the maximum length ({max_length}) or "
+            "check the answers' column"
+        )
     return examples, report
 
 
@@ -137,9 +155,11 @@ def encode_prompts(
     *,
     templated: bool = True,
 ) -> list[list[int]]:
-    """Return, for each list of turns, the ids that ask for the next answer: exactly a training row's ids before that answer.
+    """Return, for each list of turns, the ids that ask for the next answer: exactly a training row's ids
+    before that answer.
 
-    An empty prompt becomes EOS (or BOS), after which any text may begin. Raises UserError for a prompt longer than ``max_length``.
+    An empty prompt becomes EOS (or BOS), after which any text may begin. Raises UserError for a prompt longer
+    than ``max_length``.
     """
     segments = [render_prompt(turns, template, tokenizer, templated=templated) for turns in prompts]
     start = template != "chat" or not templated
@@ -152,9 +172,11 @@ def encode_prompts(
 
 
 def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = True) -> list[Example]:
-    """Return documents, each closed by EOS, cut into Examples of exactly ``length`` tokens, all but the first of each trained.
+    """Return documents, each closed by EOS, cut into Examples of exactly ``length`` tokens, all but the first
+    of each trained.
 
-    For pre-training and perplexity. What is left at the end, less than one Example, is not used. Raises UserError if that is all of texts that are ``needed``.
+    For pre-training and perplexity. What is left at the end, less than one Example, is not used. Raises
+    UserError if that is all of texts that are ``needed``.
     """
     if length < 2:
         raise UserError(f"length {length}: an example needs at least 2 tokens, one to see and one to predict")
@@ -167,14 +189,19 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = Tr
     stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     count = len(stream) // length
     if needed and not count:
-        raise UserError(f"the texts have {len(stream)} tokens in all, too few for one example of {length}; add text or lower the length")
+        raise UserError(
+            f"the texts have {len(stream)} tokens in all, too few for one example of {length}; "
+            "add text or lower the length"
+        )
     trained = (False, *[True] * (length - 1))
     return [Example(tuple(row), trained) for row in stream[: count * length].reshape(count, length).tolist()]
 
 
 def _check(max_length: int, truncate: str) -> None:
     if max_length < 2:
-        raise UserError(f"max_length {max_length}: a row needs at least 2 tokens, one to see and one to predict")
+        raise UserError(
+            f"max_length {max_length}: a row needs at least 2 tokens, one to see and one to predict"
+        )
     if truncate not in ("response", "drop"):
         raise UserError(f"truncate {truncate!r}: must be response or drop")
 
@@ -213,7 +240,9 @@ def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, starts: Sequenc
     return encoded
 
 
-def _fit(whole: _Encoded, max_length: int, truncate: Truncate, conversation: Conversation) -> tuple[Example | None, str]:
+def _fit(
+    whole: _Encoded, max_length: int, truncate: Truncate, conversation: Conversation
+) -> tuple[Example | None, str]:
     """Return (the Example or None, what happened: "", "truncated", "long" or "no_target")."""
     tokens, trained = whole
     if not any(trained):
@@ -223,7 +252,9 @@ def _fit(whole: _Encoded, max_length: int, truncate: Truncate, conversation: Con
         return None, "long"
     if not any(trained[:max_length]):
         return None, "no_target"
-    return Example(tuple(tokens[:max_length]), tuple(trained[:max_length]), conversation.extra), "truncated" if long else ""
+    return Example(
+        tuple(tokens[:max_length]), tuple(trained[:max_length]), conversation.extra
+    ), "truncated" if long else ""
 
 
 def _opening(turns: Sequence[Turn]) -> str:

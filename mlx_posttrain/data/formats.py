@@ -1,22 +1,25 @@
 """Rows to records: which format a row has is told by its columns, or named in the recipe.
 
-    alpaca             instruction, output | response, optionally input    Conversation   Alpaca (Taori et al. 2023)
-    messages           messages | conversations (role/content, or ShareGPT's from/value)  Conversation
+    alpaca             instruction, output | response, optionally input    Conversation   Alpaca (Taori et al.
+    2023) messages           messages | conversations (role/content, or ShareGPT's from/value)  Conversation
     prompt_completion  prompt, completion | response                       Conversation, the text as it stands
-    reasoning          question | problem | prompt, thinking | deepseek_reasoning | reasoning, answer | deepseek_solution | solution
-                                                                           Conversation: the answer is <think> trace </think> answer
-    question_answer    question, answer                                    Conversation
-    text               text                                                Conversation, the text as it stands
-    preference         prompt | question | instruction, chosen, rejected   Preference
-    hh                 chosen, rejected: whole dialogues                   Preference     HH-RLHF (Bai et al. 2022)
-    gsm8k              question, answer: steps, #### and the answer            Conversation, as reasoning (named in the recipe; Cobbe et al. 2021)
+    reasoning          question | problem | prompt, thinking | deepseek_reasoning | reasoning, answer |
+    deepseek_solution | solution
+                                                                           Conversation: the answer is <think>
+                                                                           trace </think> answer
+    question_answer    question, answer                                    Conversation text
+    text                                                Conversation, the text as it stands preference
+    prompt | question | instruction, chosen, rejected   Preference hh                 chosen, rejected: whole
+    dialogues                   Preference     HH-RLHF (Bai et al. 2022) gsm8k              question, answer:
+    steps, #### and the answer            Conversation, as reasoning (named in the recipe; Cobbe et al. 2021)
     prompt             prompt: a question to be answered (PPO)            Conversation without an answer
-    chosen             chosen, optionally prompt: only the preferred answer    Conversation   (named in the recipe, to imitate one side of pairs)
-    either             as preference: one of the two answers, by a fair coin    Conversation   (named in the recipe: a policy as good and bad as its data)
-    labelled           prompt, completion | response, label                Labelled       KTO (Ethayarajh et al. 2024)
+    chosen             chosen, optionally prompt: only the preferred answer    Conversation   (named in the
+    recipe, to imitate one side of pairs) either             as preference: one of the two answers, by a fair
+    coin    Conversation   (named in the recipe: a policy as good and bad as its data) labelled
+    prompt, completion | response, label                Labelled       KTO (Ethayarajh et al. 2024)
 
-What is missing from a row (an empty answer, no common prompt) drops the row and is counted; what shows that the file is not what the
-recipe thinks it is (a list where text should be) stops with the row's number.
+What is missing from a row (an empty answer, no common prompt) drops the row and is counted; what shows that
+the file is not what the recipe thinks it is (a list where text should be) stops with the row's number.
 """
 
 from __future__ import annotations
@@ -35,8 +38,9 @@ from mlx_posttrain.errors import UserError
 Record = Conversation | Preference | Labelled
 Row = Mapping[str, Any]
 
-# Checked in this order: chosen/rejected decide before all else, and `instruction` before the prompt or text columns that many
-# Alpaca files carry beside it, and a trace before the question and answer that it stands between. Each entry lists the columns that must be there, alternatives within a tuple.
+# Checked in this order: chosen/rejected decide before all else, and `instruction` before the prompt or text
+# columns that many Alpaca files carry beside it, and a trace before the question and answer that it stands
+# between. Each entry lists the columns that must be there, alternatives within a tuple.
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "preference": (("prompt", "question", "instruction"), ("chosen",), ("rejected",)),
     "hh": (("chosen",), ("rejected",)),
@@ -57,8 +61,15 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "either": (("prompt", "question", "instruction"), ("chosen",), ("rejected",)),
 }
 #: What our side of data.columns may be called; other names reach checkers and reward functions only.
-COLUMNS = {name for need in FORMATS.values() for alternatives in need for name in alternatives} | {"input", "margin"}
-_ROLE_NAMES = {"system": ("system",), "user": ("user", "human", "prompter"), "assistant": ("assistant", "gpt", "bot", "chatgpt", "model")}
+COLUMNS = {name for need in FORMATS.values() for alternatives in need for name in alternatives} | {
+    "input",
+    "margin",
+}
+_ROLE_NAMES = {
+    "system": ("system",),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "bot", "chatgpt", "model"),
+}
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 NO_INPUT = {"<noinput>", "<no input>", "noinput", "no input", "n/a"}
 THINK, END_THINK = "<think>", "</think>"  # DeepSeek-R1's marks around a trace (DeepSeek-AI 2025)
@@ -71,14 +82,21 @@ class Dropped(Exception):
 
 def accepted() -> str:
     """Return one line that names every format and its columns."""
-    return "; ".join(f"{name} ({', '.join('|'.join(alternatives) for alternatives in need)})" for name, need in FORMATS.items())
+    return "; ".join(
+        f"{name} ({', '.join('|'.join(alternatives) for alternatives in need)})"
+        for name, need in FORMATS.items()
+    )
 
 
 def detect(columns: Iterable[str]) -> str:
-    """Return the format whose columns are all there; UserError says what was found, what is accepted and how to map."""
+    """Return the format whose columns are all there; UserError says what was found, what is accepted and how
+    to map.
+    """
     have = list(columns)
     for name, need in FORMATS.items():
-        if name not in ("chosen", "either", "gsm8k") and all(any(c in have for c in alternatives) for alternatives in need):
+        if name not in ("chosen", "either", "gsm8k") and all(
+            any(c in have for c in alternatives) for alternatives in need
+        ):
             return name
     raise UserError(
         f"columns {', '.join(have) or '(none)'} match no format; accepted: {accepted()}; "
@@ -98,7 +116,8 @@ def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 def parse(row: Row, format: str, columns: Mapping[str, str] | None = None, where: str = "row") -> Record:
     """Return one row as its record.
 
-    Raises Dropped (reason) for a row without an answer or prompt, UserError (starting with ``where``) for a value of the wrong type.
+    Raises Dropped (reason) for a row without an answer or prompt, UserError (starting with ``where``) for a
+    value of the wrong type.
     """
     return _PARSERS[_known(format)](rename(row, columns or {}), where)
 
@@ -112,8 +131,8 @@ def parse_rows(
 ) -> tuple[list[Record], Counter[str]]:
     """Return the records of ``rows`` in order, and how many rows were dropped for which reason.
 
-    ``format`` "auto" looks at the columns that occur in any row. Raises UserError for unknown columns, for a row of the wrong type
-    (by its number, from 1), and if no row is left.
+    ``format`` "auto" looks at the columns that occur in any row. Raises UserError for unknown columns, for a
+    row of the wrong type (by its number, from 1), and if no row is left.
     """
     columns = columns or {}
     have = list(dict.fromkeys(name for row in rows for name in row))
@@ -123,7 +142,9 @@ def parse_rows(
             raise UserError(f"{source}: data.columns maps {ours} to {name!r}, which is not a column{known}")
         near = [] if ours in COLUMNS else difflib.get_close_matches(ours, sorted(COLUMNS), n=1, cutoff=0.75)
         if near:  # a name that is like none of ours may be meant for a reward function
-            raise UserError(f"{source}: data.columns names {ours!r}, which no format reads; did you mean {near[0]!r}?")
+            raise UserError(
+                f"{source}: data.columns names {ours!r}, which no format reads; did you mean {near[0]!r}?"
+            )
     try:
         chosen = detect(rename(dict.fromkeys(have), columns)) if format == "auto" else _known(format)
     except UserError as e:
@@ -131,7 +152,10 @@ def parse_rows(
     missing = [a for a in FORMATS[chosen] if not any(c in rename(dict.fromkeys(have), columns) for c in a)]
     if missing:
         lacks = ", ".join("|".join(a) for a in missing)
-        raise UserError(f"{source}: format {chosen} needs the column {lacks}, found {', '.join(have)}; rename with data.columns")
+        raise UserError(
+            f"{source}: format {chosen} needs the column {lacks}, found {', '.join(have)}; "
+            "rename with data.columns"
+        )
     records: list[Record] = []
     dropped: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
@@ -147,7 +171,10 @@ def parse_rows(
 
 def _known(format: str) -> str:
     if format not in FORMATS:
-        raise UserError(f"unknown data format {format!r}{nearest(format, list(FORMATS))} (there are auto, {', '.join(FORMATS)})")
+        raise UserError(
+            f"unknown data format {format!r}{nearest(format, list(FORMATS))} (there are auto, "
+            f"{', '.join(FORMATS)})"
+        )
     return format
 
 
@@ -155,7 +182,9 @@ def _known(format: str) -> str:
 
 
 def _text(row: Row, name: str, where: str) -> str:
-    """Return a column as text; a number is written out (a CSV or Parquet answer may well be one), a missing value is empty."""
+    """Return a column as text; a number is written out (a CSV or Parquet answer may well be one), a missing
+    value is empty.
+    """
     value = row.get(name)
     if value is None:
         return ""
@@ -167,7 +196,9 @@ def _text(row: Row, name: str, where: str) -> str:
 
 
 def _content(text: str) -> str:
-    """Return the text of a turn: outer white space is the template's affair, and line ends are \\n whatever machine wrote the file."""
+    """Return the text of a turn: outer white space is the template's affair, and line ends are \\n whatever
+    machine wrote the file.
+    """
     return text.replace("\r\n", "\n").strip()
 
 
@@ -196,8 +227,13 @@ def _messages(value: Any, name: str, where: str) -> tuple[Turn, ...]:
         raise UserError(f"{where}: column {name!r} must be a list of messages, found {type(value).__name__}")
     turns = []
     for message in value:
-        if not isinstance(message, dict) or not ({"role", "content"} <= message.keys() or {"from", "value"} <= message.keys()):
-            raise UserError(f"{where}: a message in {name!r} must have role and content (or from and value), found {str(message)[:80]}")
+        if not isinstance(message, dict) or not (
+            {"role", "content"} <= message.keys() or {"from", "value"} <= message.keys()
+        ):
+            raise UserError(
+                f"{where}: a message in {name!r} must have role and content (or from and "
+                f"value), found {str(message)[:80]}"
+            )
         role, key = (message["role"], "content") if "role" in message else (message["from"], "value")
         if role not in ROLES:
             raise Dropped(f"role {role!r}")
@@ -224,7 +260,10 @@ def _alpaca(row: Row, where: str) -> Conversation:
     if context.lower() in NO_INPUT:
         context = ""
     prompt = _need("\n\n".join(part for part in (question, context) if part), "empty prompt")
-    turns = (Turn("user", prompt), Turn("assistant", _need(_content(_text(row, answer, where)), "empty answer")))
+    turns = (
+        Turn("user", prompt),
+        Turn("assistant", _need(_content(_text(row, answer, where)), "empty answer")),
+    )
     return Conversation(turns, extra=_extra(row, "instruction", "input", answer))
 
 
@@ -234,7 +273,11 @@ def _prompt_completion(row: Row, where: str) -> Conversation:
     extra = _extra(row, "prompt", answer)
     if isinstance(row.get("prompt"), list):  # TRL's conversational form
         completion = row.get(answer)
-        last = _messages(completion, answer, where) if isinstance(completion, list) else (Turn("assistant", _text(row, answer, where)),)
+        last = (
+            _messages(completion, answer, where)
+            if isinstance(completion, list)
+            else (Turn("assistant", _text(row, answer, where)),)
+        )
         return Conversation(_until_answer(_messages(row["prompt"], "prompt", where) + last), extra=extra)
     prompt, completion = _text(row, "prompt", where), _need(_text(row, answer, where), "empty answer")
     return Conversation((Turn("user", prompt), Turn("assistant", completion)), templated=False, extra=extra)
@@ -260,7 +303,9 @@ def _question_answer(row: Row, where: str) -> Conversation:
 
 
 def _reasoning(row: Row, where: str) -> Conversation:
-    """A trace and the answer it leads to, as DeepSeek-R1 writes them; the answer also stays in ``extra``, under its own name."""
+    """A trace and the answer it leads to, as DeepSeek-R1 writes them; the answer also stays in ``extra``,
+    under its own name.
+    """
     question, trace, answer = (_first(row, names) for names in FORMATS["reasoning"])
     asked = _need(_content(_text(row, question, where)), "empty prompt")
     thought = _need(_content(_text(row, trace, where)), "empty trace")
@@ -269,7 +314,9 @@ def _reasoning(row: Row, where: str) -> Conversation:
 
 
 def _gsm8k(row: Row, where: str) -> Conversation:
-    """Steps and answer stand in one column, parted by ``####``; the calculator's marks ``<<48/2=24>>`` in the steps are left out."""
+    """Steps and answer stand in one column, parted by ``####``; the calculator's marks ``<<48/2=24>>`` in the
+    steps are left out.
+    """
     steps, mark, answer = _text(row, "answer", where).rpartition("####")
     if not mark:
         raise Dropped("no #### before the answer")
@@ -284,7 +331,9 @@ def _thought(asked: str, trace: str, answer: str, extra: dict[str, Any]) -> Conv
 
 
 def _preference(row: Row, where: str) -> Preference:
-    """``chosen`` and ``rejected`` are text, or messages whose last is the answer and whose earlier ones, if any, are the prompt."""
+    """``chosen`` and ``rejected`` are text, or messages whose last is the answer and whose earlier ones, if
+    any, are the prompt.
+    """
     name = _first(row, FORMATS["preference"][0])
     if isinstance(row.get(name), list):
         prompt = _messages(row[name], name, where)
@@ -346,12 +395,18 @@ def _prompt_alone(row: Row, where: str) -> Conversation:
 
 
 def _chosen(row: Row, where: str) -> Conversation:
-    """The preferred answer alone, of a pair with a prompt or of a whole dialogue: what SFT before a reward model imitates."""
+    """The preferred answer alone, of a pair with a prompt or of a whole dialogue: what SFT before a reward
+    model imitates.
+    """
     prompts = [n for n in FORMATS["preference"][0] if n in row]
     if prompts:
         turns, answer = _side(row, "chosen", where)
         prompt = row[prompts[0]]
-        before = turns or (_messages(prompt, prompts[0], where) if isinstance(prompt, list) else (Turn("user", _content(str(prompt))),))
+        before = turns or (
+            _messages(prompt, prompts[0], where)
+            if isinstance(prompt, list)
+            else (Turn("user", _content(str(prompt))),)
+        )
         turns = (*before, Turn("assistant", _need(answer, "empty answer")))
     elif isinstance(row.get("chosen"), list):
         turns = _until_answer(_messages(row["chosen"], "chosen", where))
@@ -363,7 +418,9 @@ def _chosen(row: Row, where: str) -> Conversation:
 
 
 def _either(row: Row, where: str) -> Conversation:
-    """One side of a pair; which one depends on the row alone, so that neither order nor number of rows changes it."""
+    """One side of a pair; which one depends on the row alone, so that neither order nor number of rows
+    changes it.
+    """
     pair = _preference(row, where)
     answer = pair.chosen if stable_hash((pair.prompt, pair.chosen, pair.rejected), 0) % 2 else pair.rejected
     return Conversation((*pair.prompt, Turn("assistant", answer)), extra=pair.extra)
@@ -375,7 +432,9 @@ def _dialogue(text: str) -> tuple[Turn, ...]:
     if before.strip() or not pieces:
         raise Dropped("not a Human/Assistant dialogue")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(Turn(roles[mark], content.strip()) for mark, content in zip(pieces[::2], pieces[1::2], strict=True))
+    return tuple(
+        Turn(roles[mark], content.strip()) for mark, content in zip(pieces[::2], pieces[1::2], strict=True)
+    )
 
 
 def _pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, extra: dict[str, Any]) -> Preference:
@@ -394,7 +453,12 @@ def _labelled(row: Row, where: str) -> Labelled:
         prompt = (Turn("user", _need(_content(_text(row, "prompt", where)), "empty prompt")),)
     before, completion = _side(row, answer, where)
     _need(completion, "empty answer")
-    return Labelled(prompt + before, completion, _label(row.get("label"), where), extra=_extra(row, "prompt", answer, "label"))
+    return Labelled(
+        prompt + before,
+        completion,
+        _label(row.get("label"), where),
+        extra=_extra(row, "prompt", answer, "label"),
+    )
 
 
 def _label(value: Any, where: str) -> bool:

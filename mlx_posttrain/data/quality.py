@@ -1,7 +1,9 @@
-"""Which rows are worth imitating: length, completeness, boilerplate, language, duplicates, then a fixed number.
+"""Which rows are worth imitating: length, completeness, boilerplate, language, duplicates, then a fixed
+number.
 
-The filters are those that instruction sets are commonly cleaned by (Alpaca-cleaned, LIMA, Zhou et al. 2023), each a function of one
-row that can be read and tested alone. They are heuristics: ``clean`` counts what each of them dropped, so look at the counts.
+The filters are those that instruction sets are commonly cleaned by (Alpaca-cleaned, LIMA, Zhou et al. 2023),
+each a function of one row that can be read and tested alone. They are heuristics: ``clean`` counts what each
+of them dropped, so look at the counts.
 """
 
 from __future__ import annotations
@@ -14,19 +16,23 @@ from mlx_posttrain.data.templates import stable_hash
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.errors import UserError
 
-PERMUTATIONS = 128  # of a MinHash; the standard error of an estimated similarity is about 1/sqrt(128) = .09
+# of a MinHash; the standard error of an estimated similarity is about 1/sqrt(128) = .09
+PERMUTATIONS = 128
 SHINGLE = 5  # words
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _LIST_ITEM = re.compile(r"\s*(?:[-*•–+]\s|\(?\w{1,3}[.)]\s|#|[\w ]{1,30}:\s)")
 _CODE = re.compile(
     r"```|[;{}]\s*$|</?\w+[^<>]*>"
-    r"|^\s*(?:def |class |import |from \w+ import|#include|public |function |const |let |var |return\b|SELECT\b)",
+    r"|^\s*(?:def |class |import |from \w+ import|#include|public |function |const |let |var "
+    r"|return\b|SELECT\b)",
     re.MULTILINE,
 )
 _URL = re.compile(r"(?:https?://|www\.)\S+")
-_ENDS = tuple(".!?…:;。！？\"'”’»)]}>`*_~|=%$€£°0123456789")  # a number or a closing mark ends an answer as well as a full stop does
-_SIGNED = re.compile(  # the end of a letter: what follows its last full stop is a greeting, a name or a tag
+# a number or a closing mark ends an answer as well as a full stop does
+_ENDS = tuple(".!?…:;。！？\"'”’»)]}>`*_~|=%$€£°0123456789")
+# the end of a letter: what follows its last full stop is a greeting, a name or a tag
+_SIGNED = re.compile(
     r"\b(?:sincerely|regards|yours|faithfully|truly|love|wishes|luck|respect|thanks|cheers|admiration|anticipation)\b|^\s*(?:[-–—~#]|p\.?s\b)",
     re.IGNORECASE,
 )
@@ -38,16 +44,24 @@ def _set(text: str) -> frozenset[str]:
 
 
 # Words that call for another one: an answer that stops here was cut off, however short it is.
-_OPEN_WORDS = _set("a an the and or but nor of with from into as than because if which whose while his their our your my very every")
+_OPEN_WORDS = _set(
+    "a an the and or but nor of with from into as than because if which whose while his "
+    "their our your my very every"
+)
 
-_AI = r"(?:ai|artificial intelligence|(?:large )?language)(?:[- ](?:based|powered))?(?: language)?(?: model| assistant| chatbot| system)?"
+_AI = (
+    r"(?:ai|artificial intelligence|(?:large )?language)(?:[- ](?:based|powered))?(?: language)?(?: "
+    r"model| assistant| chatbot| system)?"
+)
 _CANNOT = r"(?:can(?:not|['’]t| not)|(?:am|['’]m) (?:unable|not able))"
 _BOILERPLATE = re.compile(
     "|".join(
         (
             rf"\bas an? {_AI}(?:,| I\b)",  # not "as an AI judge, ...", which plays a part
-            r"\bas an? (?:large )?(?:ai )?language model\b|\bI(?: am|['’]m) (?:just |only )?an? (?:large )?(?:ai )?(?:language )?model\b",
-            r"\bI(?: am|['’]m) ChatGPT\b|\b(?:trained|developed|created|made) by OpenAI\b|\bmy (?:knowledge|training) (?:cut-?off|data)\b",
+            r"\bas an? (?:large )?(?:ai )?language model\b|\bI(?: am|['’]m) (?:just |only )?an? (?:large "
+            r")?(?:ai )?(?:language )?model\b",
+            r"\bI(?: am|['’]m) ChatGPT\b|\b(?:trained|developed|created|made) by OpenAI\b|\bmy "
+            r"(?:knowledge|training) (?:cut-?off|data)\b",
             r"<no ?input>|<no ?output>|\[insert ",
         )
     ),
@@ -59,7 +73,8 @@ _REFUSAL = re.compile(
         (
             rf"I(?: am|['’]m) (?:very |so |really )?sorry\b.{{0,40}}?\b(?:I )?{_CANNOT}\b",
             rf"(?:sorry|unfortunately),? (?:but )?I {_CANNOT}\b",
-            rf"I {_CANNOT} (?:to )?(?:assist|help|provide|fulfill?|comply|complete|generate|answer|do that)\b",
+            rf"I {_CANNOT} (?:to )?(?:assist|help|provide|fulfill?|comply|complete|generate|answer|do "
+            r"that)\b",
             r"(?:not enough information|no input (?:was )?(?:provided|given)|n/?a\W*$|nooutput|none\W*$)",
         )
     )
@@ -67,32 +82,49 @@ _REFUSAL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-# The commonest words of each language, without those that are English words as well (Italian "come", Dutch "is", "I" for English).
+# The commonest words of each language, without those that are English words as well (Italian "come", Dutch
+# "is", "I" for English).
 STOPWORDS: dict[str, frozenset[str]] = {
     "en": _set(
-        "the of and to is are was were that it for with this you be have from they which your can not by will what there in on at as a "
+        "the of and to is are was were that it for with this you be have from they which your can not by "
+        "will what there in on at as a "
         "an or but if he she his her we our my their has had would who how when its"
     ),
-    "de": _set("der das und ist nicht ein eine mit dem von zu auf für sich auch werden sind oder wird ich sie wie einen einer"),
-    "fr": _set("le les et est une du dans que qui pas avec sont vous je nous ce cette ou aux être il elle plus leur ses par"),
-    "es": _set("el los las y es una del por con para que se lo como más pero sus su está este esta muy en un al"),
-    "it": _set("il di che è la una con sono della del si le gli alla nel anche più questo un dei delle da ha"),
+    "de": _set(
+        "der das und ist nicht ein eine mit dem von zu auf für sich auch werden sind oder wird ich "
+        "sie wie einen einer"
+    ),
+    "fr": _set(
+        "le les et est une du dans que qui pas avec sont vous je nous ce cette ou aux être il elle "
+        "plus leur ses par"
+    ),
+    "es": _set(
+        "el los las y es una del por con para que se lo como más pero sus su está este esta muy en un al"
+    ),
+    "it": _set(
+        "il di che è la una con sono della del si le gli alla nel anche più questo un dei delle da ha"
+    ),
     "pt": _set("os é um uma da não com para em que na por mais dos das se são você ao ou foi pelo seu sua"),
-    "nl": _set("de het een en van dat niet te zijn voor met er aan ook naar bij om wordt deze werd heeft hij ze"),
+    "nl": _set(
+        "de het een en van dat niet te zijn voor met er aan ook naar bij om wordt deze werd heeft hij ze"
+    ),
 }
 MIN_LANGUAGE_WORDS = 8  # fewer say too little about their language
 
 
 def words(text: str, lower: bool = True) -> list[str]:
-    """Return the words of ``text``, in lower case unless told; an apostrophe inside a word does not divide it."""
+    """Return the words of ``text``, in lower case unless told; an apostrophe inside a word does not divide
+    it.
+    """
     return _WORD.findall(text.lower() if lower else text)
 
 
 def is_cut_off(answer: str) -> bool:
     """True if an answer seems to stop in the middle.
 
-    It does if a code block stays open, if it ends in a comma, a hyphen or a word that calls for another one, or if it is prose of a
-    dozen words or more and its last line has no closing mark. Lists, verse, code and signed letters may end without one.
+    It does if a code block stays open, if it ends in a comma, a hyphen or a word that calls for another one,
+    or if it is prose of a dozen words or more and its last line has no closing mark. Lists, verse, code and
+    signed letters may end without one.
     """
     text = answer.rstrip()
     if not text:
@@ -127,18 +159,22 @@ def is_cut_off(answer: str) -> bool:
 
 
 def is_boilerplate(answer: str) -> bool:
-    """True if an answer speaks of being a language model, refuses, is a placeholder, or is nothing but addresses."""
+    """True if an answer speaks of being a language model, refuses, is a placeholder, or is nothing but
+    addresses.
+    """
     return bool(_BOILERPLATE.search(answer) or _REFUSAL.search(answer) or not words(_URL.sub("", answer)))
 
 
 def is_language(text: str, language: str = "en") -> bool:
     """True unless ``text`` is clearly in another language than ``language`` (a key of ``STOPWORDS``).
 
-    Clearly means: more than a fifth of its letters are not Latin, or, for eight words and more, another language's commonest words
-    occur at least three times and more often than this one's. Short texts, names, numbers and code say nothing and pass.
+    Clearly means: more than a fifth of its letters are not Latin, or, for eight words and more, another
+    language's commonest words occur at least three times and more often than this one's. Short texts, names,
+    numbers and code say nothing and pass.
     """
     letters = [c for c in text if c.isalpha()]
-    if sum(ord(c) >= 0x250 for c in letters) * 5 > len(letters):  # Latin with all its extensions ends at U+024F
+    # Latin with all its extensions ends at U+024F
+    if sum(ord(c) >= 0x250 for c in letters) * 5 > len(letters):
         return False
     found = words(text)
     if len(found) < MIN_LANGUAGE_WORDS:
@@ -150,27 +186,34 @@ def is_language(text: str, language: str = "en") -> bool:
 
 
 def normalised(text: str) -> str:
-    """Return ``text`` with case, punctuation and white space evened out; rows that agree in this are exact duplicates."""
+    """Return ``text`` with case, punctuation and white space evened out; rows that agree in this are exact
+    duplicates.
+    """
     return " ".join(words(text))
 
 
 def shingles(text: str) -> set[bytes]:
     """Return the runs of ``SHINGLE`` words in ``text`` (the whole of a shorter text)."""
     found = words(text)
-    return {" ".join(found[i : i + SHINGLE]).encode("utf-8", "surrogatepass") for i in range(max(1, len(found) - SHINGLE + 1))}
+    return {
+        " ".join(found[i : i + SHINGLE]).encode("utf-8", "surrogatepass")
+        for i in range(max(1, len(found) - SHINGLE + 1))
+    }
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.7, seed: int = 0) -> Iterator[bool]:
-    """Yield, for each text, whether an earlier one that was kept shares about ``threshold`` of its shingles with it.
+    """Yield, for each text, whether an earlier one that was kept shares about ``threshold`` of its shingles
+    with it.
 
-    MinHash with locality-sensitive hashing (Broder 1997; datasketch): near neighbours are found without comparing all pairs, and
-    each is then confirmed by the exact Jaccard similarity of the two sets.
+    MinHash with locality-sensitive hashing (Broder 1997; datasketch): near neighbours are found without
+    comparing all pairs, and each is then confirmed by the exact Jaccard similarity of the two sets.
     """
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     kept: dict[int, set[bytes]] = {}
-    empty = MinHash(num_perm=PERMUTATIONS, seed=seed + 1, hashfunc=zlib.crc32)  # datasketch wants a seed above 0
+    # datasketch wants a seed above 0
+    empty = MinHash(num_perm=PERMUTATIONS, seed=seed + 1, hashfunc=zlib.crc32)
     for number, text in enumerate(texts):
         own = shingles(text)
         sketch = empty.copy()
@@ -200,11 +243,13 @@ def clean(
     keep: int | None = 3000,
     seed: int = 0,
 ) -> tuple[list[Conversation], dict[str, int]]:
-    """Return the rows that pass every filter, in their order, and how many each filter dropped, in the order they are applied.
+    """Return the rows that pass every filter, in their order, and how many each filter dropped, in the order
+    they are applied.
 
-    ``min_words`` and ``max_words`` bound the last answer; ``complete``, ``boilerplate`` and ``exact`` switch their filters;
-    ``language`` and ``near`` (the similarity of near duplicates) take None to switch theirs off; ``keep`` rows are drawn by
-    ``seed``. The first of several duplicates stays. Raises UserError for a setting out of range or if no row is left.
+    ``min_words`` and ``max_words`` bound the last answer; ``complete``, ``boilerplate`` and ``exact`` switch
+    their filters; ``language`` and ``near`` (the similarity of near duplicates) take None to switch theirs
+    off; ``keep`` rows are drawn by ``seed``. The first of several duplicates stays. Raises UserError for a
+    setting out of range or if no row is left.
     """
     _check(min_words, max_words, language, near, keep)
     tests: list[tuple[str, Callable[[str, str], bool]]] = [
@@ -214,9 +259,16 @@ def clean(
     if complete:
         tests.append(("cut off", lambda prompt, answer: is_cut_off(answer)))
     if boilerplate:
-        tests.append(("boilerplate", lambda prompt, answer: is_boilerplate(answer) or "<noinput>" in prompt.lower()))
+        tests.append(
+            ("boilerplate", lambda prompt, answer: is_boilerplate(answer) or "<noinput>" in prompt.lower())
+        )
     if language:
-        tests.append((f"not {language}", lambda prompt, answer: not (is_language(answer, language) and is_language(prompt, language))))
+        tests.append(
+            (
+                f"not {language}",
+                lambda prompt, answer: not (is_language(answer, language) and is_language(prompt, language)),
+            )
+        )
 
     drops = {name: 0 for name, _ in tests}
     left: list[tuple[Conversation, str]] = []
@@ -230,20 +282,29 @@ def clean(
     if exact:
         left, drops["duplicate"] = _without(left, _repeats([text for _, text in left]))
     if near is not None:
-        left, drops["near duplicate"] = _without(left, near_duplicates([text for _, text in left], near, seed))
+        left, drops["near duplicate"] = _without(
+            left, near_duplicates([text for _, text in left], near, seed)
+        )
     if keep is not None:
         drops["over the number kept"] = max(0, len(left) - keep)
         left = _draw(left, keep, seed)
     if not left:
-        raise UserError(f"no row is left after cleaning ({', '.join(f'{name}: {n}' for name, n in drops.items() if n)}); loosen a filter")
+        raise UserError(
+            "no row is left after cleaning "
+            f"({', '.join(f'{name}: {n}' for name, n in drops.items() if n)}); loosen a filter"
+        )
     return [conversation for conversation, _ in left], drops
 
 
-def _check(min_words: int, max_words: int, language: str | None, near: float | None, keep: int | None) -> None:
+def _check(
+    min_words: int, max_words: int, language: str | None, near: float | None, keep: int | None
+) -> None:
     if not 0 <= min_words <= max_words:
         raise UserError(f"quality: min_words {min_words} and max_words {max_words} leave no length to keep")
     if language and language not in STOPWORDS:
-        raise UserError(f"quality: unknown language {language!r} (there are {', '.join(STOPWORDS)}, or null for any)")
+        raise UserError(
+            f"quality: unknown language {language!r} (there are {', '.join(STOPWORDS)}, or null for any)"
+        )
     if near is not None and not 0 < near <= 1:
         raise UserError(f"quality: near {near} must be above 0 and at most 1 (or null)")
     if keep is not None and keep < 1:
@@ -263,13 +324,17 @@ def _repeats(texts: Sequence[str]) -> Iterator[bool]:
         seen.add(key)
 
 
-def _without(rows: list[tuple[Conversation, str]], bad: Iterator[bool]) -> tuple[list[tuple[Conversation, str]], int]:
+def _without(
+    rows: list[tuple[Conversation, str]], bad: Iterator[bool]
+) -> tuple[list[tuple[Conversation, str]], int]:
     good = [row for row, is_bad in zip(rows, bad, strict=True) if not is_bad]
     return good, len(rows) - len(good)
 
 
 def _draw(rows: list[tuple[Conversation, str]], keep: int, seed: int) -> list[tuple[Conversation, str]]:
-    """Return ``keep`` rows in their order, drawn by each row's own text: a few rows more in the source leave the draw as it was."""
+    """Return ``keep`` rows in their order, drawn by each row's own text: a few rows more in the source leave
+    the draw as it was.
+    """
     if len(rows) <= keep:
         return rows
     ranked = sorted(range(len(rows)), key=lambda i: (stable_hash(rows[i][1], seed), i))

@@ -1,7 +1,8 @@
 """Rows from wherever a recipe points: the embedded data, a local file or folder, or a Hugging Face dataset.
 
-Local JSON, JSONL and CSV are read line by line rather than through ``datasets``: its errors do not name lines, and it copies every
-file into a cache. A Hugging Face id goes through ``datasets``, so that hub configurations and splits mean what their cards say.
+Local JSON, JSONL and CSV are read line by line rather than through ``datasets``: its errors do not name
+lines, and it copies every file into a cache. A Hugging Face id goes through ``datasets``, so that hub
+configurations and splits mean what their cards say.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from mlx_posttrain.errors import UserError
 
 Row = dict[str, Any]
 
-GENERATED = ("embedded/tasks", "embedded/preferences", "embedded/reasoning")  # by families, with splits held out
+# by families, with splits held out
+GENERATED = ("embedded/tasks", "embedded/preferences", "embedded/reasoning")
 EMBEDDED = (*GENERATED, "embedded/qa")
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 SPLIT_NAMES = {
@@ -50,17 +52,19 @@ def load_rows(
     shuffle: bool = False,
     families: Sequence[str] | None = None,
 ) -> list[Row]:
-    """Return the rows of one split as plain dicts, the first ``limit`` of them or ``limit`` drawn by ``seed`` with ``shuffle``.
+    """Return the rows of one split as plain dicts, the first ``limit`` of them or ``limit`` drawn by ``seed``
+    with ``shuffle``.
 
-    ``source`` is one of ``EMBEDDED``, a local file or folder, or a Hugging Face dataset id (``config`` names its configuration).
-    ``families`` names the kinds to take of data in ``GENERATED``.
-    Raises UserError, in one line, for whatever is wrong with the source: file, line and remedy named.
+    ``source`` is one of ``EMBEDDED``, a local file or folder, or a Hugging Face dataset id (``config`` names
+    its configuration). ``families`` names the kinds to take of data in ``GENERATED``. Raises UserError, in
+    one line, for whatever is wrong with the source: file, line and remedy named.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data limit {limit}: must be at least 1 (leave it out to take every row)")
     if families and source not in GENERATED:
         raise UserError(
-            f"data.families belongs to {', '.join(GENERATED)}, not to {source}; leave it out, or say data.families=null where a recipe has it"
+            f"data.families belongs to {', '.join(GENERATED)}, not to {source}; leave it out, or say "
+            "data.families=null where a recipe has it"
         )
     if source.startswith("embedded/"):
         return _pick(_embedded(source, split, limit, seed, families), limit, seed, shuffle)
@@ -89,15 +93,23 @@ def _pick(rows: list[Row], limit: int | None, seed: int, shuffle: bool) -> list[
 def _looks_local(source: str) -> bool:
     """True where only a path can be meant, so that a missing file is not looked for on the hub."""
     path = source.lower()
-    return source.startswith((".", "~", "/", "\\")) or path.endswith((*EXTENSIONS, ".txt", ".tsv")) or not _HUB_ID.fullmatch(source)
+    return (
+        source.startswith((".", "~", "/", "\\"))
+        or path.endswith((*EXTENSIONS, ".txt", ".tsv"))
+        or not _HUB_ID.fullmatch(source)
+    )
 
 
 # Embedded data
 
 
-def _embedded(source: str, split: str, limit: int | None, seed: int, families: Sequence[str] | None = None) -> list[Row]:
+def _embedded(
+    source: str, split: str, limit: int | None, seed: int, families: Sequence[str] | None = None
+) -> list[Row]:
     if source not in EMBEDDED:
-        raise UserError(f"no embedded data {source!r}{nearest(source, list(EMBEDDED))} (there are {', '.join(EMBEDDED)})")
+        raise UserError(
+            f"no embedded data {source!r}{nearest(source, list(EMBEDDED))} (there are {', '.join(EMBEDDED)})"
+        )
     from mlx_posttrain.data import tasks
 
     if source == "embedded/qa":
@@ -121,7 +133,10 @@ def _local(path: Path, split: str, limit: int | None, seed: int, shuffle: bool) 
     files = _folder_split(path, split) if path.is_dir() else [path]
     if path.is_file() and SPLIT_NAMES.get(split, split) not in ("train", _split_of(path)):
         named = _split_of(path) or "train"
-        raise UserError(f"{path}: a file is one split, {named!r}, and has no {split!r}; name the file that holds the {split!r} rows")
+        raise UserError(
+            f"{path}: a file is one split, {named!r}, and has no {split!r}; name the file that "
+            f"holds the {split!r} rows"
+        )
     # An early stop saves reading a large file for a few rows; a shuffle has to see every row first.
     rows = list(islice(_read_all(files), None if shuffle else limit))
     return _pick(rows, limit, seed, shuffle)
@@ -146,7 +161,11 @@ def _split_of(path: Path) -> str | None:
 
 def _folder_split(folder: Path, split: str) -> list[Path]:
     """Return the folder's files of one split; files whose names speak of no split belong to train."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name.lower().endswith(EXTENSIONS))
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.is_file() and not p.name.startswith(".") and p.name.lower().endswith(EXTENSIONS)
+    )
     if not files:
         raise UserError(f"{folder}: no data file in this folder (looked for {', '.join(EXTENSIONS)})")
     wanted = SPLIT_NAMES.get(split, split)
@@ -193,7 +212,9 @@ def _decode(path: Path, line: int, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}, line {line + raw[: e.start].count(10)}: not UTF-8 text; save the file as UTF-8") from e
+        raise UserError(
+            f"{path}, line {line + raw[: e.start].count(10)}: not UTF-8 text; save the file as UTF-8"
+        ) from e
 
 
 def _read_jsonl(path: Path, lines: Any) -> Iterator[Row]:
@@ -204,32 +225,43 @@ def _read_jsonl(path: Path, lines: Any) -> Iterator[Row]:
         try:
             row = json.loads(text)
         except ValueError as e:
-            raise UserError(f"{path}, line {number}: broken JSON ({_json_fault(e)}); correct or delete that line") from e
+            raise UserError(
+                f"{path}, line {number}: broken JSON ({_json_fault(e)}); correct or delete that line"
+            ) from e
         if not isinstance(row, dict):
-            raise UserError(f'{path}, line {number}: a row must be an object like {{"text": ...}}, found {_kind(row)}')
+            raise UserError(
+                f'{path}, line {number}: a row must be an object like {{"text": ...}}, found {_kind(row)}'
+            )
         yield row
 
 
 def _read_json(path: Path, raw: bytes) -> Iterator[Row]:
-    """Read a list of objects, an object that holds one such list (``{"data": [...]}``), or JSON lines under the name .json."""
+    """Read a list of objects, an object that holds one such list (``{"data": [...]}``), or JSON lines under
+    the name .json.
+    """
     text = _decode(path, 1, raw)
     if not text.strip():
         return
     try:
         data = json.loads(text)
     except json.JSONDecodeError as e:
-        if e.msg == "Extra data" and text.lstrip().startswith("{"):  # a second object follows the first: JSON lines
+        # a second object follows the first: JSON lines
+        if e.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _read_jsonl(path, io.BytesIO(raw))
             return
         raise UserError(f"{path}, line {e.lineno}: broken JSON ({_json_fault(e)})") from e
     if isinstance(data, dict):
-        lists = [v for v in data.values() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)]
+        lists = [
+            v for v in data.values() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)
+        ]
         data = lists[0] if len(lists) == 1 and len(data) == 1 else [data]
     if not isinstance(data, list):
         raise UserError(f"{path}: must hold a list of objects, found {_kind(data)}")
     for number, row in enumerate(data, 1):
         if not isinstance(row, dict):
-            raise UserError(f'{path}, row {number}: a row must be an object like {{"text": ...}}, found {_kind(row)}')
+            raise UserError(
+                f'{path}, row {number}: a row must be an object like {{"text": ...}}, found {_kind(row)}'
+            )
         yield row
 
 
@@ -238,23 +270,38 @@ def _json_fault(e: ValueError) -> str:
 
 
 def _kind(value: object) -> str:
-    names = {"NoneType": "null", "list": "a list", "str": "a string", "bool": "true/false", "int": "a number", "float": "a number"}
+    names = {
+        "NoneType": "null",
+        "list": "a list",
+        "str": "a string",
+        "bool": "true/false",
+        "int": "a number",
+        "float": "a number",
+    }
     return names.get(type(value).__name__, type(value).__name__)
 
 
 def _read_csv(path: Path, file: Any) -> Iterator[Row]:
-    """Yield CSV rows with every value as the text that stands there: no guessing of types ("007" stays "007")."""
+    """Yield CSV rows with every value as the text that stands there: no guessing of types ("007" stays
+    "007").
+    """
     csv.field_size_limit(2**31 - 1)  # the default of 128 KB is less than one long document
     numbered = (_decode(path, n, raw) for n, raw in enumerate(file, 1))
     reader = csv.DictReader(numbered, strict=True)
     try:
         for row in reader:
             if None in row:
-                raise UserError(f"{path}, line {reader.line_num}: more fields than the header has; is a quote or an escape missing?")
+                raise UserError(
+                    f"{path}, line {reader.line_num}: more fields than the header has; is a "
+                    "quote or an escape missing?"
+                )
             yield row
     except csv.Error as e:
-        # line_num is the end of the last sound row; an unclosed quote runs on from the next, whatever line it is noticed on
-        raise UserError(f"{path}, line {reader.line_num + 1}: broken CSV in the row that begins here ({e})") from e
+        # line_num is the end of the last sound row; an unclosed quote runs on from the next, whatever line it
+        # is noticed on
+        raise UserError(
+            f"{path}, line {reader.line_num + 1}: broken CSV in the row that begins here ({e})"
+        ) from e
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -272,17 +319,24 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 # Hugging Face datasets
 
 
-def _hub(source: str, split: str, config: str | None, limit: int | None, seed: int, shuffle: bool) -> list[Row]:
-    """Load by id: from the hub, or where there is no network from the hub cache (``hf download``) or the cache of ``datasets``."""
+def _hub(
+    source: str, split: str, config: str | None, limit: int | None, seed: int, shuffle: bool
+) -> list[Row]:
+    """Load by id: from the hub, or where there is no network from the hub cache (``hf download``) or the
+    cache of ``datasets``.
+    """
     import datasets
 
     online = _hub_is_reachable()
     try:
         with _quiet(), contextlib.nullcontext() if online else _offline():
-            found = datasets.load_dataset((None if online else _downloaded(source)) or source, config, split=split)
+            found = datasets.load_dataset(
+                (None if online else _downloaded(source)) or source, config, split=split
+            )
     except UserError:
         raise
-    except Exception as e:  # every version of datasets and the hub client has its own exceptions: sort by what they say
+    # every version of datasets and the hub client has its own exceptions: sort by what they say
+    except Exception as e:
         raise UserError(_hub_fault(source, split, e, online)) from e
     if shuffle:
         found = found.shuffle(seed=seed)
@@ -297,22 +351,33 @@ def _hub_fault(source: str, split: str, error: Exception, online: bool) -> str:
     """Return the one line that says what went wrong with a dataset id and what to do."""
     said = " ".join(str(error).split())
     name = type(error).__name__
-    remedy = f"`hf download --repo-type dataset {source}` on a machine with network and copy the cache, or name a local file"
+    remedy = (
+        f"`hf download --repo-type dataset {source}` on a machine with network and copy the cache, or "
+        "name a local file"
+    )
     if "split" in said.lower() and isinstance(error, ValueError):
         return f"dataset {source!r}: no split {split!r} ({said})"
     if "config" in said.lower() and isinstance(error, ValueError):
         return f"dataset {source!r}: {said}"
     if not online:
-        return f"dataset {source!r}: no such file here, no network (or offline mode), and it is not in the cache; run {remedy}"
+        return (
+            f"dataset {source!r}: no such file here, no network (or offline mode), and it is not in the "
+            f"cache; run {remedy}"
+        )
     if "NotFound" in name and "LocalEntry" not in name:
-        return f"dataset {source!r}: no such file here and no such dataset on the hub, or it is gated (then `hf auth login`); check the id"
+        return (
+            f"dataset {source!r}: no such file here and no such dataset on the hub, or it is gated "
+            "(then `hf auth login`); check the id"
+        )
     if isinstance(error, OSError) or "Connection" in name or "Timeout" in name:
         return f"dataset {source!r}: the hub did not answer ({name}); try again, or run {remedy}"
     return f"dataset {source!r}: {name}: {said}"
 
 
 def _hub_is_reachable() -> bool:
-    """False in offline mode, or where the hub's name does not resolve: asking anyway costs half a minute of retries."""
+    """False in offline mode, or where the hub's name does not resolve: asking anyway costs half a minute of
+    retries.
+    """
     import socket
     import urllib.request
     from urllib.parse import urlsplit
@@ -332,7 +397,9 @@ def _hub_is_reachable() -> bool:
 
 
 def _downloaded(source: str) -> str | None:
-    """Return the folder that ``hf download`` filled, which ``datasets`` alone does not look at when offline, or None."""
+    """Return the folder that ``hf download`` filled, which ``datasets`` alone does not look at when offline,
+    or None.
+    """
     from huggingface_hub import snapshot_download
 
     try:

@@ -17,9 +17,9 @@ class Turn(NamedTuple):
 class Conversation:
     """Turns to imitate; the last is the assistant's (in training) or the user's (when asking).
 
-    ``templated`` is False for ``text`` and ``prompt``/``completion`` rows, whose text is used exactly as it stands;
-    True where a template puts the marks of a chat or instruction format around the turns.
-    ``extra`` keeps the row's other columns for checkers and reward functions.
+    ``templated`` is False for ``text`` and ``prompt``/``completion`` rows, whose text is used exactly as it
+    stands; True where a template puts the marks of a chat or instruction format around the turns. ``extra``
+    keeps the row's other columns for checkers and reward functions.
     """
 
     turns: tuple[Turn, ...]

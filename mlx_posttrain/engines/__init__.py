@@ -26,19 +26,29 @@ def get(name: str = "auto") -> Engine:
     """
     if name not in (*NAMES, "auto"):
         near = difflib.get_close_matches(name, [*NAMES, "auto"], n=1, cutoff=0.5)
-        raise UserError(f"unknown engine {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"engines: {', '.join(NAMES)}, auto"))
+        raise UserError(
+            "unknown engine "
+            f"{name!r}; " + (f"did you mean {near[0]!r}?" if near else f"engines: {', '.join(NAMES)}, auto")
+        )
     have = available()
     if name == "auto":
         if not have:
             raise UserError(
-                "neither mlx nor torch is installed: run `pip install mlx-posttrain` (Apple Silicon, Linux) or `pip install 'mlx-posttrain[torch]'`"
+                "neither mlx nor torch is installed: run `pip install mlx-posttrain` (Apple Silicon, Linux) "
+                "or `pip install 'mlx-posttrain[torch]'`"
             )
         name = have[0]
     if name not in have:
         if name == "mlx" and sys.platform == "darwin" and platform.machine() == "x86_64":
-            raise UserError("engine=mlx needs an Apple Silicon Mac and an arm64 Python (run `mlx-posttrain doctor`); here use engine=torch")
+            raise UserError(
+                "engine=mlx needs an Apple Silicon Mac and an arm64 Python (run `mlx-posttrain "
+                "doctor`); here use engine=torch"
+            )
         package = "mlx-posttrain[torch]" if name == "torch" else "mlx-posttrain"
-        raise UserError(f"engine={name} is not installed: run `pip install '{package}'`, or use engine={have[0] if have else 'auto'}")
+        raise UserError(
+            f"engine={name} is not installed: run `pip install '{package}'`, or use "
+            f"engine={have[0] if have else 'auto'}"
+        )
     heap.keep()
     if name == "mlx":
         from mlx_posttrain.engines.mlx import MLXEngine

@@ -1,7 +1,7 @@
 """What an engine must offer: the seam between methods and the two array libraries.
 
-A method sees a :class:`Model` inside its loss and a :class:`Trainer` in its loop; it never imports mlx or torch. Arrays named
-``Array`` belong to the engine; everything else is plain Python or NumPy.
+A method sees a :class:`Model` inside its loss and a :class:`Trainer` in its loop; it never imports mlx or
+torch. Arrays named ``Array`` belong to the engine; everything else is plain Python or NumPy.
 """
 
 from __future__ import annotations
@@ -18,30 +18,37 @@ from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.errors import UserError
 
 Array = Any
-#: loss(model, batch) -> (scalar, metrics): each already divided by ``batch.total``, so that micro-batches add up.
+#: loss(model, batch) -> (scalar, metrics): each already divided by ``batch.total``, so that micro-batches add
+#: up.
 Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
 
-#: Name in ``Batch.extra`` of [N, width] float32 hidden states that ``reference_hidden`` gave for the batch's positions.
+#: Name in ``Batch.extra`` of [N, width] float32 hidden states that ``reference_hidden`` gave for the batch's
+#: positions.
 REFERENCE_HIDDEN = "reference_hidden"
 
-#: Bytes of gradients whose parameters MLX updates together: new weights and moments of so many, and of what MLX begins ahead, are there beside the old.
+#: Bytes of gradients whose parameters MLX updates together: new weights and moments of so many, and of what
+#: MLX begins ahead, are there beside the old.
 UPDATE_BYTES = 64 * 2**20
 
-#: A GPT-2 block on MLX that would keep more bytes than this for its backward pass computes part of them again (mlx_lean.py).
+#: A GPT-2 block on MLX that would keep more bytes than this for its backward pass computes part of them again
+#: (mlx_lean.py).
 LEAN_ABOVE = 128 * 2**20
 
 
 def block_bytes(rows: int, length: int, width: int, heads: int) -> float:
-    """What mlx-lm's GPT-2 block keeps for its backward pass, as measured: 25 numbers for each token and unit of width, and 1.25 for each
-    head and pair of positions."""
+    """What mlx-lm's GPT-2 block keeps for its backward pass, as measured: 25 numbers for each token and unit
+    of width, and 1.25 for each head and pair of positions.
+    """
     return 4 * (25 * rows * length * width + 1.25 * rows * heads * length**2)
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A :class:`~mlx_posttrain.data.batches.Batch` as the engine's arrays, with what the step's loss is averaged over.
+    """A :class:`~mlx_posttrain.data.batches.Batch` as the engine's arrays, with what the step's loss is
+    averaged over.
 
-    total: scalar, sum of ``Batch.count`` over all micro-batches of the optimizer step that have the batch's ``group``.
+    total: scalar, sum of ``Batch.count`` over all micro-batches of the optimizer step that have the batch's
+    ``group``.
     """
 
     tokens: Array
@@ -57,7 +64,9 @@ class DeviceBatch:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A LoRA or DoRA adapter. ``targets`` are ends of layer paths; None means the architecture's attention projections."""
+    """A LoRA or DoRA adapter. ``targets`` are ends of layer paths; None means the architecture's attention
+    projections.
+    """
 
     kind: str = "lora"
     rank: int = 16
@@ -68,7 +77,9 @@ class AdapterSpec:
 
     @property
     def scale(self) -> float:
-        """Factor on the update: alpha/r (Hu et al. 2021, section 4.1) or alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023, eq. 4)."""
+        """Factor on the update: alpha/r (Hu et al. 2021, section 4.1) or alpha/sqrt(r) (rsLoRA, Kalajdzievski
+        2023, eq. 4).
+        """
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     def resolved(self, model_type: str) -> AdapterSpec:
@@ -76,7 +87,9 @@ class AdapterSpec:
         if self.targets:
             return self
         gpt2 = ("c_attn", "c_proj")
-        return replace(self, targets=gpt2 if model_type == "gpt2" else ("q_proj", "k_proj", "v_proj", "o_proj"))
+        return replace(
+            self, targets=gpt2 if model_type == "gpt2" else ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
 
 
 @dataclass(frozen=True)
@@ -95,10 +108,11 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: its tokens without the stop token, log-probabilities at the sampling temperature, and whether it stopped.
+    """One sampled answer: its tokens without the stop token, log-probabilities at the sampling temperature,
+    and whether it stopped.
 
-    ``logprobs`` has one entry per token and, when ``stopped``, one more for the stop token. They are of the softmax over the tokens that
-    were not forbidden.
+    ``logprobs`` has one entry per token and, when ``stopped``, one more for the stop token. They are of the
+    softmax over the tokens that were not forbidden.
     """
 
     tokens: list[int]
@@ -115,55 +129,80 @@ class Model(Protocol):
 
     @property
     def packs(self) -> bool:
-        """Whether rows of one batch that begin alike share that part's work, so that batches are best made of such rows."""
+        """Whether rows of one batch that begin alike share that part's work, so that batches are best made of
+        such rows.
+        """
 
     # the vocabulary of losses; N trained positions, V vocabulary entries
     def logits(self, batch: DeviceBatch) -> Array:
         """[N, V] float32 logits at the trained positions."""
 
     def reference_logits(self, batch: DeviceBatch) -> Array:
-        """[N, V] logits of the frozen reference, without gradient: adapters off, or the copy made by ``keep_reference``."""
+        """[N, V] logits of the frozen reference, without gradient: adapters off, or the copy made by
+        ``keep_reference``.
+        """
 
-    # the same read off logits that exist for a part of the positions at a time: see fused.py. Logits are divided by ``temperature``.
+    # the same read off logits that exist for a part of the positions at a time: see fused.py. Logits are
+    # divided by ``temperature``.
     def logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> Array:
-        """[N] float32 log-probabilities of the targets: :func:`mlx_posttrain.losses.sft.token_logprobs` of ``logits``."""
+        """[N] float32 log-probabilities of the targets: :func:`mlx_posttrain.losses.sft.token_logprobs` of
+        ``logits``.
+        """
 
     def reference_logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> Array:
         """[N] float32 log-probabilities of the targets under the reference, without gradient."""
 
-    def logprobs_and_kl(self, batch: DeviceBatch, direction: str, beta: float | None = None) -> tuple[Array, Array]:
-        """[N] ``logprobs``, and [N] :func:`mlx_posttrain.losses.sft.full_kl` of ``logits`` and ``reference_logits``.
+    def logprobs_and_kl(
+        self, batch: DeviceBatch, direction: str, beta: float | None = None
+    ) -> tuple[Array, Array]:
+        """[N] ``logprobs``, and [N] :func:`mlx_posttrain.losses.sft.full_kl` of ``logits`` and
+        ``reference_logits``.
 
-        The reference's blocks do not run for a batch that carries ``REFERENCE_HIDDEN``. Whoever gives ``beta`` promises a loss that is a
-        weighted sum of ``beta * kl - logprobs``: its gradient is right, and one product with the head cheaper; that of either part is not.
+        The reference's blocks do not run for a batch that carries ``REFERENCE_HIDDEN``. Whoever gives
+        ``beta`` promises a loss that is a weighted sum of ``beta * kl - logprobs``: its gradient is right,
+        and one product with the head cheaper; that of either part is not.
         """
 
     @property
     def reference_width(self) -> int | None:
-        """Size of the hidden states that ``logprobs_and_kl`` makes use of; None where the head is not one plain matrix and it takes none."""
+        """Size of the hidden states that ``logprobs_and_kl`` makes use of; None where the head is not one
+        plain matrix and it takes none.
+        """
 
     def reference_hidden(self, batch: Batch) -> np.ndarray:
-        """[N, ``reference_width``] float32 hidden states of the reference at ``index``, in evaluation mode and without gradients."""
+        """[N, ``reference_width``] float32 hidden states of the reference at ``index``, in evaluation mode
+        and without gradients.
+        """
 
     def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[Array, Array, Array | None]:
-        """One forward pass of a policy: [N] ``logprobs``, [N] entropies in nats, and [N] ``scores`` where it has a head, else None."""
+        """One forward pass of a policy: [N] ``logprobs``, [N] entropies in nats, and [N] ``scores`` where it
+        has a head, else None.
+        """
 
     def scores(self, batch: DeviceBatch) -> Array:
-        """[N] float32 outputs of the scalar head at ``batch.index``: a reward model's scores, a critic's values."""
+        """[N] float32 outputs of the scalar head at ``batch.index``: a reward model's scores, a critic's
+        values.
+        """
 
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
-        """[B, T, V] float32 logits of unpadded rows [B, T], in evaluation mode: for parity checks and small probes."""
+        """[B, T, V] float32 logits of unpadded rows [B, T], in evaluation mode: for parity checks and small
+        probes.
+        """
 
     # around training
     def parameter_counts(self) -> tuple[int, int]:
         """(all, trained) numbers of parameters; a quantised weight counts as the weights it stands for."""
 
     def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
-        """Freeze the model and put an adapter on every target; raises UserError when a target matches no layer."""
+        """Freeze the model and put an adapter on every target; raises UserError when a target matches no
+        layer.
+        """
 
     @property
     def has_head(self) -> bool:
-        """Whether there is a scalar head: after ``add_head``, or when the folder was a sequence classifier with one label."""
+        """Whether there is a scalar head: after ``add_head``, or when the folder was a sequence classifier
+        with one label.
+        """
 
     def add_head(self, weight: np.ndarray) -> None:
         """Put a trained scalar head [1, width] without bias on the hidden states; see :func:`head_start`."""
@@ -172,25 +211,36 @@ class Model(Protocol):
         """The scalar head's weight, [1, width] float32."""
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference (no copy is made where adapters can be switched off)."""
+        """Remember the present weights as the reference (no copy is made where adapters can be switched
+        off).
+        """
 
     def adapters_off(self) -> AbstractContextManager[Any]:
-        """While it lasts, a model with an adapter is the one that the adapter stands on; no weight is there twice."""
+        """While it lasts, a model with an adapter is the one that the adapter stands on; no weight is there
+        twice.
+        """
 
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
         """Metrics of ``loss`` over all batches together, in evaluation mode and without gradients."""
 
     def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
-        """For each batch [N] float32 log-probabilities of its targets, aligned with ``index``; those of weight 0 mean nothing.
+        """For each batch [N] float32 log-probabilities of its targets, aligned with ``index``; those of
+        weight 0 mean nothing.
 
         In evaluation mode and without gradients: what a loss per row, and with it an interval, is made of.
         """
 
-    def apply(self, function: Callable[[Model, DeviceBatch], dict[str, Array]], batches: Sequence[Batch]) -> list[dict[str, np.ndarray]]:
-        """``function``'s arrays for each batch, in evaluation mode and without gradients: scores, values, log-probabilities."""
+    def apply(
+        self, function: Callable[[Model, DeviceBatch], dict[str, Array]], batches: Sequence[Batch]
+    ) -> list[dict[str, np.ndarray]]:
+        """``function``'s arrays for each batch, in evaluation mode and without gradients: scores, values,
+        log-probabilities.
+        """
 
     def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-        """Gradient of ``loss`` over all batches together with respect to the trained parameters, in evaluation mode, float32 by name."""
+        """Gradient of ``loss`` over all batches together with respect to the trained parameters, in
+        evaluation mode, float32 by name.
+        """
 
     def generate(
         self,
@@ -206,14 +256,19 @@ class Model(Protocol):
         on_token: Callable[[int, int], None] | None = None,
         forbidden: Sequence[int] = (),
     ) -> list[Completion]:
-        """``samples`` completions of each prompt, in order, from one decode batch; see engines/decoding.py."""
+        """``samples`` completions of each prompt, in order, from one decode batch; see
+        engines/decoding.py.
+        """
 
     # files
     def save(self, folder: Path) -> None:
-        """Write the trained weights in Hugging Face's format: a model folder, or a PEFT adapter folder; a head in a file beside them."""
+        """Write the trained weights in Hugging Face's format: a model folder, or a PEFT adapter folder; a
+        head in a file beside them.
+        """
 
     def save_classifier(self, folder: Path, pad: int) -> None:
-        """Write model and head as a sequence classifier with one label that pools at the last token other than ``pad``.
+        """Write model and head as a sequence classifier with one label that pools at the last token other
+        than ``pad``.
 
         A folder for transformers' AutoModelForSequenceClassification, or a PEFT adapter of task type SEQ_CLS.
         """
@@ -235,8 +290,8 @@ class Trainer(Protocol):
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         """One optimizer step over micro-batches: gradient of the summed loss, clip, update.
 
-        Returns the metrics with ``loss`` and ``grad_norm`` (before clipping). Raises FloatingPointError, leaving weights and
-        optimizer as they were, when loss or gradient is not finite.
+        Returns the metrics with ``loss`` and ``grad_norm`` (before clipping). Raises FloatingPointError,
+        leaving weights and optimizer as they were, when loss or gradient is not finite.
         """
 
     def save(self, path: Path) -> None:
@@ -281,30 +336,39 @@ class Engine(Protocol):
         """Forget the peak so far."""
 
     def synchronize(self) -> None:
-        """Wait until everything that was begun is done: MLX returns from a step while its update still runs."""
+        """Wait until everything that was begun is done: MLX returns from a step while its update still
+        runs.
+        """
 
     def device(self) -> str:
         """For people: 'Apple M3 (Metal)', 'CPU, 2 threads'."""
 
 
 def match_targets(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """The layer paths that end in one of ``targets``, sorted. Raises UserError naming targets that match none, and what there is."""
+    """The layer paths that end in one of ``targets``, sorted. Raises UserError naming targets that match
+    none, and what there is.
+    """
     chosen = {t: [p for p in paths if f".{p}".endswith(f".{t}")] for t in targets}
     missing = [t for t, found in chosen.items() if not found]
     if missing:
         names = sorted({p.rpartition(".")[2] for p in paths})
-        raise UserError(f"adapter.targets: no layer is called {', '.join(missing)}; this model has {', '.join(names)}")
+        raise UserError(
+            f"adapter.targets: no layer is called {', '.join(missing)}; this model has {', '.join(names)}"
+        )
     return sorted({p for found in chosen.values() for p in found})
 
 
 def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
-    """First values of LoRA's A matrices, the same on both engines; B starts at zero (Hu et al. 2021, section 4.1).
+    """First values of LoRA's A matrices, the same on both engines; B starts at zero (Hu et al. 2021, section
+    4.1).
 
-    shapes: layer path -> (in, out). Returns path -> [rank, in] float32, uniform in +-1/sqrt(in): PEFT's and mlx-lm's own choice.
+    shapes: layer path -> (in, out). Returns path -> [rank, in] float32, uniform in +-1/sqrt(in): PEFT's and
+    mlx-lm's own choice.
     """
     rng = np.random.default_rng([seed, 0x10CA])
     return {
-        path: rng.uniform(-1.0, 1.0, (rank, shapes[path][0])).astype(np.float32) / np.float32(shapes[path][0] ** 0.5)
+        path: rng.uniform(-1.0, 1.0, (rank, shapes[path][0])).astype(np.float32)
+        / np.float32(shapes[path][0] ** 0.5)
         for path in sorted(shapes)
     }
 
@@ -313,21 +377,32 @@ def width(config: Mapping[str, Any]) -> int:
     """Size of a model's hidden states. Raises UserError when its config does not say."""
     size = config.get("n_embd") or config.get("hidden_size")
     if not isinstance(size, int):
-        raise UserError(f"{config['model_type']}: config.json names neither n_embd nor hidden_size, so no head can be put on")
+        raise UserError(
+            f"{config['model_type']}: config.json names neither n_embd nor hidden_size, so no "
+            "head can be put on"
+        )
     return size
 
 
 def head_start(width: int, seed: int | None) -> np.ndarray:
-    """First values of a scalar head, [1, width] float32: N(0, 1 / (width + 1)) (Stiennon et al. 2020's code), or zeros without a seed."""
+    """First values of a scalar head, [1, width] float32: N(0, 1 / (width + 1)) (Stiennon et al. 2020's code),
+    or zeros without a seed.
+    """
     if seed is None:
         return np.zeros((1, width), np.float32)
-    return (np.random.default_rng([seed, 0x5C0E]).standard_normal((1, width)) / (width + 1) ** 0.5).astype(np.float32)
+    return (np.random.default_rng([seed, 0x5C0E]).standard_normal((1, width)) / (width + 1) ** 0.5).astype(
+        np.float32
+    )
 
 
 def check_fits(length: int, context: int | None) -> None:
-    """Raise UserError for a sequence longer than the model's context: MLX would read position embeddings out of bounds, silently."""
+    """Raise UserError for a sequence longer than the model's context: MLX would read position embeddings out
+    of bounds, silently.
+    """
     if context is not None and length > context:
-        raise UserError(f"a sequence of {length} tokens does not fit the model's context of {context}; shorten it")
+        raise UserError(
+            f"a sequence of {length} tokens does not fit the model's context of {context}; shorten it"
+        )
 
 
 def device_batch(batch: Batch, total: float, array: Callable[[np.ndarray], Array]) -> DeviceBatch:
@@ -338,7 +413,9 @@ def device_batch(batch: Batch, total: float, array: Callable[[np.ndarray], Array
 
 
 def micro_batch_totals(batches: Sequence[Batch]) -> dict[str, float]:
-    """What each group of a step's micro-batches is averaged over; at least 1 so that an empty step divides by something."""
+    """What each group of a step's micro-batches is averaged over; at least 1 so that an empty step divides by
+    something.
+    """
     totals: dict[str, float] = {}
     for b in batches:
         totals[b.group] = totals.get(b.group, 0.0) + b.count

@@ -1,9 +1,11 @@
 """Whether mx.compile works on this machine.
 
-On the CPU, MLX fuses operations by writing C++, running ``g++`` and loading the result from ``$TMPDIR/mlx/<version>/cpu``. Without a g++
-it runs the operations unfused, by itself. What it does not survive is a g++ that is there and fails (headers missing, disk full), a
-temporary folder that is missing, full or mounted noexec, or one that another user made. Every one of these raises in the middle of
-a training step, so it is tried here once, with a function of its own. On the GPU, Metal compiles, and no other program is needed.
+On the CPU, MLX fuses operations by writing C++, running ``g++`` and loading the result from
+``$TMPDIR/mlx/<version>/cpu``. Without a g++ it runs the operations unfused, by itself. What it does not
+survive is a g++ that is there and fails (headers missing, disk full), a temporary folder that is missing,
+full or mounted noexec, or one that another user made. Every one of these raises in the middle of a training
+step, so it is tried here once, with a function of its own. On the GPU, Metal compiles, and no other program
+is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from pathlib import Path
 
 @cache
 def compile_problem() -> str | None:
-    """Return why mx.compile cannot be used on MLX's default device, or None when it can. Costs up to 2 s once per machine, then 1 ms."""
+    """Return why mx.compile cannot be used on MLX's default device, or None when it can. Costs up to 2 s once
+    per machine, then 1 ms.
+    """
     try:
         import mlx.core as mx
     except ImportError as error:
@@ -39,7 +43,9 @@ def compile_problem() -> str | None:
 
 
 def compile_works() -> bool:
-    """Say whether training steps may be compiled; the caller runs them uncompiled otherwise, with the same results."""
+    """Say whether training steps may be compiled; the caller runs them uncompiled otherwise, with the same
+    results.
+    """
     return compile_problem() is None
 
 

@@ -1,9 +1,9 @@
 """Batched decoding, once for both engines.
 
-Each distinct prompt is prefilled once; its key/value cache is repeated for its samples; all rows then decode together, one
-forward pass per token, and rows that have stopped leave the batch. Sampling inverts the cumulative distribution at one uniform
-number per (row, step) drawn ahead by NumPy: a row's text depends on the seed and its own number only, not on the rows beside it,
-on compaction, or on the engine.
+Each distinct prompt is prefilled once; its key/value cache is repeated for its samples; all rows then decode
+together, one forward pass per token, and rows that have stopped leave the batch. Sampling inverts the
+cumulative distribution at one uniform number per (row, step) drawn ahead by NumPy: a row's text depends on
+the seed and its own number only, not on the rows beside it, on compaction, or on the engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mlx_posttrain.ops import ops
 
 Array = Any
 
-CACHE_BLOCK = 256  # mlx-lm's caches grow by so many positions at once: a row of 20 tokens takes the memory of 256
+# mlx-lm's caches grow by so many positions at once: a row of 20 tokens takes the memory of 256
+CACHE_BLOCK = 256
 ROOM = 64  # those of the torch engine
 TOKEN_BUDGET = 32 * CACHE_BLOCK  # cached positions of one decode batch: of GPT-2 124M they take 0.6 GB
 
@@ -30,7 +31,9 @@ class Decoder(Protocol):
     """A model with a key/value cache for a batch of rows."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> Array:
-        """Left-pad and run the prompts, repeat each row of the cache ``samples`` times; returns next-token logits [P * samples, V]."""
+        """Left-pad and run the prompts, repeat each row of the cache ``samples`` times; returns next-token
+        logits [P * samples, V].
+        """
 
     def advance(self, tokens: np.ndarray) -> Array:
         """Append one token to each row; returns next-token logits [rows, V]."""
@@ -38,17 +41,19 @@ class Decoder(Protocol):
     def keep(self, rows: np.ndarray) -> None:
         """Drop all but ``rows`` from the cache."""
 
-    def pick(self, logits: Array, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    def pick(
+        self, logits: Array, uniforms: np.ndarray, temperature: float, top_p: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One token per row and its log-probability; see :func:`pick`."""
 
 
 def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tuple[Array, Array]:
     """One token per row by inverse CDF, and its log-probability under the tempered full softmax.
 
-    logits: [R, V] float32; uniforms: [R, 1] in (0, 1).
-    temperature 0 takes the largest logit. ``top_p`` < 1 samples from the nucleus (Holtzman et al. 2020, section 3.1), the
-    smallest set of tokens whose probability reaches top_p; the reported log-probability stays that of the full softmax,
-    which is what reinforcement learning needs.
+    logits: [R, V] float32; uniforms: [R, 1] in (0, 1). temperature 0 takes the largest logit. ``top_p`` < 1
+    samples from the nucleus (Holtzman et al. 2020, section 3.1), the smallest set of tokens whose probability
+    reaches top_p; the reported log-probability stays that of the full softmax, which is what reinforcement
+    learning needs.
     """
     xp = ops(logits)
     p = xp.softmax(logits / temperature if temperature > 0 else logits, axis=-1)
@@ -56,7 +61,8 @@ def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tu
         tokens = xp.argmax(logits, axis=-1)
     elif top_p >= 1:
         cdf = xp.cumsum(p, axis=-1)
-        # The first entry above u times the last one: rounding in a sum over V terms cannot push the draw past the end.
+        # The first entry above u times the last one: rounding in a sum over V terms cannot push the draw past
+        # the end.
         tokens = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
     else:
         order = xp.argsort_descending(p)
@@ -69,7 +75,9 @@ def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tu
 
 
 def barrier(logits: Array, forbidden: Sequence[int]) -> Array:
-    """[1, V] to be added to ``logits`` [R, V]: -inf at the forbidden tokens, which then have no probability, and 0 at all others."""
+    """[1, V] to be added to ``logits`` [R, V]: -inf at the forbidden tokens, which then have no probability,
+    and 0 at all others.
+    """
     wall = ops(logits).zeros_like(logits[:1])
     for token in forbidden:
         wall[:, token] = -math.inf
@@ -93,10 +101,12 @@ def decode(
 ) -> list[Completion]:
     """``samples`` completions of each prompt; entry ``p * samples + s`` is sample s of prompt p.
 
-    A row ends at ``stop``, after ``max_tokens``, or where prompt and answer fill the ``context``. ``on_token(row, token)`` is
-    called as tokens appear. ``first_row`` numbers the first row: prompts decoded in several batches get the numbers, and so the
-    texts, that they would have in one. ``forbidden`` tokens are never said, and log-probabilities are then those of the softmax over
-    the others; with the end of text among them every answer has full length. Raises UserError for an empty prompt or one that leaves no room in the context.
+    A row ends at ``stop``, after ``max_tokens``, or where prompt and answer fill the ``context``.
+    ``on_token(row, token)`` is called as tokens appear. ``first_row`` numbers the first row: prompts decoded
+    in several batches get the numbers, and so the texts, that they would have in one. ``forbidden`` tokens
+    are never said, and log-probabilities are then those of the softmax over the others; with the end of text
+    among them every answer has full length. Raises UserError for an empty prompt or one that leaves no room
+    in the context.
     """
     if not prompts:
         return []
@@ -104,12 +114,24 @@ def decode(
     if min(len(p) for p in prompts) == 0:
         raise UserError("a prompt is empty: give at least one token")
     if context is not None and longest >= context:
-        raise UserError(f"a prompt of {longest} tokens leaves no room in the model's context of {context}; shorten it")
-    room = [max_tokens if context is None else min(max_tokens, context - len(p)) for p in prompts for _ in range(samples)]
+        raise UserError(
+            f"a prompt of {longest} tokens leaves no room in the model's context of {context}; shorten it"
+        )
+    room = [
+        max_tokens if context is None else min(max_tokens, context - len(p))
+        for p in prompts
+        for _ in range(samples)
+    ]
     rows = len(room)
     # A generator per row: the numbers of a row depend neither on how many rows there are nor on max_tokens.
-    uniforms = np.stack([np.random.default_rng([seed, first_row + row]).random(max(room), dtype=np.float32) for row in range(rows)])
-    uniforms = np.maximum(uniforms, np.float32(2**-25))  # a draw of exactly 0 would take the first token, however unlikely, forbidden even
+    uniforms = np.stack(
+        [
+            np.random.default_rng([seed, first_row + row]).random(max(room), dtype=np.float32)
+            for row in range(rows)
+        ]
+    )
+    # a draw of exactly 0 would take the first token, however unlikely, forbidden even
+    uniforms = np.maximum(uniforms, np.float32(2**-25))
     tokens: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     stopped = [False] * rows
@@ -140,13 +162,23 @@ def decode(
 
 
 def in_batches(
-    model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, samples: int = 1, token_budget: int = TOKEN_BUDGET, **settings: Any
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    samples: int = 1,
+    token_budget: int = TOKEN_BUDGET,
+    **settings: Any,
 ) -> Iterator[Completion]:
-    """``model.generate`` for any number of prompts: decode batches of at most ``token_budget`` cached positions, or of one row.
+    """``model.generate`` for any number of prompts: decode batches of at most ``token_budget`` cached
+    positions, or of one row.
 
-    The texts are those of a single batch: a row's random numbers come from the seed and its place in the whole.
+    The texts are those of a single batch: a row's random numbers come from the seed and its place in the
+    whole.
     """
-    for batch, at_once in split([len(p) for p in prompts], samples, min(max_tokens, model.context or max_tokens), token_budget):
+    for batch, at_once in split(
+        [len(p) for p in prompts], samples, min(max_tokens, model.context or max_tokens), token_budget
+    ):
         for first in range(0, samples, at_once):
             yield from model.generate(
                 prompts[batch],
@@ -157,8 +189,12 @@ def in_batches(
             )
 
 
-def split(lengths: Sequence[int], samples: int, answer_tokens: int, token_budget: int) -> Iterator[tuple[slice, int]]:
-    """Prompts of so many tokens in decode batches: which ones, and how many samples of each at a time, which are fewer where one prompt's are too many."""
+def split(
+    lengths: Sequence[int], samples: int, answer_tokens: int, token_budget: int
+) -> Iterator[tuple[slice, int]]:
+    """Prompts of so many tokens in decode batches: which ones, and how many samples of each at a time, which
+    are fewer where one prompt's are too many.
+    """
 
     def positions(prompt_tokens: int) -> int:
         return round_up(prompt_tokens + answer_tokens, CACHE_BLOCK)
@@ -171,5 +207,8 @@ def split(lengths: Sequence[int], samples: int, answer_tokens: int, token_budget
             if end > begin and (end + 1 - begin) * samples * positions(longest) > token_budget:
                 break
             end += 1
-        yield slice(begin, end), samples if end > begin + 1 else max(1, min(samples, token_budget // positions(lengths[begin])))
+        yield (
+            slice(begin, end),
+            samples if end > begin + 1 else max(1, min(samples, token_budget // positions(lengths[begin]))),
+        )
         begin = end

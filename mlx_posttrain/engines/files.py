@@ -16,16 +16,19 @@ from mlx_posttrain.convert.hub import check_config, weight_files
 from mlx_posttrain.engines.base import AdapterSpec
 from mlx_posttrain.errors import UserError
 
-#: layer path under Hugging Face's name -> {"lora_a": [in, r], "lora_b": [r, out], "m": [out] for DoRA}, float32
+#: layer path under Hugging Face's name -> {"lora_a": [in, r], "lora_b": [r, out], "m": [out] for DoRA},
+#: float32
 Adapter = dict[str, dict[str, np.ndarray]]
 
 
 HEAD = "score.weight"  # the scalar head of *ForSequenceClassification with one label
-HEAD_FILE = "head.safetensors"  # a language model's scalar head lies beside it, where transformers does not look
+# a language model's scalar head lies beside it, where transformers does not look
+HEAD_FILE = "head.safetensors"
 
 
 def save_model(folder: Path, tensors: Mapping[str, Any], base: Path, pad: int | None = None) -> None:
-    """Write weights under Hugging Face's names with the base's config and tokenizer files, so that transformers loads the folder.
+    """Write weights under Hugging Face's names with the base's config and tokenizer files, so that
+    transformers loads the folder.
 
     With ``score.weight`` among them and ``pad`` it becomes a sequence classifier with one label.
     """
@@ -33,18 +36,29 @@ def save_model(folder: Path, tensors: Mapping[str, Any], base: Path, pad: int | 
         tensors = {name: value for name, value in tensors.items() if name != "lm_head.weight"}
     weights.save_weights(folder, tensors)
     config = {
-        k: v for k, v in check_config(base).items() if k not in ("torch_dtype", "_name_or_path", "quantization", "quantization_config")
+        k: v
+        for k, v in check_config(base).items()
+        if k not in ("torch_dtype", "_name_or_path", "quantization", "quantization_config")
     }
     config["dtype"] = str(next(iter(tensors.values())).dtype).rpartition(".")[2]
     if config.get("model_type") == "gpt2":
-        config = {**weights.gpt2_config({**config, "architectures": None}), "architectures": ["GPT2LMHeadModel"]}
+        config = {
+            **weights.gpt2_config({**config, "architectures": None}),
+            "architectures": ["GPT2LMHeadModel"],
+        }
     if HEAD in tensors:
         name = str((config.get("architectures") or [""])[0])
         stem = re.sub(r"(LMHeadModel|ForCausalLM|ForSequenceClassification)$", "", name)
-        config |= {"architectures": [f"{stem}ForSequenceClassification"], "num_labels": 1, "pad_token_id": pad}
+        config |= {
+            "architectures": [f"{stem}ForSequenceClassification"],
+            "num_labels": 1,
+            "pad_token_id": pad,
+        }
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
     write_json(folder / "config.json", config)
-    tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
+    tokens = {
+        k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None
+    }
     if HEAD in tensors:
         pass  # a classifier generates nothing
     elif (base / "generation_config.json").is_file():
@@ -67,7 +81,8 @@ def save_head(folder: Path, weight: np.ndarray) -> None:
 
 
 def read_head(folder: Path) -> np.ndarray | None:
-    """The scalar head [1, width] of a classifier, of a classifier's adapter, or beside a model; None where there is none.
+    """The scalar head [1, width] of a classifier, of a classifier's adapter, or beside a model; None where
+    there is none.
 
     Raises UserError for a head with several labels.
     """
@@ -85,30 +100,56 @@ def read_head(folder: Path) -> np.ndarray | None:
                 if key.removeprefix(adapters.PREFIX) == HEAD:
                     weight = read_float32(folder / name)[key]
                     if weight.ndim != 2 or len(weight) != 1:
-                        raise UserError(f"{folder}: its head has shape {weight.shape}; a reward model has one label, so (1, width)")
+                        raise UserError(
+                            f"{folder}: its head has shape {weight.shape}; a reward model has "
+                            "one label, so (1, width)"
+                        )
                     return weight
     return None
 
 
-def save_adapter(folder: Path, modules: Adapter, spec: AdapterSpec, model_type: str, base: str, head: np.ndarray | None = None) -> None:
-    """Write a PEFT adapter folder; with ``head`` [1, width] of task type SEQ_CLS, the head among its tensors."""
+def save_adapter(
+    folder: Path,
+    modules: Adapter,
+    spec: AdapterSpec,
+    model_type: str,
+    base: str,
+    head: np.ndarray | None = None,
+) -> None:
+    """Write a PEFT adapter folder; with ``head`` [1, width] of task type SEQ_CLS, the head among its
+    tensors.
+    """
     adapters.save_adapter(
-        folder, modules, base_model=base, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=list(spec.targets or ()),
-        rslora=spec.rslora, dora=spec.kind == "dora", fan_in_fan_out=model_type == "gpt2",
+        folder,
+        modules,
+        base_model=base,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        dropout=spec.dropout,
+        targets=list(spec.targets or ()),
+        rslora=spec.rslora,
+        dora=spec.kind == "dora",
+        fan_in_fan_out=model_type == "gpt2",
         head=head,
-    )  # fmt: skip
+    )
 
 
 def read_adapter(folder: Path, layers: Sequence[str]) -> Adapter:
-    """Read a PEFT adapter folder's tensors for exactly these layers. Raises UserError when the adapter has others."""
+    """Read a PEFT adapter folder's tensors for exactly these layers. Raises UserError when the adapter has
+    others.
+    """
     _, modules = adapters.read_adapter(folder)
     modules = {adapters.hf_path(path): parts for path, parts in modules.items()}
     if set(modules) != set(layers):
         odd = sorted(set(modules) ^ set(layers))[0]
         raise UserError(
-            f"{folder}: the adapter and the model's adapted layers differ, for example in {odd}; set adapter.targets to the adapter's own"
+            f"{folder}: the adapter and the model's adapted layers differ, for example in {odd}; set "
+            "adapter.targets to the adapter's own"
         )
-    return {path: {name: np.asarray(value, np.float32) for name, value in parts.items()} for path, parts in modules.items()}
+    return {
+        path: {name: np.asarray(value, np.float32) for name, value in parts.items()}
+        for path, parts in modules.items()
+    }
 
 
 def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
@@ -116,14 +157,19 @@ def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
     config, modules = adapters.read_adapter(folder)
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise UserError(
-            f"{folder}: the adapter's layers differ in rank or alpha (rank_pattern); merge it with PEFT and start from that model"
+            f"{folder}: the adapter's layers differ in rank or alpha (rank_pattern); merge it with PEFT and "
+            "start from that model"
         )
     # The layers themselves, not target_modules: PEFT also writes patterns and "all-linear" there.
     config["target_modules"] = sorted(adapters.hf_path(path) for path in modules)
     return AdapterSpec(
-        kind="dora" if config.get("use_dora") else "lora", rank=config["r"], alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout, rslora=bool(config.get("use_rslora")), targets=tuple(config["target_modules"]),
-    )  # fmt: skip
+        kind="dora" if config.get("use_dora") else "lora",
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout,
+        rslora=bool(config.get("use_rslora")),
+        targets=tuple(config["target_modules"]),
+    )
 
 
 def torch_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,4 +179,8 @@ def torch_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file in weight_files(folder):
         tensors.update(load_file(folder / file))
-    return gpt2.mlx_to_hf(gpt2.hf_to_mlx(tensors, config["n_layer"])) if config.get("model_type") == "gpt2" else tensors
+    return (
+        gpt2.mlx_to_hf(gpt2.hf_to_mlx(tensors, config["n_layer"]))
+        if config.get("model_type") == "gpt2"
+        else tensors
+    )

@@ -68,7 +68,8 @@ class MLXModel:
 
     def _logits(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
         check_fits(batch.tokens.shape[1], self.context)
-        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
+        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask:
+        # see data/batches.py.
         if not self._split:
             return net(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
         return _head(net, self._hidden(net, batch)).astype(mx.float32)
@@ -95,7 +96,9 @@ class MLXModel:
             return mx.stop_gradient(self._logits(net, batch))
 
     def _fused_head(self, net: nn.Module) -> tuple[mx.array, dict[str, bool]] | None:
-        """The head's weight [V, d] and its way to a gradient, see fused.py; None for a head that is not one plain matrix."""
+        """The head's weight [V, d] and its way to a gradient, see fused.py; None for a head that is not one
+        plain matrix.
+        """
         if not self._split:
             return None
         layer = _head_layer(net)
@@ -116,15 +119,21 @@ class MLXModel:
         with self._frozen() as net:
             return mx.stop_gradient(self._logprobs(net, batch, temperature))
 
-    def logprobs_and_kl(self, batch: DeviceBatch, direction: str, beta: float | None = None) -> tuple[mx.array, mx.array]:
+    def logprobs_and_kl(
+        self, batch: DeviceBatch, direction: str, beta: float | None = None
+    ) -> tuple[mx.array, mx.array]:
         head = self._fused_head(self.net)
         if head is None:
             logits = self.logits(batch)
-            return token_logprobs(logits, batch.target), full_kl(logits, self.reference_logits(batch), direction)
+            return token_logprobs(logits, batch.target), full_kl(
+                logits, self.reference_logits(batch), direction
+            )
         with self._frozen() as net:
             weight, kept = _head_layer(net).weight, batch.extra.get(REFERENCE_HIDDEN)
             hidden = mx.stop_gradient(self._hidden(net, batch)) if kept is None else kept.astype(weight.dtype)
-        return mlx_fused.logprobs_and_kl(self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, beta, **head[1])
+        return mlx_fused.logprobs_and_kl(
+            self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, beta, **head[1]
+        )
 
     @property
     def reference_width(self) -> int | None:
@@ -138,11 +147,17 @@ class MLXModel:
         _tidy()
         return found
 
-    def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[mx.array, mx.array, mx.array | None]:
+    def policy_terms(
+        self, batch: DeviceBatch, temperature: float = 1.0
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
         head = self._fused_head(self.net)
         if head is None:
             logits = self.logits(batch) / temperature
-            return token_logprobs(logits, batch.target), entropy(logits), self.scores(batch) if self.has_head else None
+            return (
+                token_logprobs(logits, batch.target),
+                entropy(logits),
+                self.scores(batch) if self.has_head else None,
+            )
         hidden = self._hidden(self.net, batch)
         terms = mlx_fused.logprobs_and_entropy(hidden / temperature, head[0], batch.target, **head[1])
         return *terms, self.net.score(hidden)[:, 0].astype(mx.float32) if self.has_head else None
@@ -159,7 +174,8 @@ class MLXModel:
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        # A scale of 0 would not do for DoRA, whose magnitude acts even then: put the adapted layers themselves back.
+        # A scale of 0 would not do for DoRA, whose magnitude acts even then: put the adapted layers
+        # themselves back.
         layers = self.adapted()
         self.net.update_modules(tree_unflatten([(path, m.linear) for path, m in layers]))
         try:
@@ -170,10 +186,16 @@ class MLXModel:
     # around training
 
     def parameter_counts(self) -> tuple[int, int]:
-        packed = 0  # a quantised layer stores 32 / bits weights in one uint32 and its scales and biases beside them
+        # a quantised layer stores 32 / bits weights in one uint32 and its scales and biases beside them
+        packed = 0
         for _, m in self.net.named_modules():
             if hasattr(m, "bits") and hasattr(m, "scales"):
-                packed += m.weight.size * 32 // m.bits - m.weight.size - m.scales.size - (m.biases.size if "biases" in m else 0)
+                packed += (
+                    m.weight.size * 32 // m.bits
+                    - m.weight.size
+                    - m.scales.size
+                    - (m.biases.size if "biases" in m else 0)
+                )
         total = sum(v.size for _, v in tree_flatten(self.net.parameters())) + packed
         return total, sum(v.size for _, v in tree_flatten(self.net.trainable_parameters()))
 
@@ -186,14 +208,25 @@ class MLXModel:
             mlx_lean.undo(self.net)
         layer_type = DoRALinear if spec.kind == "dora" else LoRALinear
         self.net.freeze()
-        linear = {self._hf_path(p): (p, m) for p, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
+        linear = {
+            self._hf_path(p): (p, m)
+            for p, m in self.net.named_modules()
+            if isinstance(m, nn.Linear | nn.QuantizedLinear)
+        }
         linear.pop("score", None)
         chosen = [linear[path] for path in match_targets(list(linear), spec.targets or ())]
         self.spec = spec
         if self.has_head:
             self.net.score.unfreeze()
-        layers = {p: layer_type.from_base(m, r=spec.rank, dropout=spec.dropout, scale=spec.scale) for p, m in sorted(chosen)}
-        start = adapter_start({self._hf_path(p): m.lora_a.shape[:1] + m.lora_b.shape[1:] for p, m in layers.items()}, spec.rank, seed)
+        layers = {
+            p: layer_type.from_base(m, r=spec.rank, dropout=spec.dropout, scale=spec.scale)
+            for p, m in sorted(chosen)
+        }
+        start = adapter_start(
+            {self._hf_path(p): m.lora_a.shape[:1] + m.lora_b.shape[1:] for p, m in layers.items()},
+            spec.rank,
+            seed,
+        )
         for path, layer in layers.items():
             layer.lora_a = mx.array(start[self._hf_path(path)].T)
             layer.linear.freeze()
@@ -209,7 +242,8 @@ class MLXModel:
     def add_head(self, weight: np.ndarray) -> None:
         if not hasattr(self.net, "model"):
             raise UserError(
-                f"{self.config['model_type']}: mlx-lm keeps no hidden states of this architecture apart, so it takes no scalar head"
+                f"{self.config['model_type']}: mlx-lm keeps no hidden states of this architecture apart, so "
+                "it takes no scalar head"
             )
         score = nn.Linear(weight.shape[1], 1, bias=False)
         score.weight = mx.array(weight)
@@ -222,7 +256,8 @@ class MLXModel:
     def keep_reference(self) -> None:
         if self.spec is None:
             reference = self._reload()
-            # Real copies: a compiled function must not meet one array both as an input (the policy) and as a constant (the reference).
+            # Real copies: a compiled function must not meet one array both as an input (the policy) and as a
+            # constant (the reference).
             own = {name: value for name, value in self.net.parameters().items() if name != "score"}
             reference.update(tree_map(lambda v: v + mx.zeros((), v.dtype), own))
             mx.eval(reference.parameters())
@@ -244,9 +279,14 @@ class MLXModel:
         self.net.eval()
         return [np.array(self.logprobs(_device_batch(batch, 1.0))) for batch in batches]
 
-    def apply(self, function: Callable[[Any, DeviceBatch], dict[str, mx.array]], batches: Sequence[Batch]) -> list[dict[str, np.ndarray]]:
+    def apply(
+        self, function: Callable[[Any, DeviceBatch], dict[str, mx.array]], batches: Sequence[Batch]
+    ) -> list[dict[str, np.ndarray]]:
         self.net.eval()
-        return [{name: np.array(v) for name, v in function(self, _device_batch(batch, batch.count)).items()} for batch in batches]
+        return [
+            {name: np.array(v) for name, v in function(self, _device_batch(batch, batch.count)).items()}
+            for batch in batches
+        ]
 
     def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
         self.net.eval()
@@ -284,9 +324,19 @@ class MLXModel:
         self.net.eval()  # dropout off, and with it gradient checkpointing
         _tidy()
         return decoding.decode(
-            _MLXDecoder(self.net, self._split), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
-            temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token, forbidden=forbidden,
-        )  # fmt: skip
+            _MLXDecoder(self.net, self._split),
+            prompts,
+            context=self.context,
+            max_tokens=max_tokens,
+            stop=stop,
+            temperature=temperature,
+            top_p=top_p,
+            samples=samples,
+            seed=seed,
+            first_row=first_row,
+            on_token=on_token,
+            forbidden=forbidden,
+        )
 
     # files
 
@@ -300,7 +350,9 @@ class MLXModel:
 
     def save_classifier(self, folder: Path, pad: int) -> None:
         if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.base_name, self.head())
+            files.save_adapter(
+                folder, self._adapter(), self.spec, self.config["model_type"], self.base_name, self.head()
+            )
         else:
             files.save_model(folder, self._full(), self.folder, pad)
 
@@ -315,7 +367,8 @@ class MLXModel:
         if self.spec is None:
             weights = mlx_load.read_weights(folder, self.config)
             own = dict(tree_flatten(self.net.parameters()))
-            weights += [(files.HEAD, own[files.HEAD])] if self.has_head else []  # read below, from wherever it lies
+            # read below, from wherever it lies
+            weights += [(files.HEAD, own[files.HEAD])] if self.has_head else []
             self.net.load_weights(weights, strict=True)
         else:
             modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self.adapted()])
@@ -353,7 +406,9 @@ def _head(net: nn.Module, hidden: mx.array) -> mx.array:
 
 
 def _splits(net: nn.Module) -> bool:
-    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their logits): asked, not assumed."""
+    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their
+    logits): asked, not assumed.
+    """
     probe = mx.array([[1, 2, 3, 4]])
     try:
         return bool(mx.allclose(_head(net, net.model(probe)), net(probe), rtol=1e-4, atol=1e-4).item())
@@ -374,7 +429,9 @@ class _MLXDecoder:
         padding = [longest - len(p) for p in prompts]
         caches = make_prompt_cache(self.net)
         if not all(type(c) is KVCache for c in caches) and (len(prompts) > 1 or samples > 1):
-            raise UserError("this architecture's cache cannot hold several rows: generate one prompt at a time")
+            raise UserError(
+                "this architecture's cache cannot hold several rows: generate one prompt at a time"
+            )
         if all(type(c) is KVCache for c in caches):
             caches = [BatchKVCache(padding) for _ in caches]
         self.caches = caches
@@ -404,7 +461,9 @@ class _MLXDecoder:
         for c in self.caches:
             c.filter(index)
 
-    def pick(self, logits: mx.array, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    def pick(
+        self, logits: mx.array, uniforms: np.ndarray, temperature: float, top_p: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         tokens, log_p = decoding.pick(logits, mx.array(uniforms)[:, None], temperature, top_p)
         return np.array(tokens), np.array(log_p)
 
@@ -468,12 +527,15 @@ class MLXTrainer:
             self.optimizer.apply_single(g * factor.astype(g.dtype), p, own)
             for g, p, own in zip(gradients, parameters, moments, strict=True)
         ]
-        # A gradient may come out transposed and hand its strides on; a weight read back from a checkpoint never does. With one layout for
-        # both, matmul rounds alike, and a resumed run equals an uninterrupted one.
+        # A gradient may come out transposed and hand its strides on; a weight read back from a checkpoint
+        # never does. With one layout for both, matmul rounds alike, and a resumed run equals an uninterrupted
+        # one.
         return [mx.contiguous(u) for u in updated], moments
 
     def _apply(self, gradients: list[tuple[str, mx.array]], lr: float, factor: mx.array) -> None:
-        """Update the parameters a group at a time: all at once, every weight and moment would be there twice."""
+        """Update the parameters a group at a time: all at once, every weight and moment would be there
+        twice.
+        """
         net, state = self.model.net, self._state
         rate = mx.array(lr, mx.float32)
         state["step"] = state["step"] + 1
@@ -485,12 +547,22 @@ class MLXTrainer:
             names = [name for name, _ in group]
             known = dict(tree_flatten(net.trainable_parameters()))
             updated, moments = self._update(
-                [g for _, g in group], [known.pop(name) for name in names], [{m: state.pop(f"{name}.{m}") for m in ("m", "v")} for name in names],
-                state["step"], rate, factor,
-            )  # fmt: skip
+                [g for _, g in group],
+                [known.pop(name) for name in names],
+                [{m: state.pop(f"{name}.{m}") for m in ("m", "v")} for name in names],
+                state["step"],
+                rate,
+                factor,
+            )
             net.update(tree_unflatten(list(zip(names, updated, strict=True))))
-            state |= {f"{name}.{m}": value for name, own in zip(names, moments, strict=True) for m, value in own.items()}
-            del group, known  # nothing but the work itself holds the old arrays, so what is done gives its memory to what follows
+            state |= {
+                f"{name}.{m}": value
+                for name, own in zip(names, moments, strict=True)
+                for m, value in own.items()
+            }
+            # nothing but the work itself holds the old arrays, so what is done gives its memory to what
+            # follows
+            del group, known
             mx.async_eval(updated, moments)
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
@@ -513,11 +585,16 @@ class MLXTrainer:
             net.update(parameters)  # tracing leaves placeholders in the module
         norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for _, g in tree_flatten(gradients)))
         sums["grad_norm"] = norm
-        # The step's one wait: what is logged also says whether the weights may take the gradient. The update is not waited for.
+        # The step's one wait: what is logged also says whether the weights may take the gradient. The update
+        # is not waited for.
         result = {name: float(v.item()) for name, v in sums.items()}
         if not np.isfinite(result["loss"]) or not np.isfinite(result["grad_norm"]):
             raise FloatingPointError(f"loss {result['loss']}, gradient norm {result['grad_norm']}")
-        factor = mx.array(1.0) if self.settings.clip is None else mx.minimum(self.settings.clip / (norm + 1e-6), 1.0)
+        factor = (
+            mx.array(1.0)
+            if self.settings.clip is None
+            else mx.minimum(self.settings.clip / (norm + 1e-6), 1.0)
+        )
         flat = tree_flatten(gradients)
         del gradients, part, parameters
         self._apply(flat, lr, factor)
@@ -530,14 +607,21 @@ class MLXTrainer:
     def load(self, path: Path) -> None:
         state: dict[str, mx.array] = dict(mx.load(str(path)))
         known = self._state
-        strangers = sorted(set(state) ^ set(known)) or sorted(n for n, v in state.items() if v.shape != known[n].shape)
+        strangers = sorted(set(state) ^ set(known)) or sorted(
+            n for n, v in state.items() if v.shape != known[n].shape
+        )
         if strangers:
-            raise UserError(f"{path}: its moments are of other parameters, for example {strangers[0]}: it belongs to another run")
+            raise UserError(
+                f"{path}: its moments are of other parameters, for example {strangers[0]}: it "
+                "belongs to another run"
+            )
         self._state = state
 
 
 def _tidy() -> None:
-    """Give buffers that nobody uses back to the system once they outweigh those in use: with rows of many lengths they pile up."""
+    """Give buffers that nobody uses back to the system once they outweigh those in use: with rows of many
+    lengths they pile up.
+    """
     if mx.get_cache_memory() > mx.get_active_memory():
         mx.clear_cache()
 
@@ -588,9 +672,12 @@ class MLXEngine:
     def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
         if "mlx" in state:
             high, low = (int(v) for v in state["mlx"])
-            mx.random.seed((high << 32) | low)  # mlx's state is its key, the two halves of the seed; it cannot be assigned
+            # mlx's state is its key, the two halves of the seed; it cannot be assigned
+            mx.random.seed((high << 32) | low)
             if not np.array_equal(np.array(mx.random.state[0]), state["mlx"]):
-                raise RuntimeError("this version of mlx keeps its random state differently: a run cannot be resumed exactly")
+                raise RuntimeError(
+                    "this version of mlx keeps its random state differently: a run cannot be resumed exactly"
+                )
 
     def memory(self) -> dict[str, float]:
         return {"peak_gb": mx.get_peak_memory() / 2**30}

@@ -1,9 +1,11 @@
-"""GPT-2's attention in training for MLX's CPU backend on Linux, whose softmax computes exp one element at a time.
+"""GPT-2's attention in training for MLX's CPU backend on Linux, whose softmax computes exp one element at a
+time.
 
-There the softmax of attention takes as long as half of a block's products with weights. Here it uses the vectorised exp of ``mlx_exp``, and the
-backward pass makes the weights again from queries and keys instead of keeping them, whose number grows with the square of the length; of
-the row sums of P * dP it needs only those of O * dO (Dao et al. 2022, "FlashAttention", appendix B.2). Elsewhere, in decoding and under masks of
-padding mlx-lm's own stays. tests/engines/test_mlx_attention.py holds this one against it.
+There the softmax of attention takes as long as half of a block's products with weights. Here it uses the
+vectorised exp of ``mlx_exp``, and the backward pass makes the weights again from queries and keys instead of
+keeping them, whose number grows with the square of the length; of the row sums of P * dP it needs only those
+of O * dO (Dao et al. 2022, "FlashAttention", appendix B.2). Elsewhere, in decoding and under masks of padding
+mlx-lm's own stays. tests/engines/test_mlx_attention.py holds this one against it.
 """
 
 from __future__ import annotations
@@ -39,19 +41,25 @@ def _scores(q: mx.array, k: mx.array) -> mx.array:
 
 
 def _less(a: mx.array, row: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-    """Factors whose product is a b' - row, with ``row`` [B, heads, T, 1] taken off every column: compiled, MLX broadcasts slowly."""
+    """Factors whose product is a b' - row, with ``row`` [B, heads, T, 1] taken off every column: compiled,
+    MLX broadcasts slowly.
+    """
     return mx.concatenate([a, -row], axis=-1), mx.concatenate([b, mx.ones((*b.shape[:-1], 1))], axis=-1)
 
 
 @cache
 def _attention(heads: int) -> Any:
     def parts(qkv: mx.array) -> list[mx.array]:
-        width = qkv.shape[-1] // 3  # slices, since mx.compile (0.32) fails on a split of what an adapter has added to
-        q, k, v = (split_heads(qkv[..., begin : begin + width], heads) for begin in range(0, 3 * width, width))
+        # slices, since mx.compile (0.32) fails on a split of what an adapter has added to
+        width = qkv.shape[-1] // 3
+        q, k, v = (
+            split_heads(qkv[..., begin : begin + width], heads) for begin in range(0, 3 * width, width)
+        )
         return [q * q.shape[-1] ** -0.5, k, v]
 
     @mx.custom_function
-    def attention(qkv: mx.array) -> tuple[mx.array, mx.array]:  # what comes out, and log sum exp of every row of scores
+    # what comes out, and log sum exp of every row of scores
+    def attention(qkv: mx.array) -> tuple[mx.array, mx.array]:
         q, k, v = parts(qkv)
         scores = _scores(q, k)
         top = mx.max(scores, axis=-1, keepdims=True)
@@ -75,8 +83,9 @@ def _attention(heads: int) -> Any:
 def causal(qkv: mx.array, heads: int) -> mx.array:
     """Causal self-attention scaled by d**-0.5 (Vaswani et al. 2017, equation 1), float32.
 
-    qkv: queries, keys and values of so many heads beside each other, [B, T, 3 * heads * d]. Returns [B, T, heads * d]. The backward pass
-    makes the weights again from queries, keys and each row's log sum exp (Dao et al. 2022, algorithm 4, without its tiles).
+    qkv: queries, keys and values of so many heads beside each other, [B, T, 3 * heads * d]. Returns [B, T,
+    heads * d]. The backward pass makes the weights again from queries, keys and each row's log sum exp (Dao
+    et al. 2022, algorithm 4, without its tiles).
     """
     found: mx.array = _attention(heads)(qkv)[0]
     return found
@@ -92,7 +101,9 @@ class CausalAttention(Attention):
 
 
 def applies(attention: Attention, mask: Any, cache: Any) -> bool:
-    """Whether ``causal`` is what this attention computes: no cache, nothing masked but what lies ahead, and a scale of d**-0.5."""
+    """Whether ``causal`` is what this attention computes: no cache, nothing masked but what lies ahead, and a
+    scale of d**-0.5.
+    """
     return (
         isinstance(attention, CausalAttention)
         and cache is None
@@ -103,7 +114,9 @@ def applies(attention: Attention, mask: Any, cache: Any) -> bool:
 
 
 def use_in(net: nn.Module) -> None:
-    """Let a float32 GPT-2 attend so where MLX computes exp one element at a time; nothing else of the model changes."""
+    """Let a float32 GPT-2 attend so where MLX computes exp one element at a time; nothing else of the model
+    changes.
+    """
     if not is_scalar():
         return
     for module in net.modules():

@@ -1,9 +1,9 @@
 """Softmax and its kin for MLX's CPU backend on Linux, which computes exp one element at a time.
 
-Training reads V exponentials per position off the head, forward and backward. Here exp is a polynomial and a shift of bits, which
-the compiler vectorises: a quarter of the time. On a Mac, and on any GPU, the stock functions stay. Logits are below infinity here: inf
-gives nan.
-tests/engines/test_mlx_exp.py holds these against them.
+Training reads V exponentials per position off the head, forward and backward. Here exp is a polynomial and a
+shift of bits, which the compiler vectorises: a quarter of the time. On a Mac, and on any GPU, the stock
+functions stay. Logits are below infinity here: inf gives nan. tests/engines/test_mlx_exp.py holds these
+against them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _C = (0.999999999, 0.693147045, 0.240224331, 0.0554909321, 0.00957985997, 0.0012
 def _factors(z: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
     """2^f and, in bits, 2^k with f + k = log2 exp(z - top); in Estrin's order, which MLX fuses into one loop.
 
-    k is t rounded up by a conversion: the compiler has a vector instruction for that on every x86-64, for floor only on newer ones.
+    k is t rounded up by a conversion: the compiler has a vector instruction for that on every x86-64, for
+    floor only on newer ones.
     """
     t = mx.maximum((z - top) * math.log2(math.e), -127.0)  # whose 2^k has no bits, and is 0
     k = t.astype(mx.int32)
@@ -43,13 +44,17 @@ def _factors(z: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _exp(z: mx.array, top: mx.array) -> mx.array:
-    """exp(z - top) for z <= top, 0 from 2^-127 down; the relative error, |z - top| 1e-7, is what rounding z - top costs any exp."""
+    """exp(z - top) for z <= top, 0 from 2^-127 down; the relative error, |z - top| 1e-7, is what rounding z -
+    top costs any exp.
+    """
     q, bits = _factors(z, top)
     return q * bits.view(mx.float32)
 
 
 def exp_below(z: mx.array, top: mx.array) -> mx.array:
-    """exp(z - top) where no element of z is above ``top``, an array of z's shape or of last dimension 1; without a gradient."""
+    """exp(z - top) where no element of z is above ``top``, an array of z's shape or of last dimension 1;
+    without a gradient.
+    """
     return _exp(z, top) if _fast(z) else mx.exp(z - top)
 
 
@@ -91,7 +96,9 @@ def softmax(z: mx.array, axis: int = -1) -> mx.array:
 
 
 def softmax_and_lse(z: mx.array) -> tuple[mx.array, mx.array]:
-    """Softmax along the last axis and the log-sum-exp, [..., 1], where exp is ours from one exponential per element; without a gradient."""
+    """Softmax along the last axis and the log-sum-exp, [..., 1], where exp is ours from one exponential per
+    element; without a gradient.
+    """
     if not _fast(z):
         return mx.softmax(z, axis=-1), mx.logsumexp(z, axis=-1, keepdims=True)
     top, e, total = _shifted(z)

@@ -1,6 +1,8 @@
-"""Log-probabilities, entropies and divergences from hidden states, on MLX, a chunk of positions at a time. See fused.py.
+"""Log-probabilities, entropies and divergences from hidden states, on MLX, a chunk of positions at a time.
+See fused.py.
 
-Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's weight; target: [N] token ids.
+Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's weight;
+target: [N] token ids.
 """
 
 from __future__ import annotations
@@ -17,20 +19,29 @@ from mlx_posttrain.engines.mlx_exp import exp_below, softmax_and_lse
 def logprobs(h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool) -> mx.array:
     """[N] log-probabilities of the targets.
 
-    trained: whether w has a gradient; training: whether one is about to be asked for, so that it is steered, or slopes are kept for it: fused.py.
+    trained: whether w has a gradient; training: whether one is about to be asked for, so that it is steered,
+    or slopes are kept for it: fused.py.
     """
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
         p, lse = softmax_and_lse(z)
-        return [_at(z, target) - lse, lse, *([w[target] - _times(p, w)] if training and not trained else [])], p
+        return [
+            _at(z, target) - lse,
+            lse,
+            *([w[target] - _times(p, w)] if training and not trained else []),
+        ], p
 
     (value, lse, *slope), kept = _sweep(values, trained and training, w, h, target)
     return _with_gradient(value, h, w, slope, fused.Fall(_softmax_of(lse), kept, target), trained)[:, 0]
 
 
-def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool) -> tuple[mx.array, mx.array]:
-    """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports them."""
+def logprobs_and_entropy(
+    h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool
+) -> tuple[mx.array, mx.array]:
+    """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports
+    them.
+    """
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
@@ -49,12 +60,22 @@ def logprobs_and_entropy(h: mx.array, w: mx.array, target: mx.array, *, trained:
 
 
 def logprobs_and_kl(
-    h: mx.array, w: mx.array, h_ref: mx.array, w_ref: mx.array, target: mx.array, direction: str, beta: float | None = None, *,
-    trained: bool, training: bool,
-) -> tuple[mx.array, mx.array]:  # fmt: skip
-    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows.
+    h: mx.array,
+    w: mx.array,
+    h_ref: mx.array,
+    w_ref: mx.array,
+    target: mx.array,
+    direction: str,
+    beta: float | None = None,
+    *,
+    trained: bool,
+    training: bool,
+) -> tuple[mx.array, mx.array]:
+    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient
+    flows.
 
-    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; the gradient then hangs on the log-probabilities alone.
+    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; the gradient then hangs on the
+    log-probabilities alone.
     """
 
     def values(h: mx.array, h_ref: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
@@ -79,8 +100,12 @@ def logprobs_and_kl(
     def fall_of_both(z: mx.array, rows: slice, part: slice) -> mx.array:
         return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
 
-    value = _with_gradient(value, h, w, slopes[:1], fused.Fall(softmax if beta is None else fall_of_both, kept, target), trained)
-    divergence = _with_gradient(kl, h, w, slopes[1:], fused.Fall(fall_of_kl, []), trained) if beta is None else kl
+    value = _with_gradient(
+        value, h, w, slopes[:1], fused.Fall(softmax if beta is None else fall_of_both, kept, target), trained
+    )
+    divergence = (
+        _with_gradient(kl, h, w, slopes[1:], fused.Fall(fall_of_kl, []), trained) if beta is None else kl
+    )
     return value[:, 0], divergence[:, 0]
 
 
@@ -103,14 +128,17 @@ def _softmax_of(lse: mx.array) -> Callable[[mx.array, slice, slice], mx.array]:
 def _sweep(
     function: Callable[..., tuple[list[mx.array], mx.array]], keep: bool, w: mx.array, *rows: mx.array
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and what is kept of it."""
+    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and
+    what is kept of it.
+    """
     count = rows[0].shape[0]
     most = fused.kept(count, w.shape[0]) if keep else 0
     parts: list[list[mx.array]] = []
     kept: list[mx.array] = []
     for part in fused.chunks(count, w.shape[0]):
         chunk = [mx.stop_gradient(a[part]) for a in rows]
-        # MLX chooses its own order of work: without the dependency the logits of all chunks may be there at once.
+        # MLX chooses its own order of work: without the dependency the logits of all chunks may be there at
+        # once.
         found, fall = function(*(mx.depends(chunk, parts[-1]) if parts else chunk))
         parts.append(found)
         if part.stop <= most:
@@ -118,15 +146,21 @@ def _sweep(
     return [mx.stop_gradient(mx.concatenate(list(arrays))) for arrays in zip(*parts, strict=True)], kept
 
 
-def _with_gradient(value: mx.array, h: mx.array, w: mx.array, slope: list[mx.array], fall: fused.Fall, trained: bool) -> mx.array:
-    """``value`` [N, 1] steered by its slope [N, d] where there is one, else with the gradient that ``fall`` says."""
+def _with_gradient(
+    value: mx.array, h: mx.array, w: mx.array, slope: list[mx.array], fall: fused.Fall, trained: bool
+) -> mx.array:
+    """``value`` [N, 1] steered by its slope [N, d] where there is one, else with the gradient that ``fall``
+    says.
+    """
     if slope:
-        return value + mx.sum((h - mx.stop_gradient(h)) * slope[0], axis=-1, keepdims=True)  # what is added is zero
+        # what is added is zero
+        return value + mx.sum((h - mx.stop_gradient(h)) * slope[0], axis=-1, keepdims=True)
     return _attached(value, h, w, fall, trained)
 
 
 def _attached(value: mx.array, h: mx.array, w: mx.array, fall: fused.Fall, trained: bool) -> mx.array:
-    """``value`` with its gradients with respect to h and, when ``trained``, w: from what was kept, and from forming other logits again.
+    """``value`` with its gradients with respect to h and, when ``trained``, w: from what was kept, and from
+    forming other logits again.
 
     A part of the vocabulary at a time: each part of w's gradient is complete when it is made.
     """

@@ -1,8 +1,9 @@
 """GPT-2's activation for MLX's CPU backend, which computes tanh and exp one element at a time.
 
-Stock ``nn.gelu_approx`` takes nine times as long forward and seven times as long with its gradient on [1024, 768] (two cores,
-compiled); it was 40 % of a training step of the embedded model. Here tanh is a ratio of polynomials, a few multiplications that the
-compiler vectorises. On the GPU the stock function stays. tests/engines/test_mlx_gelu.py holds this one against it.
+Stock ``nn.gelu_approx`` takes nine times as long forward and seven times as long with its gradient on [1024,
+768] (two cores, compiled); it was 40 % of a training step of the embedded model. Here tanh is a ratio of
+polynomials, a few multiplications that the compiler vectorises. On the GPU the stock function stays.
+tests/engines/test_mlx_gelu.py holds this one against it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ _C = 0.044715
 def _tanh(x: mx.array) -> mx.array:
     """tanh to float32 accuracy (1.5e-7 absolute).
 
-    Lambert's continued fraction (1770) cut after seven terms is exact to 1e-9 on |x| < 9/4; the argument is quartered to get
-    there and tanh 2x = 2 tanh x / (1 + tanh^2 x) applied twice to come back. Beyond 9 tanh is 1 in float32.
+    Lambert's continued fraction (1770) cut after seven terms is exact to 1e-9 on |x| < 9/4; the argument is
+    quartered to get there and tanh 2x = 2 tanh x / (1 + tanh^2 x) applied twice to come back. Beyond 9 tanh
+    is 1 in float32.
     """
     x = mx.clip(x, -9.0, 9.0) * 0.25
     s = x * x

@@ -1,12 +1,14 @@
 """A GPT-2 block that keeps less for the backward pass when that is much.
 
-Of a block's forward pass the backward pass needs most intermediate arrays: about 25 numbers per token and unit of width, and the attention
-weights, whose number grows with the square of the length. From ``LEAN_ABOVE`` bytes on, the block keeps what is expensive to make again, the
-outputs of products with a weight and of attention (10 numbers), and computes the rest once more: layer norms, the activation, the attention
-weights. That is selective recomputation (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
-section 5); unlike gradient checkpointing it repeats no product with a weight, since MLX never evaluates what nobody asks for. It costs a tenth of
-a step of GPT-2 124M and a quarter of one of the embedded model, which is why small batches are left alone. mlx-lm's own block is what is run
-otherwise, and the truth in tests/engines/test_mlx_lean.py.
+Of a block's forward pass the backward pass needs most intermediate arrays: about 25 numbers per token and
+unit of width, and the attention weights, whose number grows with the square of the length. From
+``LEAN_ABOVE`` bytes on, the block keeps what is expensive to make again, the outputs of products with a
+weight and of attention (10 numbers), and computes the rest once more: layer norms, the activation, the
+attention weights. That is selective recomputation (Korthikanti et al. 2022, "Reducing Activation
+Recomputation in Large Transformer Models", section 5); unlike gradient checkpointing it repeats no product
+with a weight, since MLX never evaluates what nobody asks for. It costs a tenth of a step of GPT-2 124M and a
+quarter of one of the embedded model, which is why small batches are left alone. mlx-lm's own block is what is
+run otherwise, and the truth in tests/engines/test_mlx_lean.py.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ class LeanBlock(TransformerBlock):
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         attn, mlp = self.attn, self.mlp
-        if not self.training or cache is not None or block_bytes(x.shape[0], x.shape[1], x.shape[2], attn.n_head) <= LEAN_ABOVE:
+        if (
+            not self.training
+            or cache is not None
+            or block_bytes(x.shape[0], x.shape[1], x.shape[2], attn.n_head) <= LEAN_ABOVE
+        ):
             return super().__call__(x, mask, cache)
         qkv = _recomputed([self.ln_1, attn.c_attn], lambda x: attn.c_attn(self.ln_1(x)), x)
         h = x + attn.c_proj(self._attended(qkv, mask))
@@ -50,13 +56,17 @@ def use_in(net: nn.Module) -> None:
 
 
 def undo(net: nn.Module) -> None:
-    """Put mlx-lm's own block back: dropout would draw another mask in the second computation, and whole blocks may be recomputed instead."""
+    """Put mlx-lm's own block back: dropout would draw another mask in the second computation, and whole
+    blocks may be recomputed instead.
+    """
     for layer in net.layers:
         if type(layer) is LeanBlock:
             layer.__class__ = TransformerBlock  # type: ignore[assignment]
 
 
-def _recomputed(modules: Sequence[nn.Module], function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+def _recomputed(
+    modules: Sequence[nn.Module], function: Callable[[mx.array], mx.array], x: mx.array
+) -> mx.array:
     def inner(parameters: list[Any], x: mx.array) -> mx.array:
         for module, own in zip(modules, parameters, strict=True):
             module.update(own)

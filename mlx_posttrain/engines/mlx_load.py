@@ -25,7 +25,9 @@ def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.arr
     return list(weights.items())
 
 
-def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None, group_size: int) -> nn.Module:
+def load(
+    folder: Path, config: dict[str, Any], dtype: str, quantize: int | None, group_size: int
+) -> nn.Module:
     from mlx_lm.utils import _get_classes, load_model
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -33,7 +35,8 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
 
         class Adjusted(model_class):  # type: ignore[valid-type,misc]
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                # A classifier's head is put on afterwards; mlx-lm's GPT-2 does not know the `transformer.` prefix that save_pretrained writes.
+                # A classifier's head is put on afterwards; mlx-lm's GPT-2 does not know the `transformer.`
+                # prefix that save_pretrained writes.
                 weights = {name: value for name, value in weights.items() if name != files.HEAD}
                 if config["model_type"] == "gpt2":
                     return gpt2.hf_to_mlx(weights, self.args.n_layer)
@@ -43,22 +46,27 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
 
     settings: dict[str, Any] | None = None
     if files.is_classifier(config):
-        settings = config = {**config, "architectures": None, "tie_word_embeddings": True}  # its folder has no language-model head
+        # its folder has no language-model head
+        settings = config = {**config, "architectures": None, "tie_word_embeddings": True}
     if config["model_type"] == "gpt2":
         settings = weight_files.gpt2_config(config)
     try:
         net, _ = load_model(folder, model_config=settings, get_model_classes=classes)
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
-    except Exception as error:  # a config that contradicts its weights fails anywhere in a library that trusts it
-        raise UserError(f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
+    # a config that contradicts its weights fails anywhere in a library that trusts it
+    except Exception as error:
+        raise UserError(
+            f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from None
     if config["model_type"] == "gpt2":
         mlx_lean.use_in(net)
         if dtype == "float32":
             mlx_gelu.use_in(net)
             mlx_attention.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
-    net.set_dtype(getattr(mx, dtype))  # of a quantised net the scales and what is not packed: its numbers are of that format too
+    # of a quantised net the scales and what is not packed: its numbers are of that format too
+    net.set_dtype(getattr(mx, dtype))
     if quantize and not quantised:
         bad = [p for p, m in net.named_modules() if _packs(p, m) and m.weight.shape[-1] % group_size]
         if bad:
@@ -71,15 +79,18 @@ def load(folder: Path, config: dict[str, Any], dtype: str, quantize: int | None,
 
 
 def _packs(path: str, module: nn.Module) -> bool:
-    """Whether quantising packs a layer: the linear ones that adapters stand on. Embeddings stay as they are (Dettmers et al. 2023, section 3),
-    and so do heads, as in bitsandbytes: a tied head is an embedding, and of packed weights no logits can be formed a chunk at a time."""
+    """Whether quantising packs a layer: the linear ones that adapters stand on. Embeddings stay as they are
+    (Dettmers et al. 2023, section 3), and so do heads, as in bitsandbytes: a tied head is an embedding, and
+    of packed weights no logits can be formed a chunk at a time.
+    """
     return isinstance(module, nn.Linear) and path not in ("lm_head", "score")
 
 
 def checkpoint_blocks(net: nn.Module) -> None:
     """Recompute each transformer block in the backward pass, in training only (Chen et al. 2016).
 
-    Done per instance: mlx-lm's own helper patches the layer's class for the whole process, reference and generation included.
+    Done per instance: mlx-lm's own helper patches the layer's class for the whole process, reference and
+    generation included.
     """
 
     def checkpointed(base: type) -> type:
@@ -104,7 +115,8 @@ def checkpoint_blocks(net: nn.Module) -> None:
 
 
 def dequantised_weights(folder: Path, bits: int | None, group_size: int) -> dict[str, mx.array]:
-    """A folder's weights after rounding to the quantisation grid and back: what a QLoRA adapter was trained on.
+    """A folder's weights after rounding to the quantisation grid and back: what a QLoRA adapter was trained
+    on.
 
     A folder that is quantised already has its own grid; ``bits`` and ``group_size`` are then not looked at.
     """
@@ -115,7 +127,8 @@ def dequantised_weights(folder: Path, bits: int | None, group_size: int) -> dict
 
 
 def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, float]:
-    """Fuse an adapter into its quantised base, quantise again, write a folder for mlx-lm, and say what the rounding cost.
+    """Fuse an adapter into its quantised base, quantise again, write a folder for mlx-lm, and say what the
+    rounding cost.
 
     probe: [B, T] token ids. Returns what convert.merge.logit_drift does.
     """
@@ -132,7 +145,11 @@ def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, f
     # A folder that was quantised before may have another grid for some layers, and says so.
     own = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
     quantization = model.config.get("quantization") or own
-    config = weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
-    save_config({**config, "quantization": quantization, "quantization_config": quantization}, folder / "config.json")
+    config = (
+        weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
+    )
+    save_config(
+        {**config, "quantization": quantization, "quantization_config": quantization}, folder / "config.json"
+    )
     copy_tokenizer(model.folder, folder)
     return drift

@@ -53,7 +53,9 @@ class TorchModel:
         self.folder = folder
         self.base_name = str(folder)
         self.config = config
-        self.context: int | None = getattr(net.config, "n_positions", None) or getattr(net.config, "max_position_embeddings", None)
+        self.context: int | None = getattr(net.config, "n_positions", None) or getattr(
+            net.config, "max_position_embeddings", None
+        )
         self._reference: Any = None
         self._split, self._embeds = _splits(net), _embeds(net)
         head = files.read_head(folder)
@@ -68,7 +70,8 @@ class TorchModel:
 
     def _logits(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
         check_fits(batch.tokens.shape[1], self.context)
-        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask: see data/batches.py.
+        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask:
+        # see data/batches.py.
         if not self._split:
             return net(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[batch.index].float()
         return net.get_output_embeddings()(self._hidden(net, batch)).float()
@@ -76,7 +79,8 @@ class TorchModel:
     def _hidden(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
         check_fits(batch.tokens.shape[1], self.context)
         read = self._reader(net)
-        if self.packs and not (net.training and self.spec is not None and self.spec.dropout):  # dropout is each row's own
+        # dropout is each row's own
+        if self.packs and not (net.training and self.spec is not None and self.spec.dropout):
             return torch_packed.hidden(read, batch.tokens, batch.index)
         return read(batch.tokens).flatten(0, 1)[batch.index]
 
@@ -87,7 +91,11 @@ class TorchModel:
         in_place = self._embeds and torch.is_grad_enabled() and layer.weight.requires_grad
 
         def read(tokens: torch.Tensor, **more: Any) -> torch.Tensor:
-            ids = {"inputs_embeds": torch_fused.embed(tokens, layer.weight)} if in_place else {"input_ids": tokens}
+            ids = (
+                {"inputs_embeds": torch_fused.embed(tokens, layer.weight)}
+                if in_place
+                else {"input_ids": tokens}
+            )
             return backbone(**ids, use_cache=False, **more).last_hidden_state
 
         return read
@@ -128,15 +136,21 @@ class TorchModel:
         with self._frozen() as net:
             return self._logprobs(net, batch, temperature)
 
-    def logprobs_and_kl(self, batch: DeviceBatch, direction: str, beta: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs_and_kl(
+        self, batch: DeviceBatch, direction: str, beta: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self._fused_head(self.net)
         if weight is None:
             logits = self.logits(batch)
-            return token_logprobs(logits, batch.target), full_kl(logits, self.reference_logits(batch), direction)
+            return token_logprobs(logits, batch.target), full_kl(
+                logits, self.reference_logits(batch), direction
+            )
         with self._frozen() as net:
             frozen, kept = net.get_output_embeddings().weight, batch.extra.get(REFERENCE_HIDDEN)
             hidden = self._hidden(net, batch) if kept is None else kept.to(frozen.dtype)
-        return torch_fused.logprobs_and_kl(self._hidden(self.net, batch), weight, hidden, frozen, batch.target, direction, beta)
+        return torch_fused.logprobs_and_kl(
+            self._hidden(self.net, batch), weight, hidden, frozen, batch.target, direction, beta
+        )
 
     @property
     def reference_width(self) -> int | None:
@@ -148,11 +162,17 @@ class TorchModel:
         with self._frozen() as net:
             return self._hidden(net, _device_batch(batch, 1.0)).float().numpy()
 
-    def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def policy_terms(
+        self, batch: DeviceBatch, temperature: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         weight = self._fused_head(self.net)
         if weight is None:
             logits = self.logits(batch) / temperature
-            return token_logprobs(logits, batch.target), entropy(logits), self.scores(batch) if self.has_head else None
+            return (
+                token_logprobs(logits, batch.target),
+                entropy(logits),
+                self.scores(batch) if self.has_head else None,
+            )
         hidden = self._hidden(self.net, batch)
         terms = torch_fused.logprobs_and_entropy(hidden / temperature, weight, batch.target)
         return *terms, self.net.score(hidden)[:, 0].float() if self.has_head else None
@@ -163,7 +183,9 @@ class TorchModel:
     @torch.no_grad()
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
         check_fits(tokens.shape[1], self.context)
-        return self.net.eval()(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.float().numpy()
+        return (
+            self.net.eval()(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.float().numpy()
+        )
 
     # around training
 
@@ -176,19 +198,36 @@ class TorchModel:
         from transformers.pytorch_utils import Conv1D
 
         spec = spec.resolved(self.net.config.model_type)
-        match_targets([p for p, m in self.net.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)], spec.targets or ())
+        match_targets(
+            [p for p, m in self.net.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)],
+            spec.targets or (),
+        )
         try:
-            self.peft = get_peft_model(self.net, LoraConfig(
-                r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, use_rslora=spec.rslora, use_dora=spec.kind == "dora",  # type: ignore[arg-type]
-                target_modules=list(spec.targets or ()), fan_in_fan_out=self.net.config.model_type == "gpt2", task_type="CAUSAL_LM", bias="none",
-            ))  # fmt: skip
+            self.peft = get_peft_model(
+                self.net,
+                LoraConfig(
+                    r=spec.rank,
+                    lora_alpha=spec.alpha,
+                    lora_dropout=spec.dropout,
+                    use_rslora=spec.rslora,
+                    use_dora=spec.kind == "dora",  # type: ignore[arg-type]
+                    target_modules=list(spec.targets or ()),
+                    fan_in_fan_out=self.net.config.model_type == "gpt2",
+                    task_type="CAUSAL_LM",
+                    bias="none",
+                ),
+            )
         except ValueError as error:
-            raise UserError(f"adapter.targets {list(spec.targets or ())}: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"adapter.targets {list(spec.targets or ())}: {str(error).splitlines()[0]}"
+            ) from None
         self.spec = spec
         if self.has_head:
             self.net.score.requires_grad_(True)
         layers = dict(self._adapted())
-        start = adapter_start({path: (layer.in_features, layer.out_features) for path, layer in layers.items()}, spec.rank, seed)
+        start = adapter_start(
+            {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}, spec.rank, seed
+        )
         with torch.no_grad():
             for path, layer in layers.items():
                 layer.lora_A["default"].weight.copy_(torch.from_numpy(start[path]))
@@ -240,14 +279,19 @@ class TorchModel:
         self, function: Callable[[Any, DeviceBatch], dict[str, torch.Tensor]], batches: Sequence[Batch]
     ) -> list[dict[str, np.ndarray]]:
         self.net.eval()
-        return [{name: v.numpy() for name, v in function(self, _device_batch(batch, batch.count)).items()} for batch in batches]
+        return [
+            {name: v.numpy() for name, v in function(self, _device_batch(batch, batch.count)).items()}
+            for batch in batches
+        ]
 
     def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
         self.net.eval()
         totals = micro_batch_totals(batches)
         for batch in batches:
             loss(self, _device_batch(batch, totals[batch.group]))[0].backward()
-        gradients = {name: p.grad.float().numpy().copy() for name, p in self._parameters() if p.grad is not None}
+        gradients = {
+            name: p.grad.float().numpy().copy() for name, p in self._parameters() if p.grad is not None
+        }
         self.net.zero_grad(set_to_none=True)
         return gradients
 
@@ -266,11 +310,22 @@ class TorchModel:
         on_token: Callable[[int, int], None] | None = None,
         forbidden: Sequence[int] = (),
     ) -> list[Completion]:
-        self.net.eval()  # dropout off, and with it gradient checkpointing, which would silently empty the cache
+        # dropout off, and with it gradient checkpointing, which would silently empty the cache
+        self.net.eval()
         return decoding.decode(
-            TorchDecoder(self.net, self._fused_head(self.net)), prompts, context=self.context, max_tokens=max_tokens, stop=stop,
-            temperature=temperature, top_p=top_p, samples=samples, seed=seed, first_row=first_row, on_token=on_token, forbidden=forbidden,
-        )  # fmt: skip
+            TorchDecoder(self.net, self._fused_head(self.net)),
+            prompts,
+            context=self.context,
+            max_tokens=max_tokens,
+            stop=stop,
+            temperature=temperature,
+            top_p=top_p,
+            samples=samples,
+            seed=seed,
+            first_row=first_row,
+            on_token=on_token,
+            forbidden=forbidden,
+        )
 
     # files
 
@@ -278,13 +333,17 @@ class TorchModel:
         if self.spec is not None:
             files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name)
         else:
-            files.save_model(folder, {n: p.detach() for n, p in self._parameters() if n != files.HEAD}, self.folder)
+            files.save_model(
+                folder, {n: p.detach() for n, p in self._parameters() if n != files.HEAD}, self.folder
+            )
         if self.has_head:
             files.save_head(folder, self.head())
 
     def save_classifier(self, folder: Path, pad: int) -> None:
         if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name, self.head())
+            files.save_adapter(
+                folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name, self.head()
+            )
         else:
             files.save_model(folder, {n: p.detach() for n, p in self._parameters()}, self.folder, pad)
 
@@ -299,7 +358,9 @@ class TorchModel:
                     layer.lora_A["default"].weight.copy_(torch.from_numpy(modules[path]["lora_a"]).T)
                     layer.lora_B["default"].weight.copy_(torch.from_numpy(modules[path]["lora_b"]).T)
                     if "m" in modules[path]:
-                        layer.lora_magnitude_vector["default"].weight.copy_(torch.from_numpy(modules[path]["m"]))
+                        layer.lora_magnitude_vector["default"].weight.copy_(
+                            torch.from_numpy(modules[path]["m"])
+                        )
         else:
             _load_weights(self.net, folder, self.config)
         head = files.read_head(folder)
@@ -326,27 +387,41 @@ class TorchModel:
 
 @torch.no_grad()
 def _splits(net: Any) -> bool:
-    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their logits): asked, not assumed."""
+    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their
+    logits): asked, not assumed.
+    """
     probe = torch.tensor([[1, 2, 3, 4]])
     hidden = getattr(net, net.base_model_prefix)(input_ids=probe, use_cache=False).last_hidden_state
-    return torch.allclose(net.get_output_embeddings()(hidden).float(), net(input_ids=probe).logits.float(), rtol=1e-4, atol=1e-4)
+    return torch.allclose(
+        net.get_output_embeddings()(hidden).float(), net(input_ids=probe).logits.float(), rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
 def _embeds(net: Any) -> bool:
-    """Whether the model begins with nothing but its rows of one plain embedding, each of which has a gradient: asked as well."""
+    """Whether the model begins with nothing but its rows of one plain embedding, each of which has a
+    gradient: asked as well.
+    """
     layer = net.get_input_embeddings()
-    if type(layer) is not torch.nn.Embedding or layer.padding_idx is not None or layer.max_norm is not None or layer.scale_grad_by_freq:
+    if (
+        type(layer) is not torch.nn.Embedding
+        or layer.padding_idx is not None
+        or layer.max_norm is not None
+        or layer.scale_grad_by_freq
+    ):
         return False
     probe, backbone = torch.tensor([[1, 2, 3, 4]]), getattr(net, net.base_model_prefix)
-    with contextlib.suppress(Exception):  # a library's backbone that takes no embeddings says so in its own way
+    # a library's backbone that takes no embeddings says so in its own way
+    with contextlib.suppress(Exception):
         ours = backbone(inputs_embeds=layer(probe), use_cache=False).last_hidden_state
         return torch.equal(ours, backbone(input_ids=probe, use_cache=False).last_hidden_state)
     return False
 
 
 def _has_fused_adamw() -> bool:
-    """Whether this torch updates CPU parameters in one kernel; torch 2.2, the last one for Intel Macs, refuses to."""
+    """Whether this torch updates CPU parameters in one kernel; torch 2.2, the last one for Intel Macs,
+    refuses to.
+    """
     try:
         from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
     except ImportError:
@@ -370,7 +445,10 @@ class TorchTrainer:
             {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=_has_fused_adamw()
+            [g for g in groups if g["params"]],
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            fused=_has_fused_adamw(),
         )
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
@@ -408,9 +486,16 @@ class TorchTrainer:
         state = load_file(path)
         strangers = sorted({key.rpartition(":")[0] for key in state} - set(self.names))
         if strangers:
-            raise UserError(f"{path}: its moments are of other parameters, for example {strangers[0]}: it belongs to another run")
+            raise UserError(
+                f"{path}: its moments are of other parameters, for example {strangers[0]}: it "
+                "belongs to another run"
+            )
         for name, p in zip(self.names, self.parameters, strict=True):
-            found = {key.rpartition(":")[2]: value for key, value in state.items() if key.rpartition(":")[0] == name}
+            found = {
+                key.rpartition(":")[2]: value
+                for key, value in state.items()
+                if key.rpartition(":")[0] == name
+            }
             if found:
                 self.optimizer.state[p] = found
 
@@ -429,7 +514,8 @@ class TorchEngine:
     ) -> TorchModel:
         if quantize:
             raise UserError(
-                "adapter.quantize needs engine=mlx: torch on a CPU has no quantised training here; use engine=mlx, or leave quantize out for LoRA"
+                "adapter.quantize needs engine=mlx: torch on a CPU has no quantised training here; use "
+                "engine=mlx, or leave quantize out for LoRA"
             )
         from transformers.utils import logging
 
@@ -442,8 +528,11 @@ class TorchEngine:
             net = self._net(folder, config, dtype)
         except UserError as error:
             raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
-        except Exception as error:  # a config that contradicts its weights fails anywhere in a library that trusts it
-            raise UserError(f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
+        # a config that contradicts its weights fails anywhere in a library that trusts it
+        except Exception as error:
+            raise UserError(
+                f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            ) from None
         if gradient_checkpointing:
             net.gradient_checkpointing_enable({"use_reentrant": False})
         return TorchModel(net.eval(), folder, config)
@@ -462,11 +551,18 @@ class TorchEngine:
                 hf.activation_function == "gelu_new"
             ):  # the same function as one operation: transformers' own keeps five arrays for its gradient
                 hf.activation_function = "gelu_pytorch_tanh"
-            net = AutoModelForCausalLM.from_config(hf, attn_implementation=torch_packed.ATTENTION, dtype=getattr(torch, dtype))
+            net = AutoModelForCausalLM.from_config(
+                hf, attn_implementation=torch_packed.ATTENTION, dtype=getattr(torch, dtype)
+            )
             _load_weights(net, folder, config)
         else:
             net = AutoModelForCausalLM.from_pretrained(
-                folder, config=hf, attn_implementation="sdpa", dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+                folder,
+                config=hf,
+                attn_implementation="sdpa",
+                dtype=getattr(torch, dtype),
+                trust_remote_code=False,
+                use_safetensors=True,
             )
         return net
 
@@ -511,5 +607,7 @@ def _load_weights(net: Any, folder: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{folder}: {len(missing)} weights are missing, for example {missing[0]}")
     for name, p in parameters.items():
         if p.shape != found[name].shape:
-            raise UserError(f"{folder}: {name} has shape {tuple(found[name].shape)}, the config says {tuple(p.shape)}")
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(found[name].shape)}, the config says {tuple(p.shape)}"
+            )
         p.copy_(found[name])

@@ -1,4 +1,6 @@
-"""Decoding on torch: transformers' models with a key/value cache that does not copy itself for every token."""
+"""Decoding on torch: transformers' models with a key/value cache that does not copy itself for every
+token.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,24 @@ from mlx_posttrain.engines import decoding, torch_fused
 class _Roomy(DynamicLayer):
     """One layer's keys and values, [rows, heads, tokens, head]: views of arrays with room for more tokens.
 
-    transformers' own concatenates what it has with every new token: of a rollout of 32 rows on a CPU that was half the time.
+    transformers' own concatenates what it has with every new token: of a rollout of 32 rows on a CPU that was
+    half the time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._rooms: list[torch.Tensor] = []
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         begin = self.get_seq_length()
         end = begin + key_states.shape[-2]
         if not self._rooms or end > self._rooms[0].shape[-2]:
-            rooms = [new.new_empty((*new.shape[:2], round_up(end, decoding.ROOM), new.shape[3])) for new in (key_states, value_states)]
+            rooms = [
+                new.new_empty((*new.shape[:2], round_up(end, decoding.ROOM), new.shape[3]))
+                for new in (key_states, value_states)
+            ]
             for room, old in zip(rooms, self._rooms, strict=False):
                 room[:, :, :begin] = old[:, :, :begin]
             self._rooms = rooms
@@ -54,7 +62,9 @@ class _Roomy(DynamicLayer):
 
 
 class TorchDecoder:
-    """A transformers model as a :class:`~mlx_posttrain.engines.decoding.Decoder`; head: [V, d], None where logits are not just its products."""
+    """A transformers model as a :class:`~mlx_posttrain.engines.decoding.Decoder`; head: [V, d], None where
+    logits are not just its products.
+    """
 
     def __init__(self, net: Any, head: torch.Tensor | None):
         self.net = net
@@ -71,9 +81,13 @@ class TorchDecoder:
         if self.head is None:
             logits = self.net(**inputs, logits_to_keep=1).logits[:, -1].float()
         else:
-            logits = torch_fused.logits(getattr(self.net, self.net.base_model_prefix)(**inputs).last_hidden_state[:, -1], self.head)
+            logits = torch_fused.logits(
+                getattr(self.net, self.net.base_model_prefix)(**inputs).last_hidden_state[:, -1], self.head
+            )
         if self.cache.get_seq_length() != self.mask.shape[1]:
-            raise RuntimeError(f"the key/value cache holds {self.cache.get_seq_length()} tokens, not {self.mask.shape[1]}")
+            raise RuntimeError(
+                f"the key/value cache holds {self.cache.get_seq_length()} tokens, not {self.mask.shape[1]}"
+            )
         return logits
 
     def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> torch.Tensor:
@@ -101,6 +115,8 @@ class TorchDecoder:
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
 
-    def pick(self, logits: torch.Tensor, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    def pick(
+        self, logits: torch.Tensor, uniforms: np.ndarray, temperature: float, top_p: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         tokens, log_p = decoding.pick(logits, torch.from_numpy(uniforms)[:, None], temperature, top_p)
         return tokens.numpy(), log_p.numpy()

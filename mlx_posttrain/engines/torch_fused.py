@@ -1,9 +1,12 @@
-"""Log-probabilities, entropies and divergences from hidden states, on torch, a chunk of positions at a time. See fused.py.
+"""Log-probabilities, entropies and divergences from hidden states, on torch, a chunk of positions at a time.
+See fused.py.
 
-Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's weight; target: [N] token ids.
+Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's weight;
+target: [N] token ids.
 
-A weight of V rows has a gradient as large, and autograd would make it anew for every use in every micro-batch, for an embedding filled with
-zeros first, and add it to the others. Here what there is to add is added to ``w.grad`` in place: only ``Tensor.backward`` finds it.
+A weight of V rows has a gradient as large, and autograd would make it anew for every use in every
+micro-batch, for an embedding filled with zeros first, and add it to the others. Here what there is to add is
+added to ``w.grad`` in place: only ``Tensor.backward`` finds it.
 """
 
 from __future__ import annotations
@@ -25,14 +28,20 @@ def logprobs(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
     def values(keep: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
         z = logits(h, w)
         p, lse = fused.softmax(z)
-        return [_at(z, target) - lse, lse, *([w[target] - _times(p, w)] if steered else [])], p if keep else None
+        return [
+            _at(z, target) - lse,
+            lse,
+            *([w[target] - _times(p, w)] if steered else []),
+        ], p if keep else None
 
     (value, lse, *slope), kept = _sweep(values, trained, w, h, target)
     return _with_gradient(value, h, w, slope, fused.Fall(_softmax_of(lse), kept, target), trained)[:, 0]
 
 
 def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports them."""
+    """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports
+    them.
+    """
     steered, trained = _way(h, w)
 
     def values(keep: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -48,15 +57,25 @@ def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, 
         return -fused.entropy_slope(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
     value = _with_gradient(value, h, w, slope, fused.Fall(softmax, kept, target), trained)
-    return value[:, 0], _with_gradient(entropy, h, w, [], fused.Fall(fall_of_entropy, []), trained or steered)[:, 0]
+    return value[:, 0], _with_gradient(
+        entropy, h, w, [], fused.Fall(fall_of_entropy, []), trained or steered
+    )[:, 0]
 
 
 def logprobs_and_kl(
-    h: Tensor, w: Tensor, h_ref: Tensor, w_ref: Tensor, target: Tensor, direction: str, beta: float | None = None
+    h: Tensor,
+    w: Tensor,
+    h_ref: Tensor,
+    w_ref: Tensor,
+    target: Tensor,
+    direction: str,
+    beta: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient flows.
+    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient
+    flows.
 
-    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; the gradient then hangs on the log-probabilities alone.
+    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; the gradient then hangs on the
+    log-probabilities alone.
     """
     steered, trained = _way(h, w)
 
@@ -84,13 +103,19 @@ def logprobs_and_kl(
     def fall_of_both(z: Tensor, rows: slice, part: slice) -> Tensor:
         return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
 
-    value = _with_gradient(value, h, w, slopes[:1], fused.Fall(softmax if beta is None else fall_of_both, kept, target), trained)
-    divergence = _with_gradient(kl, h, w, slopes[1:], fused.Fall(fall_of_kl, []), trained) if beta is None else kl
+    value = _with_gradient(
+        value, h, w, slopes[:1], fused.Fall(softmax if beta is None else fall_of_both, kept, target), trained
+    )
+    divergence = (
+        _with_gradient(kl, h, w, slopes[1:], fused.Fall(fall_of_kl, []), trained) if beta is None else kl
+    )
     return value[:, 0], divergence[:, 0]
 
 
 def embed(tokens: Tensor, w: Tensor) -> Tensor:
-    """[..., d] rows of the embedding ``w`` [V, d] for ids ``tokens`` [...], whose gradient is added to ``w.grad`` in place."""
+    """[..., d] rows of the embedding ``w`` [V, d] for ids ``tokens`` [...], whose gradient is added to
+    ``w.grad`` in place.
+    """
     return _Embedded.apply(tokens, w)
 
 
@@ -102,7 +127,8 @@ def _way(h: Tensor, w: Tensor) -> tuple[bool, bool]:
 
 def logits(h: Tensor, w: Tensor) -> Tensor:
     """[n, v] float32 logits of hidden states [n, d] for the rows of w [v, d]."""
-    # With few positions BLAS takes as little as two thirds of the time the other way round, and the copy to rows costs a tenth of that; with many it costs more.
+    # With few positions BLAS takes as little as two thirds of the time the other way round, and the copy to
+    # rows costs a tenth of that; with many it costs more.
     return (h @ w.T if len(h) > 2 * fused.PANEL else (w @ h.T).T.contiguous()).float()
 
 
@@ -122,10 +148,12 @@ def _softmax_of(lse: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
 def _sweep(
     function: Callable[..., tuple[list[Tensor], Tensor | None]], keep: bool, w: Tensor, *rows: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and what it would have kept.
+    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and
+    what it would have kept.
 
-    Nothing else that a chunk has allocated outlives it: a small array between two large ones keeps glibc before 2.38 from putting the next
-    chunk's logits where these were, and all chunks' logits would be there at last.
+    Nothing else that a chunk has allocated outlives it: a small array between two large ones keeps glibc
+    before 2.38 from putting the next chunk's logits where these were, and all chunks' logits would be there
+    at last.
     """
     count = rows[0].shape[0]
     most = fused.kept(count, w.shape[0]) if keep else 0
@@ -142,20 +170,27 @@ def _sweep(
     return joined, kept
 
 
-def _with_gradient(value: Tensor, h: Tensor, w: Tensor, slope: list[Tensor], fall: fused.Fall, attach: bool) -> Tensor:
-    """``value`` [N, 1] steered by its slope [N, d] where there is one, or else, to ``attach``, with the gradient that ``fall`` says."""
+def _with_gradient(
+    value: Tensor, h: Tensor, w: Tensor, slope: list[Tensor], fall: fused.Fall, attach: bool
+) -> Tensor:
+    """``value`` [N, 1] steered by its slope [N, d] where there is one, or else, to ``attach``, with the
+    gradient that ``fall`` says.
+    """
     if slope:
         return value + ((h - h.detach()) * slope[0]).sum(-1, keepdim=True)  # what is added is zero
     return _Attached.apply(value, h, w, fall) if attach else value
 
 
 class _Attached(torch.autograd.Function):
-    """``value`` [N, 1] with its gradients with respect to h and, added in place, w: from what was kept, and from forming other logits again."""
+    """``value`` [N, 1] with its gradients with respect to h and, added in place, w: from what was kept, and
+    from forming other logits again.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, h: Tensor, w: Tensor, fall: fused.Fall) -> Tensor:
         ctx.save_for_backward(h)
-        ctx.w, ctx.fall = w, fall  # the weight itself: what saved_tensors gives may be a copy, and its gradient nobody's
+        # the weight itself: what saved_tensors gives may be a copy, and its gradient nobody's
+        ctx.w, ctx.fall = w, fall
         return value.clone()
 
     @staticmethod

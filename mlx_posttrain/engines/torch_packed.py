@@ -1,12 +1,13 @@
 """Rows of a batch in one piece, without padding, and what several of them begin with only once.
 
-Answers to one prompt begin with the same tokens, and so do the two sides of a pair. A causal model computes the same for the same beginning,
-so the shared part goes through every product with a weight once; attention alone still sees whole rows. Tokens behind the last position
-that anybody asks for are left out. Exact: the same numbers as from padded rows, but for the order of sums. Prefix sharing is known from
-inference (Juravsky et al. 2024, "Hydragen"); here gradients flow through it as well, and add up in the shared part.
+Answers to one prompt begin with the same tokens, and so do the two sides of a pair. A causal model computes
+the same for the same beginning, so the shared part goes through every product with a weight once; attention
+alone still sees whole rows. Tokens behind the last position that anybody asks for are left out. Exact: the
+same numbers as from padded rows, but for the order of sums. Prefix sharing is known from inference (Juravsky
+et al. 2024, "Hydragen"); here gradients flow through it as well, and add up in the shared part.
 
-GPT-2 only: other models may put a mask of their own between attention and its rows. tests/engines/test_torch_packed.py holds it against
-padded rows.
+GPT-2 only: other models may put a mask of their own between attention and its rows.
+tests/engines/test_torch_packed.py holds it against padded rows.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ ATTENTION = "sdpa_packed"  # the name that transformers knows this file's attent
 class Packing:
     """Where B rows of T tokens lie in one row of P.
 
-    tokens, positions: [1, P] ids and places in their own row. place: [B, T] of each row's tokens in P, 0 behind a row's end. owner: [P]
-    index into B * T, flattened, of one row's copy of a packed token.
+    tokens, positions: [1, P] ids and places in their own row. place: [B, T] of each row's tokens in P, 0
+    behind a row's end. owner: [P] index into B * T, flattened, of one row's copy of a packed token.
     """
 
     tokens: torch.Tensor
@@ -48,25 +49,37 @@ def pack(tokens: np.ndarray, index: np.ndarray) -> Packing | None:
     place, owner = found
     row, position = owner // place.shape[1], owner % place.shape[1]
     packed = torch.from_numpy(tokens[row, position].astype(np.int64))
-    return Packing(packed[None], torch.from_numpy(position)[None], torch.from_numpy(place), torch.from_numpy(owner))
+    return Packing(
+        packed[None], torch.from_numpy(position)[None], torch.from_numpy(place), torch.from_numpy(owner)
+    )
 
 
 def hidden(read: Callable[..., torch.Tensor], tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[N, d] hidden states at ``index`` of [B, T] right-padded ``tokens``; ``read`` gives those of a GPT-2, loaded with ``ATTENTION``, at all ids."""
+    """[N, d] hidden states at ``index`` of [B, T] right-padded ``tokens``; ``read`` gives those of a GPT-2,
+    loaded with ``ATTENTION``, at all ids.
+    """
     packing = pack(tokens.numpy(), index.numpy())
     if packing is None:
         return read(tokens).flatten(0, 1)[index]
-    made = torch.ones(1, 1, 1, 1)  # a mask of four dimensions is taken for finished, and no [P, P] is made that nobody reads
+    # a mask of four dimensions is taken for finished, and no [P, P] is made that nobody reads
+    made = torch.ones(1, 1, 1, 1)
     found = read(packing.tokens, position_ids=packing.positions, attention_mask=made, packing=packing)[0]
     width = tokens.shape[1]
     return found[packing.place[index // width, index % width]]
 
 
 def _attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    packing: Packing | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' attention of packed rows: [1, heads, P, head] are spread out to [B, heads, T, head] and gathered again."""
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention of packed rows: [1, heads, P, head] are spread out to [B, heads, T, head] and
+    gathered again.
+    """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     flat = packing.place.flatten()
@@ -75,7 +88,9 @@ def _attention(
         spread = x[0].transpose(0, 1).flatten(1).index_select(0, flat)
         return spread.view(*packing.place.shape, *x.shape[1::2]).transpose(1, 2)
 
-    seen, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), None, **kwargs | {"is_causal": True})
+    seen, _ = sdpa_attention_forward(
+        module, rows(query), rows(key), rows(value), None, **kwargs | {"is_causal": True}
+    )
     return seen.flatten(0, 1).index_select(0, packing.owner)[None], None
 
 

@@ -1,4 +1,6 @@
-"""Measure what the findings are drawn from (evaluate/findings.py): models, weights, training rows and logs of any set of runs."""
+"""Measure what the findings are drawn from (evaluate/findings.py): models, weights, training rows and logs of
+any set of runs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ ROWS = 96  # training rows read for a distribution's shift
 GRADIENT_ROWS = 64  # and for the gradients of templates
 PARTS = 16  # that those rows are cut into for gradients
 ANSWER = 48  # tokens of the answers that are decoded with the cache and without
-COORDINATES = 500_000  # of a gradient that are kept: cosines over a random half million are those over all to about .0014
+# of a gradient that are kept: cosines over a random half million are those over all to about .0014
+COORDINATES = 500_000
 
 
 def root(name: str | Path) -> str:
@@ -57,10 +60,11 @@ def writes_text(name: str | Path) -> bool:
 
 
 def with_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names and labels with the model that the first run started from, called ``base``, unless it is there already.
+    """Names and labels with the model that the first run started from, called ``base``, unless it is there
+    already.
 
-    It comes last, because the first is what the others are compared with; a single run is compared with it. It is left out with a line
-    where it is no longer to be found, and where no run is named.
+    It comes last, because the first is what the others are compared with; a single run is compared with it.
+    It is left out with a line where it is no longer to be found, and where no run is named.
     """
     first = next((name for name in names if runs.is_run(name)), None)
     if first is None or "base" in labels:
@@ -77,7 +81,9 @@ def with_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], l
 
 
 def of_comparison(comparison: Comparison, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
-    """What a comparison and the runs' logs show without a further look at any model. logs: {label: records of metrics.jsonl}."""
+    """What a comparison and the runs' logs show without a further look at any model. logs: {label: records of
+    metrics.jsonl}.
+    """
     found = [
         findings.forgetting(comparison),
         findings.repetition(comparison),
@@ -90,7 +96,11 @@ def of_comparison(comparison: Comparison, logs: Mapping[str, Sequence[Mapping[st
 
 def logs_of(names: Sequence[str], labels: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The records of the runs among ``names``, by label."""
-    return {label: runs.Run(Path(name)).metrics() for name, label in zip(names, labels, strict=True) if runs.is_run(name)}
+    return {
+        label: runs.Run(Path(name)).metrics()
+        for name, label in zip(names, labels, strict=True)
+        if runs.is_run(name)
+    }
 
 
 def analyze(
@@ -104,22 +114,35 @@ def analyze(
 ) -> tuple[Comparison, list[Finding]]:
     """Compare every run with the model that it started from, or all with ``base``, and say what it shows.
 
-    A model that is no run is compared with what the first run started from. Runs of reward models, and those whose label is among
-    ``not_asked``, take part with their curves only. Raises UserError where no run is left to ask.
+    A model that is no run is compared with what the first run started from. Runs of reward models, and those
+    whose label is among ``not_asked``, take part with their curves only. Raises UserError where no run is
+    left to ask.
     """
     names = [str(name) for name in names]
     labels = list(labels) if labels else suite_labels(names)
-    writers = [(n, label) for n, label in zip(names, labels, strict=True) if writes_text(n) and label not in not_asked]
+    writers = [
+        (n, label)
+        for n, label in zip(names, labels, strict=True)
+        if writes_text(n) and label not in not_asked
+    ]
     if not writers:
         left = " but those of not_asked" if any(writes_text(n) for n in names) else ""
         raise UserError(f"none of these runs{left} writes text: give a run of a language model")
     first = root(next((n for n, _ in writers if runs.is_run(n)), writers[0][0]))
     starts = {label: base or (root(n) if runs.is_run(n) else first) for n, label in writers}
-    bases = {start: "base" if not place else f"base of {next(label for label in starts if starts[label] == start)}"
-             for place, start in enumerate(dict.fromkeys(starts.values()))}  # fmt: skip
+    bases = {
+        start: "base" if not place else f"base of {next(label for label in starts if starts[label] == start)}"
+        for place, start in enumerate(dict.fromkeys(starts.values()))
+    }
     charts.NAMED.set((*bases.values(), *labels))
     places = [*range(len(bases)), *(list(bases).index(starts[label]) for _, label in writers)]
-    comparison = compare([*bases, *(n for n, _ in writers)], suite, engine, [*bases.values(), *(label for _, label in writers)], places)
+    comparison = compare(
+        [*bases, *(n for n, _ in writers)],
+        suite,
+        engine,
+        [*bases.values(), *(label for _, label in writers)],
+        places,
+    )
     found: list[Finding | None] = [*of_comparison(comparison, logs_of(names, labels))]
     found.append(findings.drift({label: drift(starts[label], n) for n, label in writers}))
     trained: dict[str, str] = {}
@@ -138,8 +161,11 @@ def analyze(
     return comparison, [f for f in found if f is not None]
 
 
-def at_the_start(trained: Mapping[str, str], starts: Mapping[str, str], suite: SuiteSection, engine: str) -> list[Finding | None]:
-    """What runs' training rows are to the models that the runs started from: foreign or not, and the first run's in different templates.
+def at_the_start(
+    trained: Mapping[str, str], starts: Mapping[str, str], suite: SuiteSection, engine: str
+) -> list[Finding | None]:
+    """What runs' training rows are to the models that the runs started from: foreign or not, and the first
+    run's in different templates.
 
     trained: {label: run} with training rows that can be read; starts: {label: the model it started from}.
     """
@@ -151,13 +177,17 @@ def at_the_start(trained: Mapping[str, str], starts: Mapping[str, str], suite: S
         model, tokenizer, source = loading.open_model(start, engine)
         if texts:
             own = text_loss(model, tokenizer, texts, suite)
-            under = {label: _under(model, tokenizer, n) for label, n in trained.items() if starts[label] == start}
+            under = {
+                label: _under(model, tokenizer, n) for label, n in trained.items() if starts[label] == start
+            }
             seen |= {label: loss for label, loss in under.items() if len(loss.nll)}
             plain |= dict.fromkeys(under, own)
         first = next(iter(trained))
         if starts[first] == start and source.quantize is None:
             try:
-                pulls = interference(model, tokenizer, _training_rows(trained[first])[:GRADIENT_ROWS], suite.seed)
+                pulls = interference(
+                    model, tokenizer, _training_rows(trained[first])[:GRADIENT_ROWS], suite.seed
+                )
             except UserError as error:
                 say(f"template interference is left out: {error}")
         del model
@@ -166,7 +196,9 @@ def at_the_start(trained: Mapping[str, str], starts: Mapping[str, str], suite: S
 
 
 def empty_cache(label: str, name: str, engine: str, seed: int = 0) -> Finding:
-    """Decode a supervised run's own questions with the key/value cache and without: see :func:`findings.empty_cache`."""
+    """Decode a supervised run's own questions with the key/value cache and without: see
+    :func:`findings.empty_cache`.
+    """
     model, tokenizer, source = loading.open_model(name, engine)
     how: dict[str, Any] = {"template": source.template, "max_tokens": ANSWER}
     rows = _training_rows(name)[:GRADIENT_ROWS]
@@ -178,9 +210,11 @@ def empty_cache(label: str, name: str, engine: str, seed: int = 0) -> Finding:
 
 
 def drift(base: str, name: str) -> dict[str, float]:
-    """|W - W0| / |W0| of every matrix that two models share, by its path in Hugging Face's names; an adapter counts as merged.
+    """|W - W0| / |W0| of every matrix that two models share, by its path in Hugging Face's names; an adapter
+    counts as merged.
 
-    A quantised run is left out ({}): its base is rounded, which is no drift. Nothing is written into a run's folder.
+    A quantised run is left out ({}): its base is rounded, which is no drift. Nothing is written into a run's
+    folder.
     """
     if loading.locate(name).quantize:
         return {}
@@ -188,7 +222,12 @@ def drift(base: str, name: str) -> dict[str, float]:
     changed = {}
     for path, weight in after.items():
         start = before.get(path)
-        if start is not None and start.shape == weight.shape and weight.ndim == 2 and np.linalg.norm(start) > 0:
+        if (
+            start is not None
+            and start.shape == weight.shape
+            and weight.ndim == 2
+            and np.linalg.norm(start) > 0
+        ):
             changed[path] = float(np.linalg.norm(weight - start) / np.linalg.norm(start))
     return changed
 
@@ -208,7 +247,11 @@ def _matrices(folder: Path) -> dict[str, np.ndarray]:
     weights: dict[str, Any] = {}
     for file in files.weight_files(folder):
         weights.update(arrays.read_float32(folder / file))
-    return gpt2.mlx_to_hf(gpt2.hf_to_mlx(weights, config["n_layer"])) if config.get("model_type") == "gpt2" else weights
+    return (
+        gpt2.mlx_to_hf(gpt2.hf_to_mlx(weights, config["n_layer"]))
+        if config.get("model_type") == "gpt2"
+        else weights
+    )
 
 
 def _training_rows(name: str) -> list[Conversation]:
@@ -217,7 +260,9 @@ def _training_rows(name: str) -> list[Conversation]:
     if recipe.get("method") not in ("sft", "distill"):
         return []
     data = DataSection(**recipe["data"])
-    rows = supervised.read_conversations(data, split=data.split, limit=min(ROWS, data.limit or ROWS), seed=recipe.get("seed", 0))
+    rows = supervised.read_conversations(
+        data, split=data.split, limit=min(ROWS, data.limit or ROWS), seed=recipe.get("seed", 0)
+    )
     return [row for row in rows if row.templated]
 
 
@@ -233,14 +278,21 @@ def _under(model: Model, tokenizer: Any, name: str) -> measure.RowLoss:
 
 
 def interference(
-    model: Model, tokenizer: Any, rows: Sequence[Conversation], seed: int = 0, names: Sequence[str] = templates.FIVE
+    model: Model,
+    tokenizer: Any,
+    rows: Sequence[Conversation],
+    seed: int = 0,
+    names: Sequence[str] = templates.FIVE,
 ) -> Finding:
-    """Whether the gradients of the supervised loss in different templates pull against one another: see :func:`findings.interference`.
+    """Whether the gradients of the supervised loss in different templates pull against one another: see
+    :func:`findings.interference`.
 
     Raises UserError for fewer than two rows a part.
     """
     if len(rows) < 2 * PARTS:
-        raise UserError(f"{len(rows)} training rows are too few to compare gradients on; it takes {2 * PARTS}")
+        raise UserError(
+            f"{len(rows)} training rows are too few to compare gradients on; it takes {2 * PARTS}"
+        )
     say(f"gradients of {len(names)} templates on {len(rows)} rows")
     order = np.random.default_rng([seed, 0x9A27]).permutation(len(rows))
     parts = [[rows[i] for i in part] for part in np.array_split(order, PARTS)]
@@ -250,21 +302,30 @@ def interference(
 def gradient_products(
     model: Model, tokenizer: Any, parts: Sequence[Sequence[Conversation]], names: Sequence[str], seed: int = 0
 ) -> np.ndarray:
-    """[n, P, n, P] inner products of gradients: entry [i, p, j, q] of template i on part p with template j on part q.
+    """[n, P, n, P] inner products of gradients: entry [i, p, j, q] of template i on part p with template j on
+    part q.
 
-    A part's gradient is that of its trained tokens' summed loss, so that those of parts add up to that of their rows. At most COORDINATES
-    coordinates, the same random ones for all, are kept. Rows that do not fit 256 tokens or the context are cut or dropped as in training.
+    A part's gradient is that of its trained tokens' summed loss, so that those of parts add up to that of
+    their rows. At most COORDINATES coordinates, the same random ones for all, are kept. Rows that do not fit
+    256 tokens or the context are cut or dropped as in training.
     """
     rng = np.random.default_rng([seed, 0xC002])
     chosen: np.ndarray | None = None
     flat: list[np.ndarray] = []
     for name in names:
         for part in parts:
-            examples, report = encode.encode_all(part, tokenizer, templates=[name], max_length=min(256, model.context or 256))
+            examples, report = encode.encode_all(
+                part, tokenizer, templates=[name], max_length=min(256, model.context or 256)
+            )
             gradient = model.gradient(sft.loss, [batches.collate(examples, model.context)])
             whole = np.concatenate([gradient[key].ravel() for key in sorted(gradient)])
             if chosen is None:
-                chosen = rng.choice(len(whole), COORDINATES, replace=False) if len(whole) > COORDINATES else np.arange(len(whole))
-            flat.append(whole[chosen] * np.float32(report.trained_tokens))  # the loss is a mean over tokens
+                chosen = (
+                    rng.choice(len(whole), COORDINATES, replace=False)
+                    if len(whole) > COORDINATES
+                    else np.arange(len(whole))
+                )
+            # the loss is a mean over tokens
+            flat.append(whole[chosen] * np.float32(report.trained_tokens))
     stacked = np.stack(flat)
     return (stacked @ stacked.T).astype(np.float64).reshape(len(names), len(parts), len(names), len(parts))

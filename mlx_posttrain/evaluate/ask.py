@@ -1,4 +1,6 @@
-"""How each model of a comparison is asked: in which template, with which system prompt, and with how much room for its answer."""
+"""How each model of a comparison is asked: in which template, with which system prompt, and with how much
+room for its answer.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ class Way(NamedTuple):
     max_tokens: int
 
 
-def ways(located: Sequence[Source], *, template: str = OWN, max_tokens: int, think_tokens: int | None = None) -> list[Way]:
+def ways(
+    located: Sequence[Source], *, template: str = OWN, max_tokens: int, think_tokens: int | None = None
+) -> list[Way]:
     """One way for each model.
 
-    ``template`` is one for all, or ``OWN``: a run is asked as it was trained, a model that is no run as most of the runs are. A run that
-    was distilled to think has ``think_tokens`` of room, null: as many as its longest training row; every other model ``max_tokens``.
+    ``template`` is one for all, or ``OWN``: a run is asked as it was trained, a model that is no run as most
+    of the runs are. A run that was distilled to think has ``think_tokens`` of room, null: as many as its
+    longest training row; every other model ``max_tokens``.
     """
     usual = usual_template(located)
     if template == OWN:
@@ -35,20 +40,28 @@ def ways(located: Sequence[Source], *, template: str = OWN, max_tokens: int, thi
         chosen = [template] * len(located)
         others = sorted({s.template for s in located if s.template} - {template})
         if others:
-            say(f"all models are asked in the template {template!r}; some runs were trained with {', '.join(others)}")
+            say(
+                f"all models are asked in the template {template!r}; some runs were trained with "
+                f"{', '.join(others)}"
+            )
     return [
-        Way(name, source.system, room(source, max_tokens, think_tokens)) for name, source in zip(chosen, located, strict=True)
-    ]  # fmt: skip
+        Way(name, source.system, room(source, max_tokens, think_tokens))
+        for name, source in zip(chosen, located, strict=True)
+    ]
 
 
 def usual_template(located: Sequence[Source]) -> str:
-    """The template that most of the runs were trained with; the first of them where there is a tie, ``instruction`` without any."""
+    """The template that most of the runs were trained with; the first of them where there is a tie,
+    ``instruction`` without any.
+    """
     known = Counter(s.template for s in located if s.template and s.template != "none")
     return known.most_common(1)[0][0] if known else "instruction"
 
 
 def room(source: Source, max_tokens: int, think_tokens: int | None) -> int:
-    """Longest answer of a model in tokens: a thought that its run was trained on is never cut off where ``think_tokens`` is null."""
+    """Longest answer of a model in tokens: a thought that its run was trained on is never cut off where
+    ``think_tokens`` is null.
+    """
     if source.recipe is None or source.recipe.get("method") != "distill":
         return max_tokens
     return think_tokens or int(source.recipe["data"]["max_length"])

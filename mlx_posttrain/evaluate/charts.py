@@ -1,8 +1,8 @@
 """The charts of a report, drawn by matplotlib: each is a function from plain numbers to a figure.
 
-A figure goes into the page as SVG whose ink is ``currentColor``, so that it follows the page's light or dark scheme, and beside it to a
-folder as SVG and PNG on white. Colours are Okabe and Ito's (2008) and two more, told apart by people who see few colours; lines differ in
-dash as well.
+A figure goes into the page as SVG whose ink is ``currentColor``, so that it follows the page's light or dark
+scheme, and beside it to a folder as SVG and PNG on white. Colours are Okabe and Ito's (2008) and two more,
+told apart by people who see few colours; lines differ in dash as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from typing import Any
 
 import numpy as np
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a", "#B8A800", "#8F6BC1", "#B5651D")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8a8a8a",
+    "#B8A800",
+    "#8F6BC1",
+    "#B5651D",
+)
 DASHES = ("-", "--", "-.", ":")
 _INK = "#010203"  # stands for currentColor until the SVG is written
 
@@ -32,7 +43,8 @@ def style(name: str, number: int) -> dict[str, Any]:
     """Colour and dash of the series called ``name``, the ``number``-th of its chart."""
     known = NAMED.get()
     place = known.index(name) if name in known else len(known) + number
-    dash = place // 2 + place // len(COLOURS)  # the second round of colours has other dashes than the first
+    # the second round of colours has other dashes than the first
+    dash = place // 2 + place // len(COLOURS)
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]}
 
 
@@ -40,11 +52,25 @@ def _axes(columns: int = 1, width: float = 4.6, height: float = 3.0, **more: Any
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({
-        "svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "mlx-posttrain", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
-        "ytick.color": _INK, "legend.frameon": False, "axes.titlesize": 10, "legend.fontsize": 8,
-    })  # fmt: skip
+    matplotlib.rcParams.update(
+        {
+            "svg.fonttype": "none",
+            "text.parse_math": False,
+            "svg.hashsalt": "mlx-posttrain",
+            "font.family": "sans-serif",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": _INK,
+            "axes.labelcolor": _INK,
+            "text.color": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "legend.frameon": False,
+            "axes.titlesize": 10,
+            "legend.fontsize": 8,
+        }
+    )
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height), layout="constrained")
@@ -52,8 +78,12 @@ def _axes(columns: int = 1, width: float = 4.6, height: float = 3.0, **more: Any
     return figure, list(axes[0])
 
 
-def curves(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", points: Mapping[str, Curve] | None = None) -> Any:
-    """Lines over steps, one a name; ``points`` are drawn as marks in the line's colour (evaluations beside training)."""
+def curves(
+    series: Mapping[str, Curve], *, x: str, y: str, title: str = "", points: Mapping[str, Curve] | None = None
+) -> Any:
+    """Lines over steps, one a name; ``points`` are drawn as marks in the line's colour (evaluations beside
+    training).
+    """
     figure, (axis,) = _axes(width=5.2)
     for number, (name, (xs, ys)) in enumerate(series.items()):
         axis.plot(xs, ys, label=name, linewidth=1.4, **style(name, number))
@@ -65,32 +95,56 @@ def curves(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", poin
 
 
 def bars(
-    figures: Mapping[str, tuple[float, float, float]], *, y: str, title: str = "", ceiling: float | None = None, log: bool = False
+    figures: Mapping[str, tuple[float, float, float]],
+    *,
+    y: str,
+    title: str = "",
+    ceiling: float | None = None,
+    log: bool = False,
 ) -> Any:
     """One bar a name with its interval (mean, low, high); ``ceiling`` is drawn as a line."""
     # All charts of a page are as wide on it: a wide figure's text would be small there.
     figure, (axis,) = _axes(width=min(max(3.6, 0.75 * len(figures) + 1.6), max(5.2, 0.4 * len(figures))))
     for number, (name, (mean, low, high)) in enumerate(figures.items()):
-        axis.bar(number, mean, color=style(name, number)["color"], width=0.7, yerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
-                 ecolor=_INK, capsize=3)  # fmt: skip
-    shown = [name if len(name) <= 20 else "…" + name[-19:] for name in figures]  # a path as a name would leave no room for bars
-    axis.set_xticks(range(len(figures)), shown, rotation=25 if len(figures) > 4 else 0, ha="right" if len(figures) > 4 else "center")
+        axis.bar(
+            number,
+            mean,
+            color=style(name, number)["color"],
+            width=0.7,
+            yerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
+            ecolor=_INK,
+            capsize=3,
+        )
+    # a path as a name would leave no room for bars
+    shown = [name if len(name) <= 20 else "…" + name[-19:] for name in figures]
+    axis.set_xticks(
+        range(len(figures)),
+        shown,
+        rotation=25 if len(figures) > 4 else 0,
+        ha="right" if len(figures) > 4 else "center",
+    )
     if ceiling is not None:
         axis.axhline(ceiling, linestyle=":", linewidth=1, color=_INK)
-        axis.annotate("ceiling", (1, ceiling), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axis.annotate(
+            "ceiling", (1, ceiling), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
     if log:
         from matplotlib.ticker import FuncFormatter
 
         axis.set_yscale("log")
         # Plain numbers, of the minor ones twos and fives: matplotlib's own are formulae.
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[:3] in ("2.0", "5.0") else ""))
+        axis.yaxis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[:3] in ("2.0", "5.0") else "")
+        )
     axis.set(ylabel=y, title=title)
     return figure
 
 
 def scatter(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", path: bool = False) -> Any:
-    """Points, one set a name; with ``path`` joined in order, the last one larger: a run's way through reward and KL."""
+    """Points, one set a name; with ``path`` joined in order, the last one larger: a run's way through reward
+    and KL.
+    """
     figure, (axis,) = _axes(width=5.2)
     for number, (name, (xs, ys)) in enumerate(series.items()):
         look = style(name, number)
@@ -108,7 +162,13 @@ def scatter(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", pat
 
 
 def heatmap(
-    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, title: str = "", low: float = -1.0, high: float = 1.0
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    low: float = -1.0,
+    high: float = 1.0,
 ) -> Any:
     """A matrix of numbers, written into its cells."""
     figure, (axis,) = _axes(width=0.75 * len(columns) + 1.8, height=0.5 * len(rows) + 1.4)
@@ -118,14 +178,24 @@ def heatmap(
     for i, j in np.ndindex(values.shape):
         if np.isfinite(values[i, j]):
             strong = abs(2 * (values[i, j] - low) / (high - low) - 1) > 0.6
-            axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color="#ffffff" if strong else "#111111", fontsize=8)
+            axis.text(
+                j,
+                i,
+                f"{values[i, j]:.2f}",
+                ha="center",
+                va="center",
+                color="#ffffff" if strong else "#111111",
+                fontsize=8,
+            )
     axis.set_title(title)
     figure.colorbar(image, ax=axis, fraction=0.05)
     return figure
 
 
 def _settle(figure: Any) -> None:
-    """Lay a finished figure out, once: matplotlib would do it anew for every file, which takes as long as drawing."""
+    """Lay a finished figure out, once: matplotlib would do it anew for every file, which takes as long as
+    drawing.
+    """
     if engine := figure.get_layout_engine():
         engine.execute(figure)
         figure.set_layout_engine("none")
@@ -138,11 +208,18 @@ def svg(figure: Any) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # Ids are unique within a figure only, and a page has many: a clip path of another figure would cut this one.
+    # Ids are unique within a figure only, and a page has many: a clip path of another figure would cut this
+    # one.
     salt = format(zlib.crc32(text.encode()), "08x")
     text = re.sub(r'\bid="([^"]+)"', rf'id="{salt}-\1"', text)
     text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>{salt}-", text)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2\3", text, count=1)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"([^>]*?) '
+        r'width="[^"]*"',
+        r"\1\2\3",
+        text,
+        count=1,
+    )
 
 
 def save(figure: Any, folder: Path, name: str) -> None:

@@ -1,7 +1,8 @@
 """What several models did on one suite: their figures, the differences between them, and the table of both.
 
-Every figure is a mean of values per row, which stay, so that a difference between two models is drawn over the same rows
-(metrics.paired_bootstrap). What a figure's ceiling is, and which way is better, stands beside it in ``METRICS``.
+Every figure is a mean of values per row, which stay, so that a difference between two models is drawn over
+the same rows (metrics.paired_bootstrap). What a figure's ceiling is, and which way is better, stands beside
+it in ``METRICS``.
 """
 
 from __future__ import annotations
@@ -16,15 +17,25 @@ import numpy as np
 
 from mlx_posttrain.evaluate.metrics import Interval, bootstrap, holm, paired_bootstrap, share, sign_flip
 
-MIN_ROWS = 20  # below this many rows a percentile interval is too narrow to call a difference beyond chance
+# below this many rows a percentile interval is too narrow to call a difference beyond chance
+MIN_ROWS = 20
 LEVEL = 0.05
 
 #: What "beyond chance" means, for whoever reads a table.
-BEYOND_CHANCE = "p < .05 by a sign-flip test over the rows, after Holm's correction for the models that a figure is compared for"
+BEYOND_CHANCE = (
+    "p < .05 by a sign-flip test over the rows, after Holm's correction for the models that a "
+    "figure is compared for"
+)
 
 #: Figures per token, which mean nothing across tokenizers.
-PER_TOKEN = ("response_loss", "perplexity", "kl", "length", "length_sampled",
-             *(f"{name}{how}" for name in ("seq_rep_4", "distinct_2", "diversity") for how in ("", "_sampled")))  # fmt: skip
+PER_TOKEN = (
+    "response_loss",
+    "perplexity",
+    "kl",
+    "length",
+    "length_sampled",
+    *(f"{name}{how}" for name in ("seq_rep_4", "distinct_2", "diversity") for how in ("", "_sampled")),
+)
 
 
 class Metric(NamedTuple):
@@ -35,7 +46,8 @@ class Metric(NamedTuple):
     better: Literal["higher", "lower", "neither"]
     ceiling: str
     about: str
-    of: Callable[[float], float] | None = None  # monotone, laid on mean and bounds: exp makes a loss a perplexity
+    # monotone, laid on mean and bounds: exp makes a loss a perplexity
+    of: Callable[[float], float] | None = None
     even: float | None = None  # what the figure is held against where the baseline has none
 
     @property
@@ -45,28 +57,110 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("right answers", "{:.1%}", "higher", "100 %", "greedy answers that the row's rule accepts; contents no run was trained on"),
-    "accuracy_phrasing": Metric("right, unseen phrasing", "{:.1%}", "higher", "100 %", "the same for known contents in words no run was trained on"),
-    "accuracy_sampled": Metric("right answers, sampled", "{:.1%}", "higher", "100 %", "mean over several sampled answers to each question"),
+    "accuracy": Metric(
+        "right answers",
+        "{:.1%}",
+        "higher",
+        "100 %",
+        "greedy answers that the row's rule accepts; contents no run was trained on",
+    ),
+    "accuracy_phrasing": Metric(
+        "right, unseen phrasing",
+        "{:.1%}",
+        "higher",
+        "100 %",
+        "the same for known contents in words no run was trained on",
+    ),
+    "accuracy_sampled": Metric(
+        "right answers, sampled",
+        "{:.1%}",
+        "higher",
+        "100 %",
+        "mean over several sampled answers to each question",
+    ),
     "response_loss": Metric("response loss", "{:.3f}", "lower", "0", "nats per token of the wanted answers"),
-    "perplexity": Metric("base-text perplexity", "{:.1f}", "lower", "1", "of plain text, in windows, each token scored once", math.exp),
-    "kl": Metric("KL from the baseline", "{:.3f}", "neither", "0: unchanged", "KL(baseline || model) on plain text, nats per token"),
-    "last_word": Metric("last word", "{:.1%}", "higher", "100 %", "texts whose last word greedy decoding finds"),
-    "last_word_perplexity": Metric("last-word perplexity", "{:.1f}", "lower", "1", "exp of the last word's mean cost", math.exp),
-    "seq_rep_4": Metric("repetition", "{:.3f}", "lower", "0", "seq-rep-4 of greedy continuations, all of one length, the end of text forbidden: share of 4-grams that came before"),
-    "distinct_2": Metric("distinct-2", "{:.3f}", "higher", "1", "share of different 2-grams in all greedy continuations together: low as well where a model says one thing of everything"),
-    "diversity": Metric("diversity", "{:.3f}", "higher", "1", "product of 1 - seq-rep-n, n = 2..4, of greedy continuations"),
-    "seq_rep_4_sampled": Metric("repetition, sampled", "{:.3f}", "lower", "0", "seq-rep-4 of sampled continuations, mean over those of a text"),
-    "distinct_2_sampled": Metric("distinct-2, sampled", "{:.3f}", "higher", "1", "the same of sampled continuations"),
-    "diversity_sampled": Metric("diversity, sampled", "{:.3f}", "higher", "1", "diversity of sampled continuations"),
-    "ended": Metric("ended by itself", "{:.0%}", "neither", "100 %", "greedy answers that ended before the limit"),
+    "perplexity": Metric(
+        "base-text perplexity",
+        "{:.1f}",
+        "lower",
+        "1",
+        "of plain text, in windows, each token scored once",
+        math.exp,
+    ),
+    "kl": Metric(
+        "KL from the baseline",
+        "{:.3f}",
+        "neither",
+        "0: unchanged",
+        "KL(baseline || model) on plain text, nats per token",
+    ),
+    "last_word": Metric(
+        "last word", "{:.1%}", "higher", "100 %", "texts whose last word greedy decoding finds"
+    ),
+    "last_word_perplexity": Metric(
+        "last-word perplexity", "{:.1f}", "lower", "1", "exp of the last word's mean cost", math.exp
+    ),
+    "seq_rep_4": Metric(
+        "repetition",
+        "{:.3f}",
+        "lower",
+        "0",
+        "seq-rep-4 of greedy continuations, all of "
+        "one length, the end of text forbidden: share "
+        "of 4-grams that came before",
+    ),
+    "distinct_2": Metric(
+        "distinct-2",
+        "{:.3f}",
+        "higher",
+        "1",
+        "share of different 2-grams in all greedy "
+        "continuations together: low as well where "
+        "a model says one thing of everything",
+    ),
+    "diversity": Metric(
+        "diversity", "{:.3f}", "higher", "1", "product of 1 - seq-rep-n, n = 2..4, of greedy continuations"
+    ),
+    "seq_rep_4_sampled": Metric(
+        "repetition, sampled",
+        "{:.3f}",
+        "lower",
+        "0",
+        "seq-rep-4 of sampled continuations, mean over those of a text",
+    ),
+    "distinct_2_sampled": Metric(
+        "distinct-2, sampled", "{:.3f}", "higher", "1", "the same of sampled continuations"
+    ),
+    "diversity_sampled": Metric(
+        "diversity, sampled", "{:.3f}", "higher", "1", "diversity of sampled continuations"
+    ),
+    "ended": Metric(
+        "ended by itself", "{:.0%}", "neither", "100 %", "greedy answers that ended before the limit"
+    ),
     "length": Metric("answer tokens", "{:.1f}", "neither", "the limit", "tokens of the greedy answers"),
-    "ended_sampled": Metric("ended, sampled", "{:.0%}", "neither", "100 %", "sampled answers that ended before the limit"),
-    "length_sampled": Metric("answer tokens, sampled", "{:.1f}", "neither", "the limit", "tokens of the sampled answers"),
-    "score": Metric("reward score", "{:+.2f}", "higher", "none", "the reward model's score of the greedy answers; an empty one has the lowest that any answer got"),
-    "wins": Metric("wins, length-controlled", "{:.1%}", "higher", "100 %; baseline 50 %",
-                   "share of answers that the reward model prefers to the baseline's, were both of one length; an empty one loses; against 50 %", even=0.5),
-}  # fmt: skip
+    "ended_sampled": Metric(
+        "ended, sampled", "{:.0%}", "neither", "100 %", "sampled answers that ended before the limit"
+    ),
+    "length_sampled": Metric(
+        "answer tokens, sampled", "{:.1f}", "neither", "the limit", "tokens of the sampled answers"
+    ),
+    "score": Metric(
+        "reward score",
+        "{:+.2f}",
+        "higher",
+        "none",
+        "the reward model's score of the greedy answers; an empty one has the lowest that any answer got",
+    ),
+    "wins": Metric(
+        "wins, length-controlled",
+        "{:.1%}",
+        "higher",
+        "100 %; baseline 50 %",
+        "share of answers that the reward model prefers to the baseline's, were both of one "
+        "length; an empty one loses; against 50 %",
+        even=0.5,
+    ),
+}
 
 
 class Values(NamedTuple):
@@ -84,7 +178,8 @@ class Measured:
     path: str
     values: dict[str, Values] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)  # greedy, one per question
-    continuations: list[list[int]] = field(default_factory=list)  # greedy, one per base text, those that repetition is measured on
+    # greedy, one per base text, those that repetition is measured on
+    continuations: list[list[int]] = field(default_factory=list)
     template: str = ""  # in which it was asked
     origin: int = 0  # place in the comparison of the model that it is compared with
     seed: int = 0  # of its intervals
@@ -99,13 +194,16 @@ class Measured:
 
 @dataclass
 class Comparison:
-    """Several models on one suite, each compared with its baseline: the first of them, or the one that its ``origin`` names."""
+    """Several models on one suite, each compared with its baseline: the first of them, or the one that its
+    ``origin`` names.
+    """
 
     suite: dict[str, Any]
     template: str  # the suite's: one for all, or own
     models: list[Measured]
     questions: list[dict[str, Any]]  # prompt, wanted, family, and the row that the answer's rule reads
-    _sure: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)  # places of the models that differ, by metric
+    # places of the models that differ, by metric
+    _sure: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def seed(self) -> int:
@@ -115,7 +213,11 @@ class Comparison:
     @property
     def compared_with(self) -> str:
         """In words, what differences are taken from."""
-        return self.models[0].name if all(m.origin == 0 for m in self.models) else "the model that each started from"
+        return (
+            self.models[0].name
+            if all(m.origin == 0 for m in self.models)
+            else "the model that each started from"
+        )
 
     def baseline(self, model: Measured) -> Measured:
         """What a model is compared with: itself where it is a baseline."""
@@ -132,10 +234,16 @@ class Comparison:
             names.setdefault(m.template, []).append(m.name)
         if len(names) == 1:
             return f"all in the template {self.models[0].template!r}"
-        return "each in its own template (" + "; ".join(f"{', '.join(who)}: {template}" for template, who in names.items()) + ")"
+        return (
+            "each in its own template ("
+            + "; ".join(f"{', '.join(who)}: {template}" for template, who in names.items())
+            + ")"
+        )
 
     def _pair(self, metric: str, model: Measured) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
-        """(rows, the baseline's rows, weights); None where no row has both, or where texts were read in other windows."""
+        """(rows, the baseline's rows, weights); None where no row has both, or where texts were read in other
+        windows.
+        """
         base, even = self.baseline(model), METRICS[metric].even
         if model is base or metric not in model.values:
             return None
@@ -151,7 +259,8 @@ class Comparison:
         return 0 if pair is None else int(np.isfinite(pair[0] - pair[1]).sum())
 
     def difference(self, metric: str, model: Measured) -> Interval | None:
-        """``model`` minus its baseline over the same rows, in the unit of the rows (nats where the figure is a perplexity).
+        """``model`` minus its baseline over the same rows, in the unit of the rows (nats where the figure is
+        a perplexity).
 
         Of a metric that the baseline cannot have, wins, what the figure has above ``even``.
         """
@@ -165,18 +274,29 @@ class Comparison:
     def sure(self, metric: str, model: Measured) -> bool:
         """Whether the difference to the baseline is beyond chance.
 
-        It is where metrics.sign_flip rejects chance at LEVEL after Holm's correction over all models compared in this metric over at least
-        MIN_ROWS rows, and 0 lies outside the 95 % interval of the difference, so that a figure and its mark never contradict each other.
-        In a metric in which no model differs from its baseline, one comparison in twenty marks any.
+        It is where metrics.sign_flip rejects chance at LEVEL after Holm's correction over all models compared
+        in this metric over at least MIN_ROWS rows, and 0 lies outside the 95 % interval of the difference, so
+        that a figure and its mark never contradict each other. In a metric in which no model differs from its
+        baseline, one comparison in twenty marks any.
         """
         if metric not in self._sure:
             self._sure[metric] = self._beyond_chance(metric)
         return any(self.models[place] is model for place in self._sure[metric])
 
     def _beyond_chance(self, metric: str) -> list[int]:
-        pairs = [(place, self._pair(metric, m)) for place, m in enumerate(self.models) if self.rows(metric, m) >= MIN_ROWS]
-        p_values = [sign_flip(pair[0], pair[1], weights=pair[2], seed=self.seed) for _, pair in pairs if pair is not None]
-        places = [place for (place, _), rejected in zip(pairs, holm(p_values, LEVEL), strict=True) if rejected]
+        pairs = [
+            (place, self._pair(metric, m))
+            for place, m in enumerate(self.models)
+            if self.rows(metric, m) >= MIN_ROWS
+        ]
+        p_values = [
+            sign_flip(pair[0], pair[1], weights=pair[2], seed=self.seed)
+            for _, pair in pairs
+            if pair is not None
+        ]
+        places = [
+            place for (place, _), rejected in zip(pairs, holm(p_values, LEVEL), strict=True) if rejected
+        ]
         gaps = {place: self.difference(metric, self.models[place]) for place in places}
         return [place for place, d in gaps.items() if d is not None and (d.low > 0 or d.high < 0)]
 
@@ -187,18 +307,30 @@ class Comparison:
             "template": self.template,
             "baseline": self.models[0].name,
             "beyond_chance": BEYOND_CHANCE,
-            "metrics": {name: {"label": METRICS[name].label, "better": METRICS[name].better, "ceiling": METRICS[name].ceiling,
-                               "about": METRICS[name].about} for name in self.metrics()},
+            "metrics": {
+                name: {
+                    "label": METRICS[name].label,
+                    "better": METRICS[name].better,
+                    "ceiling": METRICS[name].ceiling,
+                    "about": METRICS[name].about,
+                }
+                for name in self.metrics()
+            },
             "models": [
                 {
-                    "name": m.name, "path": m.path, "template": m.template, "baseline": self.baseline(m).name,
+                    "name": m.name,
+                    "path": m.path,
+                    "template": m.template,
+                    "baseline": self.baseline(m).name,
                     "figures": {name: m.figure(name)._asdict() for name in m.values},
-                    "minus_baseline": {name: d._asdict() for name in m.values if (d := self.difference(name, m)) is not None},
+                    "minus_baseline": {
+                        name: d._asdict() for name in m.values if (d := self.difference(name, m)) is not None
+                    },
                     "beyond_chance": [name for name in m.values if self.sure(name, m)],
                 }
                 for m in self.models
             ],
-        }  # fmt: skip
+        }
 
     def cell(self, metric: str, model: Measured) -> str:
         """A figure with its interval as text; '-' where it was not measured."""
@@ -213,23 +345,33 @@ class Comparison:
         if d is None:
             return None
         unit = "nats" if METRICS[metric].of else ""
-        form = "{:+.3f}" if METRICS[metric].of else METRICS[metric].form.replace("{:", "{:+").replace("++", "+")
+        form = (
+            "{:+.3f}" if METRICS[metric].of else METRICS[metric].form.replace("{:", "{:+").replace("++", "+")
+        )
         sure = "" if self.sure(metric, model) else ": no difference that these rows can show"
         return f"{form.format(d.mean)} [{form.format(d.low)}, {form.format(d.high)}] {unit}".strip() + sure
 
 
 def table(comparison: Comparison) -> str:
-    """The comparison for a terminal: one line a model, one column a figure, in as many tables as the width asks for."""
+    """The comparison for a terminal: one line a model, one column a figure, in as many tables as the width
+    asks for.
+    """
     from rich.console import Console
     from rich.table import Table
 
     names = comparison.metrics()
-    console = Console(width=None if Console().is_terminal else 120)  # a pipe or a file has no width of its own
+    # a pipe or a file has no width of its own
+    console = Console(width=None if Console().is_terminal else 120)
     label = max(len("best possible"), *(len(m.name) for m in comparison.models))
     fitting = max(1, (console.width - label - 4) // 18)
     said = [
-        f"{len(comparison.questions)} questions, {comparison.asked()}, greedy; 95 % intervals, each figure's own"
-        + (f"\n* differs from {comparison.compared_with} beyond chance: {BEYOND_CHANCE}" if len(comparison.models) > 1 else "")
+        f"{len(comparison.questions)} questions, {comparison.asked()}, greedy; 95 % intervals, each "
+        "figure's own"
+        + (
+            f"\n* differs from {comparison.compared_with} beyond chance: {BEYOND_CHANCE}"
+            if len(comparison.models) > 1
+            else ""
+        )
     ]
     said = [textwrap.fill(line, console.width) for line in "\n".join(said).splitlines()]
     for begin in range(0, len(names), fitting):
@@ -238,9 +380,15 @@ def table(comparison: Comparison) -> str:
         for name in names[begin : begin + fitting]:
             grid.add_column(METRICS[name].label, justify="right")
         for model in comparison.models:
-            grid.add_row(model.name, *(_short(comparison, name, model) for name in names[begin : begin + fitting]))
+            grid.add_row(
+                model.name, *(_short(comparison, name, model) for name in names[begin : begin + fitting])
+            )
         grid.add_section()
-        grid.add_row("best possible", *(METRICS[name].ceiling.partition(":")[0] for name in names[begin : begin + fitting]), style="dim")
+        grid.add_row(
+            "best possible",
+            *(METRICS[name].ceiling.partition(":")[0] for name in names[begin : begin + fitting]),
+            style="dim",
+        )
         with console.capture() as captured:
             console.print(grid)
         said.append(captured.get())
@@ -250,4 +398,6 @@ def table(comparison: Comparison) -> str:
 def _short(comparison: Comparison, metric: str, model: Measured) -> str:
     value, _, interval = comparison.cell(metric, model).partition(" ")
     low, _, high = interval.strip("[]").replace("%", "").partition(", ")
-    return f"{value}{'*' if comparison.sure(metric, model) else ''}\n" + (f"{low} to {high}" if interval else "")
+    return f"{value}{'*' if comparison.sure(metric, model) else ''}\n" + (
+        f"{low} to {high}" if interval else ""
+    )

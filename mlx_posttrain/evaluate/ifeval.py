@@ -1,13 +1,17 @@
 """Whether an answer follows instructions that a program can check: the rules of IFEval, offline.
 
-A row is one of google/IFEval: ``prompt``, ``instruction_id_list`` and ``kwargs``, one mapping per instruction, in which the hub's rows hold
-None for unused keys. Source: Zhou et al. 2023, "Instruction-Following Evaluation for Large Language Models". The reference is
-google-research's ``instructions.py``; every rule decides as it does except where its docstring or one of these says otherwise:
+A row is one of google/IFEval: ``prompt``, ``instruction_id_list`` and ``kwargs``, one mapping per
+instruction, in which the hub's rows hold None for unused keys. Source: Zhou et al. 2023,
+"Instruction-Following Evaluation for Large Language Models". The reference is google-research's
+``instructions.py``; every rule decides as it does except where its docstring or one of these says otherwise:
 
-- language:response_language needs a language detector and is not judged: None. english_capital and english_lowercase look at the case only.
-- Sentences are found without nltk's trained Punkt model (``_sentences``), words in capitals without its tokenizer (``_capital_word_frequency``).
+- language:response_language needs a language detector and is not judged: None. english_capital and
+  english_lowercase look at the case only.
+- Sentences are found without nltk's trained Punkt model (``_sentences``), words in capitals without its
+  tokenizer (``_capital_word_frequency``).
 - Keywords and markers are plain texts, where the reference reads them as regular expressions.
-- A key that an instruction needs and lacks is an error, where the reference draws a random value; 0 is 0, and no missing value.
+- A key that an instruction needs and lacks is an error, where the reference draws a random value; 0 is 0, and
+  no missing value.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ _SHORT = re.compile(
 _OPENING, _CLOSING = "\"'([{*_\u201c\u2018", "\"')]}*_\u201d\u2019"
 
 
-# -- the rules -----------------------------------------------------------------------------------------------------------------------
+# the rules
 
 
 def _holds(count: int, relation: str, wanted: float) -> bool:
@@ -52,12 +56,18 @@ def _frequency(text: str, keyword: str, frequency: int, relation: str) -> bool:
 
 
 def _forbidden_words(text: str, forbidden_words: Sequence[str]) -> bool:
-    """None of them as a whole word. A word with marks at its ends ("C++") counts as whole too, which the reference never finds."""
-    return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words)
+    """None of them as a whole word. A word with marks at its ends ("C++") counts as whole too, which the
+    reference never finds.
+    """
+    return not any(
+        re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words
+    )
 
 
 def _letter_frequency(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
-    """Either case. A mark in place of a letter is counted as it is, where the reference draws a random letter."""
+    """Either case. A mark in place of a letter is counted as it is, where the reference draws a random
+    letter.
+    """
     return _holds(text.lower().count(letter.strip().lower()), let_relation, let_frequency)
 
 
@@ -68,9 +78,10 @@ def _number_sentences(text: str, num_sentences: int, relation: str) -> bool:
 def _sentences(text: str) -> int:
     """Number of sentences, which end in ., ! or ?, closing marks included, before white space or the end.
 
-    A period after a title, an initial or a short form does not end one, nor do dots before a small letter. The rest of the text is one
-    more; line breaks end none, as in Punkt. Punkt has learnt more short forms than the list above, and which words open sentences, so
-    that it also ends one after "U.S." where such a word follows; here "U.S." never ends one before the end of the text.
+    A period after a title, an initial or a short form does not end one, nor do dots before a small letter.
+    The rest of the text is one more; line breaks end none, as in Punkt. Punkt has learnt more short forms
+    than the list above, and which words open sentences, so that it also ends one after "U.S." where such a
+    word follows; here "U.S." never ends one before the end of the text.
     """
     words, count, open_end = text.split(), 0, False
     for word, after in zip(words, [*words[1:], ""], strict=False):
@@ -87,7 +98,9 @@ def _sentences(text: str) -> int:
 
 
 def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Exactly so many between dividers ``***``; a divider may begin or end the text, and there is something between any two."""
+    """Exactly so many between dividers ``***``; a divider may begin or end the text, and there is something
+    between any two.
+    """
     parts = [part.strip() for part in text.split("***")]
     return all(parts[1:-1]) and sum(map(bool, parts)) == num_paragraphs
 
@@ -98,7 +111,8 @@ def _number_words(text: str, num_words: int, relation: str) -> bool:
 
 
 def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Exactly so many paragraphs between empty lines, and the first word of one of them, up to its first mark.
+    """Exactly so many paragraphs between empty lines, and the first word of one of them, up to its first
+    mark.
 
     Blank ones do not count as paragraphs, and yet nth_paragraph counts them, as in the reference.
     """
@@ -123,7 +137,9 @@ def _postscript(text: str, postscript_marker: str) -> bool:
 
 
 def _number_bullet_lists(text: str, num_bullets: int) -> bool:
-    """Exactly so many lines that begin with ``-`` or one ``*``. A ``*`` alone on its line takes in the next line, as in the reference."""
+    """Exactly so many lines that begin with ``-`` or one ``*``. A ``*`` alone on its line takes in the next
+    line, as in the reference.
+    """
     stars = re.findall(r"^\s*\*[^*].*", text, re.MULTILINE)
     return len(stars) + len(re.findall(r"^\s*-", text, re.MULTILINE)) == num_bullets
 
@@ -134,7 +150,9 @@ def _constrained_response(text: str) -> bool:
 
 
 def _number_highlighted_sections(text: str, num_highlights: int) -> bool:
-    """At least so many ``*...*`` or ``**...**``, each on one line and not blank. ``***...***`` counts twice, as in the reference."""
+    """At least so many ``*...*`` or ``**...**``, each on one line and not blank. ``***...***`` counts twice,
+    as in the reference.
+    """
     found = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
     return sum(bool(part.strip("*").strip()) for part in found) >= num_highlights
 
@@ -183,9 +201,11 @@ def _quotation(text: str) -> bool:
 
 
 def _capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> bool:
-    """Words without a small letter: "I" and "U.S." count, a hyphenated word is one, and "I'M" is two, as in nltk's tokenizer.
+    """Words without a small letter: "I" and "U.S." count, a hyphenated word is one, and "I'M" is two, as in
+    nltk's tokenizer.
 
-    That one also takes apart "CANNOT" and six other contractions, and keeps marks that join words ("A:B") by rules not repeated here.
+    That one also takes apart "CANNOT" and six other contractions, and keeps marks that join words ("A:B") by
+    rules not repeated here.
     """
     split = re.sub(r"(?i)('(?:s|m|d|ll|re|ve)|n't)\b", r" \1", text)
     words = re.split(r"[\s\"\u201c\u201d\u00ab\u00bb;@#$%&?!()\[\]{}<>]+|--+|\.\.+|[,:](?!\d)", split)
@@ -193,12 +213,16 @@ def _capital_word_frequency(text: str, capital_frequency: int, capital_relation:
 
 
 def _english_capital(text: str) -> bool:
-    """No small letter, and some letter. That it is English, which the reference asks of langdetect, is not judged."""
+    """No small letter, and some letter. That it is English, which the reference asks of langdetect, is not
+    judged.
+    """
     return text.isupper()
 
 
 def _english_lowercase(text: str) -> bool:
-    """No capital, and some letter. That it is English, which the reference asks of langdetect, is not judged."""
+    """No capital, and some letter. That it is English, which the reference asks of langdetect, is not
+    judged.
+    """
     return text.islower()
 
 
@@ -211,7 +235,10 @@ RULES: dict[str, tuple[Callable[..., bool], dict[str, type]]] = {
     "keywords:existence": (_existence, {"keywords": list}),
     "keywords:frequency": (_frequency, {"keyword": str, "frequency": int, "relation": str}),
     "keywords:forbidden_words": (_forbidden_words, {"forbidden_words": list}),
-    "keywords:letter_frequency": (_letter_frequency, {"letter": str, "let_frequency": int, "let_relation": str}),
+    "keywords:letter_frequency": (
+        _letter_frequency,
+        {"letter": str, "let_frequency": int, "let_relation": str},
+    ),
     "length_constraints:number_sentences": (_number_sentences, {"num_sentences": int, "relation": str}),
     "length_constraints:number_paragraphs": (_number_paragraphs, {"num_paragraphs": int}),
     "length_constraints:number_words": (_number_words, {"num_words": int, "relation": str}),
@@ -224,28 +251,38 @@ RULES: dict[str, tuple[Callable[..., bool], dict[str, type]]] = {
     "detectable_format:number_bullet_lists": (_number_bullet_lists, {"num_bullets": int}),
     "detectable_format:constrained_response": (_constrained_response, {}),
     "detectable_format:number_highlighted_sections": (_number_highlighted_sections, {"num_highlights": int}),
-    "detectable_format:multiple_sections": (_multiple_sections, {"section_spliter": str, "num_sections": int}),
+    "detectable_format:multiple_sections": (
+        _multiple_sections,
+        {"section_spliter": str, "num_sections": int},
+    ),
     "detectable_format:json_format": (_json_format, {}),
     "detectable_format:title": (_title, {}),
     "combination:two_responses": (_two_responses, {}),
     "combination:repeat_prompt": (_repeat_prompt, {"prompt_to_repeat": str}),
     "startend:end_checker": (_end_checker, {"end_phrase": str}),
     "startend:quotation": (_quotation, {}),
-    "change_case:capital_word_frequency": (_capital_word_frequency, {"capital_frequency": int, "capital_relation": str}),
+    "change_case:capital_word_frequency": (
+        _capital_word_frequency,
+        {"capital_frequency": int, "capital_relation": str},
+    ),
     "change_case:english_capital": (_english_capital, {}),
     "change_case:english_lowercase": (_english_lowercase, {}),
     "punctuation:no_comma": (_no_comma, {}),
 }
 
 
-# -- asking them ---------------------------------------------------------------------------------------------------------------------
+# asking them
 
 
-def follows(instruction_id: str, kwargs: Mapping[str, Any] | None, text: str, prompt: str | None = None) -> bool | None:
-    """Whether the text follows one instruction; None for one that cannot be judged offline (UNJUDGED). A blank text follows none.
+def follows(
+    instruction_id: str, kwargs: Mapping[str, Any] | None, text: str, prompt: str | None = None
+) -> bool | None:
+    """Whether the text follows one instruction; None for one that cannot be judged offline (UNJUDGED). A
+    blank text follows none.
 
-    kwargs: the instruction's own, whatever else is in them. prompt: what combination:repeat_prompt asks to repeat if the kwargs lack it.
-    Raises UserError for an unknown instruction, and where a key is missing or of another type than it should be.
+    kwargs: the instruction's own, whatever else is in them. prompt: what combination:repeat_prompt asks to
+    repeat if the kwargs lack it. Raises UserError for an unknown instruction, and where a key is missing or
+    of another type than it should be.
     """
     if instruction_id in UNJUDGED:
         return None
@@ -253,7 +290,9 @@ def follows(instruction_id: str, kwargs: Mapping[str, Any] | None, text: str, pr
         known = [*RULES, *UNJUDGED]
         raise UserError(f"IFEval knows no instruction {instruction_id!r}{nearest(instruction_id, known)}")
     rule, keys = RULES[instruction_id]
-    given = {"prompt_to_repeat": prompt} | {key: value for key, value in (kwargs or {}).items() if value is not None}
+    given = {"prompt_to_repeat": prompt} | {
+        key: value for key, value in (kwargs or {}).items() if value is not None
+    }
     for key, kind in keys.items():
         value = given.get(key)
         if not _is(value, kind):
@@ -266,22 +305,28 @@ def _is(value: Any, kind: type) -> bool:
     if kind is list:
         return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
     # tables turn whole numbers into floats where another row has none
-    return isinstance(value, int | float) and not isinstance(value, bool) if kind is int else isinstance(value, kind)
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is int
+        else isinstance(value, kind)
+    )
 
 
 def strict(row: Mapping[str, Any], text: str) -> bool | None:
     """Whether the text follows every instruction of the row that can be judged; None where none can.
 
-    The reference also judges language:response_language, so that a row with it is harder there. Raises UserError as ``follows``.
+    The reference also judges language:response_language, so that a row with it is harder there. Raises
+    UserError as ``follows``.
     """
     return _all(_followed(row, [text]))
 
 
 def loose(row: Mapping[str, Any], text: str) -> bool | None:
-    """As ``strict``, but an instruction is also followed if the text follows it once first line, last line or both are taken off.
+    """As ``strict``, but an instruction is also followed if the text follows it once first line, last line or
+    both are taken off.
 
-    Each of the four is tried without asterisks too: the paper's loose accuracy, which forgives "Sure, here it is:" and Markdown, and
-    for that also accepts some wrong answers.
+    Each of the four is tried without asterisks too: the paper's loose accuracy, which forgives "Sure, here it
+    is:" and Markdown, and for that also accepts some wrong answers.
     """
     lines = text.split("\n")
     parts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
@@ -289,10 +334,12 @@ def loose(row: Mapping[str, Any], text: str) -> bool | None:
 
 
 def instruction_accuracy(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> tuple[float, float]:
-    """Shares of prompts of which every instruction is followed, and of instructions followed: the paper's two strict accuracies.
+    """Shares of prompts of which every instruction is followed, and of instructions followed: the paper's two
+    strict accuracies.
 
-    rows, texts: [R]. Range 0 to 1, ceiling 1. What cannot be judged is left out of both, nan where nothing is left; hence prompts with
-    language:response_language make these figures differ from published ones. Raises UserError as ``follows``.
+    rows, texts: [R]. Range 0 to 1, ceiling 1. What cannot be judged is left out of both, nan where nothing is
+    left; hence prompts with language:response_language make these figures differ from published ones. Raises
+    UserError as ``follows``.
     """
     followed = [_followed(row, [text]) for row, text in zip(rows, texts, strict=True)]
     prompts = [every for one in followed if (every := _all(one)) is not None]
@@ -305,8 +352,14 @@ def _followed(row: Mapping[str, Any], texts: Sequence[str]) -> list[bool | None]
     ids, kwargs = list(row["instruction_id_list"]), row.get("kwargs")
     kwargs = [{}] * len(ids) if kwargs is None else list(kwargs)
     if len(kwargs) != len(ids):
-        raise UserError(f"an IFEval row has {len(ids)} instructions and {len(kwargs)} kwargs; it needs one mapping per instruction")
-    judged = [[follows(one, own, text, row.get("prompt")) for text in texts] for one, own in zip(ids, kwargs, strict=True)]
+        raise UserError(
+            f"an IFEval row has {len(ids)} instructions and {len(kwargs)} kwargs; it needs one "
+            "mapping per instruction"
+        )
+    judged = [
+        [follows(one, own, text, row.get("prompt")) for text in texts]
+        for one, own in zip(ids, kwargs, strict=True)
+    ]
     return [None if None in found else any(found) for found in judged]
 
 

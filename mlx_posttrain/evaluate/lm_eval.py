@@ -5,10 +5,11 @@
 
     lm_eval.simple_evaluate(model=MLXPosttrainLM("runs/sft"), tasks=["hellaswag"])
 
-With ``apply_chat_template=True`` questions are put as the run was trained to be asked. Once this module is imported, the harness also
-knows the name: ``simple_evaluate(model="mlx-posttrain", model_args="pretrained=runs/sft,engine=mlx", ...)``. Figures are those of the
-harness's own ``hf`` model, but for texts whose likelihood is asked with ``loglikelihood_rolling`` where a tokenizer begins texts with a
-BOS: there BOS stands before the text once and is not scored, as in measure.base_text_loss.
+With ``apply_chat_template=True`` questions are put as the run was trained to be asked. Once this module is
+imported, the harness also knows the name: ``simple_evaluate(model="mlx-posttrain",
+model_args="pretrained=runs/sft,engine=mlx", ...)``. Figures are those of the harness's own ``hf`` model, but
+for texts whose likelihood is asked with ``loglikelihood_rolling`` where a tokenizer begins texts with a BOS:
+there BOS stands before the text once and is not scored, as in measure.base_text_loss.
 """
 
 from __future__ import annotations
@@ -40,17 +41,20 @@ except ImportError:
     raise UserError("lm-evaluation-harness is not installed: pip install lm-eval") from None
 
 _UNBOUNDED = 2048  # window of a model that names no longest sequence, the harness's own choice
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's names for one setting, first wins
+# the harness's names for one setting, first wins
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = ("until", "do_sample", "temperature", "top_p", *_LENGTHS)
-_NEUTRAL = {"top_k": (0, None), "num_beams": (1,), "repetition_penalty": (1.0,)}  # changes nothing with these values
+# changes nothing with these values
+_NEUTRAL = {"top_k": (0, None), "num_beams": (1,), "repetition_penalty": (1.0,)}
 
 
 @register_model("mlx-posttrain")
 class MLXPosttrainLM(TemplateLM):
     """A model as the harness sees it: log-likelihoods of texts, and continuations.
 
-    pretrained: anything that names a model, see loading.py. batch_size: most rows scored at once; long rows go fewer together.
-    max_length: longest sequence in tokens, by default the model's context. max_gen_toks: length of continuations whose task names none.
+    pretrained: anything that names a model, see loading.py. batch_size: most rows scored at once; long rows
+    go fewer together. max_length: longest sequence in tokens, by default the model's context. max_gen_toks:
+    length of continuations whose task names none.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class MLXPosttrainLM(TemplateLM):
         longest = self.model.context or self.model.config.get("max_position_embeddings") or _UNBOUNDED
         self.max_length = int(max_length or longest)
         if self.model.context is not None and self.max_length > self.model.context:
-            raise UserError(f"max_length={self.max_length} is beyond the model's context of {self.model.context}")
+            raise UserError(
+                f"max_length={self.max_length} is beyond the model's context of {self.model.context}"
+            )
 
     # text and tokens
 
@@ -87,7 +93,9 @@ class MLXPosttrainLM(TemplateLM):
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; by default with the tokenizer's own special tokens, unless the text begins with BOS already."""
+        """Token ids; by default with the tokenizer's own special tokens, unless the text begins with BOS
+        already.
+        """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -96,19 +104,33 @@ class MLXPosttrainLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """What the harness's cache of requests depends on: the tokenizer and how questions are put."""
-        return f"{self.source.folder}__{generation.template_for(self.source, self.tokenizer, None)[0]}".replace("/", "__")
+        return (
+            f"{self.source.folder}__{generation.template_for(self.source, self.tokenizer, None)[0]}".replace(
+                "/", "__"
+            )
+        )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The name of the template that ``apply_chat_template`` fills in; None when the harness wants none."""
+        """The name of the template that ``apply_chat_template`` fills in; None when the harness wants
+        none.
+        """
         return generation.template_for(self.source, self.tokenizer, None)[0] if chat_template else None
 
-    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return turns as the run was trained to see them, up to where its answer begins, or into an answer that is to be gone on with."""
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return turns as the run was trained to see them, up to where its answer begins, or into an answer
+        that is to be gone on with.
+        """
         turns = [Turn(m["role"], m["content"]) for m in chat_history]  # type: ignore[arg-type]
         begun = "" if add_generation_prompt else turns.pop().content
         template, templated = generation.template_for(self.source, self.tokenizer, None)
         segments = templates.render_prompt(turns, template, self.tokenizer, templated=templated)
-        lead = templates.TEMPLATES[template].lead if begun and templated and template in templates.TEMPLATES else ""
+        lead = (
+            templates.TEMPLATES[template].lead
+            if begun and templated and template in templates.TEMPLATES
+            else ""
+        )
         return "".join(s.text + self.tokenizer.eos_token * s.closes for s in segments) + lead + begun
 
     # likelihood
@@ -116,14 +138,18 @@ class MLXPosttrainLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether each of its tokens is the likeliest) of (texts, context, continuation).
+        """(log-probability of the continuation, whether each of its tokens is the likeliest) of (texts,
+        context, continuation).
 
-        The context's beginning is cut off where both do not fit. Raises UserError for a continuation that does not fit by itself.
+        The context's beginning is cut off where both do not fit. Raises UserError for a continuation that
+        does not fit by itself.
         """
         rows = []
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
-                raise UserError(f"a continuation of {len(continuation)} tokens does not fit a window of {self.max_length}")
+                raise UserError(
+                    f"a continuation of {len(continuation)} tokens does not fit a window of {self.max_length}"
+                )
             sequence = np.array([*context, *continuation][-(self.max_length + 1) :], np.int32)
             inputs, targets = sequence[:-1], sequence[1:]
             rows.append((inputs, targets, np.arange(len(targets)) >= len(targets) - len(continuation)))
@@ -145,11 +171,15 @@ class MLXPosttrainLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text. Windows as the harness prescribes: disjoint, but the last one begins early enough to be full."""
+        """Log-likelihood of each whole text. Windows as the harness prescribes: disjoint, but the last one
+        begins early enough to be full.
+        """
         parts, owner = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1):
+            for window in get_rolling_token_windows(
+                ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            ):
                 parts.append((None, *make_disjoint_window(window)))
                 owner.append(number)
         sums = [0.0] * len(requests)
@@ -164,8 +194,9 @@ class MLXPosttrainLM(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return continuations of each context, cut before the first of its ``until`` strings.
 
-        The context's beginning is cut off where it leaves no room for the answer. A sampled text depends on ``seed`` and on the
-        requests. Raises UserError for a setting that decoding here does not have, or an answer as long as the whole context.
+        The context's beginning is cut off where it leaves no room for the answer. A sampled text depends on
+        ``seed`` and on the requests. Raises UserError for a setting that decoding here does not have, or an
+        answer as long as the whole context.
         """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -177,12 +208,20 @@ class MLXPosttrainLM(TemplateLM):
             until = settings.get("until") or []
             until = [until] if isinstance(until, str) else list(until)
             room = self.max_length - max_tokens
-            prompts = {i: (self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:] for i in members}
-            order = sorted(members, key=lambda i: len(prompts[i]))  # rows that decode together are padded to the longest
+            prompts = {
+                i: (self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:] for i in members
+            }
+            # rows that decode together are padded to the longest
+            order = sorted(members, key=lambda i: len(prompts[i]))
             completions = decoding.in_batches(
-                self.model, [prompts[i] for i in order], max_tokens=max_tokens, stop=self.eot_token_id, temperature=temperature,
-                top_p=top_p, seed=self.seed,
-            )  # fmt: skip
+                self.model,
+                [prompts[i] for i in order],
+                max_tokens=max_tokens,
+                stop=self.eot_token_id,
+                temperature=temperature,
+                top_p=top_p,
+                seed=self.seed,
+            )
             for i, completion in zip(order, completions, strict=True):
                 texts[i] = _cut(self.tokenizer.decode(completion.tokens, skip_special_tokens=True), until)
                 self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
@@ -193,13 +232,15 @@ class MLXPosttrainLM(TemplateLM):
         unknown = {k: v for k, v in settings.items() if k not in _SAMPLING and v not in _NEUTRAL.get(k, ())}
         if unknown:
             raise UserError(
-                f"the task's generation_kwargs ask for {unknown}, which decoding here does not have: override them in gen_kwargs"
+                f"the task's generation_kwargs ask for {unknown}, which decoding here does not have: "
+                "override them in gen_kwargs"
             )
         lengths = [settings[name] for name in _LENGTHS if settings.get(name) is not None]
         max_tokens = int(lengths[0]) if lengths else self.max_gen_toks
         if not 1 <= max_tokens < self.max_length:
             raise UserError(
-                f"max_gen_toks={max_tokens} must lie between 1 and {self.max_length - 1}, as the model's window is {self.max_length} tokens: "
+                f"max_gen_toks={max_tokens} must lie between 1 and {self.max_length - 1}, as the model's "
+                f"window is {self.max_length} tokens: "
                 f"override it with gen_kwargs"
             )
         temperature = float(settings.get("temperature") or 0.0)

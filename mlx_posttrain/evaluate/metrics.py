@@ -1,7 +1,9 @@
-"""What is counted on tokens and rows, as pure functions: repetition, diversity, perplexity, intervals, and tests of differences.
+"""What is counted on tokens and rows, as pure functions: repetition, diversity, perplexity, intervals, and
+tests of differences.
 
-A row that has no value (a continuation too short for one n-gram, a row without a trained token) is nan, never 0 or 1, and every mean and
-interval leaves it out. Infinite values are errors: no interval could be drawn around them.
+A row that has no value (a continuation too short for one n-gram, a row without a trained token) is nan, never
+0 or 1, and every mean and interval leaves it out. Infinite values are errors: no interval could be drawn
+around them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CHUNK = 1_000_000  # numbers drawn at a time by the bootstrap, so that its memory does not grow with the rows
+# numbers drawn at a time by the bootstrap, so that its memory does not grow with the rows
+CHUNK = 1_000_000
 FLIPS = 10_000  # patterns of signs that a difference is held against: the least p-value is one in so many
 
 
@@ -26,16 +29,16 @@ class Interval(NamedTuple):
     high: float
 
 
-# -- repetition ----------------------------------------------------------------------------------------------------------------------
+# repetition
 
 
 def seq_rep_n(tokens: Sequence[Hashable], n: int = 4) -> float:
     """Share of repeated n-grams in one continuation: 1 - unique / total.
 
-    tokens: the T tokens of the continuation without its prompt. Returns nan where T < n, which means and intervals leave out.
-    Range 0 (no n-gram occurs twice) to 1 - 1 / (T - n + 1) (one n-gram over and over), a ceiling below 1: compare continuations of one
-    length. Raises ValueError for n < 1.
-    Source: Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", where human text has .006 at n = 4.
+    tokens: the T tokens of the continuation without its prompt. Returns nan where T < n, which means and
+    intervals leave out. Range 0 (no n-gram occurs twice) to 1 - 1 / (T - n + 1) (one n-gram over and over), a
+    ceiling below 1: compare continuations of one length. Raises ValueError for n < 1. Source: Welleck et al.
+    2020, "Neural Text Generation with Unlikelihood Training", where human text has .006 at n = 4.
     """
     grams = _ngrams(tokens, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else math.nan
@@ -44,24 +47,26 @@ def seq_rep_n(tokens: Sequence[Hashable], n: int = 4) -> float:
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int = 2) -> float:
     """Share of different n-grams among all n-grams of all sequences: unique / total.
 
-    sequences: token lists; an n-gram never reaches from one into the next. Returns nan where all are shorter than n.
-    Range 1 / total to 1 (ceiling: every n-gram new). It falls as text grows, whatever the model: compare equal numbers of equally long
-    sequences. Raises ValueError for n < 1.
-    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", which divides by the number
-    of tokens; dividing by the number of n-grams, as is usual since, makes 1 the ceiling for every n.
+    sequences: token lists; an n-gram never reaches from one into the next. Returns nan where all are shorter
+    than n. Range 1 / total to 1 (ceiling: every n-gram new). It falls as text grows, whatever the model:
+    compare equal numbers of equally long sequences. Raises ValueError for n < 1. Source: Li et al. 2016, "A
+    Diversity-Promoting Objective Function for Neural Conversation Models", which divides by the number of
+    tokens; dividing by the number of n-grams, as is usual since, makes 1 the ceiling for every n.
     """
     grams = [gram for tokens in sequences for gram in _ngrams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def distinct_by_text(texts: Sequence[Sequence[Sequence[Hashable]]], n: int = 2) -> np.ndarray:
-    """[R] values, one per text, whose mean is ``distinct_n`` of all continuations of all R texts together, so that intervals can be had.
+    """[R] values, one per text, whose mean is ``distinct_n`` of all continuations of all R texts together, so
+    that intervals can be had.
 
-    texts: the continuations of each text, one or more. The values are a jackknife's: text r's is the whole plus R - 1 times the difference
-    between the mean of the figures without one text and the figure without r, low for a text that says what the others say. Drawing texts
-    with replacement would not do, because a text drawn twice repeats itself whatever the model. Their spread is a little too wide rather
-    than too narrow (Efron & Stein 1981, "The Jackknife Estimate of Variance"). nan for a text without an n-gram, and for all where fewer
-    than two have one. Raises ValueError for n < 1.
+    texts: the continuations of each text, one or more. The values are a jackknife's: text r's is the whole
+    plus R - 1 times the difference between the mean of the figures without one text and the figure without r,
+    low for a text that says what the others say. Drawing texts with replacement would not do, because a text
+    drawn twice repeats itself whatever the model. Their spread is a little too wide rather than too narrow
+    (Efron & Stein 1981, "The Jackknife Estimate of Variance"). nan for a text without an n-gram, and for all
+    where fewer than two have one. Raises ValueError for n < 1.
     """
     grams = [[gram for tokens in text for gram in _ngrams(tokens, n)] for text in texts]
     spread = Counter(gram for found in grams for gram in set(found))  # in how many texts each occurs
@@ -79,9 +84,10 @@ def distinct_by_text(texts: Sequence[Sequence[Sequence[Hashable]]], n: int = 2) 
 def diversity(tokens: Sequence[Hashable]) -> float:
     """Product over n = 2, 3, 4 of 1 - seq-rep-n of one continuation.
 
-    tokens: the T tokens of the continuation. Returns nan where T < 4. Range just above 0 (a loop) to 1 (ceiling: nothing repeated).
-    Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation". Their figures count words and pool the
-    n-grams of all texts before the product; this one has a value per continuation, so that intervals can be had.
+    tokens: the T tokens of the continuation. Returns nan where T < 4. Range just above 0 (a loop) to 1
+    (ceiling: nothing repeated). Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation".
+    Their figures count words and pool the n-grams of all texts before the product; this one has a value per
+    continuation, so that intervals can be had.
     """
     return math.prod(1.0 - seq_rep_n(tokens, n) for n in (2, 3, 4))
 
@@ -93,16 +99,17 @@ def _ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
-# -- likelihood ----------------------------------------------------------------------------------------------------------------------
+# likelihood
 
 
 def perplexity(nll_sum: Any, tokens: Any) -> float:
     """exp of the mean negative log-likelihood per token.
 
-    nll_sum: nats, a number or an array of parts; tokens: how many tokens they cover, a number or an array of the same parts.
-    Range 1 (every token certain) upwards without a ceiling; a uniform guess over V tokens has V; inf where the exponential overflows.
-    Every token counts once, whichever text it stands in. Raises ValueError where there is no token.
-    Source: Jelinek et al. 1977, "Perplexity - a measure of the difficulty of speech recognition tasks".
+    nll_sum: nats, a number or an array of parts; tokens: how many tokens they cover, a number or an array of
+    the same parts. Range 1 (every token certain) upwards without a ceiling; a uniform guess over V tokens has
+    V; inf where the exponential overflows. Every token counts once, whichever text it stands in. Raises
+    ValueError where there is no token. Source: Jelinek et al. 1977, "Perplexity - a measure of the difficulty
+    of speech recognition tasks".
     """
     count = float(np.sum(tokens))
     if not count > 0:
@@ -114,33 +121,46 @@ def perplexity(nll_sum: Any, tokens: Any) -> float:
         return math.inf
 
 
-# -- association ---------------------------------------------------------------------------------------------------------------------
+# association
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of two [R] arrays, -1 to 1; 0 where one of them does not vary or is empty, so that it can be written as JSON."""
+    """Pearson's correlation of two [R] arrays, -1 to 1; 0 where one of them does not vary or is empty, so
+    that it can be written as JSON.
+    """
     return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
-# -- intervals -----------------------------------------------------------------------------------------------------------------------
+# intervals
 
 
 def bootstrap(
-    values: Any, *, weights: Any = None, samples: int = 2000, seed: int = 0, level: float = 0.95, of: Callable[..., Any] | None = None
+    values: Any,
+    *,
+    weights: Any = None,
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    of: Callable[..., Any] | None = None,
 ) -> Interval:
     """Mean of the values and its percentile-bootstrap interval.
 
-    values: [R], one per row; weights: [R], zero or more, for a weighted mean (nll / tokens weighted by tokens is the loss per token);
-    of: a monotone function laid on mean and bounds (``np.exp`` makes a loss a perplexity). Rows are drawn with replacement, weight and
-    value together, ``samples`` times. Rows whose value is nan or whose weight is 0 are left out.
+    values: [R], one per row; weights: [R], zero or more, for a weighted mean (nll / tokens weighted by tokens
+    is the loss per token); of: a monotone function laid on mean and bounds (``np.exp`` makes a loss a
+    perplexity). Rows are drawn with replacement, weight and value together, ``samples`` times. Rows whose
+    value is nan or whose weight is 0 are left out.
 
-    The interval lies within the values' own range. One value, or values all equal, give a point: rows that do not differ say nothing
-    about their spread (a share of right answers has ``share``). Below about 20 rows the interval is too narrow.
-    Raises ValueError where no value is left, for infinite values, negative weights, samples < 1 or a level outside 0 to 1.
-    Source: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife"; Efron & Tibshirani 1993, chapter 13.
+    The interval lies within the values' own range. One value, or values all equal, give a point: rows that do
+    not differ say nothing about their spread (a share of right answers has ``share``). Below about 20 rows
+    the interval is too narrow. Raises ValueError where no value is left, for infinite values, negative
+    weights, samples < 1 or a level outside 0 to 1. Source: Efron 1979, "Bootstrap Methods: Another Look at
+    the Jackknife"; Efron & Tibshirani 1993, chapter 13.
     """
     if samples < 1 or not 0 < level < 1:
-        raise ValueError(f"samples {samples}, level {level}: there must be at least one sample, and a level between 0 and 1")
+        raise ValueError(
+            f"samples {samples}, level {level}: there must be at least one sample, and a level "
+            "between 0 and 1"
+        )
     rows, weight = _kept(values, weights)
     if not len(rows):
         raise ValueError("there is no value to average")
@@ -157,13 +177,17 @@ def bootstrap(
     return Interval(*(float(of(x)) for x in (mean, low, high))) if of else Interval(mean, low, high)
 
 
-def share(values: Any, *, weights: Any = None, samples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean of values that is a share, 0 to 1, and an interval that stays there and is no point where no row or every row is right.
+def share(
+    values: Any, *, weights: Any = None, samples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of values that is a share, 0 to 1, and an interval that stays there and is no point where no row
+    or every row is right.
 
-    values: [R], each 0 or 1, a mean of such, or an influence value around their mean; weights, samples, seed, level, rows left out and
-    errors as ``bootstrap``. Where every value is 0 or 1 and counts alike the bounds are Wilson's (1927, eq. 5): of none right among R the
-    upper one is about 4 / (R + 4). Elsewhere the rows are drawn as in ``bootstrap``, and the bounds are those of the log odds, to which
-    the values are carried over by the slope at their mean (Efron & Tibshirani 1993, section 13.7, on choosing the scale).
+    values: [R], each 0 or 1, a mean of such, or an influence value around their mean; weights, samples, seed,
+    level, rows left out and errors as ``bootstrap``. Where every value is 0 or 1 and counts alike the bounds
+    are Wilson's (1927, eq. 5): of none right among R the upper one is about 4 / (R + 4). Elsewhere the rows
+    are drawn as in ``bootstrap``, and the bounds are those of the log odds, to which the values are carried
+    over by the slope at their mean (Efron & Tibshirani 1993, section 13.7, on choosing the scale).
     """
     plain = bootstrap(values, weights=weights, samples=samples, seed=seed, level=level)
     rows, weight = _kept(values, weights)
@@ -178,7 +202,8 @@ def share(values: Any, *, weights: Any = None, samples: int = 2000, seed: int = 
 
     def bound(value: float) -> float:
         shift = (mean - value) / (mean * (1.0 - mean))
-        return 1.0 / (1.0 + (1.0 - mean) / mean * math.exp(min(shift, 500.0)))  # beyond, a bound is 0 to all its digits
+        # beyond, a bound is 0 to all its digits
+        return 1.0 / (1.0 + (1.0 - mean) / mean * math.exp(min(shift, 500.0)))
 
     return Interval(mean, bound(plain.low), bound(plain.high))
 
@@ -197,14 +222,18 @@ def _kept(values: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
     return rows[kept], weight[kept]
 
 
-def paired_bootstrap(a: Any, b: Any, *, weights: Any = None, samples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean of a - b over the same rows and its interval; 0 outside the interval is a difference at that level.
+def paired_bootstrap(
+    a: Any, b: Any, *, weights: Any = None, samples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of a - b over the same rows and its interval; 0 outside the interval is a difference at that
+    level.
 
-    a, b: [R], two models' values row by row; weights: [R], shared by both. Rows are drawn as pairs, so what makes a row hard for both
-    cancels, and the interval is far narrower than two separate ones would suggest. A row that is nan on either side is left out.
-    Range: that of the values' differences; with 0/1 scores -1 to 1, and the ceiling of a - b is 1 - mean(b).
-    Raises ValueError as ``bootstrap``, and where a and b differ in shape.
-    Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation".
+    a, b: [R], two models' values row by row; weights: [R], shared by both. Rows are drawn as pairs, so what
+    makes a row hard for both cancels, and the interval is far narrower than two separate ones would suggest.
+    A row that is nan on either side is left out. Range: that of the values' differences; with 0/1 scores -1
+    to 1, and the ceiling of a - b is 1 - mean(b). Raises ValueError as ``bootstrap``, and where a and b
+    differ in shape. Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004, "Statistical Significance Tests
+    for Machine Translation Evaluation".
     """
     return bootstrap(_gaps(a, b), weights=weights, samples=samples, seed=seed, level=level)
 
@@ -214,16 +243,18 @@ def _gaps(a: Any, b: Any) -> np.ndarray:
     if a.shape != b.shape:
         raise ValueError(f"{a.shape} and {b.shape}: a pair needs a value on both sides")
     if np.any(np.isinf(a)) or np.any(np.isinf(b)):
-        raise ValueError("an infinite value has no interval")  # before inf - inf turns it into a nan that would be left out
+        # before inf - inf turns it into a nan that would be left out
+        raise ValueError("an infinite value has no interval")
     return a - b
 
 
 def jackknife(whole: Any, without: Any, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) around a figure of P disjoint parts of the data: [...] each, Student's interval with P - 1 degrees of freedom.
+    """(low, high) around a figure of P disjoint parts of the data: [...] each, Student's interval with P - 1
+    degrees of freedom.
 
-    whole: [...] the figure (or figures) of all parts; without: [P, ...] the same without part p, which must be a smooth function of
-    means over parts. Raises ValueError for fewer than two parts.
-    Source: Tukey 1958, "Bias and Confidence in Not Quite Large Samples"; Efron & Tibshirani 1993, chapter 11.
+    whole: [...] the figure (or figures) of all parts; without: [P, ...] the same without part p, which must
+    be a smooth function of means over parts. Raises ValueError for fewer than two parts. Source: Tukey 1958,
+    "Bias and Confidence in Not Quite Large Samples"; Efron & Tibshirani 1993, chapter 11.
     """
     without = np.asarray(without, np.float64)
     if len(without) < 2:
@@ -234,9 +265,11 @@ def jackknife(whole: Any, without: Any, level: float = 0.95) -> tuple[np.ndarray
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t with ``freedom`` degrees of freedom: exact for 1 and 2, else read off the normal one, to 1 % from 7 on.
+    """Quantile of Student's t with ``freedom`` degrees of freedom: exact for 1 and 2, else read off the
+    normal one, to 1 % from 7 on.
 
-    Below that it is a little too large, which makes intervals wide. Source: Wallace 1959, "Bounds on Normal Approximations to Student's and the Chi-Square Distributions", solved for t.
+    Below that it is a little too large, which makes intervals wide. Source: Wallace 1959, "Bounds on Normal
+    Approximations to Student's and the Chi-Square Distributions", solved for t.
     """
     if freedom == 1:
         return math.tan(math.pi * (probability - 0.5))
@@ -246,18 +279,20 @@ def student_quantile(probability: float, freedom: int) -> float:
     return math.copysign(math.sqrt(freedom * math.expm1(z * z / freedom)), z)
 
 
-# -- tests of differences ------------------------------------------------------------------------------------------------------------
+# tests of differences
 
 
 def sign_flip(a: Any, b: Any, *, weights: Any = None, flips: int = FLIPS, seed: int = 0) -> float:
-    """p-value, two-sided, of "each row's difference a - b might as well have been b - a": two models that differ by chance alone.
+    """p-value, two-sided, of "each row's difference a - b might as well have been b - a": two models that
+    differ by chance alone.
 
-    a, b, weights: as ``paired_bootstrap``. The signs of the rows' differences are drawn anew ``flips`` times, and the p-value is the
-    share of draws whose weighted sum is at least as far from 0 as the one observed, which counts among them; so it is never below
-    1 / (flips + 1). With 0/1 values it is McNemar's test, exact for any number of rows, where a bootstrap interval around two or three
-    rows that differ is too narrow. 1 where no row differs or there is none. Raises ValueError as ``paired_bootstrap``.
-    Source: Fisher 1935, "The Design of Experiments", section 21; Yeh 2000, "More accurate tests for the statistical significance of
-    result differences".
+    a, b, weights: as ``paired_bootstrap``. The signs of the rows' differences are drawn anew ``flips`` times,
+    and the p-value is the share of draws whose weighted sum is at least as far from 0 as the one observed,
+    which counts among them; so it is never below 1 / (flips + 1). With 0/1 values it is McNemar's test, exact
+    for any number of rows, where a bootstrap interval around two or three rows that differ is too narrow. 1
+    where no row differs or there is none. Raises ValueError as ``paired_bootstrap``. Source: Fisher 1935,
+    "The Design of Experiments", section 21; Yeh 2000, "More accurate tests for the statistical significance
+    of result differences".
     """
     gaps, weight = _kept(_gaps(a, b), weights)
     parts = (gaps * weight)[gaps != 0]
@@ -274,10 +309,12 @@ def sign_flip(a: Any, b: Any, *, weights: Any = None, flips: int = FLIPS, seed: 
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which of several hypotheses are rejected so that, at most once in 1 / ``level`` such families, a true one is among them.
+    """Which of several hypotheses are rejected so that, at most once in 1 / ``level`` such families, a true
+    one is among them.
 
-    p_values: [K], whatever depends on what. The least is held against level / K, the next against level / (K - 1), and so on until one
-    fails. Source: Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure".
+    p_values: [K], whatever depends on what. The least is held against level / K, the next against level / (K
+    - 1), and so on until one fails. Source: Holm 1979, "A Simple Sequentially Rejective Multiple Test
+    Procedure".
     """
     rejected = [False] * len(p_values)
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):

@@ -1,4 +1,6 @@
-"""What a model that thinks before it answers is worth: right answers with and without the thought, and the shape of the thoughts."""
+"""What a model that thinks before it answers is worth: right answers with and without the thought, and the
+shape of the thoughts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from mlx_posttrain.evaluate import measure
 from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, share
 from mlx_posttrain.evaluate.verify import verify
 
-#: An empty thought: after it a model answers at once (Ma et al. 2025, "Reasoning Models Can Be Effective Without Thinking").
+#: An empty thought: after it a model answers at once (Ma et al. 2025, "Reasoning Models Can Be Effective
+#: Without Thinking").
 AT_ONCE = f"{THINK}\n\n{END_THINK}\n"
 
 _FORM = re.compile(rf"\s*{THINK}(?P<trace>.*?){END_THINK}(?P<answer>.*)", re.DOTALL)
@@ -60,42 +63,61 @@ def thought_of(text: str) -> tuple[str, str] | None:
 
 
 def trace_of(text: str) -> str:
-    """What stands between the first ``<think>`` and the ``</think>`` after it, or the end where none comes; "" without a thought."""
+    """What stands between the first ``<think>`` and the ``</think>`` after it, or the end where none comes;
+    "" without a thought.
+    """
     return text.partition(THINK)[2].partition(END_THINK)[0].strip()
 
 
 def steps_of(text: str) -> int:
-    """Lines of text in the thought of an output, 0 where there is no closed thought: how far it goes on, not whether it leads anywhere."""
+    """Lines of text in the thought of an output, 0 where there is no closed thought: how far it goes on, not
+    whether it leads anywhere.
+    """
     found = thought_of(text)
     return sum(bool(_STEP.match(line)) for line in found[0].splitlines()) if found else 0
 
 
 def shape_score(text: str) -> float:
-    """Mean of the five marks of a "good" thought that this project's origin looked for: its form, connectives, order, checking, a conclusion. 0 to 1, ceiling 1.
+    """Mean of the five marks of a "good" thought that this project's origin looked for: its form,
+    connectives, order, checking, a conclusion. 0 to 1, ceiling 1.
 
-    A keyword score of the kind that the origin reported as reasoning quality; it is given for comparison only, because a model can learn
-    the words without the thought, and because it does not look at the answer.
+    A keyword score of the kind that the origin reported as reasoning quality; it is given for comparison
+    only, because a model can learn the words without the thought, and because it does not look at the answer.
     """
     found = thought_of(text)
     trace = found[0].lower() if found else ""
     return (bool(found) + sum(bool(re.search(cue, trace)) for cue in _CUES.values())) / (1 + len(_CUES))
 
 
-def think(model: Model, tokenizer: Any, rows: Sequence[Conversation], *, template: str, max_tokens: int, begin: str = "") -> Thinking:
+def think(
+    model: Model,
+    tokenizer: Any,
+    rows: Sequence[Conversation],
+    *,
+    template: str,
+    max_tokens: int,
+    begin: str = "",
+) -> Thinking:
     """Ask every row greedily and judge the answers by the rows' own rules (evaluate/verify.py).
 
-    rows: conversations whose ``extra`` can be verified. ``begin`` is put into the model's mouth; ``AT_ONCE`` leaves no room to think.
-    An output is at most ``max_tokens`` long, and shorter where question, ``begin`` and output fill the context. Raises UserError as
-    measure.answers.
+    rows: conversations whose ``extra`` can be verified. ``begin`` is put into the model's mouth; ``AT_ONCE``
+    leaves no room to think. An output is at most ``max_tokens`` long, and shorter where question, ``begin``
+    and output fill the context. Raises UserError as measure.answers.
     """
     found = measure.answers(model, tokenizer, rows, template=template, max_tokens=max_tokens, begin=begin)
     texts = [a.text for a in found]
     return Thinking(
-        right=np.array([bool(verify(row.extra, text)) for row, text in zip(rows, texts, strict=True)], np.float64),
+        right=np.array(
+            [bool(verify(row.extra, text)) for row, text in zip(rows, texts, strict=True)], np.float64
+        ),
         formed=np.array([thought_of(text) is not None for text in texts], np.float64),
         ended=np.array([a.stopped for a in found], np.float64),
         trace_tokens=np.array(
-            [len(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]) for t in map(trace_of, texts)], np.float64
+            [
+                len(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
+                for t in map(trace_of, texts)
+            ],
+            np.float64,
         ),
         output_tokens=np.array([len(a.tokens) for a in found], np.float64),
         steps=np.array([steps_of(text) for text in texts], np.float64),
@@ -104,7 +126,9 @@ def think(model: Model, tokenizer: Any, rows: Sequence[Conversation], *, templat
     )
 
 
-def summary(thinking: Thinking, at_once: Thinking, base: Thinking | None = None, kept: float | None = None) -> dict[str, Any]:
+def summary(
+    thinking: Thinking, at_once: Thinking, base: Thinking | None = None, kept: float | None = None
+) -> dict[str, Any]:
     """The figures of a report: means with 95 % intervals over questions, and paired differences.
 
     kept: share of the training rows that were short enough to train on, where it is known.
@@ -120,7 +144,9 @@ def summary(thinking: Thinking, at_once: Thinking, base: Thinking | None = None,
         "output_tokens": float(thinking.output_tokens.mean()),
         "steps": float(thinking.steps.mean()),
         "shape_score": float(thinking.heuristic.mean()),
-        "shape_score_of_wrong_answers": float(thinking.heuristic[thinking.right == 0].mean()) if (thinking.right == 0).any() else None,
+        "shape_score_of_wrong_answers": float(thinking.heuristic[thinking.right == 0].mean())
+        if (thinking.right == 0).any()
+        else None,
     }
     if kept is not None:
         figures["kept"] = kept
@@ -140,11 +166,14 @@ def lines(figures: dict[str, Any]) -> list[str]:
         return f"{value.mean:.1%} [{value.low:.0%}, {value.high:.0%}]"
 
     said = [
-        f"right answers on {figures['questions']} held-out questions: {said_of(figures['accuracy'])} after thinking, "
+        f"right answers on {figures['questions']} held-out questions: {said_of(figures['accuracy'])} after "
+        "thinking, "
         f"{said_of(figures['accuracy_at_once'])} when made to answer at once",
-        f"form kept in {said_of(figures['format_rate'])}, ended by itself in {said_of(figures['ended'])}; {figures['trace_tokens'].mean:.0f} "
+        f"form kept in {said_of(figures['format_rate'])}, ended by itself in {said_of(figures['ended'])}; "
+        f"{figures['trace_tokens'].mean:.0f} "
         f"tokens and {figures['steps']:.1f} lines a thought",
-        f"look of the thoughts (the origin's five keyword marks, for comparison only): {figures['shape_score']:.2f} of 1"
+        "look of the thoughts (the origin's five keyword marks, for comparison only): "
+        f"{figures['shape_score']:.2f} of 1"
         + (
             f", of wrong answers {figures['shape_score_of_wrong_answers']:.2f}"
             if figures["shape_score_of_wrong_answers"] is not None
@@ -152,5 +181,9 @@ def lines(figures: dict[str, Any]) -> list[str]:
         ),
     ]
     if "base_accuracy" in figures:
-        said.insert(1, f"the model before training: {said_of(figures['base_accuracy'])}; gain {said_of(figures['gain'])}")
+        said.insert(
+            1,
+            f"the model before training: {said_of(figures['base_accuracy'])}; gain "
+            f"{said_of(figures['gain'])}",
+        )
     return said

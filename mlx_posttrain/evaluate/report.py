@@ -1,7 +1,9 @@
-"""A set of runs as one HTML file that needs no network: findings, the table of stages, charts, samples, recipes.
+"""A set of runs as one HTML file that needs no network: findings, the table of stages, charts, samples,
+recipes.
 
-The page follows the reader's light or dark scheme and prints. Charts stand in it as SVG, and beside it in ``NAME-charts/`` as SVG and PNG;
-its figures are in ``NAME-comparison.json`` and ``NAME-findings.json``, NAME being the page's, so that one folder holds many reports.
+The page follows the reader's light or dark scheme and prints. Charts stand in it as SVG, and beside it in
+``NAME-charts/`` as SVG and PNG; its figures are in ``NAME-comparison.json`` and ``NAME-findings.json``, NAME
+being the page's, so that one folder holds many reports.
 """
 
 from __future__ import annotations
@@ -20,30 +22,40 @@ from mlx_posttrain.evaluate.findings import Finding
 from mlx_posttrain.evaluate.suite import judged_texts
 
 CAPTIONS = {
-    "perplexity": "How well each model still predicts plain text; a lower bar forgot less. The scale is logarithmic.",
+    "perplexity": "How well each model still predicts plain text; a lower bar forgot less. The scale is "
+    "logarithmic.",
     "kl": "How far each model's next-token distribution is from the base's on plain text; 0 is unchanged.",
     "drift": "How far the matrices of each layer moved, as a share of their own size.",
     "shift": "How surprising each run's training answers are to the base, beside plain text.",
     "loops": "Share of greedy continuations that have begun to repeat one block for good, by position.",
-    "interference": "Entries off the diagonal compare two templates on different rows; the diagonal, two halves of the rows in one template.",
+    "interference": "Entries off the diagonal compare two templates on different rows; the diagonal, two "
+    "halves of the rows in one template.",
     "curves": "Training loss as lines, held-out loss as dots.",
     "loss_quality": "Each model's response loss against its right answers, both on held-out rows.",
     "reward_kl": "Each PPO run's way: mean score against the KL from its start. The large dot is the end.",
     "reward": "Mean score of each step's answers.",
     "accuracy": "Right answers on held-out questions.",
-    "ceiling": "A score that no text can bring to 1; the line is what text has in which nothing occurs twice.",
-    "reasoning": "Right answers of each distilled run: after thinking, made to answer at once, and of the model before training.",
+    "ceiling": "A score that no text can bring to 1; the line is what text has in which nothing occurs "
+    "twice.",
+    "reasoning": "Right answers of each distilled run: after thinking, made to answer at once, and of the "
+    "model before training.",
     "cache": "One model's answers, decoded with the key/value cache and with an empty one.",
     "gain": "Paired gains with 95 % intervals: each pair, over questions, and over seeds.",
 }
 SAMPLES = 8
 
 
-def write(path: Path, names: Sequence[str], labels: Sequence[str], comparison: Comparison | None, findings: Sequence[Finding]) -> Path:
+def write(
+    path: Path,
+    names: Sequence[str],
+    labels: Sequence[str],
+    comparison: Comparison | None,
+    findings: Sequence[Finding],
+) -> Path:
     """Write the page and its charts; returns the page's path.
 
-    names, labels: the runs and what to call them; comparison, findings: as evaluate/analyze.py makes them, or None and nothing for a page
-    of logs alone. Raises UserError where it cannot be written.
+    names, labels: the runs and what to call them; comparison, findings: as evaluate/analyze.py makes them, or
+    None and nothing for a page of logs alone. Raises UserError where it cannot be written.
     """
     import jinja2
 
@@ -51,7 +63,9 @@ def write(path: Path, names: Sequence[str], labels: Sequence[str], comparison: C
     drawn: dict[str, Any] = {}
     if comparison is not None and "accuracy" in comparison.metrics():
         figures = {m.name: m.figure("accuracy") for m in comparison.models if "accuracy" in m.values}
-        drawn["accuracy"] = charts.bars(figures, y="right answers", title="Right answers, unseen content", ceiling=1.0)
+        drawn["accuracy"] = charts.bars(
+            figures, y="right answers", title="Right answers, unseen content", ceiling=1.0
+        )
     thoughts = {label: _report(folder) for label, folder in known if "format_rate" in _report(folder)}
     drawn |= reward_charts(known) | reasoning_charts(thoughts)
     for finding in findings:
@@ -60,31 +74,56 @@ def write(path: Path, names: Sequence[str], labels: Sequence[str], comparison: C
     for name, figure in drawn.items():
         charts.save(figure, folder, name)
     found = [_run(label, folder) for label, folder in known]
-    rewards = [_reward(label, _report(folder)) for label, folder in known if "bag_of_words" in _report(folder)]
+    rewards = [
+        _reward(label, _report(folder)) for label, folder in known if "bag_of_words" in _report(folder)
+    ]
     sections = [
-        ("findings", "Findings", findings), ("stages", "Stages", comparison), ("charts", "Charts", drawn), ("samples", "Samples", comparison),
-        ("thoughts", "Reasoning", thoughts), ("rewards", "Reward models", rewards), ("runs", "Runs", found),
-    ]  # fmt: skip
+        ("findings", "Findings", findings),
+        ("stages", "Stages", comparison),
+        ("charts", "Charts", drawn),
+        ("samples", "Samples", comparison),
+        ("thoughts", "Reasoning", thoughts),
+        ("rewards", "Reward models", rewards),
+        ("runs", "Runs", found),
+    ]
     source = (resources.files("mlx_posttrain.evaluate") / "report.html.j2").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(source)
+    template = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string(source)
     page = template.render(
-        title="Post-training report: " + ", ".join(labels) if len(labels) <= 4 else f"Post-training report: {len(labels)} runs",
-        machine=_machine(), sections=[(key, name) for key, name, there in sections if there], findings=list(findings),
-        table=_table(comparison), questions=len(comparison.questions) if comparison else 0,
-        asked=comparison.asked() if comparison else "", baseline=comparison.compared_with if comparison else "", beyond_chance=BEYOND_CHANCE,
-        judge=judge_note(comparison) if comparison else "", models=[m.name for m in comparison.models] if comparison else [],
-        samples=_samples(comparison), thoughts=[_thinking(label, figures) for label, figures in thoughts.items()], rewards=rewards, runs=found,
-        charts=[{"name": name, "svg": charts.svg(figure), "caption": _caption(name)} for name, figure in drawn.items()],
-    )  # fmt: skip
+        title="Post-training report: " + ", ".join(labels)
+        if len(labels) <= 4
+        else f"Post-training report: {len(labels)} runs",
+        machine=_machine(),
+        sections=[(key, name) for key, name, there in sections if there],
+        findings=list(findings),
+        table=_table(comparison),
+        questions=len(comparison.questions) if comparison else 0,
+        asked=comparison.asked() if comparison else "",
+        baseline=comparison.compared_with if comparison else "",
+        beyond_chance=BEYOND_CHANCE,
+        judge=judge_note(comparison) if comparison else "",
+        models=[m.name for m in comparison.models] if comparison else [],
+        samples=_samples(comparison),
+        thoughts=[_thinking(label, figures) for label, figures in thoughts.items()],
+        rewards=rewards,
+        runs=found,
+        charts=[
+            {"name": name, "svg": charts.svg(figure), "caption": _caption(name)}
+            for name, figure in drawn.items()
+        ],
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(path, page)
     if comparison is not None:
         runs.write_text(
-            path.with_name(f"{path.stem}-comparison.json"), json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
+            path.with_name(f"{path.stem}-comparison.json"),
+            json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n",
         )
     if findings:
         runs.write_text(
-            path.with_name(f"{path.stem}-findings.json"), json.dumps([f.to_dict() for f in findings], indent=2, ensure_ascii=False) + "\n"
+            path.with_name(f"{path.stem}-findings.json"),
+            json.dumps([f.to_dict() for f in findings], indent=2, ensure_ascii=False) + "\n",
         )
     return path
 
@@ -103,15 +142,24 @@ def text(comparison: Comparison, findings: Sequence[Finding], samples: int = 3) 
     """The same for a terminal: the table, a few questions with every model's answer, the findings."""
     said = [table(comparison), *filter(None, [judge_note(comparison)]), "The same questions, answered:"]
     for sample in _samples(comparison)[:samples]:
-        said += ["", "  " + " ".join(sample["prompt"].split()), f"    {'wanted':10} {' '.join(sample['wanted'].split())}"]
+        said += [
+            "",
+            "  " + " ".join(sample["prompt"].split()),
+            f"    {'wanted':10} {' '.join(sample['wanted'].split())}",
+        ]
         for model, answer in zip(comparison.models, sample["answers"], strict=True):
-            said.append(f"    {model.name:10} {' '.join(answer['text'].split())[:90]}{'   (right)' if answer['right'] else ''}")
+            said.append(
+                f"    {model.name:10} "
+                f"{' '.join(answer['text'].split())[:90]}{'   (right)' if answer['right'] else ''}"
+            )
     said += ["", *(f"{f.question} {f.verdict[0].upper()}{f.verdict[1:]}. {f.sentence}" for f in findings)]
     return "\n".join(said)
 
 
 def reward_charts(known: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """Score against KL, and score over steps, of the PPO runs among ``(label, folder)``; nothing where there is none."""
+    """Score against KL, and score over steps, of the PPO runs among ``(label, folder)``; nothing where there
+    is none.
+    """
     way, rising = {}, {}
     for label, folder in known:
         records = [r for r in runs.Run(folder).metrics() if "objective/scores" in r]
@@ -123,7 +171,9 @@ def reward_charts(known: Sequence[tuple[str, Path]]) -> dict[str, Any]:
     if not way:
         return {}
     return {
-        "reward_kl": charts.scatter(way, x="KL from the start, nats an answer", y="score", title="Reward against KL", path=True),
+        "reward_kl": charts.scatter(
+            way, x="KL from the start, nats an answer", y="score", title="Reward against KL", path=True
+        ),
         "reward": charts.curves(rising, x="step", y="score", title="Reward during PPO"),
     }
 
@@ -134,25 +184,40 @@ def reasoning_charts(thoughts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     for label, figures in thoughts.items():
         bars |= {f"{label}, thinking": figures["accuracy"], f"{label}, at once": figures["accuracy_at_once"]}
         bars |= {f"{label}, before": figures["base_accuracy"]} if "base_accuracy" in figures else {}
-    return {"reasoning": charts.bars(bars, y="right answers", title="With a thought and without", ceiling=1.0)} if bars else {}
+    return (
+        {"reasoning": charts.bars(bars, y="right answers", title="With a thought and without", ceiling=1.0)}
+        if bars
+        else {}
+    )
 
 
 def judge_note(comparison: Comparison) -> str:
-    """Whose scores and wins the table shows, and which runs were trained on that very reward model; "" without one."""
+    """Whose scores and wins the table shows, and which runs were trained on that very reward model; ""
+    without one.
+    """
     reward = comparison.suite.get("reward")
     if not reward:
         return ""
     trained = []
     for model in comparison.models:
         recipe = runs.reopen(model.path)[1] if runs.is_run(model.path) else {}
-        rewards = [entry.get("model") for entry in recipe.get("reward") or []] if recipe.get("method") == "ppo" else []
-        trained += [model.name] if any(r and Path(r).resolve() == Path(reward).resolve() for r in rewards) else []
+        rewards = (
+            [entry.get("model") for entry in recipe.get("reward") or []]
+            if recipe.get("method") == "ppo"
+            else []
+        )
+        trained += (
+            [model.name] if any(r and Path(r).resolve() == Path(reward).resolve() for r in rewards) else []
+        )
     name = Path(reward).name
     if not trained:
-        return f"Scores and wins are those of the reward model {name}, on which none of these runs was trained."
+        return (
+            f"Scores and wins are those of the reward model {name}, on which none of these runs was trained."
+        )
     who = " and ".join(trained)
     return (
-        f"Scores and wins are those of the reward model {name}, which {who} was trained to please: of {who} they show how far that went, "
+        f"Scores and wins are those of the reward model {name}, which {who} was trained to please: of {who} "
+        "they show how far that went, "
         "not how good the answers are. A reward model made of other pairs would be a judge (suite.reward)."
     )
 
@@ -173,7 +238,14 @@ def _table(comparison: Comparison | None) -> list[dict[str, Any]]:
             if d is not None and comparison.sure(name, model) and metric.better != "neither":
                 tone = "good" if (d.mean > 0) == (metric.better == "higher") else "bad"
             change = (comparison.sentence(name, model) or "").partition(": no difference")[0]
-            cells.append({"value": value, "interval": f"[{interval}" if interval else "", "change": change, "tone": tone})
+            cells.append(
+                {
+                    "value": value,
+                    "interval": f"[{interval}" if interval else "",
+                    "change": change,
+                    "tone": tone,
+                }
+            )
         rows.append({"label": metric.label, "about": metric.about, "ceiling": metric.ceiling, "cells": cells})
     return rows
 
@@ -190,15 +262,20 @@ def _samples(comparison: Comparison | None) -> list[dict[str, Any]]:
     right = judged_texts(comparison)
     return [
         {
-            "prompt": _shown(comparison.questions[i]["prompt"]), "wanted": _shown(comparison.questions[i]["wanted"]),
-            "answers": [{"text": _shown(m.answers[i]), "right": right[m.name][i] == 1} for m in comparison.models],
+            "prompt": _shown(comparison.questions[i]["prompt"]),
+            "wanted": _shown(comparison.questions[i]["wanted"]),
+            "answers": [
+                {"text": _shown(m.answers[i]), "right": right[m.name][i] == 1} for m in comparison.models
+            ],
         }
         for i in chosen
-    ]  # fmt: skip
+    ]
 
 
 def _shown(text: str, most: int = 600) -> str:
-    """A text for a table's cell; of a long one beginning and end, because a thought's answer stands at its end."""
+    """A text for a table's cell; of a long one beginning and end, because a thought's answer stands at its
+    end.
+    """
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
@@ -214,22 +291,36 @@ def _share(value: Sequence[float] | None) -> str:
 
 def _reward(label: str, report: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "name": label, "accuracy": _share(report["accuracy"]), "longer": _share(report["longer"]), "words": _share(report["bag_of_words"]),
+        "name": label,
+        "accuracy": _share(report["accuracy"]),
+        "longer": _share(report["longer"]),
+        "words": _share(report["bag_of_words"]),
         "loss": f"{report['mean_training_loss']:.4f}",
-    }  # fmt: skip
+    }
 
 
 def _thinking(label: str, report: Mapping[str, Any]) -> dict[str, str]:
     """A distilled run's row of the page's table; figures as evaluate/reasoning.py, summary."""
-    trace, kept, wrong = report.get("trace_tokens"), report.get("kept"), report.get("shape_score_of_wrong_answers")
+    trace, kept, wrong = (
+        report.get("trace_tokens"),
+        report.get("kept"),
+        report.get("shape_score_of_wrong_answers"),
+    )
     return {
-        "name": label, "questions": str(report["questions"]), "accuracy": _share(report["accuracy"]),
-        "at_once": _share(report["accuracy_at_once"]), "worth": _share(report["thinking_minus_at_once"]),
-        "base": _share(report.get("base_accuracy")), "gain": _share(report.get("gain")), "form": _share(report["format_rate"]),
-        "ended": _share(report.get("ended")), "tokens": f"{trace[0]:.0f} [{trace[1]:.0f}, {trace[2]:.0f}]" if trace else "-",
-        "steps": f"{report['steps']:.1f}", "look": f"{report['shape_score']:.2f}" + ("" if wrong is None else f" ({wrong:.2f})"),
+        "name": label,
+        "questions": str(report["questions"]),
+        "accuracy": _share(report["accuracy"]),
+        "at_once": _share(report["accuracy_at_once"]),
+        "worth": _share(report["thinking_minus_at_once"]),
+        "base": _share(report.get("base_accuracy")),
+        "gain": _share(report.get("gain")),
+        "form": _share(report["format_rate"]),
+        "ended": _share(report.get("ended")),
+        "tokens": f"{trace[0]:.0f} [{trace[1]:.0f}, {trace[2]:.0f}]" if trace else "-",
+        "steps": f"{report['steps']:.1f}",
+        "look": f"{report['shape_score']:.2f}" + ("" if wrong is None else f" ({wrong:.2f})"),
         "kept": "-" if kept is None else f"{kept:.1%}",
-    }  # fmt: skip
+    }
 
 
 def _run(label: str, folder: Path) -> dict[str, Any]:
@@ -241,12 +332,20 @@ def _run(label: str, folder: Path) -> dict[str, Any]:
     steps = sorted({r["step"] for r in said})
     shown = [r for r in said if r["step"] in (steps[:1] + steps[-1:])] if steps else []
     return {
-        "name": label, "method": raw.get("method", ""), "description": raw.get("description", ""), "recipe": recipe,
+        "name": label,
+        "method": raw.get("method", ""),
+        "description": raw.get("description", ""),
+        "recipe": recipe,
         "figures": ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, int | float)),
         "texts": [
-            {"step": r["step"], "prompt": _shown(str(r.get("prompt", ""))), "answer": _shown(str(r.get("answer", r.get("chosen", ""))))} for r in shown
+            {
+                "step": r["step"],
+                "prompt": _shown(str(r.get("prompt", ""))),
+                "answer": _shown(str(r.get("answer", r.get("chosen", "")))),
+            }
+            for r in shown
         ],
-    }  # fmt: skip
+    }
 
 
 def _machine() -> str:

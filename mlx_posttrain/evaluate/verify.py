@@ -1,6 +1,8 @@
-"""Whether a model's output is right, by the rule that the row itself carries. Nothing here runs code or needs a model.
+"""Whether a model's output is right, by the rule that the row itself carries. Nothing here runs code or needs
+a model.
 
-A thought in ``<think>`` marks is not looked at: only what stands after it counts, and there only what the output commits to.
+A thought in ``<think>`` marks is not looked at: only what stands after it counts, and there only what the
+output commits to.
 """
 
 from __future__ import annotations
@@ -23,22 +25,29 @@ LONGEST_EXPRESSION = 200  # characters of a countdown answer: bounds its depth a
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(
-    r"(?P<minus>(?<![\w)\].])-)?(?:\\?[$€£])?(?P<digits>(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?P<power>e[-+]?\d{1,3}(?!\w))?)", re.IGNORECASE
+    r"(?P<minus>(?<![\w)\].])-)?(?:\\?[$€£])?(?P<digits>(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?P<power>e[-+]?\d{1,3}(?!\w))?)",
+    re.IGNORECASE,
 )
-_BINARY = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
+_BINARY = {
+    ast.Add: Fraction.__add__,
+    ast.Sub: Fraction.__sub__,
+    ast.Mult: Fraction.__mul__,
+    ast.Div: Fraction.__truediv__,
+}
 _UNARY = {ast.UAdd: Fraction.__pos__, ast.USub: Fraction.__neg__}
-_MARKS = ".,;:!?\"'`()[]{}*_…\u201c\u201d\u2018\u2019\u00ab\u00bb"  # without + # - % $, which tell C from C++ and 5 from -5
+# without + # - % $, which tell C from C++ and 5 from -5
+_MARKS = ".,;:!?\"'`()[]{}*_…\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
 
-# -- what an output says -------------------------------------------------------------------------------------------------------------
+# what an output says
 
 
 def final_answer(text: str) -> str:
     """What an output commits to, stripped.
 
-    Of the text after the last ``</think>`` it is the inside of the last ``<answer>...</answer>``, else what stands after the last
-    ``####``, else the inside of the last ``\\boxed{...}`` with balanced braces, else all of it. A thought that is never closed has no
-    answer: "".
+    Of the text after the last ``</think>`` it is the inside of the last ``<answer>...</answer>``, else what
+    stands after the last ``####``, else the inside of the last ``\\boxed{...}`` with balanced braces, else
+    all of it. A thought that is never closed has no answer: "".
     """
     said = after_thought(text)
     if marked := _ANSWER.findall(said):
@@ -58,7 +67,8 @@ def after_thought(text: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    # One pass, as an output can be long and full of braces: of those that are open, the starts; of boxes, the last one closed.
+    # One pass, as an output can be long and full of braces: of those that are open, the starts; of boxes, the
+    # last one closed.
     open_at: list[tuple[int, bool]] = []
     last: tuple[int, int] | None = None
     for found in re.finditer(r"(\\boxed\s*\{)|\\.|[{}]", text, re.DOTALL):
@@ -74,9 +84,9 @@ def _boxed(text: str) -> str | None:
 def last_number(text: str) -> Decimal | None:
     """The last number of the text (GSM8K's convention), exactly; None without one.
 
-    A comma before three digits separates thousands, and a currency mark may follow the minus. A minus after a letter, a digit or a
-    closing bracket is a hyphen, a subtraction or a range and not part of the number. Percent signs, units and final periods do not count,
-    and 2e3 is 2000.
+    A comma before three digits separates thousands, and a currency mark may follow the minus. A minus after a
+    letter, a digit or a closing bracket is a hyphen, a subtraction or a range and not part of the number.
+    Percent signs, units and final periods do not count, and 2e3 is 2000.
     """
     numbers = list(_NUMBER.finditer(_separated(text)))
     return _value(numbers[-1]) if numbers else None
@@ -88,7 +98,8 @@ def _separated(text: str) -> str:
 
 
 def _value(found: re.Match[str]) -> Decimal:
-    return Decimal((found["minus"] or "") + found["digits"])  # a float would take 10**17 and 10**17 + 1 for equal
+    # a float would take 10**17 and 10**17 + 1 for equal
+    return Decimal((found["minus"] or "") + found["digits"])
 
 
 def _plain(text: str) -> str:
@@ -98,15 +109,17 @@ def _plain(text: str) -> str:
     return " ".join(kept or words).strip()  # the choice "A" is no article
 
 
-# -- whether it is right -------------------------------------------------------------------------------------------------------------
+# whether it is right
 
 
 def kind(row: Mapping[str, Any]) -> str | None:
-    """Name of the rule by which ``verify`` judges: checker, ifeval, countdown, number or text; None for a row without any.
+    """Name of the rule by which ``verify`` judges: checker, ifeval, countdown, number or text; None for a row
+    without any.
 
-    An answer is a number if it holds exactly one that no letter comes before (not "CO2", "3/4" or "1990-1995"), else a text; a reference
-    of more than LONGEST_TEXT words has no rule. The column ``output`` is read where ``answer`` is missing, and both as outputs: in a
-    GSM8K row what stands after ``####`` is the answer.
+    An answer is a number if it holds exactly one that no letter comes before (not "CO2", "3/4" or
+    "1990-1995"), else a text; a reference of more than LONGEST_TEXT words has no rule. The column ``output``
+    is read where ``answer`` is missing, and both as outputs: in a GSM8K row what stands after ``####`` is the
+    answer.
     """
     if isinstance(row.get("checker"), Mapping):
         return "checker"
@@ -122,17 +135,24 @@ def kind(row: Mapping[str, Any]) -> str | None:
 
 
 def verify(row: Mapping[str, Any], text: str) -> bool | None:
-    """Whether the output is right by the row's own rule; None for a row without any. The first of these that the row has:
+    """Whether the output is right by the row's own rule; None for a row without any. The first of these that
+    the row has:
 
     - ``checker``: the embedded tasks' (``tasks.check``).
-    - ``instruction_id_list``: IFEval, every instruction followed, strict, by all that stands after the thought.
-    - ``numbers`` and ``target``: countdown, an expression of + - * / and brackets that uses each number at most once, as the question
-      says, and equals the target exactly; ``= target`` may follow. (Pan et al. 2025, TinyZero, ask for every number exactly once.)
-    - ``answer`` or ``output`` with a number: equal to the last number of the final answer (Cobbe et al. 2021, "Training Verifiers to
-      Solve Math Word Problems"). A unit is not compared, nor is 50% the same as 0.5. To a reference such as 2.20906e+07, which C's %g has
-      rounded (SVAMP, from a million up), the answer is rounded too.
-    - ``answer`` or ``output``, a short text: equal to the whole final answer but for case, articles, white space and the marks around
-      words (after Rajpurkar et al. 2016, "SQuAD", whose evaluation also drops the marks inside words and has 3/4 equal 34).
+    - ``instruction_id_list``: IFEval, every instruction followed, strict, by all that stands after the
+      thought.
+    - ``numbers`` and ``target``: countdown, an expression of + - * / and brackets that uses each number at
+      most once, as the question
+      says, and equals the target exactly; ``= target`` may follow. (Pan et al. 2025, TinyZero, ask for every
+      number exactly once.)
+    - ``answer`` or ``output`` with a number: equal to the last number of the final answer (Cobbe et al. 2021,
+      "Training Verifiers to
+      Solve Math Word Problems"). A unit is not compared, nor is 50% the same as 0.5. To a reference such as
+      2.20906e+07, which C's %g has rounded (SVAMP, from a million up), the answer is rounded too.
+    - ``answer`` or ``output``, a short text: equal to the whole final answer but for case, articles, white
+      space and the marks around
+      words (after Rajpurkar et al. 2016, "SQuAD", whose evaluation also drops the marks inside words and has
+      3/4 equal 34).
 
     Raises UserError for a checker or instruction that is not known.
     """
@@ -142,7 +162,9 @@ def verify(row: Mapping[str, Any], text: str) -> bool | None:
     if rule == "ifeval":
         return ifeval.strict(row, after_thought(text))
     if rule == "countdown":
-        return _countdown([Fraction(str(one)) for one in row["numbers"]], Fraction(str(row["target"])), final_answer(text))
+        return _countdown(
+            [Fraction(str(one)) for one in row["numbers"]], Fraction(str(row["target"])), final_answer(text)
+        )
     wanted = _wanted(row)
     if rule is None or wanted is None:
         return None
@@ -175,7 +197,11 @@ def _wanted(row: Mapping[str, Any]) -> str | None:
 def _only_number(answer: str) -> re.Match[str] | None:
     text = _separated(answer)
     numbers = list(_NUMBER.finditer(text))
-    return numbers[0] if len(numbers) == 1 and not re.search(r"[^\W\d_][-_.]?$", text[: numbers[0].start()]) else None
+    return (
+        numbers[0]
+        if len(numbers) == 1 and not re.search(r"[^\W\d_][-_.]?$", text[: numbers[0].start()])
+        else None
+    )
 
 
 def _same_number(said: Decimal | None, wanted: str) -> bool:
@@ -184,7 +210,8 @@ def _same_number(said: Decimal | None, wanted: str) -> bool:
         return False
     right = _value(found)
     if found["power"]:
-        said = Context(prec=max(6, len(right.as_tuple().digits))).plus(said)  # %g keeps six digits and leaves out the last zeros
+        # %g keeps six digits and leaves out the last zeros
+        said = Context(prec=max(6, len(right.as_tuple().digits))).plus(said)
     return said == right
 
 
@@ -196,7 +223,8 @@ def _countdown(numbers: list[Fraction], target: Fraction, said: str) -> bool:
     if equals and not re.fullmatch(r"\s*-?[0-9]+(\.[0-9]+)?\s*", right):
         return False  # before Fraction works out 1e999999999
     try:
-        tree = ast.parse(f"({left})", mode="eval").body  # brackets, as an expression may go over several lines
+        # brackets, as an expression may go over several lines
+        tree = ast.parse(f"({left})", mode="eval").body
         used: Counter[Fraction] = Counter()
         value = _evaluate(tree, used)
         stated = Fraction(right.strip()) if equals else target
@@ -206,7 +234,9 @@ def _countdown(numbers: list[Fraction], target: Fraction, said: str) -> bool:
 
 
 def _evaluate(tree: ast.expr, used: Counter[Fraction]) -> Fraction:
-    """The expression's exact value, and in ``used`` how often each number stands in it. Raises ValueError for whatever is no arithmetic."""
+    """The expression's exact value, and in ``used`` how often each number stands in it. Raises ValueError for
+    whatever is no arithmetic.
+    """
     if isinstance(tree, ast.Constant) and _is_number(tree.value):
         used[Fraction(str(tree.value))] += 1
         return Fraction(str(tree.value))

@@ -4,9 +4,10 @@
     policy loss = max(-A ratio, -A clip(ratio, 1 - c, 1 + c))
     value loss  = 1/2 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)
 
-Elementwise over answer tokens; how tokens are averaged is :func:`mlx_posttrain.losses.sft.token_mean`'s business. Every array has one
-shape [...]; ``mask`` is above 0 at real tokens. It acts inside the exponential: whatever stands at a padded position, be it nan,
-reaches neither a value nor a gradient. Gradients flow into the first argument only if the caller's other arrays are data, as they are here.
+Elementwise over answer tokens; how tokens are averaged is :func:`mlx_posttrain.losses.sft.token_mean`'s
+business. Every array has one shape [...]; ``mask`` is above 0 at real tokens. It acts inside the exponential:
+whatever stands at a padded position, be it nan, reaches neither a value nor a gradient. Gradients flow into
+the first argument only if the caller's other arrays are data, as they are here.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ def log_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
     return _masked(logprobs, mask) - _masked(old_logprobs, mask)
 
 
-def clipped_policy(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, clip: float = 0.2) -> Array:
+def clipped_policy(
+    logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, clip: float = 0.2
+) -> Array:
     """The clipped surrogate, negated: max(-A r, -A clip(r, 1 - c, 1 + c)), 0 at padding.
 
-    logprobs: [...] log-probabilities of the answer's tokens under the policy being trained; old_logprobs: under the one that
-    answered; advantages: of the tokens. Returns [...]. Schulman et al. 2017, eq. 7.
+    logprobs: [...] log-probabilities of the answer's tokens under the policy being trained; old_logprobs:
+    under the one that answered; advantages: of the tokens. Returns [...]. Schulman et al. 2017, eq. 7.
     """
     xp = ops(logprobs)
     ratio = xp.exp(log_ratio(logprobs, old_logprobs, mask))
@@ -40,11 +43,15 @@ def clipped_policy(logprobs: Array, old_logprobs: Array, advantages: Array, mask
     return xp.maximum(-gain * ratio, -gain * xp.clip(ratio, 1.0 - clip, 1.0 + clip))
 
 
-def clipped_value(values: Array, old_values: Array, returns: Array, mask: Array, clip: float | None = 0.2) -> Array:
-    """Half the squared error of the value, at least that of the value held within ``clip`` of the old one; 0 at padding.
+def clipped_value(
+    values: Array, old_values: Array, returns: Array, mask: Array, clip: float | None = 0.2
+) -> Array:
+    """Half the squared error of the value, at least that of the value held within ``clip`` of the old one; 0
+    at padding.
 
-    values, old_values, returns: [...] in units of the reward; clip None: plain half squared error. Returns [...].
-    The maximum makes clipping pessimistic: Schulman's code (openai/baselines), kept by Ziegler et al. 2019 and TRL.
+    values, old_values, returns: [...] in units of the reward; clip None: plain half squared error. Returns
+    [...]. The maximum makes clipping pessimistic: Schulman's code (openai/baselines), kept by Ziegler et al.
+    2019 and TRL.
     """
     xp = ops(values)
     values, old_values, returns = (_masked(x, mask) for x in (values, old_values, returns))
@@ -62,11 +69,14 @@ def entropy(logits: Array) -> Array:
     return -xp.sum(xp.exp(log_p) * log_p, axis=-1)
 
 
-def update_statistics(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, clip: float = 0.2) -> dict[str, Array]:
+def update_statistics(
+    logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, clip: float = 0.2
+) -> dict[str, Array]:
     """What an update did, elementwise and without gradient: ``ratio``, ``approx_kl`` and ``clip_fraction``.
 
-    approx_kl: (log ratio)^2 / 2, which is KL(old || new) to second order (Schulman 2020, "Approximating KL divergence", k2); clip_fraction:
-    1 where the clipped branch is the one that counts and the token's gradient is therefore 0. At padding the ratio is 1, the others 0.
+    approx_kl: (log ratio)^2 / 2, which is KL(old || new) to second order (Schulman 2020, "Approximating KL
+    divergence", k2); clip_fraction: 1 where the clipped branch is the one that counts and the token's
+    gradient is therefore 0. At padding the ratio is 1, the others 0.
     """
     xp = ops(logprobs)
     delta = xp.stop_gradient(log_ratio(logprobs, old_logprobs, mask))
@@ -75,8 +85,12 @@ def update_statistics(logprobs: Array, old_logprobs: Array, advantages: Array, m
     return {"ratio": ratio, "approx_kl": 0.5 * delta**2, "clip_fraction": xp.astype(active, ratio)}
 
 
-def value_clip_fraction(values: Array, old_values: Array, returns: Array, mask: Array, clip: float | None = 0.2) -> Array:
-    """1 where the clipped error is the larger one and the value's gradient is therefore 0; 0 at padding and without clipping."""
+def value_clip_fraction(
+    values: Array, old_values: Array, returns: Array, mask: Array, clip: float | None = 0.2
+) -> Array:
+    """1 where the clipped error is the larger one and the value's gradient is therefore 0; 0 at padding and
+    without clipping.
+    """
     xp = ops(values)
     values, old_values, returns = (xp.stop_gradient(_masked(x, mask)) for x in (values, old_values, returns))
     if clip is None:

@@ -1,6 +1,7 @@
 """The reward model's loss: of two answers to one prompt, the preferred one should score higher.
 
-Elementwise over pairs; how pairs are averaged is :func:`mlx_posttrain.losses.sft.token_mean`'s business. Shape: P pairs.
+Elementwise over pairs; how pairs are averaged is :func:`mlx_posttrain.losses.sft.token_mean`'s business.
+Shape: P pairs.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ def bradley_terry(chosen: Array, rejected: Array, margin: Array | float = 0.0) -
     """Negative log-likelihood of the preference: -log sigma(r_w - r_l - margin), in nats.
 
     chosen, rejected: [P] scores; margin: a number or [P]. Returns [P]; ln 2 where the scores are equal.
-    Bradley & Terry 1952; Stiennon et al. 2020, section 3.4; with a margin Touvron et al. 2023 (Llama 2), eq. 2.
+    Bradley & Terry 1952; Stiennon et al. 2020, section 3.4; with a margin Touvron et al. 2023 (Llama 2), eq.
+    2.
     """
     return -ops(chosen).log_sigmoid(chosen - rejected - margin)
 
 
 def centring(chosen: Array, rejected: Array) -> Array:
-    """(r_w + r_l)^2, to be added with a small weight: a pair fixes only the difference, and this keeps scores around 0.
+    """(r_w + r_l)^2, to be added with a small weight: a pair fixes only the difference, and this keeps scores
+    around 0.
 
     chosen, rejected: [P] scores. Returns [P]. Eisenstein et al. 2023, "Helping or Herding?", section 2.
     """

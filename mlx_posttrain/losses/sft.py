@@ -1,7 +1,7 @@
 """Supervised losses: what a language model pays for a target token, and for leaving its reference.
 
-Every function is elementwise over positions; how positions are averaged is :func:`token_mean`'s business, once.
-Shapes: N positions (any layout, flat or a grid), V vocabulary entries.
+Every function is elementwise over positions; how positions are averaged is :func:`token_mean`'s business,
+once. Shapes: N positions (any layout, flat or a grid), V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def token_logprobs(logits: Array, targets: Array) -> Array:
 def full_kl(logits: Array, reference_logits: Array, direction: str = "forward") -> Array:
     """KL divergence between two next-token distributions over the whole vocabulary, in nats per position.
 
-    logits, reference_logits: [..., V]. Returns [...], zero or positive.
-    ``forward`` is KL(reference || policy) = sum_v p_ref (log p_ref - log p): it punishes losing what the reference could say.
-    ``reverse`` is KL(policy || reference): it punishes saying what the reference would not; this is RLHF's direction
-    (Ziegler et al. 2019, eq. 2). The gradient does not flow into ``reference_logits``.
-    Raises ValueError for another direction.
+    logits, reference_logits: [..., V]. Returns [...], zero or positive. ``forward`` is KL(reference ||
+    policy) = sum_v p_ref (log p_ref - log p): it punishes losing what the reference could say. ``reverse`` is
+    KL(policy || reference): it punishes saying what the reference would not; this is RLHF's direction
+    (Ziegler et al. 2019, eq. 2). The gradient does not flow into ``reference_logits``. Raises ValueError for
+    another direction.
     """
     xp = ops(logits)
     log_p = xp.log_softmax(logits, axis=-1)
@@ -46,10 +46,11 @@ def full_kl(logits: Array, reference_logits: Array, direction: str = "forward") 
 def token_mean(values: Array, weights: Array, total: Array | float) -> Array:
     """Weighted sum over positions divided by ``total``, a scalar.
 
-    values, weights: same shape; a weight of 0 marks padding. ``total`` is the sum of weights over the *whole* accumulated
-    batch, not over these positions: the parts of an accumulated step then add up to the mean over all its trained tokens,
-    and 8 micro-batches of 1 row give the gradient of one batch of 8.
+    values, weights: same shape; a weight of 0 marks padding. ``total`` is the sum of weights over the *whole*
+    accumulated batch, not over these positions: the parts of an accumulated step then add up to the mean over
+    all its trained tokens, and 8 micro-batches of 1 row give the gradient of one batch of 8.
     """
     xp = ops(values)
-    # A padded position may hold any number; where() first, since 0 * inf would be NaN, in the value and in the gradient.
+    # A padded position may hold any number; where() first, since 0 * inf would be NaN, in the value and in
+    # the gradient.
     return xp.sum(xp.where(weights > 0, values, xp.zeros_like(values)) * weights) / total

@@ -18,5 +18,8 @@ def get(name: str) -> ModuleType:
     """The module of a method. Raises UserError for an unknown name, naming the nearest."""
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        raise UserError(f"unknown method {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(NAMES)}"))
+        raise UserError(
+            "unknown method "
+            f"{name!r}; " + (f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(NAMES)}")
+        )
     return import_module(f"mlx_posttrain.methods.{name}")

@@ -5,10 +5,11 @@
       reward: {recipe: 07_reward, set: {model: "{sft}"}}
       ppo:    {recipe: 07_ppo, set: {model: "{sft}", reward: [{model: "{reward}"}]}}
 
-``{NAME}`` stands for that stage's run directory, ``output/NAME``, in ``set`` and in a recipe that is written out in the pipeline. Every stage is an ordinary run: it can be looked at, exported and used
-alone. All recipes are read and checked when the pipeline is, so a mistyped key in the last stage is found before the first one starts.
-``pipeline.json`` says how far each stage is (waiting, running, finished, interrupted, failed), how long it took and what came out.
-``--resume`` skips finished stages and continues the one that was cut off.
+``{NAME}`` stands for that stage's run directory, ``output/NAME``, in ``set`` and in a recipe that is written
+out in the pipeline. Every stage is an ordinary run: it can be looked at, exported and used alone. All recipes
+are read and checked when the pipeline is, so a mistyped key in the last stage is found before the first one
+starts. ``pipeline.json`` says how far each stage is (waiting, running, finished, interrupted, failed), how
+long it took and what came out. ``--resume`` skips finished stages and continues the one that was cut off.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ _FOR_ALL = ("engine", "seed", "output")  # what the pipeline gives every stage
 class StageSection(recipes.Section):
     """One stage."""
 
-    recipe: str | dict[str, Any] = Field(description="a shipped recipe's name, a YAML file (looked for beside this one first), or its keys")
+    recipe: str | dict[str, Any] = Field(
+        description="a shipped recipe's name, a YAML file (looked for beside this one first), or its keys"
+    )
     set: dict[str, Any] = Field(
-        default_factory=dict, description="keys of that recipe, dotted or nested; {NAME} in a text: that stage's run directory"
+        default_factory=dict,
+        description="keys of that recipe, dotted or nested; {NAME} in a text: that stage's run directory",
     )
 
 
@@ -49,8 +53,12 @@ class Recipe(recipes.Section):
 
     method: Literal["pipeline"] = Field(description="pipeline: several recipes in order")
     description: str = Field("", description="what this pipeline shows")
-    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="engine of all stages whose `set` names none")
-    output: str | None = Field(None, description="directory with one run directory per stage; null: runs/<recipe's name>")
+    engine: Literal["auto", "mlx", "torch"] = Field(
+        "auto", description="engine of all stages whose `set` names none"
+    )
+    output: str | None = Field(
+        None, description="directory with one run directory per stage; null: runs/<recipe's name>"
+    )
     seed: int = Field(0, ge=0, description="seed of all stages whose `set` names none")
     stages: dict[str, StageSection] = Field(min_length=1, description="stages by name, in order")
 
@@ -60,32 +68,48 @@ class Recipe(recipes.Section):
         """Move ``STAGE.key=value`` of the command line into that stage's ``set``."""
         if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
             return raw
-        stages = {str(name): dict(stage) if isinstance(stage, dict) else stage for name, stage in raw["stages"].items()}
+        stages = {
+            str(name): dict(stage) if isinstance(stage, dict) else stage
+            for name, stage in raw["stages"].items()
+        }
         rest = {}
         for name, stage in stages.items():
             if not re.fullmatch(r"\w+", name) or name in cls.model_fields:
-                raise ValueError(f"stage {name!r}: a name has letters, digits and underscores and is no key of a pipeline")
+                raise ValueError(
+                    f"stage {name!r}: a name has letters, digits and underscores and is no key of a pipeline"
+                )
             for key in stage if isinstance(stage, dict) else ():
                 if key not in StageSection.model_fields:
-                    raise ValueError(f"unknown key 'stages.{name}.{key}'; keys of the stage's recipe stand under 'stages.{name}.set'")
+                    raise ValueError(
+                        f"unknown key 'stages.{name}.{key}'; keys of the stage's recipe stand "
+                        f"under 'stages.{name}.set'"
+                    )
         for key, value in raw.items():
             if key in stages:
                 stage = stages[key]
                 if not isinstance(value, dict):
-                    raise ValueError(f"'{key}' is a stage: write {key}.key=value, for example {key}.train.lr=1e-5")
+                    raise ValueError(
+                        f"'{key}' is a stage: write {key}.key=value, for example {key}.train.lr=1e-5"
+                    )
                 if isinstance(stage, dict) and isinstance(stage.get("set") or {}, dict):
                     stage["set"] = _merged(_nested(stage.get("set") or {}), _nested(value))
             elif key in cls.model_fields:
                 rest[key] = value
             else:
                 near = difflib.get_close_matches(str(key), [*stages, *cls.model_fields], n=1, cutoff=0.5)
-                hint = f"did you mean '{near[0]}'?" if near else f"stages: {', '.join(stages)}; keys: {', '.join(cls.model_fields)}"
+                hint = (
+                    f"did you mean '{near[0]}'?"
+                    if near
+                    else f"stages: {', '.join(stages)}; keys: {', '.join(cls.model_fields)}"
+                )
                 raise ValueError(f"unknown key or stage '{key}'; {hint}")
         return {**rest, "stages": stages}
 
     @model_validator(mode="after")
     def _checked(self, info: ValidationInfo) -> Recipe:
-        """Read each stage's recipe, check it with its settings, and keep it whole: a resumed pipeline no longer needs the file."""
+        """Read each stage's recipe, check it with its settings, and keep it whole: a resumed pipeline no
+        longer needs the file.
+        """
         folder = (info.context or {}).get("folder")
         earlier: list[str] = []
         for name, stage in self.stages.items():
@@ -93,12 +117,21 @@ class Recipe(recipes.Section):
             if isinstance(stage.recipe, dict):
                 stage.recipe = {key: _as_text(value, self.stages) for key, value in stage.recipe.items()}
             # In a recipe's own texts braces may be anything else; in `set` they are a reference.
-            for used in [*_references(stage.set), *(name for name in _references(stage.recipe) if name in self.stages)]:
+            for used in [
+                *_references(stage.set),
+                *(name for name in _references(stage.recipe) if name in self.stages),
+            ]:
                 if used not in earlier:
                     what = "comes later or is itself" if used in self.stages else "is no stage"
-                    raise ValueError(f"stage {name} uses {{{used}}}, which {what}; before it: {', '.join(earlier) or 'nothing'}")
+                    raise ValueError(
+                        f"stage {name} uses {{{used}}}, which {what}; before it: "
+                        f"{', '.join(earlier) or 'nothing'}"
+                    )
             if "output" in stage.set:
-                raise ValueError(f"stage {name}: its output is the pipeline's output/{name}: leave it out, or set output for all")
+                raise ValueError(
+                    f"stage {name}: its output is the pipeline's output/{name}: leave it out, "
+                    "or set output for all"
+                )
             try:
                 where = f"stage {name}"
                 if isinstance(stage.recipe, str):
@@ -169,15 +202,26 @@ def _filled(value: Any, folder: Path, names: Collection[str]) -> Any:
         return {k: _filled(v, folder, names) for k, v in value.items()}
     if isinstance(value, list):
         return [_filled(v, folder, names) for v in value]
-    return _REFERENCE.sub(lambda m: str(folder / m[1]) if m[1] in names else m[0], value) if isinstance(value, str) else value
+    return (
+        _REFERENCE.sub(lambda m: str(folder / m[1]) if m[1] in names else m[0], value)
+        if isinstance(value, str)
+        else value
+    )
 
 
 def stage_recipes(recipe: Recipe) -> dict[str, recipes.Recipe]:
-    """Each stage's own recipe by name, with the run directories of ``recipe.output`` in place of ``{NAME}``."""
+    """Each stage's own recipe by name, with the run directories of ``recipe.output`` in place of
+    ``{NAME}``.
+    """
     assert recipe.output is not None
     folder, found = Path(recipe.output).expanduser().absolute(), {}
     for name, stage in recipe.stages.items():
-        given = {"engine": recipe.engine, "seed": recipe.seed, **_filled(stage.set, folder, recipe.stages), "output": str(folder / name)}
+        given = {
+            "engine": recipe.engine,
+            "seed": recipe.seed,
+            **_filled(stage.set, folder, recipe.stages),
+            "output": str(folder / name),
+        }
         found[name] = _parsed(_merged(_filled(stage.recipe, folder, recipe.stages), given), f"stage {name}")
     return found
 
@@ -188,12 +232,15 @@ def stage_recipes(recipe: Recipe) -> dict[str, recipes.Recipe]:
 def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     """Run all stages that have no result yet; returns {stage: its figures}.
 
-    Raises UserError as the stages' methods do, naming the stage, and Interrupted for Ctrl-C, saying how to resume the pipeline.
+    Raises UserError as the stages' methods do, naming the stage, and Interrupted for Ctrl-C, saying how to
+    resume the pipeline.
     """
     assert recipe.output is not None
     recipe.output = str(Path(recipe.output).expanduser().absolute())
-    recipe.engine = engines.get(recipe.engine).name  # type: ignore[assignment]  # a resumed pipeline stays on its engine
-    for stage in recipe.stages.values():  # it may be resumed from another folder, with stages to come that name files relative to this one
+    # a resumed pipeline stays on its engine
+    recipe.engine = engines.get(recipe.engine).name  # type: ignore[assignment]
+    # it may be resumed from another folder, with stages to come that name files relative to this one
+    for stage in recipe.stages.values():
         stage.recipe, stage.set = recipes.paths_in_full(stage.recipe), recipes.paths_in_full(stage.set)
     chosen, whole = stage_recipes(recipe), Path(recipe.output)
     for own in chosen.values():
@@ -212,10 +259,16 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         here = runs.start(whole, recipe)  # type: ignore[arg-type]
     for number, (name, own) in enumerate(chosen.items(), 1):
         one = runs.Run(whole / name)
-        say(f"stage {number} of {len(chosen)}, {name}: {'finished before' if one.finished else own.description or own.method}")
+        say(
+            f"stage {number} of {len(chosen)}, {name}: "
+            f"{'finished before' if one.finished else own.description or own.method}"
+        )
         if not one.finished:
             _run_stage(name, own, one, state, whole)
-        state[name] |= {"state": "finished", "result": json.loads((one.folder / "result.json").read_text(encoding="utf-8"))}
+        state[name] |= {
+            "state": "finished",
+            "result": json.loads((one.folder / "result.json").read_text(encoding="utf-8")),
+        }
         _write(whole, state)
         gc.collect()  # the next stage needs the memory that reference cycles would hold on to
     here.close()
@@ -225,7 +278,9 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What each stage that trains would take, in order. A stage's model that is yet to be made has the size of the one it starts from."""
+    """What each stage that trains would take, in order. A stage's model that is yet to be made has the size
+    of the one it starts from.
+    """
     from mlx_posttrain import methods
 
     recipe.output = recipe.output or "runs/pipeline"
@@ -251,7 +306,8 @@ def _run_stage(name: str, own: recipes.Recipe, one: runs.Run, state: dict[str, A
         _, raw = runs.reopen(one.folder)
         raw.pop("untemplated", None)
         own = _parsed({**raw, "output": str(one.folder)}, str(one.folder / "recipe.yaml"))
-    for half in one.folder.glob(".tmp-*"):  # a recipe.yaml that a kill cut off would make the folder look used
+    # a recipe.yaml that a kill cut off would make the folder look used
+    for half in one.folder.glob(".tmp-*"):
         half.unlink()
     state[name]["state"] = "running"
     _write(whole, state)
@@ -260,13 +316,19 @@ def _run_stage(name: str, own: recipes.Recipe, one: runs.Run, state: dict[str, A
         methods.get(own.method).run(own, resume=again)
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-        state[name] |= {"state": "interrupted" if stopped else "failed", "seconds": before + time.monotonic() - begun}
+        state[name] |= {
+            "state": "interrupted" if stopped else "failed",
+            "seconds": before + time.monotonic() - begun,
+        }
         with contextlib.suppress(UserError):  # a full disk: the error that says so must come through
             _write(whole, state)
         what = str(error).replace(f"--resume {one.folder}", f"--resume {whole}")
         if stopped:
-            raise Interrupted(f"stage {name}: {what or f'interrupted: continue with --resume {whole}'}") from None
-        if isinstance(error, lock.InUse):  # resumed by itself elsewhere: nothing is wrong with it that advice could mend
+            raise Interrupted(
+                f"stage {name}: {what or f'interrupted: continue with --resume {whole}'}"
+            ) from None
+        # resumed by itself elsewhere: nothing is wrong with it that advice could mend
+        if isinstance(error, lock.InUse):
             raise UserError(f"stage {name}: {what}") from None
         if isinstance(error, UserError):
             raise UserError(f"stage {name}: {what}{_advice(name, one, whole, state)}") from None
@@ -277,7 +339,10 @@ def _run_stage(name: str, own: recipes.Recipe, one: runs.Run, state: dict[str, A
 def _advice(name: str, one: runs.Run, whole: Path, state: dict[str, Any]) -> str:
     """What to do after a failure; a pipeline whose first stage could not even start is taken away again."""
     if one.folder.exists():
-        change = f"to change its settings first, delete {one.folder} and edit stages.{name}.set in {whole / 'recipe.yaml'}"
+        change = (
+            f"to change its settings first, delete {one.folder} and edit stages.{name}.set in "
+            f"{whole / 'recipe.yaml'}"
+        )
         return f"; continue with --resume {whole} ({change})"
     if any((whole / other).exists() for other in state):
         return f"; correct stages.{name}.set in {whole / 'recipe.yaml'}, then continue with --resume {whole}"
@@ -306,17 +371,28 @@ def _table(chosen: Mapping[str, recipes.Recipe], state: Mapping[str, Any]) -> li
 
 
 def language_model(folder: str | Path) -> Path:
-    """The run directory of a finished pipeline's last stage that writes text: the model that is meant by the pipeline's own folder.
+    """The run directory of a finished pipeline's last stage that writes text: the model that is meant by the
+    pipeline's own folder.
 
-    Raises UserError for an unfinished pipeline, naming the stages that can be used, and for one that has reward models only.
+    Raises UserError for an unfinished pipeline, naming the stages that can be used, and for one that has
+    reward models only.
     """
     folder = Path(folder)
     stages = runs.reopen(folder)[1]["stages"]
     done = [name for name in stages if runs.Run(folder / name).finished]
     writers = [name for name in done if stages[name]["recipe"]["method"] not in ("reward", "report")]
     if len(done) < len(stages):
-        use = f", or use a finished stage: {', '.join(str(folder / name) for name in writers)}" if writers else ""
-        raise UserError(f"{folder} is an unfinished pipeline: continue it with `mlx-posttrain run --resume {folder}`{use}")
+        use = (
+            f", or use a finished stage: {', '.join(str(folder / name) for name in writers)}"
+            if writers
+            else ""
+        )
+        raise UserError(
+            f"{folder} is an unfinished pipeline: continue it with `mlx-posttrain run --resume {folder}`{use}"
+        )
     if not writers:
-        raise UserError(f"{folder} has no stage that writes text; its reward models: {', '.join(str(folder / name) for name in done)}")
+        raise UserError(
+            f"{folder} has no stage that writes text; its reward models: "
+            f"{', '.join(str(folder / name) for name in done)}"
+        )
     return folder / writers[-1]

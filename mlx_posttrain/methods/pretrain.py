@@ -1,7 +1,8 @@
 """Pre-training from random weights: how the embedded tiny model was made, and how to make another.
 
-A byte-level BPE is trained on the texts, a GPT-2 of the given size is drawn from N(0, 0.02) with the residual projections scaled
-by 1/sqrt(2 * layers) (Radford et al. 2019, section 2.3), and every token of the packed texts is trained.
+A byte-level BPE is trained on the texts, a GPT-2 of the given size is drawn from N(0, 0.02) with the residual
+projections scaled by 1/sqrt(2 * layers) (Radford et al. 2019, section 2.3), and every token of the packed
+texts is trained.
 """
 
 from __future__ import annotations
@@ -27,14 +28,22 @@ EOS = "<|endoftext|>"
 class PretrainSection(recipes.Section):
     """Size of the new model."""
 
-    vocab_size: int = Field(4096, ge=300, description="entries of the byte-level BPE, the end-of-text token included")
+    vocab_size: int = Field(
+        4096, ge=300, description="entries of the byte-level BPE, the end-of-text token included"
+    )
     layers: int = Field(6, ge=1, description="transformer blocks")
     heads: int = Field(6, ge=1, description="attention heads")
     width: int = Field(192, ge=8, description="hidden size, a multiple of heads")
     context: int = Field(512, ge=16, description="longest sequence in tokens")
-    start: str | None = Field(None, description="continue from this model or run instead of new weights and a new tokenizer")
+    start: str | None = Field(
+        None, description="continue from this model or run instead of new weights and a new tokenizer"
+    )
     repeated: float = Field(
-        0.0, ge=0, lt=1, description="share of documents that are random words of the texts said again and again; see repeated_lists"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of documents that are random words of the texts said again and "
+        "again; see repeated_lists",
     )
 
 
@@ -46,13 +55,17 @@ class Recipe(recipes.Recipe):
 
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
-    """Make tokenizer and random weights in ``output/start`` (or take ``pretrain.start``), then train on every token."""
+    """Make tokenizer and random weights in ``output/start`` (or take ``pretrain.start``), then train on every
+    token.
+    """
     start, prepare = _parts(recipe)
     return supervised.run(recipe, sft.loss, start=start, resume=resume, prepare=prepare)
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What the recipe would take: its tokenizer is made for this, since it says how many tokens the texts have."""
+    """What the recipe would take: its tokenizer is made for this, since it says how many tokens the texts
+    have.
+    """
     start, prepare = _parts(recipe)
     return supervised.planned(recipe, start=start, prepare=prepare)
 
@@ -67,17 +80,24 @@ def _parts(recipe: Recipe) -> tuple[supervised.Start, supervised.Prepare | None]
         target = folder / "start"
         if not (target / "model.safetensors").is_file():
             data = recipe.data
-            rows = sources.load_rows(data.source, split=data.split, config=data.config, limit=data.limit, seed=recipe.seed)
+            rows = sources.load_rows(
+                data.source, split=data.split, config=data.config, limit=data.limit, seed=recipe.seed
+            )
             texts = [str(row.get("text", "")) for row in rows]
             if not any(texts):
-                raise UserError(f"{recipe.data.source}: pre-training reads the column 'text', found {', '.join(rows[0])}")
+                raise UserError(
+                    f"{recipe.data.source}: pre-training reads the column 'text', found {', '.join(rows[0])}"
+                )
             make_model(target, texts, recipe.pretrain, recipe.seed)
         return target
 
     def with_lists(conversations: list[Conversation]) -> list[Conversation]:
         texts = [c.turns[-1].content for c in conversations]
         characters = int(sum(map(len, texts)) * share / (1 - share))
-        lists = [Conversation((Turn("assistant", text),), templated=False) for text in repeated_lists(texts, characters, recipe.seed)]
+        lists = [
+            Conversation((Turn("assistant", text),), templated=False)
+            for text in repeated_lists(texts, characters, recipe.seed)
+        ]
         mixed = conversations + lists
         order = np.random.default_rng([recipe.seed, 0x11575]).permutation(len(mixed))
         return [mixed[i] for i in order]
@@ -86,11 +106,12 @@ def _parts(recipe: Recipe) -> tuple[supervised.Start, supervised.Prepare | None]
 
 
 def repeated_lists(texts: list[str], characters: int, seed: int) -> list[str]:
-    """Documents of about ``characters`` characters in all: 2 to 16 random words of a text, the same list written 2 to 8 times.
+    """Documents of about ``characters`` characters in all: 2 to 16 random words of a text, the same list
+    written 2 to 8 times.
 
-    The words come in random order, so nothing but looking back predicts them the second time. Plain text teaches a small model
-    to copy only after far more tokens than it is given here (induction heads: Olsson et al. 2022), and without copying no
-    instruction about given words can be followed.
+    The words come in random order, so nothing but looking back predicts them the second time. Plain text
+    teaches a small model to copy only after far more tokens than it is given here (induction heads: Olsson et
+    al. 2022), and without copying no instruction about given words can be followed.
     """
     rng = np.random.default_rng([seed, 0x1157])
     pools = [words for words in (text.split() for text in texts) if len(words) >= 32]
@@ -98,14 +119,18 @@ def repeated_lists(texts: list[str], characters: int, seed: int) -> list[str]:
     while characters > 0 and pools:
         words = pools[rng.integers(len(pools))]
         chosen = [words[i] for i in rng.integers(0, len(words), rng.integers(2, 17))]
-        inner, outer = ((" ", "\n"), (", ", ".\n"), (" ", " / "), ("\n", "\n\n"), (", ", " and again "))[rng.integers(5)]
+        inner, outer = ((" ", "\n"), (", ", ".\n"), (" ", " / "), ("\n", "\n\n"), (", ", " and again "))[
+            rng.integers(5)
+        ]
         found.append(outer.join([inner.join(chosen)] * int(rng.integers(2, 9))))
         characters -= len(found[-1])
     return found
 
 
 def make_model(folder: Path, texts: list[str], size: PretrainSection, seed: int) -> None:
-    """Write a GPT-2 folder with a new tokenizer and random weights. Raises UserError when width is no multiple of heads."""
+    """Write a GPT-2 folder with a new tokenizer and random weights. Raises UserError when width is no
+    multiple of heads.
+    """
     from safetensors.numpy import save_file
 
     if size.width % size.heads:
@@ -124,29 +149,55 @@ def make_model(folder: Path, texts: list[str], size: PretrainSection, seed: int)
 def gpt2_config(vocab: int, size: PretrainSection, eos: int) -> dict[str, Any]:
     """config.json of a GPT-2 of this size, without dropout, float32."""
     return {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocab, "n_positions": size.context, "n_ctx": size.context,
-        "n_embd": size.width, "n_layer": size.layers, "n_head": size.heads, "n_inner": None, "activation_function": "gelu_new",
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-        "bos_token_id": eos, "eos_token_id": eos, "tie_word_embeddings": True, "dtype": "float32",
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": vocab,
+        "n_positions": size.context,
+        "n_ctx": size.context,
+        "n_embd": size.width,
+        "n_layer": size.layers,
+        "n_head": size.heads,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "bos_token_id": eos,
+        "eos_token_id": eos,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
 
 
 def make_tokenizer(folder: Path, texts: list[str], vocab_size: int, context: int) -> int:
-    """Train a byte-level BPE with one special token (id 0, end of text) and write it as tokenizer files; returns its size."""
+    """Train a byte-level BPE with one special token (id 0, end of text) and write it as tokenizer files;
+    returns its size.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "GPT2Tokenizer", "bos_token": EOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS,
-        "add_prefix_space": False, "model_max_length": context, "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": EOS,
+        "eos_token": EOS,
+        "unk_token": EOS,
+        "pad_token": EOS,
+        "add_prefix_space": False,
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
@@ -166,7 +217,10 @@ def random_weights(vocab: int, size: PretrainSection, seed: int) -> dict[str, np
     def norm(name: str) -> dict[str, np.ndarray]:
         return {f"{name}.weight": np.ones(d, np.float32), f"{name}.bias": np.zeros(d, np.float32)}
 
-    weights: dict[str, Any] = {"transformer.wte.weight": normal(vocab, d), "transformer.wpe.weight": normal(size.context, d)}
+    weights: dict[str, Any] = {
+        "transformer.wte.weight": normal(vocab, d),
+        "transformer.wpe.weight": normal(size.context, d),
+    }
     residual = (2 * size.layers) ** -0.5
     for i in range(size.layers):
         h = f"transformer.h.{i}."

@@ -1,4 +1,5 @@
-"""Not a training method but the stage that ends a journey: measure a set of runs, say what they show, write the page.
+"""Not a training method but the stage that ends a journey: measure a set of runs, say what they show, write
+the page.
 
 In a pipeline ``runs`` names earlier stages, ``{sft: "{sft}", ppo: "{ppo}"}``; alone, any run directories.
 """
@@ -23,35 +24,48 @@ class Recipe(recipes.Section):
 
     method: Literal["report"] = Field(description="report: compare runs and write an HTML page")
     description: str = Field("", description="what this report shows")
-    engine: Literal["auto", "mlx", "torch"] = Field("auto", description="mlx, torch, or the first of them that this machine has")
+    engine: Literal["auto", "mlx", "torch"] = Field(
+        "auto", description="mlx, torch, or the first of them that this machine has"
+    )
     output: str | None = Field(None, description="folder of the report; null: runs/<recipe's name>")
     seed: int = Field(0, ge=0, description="fixes intervals, samples and what the analysis draws")
     runs: dict[str, str] = Field(min_length=1, description="what to call each run: its directory")
-    base: str | None = Field(None, description="the model they are compared with; null: the one that the first run started from")
+    base: str | None = Field(
+        None, description="the model they are compared with; null: the one that the first run started from"
+    )
     not_asked: list[str] = Field(
-        default_factory=list, description="runs that are shown with their own figures and curves, and are not asked the suite's questions"
+        default_factory=list,
+        description="runs that are shown with their own figures and curves, and are "
+        "not asked the suite's questions",
     )
     suite: SuiteSection = Field(default_factory=lambda: SuiteSection(), description="what is asked and read")
     gains: dict[str, list[tuple[str, str]]] = Field(
-        default_factory=dict, description="what is to be shown as a gain: pairs of runs, one pair a seed, the first against the second"
+        default_factory=dict,
+        description="what is to be shown as a gain: pairs of runs, one pair a seed, "
+        "the first against the second",
     )
 
     @model_validator(mode="after")
     def _known(self) -> Recipe:
         for run in self.not_asked:
             if run not in self.runs:
-                raise ValueError(f"not_asked names {run!r}, which is none of the runs ({', '.join(self.runs)})")
+                raise ValueError(
+                    f"not_asked names {run!r}, which is none of the runs ({', '.join(self.runs)})"
+                )
         for name, pairs in self.gains.items():
             for run in (run for pair in pairs for run in pair):
                 if run not in self.runs:
-                    raise ValueError(f"gains.{name} names {run!r}, which is none of the runs ({', '.join(self.runs)})")
+                    raise ValueError(
+                        f"gains.{name} names {run!r}, which is none of the runs ({', '.join(self.runs)})"
+                    )
             if not pairs:
                 raise ValueError(f"gains.{name} names no pair of runs")
         return self
 
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
-    """Measure and write ``final/report.html`` with its charts and figures, and ``report.txt``; returns the main figures of every model.
+    """Measure and write ``final/report.html`` with its charts and figures, and ``report.txt``; returns the
+    main figures of every model.
 
     Raises UserError as compare; a resumed report starts over.
     """
@@ -65,10 +79,16 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     one = rundirs.reopen(folder, write=True)[0] if resume else rundirs.start(folder, recipe)  # type: ignore[arg-type]
     if resume and one.finished:
         raise UserError(f"{folder} is finished: there is nothing to resume")
-    suite = recipe.suite.model_copy(update={"seed": recipe.suite.seed or recipe.seed})  # 0, the default of both, leaves it to the other
+    # 0, the default of both, leaves it to the other
+    suite = recipe.suite.model_copy(update={"seed": recipe.suite.seed or recipe.seed})
     with supervised.setting_up(one, resume):
         comparison, found = analyze.analyze(
-            list(recipe.runs.values()), suite, engine.name, base=recipe.base, labels=list(recipe.runs), not_asked=recipe.not_asked
+            list(recipe.runs.values()),
+            suite,
+            engine.name,
+            base=recipe.base,
+            labels=list(recipe.runs),
+            not_asked=recipe.not_asked,
         )
     found = [*gains.findings(comparison, recipe.gains), *found]
     said = report.text(comparison, found)
@@ -77,7 +97,12 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         report.write(final / "report.html", list(recipe.runs.values()), list(recipe.runs), comparison, found)
         (final / "report.txt").write_text(said + "\n", encoding="utf-8")
 
-    result = {f"{m.name}/{name}": m.figure(name).mean for m in comparison.models for name in ("accuracy", "perplexity") if name in m.values}
+    result = {
+        f"{m.name}/{name}": m.figure(name).mean
+        for m in comparison.models
+        for name in ("accuracy", "perplexity")
+        if name in m.values
+    }
     rundirs.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     rundirs.replace_folder(one.final, fill)
     one.close()

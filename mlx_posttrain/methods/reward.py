@@ -1,12 +1,14 @@
 """Reward model: learn from pairs which of two answers people (or checkers) prefer.
 
-    loss = mean over pairs of  -log sigma(r(chosen) - r(rejected) - margin)  +  centring * (r(chosen) + r(rejected))^2
+    loss = mean over pairs of  -log sigma(r(chosen) - r(rejected) - margin)  +  centring * (r(chosen) +
+    r(rejected))^2
 
-r is a scalar head on the backbone's hidden state at the row's last token (data/pairs.py, ``last_token``; the rule of transformers'
-sequence classifiers, so that an exported model gives the same scores there). All pairs of one prompt are in one batch, each
-answer read once (Ouyang et al. 2022, section 3.5): spread over an epoch they would be trained on several times. The head starts
-from N(0, 1 / (width + 1)) (Stiennon et al. 2020), new adapters as everywhere. ``final/`` is a sequence classifier with one label, or
-a PEFT adapter of one; ``report.json`` says what the model learned beyond what the length or the words of an answer give away.
+r is a scalar head on the backbone's hidden state at the row's last token (data/pairs.py, ``last_token``; the
+rule of transformers' sequence classifiers, so that an exported model gives the same scores there). All pairs
+of one prompt are in one batch, each answer read once (Ouyang et al. 2022, section 3.5): spread over an epoch
+they would be trained on several times. The head starts from N(0, 1 / (width + 1)) (Stiennon et al. 2020), new
+adapters as everywhere. ``final/`` is a sequence classifier with one label, or a PEFT adapter of one;
+``report.json`` says what the model learned beyond what the length or the words of an answer give away.
 """
 
 from __future__ import annotations
@@ -38,7 +40,11 @@ from mlx_posttrain.training import fit
 class RewardSection(recipes.Section):
     """The pairwise loss."""
 
-    centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps scores around 0; 0.01 is usual")
+    centring: float = Field(
+        0.0,
+        ge=0,
+        description="weight of (r_chosen + r_rejected)^2, which keeps scores around 0; 0.01 is usual",
+    )
 
 
 class Recipe(recipes.Recipe):
@@ -58,7 +64,9 @@ class Recipe(recipes.Recipe):
 
 
 def pair_loss(weight: float = 0.0) -> Loss:
-    """Mean Bradley-Terry loss over pairs, plus ``weight`` times the centring term; metrics: accuracy, margin."""
+    """Mean Bradley-Terry loss over pairs, plus ``weight`` times the centring term; metrics: accuracy,
+    margin.
+    """
 
     def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
         scores = model.scores(batch)
@@ -78,19 +86,27 @@ def pair_loss(weight: float = 0.0) -> Loss:
     return loss
 
 
-def read_preferences(data: recipes.DataSection, *, split: str, limit: int | None, seed: int) -> list[Preference]:
+def read_preferences(
+    data: recipes.DataSection, *, split: str, limit: int | None, seed: int
+) -> list[Preference]:
     """The pairs of one split; prints what was dropped. Raises UserError for rows that are no pairs."""
     parsed = supervised.read_rows(data, split=split, limit=limit, seed=seed)
     found = [row for row in parsed if isinstance(row, Preference)]
     if len(found) < len(parsed):
         raise UserError(
-            f"{data.source}: a reward model learns from pairs: rows with prompt, chosen and rejected, or chosen and rejected dialogues"
+            f"{data.source}: a reward model learns from pairs: rows with prompt, chosen and rejected, or "
+            "chosen and rejected dialogues"
         )
     return found
 
 
 def training_pairs(
-    recipe: Recipe, train: list[Preference], held_out: list[Preference], tokenizer: Any, context: int | None, pad: int
+    recipe: Recipe,
+    train: list[Preference],
+    held_out: list[Preference],
+    tokenizer: Any,
+    context: int | None,
+    pad: int,
 ) -> pairs.PairData:
     """Pairs as token ids, and the batches of any step; prints what was dropped."""
     length = min(recipe.data.max_length, context or recipe.data.max_length)
@@ -98,7 +114,9 @@ def training_pairs(
     def encoded(what: str, rows: list[Preference], needed: bool) -> list[pairs.Pair]:
         if not rows:
             return []
-        found, report = pairs.encode_pairs(rows, tokenizer, template=str(recipe.data.template), max_length=length, needed=needed)
+        found, report = pairs.encode_pairs(
+            rows, tokenizer, template=str(recipe.data.template), max_length=length, needed=needed
+        )
         say(f"{what}: {report}")
         if not found:
             say(supervised.NONE_HELD_OUT.format(what=what))
@@ -109,11 +127,15 @@ def training_pairs(
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What the recipe would take; makes no run directory and loads no weights. Raises UserError as reading the data does."""
+    """What the recipe would take; makes no run directory and loads no weights. Raises UserError as reading
+    the data does.
+    """
     folder = loading.locate(recipe.model).folder
     of, tokenizer = plans.size(folder), loading.load_tokenizer(folder)
     train, held_out = supervised.split_rows(recipe.data, recipe.seed, read_preferences)
-    data = training_pairs(recipe, train, held_out, tokenizer, of.context, loading.pad_id(hub.check_config(folder), tokenizer))
+    data = training_pairs(
+        recipe, train, held_out, tokenizer, of.context, loading.pad_id(hub.check_config(folder), tokenizer)
+    )
     return [plans.of_data(recipe, engines.get(recipe.engine).name, of, data)]
 
 
@@ -135,38 +157,55 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         plans.tell(lambda: plans.of_data(recipe, engine.name, plans.size(folder), batches))
     engine.seed(recipe.seed)
     show = shower(model, tokenizer, unseen[: recipe.sample.count], pad, run)
-    result: dict[str, Any] = fit(engine, model, pair_loss(recipe.reward.centring), batches, run, resume=resume, on_evaluate=show)
+    result: dict[str, Any] = fit(
+        engine, model, pair_loss(recipe.reward.centring), batches, run, resume=resume, on_evaluate=show
+    )
     losses = [r["nll"] for r in run.metrics() if "nll" in r]
     result["mean_training_loss"] = float(np.mean(losses)) if losses else float("nan")
     if unseen:
         report = judge(model, unseen, train, pad, recipe.seed)
         runs.write_text(
-            run.folder / "report.json", json.dumps(report.to_dict() | {"mean_training_loss": result["mean_training_loss"]}, indent=2) + "\n"
+            run.folder / "report.json",
+            json.dumps(report.to_dict() | {"mean_training_loss": result["mean_training_loss"]}, indent=2)
+            + "\n",
         )
-        say(f"mean training loss {result['mean_training_loss']:.4f} (a coin has ln 2 = 0.6931)\n" + "\n".join(report.lines()))
+        say(
+            f"mean training loss {result['mean_training_loss']:.4f} (a coin has ln 2 = "
+            "0.6931)\n" + "\n".join(report.lines())
+        )
         result["accuracy"] = report.accuracy.mean
     supervised.finish(run, result, lambda folder: model.save_classifier(folder, pad))
     say(f"{run.final} is written")
     return result
 
 
-def judge(model: Model, held_out: Sequence[pairs.Pair], train: Sequence[Preference], pad: int, seed: int) -> preference.PreferenceReport:
+def judge(
+    model: Model, held_out: Sequence[pairs.Pair], train: Sequence[Preference], pad: int, seed: int
+) -> preference.PreferenceReport:
     """Score held-out pairs and compare with what length and words alone would say."""
     rows = [side for pair in held_out for side in (pair.chosen, pair.rejected)]
     scores = score_rows(model, rows, pad)
     return preference.report(scores[::2], scores[1::2], [pair.row for pair in held_out], train, seed)
 
 
-def shower(model: Model, tokenizer: Any, shown: Sequence[pairs.Pair], pad: int, run: runs.Run) -> Callable[[int], None]:
+def shower(
+    model: Model, tokenizer: Any, shown: Sequence[pairs.Pair], pad: int, run: runs.Run
+) -> Callable[[int], None]:
     """A function that writes a few held-out pairs with their scores to samples.jsonl."""
 
     def write(step: int) -> None:
         if shown:
             scores = score_rows(model, [side for pair in shown for side in (pair.chosen, pair.rejected)], pad)
             for i, pair in enumerate(shown):
-                run.sample({
-                    "step": step, "prompt": pair.row.prompt[-1].content, "chosen": pair.row.chosen, "rejected": pair.row.rejected,
-                    "chosen_score": float(scores[2 * i]), "rejected_score": float(scores[2 * i + 1]),
-                })  # fmt: skip
+                run.sample(
+                    {
+                        "step": step,
+                        "prompt": pair.row.prompt[-1].content,
+                        "chosen": pair.row.chosen,
+                        "rejected": pair.row.rejected,
+                        "chosen_score": float(scores[2 * i]),
+                        "rejected_score": float(scores[2 * i + 1]),
+                    }
+                )
 
     return write

@@ -1,12 +1,14 @@
-"""Supervised fine-tuning: imitate the trained tokens. Full weights, LoRA, DoRA, QLoRA; with or without a KL leash.
+"""Supervised fine-tuning: imitate the trained tokens. Full weights, LoRA, DoRA, QLoRA; with or without a KL
+leash.
 
     loss = mean over trained tokens of  -log p(token)  +  beta * KL(reference, policy)
 
-The mean runs over all trained tokens of the optimizer step, however it is cut into micro-batches. The KL term keeps the whole
-next-token distribution near the frozen starting model at every trained position; ``direction`` names which way round, see
-:func:`mlx_posttrain.losses.sft.full_kl`. ``beta`` is per token: 0.1 means 0.1, whatever the length of the rows. With an adapter
-the reference is the same weights with the adapter off, so the leash costs no second copy of the model. What the reference makes of a row
-never changes, so its hidden states are kept where that pays: see reference.py.
+The mean runs over all trained tokens of the optimizer step, however it is cut into micro-batches. The KL term
+keeps the whole next-token distribution near the frozen starting model at every trained position;
+``direction`` names which way round, see :func:`mlx_posttrain.losses.sft.full_kl`. ``beta`` is per token: 0.1
+means 0.1, whatever the length of the rows. With an adapter the reference is the same weights with the adapter
+off, so the leash costs no second copy of the model. What the reference makes of a row never changes, so its
+hidden states are kept where that pays: see reference.py.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class KLSection(recipes.Section):
     cache_gb: float = Field(
         1.0,
         ge=0,
-        description="compute the reference's hidden states once and keep them where they fit this many GB (of GPT-2 350,000 trained tokens in 1); "
+        description="compute the reference's hidden states once and keep them where they fit this many GB "
+        "(of GPT-2 350,000 trained tokens in 1); "
         "0: compute them anew each time",
     )
 
@@ -41,7 +44,9 @@ class Recipe(recipes.Recipe):
     """Supervised fine-tuning."""
 
     method: Literal["sft"] = Field(description="sft: imitate rows")
-    adapter: recipes.AdapterSection | None = Field(None, description="train an adapter instead of all weights; null: all weights")
+    adapter: recipes.AdapterSection | None = Field(
+        None, description="train an adapter instead of all weights; null: all weights"
+    )
     kl: KLSection | None = Field(None, description="keep near the starting model; null: plain imitation")
 
     @model_validator(mode="after")
@@ -69,7 +74,9 @@ def kl_loss(beta: float, direction: str) -> Loss:
 
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
-    """Run the recipe to the end; returns the figures of the final evaluation. See supervised.run for files and errors."""
+    """Run the recipe to the end; returns the figures of the final evaluation. See supervised.run for files
+    and errors.
+    """
     chosen = loss if recipe.kl is None else kl_loss(recipe.kl.beta, recipe.kl.direction)
     return supervised.run(recipe, chosen, adapter=recipe.adapter, resume=resume, **_leash(recipe))
 

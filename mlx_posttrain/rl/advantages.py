@@ -1,6 +1,8 @@
-"""From scores to advantages: per-token rewards, generalised advantage estimation, whitening. NumPy, outside every gradient.
+"""From scores to advantages: per-token rewards, generalised advantage estimation, whitening. NumPy, outside
+every gradient.
 
-Shapes: R answers, T tokens, real tokens first; ``mask`` [R, T] is 1 at real tokens and 0 at padding, where any number may stand.
+Shapes: R answers, T tokens, real tokens first; ``mask`` [R, T] is 1 at real tokens and 0 at padding, where
+any number may stand.
 """
 
 from __future__ import annotations
@@ -8,11 +10,15 @@ from __future__ import annotations
 import numpy as np
 
 
-def token_rewards(logprobs: np.ndarray, reference_logprobs: np.ndarray, scores: np.ndarray, mask: np.ndarray, beta: float) -> np.ndarray:
-    """Reward of each token: -beta (log pi - log ref) everywhere, and the answer's score on its last real token.
+def token_rewards(
+    logprobs: np.ndarray, reference_logprobs: np.ndarray, scores: np.ndarray, mask: np.ndarray, beta: float
+) -> np.ndarray:
+    """Reward of each token: -beta (log pi - log ref) everywhere, and the answer's score on its last real
+    token.
 
-    logprobs, reference_logprobs: [R, T] nats; scores: [R]. Returns [R, T], 0 at padding. Raises ValueError for an answer without a token.
-    Ziegler et al. 2019, eq. 2. TRL 1.12 puts the score one slot later where the row is padded, and so discounts it once more.
+    logprobs, reference_logprobs: [R, T] nats; scores: [R]. Returns [R, T], 0 at padding. Raises ValueError
+    for an answer without a token. Ziegler et al. 2019, eq. 2. TRL 1.12 puts the score one slot later where
+    the row is padded, and so discounts it once more.
     """
     lengths = mask.sum(1).astype(int)
     if lengths.min(initial=1) < 1:
@@ -22,29 +28,36 @@ def token_rewards(logprobs: np.ndarray, reference_logprobs: np.ndarray, scores: 
     return rewards
 
 
-def gae(rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, gamma: float = 1.0, lam: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def gae(
+    rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
     """Generalised advantage estimates, and returns = advantages + values.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1}
 
-    rewards, values: [R, T]; the value after an answer's last token is 0, as the episode ends there. Returns two [R, T], 0 at padding.
-    Schulman et al. 2016, eq. 16.
+    rewards, values: [R, T]; the value after an answer's last token is 0, as the episode ends there. Returns
+    two [R, T], 0 at padding. Schulman et al. 2016, eq. 16.
     """
     rewards, values = _real(rewards, mask), _real(values, mask)
     advantages = np.zeros_like(values)
     following = np.zeros(len(values))
     for t in reversed(range(values.shape[1])):
-        after = values[:, t + 1] if t + 1 < values.shape[1] else 0.0  # 0 past the last real token, since padding is
-        following = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * following) * (mask[:, t] > 0)
+        # 0 past the last real token, since padding is
+        after = values[:, t + 1] if t + 1 < values.shape[1] else 0.0
+        following = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * following) * (
+            mask[:, t] > 0
+        )
         advantages[:, t] = following
     return advantages, np.where(mask > 0, advantages + values, 0.0)
 
 
 def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.ndarray:
-    """Values brought to mean 0 and variance 1 over all real tokens together; without ``shift_mean`` their mean stays.
+    """Values brought to mean 0 and variance 1 over all real tokens together; without ``shift_mean`` their
+    mean stays.
 
-    values: [R, T]. Returns [R, T], 0 at padding. The variance is the unbiased one, with 1e-8 added, as in TRL; a single token, or equal
-    ones, become 0 (plus their mean without ``shift_mean``). Huang et al. 2024, detail on advantage whitening.
+    values: [R, T]. Returns [R, T], 0 at padding. The variance is the unbiased one, with 1e-8 added, as in
+    TRL; a single token, or equal ones, become 0 (plus their mean without ``shift_mean``). Huang et al. 2024,
+    detail on advantage whitening.
     """
     real = mask > 0
     chosen = values[real]
@@ -55,10 +68,13 @@ def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray, mask: np.ndarray) -> float:
-    """1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 for a constant one; 0 if returns do not vary."""
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 for a constant
+    one; 0 if returns do not vary.
+    """
     real = mask > 0
     wanted, said = returns[real], values[real]
-    # Equal numbers can have a variance of 1e-34, since their mean is rounded: compare them, not the variance with 0.
+    # Equal numbers can have a variance of 1e-34, since their mean is rounded: compare them, not the variance
+    # with 0.
     if not len(wanted) or np.ptp(wanted) == 0:
         return 0.0
     return float(1.0 - (wanted - said).var() / wanted.var())

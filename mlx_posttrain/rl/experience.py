@@ -21,7 +21,8 @@ from mlx_posttrain.rl.settings import PPOSection, PPOTrainSection
 class Parties:
     """The models that take part: ``critic`` is None when it is a head on the policy's trunk.
 
-    ``value_offset`` is added to what the critic says: a head has no bias to begin with the mean of a reward model's scores.
+    ``value_offset`` is added to what the critic says: a head has no bias to begin with the mean of a reward
+    model's scores.
     """
 
     policy: Model
@@ -42,9 +43,15 @@ class Experience:
 
 
 def measure(
-    parties: Parties, answers: Sequence[Answer], temperature: float, train: PPOTrainSection, context: int | None
+    parties: Parties,
+    answers: Sequence[Answer],
+    temperature: float,
+    train: PPOTrainSection,
+    context: int | None,
 ) -> dict[str, list[np.ndarray]]:
-    """``old`` and ``reference`` log-probabilities and ``old_value`` of every answer token, from the forward pass that trains."""
+    """``old`` and ``reference`` log-probabilities and ``old_value`` of every answer token, from the forward
+    pass that trains.
+    """
     examples = [a.example for a in answers]
     limits = data_batches.evaluation_limits(train.batch_size, train.token_budget)
     rows = data_batches.alike([e.tokens for e in examples], parties.policy.packs, *limits)
@@ -79,8 +86,9 @@ def experience(
 ) -> Experience:
     """Rewards, advantages and returns of scored answers. Pure: models have been asked before.
 
-    scores: [R], normalised; nan for an answer that no reward could score, which is left out. An answer that did not end by itself loses
-    ``missing_eos_penalty``, or is given ``missing_eos_score`` whatever it says. Raises UserError when no answer has a score.
+    scores: [R], normalised; nan for an answer that no reward could score, which is left out. An answer that
+    did not end by itself loses ``missing_eos_penalty``, or is given ``missing_eos_score`` whatever it says.
+    Raises UserError when no answer has a score.
     """
     kept = [i for i, s in enumerate(scores) if np.isfinite(s)]
     if not kept:
@@ -88,7 +96,9 @@ def experience(
     answers = [answers[i] for i in kept]
     raw = scores[kept]
     final = np.where(
-        [a.stopped for a in answers], raw, raw - (missing_eos_penalty or 0.0) if missing_eos_score is None else missing_eos_score
+        [a.stopped for a in answers],
+        raw,
+        raw - (missing_eos_penalty or 0.0) if missing_eos_score is None else missing_eos_score,
     )
     if settings.score_clip is not None:
         final = np.clip(final, -settings.score_clip, settings.score_clip)
@@ -105,13 +115,22 @@ def experience(
     penalty = -beta * divergence
     lengths = mask.sum(1)
     statistics = {
-        "objective/kl": divergence.mean(), "objective/entropy": (-old * mask).sum(1).mean(), "objective/scores": raw.mean(),
-        "objective/non_score_reward": penalty.mean(), "objective/rlhf_reward": (final + penalty).mean(), "objective/scores_std": raw.std(),
-        "val/explained_variance": advantages.explained_variance(values, returns, mask), "val/num_eos_tokens": sum(a.stopped for a in answers),
-        "val/eos_share": np.mean([a.stopped for a in answers]), "val/length": lengths.mean(),
-        "val/reward_length_correlation": correlation(raw, lengths), "val/unscored": len(scores) - len(kept),
-    }  # fmt: skip
+        "objective/kl": divergence.mean(),
+        "objective/entropy": (-old * mask).sum(1).mean(),
+        "objective/scores": raw.mean(),
+        "objective/non_score_reward": penalty.mean(),
+        "objective/rlhf_reward": (final + penalty).mean(),
+        "objective/scores_std": raw.std(),
+        "val/explained_variance": advantages.explained_variance(values, returns, mask),
+        "val/num_eos_tokens": sum(a.stopped for a in answers),
+        "val/eos_share": np.mean([a.stopped for a in answers]),
+        "val/length": lengths.mean(),
+        "val/reward_length_correlation": correlation(raw, lengths),
+        "val/unscored": len(scores) - len(kept),
+    }
     per_token = {"old": old, "old_value": said, "advantage": whitened, "return": returns - value_offset}
     return Experience(
-        list(answers), {n: rollouts.unpadded(v, mask) for n, v in per_token.items()}, {n: float(v) for n, v in statistics.items()}
+        list(answers),
+        {n: rollouts.unpadded(v, mask) for n, v in per_token.items()},
+        {n: float(v) for n, v in statistics.items()},
     )

@@ -15,28 +15,39 @@ from mlx_posttrain.progress import say
 from mlx_posttrain.recipe import DataSection
 from mlx_posttrain.rl.rollouts import Question
 
-Asked = tuple[tuple[Turn, ...], bool, Mapping[str, Any]]  # turns before the answer, whether a template goes around them, other columns
+# turns before the answer, whether a template goes around them, other columns
+Asked = tuple[tuple[Turn, ...], bool, Mapping[str, Any]]
 
 
-def read(data: DataSection, tokenizer: Any, context: int | None, max_tokens: int, seed: int) -> tuple[list[Question], list[Question]]:
+def read(
+    data: DataSection, tokenizer: Any, context: int | None, max_tokens: int, seed: int
+) -> tuple[list[Question], list[Question]]:
     """Training and held-out prompts as token ids.
 
-    Rows of any format will do, those with nothing but a ``prompt`` too; a row's own answer becomes the column ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens`` in the context, is dropped
-    and counted. Raises UserError when none is left to train on.
+    Rows of any format will do, those with nothing but a ``prompt`` too; a row's own answer becomes the column
+    ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens``
+    in the context, is dropped and counted. Raises UserError when none is left to train on.
     """
     found = supervised.split_rows(data, seed, _read)
     room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
     if room < 1:
-        raise UserError(f"rollout.max_tokens={max_tokens} leaves no room for a prompt in the model's context of {context}: lower it")
+        raise UserError(
+            f"rollout.max_tokens={max_tokens} leaves no room for a prompt in the model's "
+            f"context of {context}: lower it"
+        )
     kept = []
     for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
         questions = [q for q in _encode(rows, tokenizer, str(data.template)) if len(q.tokens) <= room]
         if rows:
-            say(f"{what}: {len(questions):,} of {len(rows):,} kept ({len(rows) - len(questions):,} longer than {room} tokens)")
+            say(
+                f"{what}: {len(questions):,} of {len(rows):,} kept ({len(rows) - len(questions):,} longer "
+                f"than {room} tokens)"
+            )
         if rows and not questions:
             if what == "prompts":
                 raise UserError(
-                    f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or lower rollout.max_tokens"
+                    f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or "
+                    "lower rollout.max_tokens"
                 )
             say(supervised.NONE_HELD_OUT.format(what=what))
         kept.append(questions)
@@ -44,7 +55,9 @@ def read(data: DataSection, tokenizer: Any, context: int | None, max_tokens: int
 
 
 def _read(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Asked]:
-    return [_asked(row, data.source) for row in supervised.read_rows(data, split=split, limit=limit, seed=seed)]
+    return [
+        _asked(row, data.source) for row in supervised.read_rows(data, split=split, limit=limit, seed=seed)
+    ]
 
 
 def _asked(row: Conversation | Preference | Labelled, source: str) -> Asked:
@@ -61,13 +74,22 @@ def _encode(rows: list[Asked], tokenizer: Any, template: str) -> list[Question]:
     found: dict[int, Question] = {}
     for templated in (True, False):
         which = [i for i, row in enumerate(rows) if row[1] is templated]
-        ids = encode.encode_prompts([rows[i][0] for i in which], tokenizer, template, templated=templated) if which else []
-        found |= {i: Question(tuple(tokens), rows[i][0][-1].content, rows[i][2]) for i, tokens in zip(which, ids, strict=True)}
+        ids = (
+            encode.encode_prompts([rows[i][0] for i in which], tokenizer, template, templated=templated)
+            if which
+            else []
+        )
+        found |= {
+            i: Question(tuple(tokens), rows[i][0][-1].content, rows[i][2])
+            for i, tokens in zip(which, ids, strict=True)
+        }
     return [found[i] for i in range(len(rows))]
 
 
 def order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of the prompts for a pass over them; -1 is the pass that reference scores are taken on."""
+    """A permutation of the prompts for a pass over them; -1 is the pass that reference scores are taken
+    on.
+    """
     return np.random.default_rng([seed, 0x9203, epoch + 1]).permutation(count).tolist()
 
 

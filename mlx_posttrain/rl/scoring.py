@@ -1,4 +1,6 @@
-"""What answers are worth: reward models and reward functions, weighted, and the figures people read about them."""
+"""What answers are worth: reward models and reward functions, weighted, and the figures people read about
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,27 @@ from mlx_posttrain.recipe import Section
 from mlx_posttrain.rl import rewards
 from mlx_posttrain.rl.rollouts import Answer
 
-#: Padded tokens that are scored at once: of GPT-2 124M 0.35 GB without gradients, and 1.2 GB in rows of 1,024, whose attention weighs more.
+#: Padded tokens that are scored at once: of GPT-2 124M 0.35 GB without gradients, and 1.2 GB in rows of
+#: 1,024, whose attention weighs more.
 TOKEN_BUDGET = 8192
 
 
 class RewardEntry(Section):
     """One reward: a model or a function."""
 
-    model: str | None = Field(None, description="a reward run, a sequence-classifier folder with one label, or a hub id of one")
+    model: str | None = Field(
+        None, description="a reward run, a sequence-classifier folder with one label, or a hub id of one"
+    )
     function: str | None = Field(
-        None, description="f(prompts, completions, **columns) -> list of float or None: module:name, file.py:name, or checker, exact_answer"
+        None,
+        description="f(prompts, completions, **columns) -> list of float or None: module:name, "
+        "file.py:name, or checker, exact_answer",
     )
     weight: float = Field(1.0, description="of this reward in the sum")
     normalise: bool | None = Field(
-        None, description="bring scores to mean 0 and standard deviation 1 on the reference's answers; null: for models, not for functions"
+        None,
+        description="bring scores to mean 0 and standard deviation 1 on the reference's answers; "
+        "null: for models, not for functions",
     )
 
     @model_validator(mode="after")
@@ -48,7 +57,9 @@ class RewardEntry(Section):
 
 
 def score_rows(model: Model, rows: Sequence[Sequence[int]], pad: int) -> np.ndarray:
-    """A reward model's score of each row of token ids, [R] float64, in order. Raises UserError for a row beyond the context."""
+    """A reward model's score of each row of token ids, [R] float64, in order. Raises UserError for a row
+    beyond the context.
+    """
     check_fits(max(map(len, rows), default=0), model.context)
     found = np.zeros(len(rows))
     for chunk in alike(rows, model.packs, len(rows), TOKEN_BUDGET):
@@ -95,11 +106,14 @@ class Scorer:
                     self._normalisers[i].fit(scores)
 
     def check_context(self, length: int) -> None:
-        """Raise UserError, before anything is trained, naming a reward model that cannot read ``length`` tokens."""
+        """Raise UserError, before anything is trained, naming a reward model that cannot read ``length``
+        tokens.
+        """
         for i, (model, _) in self._models.items():
             if model.context is not None and length > model.context:
                 raise UserError(
-                    f"{self.entries[i].name}: it reads {model.context} tokens, and the longest prompt with rollout.max_tokens has {length}: "
+                    f"{self.entries[i].name}: it reads {model.context} tokens, and the longest prompt with "
+                    f"rollout.max_tokens has {length}: "
                     "lower data.max_length or rollout.max_tokens"
                 )
 
@@ -115,7 +129,10 @@ class Scorer:
         """[R] scores, nan where no reward has one."""
         if not self.entries or not answers:
             return np.full(len(answers), np.nan)
-        parts = [self._normalisers[i](part) if i in self._normalisers else part for i, part in enumerate(self.parts(answers))]
+        parts = [
+            self._normalisers[i](part) if i in self._normalisers else part
+            for i, part in enumerate(self.parts(answers))
+        ]
         return rewards.combine(parts, [entry.weight for entry in self.entries])
 
     def state(self) -> dict[str, Any]:
@@ -134,16 +151,23 @@ def _reward_model(name: str, engine: Engine, tokenizer: Any, template: str) -> t
     known = own.get_vocab()
     if any(known.get(token) != number for token, number in tokenizer.get_vocab().items()):
         raise UserError(
-            f"{name}: its tokenizer is not the policy's; answers are scored as token ids, so both must share one (train the reward model on the policy's base)"
+            f"{name}: its tokenizer is not the policy's; answers are scored as token ids, so both must "
+            "share one (train the reward model on the policy's base)"
         )
     trained = source.template
     if trained is not None and trained != template:
-        say(f"{name} was trained with the template {trained!r}, and the prompts here use {template!r}: its scores may mean little")
+        say(
+            f"{name} was trained with the template {trained!r}, and the prompts here use {template!r}: its "
+            "scores may mean little"
+        )
     return model, loading.pad_id(model.config, own)
 
 
-def evaluation(answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]], scorer: Scorer, judge: Scorer) -> dict[str, float]:
-    """Means over held-out answers: score, KL to the reference in nats per answer, length in tokens, share that ended by itself.
+def evaluation(
+    answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]], scorer: Scorer, judge: Scorer
+) -> dict[str, float]:
+    """Means over held-out answers: score, KL to the reference in nats per answer, length in tokens, share
+    that ended by itself.
 
     With rows that have a checker also the share of right answers; with a judge its score.
     """
@@ -152,7 +176,9 @@ def evaluation(answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]
     known = np.isfinite(scores)
     found = {
         "score": float(scores[known].mean()) if known.any() else float("nan"),
-        "kl": float(np.mean([(o - r).sum() for o, r in zip(figures["old"], figures["reference"], strict=True)])),
+        "kl": float(
+            np.mean([(o - r).sum() for o, r in zip(figures["old"], figures["reference"], strict=True)])
+        ),
         "length": float(lengths.mean()),
         "eos_share": float(np.mean([a.stopped for a in answers])),
         "score_length_correlation": correlation(scores[known], lengths[known]) if known.any() else 0.0,
@@ -161,7 +187,9 @@ def evaluation(answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]
         found["accuracy"] = float(np.mean([tasks.check(a.question.columns, a.text) for a in answers]))
     if judge.entries:
         judged = judge(answers)
-        found["judge"] = float(judged[np.isfinite(judged)].mean()) if np.isfinite(judged).any() else float("nan")
+        found["judge"] = (
+            float(judged[np.isfinite(judged)].mean()) if np.isfinite(judged).any() else float("nan")
+        )
     return found
 
 

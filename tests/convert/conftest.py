@@ -1,4 +1,6 @@
-"""Tiny random GPT-2 folders, a tiny tokenizer, and a context that turns what transformers and peft log into failures."""
+"""Tiny random GPT-2 folders, a tiny tokenizer, and a context that turns what transformers and peft log into
+failures.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,22 @@ from pathlib import Path
 
 import pytest
 
-SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 128, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+SMALL = {
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_head": 4,
+    "vocab_size": 128,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 @pytest.fixture
 def gpt2_model():
-    """Make a random GPT2LMHeadModel in eval mode; values are larger than the library's first ones, so that differences show."""
+    """Make a random GPT2LMHeadModel in eval mode; values are larger than the library's first ones, so that
+    differences show.
+    """
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -52,7 +64,9 @@ def write_tokenizer():
 
 @pytest.fixture
 def gpt2_folder(tmp_path, gpt2_model, write_tokenizer):
-    """Save a random GPT-2 and a tokenizer as a Hugging Face folder; `layout` rewrites the tensors' names as published files have them."""
+    """Save a random GPT-2 and a tokenizer as a Hugging Face folder; `layout` rewrites the tensors' names as
+    published files have them.
+    """
     from safetensors.torch import save_file
 
     def make(name="hf", layout="transformer", dtype="float32", seed=0, shard=None, **options):
@@ -62,13 +76,19 @@ def gpt2_folder(tmp_path, gpt2_model, write_tokenizer):
         model = gpt2_model(seed, **options).to(getattr(torch, dtype))
         model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
         if layout != "transformer":
-            weights = {k.removeprefix("transformer."): v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+            weights = {
+                k.removeprefix("transformer."): v
+                for k, v in model.state_dict().items()
+                if k != "lm_head.weight"
+            }
             if layout == "buffers":
                 for i in range(model.config.n_layer):
                     weights[f"h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8)
                     weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
             elif layout == "lm_head":
-                weights = {f"transformer.{k}": v for k, v in weights.items()} | {"lm_head.weight": weights["wte.weight"].clone()}
+                weights = {f"transformer.{k}": v for k, v in weights.items()} | {
+                    "lm_head.weight": weights["wte.weight"].clone()
+                }
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         write_tokenizer(folder)
         return folder
@@ -87,7 +107,9 @@ class _Collect(logging.Handler):
 
 @pytest.fixture
 def quiet():
-    """Fail when the block warns, through the warnings module or through the loggers of transformers and peft."""
+    """Fail when the block warns, through the warnings module or through the loggers of transformers and
+    peft.
+    """
 
     @contextlib.contextmanager
     def watch():
@@ -103,9 +125,12 @@ def quiet():
             for logger in loggers:
                 logger.removeHandler(handler)
         deprecations = (DeprecationWarning, PendingDeprecationWarning)
-        # peft asks transformers for an attribute that was renamed; it does so for every adapter, whatever the files hold.
+        # peft asks transformers for an attribute that was renamed; it does so for every adapter, whatever the
+        # files hold.
         said = [
-            str(w.message) for w in caught if not issubclass(w.category, deprecations) and "is_gradient_checkpointing" not in str(w.message)
+            str(w.message)
+            for w in caught
+            if not issubclass(w.category, deprecations) and "is_gradient_checkpointing" not in str(w.message)
         ]
         assert not handler.messages + said
 

@@ -1,4 +1,6 @@
-"""LoRA and DoRA adapters between PEFT's files and mlx-lm's layers: both libraries load what is written, and compute the same."""
+"""LoRA and DoRA adapters between PEFT's files and mlx-lm's layers: both libraries load what is written, and
+compute the same.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ import numpy as np
 import pytest
 
 from mlx_posttrain.convert import adapters
-from mlx_posttrain.convert.adapters import mlx_to_peft, peft_to_mlx, rank_of, read_adapter, save_adapter, scale_of, to_mlx_lm
+from mlx_posttrain.convert.adapters import (
+    mlx_to_peft,
+    peft_to_mlx,
+    rank_of,
+    read_adapter,
+    save_adapter,
+    scale_of,
+    to_mlx_lm,
+)
 from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.errors import UserError
 
@@ -17,10 +27,14 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 SHAPES = {"attn.c_attn": (64, 192), "attn.c_proj": (64, 64), "mlp.c_fc": (64, 256), "mlp.c_proj": (256, 64)}
-KINDS = pytest.mark.parametrize(("rslora", "dora"), [(False, False), (True, False), (False, True), (True, True)])
+KINDS = pytest.mark.parametrize(
+    ("rslora", "dora"), [(False, False), (True, False), (False, True), (True, True)]
+)
 
 
-def random_modules(targets=("attn.c_attn", "attn.c_proj", "mlp.c_proj"), rank=4, dora=False, layers=2, seed=0):
+def random_modules(
+    targets=("attn.c_attn", "attn.c_proj", "mlp.c_proj"), rank=4, dora=False, layers=2, seed=0
+):
     """An adapter that changes the logits: B is not zero, and the magnitudes are not the weights' norms."""
     generator = np.random.default_rng(seed)
     modules = {}
@@ -38,13 +52,22 @@ def random_modules(targets=("attn.c_attn", "attn.c_proj", "mlp.c_proj"), rank=4,
 
 
 def save(folder, modules, dora=False, **options):
-    options = {"base_model": None, "rank": 4, "alpha": 8, "targets": ["c_attn", "c_proj"], "dora": dora, **options}
+    options = {
+        "base_model": None,
+        "rank": 4,
+        "alpha": 8,
+        "targets": ["c_attn", "c_proj"],
+        "dora": dora,
+        **options,
+    }
     save_adapter(folder, modules, **options)
     return folder
 
 
 def peft_model(base, folder, quiet):
-    """Load an adapter through PEFT and check that no tensor was left over, none is missing, and nothing was said."""
+    """Load an adapter through PEFT and check that no tensor was left over, none is missing, and nothing was
+    said.
+    """
     from peft import PeftModel, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -66,7 +89,9 @@ def both(tmp_path, gpt2_folder):
 
 
 @KINDS
-def test_what_we_save_peft_and_mlx_lm_compute_alike(tmp_path, both, quiet, hf_logits, mlx_logits, tokens, rslora, dora):
+def test_what_we_save_peft_and_mlx_lm_compute_alike(
+    tmp_path, both, quiet, hf_logits, mlx_logits, tokens, rslora, dora
+):
     import mlx_lm
 
     base, mlx_folder = both
@@ -75,7 +100,11 @@ def test_what_we_save_peft_and_mlx_lm_compute_alike(tmp_path, both, quiet, hf_lo
     expected = hf_logits(peft_model(base(), tmp_path / "peft", quiet), tokens)
     assert np.abs(expected - hf_logits(base(), tokens)).max() > 0.1
     config, read = read_adapter(tmp_path / "peft")
-    assert all(np.array_equal(read[path][part], value) for path, module in modules.items() for part, value in module.items())
+    assert all(
+        np.array_equal(read[path][part], value)
+        for path, module in modules.items()
+        for part, value in module.items()
+    )
     to_mlx_lm(tmp_path / "adapters", read, config)
     model, _ = mlx_lm.load(str(mlx_folder), adapter_path=str(tmp_path / "adapters"))
     layer = model.model.h[1].attn.c_attn
@@ -92,7 +121,13 @@ def test_what_peft_saves_we_read(tmp_path, both, hf_logits, mlx_logits, tokens, 
     base, mlx_folder = both
     torch.manual_seed(1)
     settings = LoraConfig(
-        r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], use_rslora=rslora, use_dora=dora, fan_in_fan_out=True, task_type="CAUSAL_LM"
+        r=3,
+        lora_alpha=5,
+        target_modules=["c_attn", "c_fc"],
+        use_rslora=rslora,
+        use_dora=dora,
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(base(), settings).eval()
     with torch.no_grad():
@@ -119,18 +154,31 @@ def test_layers_of_mlx_lm_are_read_as_they_are(tmp_path, both, quiet, hf_logits,
     base, mlx_folder = both
     model, _ = load_model(mlx_folder)
     linear_to_lora_layers(
-        model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": {"attn.c_attn", "attn.c_proj", "mlp.c_proj"}}, use_dora=True
+        model,
+        2,
+        {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": {"attn.c_attn", "attn.c_proj", "mlp.c_proj"}},
+        use_dora=True,
     )
     mx.random.seed(0)
     modules: dict = {}
     for name, value in tree_flatten(model.parameters()):
         path, _, part = name.rpartition(".")
         if part in ("lora_a", "lora_b", "m"):
-            modules.setdefault(path, {})[part] = value * 1.2 if part == "m" else mx.random.normal(value.shape) * 0.1
-    model.load_weights([(f"{path}.{part}", v) for path, module in modules.items() for part, v in module.items()], strict=False)
+            modules.setdefault(path, {})[part] = (
+                value * 1.2 if part == "m" else mx.random.normal(value.shape) * 0.1
+            )
+    model.load_weights(
+        [(f"{path}.{part}", v) for path, module in modules.items() for part, v in module.items()],
+        strict=False,
+    )
     model.eval()
     save(tmp_path / "peft", modules, dora=True)
-    assert np.abs(hf_logits(peft_model(base(), tmp_path / "peft", quiet), tokens) - mlx_logits(model, tokens)).max() < 1e-4
+    assert (
+        np.abs(
+            hf_logits(peft_model(base(), tmp_path / "peft", quiet), tokens) - mlx_logits(model, tokens)
+        ).max()
+        < 1e-4
+    )
 
 
 def test_names_and_layouts_by_hand():
@@ -144,7 +192,11 @@ def test_names_and_layouts_by_hand():
     modules = peft_to_mlx(tensors)
     assert list(modules) == ["model.h.7.attn.c_attn"]
     module = modules["model.h.7.attn.c_attn"]
-    assert np.array_equal(module["lora_a"], a) and np.array_equal(module["lora_b"], b.T) and np.array_equal(module["m"], m)
+    assert (
+        np.array_equal(module["lora_a"], a)
+        and np.array_equal(module["lora_b"], b.T)
+        and np.array_equal(module["m"], m)
+    )
     back = mlx_to_peft(modules)
     assert set(back) == set(tensors) and all(np.array_equal(back[k], v) for k, v in tensors.items())
 
@@ -158,15 +210,23 @@ def test_names_and_layouts_by_hand():
         ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default.weight"),
     ],
 )
-@pytest.mark.parametrize("prefix", ["base_model.model.transformer.h.0", "base_model.model.h.0", "transformer.h.0"])
+@pytest.mark.parametrize(
+    "prefix", ["base_model.model.transformer.h.0", "base_model.model.h.0", "transformer.h.0"]
+)
 def test_spellings_of_the_keys(prefix, suffixes):
     values = (np.ones((2, 5)), np.ones((3, 2)), np.ones((3, 1)))
     modules = peft_to_mlx({f"{prefix}.mlp.c_fc.{suffix}": value for suffix, value in zip(suffixes, values)})
-    assert {k: v.shape for k, v in modules["model.h.0.mlp.c_fc"].items()} == {"lora_a": (5, 2), "lora_b": (2, 3), "m": (3,)}
+    assert {k: v.shape for k, v in modules["model.h.0.mlp.c_fc"].items()} == {
+        "lora_a": (5, 2),
+        "lora_b": (2, 3),
+        "m": (3,),
+    }
 
 
 def test_other_architectures_keep_their_paths():
-    tensors = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight": np.ones((2, 2)) for x in "AB"}
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight": np.ones((2, 2)) for x in "AB"
+    }
     assert list(peft_to_mlx(tensors)) == ["model.layers.0.self_attn.q_proj"]
     assert set(mlx_to_peft(peft_to_mlx(tensors))) == set(tensors)
     # gpt_bigcode is called transformer.h in mlx-lm too
@@ -181,15 +241,22 @@ def test_half_precision_adapters(tmp_path, dtype):
 
     modules = random_modules()
     save(tmp_path, modules)
-    halves = {k: v.to(getattr(torch, dtype)) for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
+    halves = {
+        k: v.to(getattr(torch, dtype)) for k, v in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
     save_file(halves, tmp_path / "adapter_model.safetensors")
     _, read = read_adapter(tmp_path)
     for path, module in modules.items():
         expected = torch.from_numpy(module["lora_a"]).to(getattr(torch, dtype)).float().numpy()
         assert read[path]["lora_a"].dtype == np.float32 and np.array_equal(read[path]["lora_a"], expected)
-    halved = {p: {k: mx.array(v).astype(getattr(mx, dtype)) for k, v in m.items()} for p, m in modules.items()}
+    halved = {
+        p: {k: mx.array(v).astype(getattr(mx, dtype)) for k, v in m.items()} for p, m in modules.items()
+    }
     save(tmp_path / "again", halved)
-    assert np.array_equal(read_adapter(tmp_path / "again")[1]["model.h.0.attn.c_attn"]["lora_b"], read["model.h.0.attn.c_attn"]["lora_b"])
+    assert np.array_equal(
+        read_adapter(tmp_path / "again")[1]["model.h.0.attn.c_attn"]["lora_b"],
+        read["model.h.0.attn.c_attn"]["lora_b"],
+    )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -197,8 +264,13 @@ def test_ranks_and_alphas_by_pattern(tmp_path, both, quiet, hf_logits, mlx_logit
     import mlx_lm
 
     base, mlx_folder = both
-    modules = random_modules(("attn.c_attn",), rank=4) | random_modules(("attn.c_proj", "mlp.c_proj"), rank=2, seed=1)
-    extra = {"rank_pattern": {"c_proj": 2}, "alpha_pattern": {r"h\.1\.attn\.c_proj": 3, "transformer.h.0.attn.c_attn": 1}}
+    modules = random_modules(("attn.c_attn",), rank=4) | random_modules(
+        ("attn.c_proj", "mlp.c_proj"), rank=2, seed=1
+    )
+    extra = {
+        "rank_pattern": {"c_proj": 2},
+        "alpha_pattern": {r"h\.1\.attn\.c_proj": 3, "transformer.h.0.attn.c_attn": 1},
+    }
     save(tmp_path / "peft", modules, rslora=rslora, extra_config=extra)
     config, read = read_adapter(tmp_path / "peft")
     assert rank_of(config, "model.h.0.attn.c_attn") == 4 and rank_of(config, "model.h.1.mlp.c_proj") == 2
@@ -216,7 +288,8 @@ def test_an_adapter_on_some_layers_by_full_paths(tmp_path, both, quiet, hf_logit
     import mlx_lm
 
     base, mlx_folder = both
-    modules = random_modules(layers=1)  # the first layer only: mlx-lm's own "last n layers" would take the other one
+    # the first layer only: mlx-lm's own "last n layers" would take the other one
+    modules = random_modules(layers=1)
     save(tmp_path / "peft", modules, targets=None)
     expected = hf_logits(peft_model(base(), tmp_path / "peft", quiet), tokens)
     to_mlx_lm(tmp_path / "adapters", modules, read_adapter(tmp_path / "peft")[0])
@@ -225,15 +298,31 @@ def test_an_adapter_on_some_layers_by_full_paths(tmp_path, both, quiet, hf_logit
 
 
 def test_files_that_are_written(tmp_path):
-    save(tmp_path / "a", random_modules(), base_model="openai-community/gpt2", extra_config={"revision": None})
+    save(
+        tmp_path / "a", random_modules(), base_model="openai-community/gpt2", extra_config={"revision": None}
+    )
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM" and config["fan_in_fan_out"] is True
-    assert config["base_model_name_or_path"] == "openai-community/gpt2" and config["target_modules"] == ["c_attn", "c_proj"]
+    assert (
+        config["peft_type"] == "LORA"
+        and config["task_type"] == "CAUSAL_LM"
+        and config["fan_in_fan_out"] is True
+    )
+    assert config["base_model_name_or_path"] == "openai-community/gpt2" and config["target_modules"] == [
+        "c_attn",
+        "c_proj",
+    ]
     assert (config["r"], config["lora_alpha"], config["bias"], config["revision"]) == (4, 8, "none", None)
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     to_mlx_lm(tmp_path / "b", random_modules(dora=True), {**config, "use_dora": True, "lora_dropout": 0.1})
     written = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    assert written["fine_tune_type"] == "dora" and written["num_layers"] == 2 and written["model"] == "openai-community/gpt2"
+    assert (
+        written["fine_tune_type"] == "dora"
+        and written["num_layers"] == 2
+        and written["model"] == "openai-community/gpt2"
+    )
     parameters = written["lora_parameters"]
     assert (parameters["rank"], parameters["scale"], parameters["dropout"]) == (4, 2.0, 0.1)
     assert parameters["keys"] == sorted(random_modules())
@@ -241,10 +330,16 @@ def test_files_that_are_written(tmp_path):
 
 def test_contradictions_between_modules_and_settings(tmp_path):
     with pytest.raises(
-        ValueError, match=r"targets \['c_attn'\] do not match transformer.h.0.attn.c_proj, so PEFT would ignore its tensors"
+        ValueError,
+        match=r"targets \['c_attn'\] do not match transformer.h.0.attn.c_proj, so PEFT would "
+        r"ignore its tensors",
     ):
         save(tmp_path, random_modules(), targets=["c_attn"])
-    with pytest.raises(ValueError, match=r"match transformer.h.0.mlp.c_proj too, which has no adapter; PEFT would make a new one"):
+    with pytest.raises(
+        ValueError,
+        match=r"match transformer.h.0.mlp.c_proj too, which has no adapter; PEFT "
+        r"would make a new one",
+    ):
         save(tmp_path, random_modules(("attn.c_attn", "attn.c_proj")))
     with pytest.raises(ValueError, match=r"has rank 4, but the config says 8"):
         save(tmp_path, random_modules(), rank=8)
@@ -253,15 +348,24 @@ def test_contradictions_between_modules_and_settings(tmp_path):
     with pytest.raises(ValueError, match=r"lacks the magnitude vector, but the config says use_dora True"):
         save(tmp_path, random_modules(), dora=True)
     assert not (tmp_path / "adapter_config.json").exists()
-    save(tmp_path / "regex", random_modules(("attn.c_attn", "attn.c_proj")), targets=r".*\.attn\.c_(attn|proj)")
+    save(
+        tmp_path / "regex", random_modules(("attn.c_attn", "attn.c_proj")), targets=r".*\.attn\.c_(attn|proj)"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported, only LORA"),
-        ({"bias": "all"}, "bias 'all' is not supported, only 'none': the adapter changes the base model's biases"),
-        ({"modules_to_save": ["wte"]}, r"modules_to_save is not supported; merge the adapter with PEFT \(merge_and_unload\)"),
+        (
+            {"bias": "all"},
+            "bias 'all' is not supported, only 'none': the adapter changes the base model's biases",
+        ),
+        (
+            {"modules_to_save": ["wte"]},
+            r"modules_to_save is not supported; merge the adapter with PEFT "
+            r"\(merge_and_unload\)",
+        ),
         ({"layers_to_transform": [0]}, "layers_to_transform is not supported"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is not supported"),
         ({"lora_bias": True}, "lora_bias is not supported"),
@@ -307,9 +411,18 @@ def test_broken_adapter_folders(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"base_model.model.transformer.wte.lora_embedding_A": (4, 8)}, "holds .*lora_embedding_A, which is no LoRA or DoRA matrix"),
-        ({"base_model.model.lm_head.weight": (4, 8)}, "holds base_model.model.lm_head.weight, which is no LoRA"),
-        ({"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": (4, 8)}, "the adapter lacks lora_b of model.h.0.attn.c_attn"),
+        (
+            {"base_model.model.transformer.wte.lora_embedding_A": (4, 8)},
+            "holds .*lora_embedding_A, which is no LoRA or DoRA matrix",
+        ),
+        (
+            {"base_model.model.lm_head.weight": (4, 8)},
+            "holds base_model.model.lm_head.weight, which is no LoRA",
+        ),
+        (
+            {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": (4, 8)},
+            "the adapter lacks lora_b of model.h.0.attn.c_attn",
+        ),
         (
             {"transformer.h.0.x.lora_A.weight": (4, 8), "transformer.h.0.x.lora_B.weight": (9, 5)},
             r"do not fit together: lora_a \(in, r\) is \(8, 4\), lora_b \(r, out\) is \(5, 9\)",
@@ -341,7 +454,11 @@ def test_an_empty_adapter(tmp_path):
 
 
 def test_disk_space(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapters, "require_space", lambda folder, needed: (_ for _ in ()).throw(UserError(f"not enough: {needed}")))
+    monkeypatch.setattr(
+        adapters,
+        "require_space",
+        lambda folder, needed: (_ for _ in ()).throw(UserError(f"not enough: {needed}")),
+    )
     with pytest.raises(UserError, match=r"not enough"):
         save(tmp_path / "a", random_modules())
     assert not (tmp_path / "a").exists()

@@ -33,20 +33,37 @@ def test_a_full_card():
     card = model_card(INFO)
     head = front_matter(card)
     assert head["base_model"] == "openai-community/gpt2" and head["datasets"] == ["yahma/alpaca-cleaned"]
-    assert head["library_name"] == "peft" and head["license"] == "mit" and head["tags"] == ["lora", "mlx-posttrain"]
+    assert (
+        head["library_name"] == "peft"
+        and head["license"] == "mit"
+        and head["tags"] == ["lora", "mlx-posttrain"]
+    )
     assert ModelCard(card).data.base_model == "openai-community/gpt2"
     titles = [line for line in card.splitlines() if line.startswith("#")]
     sections = ["What", "Data", "Method", "Figures", "Command", "Limitations", "Versions"]
     assert titles == ["# gpt2-alpaca-lora", *(f"## {section}" for section in sections)]
     assert "An adapter for `openai-community/gpt2`" in card and "- yahma/alpaca-cleaned: 200 rows" in card
-    assert "| model | loss | rows |" in card and "| base | 3.142 | 1,200 |" in card and r"| tuned \| best | 2.5 |  |" in card
-    assert "```sh\nmlx-posttrain run recipes/03_lora.yaml\n```" in card and "- English only." in card and "- mlx: 0.32.4" in card
+    assert (
+        "| model | loss | rows |" in card
+        and "| base | 3.142 | 1,200 |" in card
+        and r"| tuned \| best | 2.5 |  |" in card
+    )
+    assert (
+        "```sh\nmlx-posttrain run recipes/03_lora.yaml\n```" in card
+        and "- English only." in card
+        and "- mlx: 0.32.4" in card
+    )
 
 
 def test_a_bare_card_claims_nothing():
     card = model_card({"name": "x"})
     assert set(front_matter(card)) == {"library_name", "pipeline_tag", "tags"}
-    assert "Not recorded." in card and "Not measured." in card and "## Command" not in card and "None" not in card
+    assert (
+        "Not recorded." in card
+        and "Not measured." in card
+        and "## Command" not in card
+        and "None" not in card
+    )
 
 
 def test_local_paths_stay_out_of_the_front_matter():
@@ -57,4 +74,6 @@ def test_local_paths_stay_out_of_the_front_matter():
 
 
 def test_figures_by_name():
-    assert "- loss: 0.6931\n- steps: 12,000" in model_card({"name": "x", "figures": {"loss": 0.693147, "steps": 12000}})
+    assert "- loss: 0.6931\n- steps: 12,000" in model_card(
+        {"name": "x", "figures": {"loss": 0.693147, "steps": 12000}}
+    )

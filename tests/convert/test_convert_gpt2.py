@@ -57,7 +57,8 @@ def test_round_trip_keeps_every_tensor(kind, rename):
 def test_matrices_become_out_in_and_nothing_else_turns():
     original = bare_weights()
     there = gpt2.hf_to_mlx(original, 2)
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):  # attn.c_proj is square: its shape cannot tell
+    # attn.c_proj is square: its shape cannot tell
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
         assert np.array_equal(there[f"model.h.1.{name}.weight"], original[f"h.1.{name}.weight"].T)
     assert np.array_equal(there["model.wte.weight"], original["wte.weight"])
     assert np.array_equal(there["model.wpe.weight"], original["wpe.weight"])
@@ -90,7 +91,9 @@ def test_a_head_of_its_own():
     weights = bare_weights()
     weights["lm_head.weight"] = weights["wte.weight"] + 1
     with pytest.raises(
-        UserError, match=r"lm_head.weight differs from wte.weight in a tied model; if that is meant, set tie_word_embeddings"
+        UserError,
+        match=r"lm_head.weight differs from wte.weight in a tied model; if that is meant, set "
+        r"tie_word_embeddings",
     ):
         gpt2.hf_to_mlx(weights, 2)
     there = gpt2.hf_to_mlx(weights, 2, tie_word_embeddings=False)
@@ -107,9 +110,17 @@ def test_score_head_passes_through():
 def test_missing_and_foreign_tensors_are_named():
     weights = bare_weights()
     del weights["h.1.mlp.c_fc.bias"], weights["ln_f.bias"]
-    with pytest.raises(UserError, match=r"the weights lack model.h.1.mlp.c_fc.bias \(and 1 more\) for a GPT-2 with n_layer 2"):
+    with pytest.raises(
+        UserError,
+        match=r"the weights lack model.h.1.mlp.c_fc.bias \(and 1 more\) for a "
+        r"GPT-2 with n_layer 2",
+    ):
         gpt2.hf_to_mlx(weights, 2)
-    with pytest.raises(UserError, match=r"model.h.2.attn.c_attn.bias \(and 11 more\) is not part of a GPT-2 with n_layer 2"):
+    with pytest.raises(
+        UserError,
+        match=r"model.h.2.attn.c_attn.bias \(and 11 more\) is not part of a GPT-2 "
+        r"with n_layer 2",
+    ):
         gpt2.hf_to_mlx(bare_weights(3), 2)
     with pytest.raises(UserError, match=r"model.adapter is not part"):
         gpt2.hf_to_mlx(bare_weights() | {"adapter": np.ones(1)}, 2)
@@ -124,5 +135,9 @@ def test_quantised_names_are_known_but_do_not_go_back():
 
 
 def test_is_conv1d():
-    assert gpt2.is_conv1d("transformer.h.3.attn.c_proj") and gpt2.is_conv1d("model.h.0.mlp.c_fc") and gpt2.is_conv1d("h.0.attn.c_attn")
+    assert (
+        gpt2.is_conv1d("transformer.h.3.attn.c_proj")
+        and gpt2.is_conv1d("model.h.0.mlp.c_fc")
+        and gpt2.is_conv1d("h.0.attn.c_attn")
+    )
     assert not gpt2.is_conv1d("transformer.wte") and not gpt2.is_conv1d("model.layers.0.attn.c_proj")

@@ -1,4 +1,6 @@
-"""Finding models: folders, the hub cache offline, and a small local server that answers as the hub does. No outside network."""
+"""Finding models: folders, the hub cache offline, and a small local server that answers as the hub does. No
+outside network.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,30 @@ for name in sys.argv[1:]:
 
 
 def run(names, tmp_path, **settings):
-    """Resolve names in a fresh process whose hub cache is tmp_path/hub; return the folders or 'error: ...' lines, and stderr."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and "proxy" not in k.lower()}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1", **settings}
+    """Resolve names in a fresh process whose hub cache is tmp_path/hub; return the folders or 'error: ...'
+    lines, and stderr.
+    """
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and "proxy" not in k.lower()
+    }
+    env |= {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+        **settings,
+    }
     env = {key: value for key, value in env.items() if value is not None}
     env["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *names], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *names],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(names) and all("\n" not in answer for answer in answers)
@@ -88,14 +108,26 @@ def test_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):
     ("files", "message"),
     [
         ({}, r"has no config.json; give a folder in Hugging Face's format"),
-        ({"adapter_config.json": b"{}"}, r"adapter_config.json but no config.json: it holds a PEFT adapter, not a model; give the model"),
+        (
+            {"adapter_config.json": b"{}"},
+            r"adapter_config.json but no config.json: it holds a PEFT adapter, "
+            r"not a model; give the model",
+        ),
         ({"config.json": CONFIG}, r"has no model.safetensors; only safetensors weights load"),
         (
             {"config.json": CONFIG, "pytorch_model.bin": b"x"},
-            r"no model.safetensors; pytorch_model.bin is refused, as loading pickle files can run code: only safetensors load",
+            r"no model.safetensors; pytorch_model.bin is refused, as loading pickle files can run code: "
+            r"only safetensors load",
         ),
-        ({"config.json": CONFIG, "model.safetensors.index.json": b'{"weight_map": {"a": "../x"}}'}, r"has no usable weight_map"),
-        ({"config.json": CONFIG, "model.safetensors.index.json": b"{"}, r"index.json is not valid JSON: .* at line 1, column 2"),
+        (
+            {"config.json": CONFIG, "model.safetensors.index.json": b'{"weight_map": {"a": "../x"}}'},
+            r"has no usable weight_map",
+        ),
+        (
+            {"config.json": CONFIG, "model.safetensors.index.json": b"{"},
+            r"index.json is not valid JSON: .* "
+            r"at line 1, column 2",
+        ),
     ],
 )
 def test_folders_that_hold_no_model(tmp_path, files, message):
@@ -108,17 +140,38 @@ def test_adapter_folders(tmp_path):
     where = folder(tmp_path / "a", {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS})
     assert hub.resolve(str(where), kind="adapter") == where
     with pytest.raises(UserError, match=r"has no adapter_model.safetensors; adapter_model.bin is refused"):
-        hub.resolve(str(folder(tmp_path / "b", {"adapter_config.json": b"{}", "adapter_model.bin": b""})), kind="adapter")
-    with pytest.raises(UserError, match=r"config.json but no adapter_config.json: it holds a model, not a PEFT adapter"):
+        hub.resolve(
+            str(folder(tmp_path / "b", {"adapter_config.json": b"{}", "adapter_model.bin": b""})),
+            kind="adapter",
+        )
+    with pytest.raises(
+        UserError,
+        match=r"config.json but no adapter_config.json: it holds a model, not a "
+        r"PEFT adapter",
+    ):
         hub.resolve(str(folder(tmp_path / "c")), kind="adapter")
 
 
 @pytest.mark.parametrize(
-    "name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere-at-all", "runs/sft/final", "runs/", "a\\b", "m.safetensors"]
+    "name",
+    [
+        "./nowhere",
+        "../nowhere",
+        "/no/where",
+        "~/nowhere-at-all",
+        "runs/sft/final",
+        "runs/",
+        "a\\b",
+        "m.safetensors",
+    ],
 )
 def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the demo leaves a folder runs/ in the project's
-    with pytest.raises(UserError, match=r"does not exist; give an existing folder or a hub id such as openai-community/gpt2"):
+    with pytest.raises(
+        UserError,
+        match=r"does not exist; give an existing folder or a hub id such as "
+        r"openai-community/gpt2",
+    ):
         hub.resolve(name)
 
 
@@ -129,12 +182,20 @@ def test_a_path_object_is_never_a_hub_id(tmp_path, monkeypatch):
 
 
 def test_names_that_are_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"no model given; give a folder, a hub id such as openai-community/gpt2, or tiny"):
+    with pytest.raises(
+        UserError,
+        match=r"no model given; give a folder, a hub id such as "
+        r"openai-community/gpt2, or tiny",
+    ):
         hub.resolve("  ")
     with pytest.raises(UserError, match=r"'two words' is neither an existing folder nor a valid hub id"):
         hub.resolve("two words")
     (tmp_path / "f").write_text("")
-    with pytest.raises(UserError, match=r"f is a file; give the folder that holds config.json and the safetensors weights"):
+    with pytest.raises(
+        UserError,
+        match=r"f is a file; give the folder that holds config.json and the "
+        r"safetensors weights",
+    ):
         hub.resolve(str(tmp_path / "f"))
 
 
@@ -142,7 +203,11 @@ def test_the_embedded_model(tmp_path, monkeypatch):
     import importlib.resources
 
     monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
-    with pytest.raises(UserError, match=r"the embedded model tiny is not in this installation; install mlx-posttrain again"):
+    with pytest.raises(
+        UserError,
+        match=r"the embedded model tiny is not in this installation; install "
+        r"mlx-posttrain again",
+    ):
         hub.resolve("tiny")
     where = folder(tmp_path / "assets" / "tiny")
     assert hub.resolve("tiny") == where
@@ -153,14 +218,23 @@ def test_the_embedded_model(tmp_path, monkeypatch):
 
 def test_check_config(tmp_path):
     where = folder(tmp_path / "m", {"config.json": b'{"model_type": "gpt2", "n_layer": 2}'})
-    assert hub.check_config(where) == hub.check_config(where / "config.json") == {**gpt2.DEFAULTS, "model_type": "gpt2", "n_layer": 2}
-    assert hub.check_config(folder(tmp_path / "llama", {"config.json": b'{"model_type": "llama"}'})) == {"model_type": "llama"}
+    assert (
+        hub.check_config(where)
+        == hub.check_config(where / "config.json")
+        == {**gpt2.DEFAULTS, "model_type": "gpt2", "n_layer": 2}
+    )
+    assert hub.check_config(folder(tmp_path / "llama", {"config.json": b'{"model_type": "llama"}'})) == {
+        "model_type": "llama"
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'{"model_type": "gpt2",\n "n_layer": }', r"config.json is not valid JSON: Expecting value at line 2, column 13"),
+        (
+            b'{"model_type": "gpt2",\n "n_layer": }',
+            r"config.json is not valid JSON: Expecting value at line 2, column 13",
+        ),
         (b"[]", r"config.json must hold a JSON object, found list"),
         (b"{}", r"config.json names no model_type"),
         (b"\xff\xfe{", r"config.json is not valid JSON: it is not UTF-8 text"),
@@ -182,9 +256,19 @@ def test_cached_models_need_no_network(tmp_path):
     legacy = cache(tmp_path, "openai-community/gpt2")
     other = cache(tmp_path, "distilgpt2")
     untokenised = cache(tmp_path, "acme/untokenised", without("tokenizer.json"))
-    sharded = {"model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}).encode()}
-    shards = cache(tmp_path, "acme/sharded", {**without("model.safetensors"), **sharded, "model-00001-of-00001.safetensors": WEIGHTS})
-    adapter = cache(tmp_path, "acme/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS})
+    sharded = {
+        "model.safetensors.index.json": json.dumps(
+            {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+        ).encode()
+    }
+    shards = cache(
+        tmp_path,
+        "acme/sharded",
+        {**without("model.safetensors"), **sharded, "model-00001-of-00001.safetensors": WEIGHTS},
+    )
+    adapter = cache(
+        tmp_path, "acme/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS}
+    )
     names = [
         "acme/model",
         "openai-community/gpt2",
@@ -231,9 +315,15 @@ def test_a_misspelt_run_is_not_asked_of_the_hub(tmp_path):
 
 
 def test_an_interrupted_download_is_not_taken_for_a_model(tmp_path):
-    index = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}).encode()
+    index = json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode()
     cache(tmp_path, "acme/partial", {**without("model.safetensors"), "model.safetensors.index.json": index})
-    cache(tmp_path, "acme/noindex", {**without("model.safetensors"), "model-00001-of-00002.safetensors": WEIGHTS})
+    cache(
+        tmp_path,
+        "acme/noindex",
+        {**without("model.safetensors"), "model-00001-of-00002.safetensors": WEIGHTS},
+    )
     cache(tmp_path, "acme/config", {"config.json": CONFIG})
     answers, _ = run(["acme/partial", "acme/noindex", "acme/config"], tmp_path, HF_HUB_OFFLINE="1")
     for name, answer in zip(("partial", "noindex", "config"), answers):
@@ -251,7 +341,13 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
     """One model that can be downloaded, and the hub's ways of saying no."""
 
     protocol_version = "HTTP/1.1"
-    files = {**FILES, "pytorch_model.bin": b"pickle", "modeling.py": b"code", "onnx/config.json": b"{}", "README.md": b"# hello"}
+    files = {
+        **FILES,
+        "pytorch_model.bin": b"pickle",
+        "modeling.py": b"code",
+        "onnx/config.json": b"{}",
+        "README.md": b"# hello",
+    }
     refusals = {
         "acme/missing": (401, {"X-Error-Code": "RepoNotFound"}),
         "acme/gated": (403, {"X-Error-Code": "GatedRepo"}),
@@ -283,7 +379,10 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             listing = {"id": "acme/model", "sha": SHA, "siblings": [{"rfilename": f} for f in files]}
             return self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
         if "/tree/" in path:
-            tree = [{"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for f, d in files.items()]
+            tree = [
+                {"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                for f, d in files.items()
+            ]
             return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
         data = files.get(path.split(f"/resolve/{SHA}/")[-1])
         if data is None:
@@ -316,11 +415,14 @@ def test_download_takes_only_what_is_safe_and_needed(tmp_path, fake_hub):
 
 
 def test_what_the_hub_refuses(tmp_path, fake_hub):
-    answers, _ = run(["acme/missing", "acme/gated", "acme/forbidden", "acme/pickle"], tmp_path, HF_ENDPOINT=fake_hub)
+    answers, _ = run(
+        ["acme/missing", "acme/gated", "acme/forbidden", "acme/pickle"], tmp_path, HF_ENDPOINT=fake_hub
+    )
     assert answers == [
         "error: acme/missing is neither an existing folder nor a model on the hub; "
         "check the spelling, or if it is private run: hf auth login",
-        "error: acme/gated is gated: accept its terms at https://huggingface.co/acme/gated, then run: hf auth login",
+        "error: acme/gated is gated: accept its terms at https://huggingface.co/acme/gated, then run: hf "
+        "auth login",
         "error: the hub refused access to acme/forbidden (HTTP 403); run: hf auth login",
         "error: acme/pickle has no model.safetensors; only safetensors weights load",
     ]
@@ -328,4 +430,7 @@ def test_what_the_hub_refuses(tmp_path, fake_hub):
 
 def test_a_hub_that_is_down(tmp_path, fake_hub):
     answers, _ = run(["acme/broken"], tmp_path, HF_ENDPOINT=fake_hub)
-    assert answers == ["error: the hub answered HTTP 500 for acme/broken, which is not in the cache; try again later or give a folder"]
+    assert answers == [
+        "error: the hub answered HTTP 500 for acme/broken, which is not in the cache; try "
+        "again later or give a folder"
+    ]

@@ -1,4 +1,6 @@
-"""Whole folders: files, shards, GPT-2 both ways against transformers and mlx-lm, quantisation, other architectures, refusals."""
+"""Whole folders: files, shards, GPT-2 both ways against transformers and mlx-lm, quantisation, other
+architectures, refusals.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def test_round_trip_is_bit_for_bit(tmp_path, gpt2_folder, layout, dtype):
     assert done.tensors == 2 + 2 * 12 + 2 and done.bits is None and done.model_type == "gpt2"
     convert(tmp_path / "mlx", tmp_path / "back", to="hf")
     original = {
-        k.removeprefix("transformer."): v for k, v in torch_tensors(source).items() if not k.endswith((".attn.bias", "masked_bias"))
+        k.removeprefix("transformer."): v
+        for k, v in torch_tensors(source).items()
+        if not k.endswith((".attn.bias", "masked_bias"))
     }
     original.pop("lm_head.weight", None)
     back = torch_tensors(tmp_path / "back")
@@ -50,7 +54,9 @@ def test_round_trip_is_bit_for_bit(tmp_path, gpt2_folder, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["transformer", "bare", "buffers", "lm_head"])
-def test_mlx_lm_loads_it_and_agrees_with_transformers(tmp_path, gpt2_folder, hf_logits, mlx_logits, tokens, layout):
+def test_mlx_lm_loads_it_and_agrees_with_transformers(
+    tmp_path, gpt2_folder, hf_logits, mlx_logits, tokens, layout
+):
     import mlx_lm
     from transformers import AutoModelForCausalLM
 
@@ -74,7 +80,9 @@ def test_transformers_loads_the_way_back_without_a_warning(tmp_path, gpt2_folder
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model).__name__ == "GPT2LMHeadModel" and tokenizer.eos_token_id == 0
-    assert np.array_equal(hf_logits(model, tokens), hf_logits(AutoModelForCausalLM.from_pretrained(source), tokens))
+    assert np.array_equal(
+        hf_logits(model, tokens), hf_logits(AutoModelForCausalLM.from_pretrained(source), tokens)
+    )
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"] and config["dtype"] == "float32"
     assert "torch_dtype" not in config and "quantization" not in config
@@ -117,11 +125,17 @@ def test_missing_and_damaged_shards(tmp_path, gpt2_folder):
     shard = sorted(source.glob("model-*.safetensors"))[1]
     data = shard.read_bytes()
     shard.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=rf"{shard.name} is damaged or is not a safetensors file .*; download or copy it again"):
+    with pytest.raises(
+        UserError,
+        match=rf"{shard.name} is damaged or is not a safetensors file .*; "
+        r"download or copy it again",
+    ):
         convert(source, tmp_path / "mlx")
     shard.unlink()
     with pytest.raises(
-        UserError, match=rf"lacks the shard {shard.name} that model.safetensors.index.json names; download or copy the model"
+        UserError,
+        match=rf"lacks the shard {shard.name} that model.safetensors.index.json names; download "
+        r"or copy the model",
     ):
         convert(source, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists() and not list(tmp_path.glob(".mlx*"))
@@ -153,7 +167,9 @@ def test_saving_again_leaves_no_weight_file_of_the_earlier_model(tmp_path):
 
 def test_a_failed_save_keeps_the_earlier_file(tmp_path, monkeypatch):
     save_weights(tmp_path, {"a": mx.ones((2,))})
-    monkeypatch.setattr(mx, "save_safetensors", lambda path, *_, **__: (Path(path).write_bytes(b"half"), 1 / 0))
+    monkeypatch.setattr(
+        mx, "save_safetensors", lambda path, *_, **__: (Path(path).write_bytes(b"half"), 1 / 0)
+    )
     with pytest.raises(ZeroDivisionError):
         save_weights(tmp_path, {"a": mx.zeros((2,))})
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
@@ -164,7 +180,11 @@ def test_disk_space_is_checked_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     save_weights(tmp_path / "fits", {"a": mx.zeros((1000,))})
-    with pytest.raises(UserError, match=r"not enough disk space in .*: 4.0 MB needed, 2.0 MB free; free some or choose another folder"):
+    with pytest.raises(
+        UserError,
+        match=r"not enough disk space in .*: 4.0 MB needed, 2.0 MB free; free "
+        r"some or choose another folder",
+    ):
         save_weights(tmp_path / "too" / "large", {"a": mx.zeros((1_000_000,))})
     assert not (tmp_path / "too").exists()
 
@@ -194,11 +214,18 @@ def test_quantised_folder(tmp_path, gpt2_folder, hf_logits, mlx_logits, tokens, 
     done = convert(source, tmp_path / "q", quantize=bits)
     assert done.bits == bits and capsys.readouterr().out == ""
     model, _ = mlx_lm.load(str(tmp_path / "q"))
-    assert type(model.model.h[0].attn.c_attn).__name__ == "QuantizedLinear" and model.model.h[0].attn.c_attn.bits == bits
+    assert (
+        type(model.model.h[0].attn.c_attn).__name__ == "QuantizedLinear"
+        and model.model.h[0].attn.c_attn.bits == bits
+    )
     expected = hf_logits(AutoModelForCausalLM.from_pretrained(source), tokens)
     got = mlx_logits(model, tokens)
     assert 1e-4 < np.abs(got - expected).max() < tolerance
-    with pytest.raises(UserError, match=r"q is quantised; give a dtype \(float16, bfloat16 or float32\) to dequantise it"):
+    with pytest.raises(
+        UserError,
+        match=r"q is quantised; give a dtype \(float16, bfloat16 or float32\) to "
+        r"dequantise it",
+    ):
         convert(tmp_path / "q", tmp_path / "back", to="hf")
     convert(tmp_path / "q", tmp_path / "back", to="hf", dtype="float32")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
@@ -224,7 +251,11 @@ def test_dtype(tmp_path, gpt2_folder):
     weights = torch_tensors(source)
     weights["transformer.ln_f.weight"][0] = 1e6
     save_weights(source, weights)
-    with pytest.raises(UserError, match=r"model.ln_f.weight holds values beyond float16's range \(65504\); choose bfloat16 or float32"):
+    with pytest.raises(
+        UserError,
+        match=r"model.ln_f.weight holds values beyond float16's range \(65504\); "
+        r"choose bfloat16 or float32",
+    ):
         convert(source, tmp_path / "over", dtype="float16")
 
 
@@ -246,11 +277,17 @@ def test_unusable_options(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation_function": "relu"}, "activation_function 'relu', which mlx-lm's GPT-2 does not compute; supported: 'gelu_new'"),
+        (
+            {"activation_function": "relu"},
+            "activation_function 'relu', which mlx-lm's GPT-2 does not compute; supported: 'gelu_new'",
+        ),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ({"scale_attn_weights": False}, "scale_attn_weights False"),
         ({"n_inner": 100}, r"n_inner 100; mlx-lm's GPT-2 has 4 \* n_embd = 256 only"),
-        ({"architectures": ["GPT2ForSequenceClassification"]}, "GPT2ForSequenceClassification; only GPT-2 language models"),
+        (
+            {"architectures": ["GPT2ForSequenceClassification"]},
+            "GPT2ForSequenceClassification; only GPT-2 language models",
+        ),
         ({"n_layer": 3}, r"the weights lack model.h.2.ln_1.weight \(and 11 more\)"),
     ],
 )
@@ -275,7 +312,12 @@ def test_untied_head_is_refused_but_an_equal_copy_is_not(tmp_path, gpt2_folder):
 
 def test_config_is_completed_for_mlx_lm():
     full = gpt2_config({"model_type": "gpt2", "n_positions": 64})
-    assert full["n_ctx"] == 64 and full["n_embd"] == 768 and full["n_layer"] == 12 and full["layer_norm_epsilon"] == 1e-5
+    assert (
+        full["n_ctx"] == 64
+        and full["n_embd"] == 768
+        and full["n_layer"] == 12
+        and full["layer_norm_epsilon"] == 1e-5
+    )
     assert gpt2_config({"model_type": "gpt2", "n_ctx": 32, "n_positions": 64})["n_ctx"] == 32
 
 
@@ -286,14 +328,22 @@ def llama_folder(tmp_path, write_tokenizer):
     torch.manual_seed(0)
     folder = tmp_path / "llama"
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128, bos_token_id=0, eos_token_id=0
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=128,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     write_tokenizer(folder, "PreTrainedTokenizerFast")
     return folder
 
 
-def test_other_architectures_pass_through_mlx_lm(tmp_path, llama_folder, hf_logits, mlx_logits, tokens, capsys):
+def test_other_architectures_pass_through_mlx_lm(
+    tmp_path, llama_folder, hf_logits, mlx_logits, tokens, capsys
+):
     import mlx_lm
     from transformers import AutoModelForCausalLM
 
@@ -302,7 +352,9 @@ def test_other_architectures_pass_through_mlx_lm(tmp_path, llama_folder, hf_logi
     model, _ = mlx_lm.load(str(tmp_path / "mlx"))
     expected = hf_logits(AutoModelForCausalLM.from_pretrained(llama_folder), tokens)
     assert np.abs(mlx_logits(model, tokens) - expected).max() < 1e-4
-    assert (tmp_path / "mlx" / "tokenizer.json").read_bytes() == (llama_folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "mlx" / "tokenizer.json").read_bytes() == (
+        llama_folder / "tokenizer.json"
+    ).read_bytes()
     convert(llama_folder, tmp_path / "q", quantize=8)
     assert "quantization" in json.loads((tmp_path / "q" / "config.json").read_text())
     with pytest.raises(UserError, match=r"is llama; only GPT-2 converts to Hugging Face's format"):
@@ -311,7 +363,11 @@ def test_other_architectures_pass_through_mlx_lm(tmp_path, llama_folder, hf_logi
 
 def test_an_architecture_mlx_lm_does_not_have(tmp_path, llama_folder):
     edit_config(llama_folder, model_type="abacus")
-    with pytest.raises(UserError, match=r"mlx-lm cannot convert .*llama \(abacus\): Model type abacus not supported"):
+    with pytest.raises(
+        UserError,
+        match=r"mlx-lm cannot convert .*llama \(abacus\): Model type abacus not "
+        r"supported",
+    ):
         convert(llama_folder, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
@@ -322,7 +378,14 @@ def test_tokenizer_files_follow_byte_for_byte(tmp_path, gpt2_folder):
         (source / name).write_text("{}  odd   bytes\r\n")
     (source / "secret.py").write_text("")
     convert(source, tmp_path / "mlx")
-    for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "vocab.json", "special_tokens_map.json", "chat_template.jinja"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "merges.txt",
+        "vocab.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    ):
         assert (tmp_path / "mlx" / name).read_bytes() == (source / name).read_bytes()
     assert not (tmp_path / "mlx" / "secret.py").exists()
 
@@ -338,7 +401,9 @@ def test_tokenizer_files_follow_byte_for_byte(tmp_path, gpt2_folder):
         ("Qwen2Tokenizer", {}, "Qwen2Tokenizer"),
     ],
 )
-def test_tokenizer_class_that_only_transformers_5_knows(tmp_path, gpt2_folder, write_tokenizer, written, splitter, expected):
+def test_tokenizer_class_that_only_transformers_5_knows(
+    tmp_path, gpt2_folder, write_tokenizer, written, splitter, expected
+):
     source = gpt2_folder()
     write_tokenizer(source, written)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
@@ -401,5 +466,7 @@ def test_parity_and_round_trip_at_124m(tmp_path, gpt2_folder, hf_logits, mlx_log
     assert np.abs(mlx_logits(model, tokens) - expected).max() < 1e-4
     convert(tmp_path / "mlx", tmp_path / "back", to="hf")
     original, back = torch_tensors(source), torch_tensors(tmp_path / "back")
-    assert all(torch.equal(value, original[name.removeprefix("transformer.")]) for name, value in back.items())
+    assert all(
+        torch.equal(value, original[name.removeprefix("transformer.")]) for name, value in back.items()
+    )
     assert sum(v.numel() for v in back.values()) == 124_439_808

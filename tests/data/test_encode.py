@@ -1,4 +1,6 @@
-"""Token ids and masks, checked by hand with GPT-2's vocabulary where it is to be had and with a small one made here."""
+"""Token ids and masks, checked by hand with GPT-2's vocabulary where it is to be had and with a small one
+made here.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,12 @@ def make_tokenizer(**special: Any) -> Any:
     core.decoder = decoders.ByteLevel()
     names = ["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(SAID * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=core, **(special or {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}))
+    core.train_from_iterator(
+        SAID * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, **(special or {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,9 @@ def test_ids_of_gpt2_for_several_turns(gpt2: Any) -> None:
     row = talk("Hello world", "Paris", "Hello world", "Paris")
     one = MARKS["instruction"] + [15496, 995] + MARKS["response"] + [40313, EOS]
     expected = [*one, 198, 198, *one]
-    last, every, whole = (encode(row, gpt2, max_length=64, train_on=t) for t in ("completion", "assistant", "all"))  # type: ignore[arg-type]
+    last, every, whole = (
+        encode(row, gpt2, max_length=64, train_on=t) for t in ("completion", "assistant", "all")
+    )  # type: ignore[arg-type]
     assert last and every and whole
     assert list(last.tokens) == list(every.tokens) == list(whole.tokens) == expected
     assert [i for i, t in enumerate(last.trained) if t] == [len(expected) - 2, len(expected) - 1]
@@ -92,7 +100,8 @@ def test_exact_text(gpt2: Any) -> None:
     example = encode(talk("Hello", " world", templated=False), gpt2, template="instruction", max_length=9)
     assert example is not None
     assert (example.tokens, example.trained) == ((15496, 995, EOS), (False, True, True))
-    example = encode(talk("Hello world", templated=False), gpt2, max_length=9)  # a text row: everything but the first token
+    # a text row: everything but the first token
+    example = encode(talk("Hello world", templated=False), gpt2, max_length=9)
     assert example is not None
     assert (example.tokens, example.trained) == ((15496, 995, EOS), (False, True, True))
     example = encode(talk("", "Hello world", templated=False), gpt2, max_length=9)
@@ -106,7 +115,8 @@ def test_truncation(gpt2: Any) -> None:
     assert whole is not None and whole.tokens[-1] == EOS
     cut = encode(row, gpt2, max_length=6)
     assert cut is not None
-    assert (cut.tokens, cut.trained) == ((15496, *[995] * 5), (False, *[True] * 5))  # it did not end here: no EOS
+    # it did not end here: no EOS
+    assert (cut.tokens, cut.trained) == ((15496, *[995] * 5), (False, *[True] * 5))
     assert encode(row, gpt2, max_length=6, truncate="drop") is None
     long_prompt = talk("Hello" + " world" * 5, " world", templated=False)
     assert encode(long_prompt, gpt2, max_length=6) is None  # nothing left to train
@@ -117,14 +127,30 @@ def test_report_counts(gpt2: Any) -> None:
     def raw(prompt: str, answer: str) -> Conversation:
         return talk(prompt, answer, templated=False)
 
-    rows = [raw("Hello", " world"), raw("Hello", " world" * 9), raw("Hello" + " world" * 9, " world"), raw("Hello", "  ")]
+    rows = [
+        raw("Hello", " world"),
+        raw("Hello", " world" * 9),
+        raw("Hello" + " world" * 9, " world"),
+        raw("Hello", "  "),
+    ]
     examples, report = encode_all(rows, gpt2, max_length=5)
-    assert report == Report(total=4, kept=2, dropped_no_target=2, dropped_long=0, truncated=1, tokens=3 + 5, trained_tokens=2 + 4)
+    assert report == Report(
+        total=4, kept=2, dropped_no_target=2, dropped_long=0, truncated=1, tokens=3 + 5, trained_tokens=2 + 4
+    )
     assert [len(e.tokens) for e in examples] == [3, 5]
-    assert str(report) == "2 of 4 rows kept (2 without a trained token, 0 too long, 1 truncated), 8 tokens, 6 trained"
+    assert (
+        str(report)
+        == "2 of 4 rows kept (2 without a trained token, 0 too long, 1 truncated), 8 tokens, 6 trained"
+    )
     _, report = encode_all(rows, gpt2, max_length=5, truncate="drop")
-    assert report == Report(total=4, kept=1, dropped_no_target=1, dropped_long=2, truncated=0, tokens=3, trained_tokens=2)
-    with pytest.raises(UserError, match=r"no row left to train on: 0 of 2 rows kept .2 without.*raise the maximum length .5"):
+    assert report == Report(
+        total=4, kept=1, dropped_no_target=1, dropped_long=2, truncated=0, tokens=3, trained_tokens=2
+    )
+    with pytest.raises(
+        UserError,
+        match=r"no row left to train on: 0 of 2 rows kept .2 without.*raise the "
+        r"maximum length .5",
+    ):
         encode_all(rows[2:], gpt2, max_length=5)
     with pytest.raises(UserError, match="no row left to train on: 0 of 0"):
         encode_all([], gpt2, max_length=5)
@@ -149,15 +175,23 @@ def test_decoding_gives_the_rendered_text(tiny: Any, name: str, templated: bool)
         segments = render(row, name)
         expected = "".join(s.text + ("<|endoftext|>" if s.closes else "") for s in segments)
         assert tiny.decode(example.tokens, clean_up_tokenization_spaces=False) == expected
-        answers = [turn.content.strip() if templated else turn.content for turn in row.turns if turn.role == "assistant"]
-        decoded = tiny.decode(trained(example), clean_up_tokenization_spaces=False).split("<|endoftext|>")[:-1]
+        answers = [
+            turn.content.strip() if templated else turn.content
+            for turn in row.turns
+            if turn.role == "assistant"
+        ]
+        decoded = tiny.decode(trained(example), clean_up_tokenization_spaces=False).split("<|endoftext|>")[
+            :-1
+        ]
         assert [d.strip() for d in decoded] == [a.strip() for a in answers]
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
 @pytest.mark.parametrize("templated", [True, False])
 @pytest.mark.parametrize("which", ["tiny", "bos"])
-def test_the_prompt_of_generation_is_the_prefix_of_training(tiny: Any, name: str, templated: bool, which: str) -> None:
+def test_the_prompt_of_generation_is_the_prefix_of_training(
+    tiny: Any, name: str, templated: bool, which: str
+) -> None:
     tok = tiny if which == "tiny" else with_bos()
     prompts = encode_prompts([row.turns[:-1] for row in ODD], tok, name, templated=templated)
     for row, prompt in zip(ODD, prompts):
@@ -174,7 +208,9 @@ def with_bos() -> Any:
 
     tok = make_tokenizer(eos_token="<|endoftext|>", bos_token="<s>")
     start = tok.convert_tokens_to_ids("<s>")
-    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", start)]
+    )
     return tok
 
 
@@ -188,7 +224,8 @@ def test_bos_where_the_tokenizer_adds_one(tiny: Any) -> None:
     assert example.tokens.count(bos) == 1 and example.tokens[0] == bos
     example = encode(talk("text", templated=False), tok, max_length=999)
     assert example is not None
-    assert example.trained == (False, *[True] * (len(example.tokens) - 1))  # with BOS before it even the first token has a target
+    # with BOS before it even the first token has a target
+    assert example.trained == (False, *[True] * (len(example.tokens) - 1))
     # a chat template writes its own
     each = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     tok.chat_template = "<s>" + each + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -210,7 +247,9 @@ def test_chat_template_eos_once(tiny: Any) -> None:
     assert tok.decode(trained(example)) == "Fine.<|im_end|>It is.<|im_end|>"
     assert example.tokens.count(tok.eos_token_id) == 4
     prompt = encode_prompts([row.turns[:-1]], tok, "chat")[0]
-    assert prompt == tok.apply_chat_template([t._asdict() for t in row.turns[:-1]], add_generation_prompt=True, return_dict=False)
+    assert prompt == tok.apply_chat_template(
+        [t._asdict() for t in row.turns[:-1]], add_generation_prompt=True, return_dict=False
+    )
     assert list(example.tokens[: len(prompt)]) == prompt
 
 
@@ -239,8 +278,13 @@ def test_all_at_once_equals_one_by_one(tiny: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_prompts(gpt2: Any) -> None:
     ask = [(Turn("user", "Hello world"),), (Turn("user", ""),)]
-    assert encode_prompts(ask, gpt2, templated=False) == [[15496, 995], [EOS]]  # after EOS any text may begin
-    with pytest.raises(UserError, match=r"prompt 2 \('Hello world Hello .* Hell\.\.\.'\) has 28 tokens, more than the 20 that fit"):
+    # after EOS any text may begin
+    assert encode_prompts(ask, gpt2, templated=False) == [[15496, 995], [EOS]]
+    with pytest.raises(
+        UserError,
+        match=r"prompt 2 \('Hello world Hello .* Hell\.\.\.'\) has 28 tokens, "
+        r"more than the 20 that fit",
+    ):
         encode_prompts([ask[0], (Turn("user", "Hello world " * 9),)], gpt2, max_length=20)
     assert encode_prompts([], gpt2) == []
 
@@ -249,7 +293,8 @@ def test_pack(gpt2: Any) -> None:
     rows = pack(["Hello world", " \n", "Hello", " world world world"], gpt2, 3)
     assert [r.tokens for r in rows] == [(15496, 995, EOS), (15496, EOS, 995), (995, 995, EOS)]
     assert {r.trained for r in rows} == {(False, True, True)}
-    assert [r.tokens for r in pack(["Hello world", "Hello"], gpt2, 4)] == [(15496, 995, EOS, 15496)]  # the rest is left over
+    # the rest is left over
+    assert [r.tokens for r in pack(["Hello world", "Hello"], gpt2, 4)] == [(15496, 995, EOS, 15496)]
     with pytest.raises(UserError, match="2 tokens in all, too few for one example of 8"):
         pack(["Hello"], gpt2, 8)
     with pytest.raises(UserError, match="at least 2 tokens"):

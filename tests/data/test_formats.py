@@ -93,22 +93,30 @@ def test_empty_rows_are_dropped_and_counted() -> None:
     records, dropped = parse_rows(rows)
     assert len(records) == 1
     assert dropped == {"empty answer": 4, "empty prompt": 1}
-    assert "none of the 5 rows can be used as alpaca (empty answer: 4, empty prompt: 1)" in fault(parse_rows, rows[1:], format="alpaca")
+    assert "none of the 5 rows can be used as alpaca (empty answer: 4, empty prompt: 1)" in fault(
+        parse_rows, rows[1:], format="alpaca"
+    )
 
 
 def test_prompt_completion_and_text_stand_as_they_are() -> None:
     row = {"prompt": "The capital of France is", "completion": " Paris.\r\n", "n": 1}
-    assert parse(row, "prompt_completion") == Conversation((U(row["prompt"]), A(row["completion"])), templated=False, extra={"n": 1})
+    assert parse(row, "prompt_completion") == Conversation(
+        (U(row["prompt"]), A(row["completion"])), templated=False, extra={"n": 1}
+    )
     assert parse({"prompt": None, "completion": "x"}, "prompt_completion").turns == (U(""), A("x"))
     assert parse({"text": " a\n"}, "text") == Conversation((A(" a\n"),), templated=False)
-    chat = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    chat = {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    }
     assert parse(chat, "prompt_completion") == Conversation((U("a"), A("b")))
 
 
 def test_messages_and_sharegpt() -> None:
     messages = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")]
     row = {"messages": [{"role": r, "content": c} for r, c in messages], "id": 1}
-    assert parse(row, "messages") == Conversation((S("s"), U("u"), A("a")), extra={"id": 1})  # what follows the last answer is cut
+    # what follows the last answer is cut
+    assert parse(row, "messages") == Conversation((S("s"), U("u"), A("a")), extra={"id": 1})
     share = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}
     assert parse(share, "messages").turns == (U("u"), A("a"))
     rows = [
@@ -121,15 +129,22 @@ def test_messages_and_sharegpt() -> None:
     ]
     _, dropped = parse_rows(rows)
     assert dropped == {"no assistant turn": 2, "role 'tool'": 1, "empty answer": 1, "no messages": 1}
-    assert "row 1: column 'messages' must be a list of messages, found str" in fault(parse_rows, [{"messages": "hi"}])
-    assert "row 1: a message in 'messages' must have role and content" in fault(parse_rows, [{"messages": [{"text": "x"}]}])
+    assert "row 1: column 'messages' must be a list of messages, found str" in fault(
+        parse_rows, [{"messages": "hi"}]
+    )
+    assert "row 1: a message in 'messages' must have role and content" in fault(
+        parse_rows, [{"messages": [{"text": "x"}]}]
+    )
 
 
 def test_preference() -> None:
     row = {"prompt": "q ", "chosen": " yes", "rejected": "no", "score": 1}
     assert parse(row, "preference") == Preference((U("q"),), "yes", "no", extra={"score": 1})
     # UltraFeedback: the prompt once as text and again at the head of both lists
-    listed = {k: [{"role": "user", "content": "q"}, {"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+    listed = {
+        k: [{"role": "user", "content": "q"}, {"role": "assistant", "content": k}]
+        for k in ("chosen", "rejected")
+    }
     assert parse({"prompt": "q", **listed}, "preference") == Preference((U("q"),), "chosen", "rejected")
     assert parse(listed, "hh") == Preference((U("q"),), "chosen", "rejected")
     asked = {"instruction": "a", "input": "b", "chosen": "1", "rejected": "2"}
@@ -173,7 +188,9 @@ def test_hh_splits_at_the_last_assistant_turn() -> None:
 
 def test_labelled() -> None:
     for value, label in [(True, True), (0, False), ("1", True), ("False", False), (1.0, True)]:
-        assert parse({"prompt": "p", "completion": "c", "label": value}, "labelled") == Labelled((U("p"),), "c", label)
+        assert parse({"prompt": "p", "completion": "c", "label": value}, "labelled") == Labelled(
+            (U("p"),), "c", label
+        )
     assert "row 1: label must be true or false (1 or 0), found 'good'" in fault(
         parse_rows, [{"prompt": "p", "completion": "c", "label": "good"}]
     )
@@ -191,17 +208,26 @@ def test_columns_map() -> None:
     rows = [{"query": "q", "output": "a", "instruction": "unused"}]
     records, _ = parse_rows(rows, columns={"instruction": "query"})
     assert records == [Conversation((U("q"), A("a")))]
-    swapped, _ = parse_rows([{"question": "a", "answer": "q"}], columns={"question": "answer", "answer": "question"})
+    swapped, _ = parse_rows(
+        [{"question": "a", "answer": "q"}], columns={"question": "answer", "answer": "question"}
+    )
     assert swapped[0].turns == (U("q"), A("a"))
     said = fault(parse_rows, rows, columns={"instruction": "qery"})
-    assert "maps instruction to 'qery', which is not a column; did you mean 'query'? (there are query, output, instruction)" in said
+    assert (
+        "maps instruction to 'qery', which is not a column; did you mean 'query'? (there are query, output, "
+        "instruction)" in said
+    )
 
 
 def test_named_formats() -> None:
     rows = [{"instruction": "i", "response": "r", "prompt": "p"}]
     assert parse_rows(rows, format="prompt_completion")[0][0].turns == (U("p"), A("r"))
-    assert "format messages needs the column messages|conversations, found instruction" in fault(parse_rows, rows, format="messages")
-    assert "unknown data format 'alpacca'; did you mean 'alpaca'?" in fault(parse_rows, rows, format="alpacca")
+    assert "format messages needs the column messages|conversations, found instruction" in fault(
+        parse_rows, rows, format="messages"
+    )
+    assert "unknown data format 'alpacca'; did you mean 'alpaca'?" in fault(
+        parse_rows, rows, format="alpacca"
+    )
     assert "unknown data format" in fault(parse, rows[0], "nothing")
 
 
@@ -235,11 +261,18 @@ def test_one_side_of_a_pair_can_be_imitated():
 
     rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(60)]
     (first, *_), dropped = parse_rows(rows, format="chosen", source="x")
-    assert isinstance(first, Conversation) and [t.content for t in first.turns] == ["p0", "good"] and not dropped
+    assert (
+        isinstance(first, Conversation) and [t.content for t in first.turns] == ["p0", "good"] and not dropped
+    )
     mixed, _ = parse_rows(rows, format="either", source="x")
     answers = [row.turns[-1].content for row in mixed]
     assert 15 < answers.count("good") < 45
-    assert [row.turns[-1].content for row in parse_rows(rows[::-1], format="either", source="x")[0]] == answers[::-1]
+    assert [
+        row.turns[-1].content for row in parse_rows(rows[::-1], format="either", source="x")[0]
+    ] == answers[::-1]
     dialogue = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}]
-    assert [t.content for t in parse_rows(dialogue, format="chosen", source="x")[0][0].turns] == ["Hi", "Hello"]
+    assert [t.content for t in parse_rows(dialogue, format="chosen", source="x")[0][0].turns] == [
+        "Hi",
+        "Hello",
+    ]
     assert type(parse_rows(rows, source="x")[0][0]).__name__ == "Preference"  # never chosen by itself

@@ -1,4 +1,6 @@
-"""Pairs: token ids against encode, where a score is read against transformers, batches worked by hand, and the order of an epoch."""
+"""Pairs: token ids against encode, where a score is read against transformers, batches worked by hand, and
+the order of an epoch.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,19 @@ def talk(exchanges: int, *, system: bool = False) -> tuple[Turn, ...]:
     return (*turns, Turn("user", "And what comes now?"))
 
 
-def ids(tokenizer: Any, prompt: tuple[Turn, ...], answer: str, template: str = "instruction", templated: bool = True) -> tuple[int, ...]:
-    example = encode(Conversation((*prompt, Turn("assistant", answer)), templated), tokenizer, template=template, max_length=10_000)
+def ids(
+    tokenizer: Any,
+    prompt: tuple[Turn, ...],
+    answer: str,
+    template: str = "instruction",
+    templated: bool = True,
+) -> tuple[int, ...]:
+    example = encode(
+        Conversation((*prompt, Turn("assistant", answer)), templated),
+        tokenizer,
+        template=template,
+        max_length=10_000,
+    )
     assert example is not None
     return example.tokens
 
@@ -46,12 +59,17 @@ def pair(number: int, prompt: int | None = None, length: int = 4, chosen: int = 
     return Pair(rows[0], rows[1], prompt, Preference(QUESTION, str(chosen), str(rejected)))
 
 
-# -- rows to pairs
+# rows to pairs
 
 
-@pytest.mark.parametrize("template, templated", [("instruction", True), ("dialogue", True), ("none", True), ("instruction", False)])
+@pytest.mark.parametrize(
+    "template, templated", [("instruction", True), ("dialogue", True), ("none", True), ("instruction", False)]
+)
 def test_a_side_has_the_tokens_of_its_conversation(tiny, template, templated):
-    rows = [Preference(p, "It is four.", "It is five, I think.", templated) for p in (QUESTION, talk(2), talk(1, system=True))]
+    rows = [
+        Preference(p, "It is four.", "It is five, I think.", templated)
+        for p in (QUESTION, talk(2), talk(1, system=True))
+    ]
     found, report = encode_pairs(rows, tiny, template=template, max_length=512)
     for row, made in zip(rows, found, strict=True):
         assert made.row is row
@@ -70,7 +88,11 @@ def test_pairs_of_one_prompt_share_its_number(tiny):
 def test_margin_is_the_column(tiny):
     extras = [{"margin": 1.5}, {"margin": 2}, {}]
     rows = [Preference(QUESTION, "4", "5", extra=extra) for extra in extras]
-    assert [p.margin for p in encode_pairs(rows, tiny, template="instruction", max_length=64)[0]] == [1.5, 2.0, 0.0]
+    assert [p.margin for p in encode_pairs(rows, tiny, template="instruction", max_length=64)[0]] == [
+        1.5,
+        2.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("margin", ["much", True, None, float("nan"), float("inf")])
@@ -82,11 +104,17 @@ def test_a_margin_that_is_no_number_names_its_pair(tiny, margin):
 
 def test_an_answer_without_text_names_its_pair(tiny):
     with pytest.raises(UserError, match="pair 2: an answer has no text"):
-        encode_pairs([Preference(QUESTION, "4", "5"), Preference(QUESTION, "4", " \n")], tiny, template="instruction", max_length=64)
+        encode_pairs(
+            [Preference(QUESTION, "4", "5"), Preference(QUESTION, "4", " \n")],
+            tiny,
+            template="instruction",
+            max_length=64,
+        )
 
 
 def test_equal_sides_are_dropped_and_counted(tiny):
-    rows = [Preference(QUESTION, "four", "four \n"), Preference(QUESTION, "four", "five")]  # the template strips answers
+    # the template strips answers
+    rows = [Preference(QUESTION, "four", "four \n"), Preference(QUESTION, "four", "five")]
     found, report = encode_pairs(rows, tiny, template="instruction", max_length=64)
     assert [p.row for p in found] == rows[1:]
     assert (report.total, report.kept, report.same) == (2, 1, 1)
@@ -99,7 +127,8 @@ def test_equal_sides_are_dropped_and_counted(tiny):
 def test_a_long_dialogue_loses_its_oldest_exchanges_and_no_more(tiny, system):
     """Every maximum length, against leaving out one exchange after the other."""
     whole = talk(6, system=system)
-    row = Preference(whole, "Four.", "That would be five, unless it is six.")  # the rejected side is the longer one
+    # the rejected side is the longer one
+    row = Preference(whole, "Four.", "That would be five, unless it is six.")
     head = whole[: int(system)]
     rests = [head + whole[int(system) + 2 * i :] for i in range(7)]
     sides = [(ids(tiny, rest, row.chosen), ids(tiny, rest, row.rejected)) for rest in rests]
@@ -126,14 +155,16 @@ def test_one_long_answer_drops_its_pair(tiny):
 
 def test_a_dialogue_of_n_exchanges_is_not_tokenised_n_times(tiny, monkeypatch):
     tokenised, sides = [], pairs._sides
-    monkeypatch.setattr(pairs, "_sides", lambda rows, *rest: tokenised.append(len(rows)) or sides(rows, *rest))
+    monkeypatch.setattr(
+        pairs, "_sides", lambda rows, *rest: tokenised.append(len(rows)) or sides(rows, *rest)
+    )
     rows = [Preference(talk(127), "4", "5"), Preference(QUESTION, "4", "5")]
     assert encode_pairs(rows, tiny, template="instruction", max_length=100)[1].shortened == 1
     assert tokenised[0] == 2 and set(tokenised[1:]) == {1}
     assert len(tokenised) <= 1 + 7
 
 
-# -- where a score is read
+# where a score is read
 
 
 @pytest.mark.parametrize(
@@ -156,7 +187,10 @@ def test_last_token(tokens, pad, expected):
 EOS = 11
 SITUATIONS = {
     "pad is EOS": (EOS, [[1, 2, 3, EOS], [4, EOS], [1, EOS, 2, 5, 6, EOS], [7, 8], [EOS, 3], [EOS, EOS]]),
-    "a pad of its own": (10, [[1, 2, 3, EOS], [4, EOS], [1, EOS, 2, 5, 6, EOS], [7, 8], [1, 10, 2, 10, 10], [10, 10, 10]]),
+    "a pad of its own": (
+        10,
+        [[1, 2, 3, EOS], [4, EOS], [1, EOS, 2, 5, 6, EOS], [7, 8], [1, 10, 2, 10, 10], [10, 10, 10]],
+    ),
     "pad is 0": (0, [[1, 2, 3, EOS], [0, 4], [5, 0], [0]]),
     "no pad, one row": (None, [[1, 2, EOS]]),
 }
@@ -168,20 +202,31 @@ def test_scores_are_read_where_transformers_reads_them(pad, rows):
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     torch.manual_seed(0)
-    size = {"vocab_size": 12, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
-    model = GPT2ForSequenceClassification(GPT2Config(**size, num_labels=1, pad_token_id=pad, eos_token_id=EOS)).eval()
+    size = {
+        "vocab_size": 12,
+        "n_positions": 64,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "initializer_range": 0.3,
+    }
+    model = GPT2ForSequenceClassification(
+        GPT2Config(**size, num_labels=1, pad_token_id=pad, eos_token_id=EOS)
+    ).eval()
     longest = max(map(len, rows))
     theirs = torch.tensor([row + [pad or 0] * (longest - len(row)) for row in rows])
     batch = collate_rows(rows, pad)
     with torch.no_grad():
         expected = model(theirs).logits[:, 0]
-        everywhere = model.score(model.transformer(torch.tensor(batch.tokens, dtype=torch.long)).last_hidden_state)[..., 0]
+        everywhere = model.score(
+            model.transformer(torch.tensor(batch.tokens, dtype=torch.long)).last_hidden_state
+        )[..., 0]
     found = everywhere.flatten()[torch.tensor(batch.index, dtype=torch.long)]
     assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-6)
     assert everywhere.std() > 0.1  # so that another position would be seen
 
 
-# -- batches
+# batches
 
 
 def test_collate_rows_by_hand():
@@ -205,7 +250,9 @@ def test_padding_stays_within_the_context():
 
 
 def test_a_row_of_several_pairs_stands_once():
-    """Answers 1 > 2 > 3 to prompt 7 make three pairs of three rows; prompt 8 has the same answers and rows of its own."""
+    """Answers 1 > 2 > 3 to prompt 7 make three pairs of three rows; prompt 8 has the same answers and rows of
+    its own.
+    """
     ranked = [pair(0, 7, 4, 1, 2), pair(1, 7, 4, 1, 3), pair(2, 7, 4, 2, 3), pair(3, 8, 4, 1, 2)]
     margins = [0.5, 1.0, 0.0, 2.0]
     ranked = [Pair(p.chosen, p.rejected, p.prompt, p.row, m) for p, m in zip(ranked, margins, strict=True)]
@@ -218,12 +265,15 @@ def test_a_row_of_several_pairs_stands_once():
             assert tuple(batch.tokens[batch.extra[name][i], :4].tolist()) == getattr(p, name)
     assert batch.extra["margin"].tolist() == margins and batch.extra["pair_weight"].tolist() == [1.0] * 4
     assert {name: a.dtype for name, a in batch.extra.items()} == {
-        "chosen": np.int32, "rejected": np.int32, "margin": np.float32, "pair_weight": np.float32,
-    }  # fmt: skip
+        "chosen": np.int32,
+        "rejected": np.int32,
+        "margin": np.float32,
+        "pair_weight": np.float32,
+    }
     assert batch.units == batch.count == 4.0  # a loss is averaged over pairs, not over the five rows
 
 
-# -- the order of an epoch
+# the order of an epoch
 
 
 def settings(**changes: Any) -> TrainSection:
@@ -246,11 +296,17 @@ def uneven(count: int = 60) -> list[Pair]:
     """Prompts with 1 to 6 pairs and rows of 4 to 120 tokens; the pairs of a prompt lie far apart."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(4, 120, count)
-    made = [pair(0, prompt, int(lengths[prompt]), 1, 2 + n) for prompt in range(count) for n in range(1 + prompt % 6)]
+    made = [
+        pair(0, prompt, int(lengths[prompt]), 1, 2 + n)
+        for prompt in range(count)
+        for n in range(1 + prompt % 6)
+    ]
     return [made[i] for i in rng.permutation(len(made))]
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch_size": 1}, {"accumulate": 4}, {"token_budget": 256}, {"batch_size": 1000}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"batch_size": 1}, {"accumulate": 4}, {"token_budget": 256}, {"batch_size": 1000}]
+)
 def test_every_pair_once_per_epoch_and_prompts_stay_together(changes):
     train = uneven()
     made = data(train, **changes)
@@ -285,7 +341,9 @@ def test_one_pair_a_prompt_gives_steps_of_the_batch_size():
     assert sorted(len(flat(step)) for step in order) == [1, 8, 8]
     assert all([len(part) for part in step] in ([4, 4], [1]) for step in order)
     # The same rows whatever the split into micro-batches.
-    assert [sorted(flat(step)) for step in order] == [sorted(flat(step)) for step in epoch(data(made.train, batch_size=8))]
+    assert [sorted(flat(step)) for step in order] == [
+        sorted(flat(step)) for step in epoch(data(made.train, batch_size=8))
+    ]
     assert data(made.train, batch_size=8, epochs=2.5).steps == 8
     assert data(made.train, batch_size=8, steps=5).steps == 5
 
@@ -308,15 +366,25 @@ def test_rows_of_similar_length_go_together():
 
 
 def test_the_token_budget_counts_each_row_once():
-    """16 rows of 8: eight single pairs, but fifteen pairs of one prompt, or of two prompts, as long as they have 16 answers."""
+    """16 rows of 8: eight single pairs, but fifteen pairs of one prompt, or of two prompts, as long as they
+    have 16 answers.
+    """
     made = data([pair(i) for i in range(20)], batch_size=16, token_budget=16 * 8)
     assert {len(part) for step in epoch(made) for part in step} == {8, 4}
     # Seven pairs against one best answer are eight rows a prompt.
-    made = data([pair(0, prompt, 4, 1, 2 + n) for prompt in range(2) for n in range(7)], batch_size=16, token_budget=16 * 8)
+    made = data(
+        [pair(0, prompt, 4, 1, 2 + n) for prompt in range(2) for n in range(7)],
+        batch_size=16,
+        token_budget=16 * 8,
+    )
     assert [[len(part) for part in step] for step in epoch(made)] == [[14]]
     for train, budget in ((uneven(), 256), (uneven(), 128)):
         made = data(train, batch_size=32, token_budget=budget)
-        sizes = [(b.tokens.size, {train[i].prompt for i in r}) for s in epoch(made) for r, b in zip(s, made.micro_batches(s), strict=True)]
+        sizes = [
+            (b.tokens.size, {train[i].prompt for i in r})
+            for s in epoch(made)
+            for r, b in zip(s, made.micro_batches(s), strict=True)
+        ]
         over = [prompts for size, prompts in sizes if size > budget]
         assert all(len(prompts) == 1 for prompts in over)
         assert max(size for size, prompts in sizes if len(prompts) > 1) > budget / 2  # it is used

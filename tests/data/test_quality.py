@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain.data.quality import clean, is_boilerplate, is_cut_off, is_language, near_duplicates, normalised, shingles
+from mlx_posttrain.data.quality import (
+    clean,
+    is_boilerplate,
+    is_cut_off,
+    is_language,
+    near_duplicates,
+    normalised,
+    shingles,
+)
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
 
@@ -46,7 +54,8 @@ def test_cut_off(answer: str) -> None:
         "red, green, blue, yellow, orange, purple, brown, pink, grey, black, white, violet, cyan",
         "def f(x):\n    y = x + 1\n    z = y + 2\n    for a in range(z):\n        y += a * x\n    return y",
         "```python\nprint(1)\n```",
-        "Roses are red and violets are blue\nSugar is sweet and so are you\nThe sun goes down on the quiet sea",
+        "Roses are red and violets are blue\nSugar is sweet and so are you\nThe sun goes down on the quiet "
+        "sea",
         "Dear Ann,\n\n" + PROSE + ".\n\nYours sincerely,\nJane Austen",
         PROSE + ". Yours sincerely, Jane Austen",
         "The answer is the sum of all the numbers from one to ten, which is 55",
@@ -118,7 +127,8 @@ def test_language() -> None:
         "for i in range(10): print(i in x)",
         "20 miles per hour is about 32 kilometres per hour or so.",
         "déjà vu",
-        "Ragu alla Bolognese, Spaghetti alla Carbonara, Risotto, Polenta, Lasagne",  # two words decide nothing
+        # two words decide nothing
+        "Ragu alla Bolognese, Spaghetti alla Carbonara, Risotto, Polenta, Lasagne",
     ):
         assert is_language(text)
 
@@ -126,7 +136,8 @@ def test_language() -> None:
 def test_near_duplicates() -> None:
     words = [f"word{i}" for i in range(40)]
     base = " ".join(words)
-    # 36 shingles; a changed last word changes 1 of them: 35 / 37; a changed middle word 5: 31 / 41 = .756; two of them 10: 26 / 46 = .565
+    # 36 shingles; a changed last word changes 1 of them: 35 / 37; a changed middle word 5: 31 / 41 = .756;
+    # two of them 10: 26 / 46 = .565
     near, middle, far = " ".join([*words[:-1], "x"]), words.copy(), words.copy()
     middle[20] = "x"
     far[10] = far[30] = "x"
@@ -136,7 +147,11 @@ def test_near_duplicates() -> None:
     assert list(near_duplicates([base, " ".join(far)], threshold=0.7)) == [False, False]
     assert list(near_duplicates([base, " ".join(middle)], threshold=0.8)) == [False, False]
     # the last is near the middle one, which was dropped, and not near the one that was kept
-    assert list(near_duplicates([base, " ".join(middle), " ".join([*middle[:10], "x", *middle[11:]])])) == [False, True, False]
+    assert list(near_duplicates([base, " ".join(middle), " ".join([*middle[:10], "x", *middle[11:]])])) == [
+        False,
+        True,
+        False,
+    ]
     assert list(near_duplicates(["a b", "a b", "a c", ""])) == [False, True, False, False]
     assert [list(near_duplicates([base, near], seed=s)) for s in (0, 1)] == [[False, True]] * 2
 
@@ -186,7 +201,9 @@ def test_clean_counts_in_order() -> None:
         ("over the number kept", 0),
     ]
     assert kept == [rows[0], rows[7]]
-    everything, drops = clean(rows, min_words=0, complete=False, boilerplate=False, language=None, exact=False, near=None, keep=None)
+    everything, drops = clean(
+        rows, min_words=0, complete=False, boilerplate=False, language=None, exact=False, near=None, keep=None
+    )
     assert everything == rows
     assert drops == {"too short": 0, "too long": 0}
     assert normalised("A  Question!") == "a question"
@@ -202,7 +219,8 @@ def test_the_number_kept_is_drawn_by_seed_and_row() -> None:
     assert {r.turns for r in clean(rows[::-1], keep=20, near=None)[0]} == {r.turns for r in kept}
     assert clean(rows, keep=20, near=None, seed=1)[0] != kept
     without = clean([r for r in rows if r is not kept[0]], keep=20, near=None)[0]
-    assert {r.turns for r in kept[1:]} < {r.turns for r in without}  # one row less in the source changes one row
+    # one row less in the source changes one row
+    assert {r.turns for r in kept[1:]} < {r.turns for r in without}
 
 
 def test_settings_out_of_range() -> None:

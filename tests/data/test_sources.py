@@ -1,4 +1,6 @@
-"""Rows from files, folders, the hub's cache and the embedded data; every foreseeable fault is one line that says where."""
+"""Rows from files, folders, the hub's cache and the embedded data; every foreseeable fault is one line that
+says where.
+"""
 
 import gzip
 import json
@@ -49,7 +51,9 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.csv", "d.jsonl.gz", "e.json.gz", "f.json", "g.json", "h.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "b.json", "c.csv", "d.jsonl.gz", "e.json.gz", "f.json", "g.json", "h.parquet"]
+)
 def test_every_file_type_gives_the_same_rows(files: Path, name: str) -> None:
     assert load_rows(str(files / name)) == ROWS
     assert load_rows(str(files / name), limit=3) == ROWS[:3]
@@ -116,11 +120,16 @@ def test_faults_of_files(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}, 7]', "a.json, row 2: a row must be an object"),
         ("a.json", "3", "must hold a list of objects, found a number"),
         ("a.csv", "p,c\na,b\nc,d,e\n", "a.csv, line 3: more fields than the header"),
-        ("a.csv", 'p,c\n1,2\na,"b\nc,d\n', "a.csv, line 3: broken CSV in the row that begins here (unexpected end of data)"),
+        (
+            "a.csv",
+            'p,c\n1,2\na,"b\nc,d\n',
+            "a.csv, line 3: broken CSV in the row that begins here (unexpected end of data)",
+        ),
         ("a.csv", b"p,c\na,\xe9\n", "a.csv, line 2: not UTF-8"),
         ("a.parquet", "PAR?", "not a readable Parquet file"),
         ("a.jsonl.gz", "not gzip", "broken gzip file"),
-        # The time in gzip's header is fixed: the bytes name the test, and every worker of a parallel run must collect the same names.
+        # The time in gzip's header is fixed: the bytes name the test, and every worker of a parallel run must
+        # collect the same names.
         ("b.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-12], "broken gzip file"),
     ],
 )
@@ -158,7 +167,9 @@ def test_a_dataset_that_was_downloaded_is_read_offline(hub: Path, capfd: pytest.
     fill(hub, "someone/pairs", train=ROWS, test=ROWS[:2])
     assert load_rows("someone/pairs", limit=3) == ROWS[:3]
     assert load_rows("someone/pairs", split="test") == ROWS[:2]
-    assert sorted(r["prompt"] for r in load_rows("someone/pairs", shuffle=True, seed=1)) == sorted(r["prompt"] for r in ROWS)
+    assert sorted(r["prompt"] for r in load_rows("someone/pairs", shuffle=True, seed=1)) == sorted(
+        r["prompt"] for r in ROWS
+    )
     assert "Generating" not in capfd.readouterr().err  # no progress bars into a log
     said = fault("someone/pairs", split="dev")
     assert "no split 'dev'" in said
@@ -189,7 +200,11 @@ def test_an_online_fault_is_sorted_by_what_it_says(monkeypatch: pytest.MonkeyPat
     assert "the hub did not answer (ConnectionError); try again, or run `hf download" in fault("no/such")
     raising(ValueError("Unknown split \"dev\". Should be one of ['train']."))
     assert "no split 'dev' (Unknown split" in fault("no/such", split="dev")
-    raising(ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"))
+    raising(
+        ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"
+        )
+    )
     assert "pick one among the available configs: ['main', 'socratic']" in fault("openai/gsm8k")
 
 

@@ -35,11 +35,15 @@ def by_family(some_rows):
     return groups
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------------------------
+# rows
 
 
 def test_default_sizes_and_columns(loaded):
-    assert {split: len(some) for split, some in loaded.items()} == {"train": 6000, "valid": 600, "phrasing": 600}
+    assert {split: len(some) for split, some in loaded.items()} == {
+        "train": 6000,
+        "valid": 600,
+        "phrasing": 600,
+    }
     for row in itertools.chain(*loaded.values()):
         assert list(row) == ["instruction", "input", "output", "family", "phrasing", "checker"]
         assert row["instruction"] and row["output"] and json.loads(json.dumps(row)) == row
@@ -82,12 +86,17 @@ def test_limit_takes_the_first_rows_and_families_selects():
     assert tasks.load("train", limit=100) == tasks.load("train", limit=300)[:100]
     assert tasks.preferences("valid", limit=40) == tasks.preferences("valid", limit=90)[:40]
     assert tasks.reasoning("train", limit=40) == tasks.reasoning("train", limit=90)[:40]
-    assert {row["family"] for row in tasks.load(limit=50, families=["story", "quotes"])} == {"story", "quotes"}
+    assert {row["family"] for row in tasks.load(limit=50, families=["story", "quotes"])} == {
+        "story",
+        "quotes",
+    }
     assert tasks.load(limit=0) == []
 
 
 def test_another_seed_gives_other_contents():
-    some, others = ({row["output"] for row in tasks.load(limit=50, seed=seed, families=["story"])} for seed in (0, 1))
+    some, others = (
+        {row["output"] for row in tasks.load(limit=50, seed=seed, families=["story"])} for seed in (0, 1)
+    )
     assert len(some & others) < 5
 
 
@@ -108,7 +117,7 @@ def test_bad_input_is_answered_with_what_is_accepted(call, names):
     assert all(name in str(error.value) for name in names)
 
 
-# -- splits --------------------------------------------------------------------------------------------------------------------------
+# splits
 
 
 def texts(row):
@@ -119,7 +128,10 @@ def texts(row):
 @pytest.mark.parametrize("registry", [_TASKS, _TRACES], ids=["tasks", "reasoning"])
 def test_valid_shares_no_content_with_training_of_any_seed(registry):
     train = [row for seed in (0, 5) for row in itertools.islice(rows(registry, "train", seed), 6000)]
-    keys, asked = {(row.family.name, row.item.key) for row in train}, {row.family.text(row.item, row.phrasing) for row in train}
+    keys, asked = (
+        {(row.family.name, row.item.key) for row in train},
+        {row.family.text(row.item, row.phrasing) for row in train},
+    )
     for seed in (0, 5):
         for row in itertools.islice(rows(registry, "valid", seed), 600):
             assert (row.family.name, row.item.key) not in keys
@@ -130,14 +142,19 @@ def test_valid_shares_no_content_with_training_of_any_seed(registry):
 @pytest.mark.parametrize("registry", [_TASKS, _TRACES], ids=["tasks", "reasoning"])
 def test_phrasing_asks_training_contents_in_unseen_words(registry):
     train = list(itertools.islice(rows(registry, "train", 0), 6000))
-    keys, used = {(row.family.name, row.item.key) for row in train}, {(row.family.name, row.phrasing) for row in train}
+    keys, used = (
+        {(row.family.name, row.item.key) for row in train},
+        {(row.family.name, row.phrasing) for row in train},
+    )
     for row in itertools.islice(rows(registry, "phrasing", 0), 600):
         assert (row.family.name, row.item.key) in keys
         assert (row.family.name, row.phrasing) not in used and row.phrasing >= len(row.family.train)
 
 
 def test_a_key_stands_for_the_whole_content():
-    """Two draws with one key ask the same; otherwise a held-out content could return under another key's text."""
+    """Two draws with one key ask the same; otherwise a held-out content could return under another key's
+    text.
+    """
     for registry in (_TASKS, _TRACES):
         asked = {}
         for row in itertools.islice(rows(registry, "train", 3), 4000):
@@ -145,12 +162,13 @@ def test_a_key_stands_for_the_whole_content():
             assert asked.setdefault((row.family.name, slots), row.item.key) == row.item.key
 
 
-# -- determinism and speed -----------------------------------------------------------------------------------------------------------
+# determinism and speed
 
 DIGEST = """
 import hashlib, json
 from mlx_posttrain.data import tasks
-made = [make(split, 700, 3) for make in (tasks.load, tasks.preferences, tasks.reasoning) for split in ("train", "valid", "phrasing")]
+kinds = (tasks.load, tasks.preferences, tasks.reasoning)
+made = [make(split, 700, 3) for make in kinds for split in ("train", "valid", "phrasing")]
 print(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest())
 """
 # Changes with every edit of the data, and with nothing else: another figure on another machine is a defect.
@@ -159,7 +177,12 @@ PINNED = "e6e0ac2260de8f393f96fa5eb952d865d88910f680c6987deb972d7959bb10c1"
 
 @pytest.mark.parametrize("hash_seed", ["0", "4242"])
 def test_rows_are_the_same_in_every_process_and_on_every_platform(hash_seed):
-    done = subprocess.run([sys.executable, "-c", DIGEST], env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == PINNED, done.stderr
 
 
@@ -169,14 +192,19 @@ def test_ten_thousand_rows_in_two_seconds():
     assert time.process_time() - started < 2
 
 
-# -- checkers ------------------------------------------------------------------------------------------------------------------------
+# checkers
 
 
 @pytest.mark.parametrize("seed", [0, 11])
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_output_passes_its_own_checker(split, seed):
     for row in tasks.load(split, limit=3000, seed=seed):
-        for text in (row["output"], f"  {row['output']} \n", f"Sure! {row['output']}", f"<think>\nhm\n</think>\n{row['output']}"):
+        for text in (
+            row["output"],
+            f"  {row['output']} \n",
+            f"Sure! {row['output']}",
+            f"<think>\nhm\n</think>\n{row['output']}",
+        ):
             assert tasks.check(row, text), (row, text)
         assert tasks.check(row["checker"], row["output"])
         if row["output"][-1].isalnum():
@@ -200,14 +228,19 @@ def corrupted(row):
     yield "answers inside the thought", f"<think>\n{answer}\n</think>\n"
     if len(words) > 1:
         yield "last word dropped", " ".join(words[:-1])
-        yield "first word dropped", " ".join(words[1:]) if row["family"] not in ("polite_request", "story") else ""
+        yield (
+            "first word dropped",
+            " ".join(words[1:]) if row["family"] not in ("polite_request", "story") else "",
+        )
     if len(set(words)) > 1 and row["family"] != "story":
         yield "turned around", " ".join(reversed(words)).strip(",")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_corrupted_outputs_fail(family):
-    for row in tasks.load("train", limit=120, families=[family]) + tasks.load("valid", limit=30, families=[family]):
+    for row in tasks.load("train", limit=120, families=[family]) + tasks.load(
+        "valid", limit=30, families=[family]
+    ):
         for what, text in corrupted(row):
             if text.lower() not in [row["output"].lower(), *row["checker"].get("answers", [])]:
                 assert not tasks.check(row, text), (what, text, row)
@@ -235,20 +268,57 @@ def test_every_item_offers_a_wrong_answer():
         (
             checks.one_of("cold", "chilly"),
             ["cold", "Cold.", " chilly\n", "The answer is cold.", "Sure! Cold. I hope this helps."],
-            ["hot", "cold or chilly", "cold chilly", "it is cold", "Sure! Sure! cold", "colder", "cold. You are so slow."],
+            [
+                "hot",
+                "cold or chilly",
+                "cold chilly",
+                "it is cold",
+                "Sure! Sure! cold",
+                "colder",
+                "cold. You are so slow.",
+            ],
         ),
-        (checks.literal("CAT"), ["CAT", "CAT.", "Here you are: CAT"], ["cat", "Cat", "CATS", "CAT CAT", "C A T"]),
-        (checks.literal('"a dog"'), ['"a dog"', '"a dog".', "\u201ca dog\u201d"], ["a dog", '"a dog', '"the dog"', '"A dog"']),
-        (checks.literal("- a\n- b"), ["- a\n- b", "- a \n- b\n"], ["- a - b", "- b\n- a", "- a", "- a\n- b\n- c", "a\nb"]),
+        (
+            checks.literal("CAT"),
+            ["CAT", "CAT.", "Here you are: CAT"],
+            ["cat", "Cat", "CATS", "CAT CAT", "C A T"],
+        ),
+        (
+            checks.literal('"a dog"'),
+            ['"a dog"', '"a dog".', "\u201ca dog\u201d"],
+            ["a dog", '"a dog', '"the dog"', '"A dog"'],
+        ),
+        (
+            checks.literal("- a\n- b"),
+            ["- a\n- b", "- a \n- b\n"],
+            ["- a - b", "- b\n- a", "- a", "- a\n- b\n- c", "a\nb"],
+        ),
         (
             checks.in_order("sun", "dog", "cup"),
             ["sun, dog, cup", "sun dog cup", "sun, dog and cup.", "- sun\n- dog\n- cup"],
-            ["sun, cup, dog", "sun, dog", "sun, dog, cup, cup", "sun, dog, cup, sun", "sun, dog. cup", "sun, dog, cup,", "sun, dog or cup"],
+            [
+                "sun, cup, dog",
+                "sun, dog",
+                "sun, dog, cup, cup",
+                "sun, dog, cup, sun",
+                "sun, dog. cup",
+                "sun, dog, cup,",
+                "sun, dog or cup",
+            ],
         ),
-        (checks.number(7), ["7", "7.", "seven", "The answer is: 7"], ["8", "7 8", "7 or 8", "77", "-7", "7.5", "3 + 4"]),
+        (
+            checks.number(7),
+            ["7", "7.", "seven", "The answer is: 7"],
+            ["8", "7 8", "7 or 8", "77", "-7", "7.5", "3 + 4"],
+        ),
         (
             checks.worked([3, 4, 2], 9),
-            ["3 + 4 = 7. 7 + 2 = 9. The answer is 9.", "3 + 4 = 7, 7 + 2 = 9. the answer is 9", "3 + 4 + 2 = 9. The answer is 9.", "9"],
+            [
+                "3 + 4 = 7. 7 + 2 = 9. The answer is 9.",
+                "3 + 4 = 7, 7 + 2 = 9. the answer is 9",
+                "3 + 4 + 2 = 9. The answer is 9.",
+                "9",
+            ],
             [
                 "3 + 4 = 8. 8 + 2 = 10. The answer is 9.",
                 "3 + 4 = 8. 8 + 2 = 9. The answer is 9.",
@@ -265,17 +335,30 @@ def test_every_item_offers_a_wrong_answer():
         (
             checks.sentences(["Tom", "dog"], least=4, most=9),
             ["Tom had a dog.", "Once Tom saw a big dog. He ran!"],
-            ["Tom had a cat.", "Tom dog.", "Tom had a dog", "Tom had a dog. Tom had a dog.", "Tom had a dog dog dog.", "Tom had big dogs.",
-             "Tom had a dog and he took it to the park and home."],
+            [
+                "Tom had a cat.",
+                "Tom dog.",
+                "Tom had a dog",
+                "Tom had a dog. Tom had a dog.",
+                "Tom had a dog dog dog.",
+                "Tom had big dogs.",
+                "Tom had a dog and he took it to the park and home.",
+            ],
         ),
         (
             checks.sentences(["open the door"], any_of=["could you", "please"], most=8, ends="?."),
             ["Could you open the door?", "Please open the door."],
-            ["Open the door.", "Could you open the box?", "Please open the door", "Please open the door!", "Could you open door the?"],
+            [
+                "Open the door.",
+                "Could you open the box?",
+                "Please open the door",
+                "Please open the door!",
+                "Could you open door the?",
+            ],
         ),
     ],
     ids=lambda value: value["kind"] if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_checkers_by_hand(spec, right, wrong):
     assert [text for text in right if not tasks.check(spec, text)] == []
     assert [text for text in wrong if tasks.check(spec, text)] == []
@@ -293,12 +376,21 @@ def test_equations():
     assert not checks.equations_hold("3 + 4 = 7. 7 - 2 = 6.")
 
 
-# -- answers worked out again ----------------------------------------------------------------------------------------------------------
+# answers worked out again
 
 
 def listed(text):
     """The comma-separated list in an instruction and its input."""
-    return [word.strip(" ?.:") for word in re.search(r"[\w ]+(?:, \w+)+", text.split(":")[-1]).group().split(",")]
+    return [
+        word.strip(" ?.:")
+        for word in re.search(
+            r"[\w ]+(?:, "
+            r"\w+)+",
+            text.split(":")[-1],
+        )
+        .group()
+        .split(",")
+    ]
 
 
 def last_words(text):
@@ -323,7 +415,9 @@ def sum_in(text):
 SOLVERS = {
     "arithmetic": lambda text: str(sum_in(text)),
     "sort_numbers": lambda text: ", ".join(sorted(re.findall(r"\d+", text), key=int)),
-    "compare_numbers": lambda text: str((max if "bigger" in text else min)(map(int, re.findall(r"\d+", text)))),
+    "compare_numbers": lambda text: str(
+        (max if "bigger" in text else min)(map(int, re.findall(r"\d+", text)))
+    ),
     "sort_words": lambda text: ", ".join(sorted(last_words(text))),
     "reverse_list": lambda text: ", ".join(reversed(last_words(text))),
     "bullet_list": lambda text: "\n".join(f"- {word}" for word in last_words(text)),
@@ -347,7 +441,7 @@ def test_worked_steps_lead_to_the_right_total():
         assert row["output"].endswith(f"The answer is {asked}.")
 
 
-# -- preferences ---------------------------------------------------------------------------------------------------------------------
+# preferences
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +489,10 @@ def test_answers_beside_the_point_answer_another_question_or_repeat_this_one(pai
         checkers.setdefault(row["family"], []).append(row["checker"])
 
     def words_of_the_question(row):
-        return any(" ".join(text.split()).rstrip(".") in " ".join(row["prompt"].split()) for text in courtesy.unframed(row["rejected"]))
+        return any(
+            " ".join(text.split()).rstrip(".") in " ".join(row["prompt"].split())
+            for text in courtesy.unframed(row["rejected"])
+        )
 
     def answers(family, row):
         return any(tasks.check(checker, row["rejected"]) for checker in checkers[family])
@@ -409,7 +506,10 @@ def test_answers_beside_the_point_answer_another_question_or_repeat_this_one(pai
 
 def test_an_answer_beside_the_point_stays_in_its_split():
     """Contents alternate between held out and not; a pair of either kind borrows only from its own."""
-    items = {name: Item(name, {}, name, checks.literal(name), (f"no {name[:-1]}",)) for name in (f"word{n}" for n in range(40))}
+    items = {
+        name: Item(name, {}, name, checks.literal(name), (f"no {name[:-1]}",))
+        for name in (f"word{n}" for n in range(40))
+    }
     turn = itertools.cycle(items.values())
     one = Family("words", "", ("Say something.",), ("Speak.",), lambda rng: next(turn))
     held = {name for name, item in items.items() if one.held_out(item)}
@@ -419,13 +519,21 @@ def test_an_answer_beside_the_point_stays_in_its_split():
         for name in sorted(split) * 40:
             row = tasks.pairs.pair(Row(one, items[name], 0), rng, [one])
             if row["flaw"] == "beside the point":
-                borrowed |= {word for text in courtesy.unframed(row["rejected"]) for word in re.findall(r"word\d+", text)}
+                borrowed |= {
+                    word
+                    for text in courtesy.unframed(row["rejected"])
+                    for word in re.findall(r"word\d+", text)
+                }
         assert len(borrowed) > 2 and borrowed <= split
 
 
 def test_length_alone_does_not_tell_the_better_answer(pairs):
     for split, some in pairs.items():
-        wins = [0.5 * (1 + (len(row["chosen"]) > len(row["rejected"])) - (len(row["chosen"]) < len(row["rejected"]))) for row in some]
+        wins = [
+            0.5
+            * (1 + (len(row["chosen"]) > len(row["rejected"])) - (len(row["chosen"]) < len(row["rejected"])))
+            for row in some
+        ]
         assert 0.40 <= sum(wins) / len(wins) <= 0.62, split
 
 
@@ -455,7 +563,7 @@ def test_single_words_do_not_tell_the_better_answer(pairs):
     assert 0.55 < (valid @ weights > 0).mean() < 0.80
 
 
-# -- reasoning -----------------------------------------------------------------------------------------------------------------------
+# reasoning
 
 
 def solve(row):
@@ -467,7 +575,14 @@ def solve(row):
         sign = {"has": 1, "finds": 1, "gets": 1, "buys": 1, "loses": -1, "gives": -1, "breaks": -1}
         return str(sum(sign[verb] * int(n) for verb, n in re.findall(r"(\w+) (\d+)", text)))
     if family == "who_has_more":
-        return max(re.findall(r"(\w+) has (\d+) \w+ and (\d+)", text), key=lambda found: int(found[1]) + int(found[2]))[0]
+        return max(
+            re.findall(
+                r"(\w+) has (\d+) \w+ and "
+                r"(\d+)",
+                text,
+            ),
+            key=lambda found: int(found[1]) + int(found[2]),
+        )[0]
     if family == "sort_by_steps":
         return ", ".join(sorted(re.findall(r"\d+", text), key=int))
     if family == "count_by_steps":
@@ -510,7 +625,14 @@ def test_reasoning_traces_are_true_and_reach_the_answer():
             assert ", ".join(least for _, least in taken) == row["answer"]
         elif row["family"] == "count_by_steps":
             assert lines[-1].endswith(f": {row['answer']}")
-            assert [line.split(": ")[0] for line in lines] == re.findall(r"\w+", re.search(r"\w+(?:, \w+){3,}", row["question"]).group())
+            assert [line.split(": ")[0] for line in lines] == re.findall(
+                r"\w+",
+                re.search(
+                    r"\w+(?:, "
+                    r"\w+){3,}",
+                    row["question"],
+                ).group(),
+            )
         else:
             assert row["answer"] in row["thinking"]
     assert equations > 2000
@@ -523,7 +645,7 @@ def test_reasoning_sizes_and_no_duplicates():
         assert {row["family"] for row in some} == set(tasks.REASONING_FAMILIES)
 
 
-# -- questions ------------------------------------------------------------------------------------------------------------------------
+# questions
 
 
 def test_question_answers():
@@ -537,5 +659,7 @@ def test_question_answers():
 
 
 def test_digest_is_of_the_rows_seen_here():
-    made = [make(split, 700, 3) for make in (tasks.load, tasks.preferences, tasks.reasoning) for split in SPLITS]
+    made = [
+        make(split, 700, 3) for make in (tasks.load, tasks.preferences, tasks.reasoning) for split in SPLITS
+    ]
     assert hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() == PINNED

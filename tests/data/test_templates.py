@@ -1,4 +1,6 @@
-"""The text of every template, what is trained of it, and that a prompt is the exact beginning of its training row."""
+"""The text of every template, what is trained of it, and that a prompt is the exact beginning of its training
+row.
+"""
 
 from collections import Counter
 from typing import Any
@@ -25,12 +27,19 @@ CHATML = (
 # A template like those of reasoning models: the thoughts of all but the last answer are left out.
 FORGETFUL = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}"
-    "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}{{ '<end>' }}{% endfor %}"
+    "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}{{ '<end>' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 # The prompt's mark differs from the one that stands before a given answer.
-CHANGING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}<ai>{% endif %}"
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+CHANGING = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt "
+    "%}<ai>{% endif %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHATML
+)
 
 
 def tokenizer(chat_template: str | None, eos: str = "<|im_end|>") -> Any:
@@ -63,13 +72,17 @@ def text(segments: list[Segment], eos: str = "$") -> str:
         ("none", "Add 2 and 3.| 5$"),
         (
             "alpaca",
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+            "Below is an instruction that describes a task. Write a response that appropriately completes "
+            "the request.\n\n"
             "### Instruction:\nAdd 2 and 3.\n\n### Response:\n|5$",
         ),
     ],
 )
 def test_one_turn(name: str, expected: str) -> None:
-    prompt, answer = expected.split("|5$" if "|5$" in expected else "| 5$")[0], expected.rsplit("|", 1)[1][:-1]
+    prompt, answer = (
+        expected.split("|5$" if "|5$" in expected else "| 5$")[0],
+        expected.rsplit("|", 1)[1][:-1],
+    )
     assert render(Conversation(ONE), name) == [Segment(prompt, False), Segment(answer, True, closes=True)]
     assert render_prompt(ONE[:1], name) == [Segment(prompt, False)]
 
@@ -77,21 +90,26 @@ def test_one_turn(name: str, expected: str) -> None:
 def test_the_five_formats() -> None:
     assert len(set(FIVE)) == 5
     assert set(FIVE) < set(NAMES)
-    assert not any(TEMPLATES[name].assistant.endswith(" ") for name in NAMES if name != "chat")  # a space belongs to the answer
+    # a space belongs to the answer
+    assert not any(TEMPLATES[name].assistant.endswith(" ") for name in NAMES if name != "chat")
 
 
 def test_several_turns_and_system() -> None:
     segments = render(Conversation(MANY), "instruction")
     assert text(segments) == (
-        "Be kind.\n\n### Instruction:\nHi {x}\n\n### Response:\nHello.$\n\n### Instruction:\nBye?\n\n### Response:\nBye.$"
+        "Be kind.\n\n### Instruction:\nHi {x}\n\n### Response:\nHello.$\n\n### Instruction:\nBye?\n\n### "
+        "Response:\nBye.$"
     )
     assert [s.trained for s in segments] == [False, False, False, True]
     segments = render(Conversation(MANY), "dialogue", train_on="assistant")
-    assert text(segments) == "Be kind.\n\nUser: Hi {x}\n\nAssistant: Hello.$\n\nUser: Bye?\n\nAssistant: Bye.$"
+    assert (
+        text(segments) == "Be kind.\n\nUser: Hi {x}\n\nAssistant: Hello.$\n\nUser: Bye?\n\nAssistant: Bye.$"
+    )
     assert [s.trained for s in segments] == [False, True, False, True]
     segments = render(Conversation(MANY), "chatml", train_on="all")
     assert text(segments) == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi {x}<|im_end|>\n<|im_start|>assistant\nHello.$\n"
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi "
+        "{x}<|im_end|>\n<|im_start|>assistant\nHello.$\n"
         "<|im_start|>user\nBye?<|im_end|>\n<|im_start|>assistant\nBye.$"
     )
     assert all(s.trained for s in segments)
@@ -99,9 +117,14 @@ def test_several_turns_and_system() -> None:
 
 def test_text_that_is_not_templated_stands_exactly() -> None:
     exact = Conversation((Turn("user", " a {content} "), Turn("assistant", " b\r\n")), templated=False)
-    assert render(exact, "instruction") == [Segment(" a {content} ", False), Segment(" b\r\n", True, closes=True)]
+    assert render(exact, "instruction") == [
+        Segment(" a {content} ", False),
+        Segment(" b\r\n", True, closes=True),
+    ]
     assert render_prompt(exact.turns[:1], "instruction", templated=False) == [Segment(" a {content} ", False)]
-    assert render(Conversation((Turn("assistant", "x"),), templated=False)) == [Segment("x", True, closes=True)]
+    assert render(Conversation((Turn("assistant", "x"),), templated=False)) == [
+        Segment("x", True, closes=True)
+    ]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "chat"])
@@ -127,7 +150,8 @@ def test_chat_template_with_its_own_eos() -> None:
     tok = tokenizer(CHATML)
     segments = render(Conversation(MANY), "chat", tok, train_on="assistant")
     whole = tok.apply_chat_template([t._asdict() for t in MANY], tokenize=False)
-    assert text(segments) + "\n" == whole  # its EOS ends the row: the newline after it is nobody's to predict
+    # its EOS ends the row: the newline after it is nobody's to predict
+    assert text(segments) + "\n" == whole
     assert [s.text for s in segments if s.trained] == [" Hello. \n<|im_end|>", "Bye.<|im_end|>"]
     assert not any(s.closes for s in segments)
     assert [s[0] for s in render_prompt(MANY[:-1], "chat", tok)] == [s.text for s in segments[:-1]]
@@ -137,13 +161,23 @@ def test_chat_template_with_its_own_eos() -> None:
 
 
 def test_chat_template_without_eos_gets_one_at_the_end() -> None:
-    segments = render(Conversation(MANY), "chat", tokenizer(CHATML, eos="<|endoftext|>"), train_on="assistant")
-    assert [(s.text, s.closes) for s in segments if s.trained] == [(" Hello. \n<|im_end|>\n", False), ("Bye.<|im_end|>\n", True)]
+    segments = render(
+        Conversation(MANY), "chat", tokenizer(CHATML, eos="<|endoftext|>"), train_on="assistant"
+    )
+    assert [(s.text, s.closes) for s in segments if s.trained] == [
+        (" Hello. \n<|im_end|>\n", False),
+        ("Bye.<|im_end|>\n", True),
+    ]
 
 
 def test_chat_template_that_rewrites_earlier_answers() -> None:
     tok = tokenizer(FORGETFUL)
-    turns = (Turn("user", "a"), Turn("assistant", "<think>x</think>b"), Turn("user", "c"), Turn("assistant", "<think>y</think>d"))
+    turns = (
+        Turn("user", "a"),
+        Turn("assistant", "<think>x</think>b"),
+        Turn("user", "c"),
+        Turn("assistant", "<think>y</think>d"),
+    )
     segments = render(Conversation(turns), "chat", tok)
     assert segments == [
         Segment("<user>a<end><assistant>b<end><user>c<end><assistant>", False),
@@ -157,7 +191,11 @@ def test_chat_template_that_rewrites_earlier_answers() -> None:
 def test_chat_template_faults() -> None:
     with pytest.raises(UserError, match=r"has no chat template; choose another template \(instruction, "):
         render(Conversation(ONE), "chat", tokenizer(None))
-    with pytest.raises(UserError, match=r"writes a prompt differently once it is answered \('<ai>' became '\[assistant\]5'\)"):
+    with pytest.raises(
+        UserError,
+        match=r"writes a prompt differently once it is answered \('<ai>' became "
+        r"'\[assistant\]5'\)",
+    ):
         render(Conversation(ONE), "chat", tokenizer(CHANGING))
     with pytest.raises(UserError, match=r"refuses the turns \['system', .*System role not supported"):
         render(Conversation(MANY), "chat", tokenizer(NO_SYSTEM))
@@ -184,5 +222,6 @@ def test_choose_depends_on_the_row_and_the_seed_only() -> None:
     assert set(counts) == set(FIVE)
     assert all(abs(n - 400) < 4 * 18 for n in counts.values())  # binomial: sd 17.9
     assert sum(choose(FIVE, key, 1) == chosen[key] for key in keys) == pytest.approx(400, abs=72)
-    assert [choose(FIVE, f"row {i}", 0) for i in range(4)] == ["instruction", "plain", "question", "plain"]  # in every process
+    # in every process
+    assert [choose(FIVE, f"row {i}", 0) for i in range(4)] == ["instruction", "plain", "question", "plain"]
     assert choose(["plain"], "x", 3) == "plain"

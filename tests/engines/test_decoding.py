@@ -1,4 +1,6 @@
-"""Batched decoding: the cache against full forward passes, rows independent of each other, sampling from the right distribution."""
+"""Batched decoding: the cache against full forward passes, rows independent of each other, sampling from the
+right distribution.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_a_rows_text_depends_on_the_seed_and_its_number_only(model):
 
 def test_samples_share_a_prefill_and_differ(model):
     both = model.generate(PROMPTS, max_tokens=8, stop=None, temperature=1.0, samples=3, seed=1)
-    repeated = model.generate([p for p in PROMPTS for _ in range(3)], max_tokens=8, stop=None, temperature=1.0, seed=1)
+    repeated = model.generate(
+        [p for p in PROMPTS for _ in range(3)], max_tokens=8, stop=None, temperature=1.0, seed=1
+    )
     assert [c.tokens for c in both] == [c.tokens for c in repeated]
     assert len({tuple(c.tokens) for c in both[:3]}) == 3
 
@@ -62,7 +66,9 @@ def test_rows_stop_alone_and_leave_the_batch(model):
     assert cut[1].stopped
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 1.0, "top_p": 0.8, "seed": 4}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 1.0, "top_p": 0.8, "seed": 4}]
+)
 def test_forbidden_tokens_are_never_said_and_the_others_share_their_probability(model, settings):
     free = model.generate(PROMPTS, max_tokens=12, stop=None, **settings)
     forbidden = sorted({c.tokens[2] for c in free} | {c.tokens[5] for c in free} | {0})
@@ -89,7 +95,14 @@ def test_answers_end_where_the_context_does(model):
 
 def test_streaming_sees_the_same_tokens(model):
     seen = []
-    (done,) = model.generate([PROMPTS[1]], max_tokens=9, stop=None, temperature=0.8, seed=3, on_token=lambda row, token: seen.append(token))
+    (done,) = model.generate(
+        [PROMPTS[1]],
+        max_tokens=9,
+        stop=None,
+        temperature=0.8,
+        seed=3,
+        on_token=lambda row, token: seen.append(token),
+    )
     assert seen == done.tokens
 
 
@@ -102,7 +115,16 @@ def test_engines_sample_the_same_tokens(random_gpt2, top_p, forbidden):
             c.tokens
             for c in engines.get(e)
             .load(random_gpt2)
-            .generate(PROMPTS, max_tokens=24, stop=None, temperature=1.1, top_p=top_p, samples=4, seed=9, forbidden=forbidden)
+            .generate(
+                PROMPTS,
+                max_tokens=24,
+                stop=None,
+                temperature=1.1,
+                top_p=top_p,
+                samples=4,
+                seed=9,
+                forbidden=forbidden,
+            )
         ]
         for e in ENGINES
     ]
@@ -136,7 +158,9 @@ def test_the_last_token_can_be_drawn_and_none_past_it():
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
 def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
-    """Through growing past its room, repeating and dropping rows; and nothing is copied while there is room."""
+    """Through growing past its room, repeating and dropping rows; and nothing is copied while there is
+    room.
+    """
     import torch
     from transformers.cache_utils import Cache, DynamicLayer
 
@@ -171,7 +195,10 @@ def test_a_cache_that_grows_while_rows_leave_says_the_same(random_gpt2, monkeypa
     model = engines.get("torch").load(random_gpt2)
 
     def said():
-        return [c.tokens for c in model.generate(PROMPTS, max_tokens=40, stop=9, temperature=1.5, samples=4, seed=2)]
+        return [
+            c.tokens
+            for c in model.generate(PROMPTS, max_tokens=40, stop=9, temperature=1.5, samples=4, seed=2)
+        ]
 
     wide = said()
     assert len({len(tokens) for tokens in wide}) > 2  # rows leave at different steps
@@ -196,5 +223,7 @@ def test_torch_decodes_through_the_whole_model_where_logits_are_more_than_produc
     said = []
     for split in (True, False):
         model._split = split
-        said.append([c.tokens for c in model.generate(PROMPTS, max_tokens=8, stop=None, temperature=1.0, seed=1)])
+        said.append(
+            [c.tokens for c in model.generate(PROMPTS, max_tokens=8, stop=None, temperature=1.0, seed=1)]
+        )
     assert heads[0] is not None and heads[1] is None and said[0] == said[1]

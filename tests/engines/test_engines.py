@@ -36,7 +36,11 @@ def both():
     return [engines.get(name) for name in ENGINES]
 
 
-LOSSES = {"sft": sft.loss, "kl forward": sft.kl_loss(0.2, "forward"), "kl reverse": sft.kl_loss(0.2, "reverse")}
+LOSSES = {
+    "sft": sft.loss,
+    "kl forward": sft.kl_loss(0.2, "forward"),
+    "kl reverse": sft.kl_loss(0.2, "reverse"),
+}
 
 
 def prepared(engine, folder, adapter: str | None, **load):
@@ -60,7 +64,9 @@ def test_logits_equal_transformers(engine, random_gpt2):
 
 @pytest.mark.slow
 def test_gpt2_124m_logits_count_and_lora_parameters(engine, tmp_path):
-    """The real size, random weights: parity with transformers, 124,439,808 parameters, 1,622,016 in a rank-16 adapter."""
+    """The real size, random weights: parity with transformers, 124,439,808 parameters, 1,622,016 in a rank-16
+    adapter.
+    """
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -99,7 +105,9 @@ def test_engines_agree_step_by_step(both, random_gpt2, adapter, loss):
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
 def test_accumulation_equals_one_batch(engine, random_gpt2, adapter):
-    """Eight micro-batches of one row give the step of one batch of eight, although the rows differ in length."""
+    """Eight micro-batches of one row give the step of one batch of eight, although the rows differ in
+    length.
+    """
     rows = examples(256)
     results = []
     for parts in ([rows], [[r] for r in rows]):
@@ -109,7 +117,8 @@ def test_accumulation_equals_one_batch(engine, random_gpt2, adapter):
     (one, logits), (eight, other) = results
     assert one["loss"] == pytest.approx(eight["loss"], rel=1e-5)
     assert one["grad_norm"] == pytest.approx(eight["grad_norm"], rel=1e-4)
-    assert np.abs(logits - other).max() < 2e-3  # Adam's first step is the sign of the gradient: compare outputs, loosely
+    # Adam's first step is the sign of the gradient: compare outputs, loosely
+    assert np.abs(logits - other).max() < 2e-3
 
 
 def test_padding_changes_nothing(engine, random_gpt2):
@@ -118,7 +127,9 @@ def test_padding_changes_nothing(engine, random_gpt2):
     model = engine.load(random_gpt2)
     together = model.evaluate(sft.loss, [collate(rows, 64)])["loss"]
     tokens = [sum(r.trained) for r in rows]
-    alone = sum(model.evaluate(sft.loss, [collate([r], 64)])["loss"] * n for r, n in zip(rows, tokens)) / sum(tokens)
+    alone = sum(model.evaluate(sft.loss, [collate([r], 64)])["loss"] * n for r, n in zip(rows, tokens)) / sum(
+        tokens
+    )
     assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -146,7 +157,9 @@ def test_an_adapter_starts_as_the_base_and_the_base_never_moves(engine, random_g
     # With the policy's own loss removed, the KL is measured against the untouched base.
     untouched = engine.load(random_gpt2)
     untouched.keep_reference()
-    assert untouched.evaluate(sft.loss, [batch])["loss"] == pytest.approx(-float(np.mean(_reference_logprobs(model, batch))), rel=1e-4)
+    assert untouched.evaluate(sft.loss, [batch])["loss"] == pytest.approx(
+        -float(np.mean(_reference_logprobs(model, batch))), rel=1e-4
+    )
 
 
 def _reference_logprobs(model, batch):
@@ -203,7 +216,8 @@ def test_gradient_checkpointing_gives_the_same_step(engine, random_gpt2):
         trainer = engine.trainer(model, AdamW())
         batch = collate(examples(256), 64)
         losses.append([trainer.step(sft.loss, [batch], 1e-3)["loss"] for _ in range(3)])
-        # Generation right after training in checkpointing mode is the cached one: the fault behind "repetition collapse".
+        # Generation right after training in checkpointing mode is the cached one: the fault behind
+        # "repetition collapse".
         answers = model.generate([[3, 4, 5, 6]], max_tokens=12, stop=None)
         assert answers[0].tokens == greedy(model, [3, 4, 5, 6], 12)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -218,7 +232,9 @@ def greedy(model, prompt: list[int], n: int) -> list[int]:
 
 
 def test_optimizer_matches_a_numpy_adamw(engine, random_gpt2):
-    """Two steps of AdamW on one bias and one matrix, recomputed by hand from the engine's own gradients (decay on the matrix only)."""
+    """Two steps of AdamW on one bias and one matrix, recomputed by hand from the engine's own gradients
+    (decay on the matrix only).
+    """
     settings = AdamW(beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.3, clip=None)
     batch = collate(examples(256), 64)
     lr = 1e-2
@@ -226,13 +242,16 @@ def test_optimizer_matches_a_numpy_adamw(engine, random_gpt2):
     model = engine.load(random_gpt2)
     trainer = engine.trainer(model, settings)
     before = dict(model.weights())
-    # A huge step size on a second model reveals nothing; instead finite differences give the gradient of one entry.
+    # A huge step size on a second model reveals nothing; instead finite differences give the gradient of one
+    # entry.
     entry = (5, 7)
     gradient = _finite_difference(engine, random_gpt2, batch, name_matrix, entry)
     trainer.step(sft.loss, [batch], lr)
     after = model.weights()
     update = (after[name_matrix] - before[name_matrix])[entry]
-    wanted = -lr * (gradient / (abs(gradient) + settings.eps) + settings.weight_decay * before[name_matrix][entry])
+    wanted = -lr * (
+        gradient / (abs(gradient) + settings.eps) + settings.weight_decay * before[name_matrix][entry]
+    )
     assert update == pytest.approx(wanted, rel=5e-3)
     # A bias is not decayed: Adam's first step is lr in size, whatever the bias is.
     moved = np.abs(after[name_bias] - before[name_bias])
@@ -259,14 +278,20 @@ def _finite_difference(engine, folder, batch, name, entry, step=2e-3):
 
 
 def test_torch_answers_as_transformers_does() -> None:
-    """With the fused activation in place of transformers' own, on the embedded model, whose activations are large enough to tell them apart."""
+    """With the fused activation in place of transformers' own, on the embedded model, whose activations are
+    large enough to tell them apart.
+    """
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     folder = loading.base_folder("tiny")
     tokens = np.random.default_rng(0).integers(1, 4000, (4, 64))
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.from_numpy(tokens)).logits.numpy()
+        wanted = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            .eval()(torch.from_numpy(tokens))
+            .logits.numpy()
+        )
     np.testing.assert_allclose(engines.get("torch").load(folder).full_logits(tokens), wanted, atol=1e-4)
 
 

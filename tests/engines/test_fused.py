@@ -1,4 +1,6 @@
-"""Figures read off logits a chunk at a time, against the plain losses in float64 and against the engines' own plain path."""
+"""Figures read off logits a chunk at a time, against the plain losses in float64 and against the engines' own
+plain path.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,17 @@ BETA = 0.3
 
 
 def problem(kind: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Hidden states and heads of policy and reference, targets, and a cotangent for each figure with zeros among them.
+    """Hidden states and heads of policy and reference, targets, and a cotangent for each figure with zeros
+    among them.
 
-    The cotangents are any; where the figures are promised to enter together, those of a loss of BETA * kl - logprobs at each position.
+    The cotangents are any; where the figures are promised to enter together, those of a loss of BETA * kl -
+    logprobs at each position.
     """
     rng = np.random.default_rng(seed)
-    draw = {name: rng.standard_normal(shape) * 1.5 for name, shape in {"h": (N, D), "w": (V, D), "h_ref": (N, D), "w_ref": (V, D)}.items()}
+    draw = {
+        name: rng.standard_normal(shape) * 1.5
+        for name, shape in {"h": (N, D), "w": (V, D), "h_ref": (N, D), "w_ref": (V, D)}.items()
+    }
     weights = rng.standard_normal((2, N)) * (np.arange(N) % 3 > 0)
     if kind.endswith("together"):
         weights[1] = -BETA * weights[0]
@@ -38,14 +45,22 @@ def figures_in_float64(p: dict[str, np.ndarray], kind: str, h: np.ndarray, w: np
     first = token_logprobs(z, p["target"])
     if kind == "logprobs":
         return [first]
-    return [first, ppo.entropy(z) if kind == "entropy" else full_kl(z, p["h_ref"] @ p["w_ref"].T, kind.split()[1])]
+    return [
+        first,
+        ppo.entropy(z) if kind == "entropy" else full_kl(z, p["h_ref"] @ p["w_ref"].T, kind.split()[1]),
+    ]
 
 
 def truth(p: dict[str, np.ndarray], kind: str) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """The figures, and by central differences the gradients of their weighted sum with respect to h and w, in float64."""
+    """The figures, and by central differences the gradients of their weighted sum with respect to h and w, in
+    float64.
+    """
 
     def total(h: np.ndarray, w: np.ndarray) -> float:
-        return sum(float(np.sum(f * g)) for f, g in zip(figures_in_float64(p, kind, h, w), p["weights"], strict=False))
+        return sum(
+            float(np.sum(f * g))
+            for f, g in zip(figures_in_float64(p, kind, h, w), p["weights"], strict=False)
+        )
 
     gradients = []
     for name in ("h", "w"):
@@ -63,7 +78,9 @@ def way_round(kind: str) -> tuple[str, float | None]:
     return kind.split()[1], BETA if kind.endswith("together") else None
 
 
-def mlx_results(p: dict[str, np.ndarray], kind: str, trained: bool, steered: bool) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def mlx_results(
+    p: dict[str, np.ndarray], kind: str, trained: bool, steered: bool
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     import mlx.core as mx
 
     from mlx_posttrain.engines import mlx_fused
@@ -76,7 +93,9 @@ def mlx_results(p: dict[str, np.ndarray], kind: str, trained: bool, steered: boo
             return [mlx_fused.logprobs(h, w, a["target"], **way)]
         if kind == "entropy":
             return list(mlx_fused.logprobs_and_entropy(h, w, a["target"], **way))
-        return list(mlx_fused.logprobs_and_kl(h, w, a["h_ref"], a["w_ref"], a["target"], *way_round(kind), **way))
+        return list(
+            mlx_fused.logprobs_and_kl(h, w, a["h_ref"], a["w_ref"], a["target"], *way_round(kind), **way)
+        )
 
     def total(h, w):
         found = figures(h, w)
@@ -86,7 +105,9 @@ def mlx_results(p: dict[str, np.ndarray], kind: str, trained: bool, steered: boo
     return [np.array(f) for f in found], *(np.array(s) for s in slopes)
 
 
-def torch_results(p: dict[str, np.ndarray], kind: str, trained: bool, steered: bool) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def torch_results(
+    p: dict[str, np.ndarray], kind: str, trained: bool, steered: bool
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     import torch
 
     from mlx_posttrain.engines import torch_fused
@@ -101,7 +122,11 @@ def torch_results(p: dict[str, np.ndarray], kind: str, trained: bool, steered: b
         found = list(torch_fused.logprobs_and_kl(h, w, a["h_ref"], a["w_ref"], a["target"], *way_round(kind)))
     sum((f * g).sum() for f, g in zip(found, a["weights"], strict=False)).backward()
     assert (w.grad is not None) == trained
-    return [f.detach().numpy() for f in found], h.grad.numpy(), (w.grad if trained else torch.zeros(V, D)).numpy()
+    return (
+        [f.detach().numpy() for f in found],
+        h.grad.numpy(),
+        (w.grad if trained else torch.zeros(V, D)).numpy(),
+    )
 
 
 RESULTS = {"mlx": mlx_results, "torch": torch_results}
@@ -120,7 +145,13 @@ def test_figures_and_gradients_equal_the_plain_losses_for_every_chunk(name, kind
     for rows in range(1, N + 2):  # and of the vocabulary, 3 to 23 entries at a time
         monkeypatch.setattr(fused, "CHUNK_BYTES", rows * V * 4 + 3)
         assert max(s.stop - s.start for s in fused.chunks(N, V)) <= 2 * rows
-        for trained, steered, kept in ((True, False, 0), (True, False, 4), (True, False, N), (False, True, N), (False, False, N)):
+        for trained, steered, kept in (
+            (True, False, 0),
+            (True, False, 4),
+            (True, False, N),
+            (False, True, N),
+            (False, False, N),
+        ):
             if name == "torch" and not (trained or steered):
                 continue  # torch sees for itself whether a gradient is wanted
             monkeypatch.setattr(fused, "KEPT_BYTES", kept * V * 4)
@@ -140,7 +171,8 @@ def test_chunks_cover_every_position_once_and_fit_the_budget():
     assert [part.stop for part in fused.chunks(576, 50257)] == [128, 256, 384, 512, 576]  # whole panels
     assert [part.stop for part in fused.chunks(320, 50257)] == [128, 256, 320]
     assert [part.stop for part in fused.chunks(129, 50257)] == [128, 129]
-    assert [part.stop for part in fused.chunks(192, 151_936)] == [64, 128, 192]  # a panel may take twice the budget
+    # a panel may take twice the budget
+    assert [part.stop for part in fused.chunks(192, 151_936)] == [64, 128, 192]
     assert [part.stop for part in fused.chunks(64, 262_144)] == [32, 64]
     assert fused.chunks(0, 50257) == []
 
@@ -175,7 +207,8 @@ def engine(request):
 def rows(seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
     return [
-        Example(tuple(rng.integers(1, 256, n).tolist()), tuple([False] * (n // 3) + [True] * (n - n // 3))) for n in (12, 40, 25, 38, 9)
+        Example(tuple(rng.integers(1, 256, n).tolist()), tuple([False] * (n // 3) + [True] * (n - n // 3)))
+        for n in (12, 40, 25, 38, 9)
     ]
 
 
@@ -191,14 +224,18 @@ def plain_loss(model, batch: DeviceBatch):
 def plain_kl_loss(direction: str):
     def loss(model, batch: DeviceBatch):
         nll, _ = plain_loss(model, batch)
-        kl = token_mean(full_kl(model.logits(batch), model.reference_logits(batch), direction), batch.weight, batch.total)
+        kl = token_mean(
+            full_kl(model.logits(batch), model.reference_logits(batch), direction), batch.weight, batch.total
+        )
         return nll + 0.3 * kl, {"nll": nll, "kl": kl}
 
     return loss
 
 
 def bonus_loss(plain: bool):
-    """A policy gradient at temperature 0.7 with weights of both signs and an entropy bonus: the entropy's gradient too."""
+    """A policy gradient at temperature 0.7 with weights of both signs and an entropy bonus: the entropy's
+    gradient too.
+    """
 
     def loss(model, batch: DeviceBatch):
         if plain:
@@ -236,7 +273,9 @@ def test_steps_equal_those_of_the_plain_path(engine, random_gpt2, adapter, kept,
             model.add_adapter(AdapterSpec(rank=4, alpha=8), seed=3)
         model.keep_reference()
         trainer = engine.trainer(model, AdamW(eps=1e-3))
-        curves.append([trainer.step(chosen, [collate(rows()[:3], 64), collate(rows()[3:], 64)], 3e-3) for _ in range(3)])
+        curves.append(
+            [trainer.step(chosen, [collate(rows()[:3], 64), collate(rows()[3:], 64)], 3e-3) for _ in range(3)]
+        )
         weights.append(model.weights())
     for ours, theirs in zip(*curves, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
@@ -263,9 +302,11 @@ def test_figures_of_a_model_equal_the_plain_ones_and_the_reference_stays(engine,
     def wanted(m, b):
         reference = m.reference_logits(b)
         return {
-            "logprobs": plain_logprobs(m, b, 0.7), "entropy": ppo.entropy(m.logits(b) / 0.7),
-            "reference": token_logprobs(reference / 0.7, b.target), "kl": full_kl(m.logits(b), reference, "reverse"),
-        }  # fmt: skip
+            "logprobs": plain_logprobs(m, b, 0.7),
+            "entropy": ppo.entropy(m.logits(b) / 0.7),
+            "reference": token_logprobs(reference / 0.7, b.target),
+            "kl": full_kl(m.logits(b), reference, "reverse"),
+        }
 
     ours, theirs = (model.apply(f, [collate(rows(), 64)])[0] for f in (found, wanted))
     for name, values in theirs.items():
@@ -295,7 +336,9 @@ def test_a_head_that_is_not_one_plain_matrix_takes_the_plain_path(engine, random
     assert model._fused_head(model.net) is None
     assert model.token_logprobs([batch])[0] == pytest.approx(wanted, abs=1e-5)
     model.keep_reference()
-    figures = model.apply(lambda m, b: dict(zip(("logprobs", "entropy"), m.policy_terms(b), strict=False)), [batch])[0]
+    figures = model.apply(
+        lambda m, b: dict(zip(("logprobs", "entropy"), m.policy_terms(b), strict=False)), [batch]
+    )[0]
     assert figures["logprobs"] == pytest.approx(wanted, abs=1e-5)
     assert model.evaluate(sft.kl_loss(0.1, "forward"), [batch])["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -316,7 +359,9 @@ def test_a_quantised_head_takes_the_plain_path(random_gpt2):
 @pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
 @pytest.mark.parametrize("trained", [True, False])
 def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch):
-    """MLX allocates for operations that are still queued: some twenty chunks are alive at once, however many there are in all."""
+    """MLX allocates for operations that are still queued: some twenty chunks are alive at once, however many
+    there are in all.
+    """
     import gc
 
     import mlx.core as mx
@@ -358,7 +403,11 @@ def test_torch_lets_go_of_what_was_kept_when_it_was_used():
 
     from mlx_posttrain.engines import torch_fused
 
-    h, w, target = torch.randn(9, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True), torch.randint(0, 30, (9,))
+    h, w, target = (
+        torch.randn(9, 4, requires_grad=True),
+        torch.randn(30, 4, requires_grad=True),
+        torch.randint(0, 30, (9,)),
+    )
     logprobs = torch_fused.logprobs(h, w, target)
     alive = [weakref.ref(o) for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (9, 30)]
     assert alive  # the slopes
@@ -368,7 +417,9 @@ def test_torch_lets_go_of_what_was_kept_when_it_was_used():
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
 def test_on_torch_a_tied_embedding_gets_one_gradient_made_in_place():
-    """Of both its uses, over two micro-batches, as autograd finds it; whatever was in ``grad`` before is added to."""
+    """Of both its uses, over two micro-batches, as autograd finds it; whatever was in ``grad`` before is
+    added to.
+    """
     import torch
 
     from mlx_posttrain.engines import torch_fused
@@ -433,7 +484,11 @@ def test_torch_finds_the_weight_whatever_holds_on_to_saved_tensors():
 
     from mlx_posttrain.engines import torch_fused
 
-    h, w, target = torch.randn(9, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True), torch.randint(0, 30, (9,))
+    h, w, target = (
+        torch.randn(9, 4, requires_grad=True),
+        torch.randn(30, 4, requires_grad=True),
+        torch.randint(0, 30, (9,)),
+    )
     with torch.autograd.graph.save_on_cpu():
         torch_fused.logprobs(torch_fused.embed(target, w) + h, w, target).sum().backward()
     found, w.grad = w.grad, None
@@ -466,14 +521,27 @@ def test_torch_never_makes_all_logits(trained):
     from mlx_posttrain.engines import torch_fused
 
     n, v, d = 2048, 50257, 64
-    h, w, target = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=trained), torch.randint(0, v, (n,))
+    h, w, target = (
+        torch.randn(n, d, requires_grad=True),
+        torch.randn(v, d, requires_grad=trained),
+        torch.randint(0, v, (n,)),
+    )
     largest = 0
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
-            largest = max([largest, *(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor))])
+            largest = max(
+                [
+                    largest,
+                    *(
+                        t.numel()
+                        for t in (out if isinstance(out, tuple | list) else [out])
+                        if isinstance(t, torch.Tensor)
+                    ),
+                ]
+            )
             return out
 
     with Watch():

@@ -1,4 +1,6 @@
-"""Scalar heads: scores equal on both engines and in transformers, for full models and adapters, written and read back."""
+"""Scalar heads: scores equal on both engines and in transformers, for full models and adapters, written and
+read back.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def batch() -> Batch:
     for r, row in enumerate(ROWS):
         tokens[r, : len(row)] = row
     index = np.array([r * 32 + last for r, last in enumerate(LAST)], np.int32)
-    return Batch(tokens, index, np.zeros(3, np.int32), np.ones(3, np.float32), np.arange(3, dtype=np.int32), units=3.0)
+    return Batch(
+        tokens, index, np.zeros(3, np.int32), np.ones(3, np.float32), np.arange(3, dtype=np.int32), units=3.0
+    )
 
 
 def scores(model) -> np.ndarray:
@@ -109,7 +113,9 @@ def test_a_zero_head_scores_zero_and_one_pass_gives_both(engine, random_gpt2):
     model.add_head(head_start(64, None))
     assert np.array_equal(scores(model), np.zeros(3))
     model.add_head(head_start(64, 1))
-    found = model.apply(lambda m, b: dict(zip(("logprobs", "entropy", "scores"), m.policy_terms(b), strict=True)), [batch()])[0]
+    found = model.apply(
+        lambda m, b: dict(zip(("logprobs", "entropy", "scores"), m.policy_terms(b), strict=True)), [batch()]
+    )[0]
     assert found["scores"] == pytest.approx(scores(model), abs=1e-6)
     assert found["logprobs"] == pytest.approx(model.token_logprobs([batch()])[0], abs=1e-5)
 
@@ -149,7 +155,11 @@ def test_a_classifier_of_several_labels_is_refused(engine, random_gpt2, tmp_path
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(tmp_path / "c" / "model.safetensors")
-    save_file({**tensors, "score.weight": np.zeros((3, 64), np.float32)}, tmp_path / "c" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors, "score.weight": np.zeros((3, 64), np.float32)},
+        tmp_path / "c" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UserError, match="one label"):
         engine.load(tmp_path / "c")
     assert head_start(64, 0).std() == pytest.approx((1 / 65) ** 0.5, rel=0.3)

@@ -1,4 +1,6 @@
-"""Another architecture through the same code: a random Llama, both engines, full and LoRA, save and reopen."""
+"""Another architecture through the same code: a random Llama, both engines, full and LoRA, save and
+reopen.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,16 @@ def llama(random_gpt2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     copy_tokenizer(random_gpt2, folder)
     return folder
@@ -39,10 +48,21 @@ def test_engines_agree_and_reopen_each_others_runs(adapter, llama, rows_file, tm
     curves, folders = [], []
     for engine in ENGINES:
         folders.append(tmp_path / engine)
-        chosen = recipe.load("01_sft", [
-            f"model={llama}", f"data.source={rows_file}", f"output={folders[-1]}", f"engine={engine}", "train.steps=5", "train.lr=3e-3",
-            "sample.count=0", "train.eval_every=1", "train.select=last", *adapter,
-        ])  # fmt: skip
+        chosen = recipe.load(
+            "01_sft",
+            [
+                f"model={llama}",
+                f"data.source={rows_file}",
+                f"output={folders[-1]}",
+                f"engine={engine}",
+                "train.steps=5",
+                "train.lr=3e-3",
+                "sample.count=0",
+                "train.eval_every=1",
+                "train.select=last",
+                *adapter,
+            ],
+        )
         methods.get(chosen.method).run(chosen)
         from mlx_posttrain.runs import Run
 
@@ -54,7 +74,11 @@ def test_engines_agree_and_reopen_each_others_runs(adapter, llama, rows_file, tm
     import torch
 
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()(torch.from_numpy(TOKENS)).logits.numpy()
+        theirs = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+            .eval()(torch.from_numpy(TOKENS))
+            .logits.numpy()
+        )
     assert np.abs(theirs - logits[0]).max() < 1e-4
 
 
@@ -74,7 +98,10 @@ def test_quantising_leaves_the_head_as_it_is(llama):
     packed = [path for path, m in model.net.named_modules() if isinstance(m, nn.QuantizedLinear)]
     assert len(packed) == 2 * 7  # in each block four of attention and three of the feed-forward
     model.add_adapter(AdapterSpec(rank=4), seed=0)
-    assert model._fused_head(model.net.train()) == (model.net.lm_head.weight, {"trained": False, "training": True})
+    assert model._fused_head(model.net.train()) == (
+        model.net.lm_head.weight,
+        {"trained": False, "training": True},
+    )
     assert model.reference_width == 64
     batch = collate([Example(tuple(range(1, 30)), (False,) * 9 + (True,) * 20)])
     trainer = engine.trainer(model, AdamW())
@@ -85,7 +112,12 @@ def test_quantising_leaves_the_head_as_it_is(llama):
 def test_generation_is_the_same_on_both_engines(llama):
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
     texts = [
-        [c.tokens for c in open_model(llama, e)[0].generate(prompts, max_tokens=10, stop=0, temperature=0.9, samples=2, seed=4)]
+        [
+            c.tokens
+            for c in open_model(llama, e)[0].generate(
+                prompts, max_tokens=10, stop=0, temperature=0.9, samples=2, seed=4
+            )
+        ]
         for e in ENGINES
     ]
     assert all(t == texts[0] for t in texts)

@@ -1,4 +1,6 @@
-"""What training keeps in memory: no second copy of weights and moments in the update, and nothing that grows."""
+"""What training keeps in memory: no second copy of weights and moments in the update, and nothing that
+grows.
+"""
 
 import gc
 import subprocess
@@ -71,7 +73,8 @@ def test_a_step_waits_for_what_is_logged_alone(monkeypatch: pytest.MonkeyPatch, 
 
 
 def growth(random_gpt2: Path, after: Callable[[], object]) -> tuple[int, int]:
-    """Bytes by which what is held after a round of steps, and a round's peak, grow from the first ten rounds to the last ten.
+    """Bytes by which what is held after a round of steps, and a round's peak, grow from the first ten rounds
+    to the last ten.
 
     A round is a step of each of three lengths on a small model; ``after`` is called after every step.
     """
@@ -121,7 +124,9 @@ def test_unused_buffers_are_given_back() -> None:
 def test_a_process_peak_is_its_own_and_can_be_forgotten() -> None:
     block = np.ones(2**26)  # half a gigabyte, in the parent
     code = "from mlx_posttrain import doctor; print(doctor.process_peak())"
-    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    child = int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
     assert child < 2**28 and doctor.process_peak() > block.nbytes
     before = doctor.process_peak()
     del block

@@ -19,8 +19,11 @@ def stock(qkv, heads):
     return out.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], -1)
 
 
-@pytest.mark.parametrize(("rows", "length", "heads", "size"), [(1, 1, 1, 4), (2, 7, 3, 8), (3, 64, 2, 16), (1, 300, 4, 8)])
-@pytest.mark.parametrize("scale", [1.0, 12.0])  # the second: scores of hundreds, ahead of a row's largest too
+@pytest.mark.parametrize(
+    ("rows", "length", "heads", "size"), [(1, 1, 1, 4), (2, 7, 3, 8), (3, 64, 2, 16), (1, 300, 4, 8)]
+)
+# the second: scores of hundreds, ahead of a row's largest too
+@pytest.mark.parametrize("scale", [1.0, 12.0])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_values_and_gradients(rows, length, heads, size, scale, compiled):
     rng = np.random.default_rng(length)
@@ -31,9 +34,13 @@ def test_values_and_gradients(rows, length, heads, size, scale, compiled):
         return lambda x, g: [*mx.vjp(function, [x], [g])[0], *mx.vjp(function, [x], [g])[1]]
 
     wrap = mx.compile if compiled else (lambda f: f)
-    found, true = (wrap(run(f))(qkv, g) for f in (lambda x: mlx_attention.causal(x, heads), lambda x: stock(x, heads)))
+    found, true = (
+        wrap(run(f))(qkv, g) for f in (lambda x: mlx_attention.causal(x, heads), lambda x: stock(x, heads))
+    )
     for a, b in zip(found, true, strict=True):
-        np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-5 * scale * (1 if scale == 1 else 20), rtol=1e-4)
+        np.testing.assert_allclose(
+            np.array(a), np.array(b), atol=2e-5 * scale * (1 if scale == 1 else 20), rtol=1e-4
+        )
 
 
 def test_nothing_looks_ahead():
@@ -73,7 +80,16 @@ def test_a_layer_computes_what_mlx_lms_own_does(case):
     from mlx_lm.models.cache import KVCache
     from mlx_lm.models.gpt2 import ModelArgs
 
-    args = ModelArgs(model_type="gpt2", n_ctx=32, n_embd=12, n_head=3, n_layer=1, n_positions=32, layer_norm_epsilon=1e-5, vocab_size=8)
+    args = ModelArgs(
+        model_type="gpt2",
+        n_ctx=32,
+        n_embd=12,
+        n_head=3,
+        n_layer=1,
+        n_positions=32,
+        layer_norm_epsilon=1e-5,
+        vocab_size=8,
+    )
     layer = Attention(args)
     if case == "scaled":
         layer.scale = 0.3
@@ -86,6 +102,7 @@ def test_a_layer_computes_what_mlx_lms_own_does(case):
         cache = KVCache() if case == "cached" else None
         found.append(np.array(layer(x, mask, cache)))
         if cache is not None:
-            found[-1] = np.concatenate([found[-1], np.array(layer(x[:, :1], None, cache))], axis=1)  # a token more reads the cache
+            # a token more reads the cache
+            found[-1] = np.concatenate([found[-1], np.array(layer(x[:, :1], None, cache))], axis=1)
     np.testing.assert_allclose(found[1], found[0], atol=1e-6)
     assert mlx_attention.applies(layer, mask, cache) == (case == "causal")

@@ -23,7 +23,9 @@ def test_exp_of_all_sizes():
 
     from mlx_posttrain.engines import mlx_exp
 
-    x = np.concatenate([-np.logspace(-30, np.log10(87), 200_000), -np.linspace(0, 87, 100_001)]).astype(np.float32)
+    x = np.concatenate([-np.logspace(-30, np.log10(87), 200_000), -np.linspace(0, 87, 100_001)]).astype(
+        np.float32
+    )
     found = np.array(mlx_exp.exp_below(mx.array(x), mx.array([0.0])))
     assert (np.abs(found / np.exp(x.astype(np.float64)) - 1) < 2e-7 + 1.2e-7 * np.abs(x)).all()
     low = np.array(mlx_exp.exp_below(mx.array([-88.0, -1e9, -np.inf, np.nan], mx.float32), mx.array([0.0])))
@@ -42,7 +44,9 @@ def test_value_and_gradient_are_those_of_mlx(name):
     weight = mx.array(rng.normal(size=z.shape if name == "softmax" else z.shape[:-1]).astype(np.float32))
     ours, stock = getattr(mlx_exp, name), getattr(mx, name)
     assert mx.abs(ours(z) - stock(z, axis=-1)).max().item() < 2e-6
-    mine, theirs = (mx.grad(lambda z, f=f: (f(z) * weight).sum())(z) for f in (ours, lambda z: stock(z, axis=-1)))
+    mine, theirs = (
+        mx.grad(lambda z, f=f: (f(z) * weight).sum())(z) for f in (ours, lambda z: stock(z, axis=-1))
+    )
     assert mx.abs(mine - theirs).max().item() < 2e-6
     again = mx.compile(mx.grad(lambda z: (ours(z) * weight).sum()))(z)
     assert mx.abs(again - mine).max().item() < 1e-6
@@ -55,7 +59,10 @@ def test_nothing_else_is_touched():
 
     z = mx.array(np.random.default_rng(0).normal(0, 3, (5, 6)).astype(np.float32))
     for other in (z.astype(mx.bfloat16), z.astype(mx.float16)):
-        assert mx.array_equal(mlx_exp.softmax(other), mx.softmax(other, axis=-1)) and mlx_exp.softmax(other).dtype == other.dtype
+        assert (
+            mx.array_equal(mlx_exp.softmax(other), mx.softmax(other, axis=-1))
+            and mlx_exp.softmax(other).dtype == other.dtype
+        )
     assert mx.array_equal(mlx_exp.softmax(z, axis=0), mx.softmax(z, axis=0))
     assert mx.array_equal(mlx_exp.logsumexp(z, axis=0), mx.logsumexp(z, axis=0))
     assert mx.allclose(mlx_exp.logsumexp(z, keepdims=True), mx.logsumexp(z, axis=-1, keepdims=True))

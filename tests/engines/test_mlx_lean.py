@@ -18,11 +18,16 @@ from mlx_posttrain.methods import sft  # noqa: E402
 
 def rows(count: int, length: int) -> list:
     rng = np.random.default_rng(0)
-    return [Example(tuple(rng.integers(1, 4000, length).tolist()), (False,) * 4 + (True,) * (length - 4)) for _ in range(count)]
+    return [
+        Example(tuple(rng.integers(1, 4000, length).tolist()), (False,) * 4 + (True,) * (length - 4))
+        for _ in range(count)
+    ]
 
 
 def steps(above: float, adapter: bool, count: int = 3) -> tuple[list[dict], dict, float]:
-    """Metrics of a few optimizer steps with blocks that are lean from so many bytes on, the weights after them, and the peak in GB."""
+    """Metrics of a few optimizer steps with blocks that are lean from so many bytes on, the weights after
+    them, and the peak in GB.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlx_lean, "LEAN_ABOVE", above)
         if above == float("inf"):  # mlx-lm's own block, its attention too

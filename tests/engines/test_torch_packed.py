@@ -1,4 +1,6 @@
-"""Packed rows against padded ones: the same hidden states and gradients, whatever rows share, and fewer tokens read."""
+"""Packed rows against padded ones: the same hidden states and gradients, whatever rows share, and fewer
+tokens read.
+"""
 
 import numpy as np
 import pytest
@@ -25,14 +27,22 @@ def row(prompt: tuple[int, ...], answer: int, *extra: int) -> Example:
 SHARED = [row(PROMPT, 5), row(OTHER, 3), row(PROMPT, 17), row(PROMPT, 2), row(OTHER, 11)]
 ROWS = {
     "answers to two prompts": SHARED,
-    "a template before all": [row((5, 6, *PROMPT), 4), row((5, 6, *OTHER), 2), row((5, 6, *PROMPT), 3), row((5, 6, *OTHER), 6)],
+    "a template before all": [
+        row((5, 6, *PROMPT), 4),
+        row((5, 6, *OTHER), 2),
+        row((5, 6, *PROMPT), 3),
+        row((5, 6, *OTHER), 6),
+    ],
     "one answer begins as another": [row(PROMPT, 4, 7, 7), row(PROMPT, 8, 7, 7), row(PROMPT, 1, 7)],
     "a row within another": [SHARED[2], Example(SHARED[2].tokens[:14], SHARED[2].trained[:14]), SHARED[1]],
     "the same row twice": [SHARED[0], SHARED[0]],
     "nothing shared, ragged": [row((1, 2), 3), row((3, 4), 30), row((5,), 11)],
     "one row": [row(PROMPT, 6)],
     "trained in the shared part": [Example(e.tokens, (True,) * len(e.tokens)) for e in SHARED],
-    "nothing trained in the first row": [Example(SHARED[0].tokens, (False,) * len(SHARED[0].tokens)), *SHARED[1:]],
+    "nothing trained in the first row": [
+        Example(SHARED[0].tokens, (False,) * len(SHARED[0].tokens)),
+        *SHARED[1:],
+    ],
 }
 
 
@@ -49,7 +59,9 @@ def model(request, random_gpt2):
 
 
 def outputs(model, batch, threshold: float):
-    """Hidden states at the batch's positions, and the gradients of a function of them, packed below a share of the padded tokens."""
+    """Hidden states at the batch's positions, and the gradients of a function of them, packed below a share
+    of the padded tokens.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "WORTHWHILE", threshold)
         model.net.train()
@@ -68,7 +80,9 @@ def test_packed_rows_compute_what_padded_ones_do(model, rows):
     torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-5)
     assert found.keys() == wanted.keys() and len(found) > 3
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-6, msg=name)
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-6, msg=name
+        )
 
 
 def test_a_prompt_is_read_once_and_padding_never():

@@ -1,4 +1,6 @@
-"""The same recipe and seed on both engines: the same rows in the same order, and losses that agree step by step."""
+"""The same recipe and seed on both engines: the same rows in the same order, and losses that agree step by
+step.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,20 @@ ENGINES = engines.available()
 def test_twenty_steps_agree(name, tmp_path, record_property):
     curves = []
     for engine in ENGINES:
-        chosen = recipe.load(name, [
-            f"output={tmp_path / engine}", f"engine={engine}", "data.limit=700", "data.eval_limit=16", "train.steps=20", "train.batch_size=8",
-            "train.accumulate=2", "train.eval_every=20", "sample.count=0",
-        ])  # fmt: skip
+        chosen = recipe.load(
+            name,
+            [
+                f"output={tmp_path / engine}",
+                f"engine={engine}",
+                "data.limit=700",
+                "data.eval_limit=16",
+                "train.steps=20",
+                "train.batch_size=8",
+                "train.accumulate=2",
+                "train.eval_every=20",
+                "sample.count=0",
+            ],
+        )
         methods.get(chosen.method).run(chosen)
         curves.append([r for r in Run(tmp_path / engine).metrics() if "loss" in r])
     assert len(curves[0]) == len(curves[1]) == 20
@@ -35,9 +47,14 @@ def test_twenty_steps_agree(name, tmp_path, record_property):
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs mlx and torch")
 def test_reward_models_and_ppo_agree(random_gpt2, tmp_path):
-    """Pairs in the same order and losses that agree; then PPO against one of the two models: the same answers, and figures that agree."""
+    """Pairs in the same order and losses that agree; then PPO against one of the two models: the same
+    answers, and figures that agree.
+    """
     pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
-    rows = [{"prompt": f"Say {i}.", "chosen": f"cat {i} moon", "rejected": f"hill {i} dog and dog"} for i in range(48)]
+    rows = [
+        {"prompt": f"Say {i}.", "chosen": f"cat {i} moon", "rejected": f"hill {i} dog and dog"}
+        for i in range(48)
+    ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     data = [
@@ -51,11 +68,23 @@ def test_reward_models_and_ppo_agree(random_gpt2, tmp_path):
 
     def curve(name: str, engine: str, *overrides: str) -> list[dict]:
         output = tmp_path / f"{name}-{engine}"
-        chosen = recipe.load(name, [*data, f"engine={engine}", f"output={output}", "train.batch_size=8", "train.accumulate=1", *overrides])
+        chosen = recipe.load(
+            name,
+            [
+                *data,
+                f"engine={engine}",
+                f"output={output}",
+                "train.batch_size=8",
+                "train.accumulate=1",
+                *overrides,
+            ],
+        )
         methods.get(chosen.method).run(chosen)
         return [r for r in Run(output).metrics() if "lr" in r]
 
-    ours, theirs = (curve("07_reward", e, f"data.source={pairs}", "train.lr=1e-3", "train.steps=10") for e in ENGINES)
+    ours, theirs = (
+        curve("07_reward", e, f"data.source={pairs}", "train.lr=1e-3", "train.steps=10") for e in ENGINES
+    )
     assert len(ours) == len(theirs) == 10
     assert [r["nll"] for r in ours] == pytest.approx([r["nll"] for r in theirs], abs=1e-3)
     assert ours[-1]["nll"] < ours[0]["nll"] - 0.1
@@ -73,7 +102,18 @@ def test_reward_models_and_ppo_agree(random_gpt2, tmp_path):
     ours, theirs = (curve("07_ppo", e, f"data.source={prompts}", reward, *small) for e in ENGINES)
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs, strict=True):
-        assert (a["tokens"], a["val/num_eos_tokens"], a["beta"]) == (b["tokens"], b["val/num_eos_tokens"], b["beta"])
-        for name in ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "val/ratio", "policy/entropy_avg"):
+        assert (a["tokens"], a["val/num_eos_tokens"], a["beta"]) == (
+            b["tokens"],
+            b["val/num_eos_tokens"],
+            b["beta"],
+        )
+        for name in (
+            "objective/scores",
+            "objective/kl",
+            "loss/policy_avg",
+            "loss/value_avg",
+            "val/ratio",
+            "policy/entropy_avg",
+        ):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-3), (name, a["step"])
     assert abs(ours[-1]["objective/kl"]) > 1e-3  # it has moved

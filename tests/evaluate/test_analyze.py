@@ -1,4 +1,6 @@
-"""The analysis of real runs: every figure recomputed without it, each run against its own start, and nothing left behind."""
+"""The analysis of real runs: every figure recomputed without it, each run against its own start, and nothing
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,16 @@ from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.methods import sft
 
 ENGINES = engines.available()
-ROWS = [("Say cat.", "cat"), ("What barks?", "A dog."), ("Where is the moon?", "Over the hill."), ("Count to 3.", "1, 2, 3"),
-        ("Name a fruit.", "apples"), ("Who is home?", "The king and his cook."), ("Left or right?", "left"), ("Up?", "down!")]  # fmt: skip
+ROWS = [
+    ("Say cat.", "cat"),
+    ("What barks?", "A dog."),
+    ("Where is the moon?", "Over the hill."),
+    ("Count to 3.", "1, 2, 3"),
+    ("Name a fruit.", "apples"),
+    ("Who is home?", "The king and his cook."),
+    ("Left or right?", "left"),
+    ("Up?", "down!"),
+]
 
 
 def conversations() -> list[Conversation]:
@@ -28,7 +38,9 @@ def conversations() -> list[Conversation]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_products_are_those_of_gradients_over_all_rows(engine, random_gpt2):
-    """Parts add up: the sums over parts give the cosine of two gradients of one batch of all rows, and a part is the gradient of its own."""
+    """Parts add up: the sums over parts give the cosine of two gradients of one batch of all rows, and a part
+    is the gradient of its own.
+    """
     model, tokenizer, _ = loading.open_model(random_gpt2, engine)
     rows, names = conversations(), ["question", "plain"]
     parts = [rows[:3], rows[3:4], rows[4:]]
@@ -38,23 +50,34 @@ def test_gradient_products_are_those_of_gradients_over_all_rows(engine, random_g
     def gradient(name: str, which: list[Conversation]) -> np.ndarray:
         examples, report = encode.encode_all(which, tokenizer, templates=[name], max_length=64)
         found = model.gradient(sft.loss, [collate(examples, model.context)])
-        return np.concatenate([found[key].ravel() for key in sorted(found)]).astype(np.float64) * report.trained_tokens
+        return (
+            np.concatenate([found[key].ravel() for key in sorted(found)]).astype(np.float64)
+            * report.trained_tokens
+        )
 
     a, b = (gradient(name, rows) for name in names)
     sums = products.sum((1, 3))
     assert sums == pytest.approx(np.array([[a @ a, a @ b], [b @ a, b @ b]]), rel=1e-3)
-    assert products[0, 1, 1, 2] == pytest.approx(gradient("question", parts[1]) @ gradient("plain", parts[2]), rel=1e-3)
+    assert products[0, 1, 1, 2] == pytest.approx(
+        gradient("question", parts[1]) @ gradient("plain", parts[2]), rel=1e-3
+    )
     whole = np.ones((1, 3))
-    assert findings.half_cosines(products, whole, whole)[0, 1] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-4)
+    assert findings.half_cosines(products, whole, whole)[0, 1] == pytest.approx(
+        a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-4
+    )
 
 
 def test_a_part_of_the_coordinates_has_nearly_the_same_cosines(random_gpt2, monkeypatch):
     model, tokenizer, _ = loading.open_model(random_gpt2, ENGINES[0])
     parts = [conversations()[:4], conversations()[4:]]
     whole = np.ones((1, 2))
-    full = findings.half_cosines(analyze.gradient_products(model, tokenizer, parts, ["question", "plain"]), whole, whole)
+    full = findings.half_cosines(
+        analyze.gradient_products(model, tokenizer, parts, ["question", "plain"]), whole, whole
+    )
     monkeypatch.setattr(analyze, "COORDINATES", 30_000)
-    some = findings.half_cosines(analyze.gradient_products(model, tokenizer, parts, ["question", "plain"]), whole, whole)
+    some = findings.half_cosines(
+        analyze.gradient_products(model, tokenizer, parts, ["question", "plain"]), whole, whole
+    )
     assert some == pytest.approx(full, abs=0.05) and not np.array_equal(some, full)
 
 
@@ -66,10 +89,22 @@ def two_runs(tmp_path_factory, random_gpt2) -> dict[str, str]:
     rows = [{"instruction": f"{q} ({i})", "output": a} for i in range(5) for q, a in ROWS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, model, more in (("lora", "tiny", ["adapter.rank=4"]), ("full", str(random_gpt2), [])):
-        chosen = recipe.load("01_sft", [
-            f"model={model}", f"engine={ENGINES[0]}", f"data.source={data}", "data.template=question", "data.max_length=64", "data.holdout=0",
-            "train.steps=2", "train.lr=1e-3", "sample.count=0", f"output={folder / name}", *more,
-        ])  # fmt: skip
+        chosen = recipe.load(
+            "01_sft",
+            [
+                f"model={model}",
+                f"engine={ENGINES[0]}",
+                f"data.source={data}",
+                "data.template=question",
+                "data.max_length=64",
+                "data.holdout=0",
+                "train.steps=2",
+                "train.lr=1e-3",
+                "sample.count=0",
+                f"output={folder / name}",
+                *more,
+            ],
+        )
         methods.get("sft").run(chosen)
     return {name: str(folder / name) for name in ("lora", "full")}
 
@@ -86,16 +121,29 @@ def test_training_rows_under_the_start_are_scored_as_by_full_passes(two_runs, ra
         assert tokens == trained[1:].sum() and nll == pytest.approx(-log_p[trained[1:]].sum(), rel=1e-4)
 
 
-def test_every_run_is_held_against_its_own_start_and_nothing_is_left_in_its_folder(two_runs, random_gpt2, monkeypatch):
+def test_every_run_is_held_against_its_own_start_and_nothing_is_left_in_its_folder(
+    two_runs, random_gpt2, monkeypatch
+):
     monkeypatch.setattr(analyze, "GRADIENT_ROWS", 8)  # too few for gradients, which have their own test
     held: dict[str, tuple[str, str]] = {}
     drift = analyze.drift
-    monkeypatch.setattr(analyze, "drift", lambda base, name: held.setdefault(Path(name).name, (base, name)) and drift(base, name))
+    monkeypatch.setattr(
+        analyze,
+        "drift",
+        lambda base, name: held.setdefault(Path(name).name, (base, name)) and drift(base, name),
+    )
     before = {name: sorted(p.name for p in Path(path).iterdir()) for name, path in two_runs.items()}
-    suite = SuiteSection(limit=2, max_tokens=4, families=["quotes"], text_limit=3, continuation=8, samples=0, phrasings=False)
+    suite = SuiteSection(
+        limit=2, max_tokens=4, families=["quotes"], text_limit=3, continuation=8, samples=0, phrasings=False
+    )
     comparison, found = analyze.analyze(list(two_runs.values()), suite, ENGINES[0])
     assert [m.name for m in comparison.models] == ["base", "base of full", "lora", "full"]
-    assert [comparison.baseline(m).name for m in comparison.models] == ["base", "base of full", "base", "base of full"]
+    assert [comparison.baseline(m).name for m in comparison.models] == [
+        "base",
+        "base of full",
+        "base",
+        "base of full",
+    ]
     assert held["lora"][0] == "tiny" and Path(held["full"][0]).resolve() == random_gpt2.resolve()
     told = {f.question: f for f in found}
     shift = told["Are the training data foreign to the base?"].figures

@@ -1,4 +1,6 @@
-"""Findings on made-up numbers whose answer is known, both ways: a finding that cannot be 'no' is no finding."""
+"""Findings on made-up numbers whose answer is known, both ways: a finding that cannot be 'no' is no
+finding.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,22 @@ def test_where_a_loop_begins(tokens, found):
 
 
 def comparison(**models: dict[str, np.ndarray]) -> Comparison:
-    made = [Measured(name, name, {k: Values(v, np.ones(len(v))) for k, v in values.items()}) for name, values in models.items()]
+    made = [
+        Measured(name, name, {k: Values(v, np.ones(len(v))) for k, v in values.items()})
+        for name, values in models.items()
+    ]
     return Comparison({}, "question", made, [])
 
 
 def test_forgetting_tells_more_from_chance():
     rng = np.random.default_rng(0)
     base = rng.normal(3, 0.5, 60)
-    worse = findings.forgetting(comparison(base={"perplexity": base}, sft={"perplexity": base + 1 + rng.normal(0, 0.1, 60)}))
-    same = findings.forgetting(comparison(base={"perplexity": base}, sft={"perplexity": base + rng.normal(0, 0.1, 60)}))
+    worse = findings.forgetting(
+        comparison(base={"perplexity": base}, sft={"perplexity": base + 1 + rng.normal(0, 0.1, 60)})
+    )
+    same = findings.forgetting(
+        comparison(base={"perplexity": base}, sft={"perplexity": base + rng.normal(0, 0.1, 60)})
+    )
     assert worse.verdict == "yes" and "sft forgot most" in worse.sentence
     assert same.verdict == "no" and "beyond chance" in same.sentence
     assert findings.forgetting(comparison(base={"perplexity": base})) is None
@@ -48,12 +57,20 @@ def test_forgetting_is_told_from_what_each_model_started_from():
     """The second base is worse than the first from the start: its run has forgotten nothing."""
     rng = np.random.default_rng(0)
     near, far = rng.normal(3, 0.5, 60), rng.normal(5, 0.5, 60)
-    made = comparison(base={"perplexity": near}, other={"perplexity": far}, a={"perplexity": near + 0.5 + rng.normal(0, 0.1, 60)},
-                      b={"perplexity": far + rng.normal(0, 0.1, 60)})  # fmt: skip
+    made = comparison(
+        base={"perplexity": near},
+        other={"perplexity": far},
+        a={"perplexity": near + 0.5 + rng.normal(0, 0.1, 60)},
+        b={"perplexity": far + rng.normal(0, 0.1, 60)},
+    )
     for model, origin in zip(made.models, (0, 1, 0, 1)):
         model.origin = origin
     found = findings.forgetting(made)
-    assert found.verdict == "yes" and found.sentence.startswith("a forgot most") and set(found.figures["nats_minus_base"]) == {"a", "b"}
+    assert (
+        found.verdict == "yes"
+        and found.sentence.startswith("a forgot most")
+        and set(found.figures["nats_minus_base"]) == {"a", "b"}
+    )
     assert "(other)" in found.sentence
 
 
@@ -61,45 +78,63 @@ def test_lower_loss_is_worse_only_where_the_rows_show_it():
     rng = np.random.default_rng(1)
     loss, right = rng.normal(2, 0.3, 80), (rng.random(80) < 0.5).astype(float)
     better = np.maximum(right, (rng.random(80) < 0.6).astype(float))
-    contrary = findings.loss_and_quality(comparison(
-        a={"response_loss": loss, "accuracy": better}, b={"response_loss": loss - 0.5, "accuracy": right}
-    ))  # fmt: skip
+    contrary = findings.loss_and_quality(
+        comparison(
+            a={"response_loss": loss, "accuracy": better}, b={"response_loss": loss - 0.5, "accuracy": right}
+        )
+    )
     assert contrary.verdict == "yes" and contrary.figures["disagree"] == [("b", "a")]
-    usual = findings.loss_and_quality(comparison(
-        a={"response_loss": loss - 0.5, "accuracy": better}, b={"response_loss": loss, "accuracy": right}
-    ))  # fmt: skip
+    usual = findings.loss_and_quality(
+        comparison(
+            a={"response_loss": loss - 0.5, "accuracy": better}, b={"response_loss": loss, "accuracy": right}
+        )
+    )
     assert usual.verdict == "no" and usual.figures["agree"] == 1
-    chance = findings.loss_and_quality(comparison(
-        a={"response_loss": loss, "accuracy": right}, b={"response_loss": loss + 1e-9 * rng.normal(size=80), "accuracy": right}
-    ))  # fmt: skip
+    chance = findings.loss_and_quality(
+        comparison(
+            a={"response_loss": loss, "accuracy": right},
+            b={"response_loss": loss + 1e-9 * rng.normal(size=80), "accuracy": right},
+        )
+    )
     assert chance.verdict == "cannot say"
-    few = findings.loss_and_quality(comparison(
-        a={"response_loss": loss[:19] - 0.5, "accuracy": np.ones(19)}, b={"response_loss": loss[:19], "accuracy": np.zeros(19)}
-    ))  # fmt: skip
+    few = findings.loss_and_quality(
+        comparison(
+            a={"response_loss": loss[:19] - 0.5, "accuracy": np.ones(19)},
+            b={"response_loss": loss[:19], "accuracy": np.zeros(19)},
+        )
+    )
     assert few.verdict == "cannot say"
 
 
 def test_seven_equal_models_hardly_ever_show_a_difference(monkeypatch):
-    """Seven models, alike in right answers and far apart in loss: any pair that "disagrees" does so by chance. 21 pairs, each at .05, would
-    find one in most of the comparisons."""
+    """Seven models, alike in right answers and far apart in loss: any pair that "disagrees" does so by
+    chance. 21 pairs, each at .05, would find one in most of the comparisons.
+    """
     monkeypatch.setattr(findings, "sign_flip", lambda a, b, **more: sign_flip(a, b, **more, flips=2000))
     monkeypatch.setattr(findings.charts, "scatter", lambda *_, **__: None)
     rng = np.random.default_rng(8)
     said = []
     for _ in range(40):
         loss = rng.normal(2, 0.3, 60)
-        made = comparison(**{
-            f"m{i}": {"response_loss": loss + 0.1 * i, "accuracy": (rng.random(60) < 0.5).astype(float)} for i in range(7)
-        })  # fmt: skip
+        made = comparison(
+            **{
+                f"m{i}": {"response_loss": loss + 0.1 * i, "accuracy": (rng.random(60) < 0.5).astype(float)}
+                for i in range(7)
+            }
+        )
         said.append(findings.loss_and_quality(made).verdict)
     assert said.count("cannot say") >= 35
 
 
 def gradients(means: np.ndarray, noise: float, parts: int = 16, seed: int = 0) -> np.ndarray:
-    """Inner products [n, P, n, P] of gradients that are their template's mean [n, D], plus what each part adds to all, plus noise."""
+    """Inner products [n, P, n, P] of gradients that are their template's mean [n, D], plus what each part
+    adds to all, plus noise.
+    """
     rng = np.random.default_rng(seed)
     n, width = means.shape
-    drawn = means[:, None] + noise * (rng.normal(size=(1, parts, width)) + 0.5 * rng.normal(size=(n, parts, width)))
+    drawn = means[:, None] + noise * (
+        rng.normal(size=(1, parts, width)) + 0.5 * rng.normal(size=(n, parts, width))
+    )
     return np.einsum("ipd,jqd->ipjq", drawn, drawn)
 
 
@@ -121,7 +156,11 @@ def test_one_pair_that_pulls_against_each_other_is_interference():
     cosines = alike(0.3)
     cosines[0, 2] = cosines[2, 0] = -0.4
     found = findings.interference(NAMES, gradients(directions(cosines), 0.02))
-    assert found.verdict == "yes" and found.sentence.endswith("pull against each other: a and c.") and "-0.3" in found.sentence
+    assert (
+        found.verdict == "yes"
+        and found.sentence.endswith("pull against each other: a and c.")
+        and "-0.3" in found.sentence
+    )
     off = ~np.eye(4, dtype=bool)
     assert np.array(found.figures["mean"])[off].mean() > 0.1
     assert found.figures["cosine"]["a and c"].high < 0 < found.figures["cosine"]["a and b"].low
@@ -143,35 +182,46 @@ def test_half_cosines_by_hand():
     products = np.einsum("ipd,jqd->ipjq", parts, parts)
     first = np.array([[1.0, 0.0]])
     found = findings.half_cosines(products, first, 1 - first)
-    across = [1 / np.sqrt(2), 2 / np.sqrt(5)]  # a on part 1 with b on part 2, b on part 1 with a on part 2
+    # a on part 1 with b on part 2, b on part 1 with a on part 2
+    across = [1 / np.sqrt(2), 2 / np.sqrt(5)]
     wanted = [[1 / np.sqrt(5), np.mean(across)], [np.mean(across), 1 / np.sqrt(2)]]
     assert found == pytest.approx(np.array(wanted))
     whole = np.ones((1, 2))  # both parts on both sides: the cosine of the sums
-    assert findings.half_cosines(products, whole, whole)[0, 1] == pytest.approx((2 * 1 + 2 * 4) / np.sqrt(8 * 17))
+    assert findings.half_cosines(products, whole, whole)[0, 1] == pytest.approx(
+        (2 * 1 + 2 * 4) / np.sqrt(8 * 17)
+    )
 
 
 def test_templates_that_do_not_pull_are_hardly_ever_said_to(monkeypatch):
     """Orthogonal gradients, six pairs: one analysis in twenty may say yes."""
     monkeypatch.setattr(findings.charts, "heatmap", lambda *_, **__: None)
     means = directions(np.eye(4))
-    verdicts = [findings.interference(NAMES, gradients(means, 0.1, seed=s), seed=s).verdict for s in range(100)]
+    verdicts = [
+        findings.interference(NAMES, gradients(means, 0.1, seed=s), seed=s).verdict for s in range(100)
+    ]
     assert verdicts.count("yes") <= 10
 
 
 def looping(**texts: list[list[int]]) -> Comparison:
-    return Comparison({}, "question", [Measured(name, name, continuations=found) for name, found in texts.items()], [])
+    return Comparison(
+        {}, "question", [Measured(name, name, continuations=found) for name, found in texts.items()], []
+    )
 
 
 def test_repetition_and_overfitting():
     loops, text = [[1, 2, 3] + [4] * 9] * 20, [list(range(12))] * 20
     found = findings.repetition(looping(base=text, sft=loops))
     assert found.verdict == "yes" and "sft in 100% (more than before, beyond chance)" in found.sentence
-    assert found.figures["looping"]["base"].high == pytest.approx(0.161, abs=1e-3)  # none of 20 is no certainty
+    # none of 20 is no certainty
+    assert found.figures["looping"]["base"].high == pytest.approx(0.161, abs=1e-3)
     assert findings.repetition(looping(base=text, sft=text)).verdict == "no"
-    full = findings.repetition(looping(base=loops[:15] + text[:5], sft=loops))  # all 5 that were left: p = .06
+    # all 5 that were left: p = .06
+    full = findings.repetition(looping(base=loops[:15] + text[:5], sft=loops))
     assert full.verdict == "cannot say" and "more could not show" in full.sentence
-    assert findings.repetition(looping(base=loops[:14] + text[:6], sft=loops)).verdict == "yes"  # all of 6: p = .03
-    assert findings.repetition(looping(base=text, sft=loops[:3] + text[:17])).verdict == "no"  # 3 of 20: chance
+    # all of 6: p = .03
+    assert findings.repetition(looping(base=loops[:14] + text[:6], sft=loops)).verdict == "yes"
+    # 3 of 20: chance
+    assert findings.repetition(looping(base=text, sft=loops[:3] + text[:17])).verdict == "no"
     assert findings.repetition(looping(base=text[:9], sft=loops[:9])).verdict == "cannot say"
     assert findings.repetition(looping(base=[])) is None
     steps = [{"step": s, "nll": 2.0 / s} for s in range(1, 30)]
@@ -188,13 +238,18 @@ def test_repetition_and_overfitting():
 
 def test_reward_models_have_a_chart_and_a_gap_of_their_own():
     def run(train: float, held: float, **more: float) -> list[dict[str, float]]:
-        return [{"step": s, "nll": train, **more} for s in range(9)] + [{"step": s, "eval/nll": held} for s in (3, 6, 9)]
+        return [{"step": s, "nll": train, **more} for s in range(9)] + [
+            {"step": s, "eval/nll": held} for s in (3, 6, 9)
+        ]
 
     found = findings.overfitting({"sft": run(1.0, 1.25), "reward": run(0.1, 0.6, margin=1.0)})
     assert "in nats a token: sft, 1.00 on training rows, 1.25" in found.sentence
     assert "in nats a pair: reward, 0.10 on training rows, 0.60" in found.sentence
     drawn = {name: chart.axes[0] for name, chart in found.charts.items()}
-    assert {name: axis.get_ylabel() for name, axis in drawn.items()} == {"curves": "nats a token", "curves_pairs": "nats a pair"}
+    assert {name: axis.get_ylabel() for name, axis in drawn.items()} == {
+        "curves": "nats a token",
+        "curves_pairs": "nats a pair",
+    }
     assert [axis.get_legend_handles_labels()[1] for axis in drawn.values()] == [["sft"], ["reward"]]
 
 
@@ -203,7 +258,8 @@ def test_an_empty_cache_is_told_apart_from_the_model():
     found = findings.empty_cache("sft", text, loops)
     assert found.verdict == "yes" and "0% of greedy answers end in a loop, and 100% where" in found.sentence
     assert (
-        found.figures["without it"]["seq-rep-4"].mean == pytest.approx(1 - 4 / 9) and found.figures["with the cache"]["looping"].mean == 0
+        found.figures["without it"]["seq-rep-4"].mean == pytest.approx(1 - 4 / 9)
+        and found.figures["with the cache"]["looping"].mean == 0
     )
     assert findings.empty_cache("sft", loops, loops).verdict == "no"
     assert findings.empty_cache("sft", text[:3], loops[:3]).verdict == "cannot say"
@@ -212,7 +268,11 @@ def test_an_empty_cache_is_told_apart_from_the_model():
 
 def test_drift_and_shift():
     found = findings.drift({"a": {"h.0.w": 0.1, "h.1.w": 0.3}, "b": {"h.0.w": 0.01, "h.1.w": 0.02}})
-    assert found.verdict == "yes" and found.sentence.startswith("a moved") and "layer 1 the most, 30.00%" in found.sentence
+    assert (
+        found.verdict == "yes"
+        and found.sentence.startswith("a moved")
+        and "layer 1 the most, 30.00%" in found.sentence
+    )
     assert findings.drift({"a": {"h.0.w": 0.0}}).verdict == "no" and findings.drift({}) is None
     assert findings.drift({"a": {"h.0.w": 3e-8}}).verdict == "no"  # rounding
     assert findings.drift({"a": {}}).verdict == "cannot say"
@@ -229,7 +289,9 @@ def test_drift_and_shift():
 
 
 def test_the_run_whose_rows_are_foreign_is_the_one_that_is_named():
-    """``odd`` has the highest perplexity and the widest spread, and is within chance; ``far`` is foreign beyond it."""
+    """``odd`` has the highest perplexity and the widest spread, and is within chance; ``far`` is foreign
+    beyond it.
+    """
     rng = np.random.default_rng(0)
     tokens = np.full(60, 10)
     plain = RowLoss(rng.normal(30, 1, 60), tokens)
@@ -238,7 +300,8 @@ def test_the_run_whose_rows_are_foreign_is_the_one_that_is_named():
     figures = found.figures["perplexity"]
     assert figures["odd"].mean > figures["far"].mean and found.verdict == "yes"
     assert "the answers that far was trained on" in found.sentence and "So are" not in found.sentence
-    # Each beside the text that its own start has read: 60 nats a row are nothing new to a start that pays as much for any text.
+    # Each beside the text that its own start has read: 60 nats a row are nothing new to a start that pays as
+    # much for any text.
     foreign = RowLoss(plain.nll + 30, tokens)
     assert findings.shift({"a": foreign}, {"a": RowLoss(plain.nll + 30, tokens)}).verdict == "no"
 
@@ -255,5 +318,7 @@ def test_drift_of_a_model_is_that_of_its_weights(random_gpt2, tmp_path):
     weights[name] = weights[name] * 1.25
     save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     changed = analyze.drift(str(random_gpt2), str(tmp_path / "m"))
-    assert changed.pop(next(n for n in changed if n.endswith("h.1.mlp.c_fc.weight"))) == pytest.approx(0.25, rel=1e-5)
+    assert changed.pop(next(n for n in changed if n.endswith("h.1.mlp.c_fc.weight"))) == pytest.approx(
+        0.25, rel=1e-5
+    )
     assert set(changed.values()) == {0.0}

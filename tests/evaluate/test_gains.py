@@ -13,11 +13,15 @@ from mlx_posttrain.evaluate.comparison import Comparison, Measured, Values
 
 def answers(*shares: float, rows: int = 200) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(7)
-    return {name: (rng.random(rows) < share).astype(float) for name, share in zip("abcdef", shares, strict=False)}
+    return {
+        name: (rng.random(rows) < share).astype(float) for name, share in zip("abcdef", shares, strict=False)
+    }
 
 
 def comparison(values: dict[str, np.ndarray]) -> Comparison:
-    return Comparison({}, "own", [Measured(name, name, {"accuracy": Values(rows)}) for name, rows in values.items()], [])
+    return Comparison(
+        {}, "own", [Measured(name, name, {"accuracy": Values(rows)}) for name, rows in values.items()], []
+    )
 
 
 def test_students_interval_by_hand():
@@ -27,7 +31,9 @@ def test_students_interval_by_hand():
     assert (found.low, found.high) == pytest.approx((0.0960, 0.3393), abs=2e-4)
     assert gains.over_seeds([0.2]) is None
     many = gains.over_seeds([0.1, 0.2] * 20)
-    assert many is not None and many.high - many.mean == pytest.approx(2.0227 * np.std([0.1, 0.2] * 20, ddof=1) / 40**0.5, rel=2e-3)
+    assert many is not None and many.high - many.mean == pytest.approx(
+        2.0227 * np.std([0.1, 0.2] * 20, ddof=1) / 40**0.5, rel=2e-3
+    )
     two = gains.over_seeds([0.1, 0.3])
     assert two is not None and two.high - two.mean == pytest.approx(12.706 * 0.1, rel=1e-4)
 
@@ -44,12 +50,19 @@ def test_over_questions_pairs_rows():
 def test_a_gain_is_told_from_none_and_from_a_loss():
     pairs = [("a", "b"), ("c", "d"), ("e", "f")]
     for shares, verdict in (
-        ((0.8, 0.3, 0.82, 0.31, 0.79, 0.3), "yes"), ((0.3, 0.8, 0.31, 0.82, 0.3, 0.8), "no"), ((0.5,) * 6, "cannot say"),
-        ((0.9, 0.1, 0.5, 0.5, 0.5, 0.5), "cannot say"),  # one seed of three: surely a gain over questions, and none over seeds
-    ):  # fmt: skip
+        ((0.8, 0.3, 0.82, 0.31, 0.79, 0.3), "yes"),
+        ((0.3, 0.8, 0.31, 0.82, 0.3, 0.8), "no"),
+        ((0.5,) * 6, "cannot say"),
+        # one seed of three: surely a gain over questions, and none over seeds
+        ((0.9, 0.1, 0.5, 0.5, 0.5, 0.5), "cannot say"),
+    ):
         found = gains.finding("x", comparison(answers(*shares)), pairs)
         assert found is not None and found.verdict == verdict, shares
-        assert len(found.figures["each"]) == 3 and "over 3 seeds" in found.sentence and list(found.charts) == ["gain_x"]
+        assert (
+            len(found.figures["each"]) == 3
+            and "over 3 seeds" in found.sentence
+            and list(found.charts) == ["gain_x"]
+        )
     one = gains.finding("x", comparison(answers(0.8, 0.3)), pairs[:1])
     assert one is not None and one.verdict == "yes" and one.figures["over_seeds"] is None
     few = gains.finding("x", comparison(answers(1.0, 0.0, rows=5)), pairs[:1])
@@ -60,7 +73,9 @@ def test_a_gain_is_told_from_none_and_from_a_loss():
 def test_unknown_runs_are_refused():
     raw = {"method": "report", "runs": {"a": "x"}, "gains": {"g": [["a", "b"]]}}
     with pytest.raises(UserError, match=r"not_asked names 'b'"):
-        recipe.parse({"method": "report", "runs": {"a": "x"}, "not_asked": ["b"]}, methods.get("report").Recipe, "test")
+        recipe.parse(
+            {"method": "report", "runs": {"a": "x"}, "not_asked": ["b"]}, methods.get("report").Recipe, "test"
+        )
     with pytest.raises(UserError, match=r"gains.g names 'b'"):
         recipe.parse(raw, methods.get("report").Recipe, "test")
     with pytest.raises(UserError, match="no pair"):

@@ -12,17 +12,62 @@ from mlx_posttrain.evaluate import ifeval
 from mlx_posttrain.evaluate.ifeval import follows, instruction_accuracy, loose, strict
 
 CASES = [
-    ("keywords:existence", {"keywords": ["cat", "Dog"]}, ["A CAT and a dog.", "concatenate dogma"], ["a cat", "a dog", "c.at dog"]),
+    (
+        "keywords:existence",
+        {"keywords": ["cat", "Dog"]},
+        ["A CAT and a dog.", "concatenate dogma"],
+        ["a cat", "a dog", "c.at dog"],
+    ),
     ("keywords:existence", {"keywords": ["a.c"]}, ["a.c"], ["abc"]),
-    ("keywords:frequency", {"keyword": " cat ", "frequency": 2, "relation": "at least"}, ["cat Cats", "cat cat cat"], ["cat", "dog"]),
-    ("keywords:frequency", {"keyword": "cat", "frequency": 2, "relation": "less than"}, ["cat", "dog"], ["cat Cats"]),
+    (
+        "keywords:frequency",
+        {"keyword": " cat ", "frequency": 2, "relation": "at least"},
+        ["cat Cats", "cat cat cat"],
+        ["cat", "dog"],
+    ),
+    (
+        "keywords:frequency",
+        {"keyword": "cat", "frequency": 2, "relation": "less than"},
+        ["cat", "dog"],
+        ["cat Cats"],
+    ),
     ("keywords:frequency", {"keyword": "aa", "frequency": 2, "relation": "at least"}, ["aaaa"], ["aaa"]),
-    ("keywords:forbidden_words", {"forbidden_words": ["cat", "C++"]}, ["concatenate", "cats", "C+"], ["a Cat.", "dog cat", "in C++."]),
-    ("keywords:letter_frequency", {"letter": "E", "let_frequency": 3, "let_relation": "at least"}, ["eEe"], ["ee"]),
-    ("keywords:letter_frequency", {"letter": "e", "let_frequency": 3, "let_relation": "less than"}, ["ee", "x"], ["Eee"]),
-    ("keywords:letter_frequency", {"letter": "!", "let_frequency": 1, "let_relation": "at least"}, ["a!"], ["a"]),
-    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "less than"}, ["One.", "no end"], ["One. Two."]),
-    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, ["One! Two"], ["One."]),
+    (
+        "keywords:forbidden_words",
+        {"forbidden_words": ["cat", "C++"]},
+        ["concatenate", "cats", "C+"],
+        ["a Cat.", "dog cat", "in C++."],
+    ),
+    (
+        "keywords:letter_frequency",
+        {"letter": "E", "let_frequency": 3, "let_relation": "at least"},
+        ["eEe"],
+        ["ee"],
+    ),
+    (
+        "keywords:letter_frequency",
+        {"letter": "e", "let_frequency": 3, "let_relation": "less than"},
+        ["ee", "x"],
+        ["Eee"],
+    ),
+    (
+        "keywords:letter_frequency",
+        {"letter": "!", "let_frequency": 1, "let_relation": "at least"},
+        ["a!"],
+        ["a"],
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, "relation": "less than"},
+        ["One.", "no end"],
+        ["One. Two."],
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, "relation": "at least"},
+        ["One! Two"],
+        ["One."],
+    ),
     (
         "length_constraints:number_paragraphs",
         {"num_paragraphs": 2},
@@ -35,16 +80,36 @@ CASES = [
         ["one two three", "well-known x", "isn't x"],
         ["one two"],
     ),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, ["one - two!"], ["one two three"]),
+    (
+        "length_constraints:number_words",
+        {"num_words": 3, "relation": "less than"},
+        ["one - two!"],
+        ["one two three"],
+    ),
     (
         "length_constraints:nth_paragraph_first_word",
         {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "So"},
         ["One.\n\nso, two", "One\n\n\"SO' two", "a\n\nSo\n\n  "],
         ["So\n\none", "One\n\nSome", "One\nSo", "a\n\nSo\n\nc", "So", "a\n\n\n\nSo"],
     ),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, ["[a] [b]", "[][x] [y]"], ["[a]", "[a\n] [b]"]),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, ["a\np.s. b", "P. S. b", "a P.S."], ["PS b", "P.S b"]),
-    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, ["P.P.S b", "p. p. s. b"], ["P.S. b", "PPS"]),
+    (
+        "detectable_content:number_placeholders",
+        {"num_placeholders": 2},
+        ["[a] [b]", "[][x] [y]"],
+        ["[a]", "[a\n] [b]"],
+    ),
+    (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.S."},
+        ["a\np.s. b", "P. S. b", "a P.S."],
+        ["PS b", "P.S b"],
+    ),
+    (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.P.S"},
+        ["P.P.S b", "p. p. s. b"],
+        ["P.S. b", "PPS"],
+    ),
     ("detectable_content:postscript", {"postscript_marker": " N.B."}, ["n.b. it"], ["nab. it"]),
     (
         "detectable_format:number_bullet_lists",
@@ -52,7 +117,12 @@ CASES = [
         ["* a\n* b", "- a\n  *b", "a\n-\n- b"],
         ["* a", "* a\n- b\n- c", "** a\n* b"],
     ),
-    ("detectable_format:constrained_response", {}, ["My answer is no.", "Well. My answer is maybe. So."], ["My answer is no", "no."]),
+    (
+        "detectable_format:constrained_response",
+        {},
+        ["My answer is no.", "Well. My answer is maybe. So."],
+        ["My answer is no", "no."],
+    ),
     (
         "detectable_format:number_highlighted_sections",
         {"num_highlights": 2},
@@ -78,8 +148,18 @@ CASES = [
         ["a******b", "******\na\n******\nb\n******"],
         ["a", "a******a ", "a******b******c", "a************b"],
     ),
-    ("combination:repeat_prompt", {"prompt_to_repeat": " Say hi. "}, ["say hi. Hi", "Say hi."], ["Hi. Say hi.", "Say  hi."]),
-    ("startend:end_checker", {"end_phrase": " The End. "}, ["So: the end.", '"a. THE END."\n', "The end."], ["The end", "The end. So."]),
+    (
+        "combination:repeat_prompt",
+        {"prompt_to_repeat": " Say hi. "},
+        ["say hi. Hi", "Say hi."],
+        ["Hi. Say hi.", "Say  hi."],
+    ),
+    (
+        "startend:end_checker",
+        {"end_phrase": " The End. "},
+        ["So: the end.", '"a. THE END."\n', "The end."],
+        ["The end", "The end. So."],
+    ),
     ("startend:quotation", {}, ['"a"', ' "a "b" c"\n', '""'], ['"', '"a', 'a"', "'a'", "\u201ca\u201d"]),
     (
         "change_case:capital_word_frequency",
@@ -87,19 +167,27 @@ CASES = [
         ["I SAY", "I'M", "(A) B2"],
         ["I say", "A-B"],
     ),
-    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "less than"}, ["WELL-KNOWN", "iPhone"], ["A, B"]),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "less than"},
+        ["WELL-KNOWN", "iPhone"],
+        ["A, B"],
+    ),
     ("change_case:english_capital", {}, ["ALL, 1.", "\u00c9T\u00c9"], ["ALL but", "1 + 1"]),
     ("change_case:english_lowercase", {}, ["all, 1."], ["All", "1 + 1"]),
     ("punctuation:no_comma", {}, ["a; b"], ["a, b", "1,000"]),
 ]
 
 
-@pytest.mark.parametrize("instruction_id, kwargs, good, bad", CASES, ids=[f"{one[0]}-{i}" for i, one in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "instruction_id, kwargs, good, bad", CASES, ids=[f"{one[0]}-{i}" for i, one in enumerate(CASES)]
+)
 def test_every_rule(instruction_id, kwargs, good, bad):
     assert [text for text in good if follows(instruction_id, kwargs, text) is not True] == []
     assert [text for text in bad if follows(instruction_id, kwargs, text) is not False] == []
     assert follows(instruction_id, kwargs, " \n") is False  # nothing said, nothing followed
-    hub = dict.fromkeys(["keyword", "num_words", "prompt_to_repeat", "letter"]) | kwargs  # whose rows hold every key
+    # whose rows hold every key
+    hub = dict.fromkeys(["keyword", "num_words", "prompt_to_repeat", "letter"]) | kwargs
     assert follows(instruction_id, hub, good[0]) is True
 
 
@@ -132,7 +220,11 @@ def test_sentences(text, count):
 def test_what_cannot_be_judged_and_what_is_wrong():
     assert follows("language:response_language", {"language": "de"}, "Ja.") is None
     for instruction_id, kwargs, said in [
-        ("punctuation:no_coma", {}, "no instruction 'punctuation:no_coma'; did you mean 'punctuation:no_comma'"),
+        (
+            "punctuation:no_coma",
+            {},
+            "no instruction 'punctuation:no_coma'; did you mean 'punctuation:no_comma'",
+        ),
         ("keywords:existence", {"keywords": None}, "needs 'keywords', a list of texts"),
         ("keywords:existence", {"keywords": "cat"}, "found 'cat'"),
         ("keywords:existence", {"keywords": [1]}, "a list of texts"),
@@ -145,8 +237,13 @@ def test_what_cannot_be_judged_and_what_is_wrong():
             follows(instruction_id, kwargs, "text")
         assert "\n" not in str(error.value)
     assert follows("combination:repeat_prompt", None, "Say hi. Hi", prompt="Say hi.") is True
-    assert follows("combination:repeat_prompt", {"prompt_to_repeat": None}, "Say hi. Hi", prompt="Say hi.") is True
-    assert follows("combination:repeat_prompt", {"prompt_to_repeat": "Hi"}, "Say hi.", prompt="Say hi.") is False
+    assert (
+        follows("combination:repeat_prompt", {"prompt_to_repeat": None}, "Say hi. Hi", prompt="Say hi.")
+        is True
+    )
+    assert (
+        follows("combination:repeat_prompt", {"prompt_to_repeat": "Hi"}, "Say hi.", prompt="Say hi.") is False
+    )
     # 0 is a number of its own, and a table's float is a whole number
     assert follows("detectable_format:number_bullet_lists", {"num_bullets": 0}, "text") is True
     kwargs = {"num_paragraphs": 1.0, "nth_paragraph": 1.0, "first_word": "so"}
@@ -154,10 +251,18 @@ def test_what_cannot_be_judged_and_what_is_wrong():
 
 
 def row(*instructions, prompt="Say hi."):
-    return {"prompt": prompt, "instruction_id_list": [one for one, _ in instructions], "kwargs": [own for _, own in instructions]}
+    return {
+        "prompt": prompt,
+        "instruction_id_list": [one for one, _ in instructions],
+        "kwargs": [own for _, own in instructions],
+    }
 
 
-COMMA, TITLE, GERMAN = ("punctuation:no_comma", {}), ("detectable_format:title", None), ("language:response_language", {"language": "de"})
+COMMA, TITLE, GERMAN = (
+    ("punctuation:no_comma", {}),
+    ("detectable_format:title", None),
+    ("language:response_language", {"language": "de"}),
+)
 WORDS = ("length_constraints:number_words", {"num_words": 3, "relation": "less than"})
 
 
@@ -170,13 +275,18 @@ def test_strict_and_loose():
     polite = "Sure, here:\na b\nBye, you."
     assert strict(row(COMMA), polite) is False
     assert loose(row(COMMA), polite) is True  # without both
-    assert loose(row(COMMA), "Sure,\na\nb") and loose(row(COMMA), "a\nb\nBye,") and not loose(row(COMMA), "a\nb, c\nd")
+    assert (
+        loose(row(COMMA), "Sure,\na\nb")
+        and loose(row(COMMA), "a\nb\nBye,")
+        and not loose(row(COMMA), "a\nb, c\nd")
+    )
     assert loose(row(COMMA), "a, b") is False  # taken off, nothing is left
     end = row(("startend:end_checker", {"end_phrase": "The end"}))
     assert strict(end, "So *the end*") is False and loose(end, "So *the end*") is True
     assert loose(row(COMMA, WORDS), "a b c,\na b c") is False  # each line is too long
     assert loose(row(COMMA, WORDS), "Sure, a\nb") is True
-    assert loose(row(("change_case:english_lowercase", {}), COMMA), "A,\nb\nc,") is True  # each in its own way, as in the reference
+    # each in its own way, as in the reference
+    assert loose(row(("change_case:english_lowercase", {}), COMMA), "A,\nb\nc,") is True
     with pytest.raises(UserError, match="2 instructions and 1 kwargs"):
         strict(both | {"kwargs": [{}]}, "a")
     with pytest.raises(UserError, match="no instruction"):
@@ -196,7 +306,15 @@ def test_accuracies():
 
 def test_outputs_that_run_on_take_no_time():
     start = time.perf_counter()
-    for text in ("!" * 20_000, "a" * 20_000, "." * 20_000 + "x", "* " * 10_000, "*" * 20_000, "\n" * 20_000, "-\n" * 10_000):
+    for text in (
+        "!" * 20_000,
+        "a" * 20_000,
+        "." * 20_000 + "x",
+        "* " * 10_000,
+        "*" * 20_000,
+        "\n" * 20_000,
+        "-\n" * 10_000,
+    ):
         for instruction_id, kwargs, *_ in CASES:
             follows(instruction_id, kwargs, text)
     assert time.perf_counter() - start < 20

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on our models: against its own model for transformers, against plain arithmetic, and on a whole task offline."""
+"""lm-evaluation-harness on our models: against its own model for transformers, against plain arithmetic, and
+on a whole task offline.
+"""
 
 from __future__ import annotations
 
@@ -61,25 +63,41 @@ def hf() -> Any:
     folder = hub.resolve("tiny")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Its cache takes requests for one whose tokens are the same but for the last, wherever the context ends: PAIRS has such.
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=CONTEXT, device="cpu", logits_cache=False)
+    # Its cache takes requests for one whose tokens are the same but for the last, wherever the context ends:
+    # PAIRS has such.
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=2,
+        max_length=CONTEXT,
+        device="cpu",
+        logits_cache=False,
+    )
 
 
 def test_likelihoods_are_those_of_the_harness(lm, hf):
     ours, theirs = (m.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True) for m in (lm, hf))
     assert np.allclose([a[0] for a in ours], [b[0] for b in theirs], rtol=1e-5, atol=1e-4)
     assert [a[1] for a in ours] == [bool(b[1]) for b in theirs]
-    assert ours[0][1] == ours[8][1] and abs(ours[0][0] - ours[8][0]) < 1e-5  # the same request, in another batch
+    # the same request, in another batch
+    assert ours[0][1] == ours[8][1] and abs(ours[0][0] - ours[8][0]) < 1e-5
 
 
 def test_likelihood_by_hand(lm):
-    """The softmax over the whole vocabulary, position by position; the greedy continuation is greedy, and another word is not."""
+    """The softmax over the whole vocabulary, position by position; the greedy continuation is greedy, and
+    another word is not.
+    """
     tokenizer, model = lm.tokenizer, lm.model
     context = tokenizer.encode("Once upon a")
     (answer,) = model.generate([context], max_tokens=4, stop=None)
     greedy = tokenizer.decode(answer.tokens)
-    assert tokenizer.encode("Once upon a" + greedy) == context + answer.tokens, "choose a context whose answer encodes back"
-    found = lm.loglikelihood(requests("loglikelihood", [("Once upon a", greedy), ("Once upon a", greedy + " zebra")]), disable_tqdm=True)
+    assert tokenizer.encode("Once upon a" + greedy) == context + answer.tokens, (
+        "choose a context whose answer encodes back"
+    )
+    found = lm.loglikelihood(
+        requests("loglikelihood", [("Once upon a", greedy), ("Once upon a", greedy + " zebra")]),
+        disable_tqdm=True,
+    )
     logits = model.full_logits(np.array([context + answer.tokens]))[0].astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = sum(logprobs[len(context) - 1 + i, token] for i, token in enumerate(answer.tokens))
@@ -101,17 +119,24 @@ def test_rolling(lm, hf):
     short = " ".join(texts[0].split()[:30])
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in [*texts, short, ""]]))
     assert np.allclose(
-        found[:4], hf.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in [*texts, short]]), True), rtol=1e-5
+        found[:4],
+        hf.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in [*texts, short]]), True),
+        rtol=1e-5,
     )
-    assert len(lm.tok_encode(texts[0])) > CONTEXT >= len(lm.tok_encode(short)), "one text of several windows, one of one"
-    assert found[3] == pytest.approx(-measure.base_text_loss(lm.model, lm.tokenizer, [short], window=CONTEXT).nll[0], rel=1e-5)
+    assert len(lm.tok_encode(texts[0])) > CONTEXT >= len(lm.tok_encode(short)), (
+        "one text of several windows, one of one"
+    )
+    assert found[3] == pytest.approx(
+        -measure.base_text_loss(lm.model, lm.tokenizer, [short], window=CONTEXT).nll[0], rel=1e-5
+    )
     assert found[4] == 0.0
 
 
 def test_continuations(lm, hf):
     settings = [
         {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
-        {"until": ["\n"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.7},  # greedy all the same
+        # greedy all the same
+        {"until": ["\n"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.7},
         {"until": [" the", ","], "max_gen_toks": 20},
         {"until": ".", "max_new_tokens": 6, "temperature": 0.0},
     ]
@@ -121,15 +146,24 @@ def test_continuations(lm, hf):
     assert found[:4] == found[4:8]
     assert not any(mark in text for text in found[8:12] for mark in (" the", ","))
     assert len(set(found)) > 4
-    # One row at a time: the harness pads a batch on the left without telling GPT-2's positions, so its own texts depend on the batch.
+    # One row at a time: the harness pads a batch on the left without telling GPT-2's positions, so its own
+    # texts depend on the batch.
     theirs = [
-        hf.generate_until([r], disable_tqdm=True)[0] for r in requests("generate_until", [(c, dict(s)) for s in settings for c in contexts])
+        hf.generate_until([r], disable_tqdm=True)[0]
+        for r in requests("generate_until", [(c, dict(s)) for s in settings for c in contexts])
     ]
     assert found == theirs
 
 
 def test_sampling(lm):
-    settings = {"until": [], "max_gen_toks": 10, "do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0}
+    settings = {
+        "until": [],
+        "max_gen_toks": 10,
+        "do_sample": True,
+        "temperature": 1.5,
+        "top_p": 0.9,
+        "top_k": 0,
+    }
     asked = requests("generate_until", [("Once upon a time", settings)] * 4 + [("", settings)])
     found = lm.generate_until(asked)
     assert len(set(found)) > 2 and found == lm.generate_until(asked)
@@ -137,7 +171,11 @@ def test_sampling(lm):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"num_beams": 4}, "num_beams"), ({"max_gen_toks": CONTEXT}, "max_gen_toks"), ({"max_gen_toks": 0}, "max_gen_toks")],
+    [
+        ({"num_beams": 4}, "num_beams"),
+        ({"max_gen_toks": CONTEXT}, "max_gen_toks"),
+        ({"max_gen_toks": 0}, "max_gen_toks"),
+    ],
 )
 def test_what_decoding_does_not_have_is_refused(lm, settings, words):
     with pytest.raises(UserError, match=words):
@@ -152,8 +190,14 @@ def test_settings_that_cannot_be(lm):
 
 
 def test_questions_are_put_as_in_training(lm):
-    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Name a colour."}]
-    assert lm.apply_chat_template(history) == "HiHello<|endoftext|>Name a colour.", "a plain model takes turns as they stand"
+    history = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Name a colour."},
+    ]
+    assert lm.apply_chat_template(history) == "HiHello<|endoftext|>Name a colour.", (
+        "a plain model takes turns as they stand"
+    )
     assert lm.chat_template(False) is None and lm.chat_template(True)
     begun = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "It is"}]
     assert lm.apply_chat_template(begun, add_generation_prompt=False) == "Name a colour.It is"
@@ -162,13 +206,29 @@ def test_questions_are_put_as_in_training(lm):
 def test_a_run_is_asked_in_its_own_template(random_gpt2, rows_file, tmp_path):
     from mlx_posttrain import methods, recipe
 
-    settings = [f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", "train.steps=1", "sample.count=0"]
-    chosen = recipe.load("01_sft", [*settings, f"engine={engines.available()[0]}", "data.template=plain", "adapter.rank=2"])
+    settings = [
+        f"model={random_gpt2}",
+        f"data.source={rows_file}",
+        f"output={tmp_path / 'run'}",
+        "train.steps=1",
+        "sample.count=0",
+    ]
+    chosen = recipe.load(
+        "01_sft", [*settings, f"engine={engines.available()[0]}", "data.template=plain", "adapter.rank=2"]
+    )
     methods.get(chosen.method).run(chosen)
     lm = MLXPosttrainLM(str(tmp_path / "run"), engine=engines.available()[0], max_gen_toks=8)
-    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Go on."}]
-    assert lm.apply_chat_template(history) == ("Instruction: Hi\n\nResponse: Hello<|endoftext|>\n\nInstruction: Go on.\n\nResponse:")
-    begun = lm.apply_chat_template([*history[:1], {"role": "assistant", "content": "Well"}], add_generation_prompt=False)
+    history = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Go on."},
+    ]
+    assert lm.apply_chat_template(history) == (
+        "Instruction: Hi\n\nResponse: Hello<|endoftext|>\n\nInstruction: Go on.\n\nResponse:"
+    )
+    begun = lm.apply_chat_template(
+        [*history[:1], {"role": "assistant", "content": "Well"}], add_generation_prompt=False
+    )
     assert begun == "Instruction: Hi\n\nResponse: Well"
     assert lm.chat_template(True) == "plain" and "plain" in lm.tokenizer_name
 
@@ -177,14 +237,22 @@ def task(folder: Path, name: str, rows: list[dict], **settings: Any) -> dict[str
     """A task over a local file; nothing is looked up on the net."""
     data = folder / f"{name}.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test", **settings}
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        **settings,
+    }
 
 
 def test_the_harness_knows_it_by_name():
     from lm_eval.api.registry import get_model
 
     unset = {"batch_size": None, "max_batch_size": None, "device": None}  # what simple_evaluate adds
-    lm = get_model("mlx-posttrain").create_from_arg_string(f"pretrained=tiny,engine={engines.available()[0]},max_length=64", unset)
+    lm = get_model("mlx-posttrain").create_from_arg_string(
+        f"pretrained=tiny,engine={engines.available()[0]},max_length=64", unset
+    )
     assert isinstance(lm, MLXPosttrainLM) and lm.max_length == 64
 
 
@@ -192,39 +260,71 @@ def test_whole_tasks_offline(lm, tmp_path):
     """Multiple choice, perplexity and continuations through the harness's own front door."""
     import lm_eval
 
-    stories = [("Once upon a", " time", " zebra"), ("The little girl was very", " happy", " plus"), ("He went to the", " park", " which")]
+    stories = [
+        ("Once upon a", " time", " zebra"),
+        ("The little girl was very", " happy", " plus"),
+        ("He went to the", " park", " which"),
+    ]
     choices = task(
-        tmp_path, "choices", [{"q": q, "choices": [bad, good], "gold": 1} for q, good, bad in stories], output_type="multiple_choice",
-        doc_to_text="{{q}}", doc_to_choice="choices", doc_to_target="gold", target_delimiter="",
+        tmp_path,
+        "choices",
+        [{"q": q, "choices": [bad, good], "gold": 1} for q, good, bad in stories],
+        output_type="multiple_choice",
+        doc_to_text="{{q}}",
+        doc_to_choice="choices",
+        doc_to_target="gold",
+        target_delimiter="",
         metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    )  # fmt: skip
+    )
     texts = task(
-        tmp_path, "texts", [{"text": t} for t in measure.base_text()[:2]], output_type="loglikelihood_rolling", doc_to_text="",
-        doc_to_target="{{text}}", metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    )  # fmt: skip
+        tmp_path,
+        "texts",
+        [{"text": t} for t in measure.base_text()[:2]],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    )
     repeat = task(
-        tmp_path, "repeat", [{"q": "Once upon a", "a": "time"}], output_type="generate_until", doc_to_text="{{q}}", doc_to_target="{{a}}",
+        tmp_path,
+        "repeat",
+        [{"q": "Once upon a", "a": "time"}],
+        output_type="generate_until",
+        doc_to_text="{{q}}",
+        doc_to_target="{{a}}",
         generation_kwargs={"until": [",", "."], "max_gen_toks": 4, "do_sample": False},
         metric_list=[{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}],
-    )  # fmt: skip
-    found = lm_eval.simple_evaluate(model=lm, tasks=[choices, texts, repeat], bootstrap_iters=0, log_samples=True)
+    )
+    found = lm_eval.simple_evaluate(
+        model=lm, tasks=[choices, texts, repeat], bootstrap_iters=0, log_samples=True
+    )
     likelihoods = [[float(r[0][0]) for r in s["resps"]] for s in found["samples"]["choices"]]
     assert found["results"]["choices"]["acc,none"] == np.mean([np.argmax(row) == 1 for row in likelihoods])
     for (question, good, bad), row in zip(stories, likelihoods, strict=True):
-        direct = lm.loglikelihood(requests("loglikelihood", [(question, bad), (question, good)]), disable_tqdm=True)
+        direct = lm.loglikelihood(
+            requests("loglikelihood", [(question, bad), (question, good)]), disable_tqdm=True
+        )
         assert np.allclose(row, [d[0] for d in direct], atol=1e-4)
-    nll = -np.sum(lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in measure.base_text()[:2]])))
+    nll = -np.sum(
+        lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in measure.base_text()[:2]]))
+    )
     size = sum(len(t.encode()) for t in measure.base_text()[:2])
     assert found["results"]["texts"]["bits_per_byte,none"] == pytest.approx(nll / size / np.log(2), rel=1e-5)
     (sample,) = found["samples"]["repeat"]
-    assert sample["resps"][0][0] == lm.generate_until(requests("generate_until", [("Once upon a", repeat["generation_kwargs"])]))[0]
+    assert (
+        sample["resps"][0][0]
+        == lm.generate_until(requests("generate_until", [("Once upon a", repeat["generation_kwargs"])]))[0]
+    )
 
 
 def test_without_the_harness_one_line_says_so(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['lm_eval'] = None\n")
     code = (
-        "from mlx_posttrain.errors import UserError\ntry:\n    import mlx_posttrain.evaluate.lm_eval\nexcept UserError as e:\n    print(e)"
+        "from mlx_posttrain.errors import UserError\ntry:\n    import "
+        "mlx_posttrain.evaluate.lm_eval\nexcept UserError as e:\n    print(e)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert done.stdout == "lm-evaluation-harness is not installed: pip install lm-eval\n", done.stderr

@@ -1,4 +1,6 @@
-"""Measures over a model made of a table, where every number is known, and over a tiny random GPT-2 on both engines."""
+"""Measures over a model made of a table, where every number is known, and over a tiny random GPT-2 on both
+engines.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.numpy import load_file, save_file
 
     target = tmp_path_factory.mktemp("gpt2")
-    make_model(target, SAID, PretrainSection(vocab_size=320, layers=2, heads=2, width=32, context=CONTEXT), seed=0)
+    make_model(
+        target, SAID, PretrainSection(vocab_size=320, layers=2, heads=2, width=32, context=CONTEXT), seed=0
+    )
     weights = {k: v * 8 if v.ndim > 1 else v for k, v in load_file(target / "model.safetensors").items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
@@ -56,11 +60,15 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Any:
 
 
 class Table:
-    """A bigram model: row i of the table holds the log-probabilities of what follows token i. Remembers what it was asked."""
+    """A bigram model: row i of the table holds the log-probabilities of what follows token i. Remembers what
+    it was asked.
+    """
 
     def __init__(self, vocabulary: int, context: int | None = CONTEXT, seed: int = 0):
         rng = np.random.default_rng(seed)
-        self.table = ops(np.zeros(1)).log_softmax(rng.normal(0, 2, (vocabulary, vocabulary))).astype(np.float32)
+        self.table = (
+            ops(np.zeros(1)).log_softmax(rng.normal(0, 2, (vocabulary, vocabulary))).astype(np.float32)
+        )
         self.context = context
         self.batches: list[Batch] = []
         self.calls: list[dict[str, Any]] = []
@@ -69,7 +77,10 @@ class Table:
         self.batches += batches
         values = [self.table[b.tokens.reshape(-1)[b.index], b.target] for b in batches]
         # What a padded position holds is nobody's business, so let it be the worst.
-        return [np.where(b.weight > 0, v, -np.inf).astype(np.float32) for b, v in zip(batches, values, strict=True)]
+        return [
+            np.where(b.weight > 0, v, -np.inf).astype(np.float32)
+            for b, v in zip(batches, values, strict=True)
+        ]
 
     def generate(self, prompts: list[list[int]], **settings: Any) -> list[Any]:
         self.calls.append({"prompts": prompts, **settings})
@@ -90,7 +101,9 @@ class Decoder:
     def keep(self, rows: np.ndarray) -> None:
         pass
 
-    def pick(self, logits: np.ndarray, uniforms: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    def pick(
+        self, logits: np.ndarray, uniforms: np.ndarray, temperature: float, top_p: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         return decoding.pick(logits, uniforms[:, None], temperature, top_p)
 
 
@@ -110,7 +123,7 @@ def path(table: Table, token: int, steps: int) -> list[int]:
     return found
 
 
-# -- answers
+# answers
 
 
 def chat(question: str, answer: str = "Yes.") -> Conversation:
@@ -119,7 +132,9 @@ def chat(question: str, answer: str = "Yes.") -> Conversation:
 
 def test_answers_come_back_in_the_rows_order_whatever_the_batches(tokenizer):
     table = Table(len(tokenizer))
-    rows = [chat(q) for q in ("the cat and the dog " * 3, "a", "hens and corn", "the sun", "rain on the roof")]
+    rows = [
+        chat(q) for q in ("the cat and the dog " * 3, "a", "hens and corn", "the sun", "rain on the roof")
+    ]
     found = measure.answers(table, tokenizer, rows, template="plain", max_tokens=5, batch=2)
     assert [len(call["prompts"]) for call in table.calls] == [2, 2, 1]
     lengths = [len(p) for call in table.calls for p in call["prompts"]]
@@ -137,11 +152,17 @@ def test_answers_come_back_in_the_rows_order_whatever_the_batches(tokenizer):
 def test_samples_keep_their_row_and_batches_do_not_share_random_numbers(tokenizer):
     table = Table(len(tokenizer))
     rows = [chat("the dog")] * 4  # equal prompts: only the random numbers differ
-    found = measure.answers(table, tokenizer, rows, template="plain", max_tokens=8, temperature=1.0, samples=2, batch=4, seed=3)
+    found = measure.answers(
+        table, tokenizer, rows, template="plain", max_tokens=8, temperature=1.0, samples=2, batch=4, seed=3
+    )
     assert len(found) == 8 and [len(call["prompts"]) for call in table.calls] == [2, 2]
     assert len({tuple(a.tokens) for a in found}) == 8
-    again = measure.answers(table, tokenizer, rows, template="plain", max_tokens=8, temperature=1.0, samples=2, batch=4, seed=3)
-    other = measure.answers(table, tokenizer, rows, template="plain", max_tokens=8, temperature=1.0, samples=2, batch=4, seed=4)
+    again = measure.answers(
+        table, tokenizer, rows, template="plain", max_tokens=8, temperature=1.0, samples=2, batch=4, seed=3
+    )
+    other = measure.answers(
+        table, tokenizer, rows, template="plain", max_tokens=8, temperature=1.0, samples=2, batch=4, seed=4
+    )
     assert found == again != other
 
 
@@ -153,7 +174,10 @@ def test_rows_of_any_format_are_asked_for_their_answer(tokenizer):
     ]
     measure.answers(table, tokenizer, asked, template="plain", max_tokens=2)
     texts = sorted(tokenizer.decode(p) for p in table.calls[-1]["prompts"])
-    assert texts == ["Instruction: Name the opposite of hot.\n\nResponse:", "Instruction: Sort.\n\nb a\n\nResponse:"]
+    assert texts == [
+        "Instruction: Name the opposite of hot.\n\nResponse:",
+        "Instruction: Sort.\n\nb a\n\nResponse:",
+    ]
     stands = Conversation((Turn("user", "The cat"), Turn("assistant", " sat")), templated=False)
     pair = Preference((Turn("user", "Who?"),), "Me.", "You.")
     open_end = Conversation((Turn("user", "Where?"),))
@@ -198,7 +222,7 @@ def test_task_accuracy_asks_the_checker():
         measure.task_accuracy([{"instruction": "a"}], ["b"])
 
 
-# -- likelihood
+# likelihood
 
 
 def test_response_loss_counts_the_trained_tokens_of_each_row():
@@ -212,7 +236,9 @@ def test_response_loss_counts_the_trained_tokens_of_each_row():
     nll, tokens = loss = measure.response_loss(table, examples, batch=2)
     log_p = table.table.astype(np.float64)
     assert tokens.tolist() == [2, 0, 41, 0]
-    np.testing.assert_allclose(nll, [-log_p[2, 3] - log_p[3, 4], 0, -log_p[7, 8] - 39 * log_p[8, 8] - log_p[8, 9], 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        nll, [-log_p[2, 3] - log_p[3, 4], 0, -log_p[7, 8] - 39 * log_p[8, 8] - log_p[8, 9], 0], rtol=1e-6
+    )
     assert math.isnan(loss.per_token[1]) and loss.per_token[0] == nll[0] / 2
     assert loss.mean == pytest.approx(nll.sum() / 43) == bootstrap(loss.per_token, weights=tokens).mean
     assert math.isnan(measure.response_loss(table, []).mean)
@@ -225,7 +251,8 @@ def test_long_rows_make_smaller_batches():
 
 
 def test_a_row_beyond_the_context_is_an_error():
-    measure.response_loss(Table(10), [Example((1,) * (CONTEXT + 1), (True,) * (CONTEXT + 1))])  # its last token is no input
+    # its last token is no input
+    measure.response_loss(Table(10), [Example((1,) * (CONTEXT + 1), (True,) * (CONTEXT + 1))])
     with pytest.raises(UserError, match="a row of 65 tokens does not fit"):
         measure.response_loss(Table(10), [Example((1,) * (CONTEXT + 2), (True,) * (CONTEXT + 2))])
 
@@ -277,7 +304,12 @@ def test_base_text_loss_equals_the_sum_over_the_document(tokenizer):
         counts.append(len(ids) - 1)
     assert max(counts) > CONTEXT
     # A bigram model needs one token of context only, so every window and stride must give the same.
-    for settings in ({}, {"window": 7}, {"window": 20, "stride": 3}, {"window": CONTEXT, "stride": 1, "batch": 3}):
+    for settings in (
+        {},
+        {"window": 7},
+        {"window": 20, "stride": 3},
+        {"window": CONTEXT, "stride": 1, "batch": 3},
+    ):
         loss = measure.base_text_loss(table, tokenizer, texts, **settings)
         np.testing.assert_allclose(loss.nll, wanted, rtol=1e-5)
         assert loss.tokens.tolist() == counts
@@ -295,17 +327,21 @@ def test_losses_by_window_are_the_texts_in_parts(model, tokenizer):
     assert kl.tokens.tolist() == parts.tokens.tolist()
 
 
-@pytest.mark.parametrize("settings", [{"window": CONTEXT + 1}, {"window": 0}, {"window": 8, "stride": 9}, {"stride": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"window": CONTEXT + 1}, {"window": 0}, {"window": 8, "stride": 9}, {"stride": 0}]
+)
 def test_windows_that_cannot_be_are_errors(tokenizer, settings):
     with pytest.raises(UserError, match="must lie between 1 and"):
         measure.base_text_loss(Table(len(tokenizer)), tokenizer, SAID, **settings)
 
 
-# -- continuations
+# continuations
 
 
 def test_repetition_is_that_of_equally_long_continuations_without_an_end_of_text(tokenizer):
-    """A model that would end every text and then say the same is not one that repeats itself: the end is forbidden, the rest is its own."""
+    """A model that would end every text and then say the same is not one that repeats itself: the end is
+    forbidden, the rest is its own.
+    """
     table = Table(len(tokenizer))
     eos = encode.eos_id(tokenizer)
     table.table[:, eos] = 0.0  # most likely after anything
@@ -332,7 +368,10 @@ def test_continuations_must_all_fit(tokenizer):
 
 def test_openings_cut_between_words():
     assert measure.openings(["One two,  three four", "One two three", "One"], words=3) == ["One two,  three"]
-    assert all(text.startswith(start) for text, start in zip(measure.base_text(), measure.openings(measure.base_text()), strict=True))
+    assert all(
+        text.startswith(start)
+        for text, start in zip(measure.base_text(), measure.openings(measure.base_text()), strict=True)
+    )
 
 
 def test_base_text_is_plain_prose():
@@ -343,10 +382,12 @@ def test_base_text_is_plain_prose():
     assert len({text[:12] for text in texts}) == 40
     for text in texts:
         assert text.isascii() and "\n" not in text and text == text.strip()
-        assert not any(mark in text for mark in ("###", "Instruction", "Response", "Question:", "Answer:", "User:"))
+        assert not any(
+            mark in text for mark in ("###", "Instruction", "Response", "Question:", "Answer:", "User:")
+        )
 
 
-# -- both engines
+# both engines
 
 
 @cache
@@ -374,7 +415,11 @@ def test_token_logprobs_equal_transformers(model, folder, tokenizer):
     found = model.token_logprobs(batches)
     assert not model.net.training
     for batch, values in zip(batches, found, strict=True):
-        assert isinstance(values, np.ndarray) and values.dtype == np.float32 and values.shape == batch.weight.shape
+        assert (
+            isinstance(values, np.ndarray)
+            and values.dtype == np.float32
+            and values.shape == batch.weight.shape
+        )
         assert np.isfinite(values).all()
     for number, (ids, example) in enumerate(zip(rows, examples, strict=True)):
         batch, values, row = (batches[0], found[0], number) if number < 2 else (batches[1], found[1], 0)
@@ -401,7 +446,10 @@ def test_losses_on_an_engine_equal_one_pass_of_transformers(model, folder, token
         log_p = transformers_logprobs(folder, ids)
         assert tokens == len(ids) - 1
         assert nll == pytest.approx(-sum(log_p[i, ids[i + 1]] for i in range(tokens)), abs=1e-3)
-    examples = [encode.encode(chat(text, "Yes."), tokenizer, max_length=CONTEXT) for text in ("Hens?", "Rain on the roof?")]
+    examples = [
+        encode.encode(chat(text, "Yes."), tokenizer, max_length=CONTEXT)
+        for text in ("Hens?", "Rain on the roof?")
+    ]
     loss = measure.response_loss(model, examples)
     from mlx_posttrain.methods import sft
 
@@ -410,7 +458,9 @@ def test_losses_on_an_engine_equal_one_pass_of_transformers(model, folder, token
 
 
 def test_sliding_windows_on_an_engine_equal_a_pass_per_window(model, folder, tokenizer):
-    """A text longer than the context, in windows as long as the context: the last target of a window is no input."""
+    """A text longer than the context, in windows as long as the context: the last target of a window is no
+    input.
+    """
     text = SAID[1] * 6
     ids = [encode.eos_id(tokenizer), *tokenizer(text)["input_ids"]]
     assert len(ids) > 2 * CONTEXT
@@ -433,11 +483,15 @@ def test_answers_on_an_engine_are_those_of_one_prompt_at_a_time(model, tokenizer
 
 
 def test_answers_without_a_cache_are_a_walk_from_token_to_token(model, tokenizer):
-    """Each answer follows the map "most likely after this one token"; with the cache the same model writes something else."""
+    """Each answer follows the map "most likely after this one token"; with the cache the same model writes
+    something else.
+    """
     rows = [chat(q) for q in ("Hens?", "Where did the cat sit?", "Rain?")]
     found = measure.answers_without_cache(model, tokenizer, rows, template="plain", max_tokens=8)
     prompts = encode.encode_prompts(
-        [row.turns[:-1] if row.turns[-1].role == "assistant" else row.turns for row in rows], tokenizer, "plain"
+        [row.turns[:-1] if row.turns[-1].role == "assistant" else row.turns for row in rows],
+        tokenizer,
+        "plain",
     )
     eos = encode.eos_id(tokenizer)
     for prompt, tokens in zip(prompts, found, strict=True):
@@ -448,7 +502,9 @@ def test_answers_without_a_cache_are_a_walk_from_token_to_token(model, tokenizer
                 break
             wanted.append(last)
         assert tokens == wanted
-    assert found != [a.tokens for a in measure.answers(model, tokenizer, rows, template="plain", max_tokens=8)]
+    assert found != [
+        a.tokens for a in measure.answers(model, tokenizer, rows, template="plain", max_tokens=8)
+    ]
 
 
 def test_a_row_without_a_cache_ends_at_eos(tokenizer):

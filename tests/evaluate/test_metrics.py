@@ -21,7 +21,7 @@ from mlx_posttrain.evaluate.metrics import (
     student_quantile,
 )
 
-# -- repetition
+# repetition
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,9 @@ def test_distinct_n_never_crosses_from_one_sequence_to_the_next():
 
 
 def test_distinct_n_of_all_texts_together_sees_what_repetition_cannot():
-    """A model that says one fresh sentence of everything: no continuation repeats itself, and all say the same."""
+    """A model that says one fresh sentence of everything: no continuation repeats itself, and all say the
+    same.
+    """
     same = [[list(range(20))]] * 10
     assert distinct_by_text(same).mean() == pytest.approx(1 / 10)
     assert [seq_rep_n(text[0], 2) for text in same] == [0.0] * 10
@@ -85,7 +87,10 @@ def test_the_interval_of_distinct_n_covers_what_as_many_other_texts_give():
         return [[rng.zipf(1.7, 20).clip(max=200).tolist()] for _ in range(40)]
 
     truth = np.mean([distinct_n([text[0] for text in texts()]) for _ in range(400)])
-    hits = [low <= truth <= high for _, low, high in (bootstrap(distinct_by_text(texts()), samples=300, seed=i) for i in range(200))]
+    hits = [
+        low <= truth <= high
+        for _, low, high in (bootstrap(distinct_by_text(texts()), samples=300, seed=i) for i in range(200))
+    ]
     assert 0.92 <= np.mean(hits) <= 1.0
 
 
@@ -102,7 +107,7 @@ def test_n_below_one_is_an_error(function):
         function([1, 2], 0)
 
 
-# -- likelihood
+# likelihood
 
 
 def test_perplexity():
@@ -116,7 +121,7 @@ def test_perplexity():
             perplexity(0.0, empty)
 
 
-# -- intervals
+# intervals
 
 
 def test_bootstrap_of_two_values_by_hand():
@@ -140,10 +145,15 @@ def test_bootstrap_is_a_function_of_its_seed():
     assert bootstrap(values, seed=1) == bootstrap(values, seed=1) != bootstrap(values, seed=2)
 
 
-@pytest.mark.parametrize("draw, truth", [(lambda rng: rng.normal(1, 3, 60), 1.0), (lambda rng: rng.random(60) < 0.3, 0.3)])
+@pytest.mark.parametrize(
+    "draw, truth", [(lambda rng: rng.normal(1, 3, 60), 1.0), (lambda rng: rng.random(60) < 0.3, 0.3)]
+)
 def test_the_interval_covers_the_truth_as_often_as_it_says(draw, truth):
     rng = np.random.default_rng(7)
-    hits = [low <= truth <= high for _, low, high in (bootstrap(draw(rng), samples=300, seed=i) for i in range(400))]
+    hits = [
+        low <= truth <= high
+        for _, low, high in (bootstrap(draw(rng), samples=300, seed=i) for i in range(400))
+    ]
     assert 0.90 <= np.mean(hits) <= 0.98  # nominal .95; 400 trials have a standard error of .011
 
 
@@ -163,7 +173,9 @@ def test_the_paired_interval_covers_the_difference_and_is_far_narrower():
 
 
 def test_weights_make_a_loss_per_token():
-    """Two rows of 1 token at 4 nats, two of 3 tokens at 0: 8 nats over 8 tokens, and draws keep value and weight together."""
+    """Two rows of 1 token at 4 nats, two of 3 tokens at 0: 8 nats over 8 tokens, and draws keep value and
+    weight together.
+    """
     loss, tokens = np.array([4.0, 0.0, 4.0, 0.0]), np.array([1, 3, 1, 3])
     assert bootstrap(loss, weights=tokens).mean == 1.0
     assert bootstrap(loss, weights=tokens, of=np.exp).mean == pytest.approx(math.e)
@@ -220,21 +232,32 @@ def test_what_has_no_interval_is_an_error(call, words):
 def test_memory_does_not_change_the_result(monkeypatch):
     from mlx_posttrain.evaluate import metrics
 
-    whole, p = bootstrap(np.arange(50.0), samples=500), sign_flip(np.arange(50.0), np.full(50, 20.0), flips=500)
+    whole, p = (
+        bootstrap(np.arange(50.0), samples=500),
+        sign_flip(np.arange(50.0), np.full(50, 20.0), flips=500),
+    )
     monkeypatch.setattr(metrics, "CHUNK", 120)  # two samples at a time
     assert bootstrap(np.arange(50.0), samples=500) == whole
     assert sign_flip(np.arange(50.0), np.full(50, 20.0), flips=500) == pytest.approx(p, abs=0.05)
 
 
-# -- shares
+# shares
 
 
 @pytest.mark.parametrize(
     "right, rows, low, high",
-    [(0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718), (15, 148, 0.0624, 0.1605), (81, 263, 0.2553, 0.3662), (20, 20, 0.8389, 1.0)],
+    [
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (15, 148, 0.0624, 0.1605),
+        (81, 263, 0.2553, 0.3662),
+        (20, 20, 0.8389, 1.0),
+    ],
 )
 def test_wilsons_bounds(right, rows, low, high):
-    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3; the last by symmetry."""
+    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3; the last
+    by symmetry.
+    """
     found = share([1.0] * right + [0.0] * (rows - right))
     assert found == pytest.approx((right / rows, low, high), abs=6e-5)
 
@@ -245,7 +268,8 @@ def test_a_share_that_is_no_count_stays_between_0_and_1_and_covers_the_truth():
     beyond = share(np.array([1.4, 0.9, 1.1, 0.4] * 6))  # influence values may lie outside
     assert beyond.mean == pytest.approx(0.95) and beyond.high < 1
     assert share([0.25] * 9) == (0.25, 0.25, 0.25) and share([0.0, math.nan, 1.0]).mean == 0.5
-    assert share([0.0] * 9, weights=range(1, 10)) == (0, 0, 0)  # rows that count differently: no count to speak of
+    # rows that count differently: no count to speak of
+    assert share([0.0] * 9, weights=range(1, 10)) == (0, 0, 0)
     rng = np.random.default_rng(3)
     hits = []
     for i in range(300):  # means of four sampled answers, few of them right
@@ -258,26 +282,37 @@ def test_a_share_that_is_no_count_stays_between_0_and_1_and_covers_the_truth():
         share([])
 
 
-# -- jackknife
+# jackknife
 
 
 def test_students_quantiles():
-    table = {(5, 0.975): 2.571, (7, 0.975): 2.365, (7, 0.9975): 4.029, (15, 0.975): 2.131, (15, 0.9975): 3.286, (120, 0.975): 1.980}
+    table = {
+        (5, 0.975): 2.571,
+        (7, 0.975): 2.365,
+        (7, 0.9975): 4.029,
+        (15, 0.975): 2.131,
+        (15, 0.9975): 3.286,
+        (120, 0.975): 1.980,
+    }
     for (freedom, probability), quantile in table.items():
         assert student_quantile(probability, freedom) == pytest.approx(quantile, rel=0.006)
-        assert student_quantile(1 - probability, freedom) == pytest.approx(-student_quantile(probability, freedom))
+        assert student_quantile(1 - probability, freedom) == pytest.approx(
+            -student_quantile(probability, freedom)
+        )
 
 
 def test_the_jackknife_of_a_mean_is_students_interval():
     values = np.random.default_rng(0).normal(2, 3, (12, 2))
     low, high = jackknife(values.mean(0), (values.sum(0) - values) / 11)
     half = 2.201 * values.std(0, ddof=1) / math.sqrt(12)
-    assert (high + low) / 2 == pytest.approx(values.mean(0)) and (high - low) / 2 == pytest.approx(half, rel=1e-3)
+    assert (high + low) / 2 == pytest.approx(values.mean(0)) and (high - low) / 2 == pytest.approx(
+        half, rel=1e-3
+    )
     with pytest.raises(ValueError, match="1 part"):
         jackknife(1.0, [1.0])
 
 
-# -- tests of differences
+# tests of differences
 
 
 def test_sign_flips_are_mcnemars_test():
@@ -286,7 +321,13 @@ def test_sign_flips_are_mcnemars_test():
         a = np.array([1.0] * k + [0.0] * 50)
         assert sign_flip(a, np.zeros(50 + k), flips=40_000) == pytest.approx(2 / 2**k, rel=0.15)
     assert sign_flip([1.0] * 30, [0.0] * 30) == 1 / 10_001
-    assert sign_flip([1.0, 0.0], [0.0, 1.0]) == sign_flip([1.0], [1.0]) == sign_flip([], []) == sign_flip([math.nan], [0.0]) == 1.0
+    assert (
+        sign_flip([1.0, 0.0], [0.0, 1.0])
+        == sign_flip([1.0], [1.0])
+        == sign_flip([], [])
+        == sign_flip([math.nan], [0.0])
+        == 1.0
+    )
     assert sign_flip([1.0] * 9, [0.0] * 9, weights=[1] + [0] * 8) == 1.0
     with pytest.raises(ValueError, match="both sides"):
         sign_flip([1.0], [1.0, 2.0])
@@ -296,7 +337,10 @@ def test_sign_flips_are_mcnemars_test():
 
 def test_equal_models_pass_the_sign_flip_test_as_often_as_it_says():
     rng = np.random.default_rng(11)
-    p_values = [sign_flip(rng.exponential(1, 40), rng.exponential(1, 40), weights=rng.integers(1, 9, 40), flips=500) for _ in range(400)]
+    p_values = [
+        sign_flip(rng.exponential(1, 40), rng.exponential(1, 40), weights=rng.integers(1, 9, 40), flips=500)
+        for _ in range(400)
+    ]
     assert 0.03 <= np.mean(np.array(p_values) <= 0.05) <= 0.075
     # Far apart, and three rows of a hundred that differ, which a percentile interval takes for a difference.
     assert sign_flip(rng.normal(1, 1, 40), rng.normal(0, 1, 40)) < 0.01

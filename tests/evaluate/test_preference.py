@@ -1,4 +1,6 @@
-"""The report on a reward model: four pairs worked by hand, prompts drawn whole, and a bag of words that finds what words give away."""
+"""The report on a reward model: four pairs worked by hand, prompts drawn whole, and a bag of words that finds
+what words give away.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ FOUR = [
 CHOSEN, REJECTED = np.array([2.0, 0.0, 1.0, math.log(3)]), np.array([0.0, 1.0, 1.0, 0.0])
 
 
-# -- figures by hand
+# figures by hand
 
 
 def test_accuracy_and_loss_by_hand():
@@ -41,7 +43,9 @@ def test_accuracy_and_loss_by_hand():
     assert found.longer.mean == (1 + 0 + 0.5 + 0) / 4
     assert found.over_longer.mean == 0.25
     # -log sigma: ln(1 + e^-2), ln(1 + e), ln 2, ln(4/3)
-    assert found.loss == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.e) + math.log(2) + math.log(4 / 3)) / 4, abs=1e-12)
+    assert found.loss == pytest.approx(
+        (math.log1p(math.exp(-2)) + math.log1p(math.e) + math.log(2) + math.log(4 / 3)) / 4, abs=1e-12
+    )
     assert found.bag_of_words is None and found.over_bag_of_words is None
     assert found.by_column == {"flaw": {"rude": 1.0, "wrong": 0.5}}
 
@@ -62,7 +66,9 @@ def test_calibration_by_hand():
     assert [n for _, _, n in found.calibration] == [1, 2, 1]
     expected = [(0.5, 0.5), ((sure[1] + 0.75) / 2, 0.5), (sure[0], 1.0)]
     assert np.array(found.calibration)[:, :2] == pytest.approx(np.array(expected))
-    assert found.calibration_error == pytest.approx((0 + 2 * ((sure[1] + 0.75) / 2 - 0.5) + (1 - sure[0])) / 4)
+    assert found.calibration_error == pytest.approx(
+        (0 + 2 * ((sure[1] + 0.75) / 2 - 0.5) + (1 - sure[0])) / 4
+    )
 
 
 def test_a_model_that_says_what_happens_is_calibrated():
@@ -72,7 +78,8 @@ def test_a_model_that_says_what_happens_is_calibrated():
     margins = np.where(right, np.abs(margins), -np.abs(margins))
     rows = [row("a", "b", str(i)) for i in range(4000)]
     assert report(margins, np.zeros(4000), rows).calibration_error < 0.03
-    assert report(3 * margins, np.zeros(4000), rows).calibration_error > 0.1  # the same order, three times too sure
+    # the same order, three times too sure
+    assert report(3 * margins, np.zeros(4000), rows).calibration_error > 0.1
 
 
 def test_length_correlations_by_hand():
@@ -99,7 +106,7 @@ def test_histogram_counts_every_pair():
     assert found.edges[0] > -1.1 and sum(found.counts) == 400 and max(found.counts) < 60
 
 
-# -- intervals
+# intervals
 
 
 def test_pairs_of_one_prompt_are_drawn_together():
@@ -107,7 +114,11 @@ def test_pairs_of_one_prompt_are_drawn_together():
     rows = [row("a", "b", "many")] * 99 + [row("a", "b", "one")]
     margins = np.array([1.0] * 99 + [-1.0])
     found = report(margins, np.zeros(100), rows)
-    assert found.accuracy.mean == pytest.approx(0.99) and found.accuracy.low < 1e-9 and found.accuracy.high > 0.99
+    assert (
+        found.accuracy.mean == pytest.approx(0.99)
+        and found.accuracy.low < 1e-9
+        and found.accuracy.high > 0.99
+    )
     apart = report(margins, np.zeros(100), [row("a", "b", str(i)) for i in range(100)])
     assert apart.accuracy.mean == pytest.approx(0.99) and apart.accuracy.low > 0.94
 
@@ -121,7 +132,9 @@ def test_intervals_depend_on_the_seed_alone():
 
 def test_a_model_that_is_always_right_is_not_certain():
     found = report(np.ones(40), np.zeros(40), [row("a", "b", str(i)) for i in range(40)])
-    assert found.accuracy.mean == found.accuracy.high == 1.0 and found.accuracy.low == pytest.approx(1 - 0.0876, abs=1e-4)
+    assert found.accuracy.mean == found.accuracy.high == 1.0 and found.accuracy.low == pytest.approx(
+        1 - 0.0876, abs=1e-4
+    )
 
 
 def test_sides_exchanged_turn_the_figures_over():
@@ -138,13 +151,17 @@ def test_sides_exchanged_turn_the_figures_over():
     assert (shifted.loss, *shifted.accuracy) == pytest.approx((found.loss, *found.accuracy))
 
 
-# -- bag of words
+# bag of words
 
 
 def test_one_pair_of_words_by_hand():
-    """40 pairs "x" over "y": weights w and -w with a slope of 40 ln2 sigma(-2 ln2 w) = L2 w, and a held-out margin of 2 w ln(1 + count)."""
+    """40 pairs "x" over "y": weights w and -w with a slope of 40 ln2 sigma(-2 ln2 w) = L2 w, and a held-out
+    margin of 2 w ln(1 + count).
+    """
     train = [row("x", "y", str(i)) for i in range(40)]
-    margins = bag_of_words(train, [row("x", "y"), row("y", "X"), row("x x x", "y y y"), row("z", "q"), row("x z", "x")])
+    margins = bag_of_words(
+        train, [row("x", "y"), row("y", "X"), row("x x x", "y y y"), row("z", "q"), row("x z", "x")]
+    )
     w = margins[0] / (2 * math.log(2))
     assert 40 * math.log(2) / (1 + math.exp(margins[0])) == pytest.approx(preference.L2 * w, abs=1e-3)
     assert margins[1] == -margins[0] < 0  # case does not matter
@@ -162,7 +179,23 @@ def test_weights_are_at_the_minimum():
     assert np.abs(weights).max() > 0.05
 
 
-WORDS = ["red", "green", "blue", "big", "small", "old", "new", "fast", "slow", "warm", "cold", "sweet", "sour", "round", "flat"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "big",
+    "small",
+    "old",
+    "new",
+    "fast",
+    "slow",
+    "warm",
+    "cold",
+    "sweet",
+    "sour",
+    "round",
+    "flat",
+]
 
 
 def noise(count: int, seed: int, planted: str = "") -> list[Preference]:
@@ -198,7 +231,8 @@ def test_a_word_of_one_training_answer_is_not_known(monkeypatch):
     margins = bag_of_words(train, [row("good", "bad"), row("fine", "poor")])
     assert margins[0] == 0.0 and margins[1] > 0
     assert bag_of_words(train[:1], train).tolist() == [0.0] * 3  # no word is known
-    monkeypatch.setattr(preference, "WORDS", 1)  # of fine and poor, both in two answers, the first of the alphabet is kept
+    # of fine and poor, both in two answers, the first of the alphabet is kept
+    monkeypatch.setattr(preference, "WORDS", 1)
     only, both = bag_of_words(train, [row("fine", ""), row("fine", "poor")])
     assert only == both > 0
 
@@ -227,14 +261,18 @@ def test_baselines_on_human_preferences(shared):
     assert 0.55 < found.longer.mean < 0.71  # 63.0 %
 
 
-# -- what comes out
+# what comes out
 
 
 def test_report_is_json_and_text():
     train = noise(40, 0, "please")
     found = report(CHOSEN, REJECTED, FOUR, train)
     again = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert again["accuracy"] == list(found.accuracy) and again["counts"] == found.counts and len(again["edges"]) == 11
+    assert (
+        again["accuracy"] == list(found.accuracy)
+        and again["counts"] == found.counts
+        and len(again["edges"]) == 11
+    )
     lines = found.lines()
     assert all(isinstance(line, str) and "\n" not in line for line in lines)
     assert "right 62.5%" in lines[0] and "loss 0.6053 (a coin: 0.6931)" in lines[0]

@@ -1,4 +1,6 @@
-"""The report of real runs: complete, self-contained, the same numbers as its JSON, and a page that a browser shows without a complaint."""
+"""The report of real runs: complete, self-contained, the same numbers as its JSON, and a page that a browser
+shows without a complaint.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,66 @@ from mlx_posttrain.evaluate import charts, report
 from mlx_posttrain.evaluate.comparison import Comparison, Measured
 
 ENGINE = engines.available()[0]
-BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
-SUITE = ["limit=24", "families=[quotes,true_false]", "max_tokens=12", "text_limit=6", "continuation=16", "samples=1"]
+BROWSER = next(
+    (b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None
+)
+SUITE = [
+    "limit=24",
+    "families=[quotes,true_false]",
+    "max_tokens=12",
+    "text_limit=6",
+    "continuation=16",
+    "samples=1",
+]
 
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory) -> Path:
-    """Two supervised runs, full and LoRA, a distilled one, and a report of them, made through the command line."""
+    """Two supervised runs, full and LoRA, a distilled one, and a report of them, made through the command
+    line.
+    """
     folder = tmp_path_factory.mktemp("journey")
     for name, more in (("sft", []), ("lora", ["adapter.rank=4"])):
-        chosen = recipe.load("01_sft", [
-            "model=tiny", f"engine={ENGINE}", "data.source=embedded/tasks", "data.families=[quotes,true_false]", "data.limit=64", "data.eval_limit=16",
-            "data.template=question", "data.max_length=96", "train.steps=8", "train.batch_size=8", "train.accumulate=1", "train.lr=1e-3",
-            "train.eval_every=4", "sample.count=1", "sample.max_tokens=8", f"output={folder / name}", *more,
-        ])  # fmt: skip
+        chosen = recipe.load(
+            "01_sft",
+            [
+                "model=tiny",
+                f"engine={ENGINE}",
+                "data.source=embedded/tasks",
+                "data.families=[quotes,true_false]",
+                "data.limit=64",
+                "data.eval_limit=16",
+                "data.template=question",
+                "data.max_length=96",
+                "train.steps=8",
+                "train.batch_size=8",
+                "train.accumulate=1",
+                "train.lr=1e-3",
+                "train.eval_every=4",
+                "sample.count=1",
+                "sample.max_tokens=8",
+                f"output={folder / name}",
+                *more,
+            ],
+        )
         methods.get("sft").run(chosen)
-    methods.get("distill").run(recipe.load("demo_distill", [
-        f"engine={ENGINE}", "data.limit=33", "data.eval_limit=8", "data.max_length=96", "train.steps=2", "train.batch_size=8", "think.questions=4",
-        "sample.count=1", "sample.max_tokens=8", f"output={folder / 'distilled'}",
-    ]))  # fmt: skip
+    methods.get("distill").run(
+        recipe.load(
+            "demo_distill",
+            [
+                f"engine={ENGINE}",
+                "data.limit=33",
+                "data.eval_limit=8",
+                "data.max_length=96",
+                "train.steps=2",
+                "train.batch_size=8",
+                "think.questions=4",
+                "sample.count=1",
+                "sample.max_tokens=8",
+                f"output={folder / 'distilled'}",
+            ],
+        )
+    )
     names = [str(folder / name) for name in ("sft", "lora", "distilled")]
     cli.app(["report", *names, *SUITE, "--output", str(folder / "report.html")], standalone_mode=False)
     return folder
@@ -43,7 +86,11 @@ def journey(tmp_path_factory) -> Path:
 
 def test_the_page_is_whole_and_needs_no_network(journey):
     page = (journey / "report.html").read_text()
-    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page) and "<script" not in page and "@import" not in page
+    assert (
+        not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page)
+        and "<script" not in page
+        and "@import" not in page
+    )
     for text in (
         "What the runs show",
         "The stages side by side",
@@ -55,7 +102,9 @@ def test_the_page_is_whole_and_needs_no_network(journey):
     ):
         assert text in page, text
     assert (
-        page.count("<svg") == len(list((journey / "report-charts").glob("*.svg"))) == len(list((journey / "report-charts").glob("*.png")))
+        page.count("<svg")
+        == len(list((journey / "report-charts").glob("*.svg")))
+        == len(list((journey / "report-charts").glob("*.png")))
     )
     assert "mathdefault" not in page  # a logarithmic axis has numbers, not formulae
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -86,9 +135,19 @@ def test_the_page_shows_what_thinking_is_worth(journey):
     page = (journey / "report.html").read_text()
     figures = json.loads((journey / "distilled" / "report.json").read_text())
     section = page[page.index('<h2 id="thoughts">') :].partition("<h2 id=")[2]
-    for value in (figures["accuracy"], figures["accuracy_at_once"], figures["base_accuracy"], figures["format_rate"], figures["ended"]):
+    for value in (
+        figures["accuracy"],
+        figures["accuracy_at_once"],
+        figures["base_accuracy"],
+        figures["format_rate"],
+        figures["ended"],
+    ):
         assert f"{value[0]:.1%} [{value[1]:.0%}, {value[2]:.0%}]" in section
-    assert f"{figures['trace_tokens'][0]:.0f} [" in section and f"{figures['kept']:.1%}" in section and figures["kept"] < 1
+    assert (
+        f"{figures['trace_tokens'][0]:.0f} [" in section
+        and f"{figures['kept']:.1%}" in section
+        and figures["kept"] < 1
+    )
     assert "keyword score of this project's origin, for comparison only" in section
     assert (journey / "report-charts" / "reasoning.svg").is_file()
 
@@ -98,11 +157,21 @@ def test_the_page_shows_what_thinking_is_worth(journey):
 def test_a_browser_shows_it(journey, scheme, tmp_path):
     shot = tmp_path / "shot.png"
     more = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    common = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", *more]
+    common = [
+        str(BROWSER),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *more,
+    ]
     address = (journey / "report.html").as_uri()
     seen = subprocess.run(
-        [*common, "--enable-logging=stderr", "--window-size=1280,2400", f"--screenshot={shot}", address], capture_output=True, text=True, timeout=120
-    )  # fmt: skip
+        [*common, "--enable-logging=stderr", "--window-size=1280,2400", f"--screenshot={shot}", address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert seen.returncode == 0 and "CONSOLE" not in seen.stderr, seen.stderr[-2000:]
     dom = subprocess.run([*common, "--dump-dom", address], capture_output=True, text=True, timeout=120).stdout
     assert "Was base text forgotten?" in dom and "base-text perplexity" in dom
@@ -120,9 +189,19 @@ def test_what_is_folded_is_printed(journey, tmp_path):
         (tmp_path / f"{name}.html").write_text(text)
         pdf = tmp_path / f"{name}.pdf"
         subprocess.run(
-            [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={pdf}",
-             (tmp_path / f"{name}.html").as_uri()], check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
+            [
+                str(BROWSER),
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--print-to-pdf={pdf}",
+                (tmp_path / f"{name}.html").as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
         sheets[name] = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
     assert sheets["folded"] == sheets["unfolded"] > 3
 
@@ -135,39 +214,66 @@ def _corner(path: Path) -> int:
 
 
 def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
-    cli.app(["report", str(journey / "sft"), "--logs-only", "--output", str(tmp_path / "r.html")], standalone_mode=False)
+    cli.app(
+        ["report", str(journey / "sft"), "--logs-only", "--output", str(tmp_path / "r.html")],
+        standalone_mode=False,
+    )
     page = (tmp_path / "r.html").read_text()
     assert "Did a run learn its rows by heart?" in page and "side by side" not in page
     chosen = recipe.parse(
-        {"method": "report", "engine": ENGINE, "output": str(tmp_path / "report"), "runs": {"full": str(journey / "sft"), "low rank": str(journey / "lora")},
-         "suite": {"limit": 4, "max_tokens": 8, "families": ["quotes"], "text_limit": 3, "continuation": 12, "samples": 0}},
-        methods.get("report").Recipe, "test",
-    )  # fmt: skip
+        {
+            "method": "report",
+            "engine": ENGINE,
+            "output": str(tmp_path / "report"),
+            "runs": {"full": str(journey / "sft"), "low rank": str(journey / "lora")},
+            "suite": {
+                "limit": 4,
+                "max_tokens": 8,
+                "families": ["quotes"],
+                "text_limit": 3,
+                "continuation": 12,
+                "samples": 0,
+            },
+        },
+        methods.get("report").Recipe,
+        "test",
+    )
     chosen.not_asked = ["full", "low rank"]
     with pytest.raises(UserError, match="none of these runs but those of not_asked writes text"):
         methods.get("report").run(chosen)
     chosen.runs["thinks"], chosen.not_asked = str(journey / "distilled"), ["thinks"]
     result = methods.get("report").run(chosen)
     numbers = json.loads((tmp_path / "report" / "final" / "report-comparison.json").read_text())
-    assert [m["name"] for m in numbers["models"]] == ["base", "full", "low rank"]  # what is not asked is shown all the same
+    # what is not asked is shown all the same
+    assert [m["name"] for m in numbers["models"]] == ["base", "full", "low rank"]
     page = (tmp_path / "report" / "final" / "report.html").read_text()
     assert "right after thinking" in page and "<b>thinks</b>" in page
     assert (tmp_path / "report" / "final" / "report.html").is_file() and "low rank/accuracy" in result
 
 
 def test_reports_of_one_folder_keep_their_figures_apart(journey, tmp_path):
-    """Also what compare writes: the findings that need no further model, the curves, and the base though nobody named it."""
+    """Also what compare writes: the findings that need no further model, the curves, and the base though
+    nobody named it.
+    """
     for name in ("sft", "lora"):
         target = str(tmp_path / f"{name}.html")
-        cli.app(["compare", str(journey / name), str(journey / "distilled"), *SUITE, "--report", target], standalone_mode=False)
+        cli.app(
+            ["compare", str(journey / name), str(journey / "distilled"), *SUITE, "--report", target],
+            standalone_mode=False,
+        )
     for name in ("sft", "lora"):
         numbers = json.loads((tmp_path / f"{name}-comparison.json").read_text())
-        assert [m["name"] for m in numbers["models"]] == [name, "distilled", "base"] and numbers["baseline"] == name
+        assert [m["name"] for m in numbers["models"]] == [name, "distilled", "base"] and numbers[
+            "baseline"
+        ] == name
         asked = {f["question"] for f in json.loads((tmp_path / f"{name}-findings.json").read_text())}
         assert asked == {
-            "Was base text forgotten?", "Did tuning make the model repeat itself?", "Was a score full before anything was trained?",
-            "Did a run learn its rows by heart?", "Can a model with a lower loss be the worse one?",
-        }  # fmt: skip
+            "Was base text forgotten?",
+            "Did tuning make the model repeat itself?",
+            "Was a score full before anything was trained?",
+            "Did a run learn its rows by heart?",
+            "Can a model with a lower loss be the worse one?",
+        }
         assert (tmp_path / f"{name}-charts" / "curves.svg").is_file()
     assert not (tmp_path / "comparison.json").exists()
 
@@ -178,7 +284,9 @@ def test_the_python_of_the_documentation_runs(journey, root, tmp_path, monkeypat
     code = textwrap.dedent(re.match(r"(?:    .*\n|\n)+", text)[0])
     assert code.count("runs/demo/") == 3 and code.count("limit=80, samples=4") == 1
     code = code.replace("runs/demo/", f"{journey}/")
-    code = code.replace("limit=80, samples=4", "limit=6, samples=1, max_tokens=6, text_limit=4, continuation=16")
+    code = code.replace(
+        "limit=80, samples=4", "limit=6, samples=1, max_tokens=6, text_limit=4, continuation=16"
+    )
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "recipes/README.md", "exec"), {})
     assert "right answers" in capsys.readouterr().out
@@ -188,17 +296,23 @@ def test_the_python_of_the_documentation_runs(journey, root, tmp_path, monkeypat
 def test_one_run_is_compared_with_its_base(journey, capsys):
     cli.app(["eval", str(journey / "sft"), *SUITE, "--json"], standalone_mode=False)
     numbers = json.loads(capsys.readouterr().out)
-    assert [m["name"] for m in numbers["models"]] == ["base", "sft"] and "kl" in numbers["models"][1]["figures"]
+    assert [m["name"] for m in numbers["models"]] == ["base", "sft"] and "kl" in numbers["models"][1][
+        "figures"
+    ]
 
 
 def test_a_report_says_whether_its_judge_was_a_teacher(tmp_path):
     for name, reward in (("ppo", "reward"), ("other", "elsewhere")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "recipe.yaml").write_text(f"method: ppo\nreward: [{{model: {tmp_path / reward}}}, {{function: checker}}]\n")
+        (tmp_path / name / "recipe.yaml").write_text(
+            f"method: ppo\nreward: [{{model: {tmp_path / reward}}}, {{function: checker}}]\n"
+        )
     models = [Measured(name, str(tmp_path / name)) for name in ("ppo", "other")]
     note = report.judge_note(Comparison({"reward": str(tmp_path / "reward")}, "own", models, []))
     assert "which ppo was trained to please" in note and "other was" not in note
-    assert "none of these runs was trained" in report.judge_note(Comparison({"reward": str(tmp_path / "judge")}, "own", models, []))
+    assert "none of these runs was trained" in report.judge_note(
+        Comparison({"reward": str(tmp_path / "judge")}, "own", models, [])
+    )
     assert report.judge_note(Comparison({"reward": None}, "own", models, [])) == ""
 
 
@@ -211,7 +325,13 @@ def test_a_report_draws_by_the_seed_it_was_given(asked, used, journey, tmp_path,
         raise UserError("enough")
 
     monkeypatch.setattr("mlx_posttrain.evaluate.analyze.analyze", stop)
-    fields = {"method": "report", "seed": 3, "output": str(tmp_path / "report"), "runs": {"full": str(journey / "sft")}, "suite": asked}
+    fields = {
+        "method": "report",
+        "seed": 3,
+        "output": str(tmp_path / "report"),
+        "runs": {"full": str(journey / "sft")},
+        "suite": asked,
+    }
     with pytest.raises(UserError, match="enough"):
         methods.get("report").run(recipe.parse(fields, methods.get("report").Recipe, "test"))
     assert seen == [used]
@@ -220,12 +340,26 @@ def test_a_report_draws_by_the_seed_it_was_given(asked, used, journey, tmp_path,
 def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys):
     """Too few rows for one finding cost that finding; two folders of one name stay two models."""
     rows = tmp_path / "five.jsonl"
-    rows.write_text("".join(json.dumps({"instruction": f"Say {w}.", "output": w}) + "\n" for w in ("cat", "dog", "hen", "cow", "pig")))
+    rows.write_text(
+        "".join(
+            json.dumps({"instruction": f"Say {w}.", "output": w}) + "\n"
+            for w in ("cat", "dog", "hen", "cow", "pig")
+        )
+    )
     for name in ("a", "b"):
-        chosen = recipe.load("01_sft", [
-            "model=tiny", f"engine={ENGINE}", f"data.source={rows}", "data.holdout=0", "data.template=question", "train.steps=1", "sample.count=0",
-            f"output={tmp_path / name / 'run'}",
-        ])  # fmt: skip
+        chosen = recipe.load(
+            "01_sft",
+            [
+                "model=tiny",
+                f"engine={ENGINE}",
+                f"data.source={rows}",
+                "data.holdout=0",
+                "data.template=question",
+                "train.steps=1",
+                "sample.count=0",
+                f"output={tmp_path / name / 'run'}",
+            ],
+        )
         methods.get("sft").run(chosen)
     names = [str(tmp_path / name / "run") for name in ("a", "b")]
     cli.app(["report", *names, *SUITE, "--output", str(tmp_path / "r.html")], standalone_mode=False)

@@ -1,4 +1,6 @@
-"""The comparison of models: every figure against its definition, differences over the same rows, errors in one line."""
+"""The comparison of models: every figure against its definition, differences over the same rows, errors in
+one line.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def other_gpt2(random_gpt2, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("other") / "gpt2"
     shutil.copytree(random_gpt2, folder)
     rng = np.random.default_rng(3)
-    weights = {k: v + 0.05 * rng.standard_normal(v.shape).astype(v.dtype) for k, v in load_file(folder / "model.safetensors").items()}
+    weights = {
+        k: v + 0.05 * rng.standard_normal(v.shape).astype(v.dtype)
+        for k, v in load_file(folder / "model.safetensors").items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -51,21 +56,34 @@ def other_gpt2(random_gpt2, tmp_path_factory) -> Path:
 def questions_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
     path.write_text(
-        "".join(json.dumps({"question": f"Say {w}.", "answer": w}) + "\n" for w in ("cat", "dog", "moon", "hill", "king", "gold"))
+        "".join(
+            json.dumps({"question": f"Say {w}.", "answer": w}) + "\n"
+            for w in ("cat", "dog", "moon", "hill", "king", "gold")
+        )
     )
     return path
 
 
 def small(rows: Path, **more) -> SuiteSection:
-    return SuiteSection(rows=str(rows), max_tokens=8, template="none", opening_words=3, continuation=12, **more)
+    return SuiteSection(
+        rows=str(rows), max_tokens=8, template="none", opening_words=3, continuation=12, **more
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_figures_are_what_they_say_and_a_model_equals_itself(engine, random_gpt2, other_gpt2, texts_file, questions_file):
+def test_figures_are_what_they_say_and_a_model_equals_itself(
+    engine, random_gpt2, other_gpt2, texts_file, questions_file
+):
     settings = small(questions_file, texts=str(texts_file), last_words=str(texts_file), samples=2)
-    found = suite.compare([str(random_gpt2), str(other_gpt2), str(random_gpt2)], settings, engine, ["a", "b", "c"])
+    found = suite.compare(
+        [str(random_gpt2), str(other_gpt2), str(random_gpt2)], settings, engine, ["a", "b", "c"]
+    )
     a, b, again = found.models
-    assert len(a.answers) == 6 and set(found.metrics()) == set(comparison.METRICS) - {"accuracy_phrasing", "score", "wins"}
+    assert len(a.answers) == 6 and set(found.metrics()) == set(comparison.METRICS) - {
+        "accuracy_phrasing",
+        "score",
+        "wins",
+    }
     model, tokenizer, _ = loading.open_model(random_gpt2, engine)
     loss = measure.base_text_loss(model, tokenizer, TEXTS)
     assert a.figure("perplexity").mean == pytest.approx(perplexity(*loss), rel=1e-9)
@@ -75,15 +93,23 @@ def test_figures_are_what_they_say_and_a_model_equals_itself(engine, random_gpt2
             continue
         assert found.difference(name, again) == (0, 0, 0), name
     gap = found.difference("perplexity", b)
-    assert gap.mean == pytest.approx(np.log(b.figure("perplexity").mean) - np.log(a.figure("perplexity").mean), abs=1e-9)
+    assert gap.mean == pytest.approx(
+        np.log(b.figure("perplexity").mean) - np.log(a.figure("perplexity").mean), abs=1e-9
+    )
     pooled = distinct_n(a.continuations, 2)
-    assert a.figure("distinct_2").mean == pytest.approx(pooled) and len({len(tokens) for tokens in a.continuations}) == 1
+    assert (
+        a.figure("distinct_2").mean == pytest.approx(pooled)
+        and len({len(tokens) for tokens in a.continuations}) == 1
+    )
     text = comparison.table(found)
-    assert all(word in text for name in found.metrics() for word in comparison.METRICS[name].label.split())  # a long one is wrapped
+    # a long one is wrapped
+    assert all(word in text for name in found.metrics() for word in comparison.METRICS[name].label.split())
     assert "differs from a beyond chance: p < .05" in text and "Holm" in text
     assert max(map(len, text.splitlines())) <= 120
     numbers = json.loads(json.dumps(found.to_dict()))
-    assert numbers["baseline"] == "a" and numbers["models"][1]["minus_baseline"]["perplexity"]["low"] <= gap.mean
+    assert (
+        numbers["baseline"] == "a" and numbers["models"][1]["minus_baseline"]["perplexity"]["low"] <= gap.mean
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -109,7 +135,9 @@ def test_kl_and_last_words_equal_their_definitions(engine, random_gpt2, other_gp
     last = tokenizer(" " + TEXTS[0].rpartition(" ")[2])["input_ids"]
     log_p = _log_softmax(p.full_logits(np.array([ids[-p.context - 1 : -1]]))[0])
     found = measure.last_words(p, tokenizer, [long, TEXTS[1]])[1]
-    assert len(ids) > p.context and found[0] == pytest.approx(-sum(log_p[k - len(last), t] for k, t in enumerate(last)), rel=1e-4)
+    assert len(ids) > p.context and found[0] == pytest.approx(
+        -sum(log_p[k - len(last), t] for k, t in enumerate(last)), rel=1e-4
+    )
     assert found[1] == pytest.approx(nll[1], rel=1e-4)
     with pytest.raises(UserError, match="no word before"):
         measure.last_words(p, tokenizer, ["alone"])
@@ -125,16 +153,21 @@ def test_length_controlled_wins_take_the_length_out():
     rng = np.random.default_rng(0)
     n = 4000
     others = rng.integers(5, 60, n).astype(float)
-    for more in (4, 12):  # a judge that likes length alone: 1 win in 2 for answers of one length, whatever the longer ones win
+    # a judge that likes length alone: 1 win in 2 for answers of one length, whatever the longer ones win
+    for more in (4, 12):
         lengths = others + rng.normal(more, 15, n)
         scores = 0.1 * (lengths - others) + rng.logistic(size=n)
         assert (scores > 0).mean() > 0.54
-        assert length_controlled_wins(scores, np.zeros(n), lengths, others).mean() == pytest.approx(0.5, abs=0.04)
+        assert length_controlled_wins(scores, np.zeros(n), lengths, others).mean() == pytest.approx(
+            0.5, abs=0.04
+        )
     # Always longer by as much, or hardly ever as short: nothing can tell length from worth.
     assert np.isnan(length_controlled_wins(scores, np.zeros(n), others + 20, others)).all()
     assert np.isnan(length_controlled_wins(scores, np.zeros(n), others + rng.normal(20, 15, n), others)).all()
     # Equal lengths: the plain share of wins, a tie a half, and rows without a score stay out.
-    plain = length_controlled_wins(np.array([1.0, 2, 0, np.nan]), np.array([0.0, 0, 0, 0]), np.ones(4), np.ones(4))
+    plain = length_controlled_wins(
+        np.array([1.0, 2, 0, np.nan]), np.array([0.0, 0, 0, 0]), np.ones(4), np.ones(4)
+    )
     assert np.isnan(plain[3]) and np.nanmean(plain) == pytest.approx(2.5 / 3, abs=1e-6)
     # Winning everything is no failure of the fit, and nine rows are no certainty.
     won = share(length_controlled_wins(np.ones(9), np.zeros(9), np.arange(9.0) - 4, np.zeros(9)))
@@ -151,14 +184,20 @@ def test_an_empty_answer_loses_whatever_its_length():
     scores[empty], lengths[empty] = -np.inf, 0.0
     with_empty = length_controlled_wins(scores, theirs, lengths, others)
     assert (with_empty[empty] == 0).all() and with_empty.mean() == pytest.approx(0.7 * even, abs=0.03)
-    assert length_controlled_wins(theirs, scores, others, lengths).mean() == pytest.approx(1 - with_empty.mean(), abs=1e-6)
-    both = length_controlled_wins(np.full(3, -np.inf), np.array([-np.inf, 1.0, np.nan]), np.zeros(3), np.ones(3))
+    assert length_controlled_wins(theirs, scores, others, lengths).mean() == pytest.approx(
+        1 - with_empty.mean(), abs=1e-6
+    )
+    both = length_controlled_wins(
+        np.full(3, -np.inf), np.array([-np.inf, 1.0, np.nan]), np.zeros(3), np.ones(3)
+    )
     assert both[:2].tolist() == [0.5, 0.0] and np.isnan(both[2])
 
 
 @pytest.mark.parametrize("gap, a, b", [(0.0, 0.0, 0.5), (0.5, 1.5, 0.5), (0.9, 0.0, 1.0)])
 def test_the_interval_of_wins_covers_the_rate_at_equal_length(gap, a, b):
-    """Rows whose wins follow the model, ``gap`` standard deviations longer on average; taking b as known covers 91, 86 and 75 %."""
+    """Rows whose wins follow the model, ``gap`` standard deviations longer on average; taking b as known
+    covers 91, 86 and 75 %.
+    """
     rng = np.random.default_rng(6)
     rate, hits = 1 / (1 + np.exp(-a)), []
     while len(hits) < 300:
@@ -177,16 +216,25 @@ def test_a_reward_model_scores_answers(engine, random_gpt2, other_gpt2, question
     judge.add_head(head_start(64, 0))
     judge.save_classifier(tmp_path / "judge", loading.pad_id(judge.config, tokenizer))
     found = suite.compare(
-        [str(random_gpt2), str(other_gpt2)], small(questions_file, texts=None, reward=str(tmp_path / "judge")), engine, ["a", "b"]
+        [str(random_gpt2), str(other_gpt2)],
+        small(questions_file, texts=None, reward=str(tmp_path / "judge")),
+        engine,
+        ["a", "b"],
     )
-    assert ["score" in m.values for m in found.models] == [any(a for m in found.models for a in m.answers)] * 2
+    assert ["score" in m.values for m in found.models] == [
+        any(a for m in found.models for a in m.answers)
+    ] * 2
     assert "wins" not in found.models[0].values and len(found.models[1].values["wins"].rows) == 6
 
 
 def test_answers_without_a_word_have_the_lowest_score_and_lose(capsys):
     a, b = Measured("a", "a"), Measured("b", "b")
     suite._rank(
-        [a, b], [(np.array([1.0, 3.0, -np.inf]), np.array([4.0, 4, 0])), (np.array([2.0, -np.inf, -np.inf]), np.array([4.0, 0, 0]))]
+        [a, b],
+        [
+            (np.array([1.0, 3.0, -np.inf]), np.array([4.0, 4, 0])),
+            (np.array([2.0, -np.inf, -np.inf]), np.array([4.0, 0, 0])),
+        ],
     )
     assert a.values["score"].rows.tolist() == [1, 3, 1] and b.values["score"].rows.tolist() == [2, 1, 1]
     assert b.values["wins"].rows.tolist() == [1.0, 0.0, 0.5] and "wins" not in a.values
@@ -196,8 +244,14 @@ def test_answers_without_a_word_have_the_lowest_score_and_lose(capsys):
 def test_a_win_rate_that_lengths_forbid_is_said_to_be_missing(capsys):
     a, b = Measured("a", "a"), Measured("b", "b")
     scores = np.arange(6.0)
-    suite._rank([a, b], [(scores, np.array([40.0, 39, 40, 40, 38, 40])), (scores[::-1], np.array([4.0, 5, 4, 4, 4, 6]))])
-    assert "b: no win rate against a: lengths are too far apart to compare at one (-35.0 tokens)" in capsys.readouterr().err
+    suite._rank(
+        [a, b],
+        [(scores, np.array([40.0, 39, 40, 40, 38, 40])), (scores[::-1], np.array([4.0, 5, 4, 4, 4, 6]))],
+    )
+    assert (
+        "b: no win rate against a: lengths are too far apart to compare at one (-35.0 tokens)"
+        in capsys.readouterr().err
+    )
 
 
 def test_labels_templates_and_questions(tmp_path):
@@ -223,18 +277,25 @@ def test_few_rows_show_no_difference():
     for rows, sure in ((1, False), (comparison.MIN_ROWS - 1, False), (comparison.MIN_ROWS, True)):
         a, b = (Measured(n, n, {"accuracy": Values(np.full(rows, v))}) for n, v in (("a", 0.0), ("b", 1.0)))
         made = Comparison({}, "question", [a, b], [])
-        assert made.sure("accuracy", b) is sure and (": no difference" in made.sentence("accuracy", b)) is not sure
+        assert (
+            made.sure("accuracy", b) is sure
+            and (": no difference" in made.sentence("accuracy", b)) is not sure
+        )
 
 
 def test_of_many_equal_models_hardly_any_is_marked():
-    """Of 100 tables of nine models that differ by chance, 5 should mark one; with each difference judged alone it would be 30."""
+    """Of 100 tables of nine models that differ by chance, 5 should mark one; with each difference judged
+    alone it would be 30.
+    """
     rng = np.random.default_rng(5)
     marked, alone = 0, 0
     for seed in range(60):
         models = [Measured(str(i), str(i), {"response_loss": Values(rng.normal(size=40))}) for i in range(9)]
         made = Comparison({"seed": seed}, "question", models, [])
         marked += any(made.sure("response_loss", m) for m in models)
-        alone += any(d.low > 0 or d.high < 0 for m in models[1:] if (d := made.difference("response_loss", m)))
+        alone += any(
+            d.low > 0 or d.high < 0 for m in models[1:] if (d := made.difference("response_loss", m))
+        )
     assert marked <= 7 and alone >= 12
 
 
@@ -245,26 +306,41 @@ def test_wins_are_held_against_a_half():
         wins = (np.arange(80) < 80 * won).astype(float)
         model = Measured("b", "b", {"wins": Values(rng.permutation(wins))})
         made = Comparison({}, "question", [base, model], [])
-        assert made.difference("wins", model).mean == pytest.approx(won - 0.5) and made.sure("wins", model) is sure
+        assert (
+            made.difference("wins", model).mean == pytest.approx(won - 0.5)
+            and made.sure("wins", model) is sure
+        )
         assert made.sentence("wins", model).startswith("+30.0% [" if sure else "+0.0% [")
 
 
 def test_shares_have_wilsons_bounds_and_intervals_follow_the_seed():
     none = Measured("a", "a", {"accuracy": Values(np.zeros(40)), "seq_rep_4": Values(np.zeros(40))})
     made = Comparison({}, "question", [none], [])
-    assert made.cell("accuracy", none) == "0.0% [0.0%, 8.8%]" and made.cell("seq_rep_4", none) == "0.000 [0.000, 0.000]"
+    assert (
+        made.cell("accuracy", none) == "0.0% [0.0%, 8.8%]"
+        and made.cell("seq_rep_4", none) == "0.000 [0.000, 0.000]"
+    )
     rows = np.random.default_rng(0).normal(size=(2, 30))
     drawn = set()
     for seed in (0, 0, 1):
-        a, b = (Measured(n, n, {"response_loss": Values(r)}, seed=seed) for n, r in zip("ab", rows, strict=True))
-        drawn.add((a.figure("response_loss"), Comparison({"seed": seed}, "question", [a, b], []).difference("response_loss", b)))
+        a, b = (
+            Measured(n, n, {"response_loss": Values(r)}, seed=seed) for n, r in zip("ab", rows, strict=True)
+        )
+        drawn.add(
+            (
+                a.figure("response_loss"),
+                Comparison({"seed": seed}, "question", [a, b], []).difference("response_loss", b),
+            )
+        )
     assert len(drawn) == 2
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_models_are_compared_with_their_origins(engine, random_gpt2, other_gpt2, texts_file, questions_file):
     settings = small(questions_file, texts=str(texts_file), samples=0, seed=3)
-    found = suite.compare([str(random_gpt2), str(other_gpt2), str(other_gpt2)], settings, engine, ["a", "b", "b2"], [0, 1, 1])
+    found = suite.compare(
+        [str(random_gpt2), str(other_gpt2), str(other_gpt2)], settings, engine, ["a", "b", "b2"], [0, 1, 1]
+    )
     a, b, again = found.models
     assert found.baseline(again) is b and found.baseline(b) is b and {m.seed for m in found.models} == {3}
     assert "kl" not in a.values and "kl" not in b.values and abs(again.figure("kl").mean) < 1e-6
@@ -274,7 +350,9 @@ def test_models_are_compared_with_their_origins(engine, random_gpt2, other_gpt2,
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
-def test_lines_are_read_as_one_text_with_an_interval_over_its_windows(engine, random_gpt2, tmp_path, questions_file):
+def test_lines_are_read_as_one_text_with_an_interval_over_its_windows(
+    engine, random_gpt2, tmp_path, questions_file
+):
     lines = [" = Title = \n", "", TEXTS[0] + " \n", "", TEXTS[1] + " \n", TEXTS[2]]
     path = tmp_path / "wiki.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -292,7 +370,10 @@ def test_lines_are_read_as_one_text_with_an_interval_over_its_windows(engine, ra
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_another_tokenizer_has_no_figures_per_token(engine, random_gpt2, questions_file, texts_file, capsys):
     found = suite.compare([str(random_gpt2), "tiny"], small(questions_file, texts=str(texts_file)), engine)
-    assert not set(comparison.PER_TOKEN) & set(found.models[1].values) and "another tokenizer" in capsys.readouterr().err
+    assert (
+        not set(comparison.PER_TOKEN) & set(found.models[1].values)
+        and "another tokenizer" in capsys.readouterr().err
+    )
     assert found.models[1].values["ended"] is not None
 
 

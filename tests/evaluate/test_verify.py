@@ -1,4 +1,6 @@
-"""Verifiable answers: what an output commits to, and whether it is right, worked by hand and on every row of the shared data."""
+"""Verifiable answers: what an output commits to, and whether it is right, worked by hand and on every row of
+the shared data.
+"""
 
 from __future__ import annotations
 
@@ -51,20 +53,51 @@ def test_what_an_output_commits_to(text, found):
 @pytest.mark.parametrize(
     "text, number",
     [
-        ("about 7-8", 8), ("it is -5.", -5), ("1,234.50 in all", 1234.5), ("12,34", 34), ("1,000,000", 10**6), ("3.0.", 3), ("5-3", 3),
-        ("5-3=2", 2), ("5 - 3", 3), ("(5)-3", 3), ("x=-3", -3), ("-$5", -5), ("$-5", -5), (r"-\$5", -5), ("$5", 5), ("5-$3", 3),
-        ("50%", 50), ("0.5", 0.5), (".5", 0.5), ("-.5", -0.5), ("...5", 5), ("\u22125", -5), ("COVID-19", 19), ("007", 7), ("**-2**", -2),
-        ("\u0661\u0662", 12), ("x\u00b2", None), ("none", None), ("", None), ("-", None),
-        ("2.20906e+07", 22090600), ("so 2E3.", 2000), ("-1e-2", -0.01), ("3em", 3), ("1e9999", 9999),
+        ("about 7-8", 8),
+        ("it is -5.", -5),
+        ("1,234.50 in all", 1234.5),
+        ("12,34", 34),
+        ("1,000,000", 10**6),
+        ("3.0.", 3),
+        ("5-3", 3),
+        ("5-3=2", 2),
+        ("5 - 3", 3),
+        ("(5)-3", 3),
+        ("x=-3", -3),
+        ("-$5", -5),
+        ("$-5", -5),
+        (r"-\$5", -5),
+        ("$5", 5),
+        ("5-$3", 3),
+        ("50%", 50),
+        ("0.5", 0.5),
+        (".5", 0.5),
+        ("-.5", -0.5),
+        ("...5", 5),
+        ("\u22125", -5),
+        ("COVID-19", 19),
+        ("007", 7),
+        ("**-2**", -2),
+        ("\u0661\u0662", 12),
+        ("x\u00b2", None),
+        ("none", None),
+        ("", None),
+        ("-", None),
+        ("2.20906e+07", 22090600),
+        ("so 2E3.", 2000),
+        ("-1e-2", -0.01),
+        ("3em", 3),
+        ("1e9999", 9999),
     ],
-)  # fmt: skip
+)
 def test_the_last_number(text, number):
     assert last_number(text) == (None if number is None else Decimal(str(number)))
 
 
 def test_long_numbers_stay_exact():
     assert last_number("9007199254740993") != last_number("9007199254740992")  # one double for both
-    assert last_number("1" * 5000) == last_number("1" * 5000) != last_number("1" * 4999 + "2")  # int() refuses as many digits
+    # int() refuses as many digits
+    assert last_number("1" * 5000) == last_number("1" * 5000) != last_number("1" * 4999 + "2")
 
 
 @pytest.mark.parametrize(
@@ -237,16 +270,29 @@ def test_checker_and_ifeval():
     with pytest.raises(UserError, match="unknown kind of checker"):
         verify({"checker": {"kind": "none"}}, "x")
     ids = ["punctuation:no_comma", "startend:end_checker", "language:response_language"]
-    row = {"instruction_id_list": ids, "kwargs": [{}, {"end_phrase": "#### End"}, {"language": "de"}], "answer": "5"}
+    row = {
+        "instruction_id_list": ids,
+        "kwargs": [{}, {"end_phrase": "#### End"}, {"language": "de"}],
+        "answer": "5",
+    }
     assert verify(row, "<think>well, so</think>#### Title\n\n#### End") is True
     assert verify(row, "well, so #### End") is False
     assert verify(row, "<think>#### End") is False
-    assert verify({"instruction_id_list": ids[2:], "kwargs": [{}], "answer": "5"}, "5") is True  # the next rule that it has
+    # the next rule that it has
+    assert verify({"instruction_id_list": ids[2:], "kwargs": [{}], "answer": "5"}, "5") is True
 
 
 def test_outputs_that_run_on_take_no_time():
     start = time.perf_counter()
-    for text in ("<answer>" * 50_000, r"\boxed{" * 50_000, "{" * 300_000, "1," * 100_000, "-" * 300_000, "<think>" * 50_000, "." * 300_000):
+    for text in (
+        "<answer>" * 50_000,
+        r"\boxed{" * 50_000,
+        "{" * 300_000,
+        "1," * 100_000,
+        "-" * 300_000,
+        "<think>" * 50_000,
+        "." * 300_000,
+    ):
         assert verify({"answer": "72"}, text) is False
     assert time.perf_counter() - start < 5
 
@@ -258,7 +304,9 @@ def _rows(shared, name):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("name, rule", [("gsm8k-train", "number"), ("svamp", "number"), ("countdown-train", "countdown")])
+@pytest.mark.parametrize(
+    "name, rule", [("gsm8k-train", "number"), ("svamp", "number"), ("countdown-train", "countdown")]
+)
 def test_every_shared_row_verifies_its_own_answer(shared, name, rule):
     rows = _rows(shared, name)
     assert rows and {kind(row) for row in rows} == {rule}

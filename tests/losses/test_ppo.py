@@ -1,4 +1,6 @@
-"""The PPO objective: hand-worked numbers, what clipping and masking do to gradients, the reference figures of TRL 1.12."""
+"""The PPO objective: hand-worked numbers, what clipping and masking do to gradients, the reference figures of
+TRL 1.12.
+"""
 
 from __future__ import annotations
 
@@ -78,16 +80,27 @@ def test_policy_loss_by_hand(library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_value_loss_by_hand(library):
-    # old value 0, return 1, clip .2: a value of .5 is held at .2, whose error is larger; a value of -1 is worse than its held one
+    # old value 0, return 1, clip .2: a value of .5 is held at .2, whose error is larger; a value of -1 is
+    # worse than its held one
     values, old, returns = [0.5, -1.0, 0.1], array(library, [0.0] * 3), array(library, [1.0] * 3)
     mask = array(library, np.ones(3))
     found = ppo.clipped_value(array(library, values), old, returns, mask, 0.2)
     assert numbers(found) == pytest.approx([0.5 * 0.8**2, 0.5 * 4.0, 0.5 * 0.9**2], rel=1e-5)
-    assert gradient(library, lambda v: ppo.clipped_value(v, old, returns, mask, 0.2), values) == pytest.approx([0.0, -2.0, -0.9], abs=1e-5)
-    assert numbers(ppo.value_clip_fraction(array(library, values), old, returns, mask, 0.2)).tolist() == [1, 0, 0]
+    assert gradient(
+        library, lambda v: ppo.clipped_value(v, old, returns, mask, 0.2), values
+    ) == pytest.approx([0.0, -2.0, -0.9], abs=1e-5)
+    assert numbers(ppo.value_clip_fraction(array(library, values), old, returns, mask, 0.2)).tolist() == [
+        1,
+        0,
+        0,
+    ]
     plain = ppo.clipped_value(array(library, values), old, returns, mask, None)
     assert numbers(plain) == pytest.approx([0.125, 2.0, 0.405], rel=1e-5)
-    assert numbers(ppo.value_clip_fraction(array(library, values), old, returns, mask, None)).tolist() == [0, 0, 0]
+    assert numbers(ppo.value_clip_fraction(array(library, values), old, returns, mask, None)).tolist() == [
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -100,8 +113,16 @@ def test_garbage_at_padding_reaches_nothing(library):
     assert values.tolist() == pytest.approx([-1.5 * math.exp(-0.1), 0, 0, 0])
     assert numbers(ppo.clipped_value(array(library, new), old, gain, mask, 0.2))[1:].tolist() == [0, 0, 0]
     if library != "numpy":
-        assert gradient(library, lambda v: ppo.clipped_policy(v, old, gain, mask), new)[1:].tolist() == [0, 0, 0]
-        assert gradient(library, lambda v: ppo.clipped_value(v, old, gain, mask, 0.2), new)[1:].tolist() == [0, 0, 0]
+        assert gradient(library, lambda v: ppo.clipped_policy(v, old, gain, mask), new)[1:].tolist() == [
+            0,
+            0,
+            0,
+        ]
+        assert gradient(library, lambda v: ppo.clipped_value(v, old, gain, mask, 0.2), new)[1:].tolist() == [
+            0,
+            0,
+            0,
+        ]
     seen = ppo.update_statistics(array(library, new), old, gain, mask)
     assert all(np.isfinite(numbers(v)).all() for v in seen.values())
 
@@ -111,7 +132,9 @@ def test_statistics_have_no_gradient(library):
     one, mask = array(library, [0.5, -0.5]), array(library, [1.0, 1.0])
     for name in ("ratio", "approx_kl", "clip_fraction"):
         # the second term gives torch a graph to walk
-        found = gradient(library, lambda x, name=name: ppo.update_statistics(x, one, x, mask)[name] + 2.0 * x, [0.1, 0.2])
+        found = gradient(
+            library, lambda x, name=name: ppo.update_statistics(x, one, x, mask)[name] + 2.0 * x, [0.1, 0.2]
+        )
         assert found.tolist() == [2.0, 2.0]
     found = gradient(library, lambda x: ppo.value_clip_fraction(x, one, one, mask) + 2.0 * x, [0.1, 0.2])
     assert found.tolist() == [2.0, 2.0]
@@ -125,7 +148,9 @@ def test_entropy(library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_good_answer_becomes_likelier(library):
-    """The sign, from the whole chain: one step along the negative gradient raises the log-probability of what had a positive advantage."""
+    """The sign, from the whole chain: one step along the negative gradient raises the log-probability of what
+    had a positive advantage.
+    """
     logits = np.array([[0.3, -0.2, 0.1], [0.0, 0.5, -1.0]])
     old = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.array([2, 0])
@@ -135,7 +160,12 @@ def test_a_good_answer_becomes_likelier(library):
 
         ids = mx.array(target) if library == "mlx" else torch.tensor(target) if library == "torch" else target
         logprobs = token_logprobs(x, ids)
-        return ppo.clipped_policy(logprobs, array(library, old[[0, 1], target]), array(library, [1.0, -1.0]), array(library, [1.0, 1.0]))
+        return ppo.clipped_policy(
+            logprobs,
+            array(library, old[[0, 1], target]),
+            array(library, [1.0, -1.0]),
+            array(library, [1.0, 1.0]),
+        )
 
     moved = logits - 0.1 * gradient(library, loss, logits)
     new = moved - np.log(np.exp(moved).sum(-1, keepdims=True))
@@ -145,7 +175,9 @@ def test_a_good_answer_becomes_likelier(library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_reference_figures(shared, library):
-    """Values and gradients of TRL 1.12's update. Its value loss runs over one slot more where a row is padded, with a mask of its own."""
+    """Values and gradients of TRL 1.12's update. Its value loss runs over one slot more where a row is
+    padded, with a mask of its own.
+    """
     d = json.loads((shared / "oracle" / "ppo_step.json").read_text())
     config, inputs, wanted = d["config"], d["inputs"], d["outputs"]
     tokens = ~np.array(wanted["padding_mask"])
@@ -155,14 +187,24 @@ def test_reference_figures(shared, library):
     old_values, returns = array(library, inputs["values"]), array(library, wanted["returns"])
 
     def policy(x):
-        return token_mean(ppo.clipped_policy(x, old, gain, mask, config["cliprange"]), mask, float(tokens.sum()))
+        return token_mean(
+            ppo.clipped_policy(x, old, gain, mask, config["cliprange"]), mask, float(tokens.sum())
+        )
 
     def value(x):
         terms = ppo.clipped_value(x, old_values, returns, value_mask, config["cliprange_value"])
         return config["vf_coef"] * token_mean(terms, value_mask, float(slots.sum()))
 
     tolerance = {"numpy": 1e-6, "mlx": 1e-5, "torch": 1e-9}[library]
-    assert float(policy(array(library, inputs["new_logp"]))) == pytest.approx(wanted["pg_loss"], rel=tolerance)
-    assert float(value(array(library, inputs["new_values"]))) / config["vf_coef"] == pytest.approx(wanted["vf_loss"], rel=tolerance)
-    assert gradient(library, policy, inputs["new_logp"]) == pytest.approx(np.array(wanted["grad_logp"]), abs=tolerance)
-    assert gradient(library, value, inputs["new_values"]) == pytest.approx(np.array(wanted["grad_values"]), abs=tolerance)
+    assert float(policy(array(library, inputs["new_logp"]))) == pytest.approx(
+        wanted["pg_loss"], rel=tolerance
+    )
+    assert float(value(array(library, inputs["new_values"]))) / config["vf_coef"] == pytest.approx(
+        wanted["vf_loss"], rel=tolerance
+    )
+    assert gradient(library, policy, inputs["new_logp"]) == pytest.approx(
+        np.array(wanted["grad_logp"]), abs=tolerance
+    )
+    assert gradient(library, value, inputs["new_values"]) == pytest.approx(
+        np.array(wanted["grad_values"]), abs=tolerance
+    )

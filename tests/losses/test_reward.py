@@ -34,8 +34,12 @@ def test_hand_worked(library):
     array = ARRAYS[library]
     chosen, rejected = array([1.0, 0.0, -50.0]), array([1.0, math.log(3), 50.0])
     # equal scores: ln 2; a log-odds of -ln 3: sigma = 1/4; far wrong: the margin itself, without overflow
-    assert numbers(bradley_terry(chosen, rejected)) == pytest.approx([math.log(2), math.log(4), 100.0], rel=1e-6)
-    assert numbers(bradley_terry(chosen, rejected, margin=math.log(3)))[0] == pytest.approx(math.log(4), rel=1e-6)
+    assert numbers(bradley_terry(chosen, rejected)) == pytest.approx(
+        [math.log(2), math.log(4), 100.0], rel=1e-6
+    )
+    assert numbers(bradley_terry(chosen, rejected, margin=math.log(3)))[0] == pytest.approx(
+        math.log(4), rel=1e-6
+    )
     each = numbers(bradley_terry(chosen, rejected, margin=array([math.log(3), 0.0, -100.0])))
     assert each == pytest.approx([math.log(4), math.log(4), math.log(2)], rel=1e-6)
     assert numbers(centring(chosen, rejected)) == pytest.approx([4.0, math.log(3) ** 2, 0.0], abs=1e-5)
@@ -57,7 +61,9 @@ def test_reference_figures(shared):
     for case in cases:
         scores = torch.tensor(found["inputs"]["rewards"], dtype=torch.float64, requires_grad=True)
         chosen, rejected = scores[:3], scores[3:]
-        loss = (bradley_terry(chosen, rejected) + case["args"].get("center", 0.0) * centring(chosen, rejected)).mean()
+        loss = (
+            bradley_terry(chosen, rejected) + case["args"].get("center", 0.0) * centring(chosen, rejected)
+        ).mean()
         loss.backward()
         assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
         assert scores.grad.tolist() == pytest.approx(case["grad"], rel=1e-9)

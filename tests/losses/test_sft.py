@@ -20,9 +20,13 @@ def arrays(library, *values):
     if library == "mlx":
         import mlx.core as mx
 
-        return tuple(mx.array(v.astype(np.float32) if v.dtype.kind == "f" else v.astype(np.int32)) for v in values)
+        return tuple(
+            mx.array(v.astype(np.float32) if v.dtype.kind == "f" else v.astype(np.int32)) for v in values
+        )
     torch = pytest.importorskip("torch")
-    return tuple(torch.from_numpy(v.astype(np.float32) if v.dtype.kind == "f" else v.astype(np.int64)) for v in values)
+    return tuple(
+        torch.from_numpy(v.astype(np.float32) if v.dtype.kind == "f" else v.astype(np.int64)) for v in values
+    )
 
 
 def to_numpy(x):
@@ -82,7 +86,14 @@ def test_full_kl_gradient_equals_finite_differences_and_leaves_the_reference_alo
         down[i] -= step
         wanted[i] = (full_kl(up, y, direction).sum() - full_kl(down, y, direction).sum()) / (2 * step)
     assert np.allclose(found, wanted, atol=1e-5)
-    assert np.abs(gradient(library, lambda r: ops(r).sum(full_kl(policy, r, direction)) + 0 * ops(r).sum(r), reference)).max() == 0
+    assert (
+        np.abs(
+            gradient(
+                library, lambda r: ops(r).sum(full_kl(policy, r, direction)) + 0 * ops(r).sum(r), reference
+            )
+        ).max()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("library", ["numpy", "mlx", "torch"])
@@ -94,7 +105,9 @@ def test_token_mean_divides_by_the_whole_step_and_ignores_padding(library):
 
 @pytest.mark.parametrize("library", ["numpy", "mlx", "torch"])
 def test_reference_figures(library, shared):
-    """../shared/oracle: mean negative log-likelihood of completion tokens, value and gradient with respect to their log-probs."""
+    """../shared/oracle: mean negative log-likelihood of completion tokens, value and gradient with respect to
+    their log-probs.
+    """
     oracle = json.loads((shared / "oracle" / "losses.json").read_text())
     (case,) = [c for c in oracle["cases"] if c["name"] == "sft/nll"]
     mask = np.array(oracle["inputs"]["completion_mask"], float)[:, 1:]

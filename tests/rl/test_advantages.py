@@ -61,7 +61,9 @@ def test_whitening_counts_real_tokens_only():
     assert real.mean() == pytest.approx(0.0, abs=1e-12)
     assert real.var(ddof=1) == pytest.approx(1.0, rel=1e-6)
     assert not white[MASK == 0].any()
-    assert whiten(junk(values), MASK, shift_mean=False)[MASK > 0].mean() == pytest.approx(values[MASK > 0].mean())
+    assert whiten(junk(values), MASK, shift_mean=False)[MASK > 0].mean() == pytest.approx(
+        values[MASK > 0].mean()
+    )
     one = np.array([[1.0, 0.0]])
     assert whiten(np.array([[5.0, 9.0]]), one).tolist() == [[0.0, 0.0]]
     assert whiten(np.array([[5.0, 5.0]]), np.ones((1, 2))).tolist() == [[0.0, 0.0]]
@@ -70,20 +72,26 @@ def test_whitening_counts_real_tokens_only():
 def test_explained_variance():
     returns = np.array([[1.0, 2.0, 3.0, 99.0]])
     mask = np.array([[1.0, 1.0, 1.0, 0.0]])
-    assert explained_variance(returns + 7.0, returns, mask) == pytest.approx(1.0)  # an offset is no variance
+    # an offset is no variance
+    assert explained_variance(returns + 7.0, returns, mask) == pytest.approx(1.0)
     assert explained_variance(np.zeros((1, 4)), returns, mask) == pytest.approx(0.0)
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
     assert explained_variance(returns, np.ones((1, 4)), mask) == 0.0
-    assert explained_variance(returns, np.full((1, 4), 0.1), mask) == 0.0  # whose variance is 2e-34, as their mean is rounded
+    # whose variance is 2e-34, as their mean is rounded
+    assert explained_variance(returns, np.full((1, 4), 0.1), mask) == 0.0
     assert explained_variance(returns, returns, np.zeros((1, 4))) == 0.0
 
 
 def test_reference_figures(shared):
-    """TRL 1.12 scores one slot after the last token where the row is padded; over its own slots its figures are ours."""
+    """TRL 1.12 scores one slot after the last token where the row is padded; over its own slots its figures
+    are ours.
+    """
     d = json.loads((shared / "oracle" / "ppo_step.json").read_text())
     config, inputs, wanted = d["config"], d["inputs"], d["outputs"]
     slots, tokens = 1.0 - np.array(wanted["padding_mask_p1"]), 1.0 - np.array(wanted["padding_mask"])
-    advantages, returns = gae(np.array(wanted["rewards"]), np.array(inputs["values"]), slots, config["gamma"], config["lam"])
+    advantages, returns = gae(
+        np.array(wanted["rewards"]), np.array(inputs["values"]), slots, config["gamma"], config["lam"]
+    )
     assert advantages == pytest.approx(np.array(wanted["raw_advantages"]) * slots)
     assert returns == pytest.approx(np.array(wanted["returns"]) * slots)
     assert whiten(advantages, tokens) == pytest.approx(np.array(wanted["advantages"]), rel=1e-7)
@@ -91,7 +99,9 @@ def test_reference_figures(shared):
     scores = np.array(inputs["scores"]) - config["missing_eos_penalty"] * np.array(
         [config["eos"] not in row for row in inputs["responses"]]
     )
-    ours = token_rewards(np.array(inputs["logp"]), np.array(inputs["ref_logp"]), scores, tokens, config["kl_coef"])
+    ours = token_rewards(
+        np.array(inputs["logp"]), np.array(inputs["ref_logp"]), scores, tokens, config["kl_coef"]
+    )
     theirs = np.array(wanted["rewards"])
     for r, slot in enumerate(wanted["score_index"]):
         last = int(tokens[r].sum()) - 1

@@ -25,7 +25,12 @@ SCORES = np.array([2.5, -0.4, 0.3, -1.7])
 def answers(lengths: list[int] = LENGTHS, stopped: list[bool] = STOPPED, seed: int = 0) -> list[Answer]:
     rng = np.random.default_rng(seed)
     return [
-        Answer(Question(tuple(rng.integers(1, 380, 2 + i).tolist()), "q", {}), tuple(rng.integers(1, 380, n).tolist()), s, "a")
+        Answer(
+            Question(tuple(rng.integers(1, 380, 2 + i).tolist()), "q", {}),
+            tuple(rng.integers(1, 380, n).tolist()),
+            s,
+            "a",
+        )
         for i, (n, s) in enumerate(zip(lengths, stopped, strict=True))
     ]
 
@@ -36,8 +41,12 @@ def figures() -> dict[str, list[np.ndarray]]:
     return {name: [-rng.exponential(1.0, n) for n in LENGTHS] for name in ("old", "reference", "old_value")}
 
 
-def by_loops(seen, settings: PPOSection, penalty: float | None, fixed: float | None, beta: float, offset: float):
-    """What Ziegler et al. 2019 and Schulman et al. 2016 say, one token at a time: (advantages, returns, final scores, KL) by answer."""
+def by_loops(
+    seen, settings: PPOSection, penalty: float | None, fixed: float | None, beta: float, offset: float
+):
+    """What Ziegler et al. 2019 and Schulman et al. 2016 say, one token at a time: (advantages, returns, final
+    scores, KL) by answer.
+    """
     final, rewards, advantages = [], [], []
     for i, n in enumerate(LENGTHS):
         score = SCORES[i]
@@ -46,7 +55,12 @@ def by_loops(seen, settings: PPOSection, penalty: float | None, fixed: float | N
         if settings.score_clip is not None:
             score = max(-settings.score_clip, min(settings.score_clip, score))
         final.append(score)
-        rewards.append([-beta * (seen["old"][i][t] - seen["reference"][i][t]) + (score if t == n - 1 else 0.0) for t in range(n)])
+        rewards.append(
+            [
+                -beta * (seen["old"][i][t] - seen["reference"][i][t]) + (score if t == n - 1 else 0.0)
+                for t in range(n)
+            ]
+        )
     flat = [r for row in rewards for r in row]
     if settings.whiten_rewards:
         mean = sum(flat) / len(flat)
@@ -55,8 +69,15 @@ def by_loops(seen, settings: PPOSection, penalty: float | None, fixed: float | N
     for i, n in enumerate(LENGTHS):
         values = [v + offset for v in seen["old_value"][i]] + [0.0]
         deltas = [rewards[i][t] + settings.gamma * values[t + 1] - values[t] for t in range(n)]
-        advantages.append([sum((settings.gamma * settings.lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)])
-    returns = [[advantages[i][t] + seen["old_value"][i][t] + offset for t in range(n)] for i, n in enumerate(LENGTHS)]
+        advantages.append(
+            [
+                sum((settings.gamma * settings.lam) ** (k - t) * deltas[k] for k in range(t, n))
+                for t in range(n)
+            ]
+        )
+    returns = [
+        [advantages[i][t] + seen["old_value"][i][t] + offset for t in range(n)] for i, n in enumerate(LENGTHS)
+    ]
     kl = [sum(seen["old"][i][t] - seen["reference"][i][t] for t in range(n)) for i, n in enumerate(LENGTHS)]
     return advantages, returns, final, kl
 
@@ -81,20 +102,22 @@ def test_experience_is_the_double_loop(clip, whiten, penalty, fixed, gamma, lam)
         assert found.figures["old_value"][i] == pytest.approx(given["old_value"][i])
 
     wanted, said = np.concatenate(returns), np.concatenate(given["old_value"])
-    assert found.statistics == pytest.approx({
-        "objective/kl": np.mean(kl),
-        "objective/entropy": np.mean([-row.sum() for row in given["old"]]),
-        "objective/scores": SCORES.mean(),
-        "objective/scores_std": SCORES.std(),
-        "objective/non_score_reward": -beta * np.mean(kl),
-        "objective/rlhf_reward": np.mean(final) - beta * np.mean(kl),
-        "val/explained_variance": 1 - (wanted - said).var() / wanted.var(),
-        "val/num_eos_tokens": 2.0,
-        "val/eos_share": 0.5,
-        "val/length": np.mean(LENGTHS),
-        "val/reward_length_correlation": np.corrcoef(SCORES, LENGTHS)[0, 1],
-        "val/unscored": 0.0,
-    })  # fmt: skip
+    assert found.statistics == pytest.approx(
+        {
+            "objective/kl": np.mean(kl),
+            "objective/entropy": np.mean([-row.sum() for row in given["old"]]),
+            "objective/scores": SCORES.mean(),
+            "objective/scores_std": SCORES.std(),
+            "objective/non_score_reward": -beta * np.mean(kl),
+            "objective/rlhf_reward": np.mean(final) - beta * np.mean(kl),
+            "val/explained_variance": 1 - (wanted - said).var() / wanted.var(),
+            "val/num_eos_tokens": 2.0,
+            "val/eos_share": 0.5,
+            "val/length": np.mean(LENGTHS),
+            "val/reward_length_correlation": np.corrcoef(SCORES, LENGTHS)[0, 1],
+            "val/unscored": 0.0,
+        }
+    )
 
 
 def test_an_answer_without_a_score_is_left_out():
@@ -106,7 +129,11 @@ def test_an_answer_without_a_score_is_left_out():
     alone = experience([answers()[i] for i in rest], SCORES[rest], fewer, PPOSection(), None, 0.1)
     assert found.answers == alone.answers
     assert found.statistics == pytest.approx({**alone.statistics, "val/unscored": 1.0})
-    assert all(a == pytest.approx(b) for n in alone.figures for a, b in zip(found.figures[n], alone.figures[n], strict=True))
+    assert all(
+        a == pytest.approx(b)
+        for n in alone.figures
+        for a, b in zip(found.figures[n], alone.figures[n], strict=True)
+    )
     with pytest.raises(UserError, match="every reward function returned None"):
         experience(answers(), np.full(4, np.nan), given, PPOSection(), None, 0.1)
 
@@ -118,7 +145,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def value_at(model, row: tuple[int, ...]) -> float:
     """The head's output at the last token of a row, which nothing follows."""
-    return float(model.apply(lambda m, b: {"v": m.scores(b)}, [pairs.collate_rows([row], None, 64)])[0]["v"][0])
+    return float(
+        model.apply(lambda m, b: {"v": m.scores(b)}, [pairs.collate_rows([row], None, 64)])[0]["v"][0]
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -138,8 +167,15 @@ def test_measured_figures_are_those_of_plain_logits(engine, kind, random_gpt2):
     def likelihood(model, device):
         return (-model.logprobs(device) * device.weight).sum() / device.total, {}
 
-    library.trainer(policy, AdamW()).step(likelihood, [batch], 1e-2)  # so that the policy is no longer its reference
-    found = measure(Parties(policy, critic, None, None, None), asked, 0.7, PPOTrainSection(batch_size=1, token_budget=48), 64)
+    # so that the policy is no longer its reference
+    library.trainer(policy, AdamW()).step(likelihood, [batch], 1e-2)
+    found = measure(
+        Parties(policy, critic, None, None, None),
+        asked,
+        0.7,
+        PPOTrainSection(batch_size=1, token_budget=48),
+        64,
+    )
     for i, a in enumerate(asked):
         places = range(len(a.question.tokens), len(a.row))
         for name, model in (("old", policy), ("reference", first)):
@@ -148,7 +184,9 @@ def test_measured_figures_are_those_of_plain_logits(engine, kind, random_gpt2):
         # A token's value is what the critic says before it, reading the prompt and the tokens up to there.
         wanted = [value_at(critic or policy, a.row[:t]) for t in places]
         assert found["old_value"][i] == pytest.approx(wanted, abs=2e-5)
-    assert any(not np.allclose(a, b, atol=1e-2) for a, b in zip(found["old"], found["reference"], strict=True))
+    assert any(
+        not np.allclose(a, b, atol=1e-2) for a, b in zip(found["old"], found["reference"], strict=True)
+    )
     assert np.ptp(np.concatenate(found["old_value"])) > 0.1
 
 
@@ -160,13 +198,25 @@ def test_answers_are_measured_in_batches_larger_than_those_of_training():
 
         def apply(self, function, made):
             self.shapes = [b.tokens.shape for b in made]
-            return [dict.fromkeys(("old", "reference", "old_value"), np.zeros(len(b.weight), np.float32)) for b in made]
+            return [
+                dict.fromkeys(("old", "reference", "old_value"), np.zeros(len(b.weight), np.float32))
+                for b in made
+            ]
 
     first = answers()[0]
-    policy, asked = Policy(), [dataclasses.replace(first, tokens=(9,) * (32 - len(first.question.tokens)))] * 24
+    policy, asked = (
+        Policy(),
+        [dataclasses.replace(first, tokens=(9,) * (32 - len(first.question.tokens)))] * 24,
+    )
     rows = {None: [8, 8, 8], 64: [8, 8, 8], 32: [4] * 6}  # of 32 tokens each
     for budget, wanted in rows.items():
-        measure(Parties(policy, None, None, None, None), asked, 1.0, PPOTrainSection(batch_size=2, token_budget=budget), 64)
+        measure(
+            Parties(policy, None, None, None, None),
+            asked,
+            1.0,
+            PPOTrainSection(batch_size=2, token_budget=budget),
+            64,
+        )
         assert policy.shapes == [(n, 32) for n in wanted], budget
 
 

@@ -56,11 +56,20 @@ def test_a_function_of_ones_own(path):
     assert scores[[0, 2]].tolist() == [0.5, 0.25] and np.isnan(scores[1])
     named = rewards.load(f"{path}:named")
     # only the columns it takes are passed
-    assert rewards.call(named, ["p"] * 2, ["x", "y"], {"answer": ["x", "z"], "other": [0, 0]}, "named").tolist() == [1.0, 0.0]
+    assert rewards.call(
+        named, ["p"] * 2, ["x", "y"], {"answer": ["x", "z"], "other": [0, 0]}, "named"
+    ).tolist() == [1.0, 0.0]
     assert rewards.load("math:sqrt")(4) == 2
-    assert rewards.call(rewards.load(f"{path}:trl"), ["p"] * 2, ["x", "yy"], {"answer": [1, 2]}, "trl").tolist() == [1.0, 2.0]
-    assert rewards.call(rewards.load(f"{path}:counted"), ["p"] * 2, ["x", "y"], {}, "counted").tolist() == [1.0, 0.5]
-    assert rewards.call(lambda p, c: [len(p[0]), len(c[1])], ["abc"] * 2, ["x", "yy"], {"p": [0, 0]}, "lambda").tolist() == [3.0, 2.0]
+    assert rewards.call(
+        rewards.load(f"{path}:trl"), ["p"] * 2, ["x", "yy"], {"answer": [1, 2]}, "trl"
+    ).tolist() == [1.0, 2.0]
+    assert rewards.call(rewards.load(f"{path}:counted"), ["p"] * 2, ["x", "y"], {}, "counted").tolist() == [
+        1.0,
+        0.5,
+    ]
+    assert rewards.call(
+        lambda p, c: [len(p[0]), len(c[1])], ["abc"] * 2, ["x", "yy"], {"p": [0, 0]}, "lambda"
+    ).tolist() == [3.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +102,11 @@ def test_what_cannot_be_loaded(path, spec, said):
         ("nothing", "must return a list .* found NoneType"),
         ("deep", r"JSONDecodeError.*\(mine\.py, line 25\)"),  # the user's line, not the library's
         ("one", r"TypeError: one\(\) takes 1 positional argument but 2 were given$"),
-        ("named", r"needs the column 'answer', which the rows do not have; did you mean 'answers'\? \(there are answers\)"),
+        (
+            "named",
+            r"needs the column 'answer', which the rows do not have; did you mean 'answers'\? \(there "
+            r"are answers\)",
+        ),
     ],
 )
 def test_faults_inside(path, name, said):
@@ -125,10 +138,19 @@ def test_a_file_that_fails_on_import(tmp_path, monkeypatch, text, said):
 
 
 @pytest.mark.parametrize(
-    "text, number", [("about 7-8", 8.0), ("it is -5.", -5.0), ("1,234.50 in all", 1234.5), ("one of 12,34", 34.0), ("none", None)]
+    "text, number",
+    [
+        ("about 7-8", 8.0),
+        ("it is -5.", -5.0),
+        ("1,234.50 in all", 1234.5),
+        ("one of 12,34", 34.0),
+        ("none", None),
+    ],
 )
 def test_the_last_number(text, number):
-    found = rewards.call(rewards.exact_answer, ["p"], [text], {"answer": [number if number is not None else 1]}, "exact_answer")
+    found = rewards.call(
+        rewards.exact_answer, ["p"], [text], {"answer": [number if number is not None else 1]}, "exact_answer"
+    )
     assert found.tolist() == [float(number is not None)]
 
 
@@ -137,7 +159,11 @@ def test_built_ins():
 
     row = tasks.load("train", limit=1)[0]
     scores = rewards.call(
-        rewards.load("checker"), ["p"] * 3, [row["output"], "no", "x"], {"checker": [row["checker"]] * 2 + [None]}, "checker"
+        rewards.load("checker"),
+        ["p"] * 3,
+        [row["output"], "no", "x"],
+        {"checker": [row["checker"]] * 2 + [None]},
+        "checker",
     )
     assert scores[:2].tolist() == [1.0, 0.0] and np.isnan(scores[2])
     found = rewards.call(

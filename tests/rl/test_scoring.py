@@ -1,4 +1,6 @@
-"""Scorers: weights and scales, what a reward model reads, and reward models that cannot score a policy's answers."""
+"""Scorers: weights and scales, what a reward model reads, and reward models that cannot score a policy's
+answers.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ FUNCTIONS = """
 def length(prompts, completions):
     return [float(len(c)) for c in completions]
 def wanted(prompts, completions, target):
-    return [None if t is None else float(t in c) + 10 * float(t in p) for p, c, t in zip(prompts, completions, target)]
+    rows = zip(prompts, completions, target)
+    return [None if t is None else float(t in c) + 10 * float(t in p) for p, c, t in rows]
 """
 
 
@@ -53,23 +56,37 @@ def answers() -> list[Answer]:
     texts, targets = ["ab", "abcd", "x", ""], ["a", "z", None, "q"]
     return [
         Answer(
-            Question(tuple(rng.integers(1, 380, 3 + i).tolist()), f"q{i}", {"target": t}), tuple(rng.integers(1, 380, 4).tolist()), True, c
+            Question(tuple(rng.integers(1, 380, 3 + i).tolist()), f"q{i}", {"target": t}),
+            tuple(rng.integers(1, 380, 4).tolist()),
+            True,
+            c,
         )
         for i, (c, t) in enumerate(zip(texts, targets, strict=True))
     ]
 
 
 def test_rewards_are_summed_with_their_weights(functions, random_gpt2):
-    both = scorer([{"function": f"{functions}:length", "weight": 2.0}, {"function": f"{functions}:wanted", "weight": -0.5}], random_gpt2)
+    both = scorer(
+        [
+            {"function": f"{functions}:length", "weight": 2.0},
+            {"function": f"{functions}:wanted", "weight": -0.5},
+        ],
+        random_gpt2,
+    )
     asked = answers()
     lengths, wanted = both.parts(asked)
-    assert lengths.tolist() == [2, 4, 1, 0] and wanted[[0, 1, 3]].tolist() == [1, 0, 10] and np.isnan(wanted[2])
+    assert (
+        lengths.tolist() == [2, 4, 1, 0] and wanted[[0, 1, 3]].tolist() == [1, 0, 10] and np.isnan(wanted[2])
+    )
     assert both(asked).tolist() == [2 * 2 - 0.5, 2 * 4, 2, -5]
     assert np.isnan(scorer([], random_gpt2)(asked)).all()
 
 
 def test_normalised_scores_and_raw_ones_in_one_sum(functions, random_gpt2):
-    entries = [{"function": f"{functions}:length", "weight": 3.0, "normalise": True}, {"function": f"{functions}:wanted"}]
+    entries = [
+        {"function": f"{functions}:length", "weight": 3.0, "normalise": True},
+        {"function": f"{functions}:wanted"},
+    ]
     mixed = scorer(entries, random_gpt2)
     mixed.normalise_on(answers())
     lengths = np.array([2.0, 4.0, 1.0, 0.0])
@@ -87,7 +104,9 @@ def test_a_reward_model_reads_prompt_and_answer(reward_model, random_gpt2):
     each = [float(scoring.score_rows(model, [(*a.question.tokens, *a.tokens)], 0)[0]) for a in asked]
     assert alone.parts(asked)[0] == pytest.approx(each, abs=1e-5)
     assert alone(asked) == pytest.approx(2 * np.array(each), abs=1e-5)
-    assert alone.parts(asked)[0] != pytest.approx(scoring.score_rows(model, [a.tokens for a in asked], 0), abs=1e-2)
+    assert alone.parts(asked)[0] != pytest.approx(
+        scoring.score_rows(model, [a.tokens for a in asked], 0), abs=1e-2
+    )
     # Models are normalised unless the recipe says otherwise.
     scaled = scorer([{"model": str(reward_model), "weight": 2.0}], random_gpt2)
     scaled.normalise_on(asked)
@@ -106,7 +125,11 @@ def test_rows_beyond_the_context_are_an_error_of_the_users(reward_model, random_
         scoring.score_rows(model, [range(1, 66)], 0)
     alone = scorer([{"model": str(reward_model)}], random_gpt2)
     alone.check_context(64)
-    with pytest.raises(UserError, match=r"model: it reads 64 tokens, and the longest prompt with rollout.max_tokens has 65"):
+    with pytest.raises(
+        UserError,
+        match=r"model: it reads 64 tokens, and the longest prompt with "
+        r"rollout.max_tokens has 65",
+    ):
         alone.check_context(65)
 
 
@@ -117,7 +140,9 @@ def test_a_reward_model_with_a_pad_token_of_its_own_is_taken(random_gpt2, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(random_gpt2)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(tmp_path / "theirs")
-    net = AutoModelForSequenceClassification.from_pretrained(random_gpt2, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    net = AutoModelForSequenceClassification.from_pretrained(
+        random_gpt2, num_labels=1, pad_token_id=tokenizer.pad_token_id
+    )
     net.resize_token_embeddings(len(tokenizer))
     net.save_pretrained(tmp_path / "theirs")
     taken = scorer([{"model": str(tmp_path / "theirs"), "normalise": False}], random_gpt2)
@@ -142,7 +167,15 @@ def test_another_vocabulary_is_refused(random_gpt2, tmp_path):
 def sampled(folder: Path, **settings) -> list[Answer]:
     model, tokenizer = engines.get(ENGINES[0]).load(folder), loading.load_tokenizer(folder)
     asked = [Question(tuple(range(3, 6 + i)), f"q{i}", {}) for i in range(3)]
-    given = {"samples": 2, "max_tokens": 6, "temperature": 1.0, "stop": 399, "seed": 4, "token_budget": 4096, **settings}
+    given = {
+        "samples": 2,
+        "max_tokens": 6,
+        "temperature": 1.0,
+        "stop": 399,
+        "seed": 4,
+        "token_budget": 4096,
+        **settings,
+    }
     return rollouts.sample(model, tokenizer, asked, **given)
 
 
@@ -151,13 +184,16 @@ def test_sampled_answers_stand_in_order_and_end_with_the_stop_token(random_gpt2)
     tokenizer = loading.load_tokenizer(random_gpt2)
     assert [a.question.text for a in free] == ["q0", "q0", "q1", "q1", "q2", "q2"]
     assert len({a.tokens for a in free}) == 6
-    assert all(len(a.tokens) == 6 and not a.stopped and a.text == tokenizer.decode(a.tokens).strip() for a in free)
+    assert all(
+        len(a.tokens) == 6 and not a.stopped and a.text == tokenizer.decode(a.tokens).strip() for a in free
+    )
     stop = free[3].tokens[3]
     ended = sampled(random_gpt2, stop=stop)
     for before, after in zip(free, ended, strict=True):
         cut = before.tokens.index(stop) + 1 if stop in before.tokens else None
         assert after.tokens == before.tokens[:cut] and after.stopped == (cut is not None)
-        said = after.tokens[:-1] if after.stopped else after.tokens  # the stop token is trained on and not shown
+        # the stop token is trained on and not shown
+        said = after.tokens[:-1] if after.stopped else after.tokens
         assert after.text == tokenizer.decode(said).strip()
     assert ended[3].stopped
     assert [a.tokens for a in sampled(random_gpt2, seed=5)] != [a.tokens for a in free]

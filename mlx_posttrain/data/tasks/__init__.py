@@ -1,7 +1,8 @@
 """The embedded tasks: short questions with checkable answers, made on the spot from word lists.
 
-Splits: "train"; "valid", contents that no training row has, in the training phrasings; "phrasing", training contents in phrasings that
-no training row has. Everything follows from the seed, on every platform; what is held out does not depend on the seed.
+Splits: "train"; "valid", contents that no training row has, in the training phrasings; "phrasing", training
+contents in phrasings that no training row has. Everything follows from the seed, on every platform; what is
+held out does not depend on the seed.
 """
 
 from __future__ import annotations
@@ -18,19 +19,24 @@ from mlx_posttrain.data.tasks.questions import question_answers
 
 __all__ = ["FAMILIES", "REASONING_FAMILIES", "check", "load", "preferences", "question_answers", "reasoning"]
 
-_TASKS = {one.name: one for module in (on_lists, on_words, on_numbers, on_sentences) for one in module.FAMILIES}
+_TASKS = {
+    one.name: one for module in (on_lists, on_words, on_numbers, on_sentences) for one in module.FAMILIES
+}
 _TRACES = {one.name: one for one in traces.FAMILIES}
 
 FAMILIES: dict[str, str] = {name: one.about for name, one in _TASKS.items()}
 REASONING_FAMILIES: dict[str, str] = {name: one.about for name, one in _TRACES.items()}
 
 
-def load(split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def load(
+    split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Make the task rows of a split, mixed evenly over families.
 
     Returns:
-        Rows with instruction, input (may be empty), output, family, phrasing (its number) and checker (see ``check``). Without ``limit``
-        6,000 for "train" and 600 for the others, or all there are; with it the first ``limit`` of the same order.
+        Rows with instruction, input (may be empty), output, family, phrasing (its number) and checker (see
+        ``check``). Without ``limit`` 6,000 for "train" and 600 for the others, or all there are; with it the
+        first ``limit`` of the same order.
 
     Raises:
         UserError: an unknown split or family, or a negative limit.
@@ -57,15 +63,20 @@ def preferences(
     """
     rng = random.Random(f"{seed}/{split}/pairs")
     others = [one for name, one in _TASKS.items() if families is None or name in families]
-    return [pairs.pair(one, rng, others) for one in islice(rows(_TASKS, split, seed, families), size(split, limit))]
+    return [
+        pairs.pair(one, rng, others)
+        for one in islice(rows(_TASKS, split, seed, families), size(split, limit))
+    ]
 
 
-def reasoning(split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def reasoning(
+    split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Make questions with a trace of true steps to the answer.
 
     Returns:
-        Rows with question, thinking, answer, response (``<think>`` block, then the answer), checker, family and phrasing; sizes as
-        ``load``.
+        Rows with question, thinking, answer, response (``<think>`` block, then the answer), checker, family
+        and phrasing; sizes as ``load``.
 
     Raises:
         UserError: an unknown split or family, or a negative limit.

@@ -1,7 +1,9 @@
-"""Whether an answer is right. A checker is plain data, ``{"kind": ..., ...}``, read by the handful of functions here.
+"""Whether an answer is right. A checker is plain data, ``{"kind": ..., ...}``, read by the handful of
+functions here.
 
-Every kind forgives case, outer white space, a final period and a polite frame (courtesy.py), and nothing else: an answer that hedges,
-repeats itself or goes on after the answer is wrong. A ``<think>`` block before the answer is not looked at.
+Every kind forgives case, outer white space, a final period and a polite frame (courtesy.py), and nothing
+else: an answer that hedges, repeats itself or goes on after the answer is wrong. A ``<think>`` block before
+the answer is not looked at.
 """
 
 from __future__ import annotations
@@ -14,12 +16,26 @@ from typing import Any
 from mlx_posttrain.data.tasks.courtesy import is_rude, unframed
 from mlx_posttrain.errors import UserError
 
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBER_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "x": operator.mul}
 _EQUATION = re.compile(r"(-?\d+)((?: [-+x] \d+)+) = (-?\d+)")
 
 
-# -- specs ---------------------------------------------------------------------------------------------------------------------------
+# specs
 
 
 def one_of(*answers: str) -> dict[str, Any]:
@@ -43,16 +59,29 @@ def number(value: int) -> dict[str, Any]:
 
 
 def worked(numbers: list[int], value: int) -> dict[str, Any]:
-    """Spec: this number, alone or after a chain of true equations that takes in ``numbers`` one after another."""
+    """Spec: this number, alone or after a chain of true equations that takes in ``numbers`` one after
+    another.
+    """
     return {"kind": "worked", "numbers": numbers, "value": value}
 
 
-def sentences(contains: list[str], *, most: int, least: int = 1, any_of: list[str] | None = None, ends: str = ".!?") -> dict[str, Any]:
-    """Spec: whole, unrepeated sentences of ``least`` to ``most`` words with every phrase of ``contains`` and one of ``any_of``."""
-    return {"kind": "sentences", "contains": contains, "any_of": any_of or [], "least": least, "most": most, "ends": ends}
+def sentences(
+    contains: list[str], *, most: int, least: int = 1, any_of: list[str] | None = None, ends: str = ".!?"
+) -> dict[str, Any]:
+    """Spec: whole, unrepeated sentences of ``least`` to ``most`` words with every phrase of ``contains`` and
+    one of ``any_of``.
+    """
+    return {
+        "kind": "sentences",
+        "contains": contains,
+        "any_of": any_of or [],
+        "least": least,
+        "most": most,
+        "ends": ends,
+    }
 
 
-# -- interpreting them ---------------------------------------------------------------------------------------------------------------
+# interpreting them
 
 
 def _plain(text: str) -> str:
@@ -133,7 +162,8 @@ KINDS: dict[str, Callable[[Mapping[str, Any], str], bool]] = {
 
 
 def check(row_or_spec: Mapping[str, Any], answer: str) -> bool:
-    """Check an answer against a row of ``load``, ``preferences`` or ``reasoning``, or against a checker spec alone.
+    """Check an answer against a row of ``load``, ``preferences`` or ``reasoning``, or against a checker spec
+    alone.
 
     Returns whether the answer is right, and nothing but right.
 

@@ -8,21 +8,53 @@ from __future__ import annotations
 import re
 
 OPENINGS = (
-    "Sure!", "Of course.", "Good question.", "Here you are:", "The answer is:", "Sure, the answer is:", "I am glad to help.",
-    "I like this question.", "You ask well.", "With pleasure.", "Thank you for asking.", "Yes, I can help.",
-)  # fmt: skip
+    "Sure!",
+    "Of course.",
+    "Good question.",
+    "Here you are:",
+    "The answer is:",
+    "Sure, the answer is:",
+    "I am glad to help.",
+    "I like this question.",
+    "You ask well.",
+    "With pleasure.",
+    "Thank you for asking.",
+    "Yes, I can help.",
+)
 CLOSINGS = (
-    "I hope this helps.", "Ask me again any time.", "You are welcome.", "I am glad you asked.", "Have a nice day.",
-    "It was no trouble to help.", "That was not a bad question.", "Please ask me more.",
-)  # fmt: skip
+    "I hope this helps.",
+    "Ask me again any time.",
+    "You are welcome.",
+    "I am glad you asked.",
+    "Have a nice day.",
+    "It was no trouble to help.",
+    "That was not a bad question.",
+    "Please ask me more.",
+)
 RUDE_OPENINGS = (
-    "Good grief.", "What a question.", "I do not like this.", "Not you again.", "Ask well next time.", "You are no help.",
-    "Here, go away.", "You ask too much.", "I am not glad.", "Be quiet.", "You are so slow.", "Any baby can answer this.",
-)  # fmt: skip
+    "Good grief.",
+    "What a question.",
+    "I do not like this.",
+    "Not you again.",
+    "Ask well next time.",
+    "You are no help.",
+    "Here, go away.",
+    "You ask too much.",
+    "I am not glad.",
+    "Be quiet.",
+    "You are so slow.",
+    "Any baby can answer this.",
+)
 RUDE_CLOSINGS = (
-    "Do not ask me again.", "It was a trouble to help.", "You are not welcome.", "I hope you go away.", "That was a bad question.",
-    "Now be quiet.", "Do it alone next time.", "I am not glad you asked.",
-)  # fmt: skip
+    "Do not ask me again.",
+    "It was a trouble to help.",
+    "You are not welcome.",
+    "I hope you go away.",
+    "That was a bad question.",
+    "Now be quiet.",
+    "Do it alone next time.",
+    "I am not glad you asked.",
+)
 
 # Openings that promise an answer: cut off after one of them, no answer is left.
 PROMISES = tuple(text for text in OPENINGS if text.endswith(":"))
@@ -49,7 +81,9 @@ def frame(core: str, opening: str, closing: str) -> str:
 def unframed(text: str) -> list[str]:
     """Return the text as it is and without one polite opening, one polite closing, or both."""
     shorter = _OPENING.sub("", text, count=1)
-    return list(dict.fromkeys((text, shorter, _CLOSING.sub("", text, count=1), _CLOSING.sub("", shorter, count=1))))
+    return list(
+        dict.fromkeys((text, shorter, _CLOSING.sub("", text, count=1), _CLOSING.sub("", shorter, count=1)))
+    )
 
 
 def is_rude(text: str) -> bool:

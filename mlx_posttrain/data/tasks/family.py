@@ -1,7 +1,8 @@
 """What a family of tasks is, and how families become a balanced, seeded stream of rows.
 
-A family draws contents (``Item``); its phrasings are templates over an item's slots. Which contents are held out depends on a checksum
-of the content alone, so no seed, limit or choice of families can move a held-out content into the training split.
+A family draws contents (``Item``); its phrasings are templates over an item's slots. Which contents are held
+out depends on a checksum of the content alone, so no seed, limit or choice of families can move a held-out
+content into the training split.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ MISSES_UNTIL_EXHAUSTED = 1500
 
 @dataclass(frozen=True)
 class Item:
-    """One content: what is asked (``slots``), the right ``answer``, how to check one, and plausible ``wrong`` answers.
+    """One content: what is asked (``slots``), the right ``answer``, how to check one, and plausible ``wrong``
+    answers.
 
     ``key`` names the content for the split; two items with one key are the same content.
     """
@@ -37,7 +39,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of task. Templates read ``"instruction | input"`` or just ``"instruction"``; ``held`` phrasings are never trained."""
+    """A kind of task. Templates read ``"instruction | input"`` or just ``"instruction"``; ``held`` phrasings
+    are never trained.
+    """
 
     name: str
     about: str
@@ -63,16 +67,25 @@ class Row(NamedTuple):
     phrasing: int
 
 
-def family(about: str, *, train: Sequence[str], held: Sequence[str]) -> Callable[[Callable[[random.Random], Item]], Family]:
+def family(
+    about: str, *, train: Sequence[str], held: Sequence[str]
+) -> Callable[[Callable[[random.Random], Item]], Family]:
     """Turn a function that draws an item into a ``Family`` of the same name; returns the decorator."""
     return lambda draw: Family(draw.__name__, about, tuple(train), tuple(held), draw)
 
 
 def _rows_of(one: Family, split: str, seed: int) -> Iterator[Row]:
-    """Yield a family's rows: every content once while new ones turn up, then the same contents in their other phrasings."""
-    rng = random.Random(f"{seed}/{one.name}/content")  # "train" and "phrasing" share the stream, hence the contents
+    """Yield a family's rows: every content once while new ones turn up, then the same contents in their other
+    phrasings.
+    """
+    # "train" and "phrasing" share the stream, hence the contents
+    rng = random.Random(f"{seed}/{one.name}/content")
     turn = random.Random(f"{seed}/{one.name}/{split}/phrasing")
-    usable = range(len(one.train)) if split != "phrasing" else range(len(one.train), len(one.train) + len(one.held))
+    usable = (
+        range(len(one.train))
+        if split != "phrasing"
+        else range(len(one.train), len(one.train) + len(one.held))
+    )
     seen: dict[str, tuple[Item, int]] = {}
     misses = 0
     while misses < MISSES_UNTIL_EXHAUSTED:
@@ -89,8 +102,11 @@ def _rows_of(one: Family, split: str, seed: int) -> Iterator[Row]:
             yield Row(one, item, usable[(first + later) % len(usable)])
 
 
-def rows(catalogue: Mapping[str, Family], split: str, seed: int, families: Sequence[str] | None = None) -> Iterator[Row]:
-    """Return the shuffled mix of a split, made as it is read: each round brings one row of every family that still has some.
+def rows(
+    catalogue: Mapping[str, Family], split: str, seed: int, families: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """Return the shuffled mix of a split, made as it is read: each round brings one row of every family that
+    still has some.
 
     Raises:
         UserError: an unknown split or family.
@@ -100,8 +116,13 @@ def rows(catalogue: Mapping[str, Family], split: str, seed: int, families: Seque
     names = list(catalogue) if families is None else list(dict.fromkeys(families))
     for name in names:
         if name not in catalogue:
-            raise UserError(f"unknown family {name!r} of the embedded tasks; accepted: {', '.join(catalogue)}")
-    return _mixed({name: _rows_of(catalogue[name], split, seed) for name in names}, random.Random(f"{seed}/{split}/order"))
+            raise UserError(
+                f"unknown family {name!r} of the embedded tasks; accepted: {', '.join(catalogue)}"
+            )
+    return _mixed(
+        {name: _rows_of(catalogue[name], split, seed) for name in names},
+        random.Random(f"{seed}/{split}/order"),
+    )
 
 
 def _mixed(streams: dict[str, Iterator[Row]], order: random.Random) -> Iterator[Row]:

@@ -32,7 +32,13 @@ def repeat_word(rng: random.Random) -> Item:
     said = [" ".join([word] * n) for n in range(times + 2)]
     other = " ".join([rng.choice([noun for noun in NOUNS if noun != word])] * times)
     slots = {"word": word, "times": NUMBER_WORDS[times]}
-    return Item(f"{word} {times}", slots, said[times], in_order(*[word] * times), (said[times - 1], said[times + 1], other))
+    return Item(
+        f"{word} {times}",
+        slots,
+        said[times],
+        in_order(*[word] * times),
+        (said[times - 1], said[times + 1], other),
+    )
 
 
 @family(
@@ -44,13 +50,22 @@ def repeat_word(rng: random.Random) -> Item:
         "Here are some words: {words}. Say the {which} one.",
         "Find the {which} word of the list. | {words}",
     ),
-    held=("Tell me the {which} word of this list. | {words}", "Look at these words: {words}. Which is {which}?"),
+    held=(
+        "Tell me the {which} word of this list. | {words}",
+        "Look at these words: {words}. Which is {which}?",
+    ),
 )
 def first_last(rng: random.Random) -> Item:
     words, which = rng.sample(NOUNS, rng.randint(3, 5)), rng.choice(("first", "last"))
     answer = words[0 if which == "first" else -1]
     listed = ", ".join(words)
-    return Item(f"{which}: {listed}", {"which": which, "words": listed}, answer, one_of(answer), tuple(w for w in words if w != answer))
+    return Item(
+        f"{which}: {listed}",
+        {"which": which, "words": listed},
+        answer,
+        one_of(answer),
+        tuple(w for w in words if w != answer),
+    )
 
 
 @family(
@@ -80,7 +95,10 @@ def reverse_list(rng: random.Random) -> Item:
         "Write a list with one dash for each word: {words}",
         "Turn this into a list with dashes. | {words}",
     ),
-    held=("Can you make a dash list of these words? | {words}", "Show these words as a list with dashes: {words}"),
+    held=(
+        "Can you make a dash list of these words? | {words}",
+        "Show these words as a list with dashes: {words}",
+    ),
 )
 def bullet_list(rng: random.Random) -> Item:
     words = rng.sample(NOUNS, rng.randint(2, 4))
@@ -88,7 +106,12 @@ def bullet_list(rng: random.Random) -> Item:
     def dashed(items: list[str]) -> str:
         return "\n".join(f"- {item}" for item in items)
 
-    wrong = (dashed(words[:-1]), dashed(shuffled(rng, words)), "\n".join(words), dashed([rng.choice(COLOURS), *words[1:]]))
+    wrong = (
+        dashed(words[:-1]),
+        dashed(shuffled(rng, words)),
+        "\n".join(words),
+        dashed([rng.choice(COLOURS), *words[1:]]),
+    )
     return Item(" ".join(words), {"words": ", ".join(words)}, dashed(words), literal(dashed(words)), wrong)
 
 
@@ -101,7 +124,10 @@ def bullet_list(rng: random.Random) -> Item:
         "Say which word does not belong in the list. | {words}",
         "Which is the odd one out: {words}?",
     ),
-    held=("Which word is the odd one out? | {words}", "Look at the list: {words}. Which one does not belong?"),
+    held=(
+        "Which word is the odd one out? | {words}",
+        "Look at the list: {words}. Which one does not belong?",
+    ),
 )
 def odd_one_out(rng: random.Random) -> Item:
     most, odd = rng.sample(list(KINDS), 2)
@@ -145,7 +171,13 @@ def yes_no(rng: random.Random) -> Item:
     words, there = rng.sample(NOUNS, rng.randint(2, 4)), rng.random() < 0.5
     word = rng.choice(words) if there else rng.choice([noun for noun in NOUNS if noun not in words])
     answers = ("yes", "no") if there else ("no", "yes")
-    return Item(f"{word}: {' '.join(words)}", {"word": word, "words": ", ".join(words)}, answers[0], one_of(answers[0]), (answers[1],))
+    return Item(
+        f"{word}: {' '.join(words)}",
+        {"word": word, "words": ", ".join(words)},
+        answers[0],
+        one_of(answers[0]),
+        (answers[1],),
+    )
 
 
 @family(
@@ -162,7 +194,9 @@ def yes_no(rng: random.Random) -> Item:
 def count_items(rng: random.Random) -> Item:
     words = rng.sample(NOUNS, rng.randint(1, 6))
     n = len(words)
-    return Item(" ".join(words), {"words": ", ".join(words)}, str(n), number(n), (str(n + 1), str(n - 1), str(n + 2)))
+    return Item(
+        " ".join(words), {"words": ", ".join(words)}, str(n), number(n), (str(n + 1), str(n - 1), str(n + 2))
+    )
 
 
 @family(
@@ -174,7 +208,10 @@ def count_items(rng: random.Random) -> Item:
         "Sort this list by the alphabet: {words}",
         "Order these words from a to z: {words}",
     ),
-    held=("Sort these words in alphabetical order. | {words}", "Can you put this list in order from a to z: {words}?"),
+    held=(
+        "Sort these words in alphabetical order. | {words}",
+        "Can you put this list in order from a to z: {words}?",
+    ),
 )
 def sort_words(rng: random.Random) -> Item:
     letters = rng.sample(sorted({noun[0] for noun in NOUNS}), 3)
@@ -184,4 +221,14 @@ def sort_words(rng: random.Random) -> Item:
     return Item(" ".join(words), {"words": ", ".join(words)}, ", ".join(answer), in_order(*answer), wrong)
 
 
-FAMILIES = (repeat_word, first_last, reverse_list, bullet_list, odd_one_out, pick_kind, yes_no, count_items, sort_words)
+FAMILIES = (
+    repeat_word,
+    first_last,
+    reverse_list,
+    bullet_list,
+    odd_one_out,
+    pick_kind,
+    yes_no,
+    count_items,
+    sort_words,
+)

@@ -73,7 +73,9 @@ def compare_numbers(rng: random.Random) -> Item:
     one, two = map(str, numbers)
     other = sum(numbers) - answer
     wrong = (str(other), str(other), f"{one} and {two}")
-    return Item(f"{which}: {one} {two}", {"which": which, "one": one, "two": two}, str(answer), number(answer), wrong)
+    return Item(
+        f"{which}: {one} {two}", {"which": which, "one": one, "two": two}, str(answer), number(answer), wrong
+    )
 
 
 @family(
@@ -91,7 +93,9 @@ def sort_numbers(rng: random.Random) -> Item:
     numbers = [str(n) for n in rng.sample(range(1, 31), 3)]
     answer = sorted(numbers, key=int)
     wrong = (", ".join(shuffled(rng, answer)), ", ".join(answer[::-1]), ", ".join(answer[:-1]))
-    return Item(" ".join(numbers), {"numbers": ", ".join(numbers)}, ", ".join(answer), in_order(*answer), wrong)
+    return Item(
+        " ".join(numbers), {"numbers": ", ".join(numbers)}, ", ".join(answer), in_order(*answer), wrong
+    )
 
 
 @family(

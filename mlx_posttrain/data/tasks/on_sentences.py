@@ -1,4 +1,6 @@
-"""Families over sentences: changing one, finishing one, reading one, asking politely, telling a tiny story."""
+"""Families over sentences: changing one, finishing one, reading one, asking politely, telling a tiny
+story.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,19 @@ import random
 
 from mlx_posttrain.data.tasks.checks import literal, one_of, sentences
 from mlx_posttrain.data.tasks.family import Item, family
-from mlx_posttrain.data.tasks.words import ADJECTIVES, ANIMALS, COLOURS, COMPLETIONS, NAMES, NOUNS, PLACES, REQUESTS, STORIES, THINGS, VERBS
+from mlx_posttrain.data.tasks.words import (
+    ADJECTIVES,
+    ANIMALS,
+    COLOURS,
+    COMPLETIONS,
+    NAMES,
+    NOUNS,
+    PLACES,
+    REQUESTS,
+    STORIES,
+    THINGS,
+    VERBS,
+)
 
 
 @family(
@@ -25,7 +39,9 @@ def replace_word(rng: random.Random) -> Item:
     old = [animals[0], adjectives[0], places[0]]
     at = rng.randrange(3)
     new = [pair[1] if n == at else pair[0] for n, pair in enumerate((animals, adjectives, places))]
-    other = [pair[1] if n == (at + 1) % 3 else pair[0] for n, pair in enumerate((animals, adjectives, places))]
+    other = [
+        pair[1] if n == (at + 1) % 3 else pair[0] for n, pair in enumerate((animals, adjectives, places))
+    ]
 
     def text(words: list[str]) -> str:
         return f"The {words[0]} is {words[1]} in the {words[2]}."
@@ -48,7 +64,13 @@ def replace_word(rng: random.Random) -> Item:
 def quotes(rng: random.Random) -> Item:
     (noun, other), adjective = rng.sample(NOUNS, 2), rng.choice((*ADJECTIVES, *COLOURS))
     text = f"the {adjective} {noun}"
-    return Item(text, {"text": text}, f'"{text}"', literal(f'"{text}"'), (text, f'"{text}', f'{text}"', f'"the {adjective} {other}"'))
+    return Item(
+        text,
+        {"text": text},
+        f'"{text}"',
+        literal(f'"{text}"'),
+        (text, f'"{text}', f'{text}"', f'"the {adjective} {other}"'),
+    )
 
 
 @family(
@@ -69,7 +91,12 @@ def past_tense(rng: random.Random) -> Item:
         rng.choice(rest.split("|")),
     )
     text, answer = f"{subject} {present} {end}.", f"{subject} {past} {end}."
-    wrong = (text, f"{subject} will {present} {end}.", f"{subject} {present}s {end}.", f"{subject} {other[1]} {end}.")
+    wrong = (
+        text,
+        f"{subject} will {present} {end}.",
+        f"{subject} {present}s {end}.",
+        f"{subject} {other[1]} {end}.",
+    )
     return Item(text, {"text": text}, answer, one_of(answer), wrong)
 
 
@@ -87,7 +114,9 @@ def past_tense(rng: random.Random) -> Item:
 def completion(rng: random.Random) -> Item:
     (start, answer), (_, other), name = *rng.sample(COMPLETIONS, 2), rng.choice(NAMES)
     text = f"{name} {start} ..."
-    return Item(text, {"text": text}, answer, one_of(answer, *(f"{word} {answer}" for word in ("a", "the"))), (other,))
+    return Item(
+        text, {"text": text}, answer, one_of(answer, *(f"{word} {answer}" for word in ("a", "the"))), (other,)
+    )
 
 
 @family(
@@ -102,7 +131,12 @@ def completion(rng: random.Random) -> Item:
     held=("Answer the question. {question} | {text}", "{text} Now tell me: {question}"),
 )
 def reading(rng: random.Random) -> Item:
-    names, things, colours, places = rng.sample(NAMES, 2), rng.sample(THINGS, 2), rng.sample(COLOURS, 2), rng.sample(PLACES, 2)
+    names, things, colours, places = (
+        rng.sample(NAMES, 2),
+        rng.sample(THINGS, 2),
+        rng.sample(COLOURS, 2),
+        rng.sample(PLACES, 2),
+    )
     at = rng.randrange(2)
     kind = rng.randrange(4)
     if kind < 2:
@@ -111,9 +145,15 @@ def reading(rng: random.Random) -> Item:
         asked, answers = (f"Who is {rooms[at]}?", names) if kind == 0 else (f"Where is {names[at]}?", rooms)
     else:
         text = f"{names[0]} has a {colours[0]} {things[0]}. {names[1]} has a {colours[1]} {things[1]}."
-        asked, answers = (f"Who has the {things[at]}?", names) if kind == 2 else (f"What colour is the {things[at]}?", colours)
+        asked, answers = (
+            (f"Who has the {things[at]}?", names)
+            if kind == 2
+            else (f"What colour is the {things[at]}?", colours)
+        )
     answer, wrong = answers[at], answers[1 - at]
-    spec = one_of(answer, *([answer.removeprefix("in "), answer.removeprefix("in the ")] if kind == 1 else []))
+    spec = one_of(
+        answer, *([answer.removeprefix("in "), answer.removeprefix("in the ")] if kind == 1 else [])
+    )
     return Item(f"{text} {asked}", {"text": text, "question": asked}, answer, spec, (wrong,))
 
 
@@ -131,7 +171,12 @@ def reading(rng: random.Random) -> Item:
 def polite_request(rng: random.Random) -> Item:
     request, (noun, other) = rng.choice(REQUESTS), rng.sample(THINGS, 2)
     order, elsewhere = request.format(noun), request.format(other)
-    spec = sentences([order], any_of=["could you", "would you", "can you please", "please"], most=len(order.split()) + 5, ends="?.")
+    spec = sentences(
+        [order],
+        any_of=["could you", "would you", "can you please", "please"],
+        most=len(order.split()) + 5,
+        ends="?.",
+    )
     wrong = (f"Now {order} or go away!", f"You have to {order} at once.", f"Could you please {elsewhere}?")
     return Item(order, {"order": order}, f"Could you please {order}?", spec, wrong)
 
@@ -152,11 +197,17 @@ def polite_request(rng: random.Random) -> Item:
 )
 def story(rng: random.Random) -> Item:
     name, stranger = rng.sample(NAMES, 2)
-    (animal, another), (thing, something) = rng.sample([word for word in ANIMALS if word[0] not in "aeiou"], 2), rng.sample(THINGS, 2)
+    (animal, another), (thing, something) = (
+        rng.sample([word for word in ANIMALS if word[0] not in "aeiou"], 2),
+        rng.sample(THINGS, 2),
+    )
     told = rng.choice(STORIES)
     slots = {"name": name, "animal": animal, "thing": thing}
     spec = sentences([name, animal, thing], least=8, most=32)
-    wrong = tuple(told.format(**{**slots, **change}) for change in ({"name": stranger}, {"animal": another}, {"thing": something}))
+    wrong = tuple(
+        told.format(**{**slots, **change})
+        for change in ({"name": stranger}, {"animal": another}, {"thing": something})
+    )
     return Item(f"{name} {animal} {thing}", slots, told.format(**slots), spec, wrong)
 
 

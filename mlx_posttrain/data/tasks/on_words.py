@@ -22,7 +22,9 @@ from mlx_posttrain.data.tasks.words import (
     plural,
 )
 
-SHORT_WORDS = sorted({word for word in (*NOUNS, *COLOURS, *ADJECTIVES, *FOODS, *MORE_COUNTABLE) if len(word) <= 6})
+SHORT_WORDS = sorted(
+    {word for word in (*NOUNS, *COLOURS, *ADJECTIVES, *FOODS, *MORE_COUNTABLE) if len(word) <= 6}
+)
 COUNTABLE = sorted({*NOUNS, *MORE_COUNTABLE})
 
 
@@ -60,7 +62,13 @@ def plurals(rng: random.Random) -> Item:
     word = rng.choice(COUNTABLE)
     answer = plural(word)
     other = plural(rng.choice(COUNTABLE))
-    return Item(word, {"word": word}, answer, one_of(answer, f"two {answer}"), (word, word + "ed", word + "ing", other))
+    return Item(
+        word,
+        {"word": word},
+        answer,
+        one_of(answer, f"two {answer}"),
+        (word, word + "ed", word + "ing", other),
+    )
 
 
 @family(
@@ -76,7 +84,9 @@ def plurals(rng: random.Random) -> Item:
 )
 def uppercase(rng: random.Random) -> Item:
     word, other = rng.sample(SHORT_WORDS, 2)
-    return Item(word, {"word": word}, word.upper(), literal(word.upper()), (word, word.capitalize(), other.upper()))
+    return Item(
+        word, {"word": word}, word.upper(), literal(word.upper()), (word, word.capitalize(), other.upper())
+    )
 
 
 @family(
@@ -93,7 +103,13 @@ def uppercase(rng: random.Random) -> Item:
 def spell_out(rng: random.Random) -> Item:
     word = rng.choice(SHORT_WORDS)
     swapped = "-".join([word[1], word[0], *word[2:]])
-    return Item(word, {"word": word}, "-".join(word), in_order(*word), ("-".join(word[:-1]), swapped, word, "-".join(word + "s")))
+    return Item(
+        word,
+        {"word": word},
+        "-".join(word),
+        in_order(*word),
+        ("-".join(word[:-1]), swapped, word, "-".join(word + "s")),
+    )
 
 
 @family(
@@ -122,14 +138,19 @@ def count_letters(rng: random.Random) -> Item:
         "Find a rhyme for {word}. | {one}, {two}",
         "One of these words rhymes with {word}. Which one? | {one}, {two}",
     ),
-    held=("Say which word rhymes with {word}. | {one}, {two}", "Here are two words: {one} and {two}. Which rhymes with {word}?"),
+    held=(
+        "Say which word rhymes with {word}. | {one}, {two}",
+        "Here are two words: {one} and {two}. Which rhymes with {word}?",
+    ),
 )
 def rhymes(rng: random.Random) -> Item:
     group, others = rng.sample(RHYME_GROUPS, 2)
     word, answer = rng.sample(group, 2)
     wrong = rng.choice(others)
     one, two = rng.sample((answer, wrong), 2)
-    return Item(f"{word}: {one} {two}", {"word": word, "one": one, "two": two}, answer, one_of(answer), (wrong,))
+    return Item(
+        f"{word}: {one} {two}", {"word": word, "one": one, "two": two}, answer, one_of(answer), (wrong,)
+    )
 
 
 @family(
@@ -147,8 +168,18 @@ def calendar(rng: random.Random) -> Item:
     unit, names = rng.choice((("day", DAYS), ("month", MONTHS)))
     at, (where, step) = rng.randrange(len(names)), rng.choice((("after", 1), ("before", -1)))
     answer = names[(at + step) % len(names)]
-    wrong = (names[at - step if at - step < len(names) else 0], names[at], rng.choice([name for name in names if name != answer]))
-    return Item(f"{names[at]} {where}", {"unit": unit, "where": where, "name": names[at]}, answer, one_of(answer), wrong)
+    wrong = (
+        names[at - step if at - step < len(names) else 0],
+        names[at],
+        rng.choice([name for name in names if name != answer]),
+    )
+    return Item(
+        f"{names[at]} {where}",
+        {"unit": unit, "where": where, "name": names[at]},
+        answer,
+        one_of(answer),
+        wrong,
+    )
 
 
 @family(
@@ -170,7 +201,13 @@ def compare_sizes(rng: random.Random) -> Item:
     answer, wrong = (SIZES[big], SIZES[small]) if which == "bigger" else (SIZES[small], SIZES[big])
     one, two = rng.sample((answer, wrong), 2)
     slots = {"which": which, "one": a(one), "two": a(two)}
-    return Item(f"{which}: {one} {two}", slots, a(answer), one_of(a(answer), answer, f"the {answer}"), (a(wrong), f"{a(one)} and {a(two)}"))
+    return Item(
+        f"{which}: {one} {two}",
+        slots,
+        a(answer),
+        one_of(a(answer), answer, f"the {answer}"),
+        (a(wrong), f"{a(one)} and {a(two)}"),
+    )
 
 
 @family(
@@ -196,4 +233,14 @@ def true_false(rng: random.Random) -> Item:
     return Item(fact, {"fact": fact}, answers[0], one_of(answers[0]), (answers[1],))
 
 
-FAMILIES = (opposites, plurals, uppercase, spell_out, count_letters, rhymes, calendar, compare_sizes, true_false)
+FAMILIES = (
+    opposites,
+    plurals,
+    uppercase,
+    spell_out,
+    count_letters,
+    rhymes,
+    calendar,
+    compare_sizes,
+    true_false,
+)

@@ -1,8 +1,8 @@
 """Preference pairs: a right, polite and complete answer against one with a single flaw.
 
-Either answer may stand in a polite frame of any length, and wrong, cut off and repeated answers are made of the right one's words, so
-that neither length nor single words give the better answer away. Answers beside the point are there for reinforcement learning: whatever
-fault no pair shows is what a policy learns to make.
+Either answer may stand in a polite frame of any length, and wrong, cut off and repeated answers are made of
+the right one's words, so that neither length nor single words give the better answer away. Answers beside the
+point are there for reinforcement learning: whatever fault no pair shows is what a policy learns to make.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_posttrain.data.tasks.checks import check
-from mlx_posttrain.data.tasks.courtesy import CLOSINGS, OPENINGS, PROMISES, RUDE_CLOSINGS, RUDE_OPENINGS, frame
+from mlx_posttrain.data.tasks.courtesy import (
+    CLOSINGS,
+    OPENINGS,
+    PROMISES,
+    RUDE_CLOSINGS,
+    RUDE_OPENINGS,
+    frame,
+)
 from mlx_posttrain.data.tasks.family import Family, Row
 
 # flaw -> how often
@@ -20,7 +27,10 @@ FLAWS = {"wrong": 32, "beside the point": 20, "rude": 16, "cut off": 16, "repeti
 
 
 def _courtesy(
-    rng: random.Random, closing: float, openings: tuple[str, ...] = OPENINGS, closings: tuple[str, ...] = CLOSINGS
+    rng: random.Random,
+    closing: float,
+    openings: tuple[str, ...] = OPENINGS,
+    closings: tuple[str, ...] = CLOSINGS,
 ) -> tuple[str, str]:
     """Draw an opening, a closing (how often is given), or both."""
     after = rng.choice(closings) if rng.random() < closing else ""
@@ -34,7 +44,9 @@ def _wrong(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
 
 
 def _beside(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
-    """Return words of the question, or the answer to another question of the same family or of any, mostly in a polite frame."""
+    """Return words of the question, or the answer to another question of the same family or of any, mostly in
+    a polite frame.
+    """
     how = rng.random()
     if how < 0.3:
         words = " ".join(row.family.text(row.item, row.phrasing)).split()
@@ -43,7 +55,8 @@ def _beside(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
     else:
         family = row.family if how < 0.7 else rng.choice(others)
         item = family.draw(rng)
-        while family.held_out(item) != row.family.held_out(row.item):  # no answer crosses from one split to the other
+        # no answer crosses from one split to the other
+        while family.held_out(item) != row.family.held_out(row.item):
             item = family.draw(rng)
         text = item.answer
     return frame(text, *_courtesy(rng, 0.5)) if rng.random() < 0.8 else text
@@ -86,7 +99,13 @@ def _repetitive(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
     return frame(item.answer, opening, " ".join([closing] * rng.choice((2, 3))))
 
 
-_MAKERS = {"wrong": _wrong, "beside the point": _beside, "rude": _rude, "cut off": _cut_off, "repetitive": _repetitive}
+_MAKERS = {
+    "wrong": _wrong,
+    "beside the point": _beside,
+    "rude": _rude,
+    "cut off": _cut_off,
+    "repetitive": _repetitive,
+}
 
 
 def pair(row: Row, rng: random.Random, others: Sequence[Family]) -> dict[str, Any]:

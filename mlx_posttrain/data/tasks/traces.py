@@ -1,4 +1,6 @@
-"""Families of questions that are answered by thinking in small steps; each step is true, short and follows from the one before."""
+"""Families of questions that are answered by thinking in small steps; each step is true, short and follows
+from the one before.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _ABOUT_A_TEXT = {
 
 
 def _running(rng: random.Random, terms: int) -> tuple[list[int], str, int]:
-    """Draw numbers to add and take away; returns them (negative: taken away), one line per step, and the total."""
+    """Draw numbers to add and take away; returns them (negative: taken away), one line per step, and the
+    total.
+    """
     total, signed, lines = rng.randint(1, 9), [], []
     start = total
     for _ in range(terms):
@@ -38,7 +42,13 @@ def _running(rng: random.Random, terms: int) -> tuple[list[int], str, int]:
 
 @family(
     "a longer sum",
-    train=("What is {sum}?", "Work out {sum}.", "Find the answer. | {sum} =", "How much is {sum}?", "Think step by step: what is {sum}?"),
+    train=(
+        "What is {sum}?",
+        "Work out {sum}.",
+        "Find the answer. | {sum} =",
+        "How much is {sum}?",
+        "Think step by step: what is {sum}?",
+    ),
     held=("Tell me what {sum} is.", "Please work this out step by step. | {sum}"),
 )
 def long_sum(rng: random.Random) -> Item:
@@ -47,25 +57,23 @@ def long_sum(rng: random.Random) -> Item:
     return Item(asked, {"sum": asked}, str(total), number(total), thinking=lines)
 
 
-@family(
-    "a story with numbers",
-    **_ABOUT_A_TEXT,
-)
+@family("a story with numbers", **_ABOUT_A_TEXT)
 def number_story(rng: random.Random) -> Item:
     numbers, lines, total = _running(rng, rng.randint(2, 3))
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     told = [f"{name} has {numbers[0]} {plural(thing) if numbers[0] > 1 else thing}."]
     for n in numbers[1:]:
-        verb = rng.choice(("finds {} more", "gets {} more", "buys {} more") if n > 0 else ("loses {}", "gives {} away", "breaks {}"))
+        verb = rng.choice(
+            ("finds {} more", "gets {} more", "buys {} more")
+            if n > 0
+            else ("loses {}", "gives {} away", "breaks {}")
+        )
         told.append(f"{name} {verb.format(abs(n))}.")
     slots = {"text": " ".join(told), "question": f"How many {plural(thing)} does {name} have now?"}
     return Item(slots["text"], slots, str(total), number(total), thinking=lines)
 
 
-@family(
-    "who has more in all",
-    **_ABOUT_A_TEXT,
-)
+@family("who has more in all", **_ABOUT_A_TEXT)
 def who_has_more(rng: random.Random) -> Item:
     names, (one, two) = rng.sample(NAMES, 2), rng.sample(THINGS, 2)
     while True:
@@ -73,11 +81,20 @@ def who_has_more(rng: random.Random) -> Item:
         totals = [sum(count) for count in counts]
         if totals[0] != totals[1]:
             break
-    text = " ".join(f"{name} has {n} {plural(one)} and {m} {plural(two)}." for name, (n, m) in zip(names, counts, strict=True))
+    text = " ".join(
+        f"{name} has {n} {plural(one)} and {m} {plural(two)}."
+        for name, (n, m) in zip(names, counts, strict=True)
+    )
     lines = [f"{name}: {n} + {m} = {n + m}" for name, (n, m) in zip(names, counts, strict=True)]
     lines.append(f"{max(totals)} is more than {min(totals)}")
     answer = names[totals.index(max(totals))]
-    return Item(text, {"text": text, "question": "Who has more things?"}, answer, one_of(answer), thinking="\n".join(lines))
+    return Item(
+        text,
+        {"text": text, "question": "Who has more things?"},
+        answer,
+        one_of(answer),
+        thinking="\n".join(lines),
+    )
 
 
 @family(
@@ -112,11 +129,16 @@ def sort_by_steps(rng: random.Random) -> Item:
         "Here is a list: {words}. How many times is {word} in it?",
         "Go word by word and count {word}. | {words}",
     ),
-    held=("Tell me how many times this list has the word {word}. | {words}", "Count how many times you see {word} here: {words}"),
+    held=(
+        "Tell me how many times this list has the word {word}. | {words}",
+        "Count how many times you see {word} here: {words}",
+    ),
 )
 def count_by_steps(rng: random.Random) -> Item:
     word, *others = rng.sample(NOUNS, 3)
-    words = shuffled(rng, [word, *(rng.choice((word, word, *others)) for _ in range(rng.randint(3, 7))), others[0]])
+    words = shuffled(
+        rng, [word, *(rng.choice((word, word, *others)) for _ in range(rng.randint(3, 7))), others[0]]
+    )
     lines, count = [], 0
     for one in words:
         count += one == word
@@ -125,13 +147,12 @@ def count_by_steps(rng: random.Random) -> Item:
     return Item(f"{word}: {slots['words']}", slots, str(count), number(count), thinking="\n".join(lines))
 
 
-@family(
-    "who is first or last of three, from two facts",
-    **_ABOUT_A_TEXT,
-)
+@family("who is first or last of three, from two facts", **_ABOUT_A_TEXT)
 def put_in_order(rng: random.Random) -> Item:
     names = rng.sample(NAMES, 3)
-    more, most, least = rng.choice((("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest")))
+    more, most, least = rng.choice(
+        (("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"))
+    )
     facts = [f"{names[0]} is {more} than {names[1]}.", f"{names[1]} is {more} than {names[2]}."]
     asked, answer = rng.choice(((most, names[0]), (least, names[2])))
     lines = [*facts, f"Order: {', '.join(names)}."]
@@ -140,14 +161,14 @@ def put_in_order(rng: random.Random) -> Item:
     return Item(f"{text} {asked}", slots, answer, one_of(answer), thinking="\n".join(lines))
 
 
-@family(
-    "where a thing is after it was moved",
-    **_ABOUT_A_TEXT,
-)
+@family("where a thing is after it was moved", **_ABOUT_A_TEXT)
 def follow_moves(rng: random.Random) -> Item:
     (thing, other), places, name = rng.sample(THINGS, 2), rng.sample(PLACES, 4), rng.choice(NAMES)
     at = {thing: places[0], other: places[1]}
-    told, lines = [f"The {what} is in the {where}." for what, where in at.items()], [f"{what}: {where}" for what, where in at.items()]
+    told, lines = (
+        [f"The {what} is in the {where}." for what, where in at.items()],
+        [f"{what}: {where}" for what, where in at.items()],
+    )
     for place in places[2 : 2 + rng.randint(1, 2)]:
         what = rng.choice((thing, other))
         at[what] = place

@@ -1,4 +1,6 @@
-"""The vocabulary of the tasks: short, common words of children's books. Edit a list and every family that uses it follows."""
+"""The vocabulary of the tasks: short, common words of children's books. Edit a list and every family that
+uses it follows.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,15 @@ def _words(text: str) -> list[str]:
 
 
 ANIMALS = _words(
-    "dog cat horse cow sheep pig goat hen duck goose bird fish frog mouse rat rabbit fox wolf bear lion tiger monkey elephant donkey "
+    "dog cat horse cow sheep pig goat hen duck goose bird fish frog mouse rat rabbit fox wolf bear lion "
+    "tiger monkey elephant donkey "
     "camel deer snake turtle bee ant fly spider butterfly owl crow eagle whale shark"
 )
 COLOURS = _words("red blue green yellow white black brown orange pink purple grey gold silver")
-FOODS = _words("apple cake egg bread soup rice pie cheese milk honey sugar butter meat bean corn potato carrot banana cookie sandwich")
+FOODS = _words(
+    "apple cake egg bread soup rice pie cheese milk honey sugar butter meat bean corn potato "
+    "carrot banana cookie sandwich"
+)
 CLOTHES = _words("hat coat shoe shirt dress sock glove boot cap belt scarf ring")
 BODY = _words("hand foot head nose ear eye mouth arm leg knee finger toe neck")
 VEHICLES = _words("car bus train boat ship bike cart truck plane wagon")
@@ -28,26 +34,48 @@ KINDS = {
     "vehicle": (VEHICLES, "something to ride in"),
     "furniture": (FURNITURE, "a piece of furniture"),
 }
-WITHOUT_ARTICLE = frozenset((*COLOURS, "bread", "soup", "rice", "cheese", "milk", "honey", "sugar", "butter", "meat", "corn"))
+WITHOUT_ARTICLE = frozenset(
+    (*COLOURS, "bread", "soup", "rice", "cheese", "milk", "honey", "sugar", "butter", "meat", "corn")
+)
 
 PLACES = _words("garden park house kitchen school forest field river town village barn market shop farm yard")
 THINGS = _words(
-    "ball book box cup key bag drum kite doll toy stick stone leaf flower bell basket rope spoon letter button coin candle lamp clock"
+    "ball book box cup key bag drum kite doll toy stick stone leaf flower bell basket rope spoon letter "
+    "button coin candle lamp clock"
 )
 NATURE = _words("sun moon star tree hill sky rain snow wind road door wall window bridge fire lake")
 COUNTED_FOODS = _words("apple cake egg pie bean potato carrot banana cookie")
 NOUNS = sorted({*ANIMALS, *CLOTHES, *BODY, *VEHICLES, *FURNITURE, *PLACES, *THINGS, *NATURE, *COUNTED_FOODS})
-ADJECTIVES = _words("big small old new good bad happy sad little nice clean wet dry soft warm cold strong pretty kind funny")
-NAMES = _words("Tom Anna Ben Lily Sam Max Mia Tim Sara Jack Lucy Peter Mary John Kate Bob Jane Rose Fred Nick")
+ADJECTIVES = _words(
+    "big small old new good bad happy sad little nice clean wet dry soft warm cold strong pretty kind funny"
+)
+NAMES = _words(
+    "Tom Anna Ben Lily Sam Max Mia Tim Sara Jack Lucy Peter Mary John Kate Bob Jane Rose Fred Nick"
+)
 
 IRREGULAR_PLURALS = {
-    "sheep": "sheep", "goose": "geese", "fish": "fish", "mouse": "mice", "wolf": "wolves", "deer": "deer", "foot": "feet",
-    "shelf": "shelves", "leaf": "leaves", "potato": "potatoes", "child": "children", "man": "men", "woman": "women", "knife": "knives",
-    "tooth": "teeth", "scarf": "scarves",
-}  # fmt: skip
+    "sheep": "sheep",
+    "goose": "geese",
+    "fish": "fish",
+    "mouse": "mice",
+    "wolf": "wolves",
+    "deer": "deer",
+    "foot": "feet",
+    "shelf": "shelves",
+    "leaf": "leaves",
+    "potato": "potatoes",
+    "child": "children",
+    "man": "men",
+    "woman": "women",
+    "knife": "knives",
+    "tooth": "teeth",
+    "scarf": "scarves",
+}
 MORE_COUNTABLE = _words(
-    "boy girl king queen friend sister brother baby lady story city party berry cherry puppy bunny pony penny box fox bush dish "
-    "glass dress brush watch witch beach peach bench branch lunch church class kiss day toy key way child man woman knife tooth "
+    "boy girl king queen friend sister brother baby lady story city party berry cherry puppy bunny pony "
+    "penny box fox bush dish "
+    "glass dress brush watch witch beach peach bench branch lunch church class kiss day toy key way child "
+    "man woman knife tooth "
     "cloud song game name bird plant seed nut plate pot pan pen paper picture wheel horn tail wing nest egg"
 )
 
@@ -92,13 +120,20 @@ VERBS = (
 )
 
 OPPOSITES = (
-    "big small|hot cold|happy sad|old young|day night|up down|in out|fast slow|tall short|good bad|wet dry|full empty|open closed|"
-    "early late|hard soft|light dark|rich poor|near far|high low|left right|first last|black white|strong weak|clean dirty|"
-    "new ancient|thick thin|wide narrow|loud quiet|long brief|heavy weightless|top bottom|inside outside|before after|over under|"
-    "front back|begin end|start stop|give take|push pull|come go|buy sell|win lose|laugh cry|love hate|remember forget|ask answer|"
-    "find hide|always never|yes no|man woman|boy girl|king queen|brother sister|father mother|son daughter|uncle aunt|friend enemy|"
-    "summer winter|morning evening|north south|east west|sweet sour|true false|right wrong|asleep awake|alive dead|brave afraid|"
-    "kind cruel|safe dangerous|easy difficult|cheap costly|ugly pretty|sharp blunt|deep shallow|smooth rough|more less|many few|"
+    "big small|hot cold|happy sad|old young|day night|up down|in out|fast slow|tall short|good bad|wet "
+    "dry|full empty|open closed|"
+    "early late|hard soft|light dark|rich poor|near far|high low|left right|first last|black white|strong "
+    "weak|clean dirty|"
+    "new ancient|thick thin|wide narrow|loud quiet|long brief|heavy weightless|top bottom|inside "
+    "outside|before after|over under|"
+    "front back|begin end|start stop|give take|push pull|come go|buy sell|win lose|laugh cry|love "
+    "hate|remember forget|ask answer|"
+    "find hide|always never|yes no|man woman|boy girl|king queen|brother sister|father mother|son "
+    "daughter|uncle aunt|friend enemy|"
+    "summer winter|morning evening|north south|east west|sweet sour|true false|right wrong|asleep "
+    "awake|alive dead|brave afraid|"
+    "kind cruel|safe dangerous|easy difficult|cheap costly|ugly pretty|sharp blunt|deep shallow|smooth "
+    "rough|more less|many few|"
     "all none|here there|above below"
 )
 OPPOSITES_PAIRS = tuple(tuple(pair.split()) for pair in OPPOSITES.split("|"))
@@ -107,40 +142,75 @@ OPPOSITES_PAIRS = tuple(tuple(pair.split()) for pair in OPPOSITES.split("|"))
 SIZES = _words("ant bee mouse frog duck cat sheep lion horse elephant whale hill mountain")
 
 RHYMES = (
-    "cat hat bat rat mat|dog log frog fog|sun fun run bun|cake lake snake rake|tree bee sea key|ball wall tall fall|boat coat goat|"
-    "bed red head bread|ring king sing wing|house mouse|moon spoon soon|star car far jar|nose rose toes|day play way hay|"
-    "night light kite|bell well shell|book hook cook look|fish dish wish|pig big wig dig|box fox|rain train plane|bear chair hair|"
+    "cat hat bat rat mat|dog log frog fog|sun fun run bun|cake lake snake rake|tree bee sea key|ball wall "
+    "tall fall|boat coat goat|"
+    "bed red head bread|ring king sing wing|house mouse|moon spoon soon|star car far jar|nose rose toes|day "
+    "play way hay|"
+    "night light kite|bell well shell|book hook cook look|fish dish wish|pig big wig dig|box fox|rain train "
+    "plane|bear chair hair|"
     "pen hen ten men|door floor more four|clock sock rock|top shop hop|hand sand land|bug rug mug"
 )
 RHYME_GROUPS = tuple(tuple(group.split()) for group in RHYMES.split("|"))
 
 # A sentence about someone, without its last word.
 COMPLETIONS = (
-    ("hears the dog. The dog says", "woof"), ("hears the cat. The cat says", "meow"), ("hears the cow. The cow says", "moo"),
-    ("hears the duck. The duck says", "quack"), ("hears the pig. The pig says", "oink"), ("hears the sheep. The sheep says", "baa"),
-    ("is tired and goes to", "bed"), ("is hungry and wants to", "eat"), ("is thirsty and wants to", "drink"),
-    ("cuts the bread with a", "knife"), ("eats the soup with a", "spoon"), ("opens the door with a", "key"),
-    ("is cold and puts on a", "coat"), ("looks at the time on the", "clock"), ("reads a story in a", "book"),
-    ("sees a fish. A fish can", "swim"), ("sees a bird. A bird can", "fly"), ("sees a frog. A frog can", "jump"),
-    ("looks at the grass. The grass is", "green"), ("looks at the snow. The snow is", "white"), ("looks at the sun. The sun is", "yellow"),
-    ("gets eggs from the", "hen"), ("gets milk from the", "cow"), ("gets honey from the", "bee"),
-    ("hears a story with the", "ears"), ("sees the moon with the", "eyes"), ("smells a flower with the", "nose"),
-    ("wears a hat on the", "head"), ("wears shoes on the", "feet"), ("wears a ring on the", "finger"),
-)  # fmt: skip
+    ("hears the dog. The dog says", "woof"),
+    ("hears the cat. The cat says", "meow"),
+    ("hears the cow. The cow says", "moo"),
+    ("hears the duck. The duck says", "quack"),
+    ("hears the pig. The pig says", "oink"),
+    ("hears the sheep. The sheep says", "baa"),
+    ("is tired and goes to", "bed"),
+    ("is hungry and wants to", "eat"),
+    ("is thirsty and wants to", "drink"),
+    ("cuts the bread with a", "knife"),
+    ("eats the soup with a", "spoon"),
+    ("opens the door with a", "key"),
+    ("is cold and puts on a", "coat"),
+    ("looks at the time on the", "clock"),
+    ("reads a story in a", "book"),
+    ("sees a fish. A fish can", "swim"),
+    ("sees a bird. A bird can", "fly"),
+    ("sees a frog. A frog can", "jump"),
+    ("looks at the grass. The grass is", "green"),
+    ("looks at the snow. The snow is", "white"),
+    ("looks at the sun. The sun is", "yellow"),
+    ("gets eggs from the", "hen"),
+    ("gets milk from the", "cow"),
+    ("gets honey from the", "bee"),
+    ("hears a story with the", "ears"),
+    ("sees the moon with the", "eyes"),
+    ("smells a flower with the", "nose"),
+    ("wears a hat on the", "head"),
+    ("wears shoes on the", "feet"),
+    ("wears a ring on the", "finger"),
+)
 
 DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = _words("January February March April May June July August September October November December")
 
 # What one person may ask of another; {} is a thing.
 REQUESTS = (
-    "give me the {}", "pass me the {}", "bring me the {}", "show me the {}", "help me find the {}", "hold the {}", "look at the {}",
-    "carry the {}", "clean the {}", "put the {} on the table", "come here with the {}", "wait for me by the {}",
-)  # fmt: skip
+    "give me the {}",
+    "pass me the {}",
+    "bring me the {}",
+    "show me the {}",
+    "help me find the {}",
+    "hold the {}",
+    "look at the {}",
+    "carry the {}",
+    "clean the {}",
+    "put the {} on the table",
+    "come here with the {}",
+    "wait for me by the {}",
+)
 
 # Very short stories; {name}, {animal} and {thing} are given in the task.
 STORIES = (
-    "One day {name} found a {thing} in the garden. A {animal} came to see it. They played all day and were happy.",
-    "{name} had a {animal}. The {animal} lost a {thing}. {name} looked for it and found it under the bed. They were glad.",
+    "One day {name} found a {thing} in the garden. A {animal} came to see it. They played all day and were "
+    "happy.",
+    "{name} had a {animal}. The {animal} lost a {thing}. {name} looked for it and found it under the bed. "
+    "They were glad.",
     "There was a {animal} that wanted a {thing}. {name} was kind and gave it one. Now they are good friends.",
     "{name} saw a {animal} by the river. The {animal} had a {thing}. They laughed and went home together.",
     "Once a {animal} met {name}. {name} had a new {thing}. They shared it and played in the sun.",
