@@ -73,8 +73,8 @@ CASES = {
     "ptx.data.source=embedded/tasks ptx.data.limit=32 ptx.data.template=question ptx.data.max_length=96",
     "distill": f"demo_distill {SHORT} think.questions=4 think.max_tokens=24 adapter.rank=4",
     "pretrain": f"00_pretrain_tiny {SHORT} data.source={{texts}} data.limit=40 data.holdout=4 "
-    "data.max_length=64 pretrain.vocab_size=400 pretrain.layers=2 pretrain.heads=2 pretrain.width=32 pretrain.context=64 "
-    "pretrain.repeated=0.2 train.batch_size=4 train.warmup=0",
+    "data.max_length=64 pretrain.vocab_size=400 pretrain.layers=2 pretrain.heads=2 pretrain.width=32 "
+    "pretrain.context=64 pretrain.repeated=0.2 train.batch_size=4 train.warmup=0",
     "pipeline": "07_rlhf "
     + of_stage("sft", f"model=tiny data.source=embedded/tasks {SHORT} data.format=auto sample.max_tokens=8")
     + of_stage("reward", f"data.source=embedded/preferences {GENERATED} {SHORT}")
