@@ -31,8 +31,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="continue this unfinished run; takes no recipe")] = None,
 ) -> None:
     """Run a recipe, or continue a run."""
-    from mlx_posttrain import methods, runs
-    from mlx_posttrain import recipe as recipes
+    from mlx_posttrain import config, methods, runs
     from mlx_posttrain.errors import UserError
 
     if resume is not None:
@@ -42,11 +41,11 @@ def run(
         _, raw = runs.reopen(resume)
         raw.pop("untemplated", None)
         raw["output"] = str(resume)
-        chosen = recipes.parse(raw, methods.get(str(raw.get("method"))).Recipe, str(resume / "recipe.yaml"))
+        chosen = config.parse(raw, methods.get(str(raw.get("method"))).Recipe, str(resume / "recipe.yaml"))
     elif recipe is None:
         raise UserError("name a recipe: a YAML file or one that `mlx-posttrain recipes` lists")
     else:
-        chosen = recipes.load(recipe, overrides)
+        chosen = config.load(recipe, overrides)
     methods.get(chosen.method).run(chosen, resume=resume is not None)
     typer.echo(chosen.output)
 
@@ -54,10 +53,10 @@ def run(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from mlx_posttrain import recipe as module
+    from mlx_posttrain import config
 
-    for path in module.shipped().values():
-        raw = module.read_yaml(path)
+    for path in config.shipped().values():
+        raw = config.read_yaml(path)
         typer.echo(f"{path.stem:20} {raw.get('method', ''):10} {raw.get('description', '')}")
 
 
@@ -70,11 +69,10 @@ def keys(
     """List every key a recipe may have, with its default; `keys suite`: what eval, compare, analyze and
     report take.
     """
-    from mlx_posttrain import methods
-    from mlx_posttrain import recipe as module
+    from mlx_posttrain import config, methods
     from mlx_posttrain.evaluate.suite import SuiteSection
 
-    for key, default, description in module.describe(
+    for key, default, description in config.describe(
         SuiteSection if method == "suite" else methods.get(method).Recipe
     ):
         typer.echo(f"{key:32} {default:18} {description}")
@@ -205,18 +203,18 @@ def export(
     ] = None,
 ) -> None:
     """Write a run for PEFT, transformers or mlx-lm, with a model card."""
-    from mlx_posttrain import export as module
+    from mlx_posttrain.models.export import export, is_export, push
 
     run = run.expanduser()
     target = (output or run / f"export-{to}").expanduser()
     # what an upload that failed left is uploaded as it is
-    if not (push and not force and module.is_export(target, run, to, merge)):
-        done = module.export(run, target, to, merged=merge, force=force)
+    if not (push and not force and is_export(target, run, to, merge)):
+        done = export(run, target, to, merged=merge, force=force)
         if "note" in done:
             typer.echo(done["note"])
     typer.echo(target)
     if push:
-        typer.echo(module.push(target, push))
+        typer.echo(push(target, push))
 
 
 @app.command("eval")
@@ -332,11 +330,11 @@ def _setting(text: str) -> bool:
 
 def _suite(arguments: list[str]) -> tuple[list[str], Any]:
     """Names and suite settings, which stand in any order."""
-    from mlx_posttrain import recipe as module
+    from mlx_posttrain import config
     from mlx_posttrain.evaluate.suite import SuiteSection
 
-    raw = module.override({}, [a for a in arguments if _setting(a)])
-    return [_home(a) for a in arguments if not _setting(a)], module.parse(raw, SuiteSection, "settings")
+    raw = config.override({}, [a for a in arguments if _setting(a)])
+    return [_home(a) for a in arguments if not _setting(a)], config.parse(raw, SuiteSection, "settings")
 
 
 def _compare(
@@ -414,7 +412,7 @@ def synthesize(
     """Let a teacher answer questions many times, keep what is right (or what a reward model likes best), and
     write data for 08_distill.
     """
-    from mlx_posttrain import synthesize as module
+    from mlx_posttrain.generation import synthesize as module
 
     settings = module.Settings(
         samples, temperature, top_p, max_tokens, template, system, reward, keep, near or None, thoughts, seed
@@ -433,10 +431,10 @@ def plan(
     """Say what a recipe would take before it runs: parameters, steps, tokens, memory by part, and what to
     change if it does not fit.
     """
-    from mlx_posttrain import plan as module
-    from mlx_posttrain import recipe as recipes
+    from mlx_posttrain import config
+    from mlx_posttrain.memory import plan as module
 
-    found = module.of_recipe(recipes.load(recipe, overrides))
+    found = module.of_recipe(config.load(recipe, overrides))
     if json:
         import json as jsonlib
 

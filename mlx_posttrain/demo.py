@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import engines, export, lock, methods, recipe, runs
+from mlx_posttrain import config, engines, methods, runs
+from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.loading import locate, open_model
-from mlx_posttrain.progress import Interrupted
-from mlx_posttrain.runs import read_jsonl
+from mlx_posttrain.models.export import export
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.source import locate
+from mlx_posttrain.runs import lock, read_jsonl
 
 
 def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
@@ -31,7 +33,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
     """
     begun = time.monotonic()
     name = engines.get(engine).name
-    chosen = recipe.load("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
+    chosen = config.load("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
     try:
         _run(output, chosen, name)
     except Interrupted as error:  # the pipeline's own advice would end without what is printed below
@@ -44,7 +46,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
     _print_thinking(output / "distill")
     adapter = output / "lora-peft"
     # one that an interruption left is written again
-    export.export(output / "lora", adapter, "peft", force=True)
+    export(output / "lora", adapter, "peft", force=True)
     print(f"\nThe LoRA adapter is in {adapter}, in PEFT's format." + _peft_check(output / "lora", adapter))
     if name == "mlx":
         from mlx_posttrain.convert.weights import convert
@@ -64,7 +66,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
     )
 
 
-def _run(output: Path, chosen: recipe.Recipe, engine: str) -> None:
+def _run(output: Path, chosen: config.Recipe, engine: str) -> None:
     """Run the pipeline in a new folder, or go on with that of the same demo. Raises UserError for a folder
     with anything else.
     """
@@ -87,7 +89,7 @@ def _run(output: Path, chosen: recipe.Recipe, engine: str) -> None:
         )
     if not all(runs.Run(output / stage).finished for stage in raw["stages"]):
         pipeline.run(
-            recipe.parse(raw | {"output": str(output)}, pipeline.Recipe, str(output / "recipe.yaml")),
+            config.parse(raw | {"output": str(output)}, pipeline.Recipe, str(output / "recipe.yaml")),
             resume=True,
         )
 

@@ -7,21 +7,18 @@ presence is reported.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json as _json
 import os
 import platform
-import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mlx_posttrain import heap
+from mlx_posttrain.engines.process import command_output, memory
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 _GIB = 1024**3
@@ -129,7 +126,7 @@ def measure_gflops(engine: str = "mlx", size: int = 1024, seconds: float = 0.25)
 def _system() -> list[Check]:
     if sys.platform == "darwin":
         release = platform.mac_ver()[0]
-        chip = _command("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+        chip = command_output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
         checks = [Check("system", f"macOS {release}, {platform.machine()}")]
         if _apple_silicon() and int(release.partition(".")[0] or 0) < 14:
             checks = [Check("system", f"macOS {release}", FAIL, "MLX needs macOS 14 or newer: update macOS")]
@@ -199,49 +196,6 @@ def _memory() -> list[Check]:
             )
         ]
     return [Check("memory", value)]
-
-
-def memory() -> tuple[int, int]:
-    """Return total and available memory in bytes (available 0 if unknown), within the container's limit if
-    there is one.
-    """
-    if sys.platform == "darwin":
-        total = int(_command("sysctl", "-n", "hw.memsize") or 0)
-        pages: dict[str, int] = {}
-        for line in _command("vm_stat").splitlines():
-            name, _, count = line.partition(":")
-            if count.strip(" .").isdigit():
-                pages[name] = int(count.strip(" ."))
-        free = sum(pages.get(f"Pages {kind}", 0) for kind in ("free", "inactive", "speculative", "purgeable"))
-        return total, free * os.sysconf("SC_PAGE_SIZE")
-    info = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        info[name] = int(rest.split()[0]) * 1024
-    total, available = info["MemTotal"], info.get("MemAvailable", 0)
-    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
-    if limit and limit < total:
-        total, available = limit, min(available, max(0, limit - (used or 0)))
-    return total, available
-
-
-def process_peak() -> int:
-    """The most memory that this process has held, in bytes; on Linux since ``forget_process_peak``."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-    # getrusage would do on Linux but for two things: it begins with the parent's memory, and it cannot be
-    # reset.
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-
-
-def forget_process_peak() -> None:
-    """Begin to measure the peak anew, where the system can."""
-    heap.release()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _disk() -> list[Check]:
@@ -320,7 +274,7 @@ def _torch() -> list[Check]:
 def _blas() -> list[Check]:
     if not _version("mlx"):
         return []
-    from mlx_posttrain import blas
+    from mlx_posttrain.engines.mlx.cpu import blas
 
     info = blas.load(quiet=True)
     rate = measure_gflops()
@@ -338,7 +292,7 @@ def _blas() -> list[Check]:
 def _compiler() -> list[Check]:
     if not _version("mlx"):
         return []
-    from mlx_posttrain.engines.compile_check import compile_problem, fuses
+    from mlx_posttrain.engines.mlx.cpu.compile_check import compile_problem, fuses
 
     problem = compile_problem()
     if problem:
@@ -359,7 +313,7 @@ def _compiler() -> list[Check]:
 def _wired() -> list[Check]:
     if sys.platform != "darwin" or not _apple_silicon():
         return []
-    limit = int(_command("sysctl", "-n", "iogpu.wired_limit_mb") or 0)
+    limit = int(command_output("sysctl", "-n", "iogpu.wired_limit_mb") or 0)
     if limit:
         advice = (
             "a raised limit can hang the machine when memory runs out: sudo sysctl "
@@ -421,27 +375,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _command(*words: str) -> str:
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):  # absent, or "max"
-        return None
-
-
 def _apple_silicon() -> bool:
     """Whether the machine is one, also when asked from a Python under Rosetta."""
     return sys.platform == "darwin" and (platform.machine() == "arm64" or _translated())
 
 
 def _translated() -> bool:
-    return sys.platform == "darwin" and _command("sysctl", "-n", "sysctl.proc_translated") == "1"
+    return sys.platform == "darwin" and command_output("sysctl", "-n", "sysctl.proc_translated") == "1"
 
 
 def _cpu_model() -> str:

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mlx_posttrain import bench, engines, loading
+from mlx_posttrain import bench, engines
 from mlx_posttrain.bench import comparison, peers, render, scaling, work, worker
 from mlx_posttrain.bench.material import Shape, model_folder, reward_folder, rows
 from mlx_posttrain.cli import app
 from mlx_posttrain.convert import hub
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.plan import Size
+from mlx_posttrain.memory.plan import Size
+from mlx_posttrain.models.merge import base_folder
 
 
 def timing(engine: str, seconds: list[float], losses: list[float], **more: Any) -> bench.Timing:
@@ -389,7 +390,7 @@ def test_answers_one_at_a_time_are_those_of_a_batch(engine: str, monkeypatch: py
     told = []
     for what in ("generate", "generate-single"):
         gate = Gate()
-        worker.generate({"engine": engine, "what": what, "folder": str(loading.base_folder("tiny"))}, gate)  # type: ignore[arg-type]
+        worker.generate({"engine": engine, "what": what, "folder": str(base_folder("tiny"))}, gate)  # type: ignore[arg-type]
         told.append(gate.told)
     assert told[0]["rows"] == 6 and told[0]["tokens"] == 30
     assert told[1] == pytest.approx(told[0], rel=1e-5)
@@ -400,7 +401,7 @@ def test_a_unit_ends_when_its_work_is_done(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLX returns from a step while its update still runs."""
-    mlx = pytest.importorskip("mlx_posttrain.engines.mlx")
+    mlx = pytest.importorskip("mlx_posttrain.engines.mlx.engine")
     happened = []
 
     class OneUnit:
@@ -423,7 +424,7 @@ def test_a_unit_ends_when_its_work_is_done(
     monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 1, "samples": 2, "max_tokens": 4})
     monkeypatch.setattr(scaling, "cases", lambda context: [scaling.Case(1, 8, 4)])
     monkeypatch.setattr(scaling, "loss_peak", lambda *a: 0.0)
-    folder = str(loading.base_folder("tiny"))
+    folder = str(base_folder("tiny"))
     spec = {
         "engine": "mlx-cpu",
         "what": what,

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import demo, engines, export, methods, recipe, runs
+from mlx_posttrain import config, demo, engines, methods, runs
+from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.progress import Interrupted
+from mlx_posttrain.models.export import export
 
 
 @pytest.mark.slow
@@ -92,12 +93,12 @@ def test_reading_an_adapter_through_peft_makes_no_noise(tmp_path, capfd):
     pytest.importorskip("peft")
     run = tmp_path / "run"
     methods.get("sft").run(
-        recipe.load(
+        config.load(
             "demo_lora",
             [f"output={run}", "data.limit=16", "data.eval_limit=4", "train.steps=1", "sample.count=0"],
         )
     )
-    export.export(run, tmp_path / "peft", "peft")
+    export(run, tmp_path / "peft", "peft")
     capfd.readouterr()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -116,7 +117,7 @@ def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, mo
     out, name = tmp_path / "demo", engines.available()[0]
 
     def begun(folder: Path = out, seed: int = 0, engine: str = name) -> None:
-        chosen = recipe.load("demo", [f"output={folder}", f"engine={engine}", f"seed={seed}"])
+        chosen = config.load("demo", [f"output={folder}", f"engine={engine}", f"seed={seed}"])
         demo._run(folder, chosen, engine)
 
     def stop(chosen, resume=False):
@@ -136,14 +137,14 @@ def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, mo
     with pytest.raises(UserError, match=f"unfinished demo: continue it with --engine {name} --seed 0"):
         begun(seed=1)
     # Its stages finished by `run --resume`: what is left is the closing part.
-    for stage in recipe.load("demo").stages:
+    for stage in config.load("demo").stages:
         (out / stage / "final").mkdir(parents=True)
     begun()
     assert not calls
     (out / ("tiny-mlx" if name == "mlx" else "lora-peft")).mkdir()
     with pytest.raises(UserError, match="holds an earlier demo: delete it"):
         begun()
-    runs.start(tmp_path / "run", recipe.load("01_sft")).close()
+    runs.start(tmp_path / "run", config.load("01_sft")).close()
     with pytest.raises(UserError, match="holds another run"):
         begun(tmp_path / "run")
     (tmp_path / "mine").mkdir()

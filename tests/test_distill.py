@@ -9,10 +9,12 @@ import json
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, loading, methods, recipe
+from mlx_posttrain import config, engines, methods
 from mlx_posttrain.data import formats, tasks
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.source import locate
 from mlx_posttrain.runs import Run
 
 ENGINES = engines.available()
@@ -81,7 +83,7 @@ def test_gsm8k_steps_become_a_thought():
 
 def test_shared_reasoning_files_are_read(shared):
     from mlx_posttrain.data.sources import load_rows
-    from mlx_posttrain.evaluate import verify
+    from mlx_posttrain.rewards import verify
 
     for name, format, count in (
         ("gsm8k-train", "gsm8k", 7473),
@@ -98,7 +100,7 @@ def test_shared_reasoning_files_are_read(shared):
 
 
 def load(output, *overrides: str):
-    return recipe.load(
+    return config.load(
         "08_distill",
         [
             "model=tiny",
@@ -135,7 +137,7 @@ def test_a_run_ends_with_a_report_and_a_merged_model(engine, tmp_path, capsys):
     answers = [json.loads(line) for line in (run.folder / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 6 and all(a["at_once"].startswith("<think>\n\n</think>") for a in answers)
     merged = engines.get(engine).load(run.folder / "merged")
-    trained, tokenizer, _ = loading.open_model(run.folder, engine)
+    trained, tokenizer, _ = open_model(run.folder, engine)
     tokens = np.array([tokenizer.encode("What is 2 + 3?")])
     # The embedded base is stored in float16, and a merge keeps its base's format: logits around 10 differ in
     # the third decimal.
@@ -170,7 +172,7 @@ def test_the_base_that_is_asked_is_the_model_before_training(
     ]
     methods.get("distill").run(load(tmp_path / "run", f"engine={engine}", f"adapter={adapter}", *more))
     assert len(loaded) == (2 if adapter == "null" else 1)
-    start, tokenizer, _ = loading.open_model("tiny", engine)
+    start, tokenizer, _ = open_model("tiny", engine)
     rows = [
         json.loads(line)["question"] for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()
     ]
@@ -198,7 +200,7 @@ def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, 
     monkeypatch.setattr(reasoning, "think", spy)
     # nothing ends by itself
     monkeypatch.setattr("mlx_posttrain.data.encode.eos_id", lambda tokenizer: 10**6)
-    student, tokenizer, _ = loading.open_model(random_gpt2, ENGINES[0])
+    student, tokenizer, _ = open_model(random_gpt2, ENGINES[0])
     chosen = load(
         tmp_path, "think.base=false", "think.max_tokens=null", "data.max_length=64", "data.template=none"
     )
@@ -244,11 +246,11 @@ def test_a_system_prompt_is_trained_and_asked_with(tmp_path):
             "data.max_length=192",
         )
     )
-    assert loading.locate(tmp_path / "run").system == "Think first."
-    from mlx_posttrain import supervised
+    assert locate(tmp_path / "run").system == "Think first."
+    from mlx_posttrain.data.read import read_conversations
 
     chosen = load(tmp_path / "other", "data.system=Think first.")
-    (first, *_) = supervised.read_conversations(chosen.data, split="train", limit=2, seed=0)
+    (first, *_) = read_conversations(chosen.data, split="train", limit=2, seed=0)
     assert first.turns[0] == Turn("system", "Think first.")
 
 
@@ -258,7 +260,7 @@ def test_thoughts_are_learned(engine, tmp_path):
     """Counting a word in a list: after a few minutes three in ten come out right, twice as many as without
     the thought.
     """
-    chosen = recipe.load(
+    chosen = config.load(
         "demo_distill",
         [
             f"engine={engine}",
@@ -279,7 +281,7 @@ def test_thoughts_are_learned(engine, tmp_path):
 
 
 def test_the_embedded_rows_verify_themselves():
-    from mlx_posttrain.evaluate import verify
+    from mlx_posttrain.rewards import verify
 
     for row in tasks.reasoning("valid", limit=50):
         assert verify.verify(row, row["response"]) and not verify.verify(row, "<think>\n1\n</think>\nno idea")

@@ -277,7 +277,7 @@ def test_a_page_is_as_writable_after_a_redirection_as_before(bits):
     import ctypes
     import mmap
 
-    from mlx_posttrain import blas
+    from mlx_posttrain.engines.mlx.cpu import blas
 
     page = mmap.mmap(-1, mmap.PAGESIZE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page)) + 16
@@ -290,7 +290,7 @@ def test_a_page_is_as_writable_after_a_redirection_as_before(bits):
 
 
 def test_a_library_that_multiplies_wrongly_is_refused():
-    from mlx_posttrain import blas
+    from mlx_posttrain.engines.mlx.cpu import blas
 
     class Sgemm:
         """A cblas_sgemm that leaves the output as it was."""

@@ -13,9 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_posttrain import cli, engines, export, methods, recipe
+from mlx_posttrain import cli, engines, methods
+from mlx_posttrain import config as recipe
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.loading import locate, open_model
+from mlx_posttrain.models.export import export, push
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.source import locate
 
 ENGINES = engines.available()
 TOKENS = np.arange(3, 51)[None].repeat(2, 0)
@@ -92,7 +95,7 @@ def test_peft_loads_the_exported_adapter(engine, kind, runs, random_gpt2, tmp_pa
     from transformers import AutoModelForCausalLM
 
     run = runs(engine, kind)
-    export.export(run, tmp_path / "adapter", "peft")
+    export(run, tmp_path / "adapter", "peft")
     base = AutoModelForCausalLM.from_pretrained(random_gpt2)
     with no_warning():
         model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
@@ -116,7 +119,7 @@ def test_transformers_loads_full_and_merged_models(engine, kind, runs, tmp_path)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = runs(engine, kind)
-    export.export(run, tmp_path / "model", "hf", merged=kind != "full")
+    export(run, tmp_path / "model", "hf", merged=kind != "full")
     with no_warning():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ours, tokenizer, _ = open_model(run, engine)
@@ -137,7 +140,7 @@ def test_mlx_lm_itself_loads_the_export(kind, merged, runs, random_gpt2, tmp_pat
     from mlx_lm import load
 
     run = runs("mlx", kind)
-    export.export(run, tmp_path / "out", "mlx-lm", merged=merged)
+    export(run, tmp_path / "out", "mlx-lm", merged=merged)
     if kind == "lora" and not merged:
         from mlx_posttrain.convert.weights import convert
 
@@ -166,13 +169,13 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
     assert total - trained == plain.parameter_counts()[0]
 
     # To full precision: the base after rounding plus the adapter, nothing lost.
-    export.export(run, tmp_path / "hf", "hf", merged=True)
+    export(run, tmp_path / "hf", "hf", merged=True)
     merged, _, _ = open_model(tmp_path / "hf", "mlx")
     assert np.abs(merged.full_logits(TOKENS) - model.full_logits(TOKENS)).max() < 1e-3
 
     # Into the grid again: measured; refused when too much of the adapter is lost, and then nothing is left
     # behind.
-    drift = export.export(run, tmp_path / "forced", "mlx-lm", merged=True, force=True)["drift"]
+    drift = export(run, tmp_path / "forced", "mlx-lm", merged=True, force=True)["drift"]
     import mlx.core as mx
     from mlx_lm import load
 
@@ -186,9 +189,9 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
         in (tmp_path / "forced" / "README.md").read_text()
     )
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(export, "MAX_LOST", drift["lost"] / 2)
+    monkey.setattr(export_module, "MAX_LOST", drift["lost"] / 2)
     with pytest.raises(UserError, match=r"4-bit base would lose .* --force"):
-        export.export(run, tmp_path / "refused", "mlx-lm", merged=True)
+        export(run, tmp_path / "refused", "mlx-lm", merged=True)
     monkey.undo()
     assert not (tmp_path / "refused").exists()
 
@@ -268,21 +271,21 @@ def test_a_run_is_a_new_runs_model(runs, rows_file, tmp_path):
 def test_refusals(runs, tmp_path):
     full, lora = runs(ENGINES[0], "full"), runs(ENGINES[0], "lora")
     with pytest.raises(UserError, match="--to hf"):
-        export.export(full, tmp_path / "a", "peft")
+        export(full, tmp_path / "a", "peft")
     with pytest.raises(UserError, match="--merge"):
-        export.export(lora, tmp_path / "a", "hf")
+        export(lora, tmp_path / "a", "hf")
     with pytest.raises(UserError, match="formats: peft, hf, mlx-lm"):
-        export.export(lora, tmp_path / "a", "gguf")
+        export(lora, tmp_path / "a", "gguf")
     with pytest.raises(UserError, match="the folder runs/nosuch does not exist"):
-        export.export("runs/nosuch", tmp_path / "a", "peft")
+        export("runs/nosuch", tmp_path / "a", "peft")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     with pytest.raises(UserError, match="not empty"):
-        export.export(lora, tmp_path / "used", "peft")
+        export(lora, tmp_path / "used", "peft")
     with pytest.raises(UserError, match="unfinished run"):
         (tmp_path / "half").mkdir()
         (tmp_path / "half" / "recipe.yaml").write_text("method: sft\n")
-        export.export(tmp_path / "half", tmp_path / "a", "peft")
+        export(tmp_path / "half", tmp_path / "a", "peft")
     assert not (tmp_path / "a").exists()
 
 
@@ -293,16 +296,16 @@ def test_push_uploads_only_when_asked_and_fails_in_one_line(runs, tmp_path, monk
         upload_folder=lambda **k: calls.append(k["repo_id"]) or "url",
     )
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    export.export(runs(ENGINES[0], "lora"), tmp_path / "a", "peft")
+    export(runs(ENGINES[0], "lora"), tmp_path / "a", "peft")
     assert calls == []
-    assert export.push(tmp_path / "a", "me/model") == "url" and calls == ["create", "me/model"]
+    assert push(tmp_path / "a", "me/model") == "url" and calls == ["create", "me/model"]
 
     def refuse(*a, **k):
         raise OSError("no route to host\nlong story")
 
     api.create_repo = refuse
     with pytest.raises(UserError, match=r"upload to me/model failed: no route to host; .*hf auth login"):
-        export.push(tmp_path / "a", "me/model")
+        push(tmp_path / "a", "me/model")
 
     def without_network(*a, **k):
         raise type("ConnectError", (Exception,), {})()  # the HTTP library's own, which is no OSError
@@ -313,7 +316,7 @@ def test_push_uploads_only_when_asked_and_fails_in_one_line(runs, tmp_path, monk
         match=r"upload to me/model failed: ConnectError; .*give the same command "
         r"again",
     ):
-        export.push(tmp_path / "a", "me/model")
+        push(tmp_path / "a", "me/model")
 
 
 def test_an_upload_that_failed_is_tried_again(runs, tmp_path, monkeypatch, capfd):

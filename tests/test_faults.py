@@ -19,7 +19,7 @@ from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.loading import open_model
+from mlx_posttrain.models.open import open_model
 
 ENGINES = engines.available()
 

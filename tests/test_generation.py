@@ -39,7 +39,7 @@ def test_a_long_conversation_forgets_its_beginning_instead_of_failing(random_gpt
 
 
 def test_the_printer_holds_back_half_a_character(random_gpt2, capsys):
-    from mlx_posttrain.loading import load_tokenizer
+    from mlx_posttrain.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(random_gpt2)
     printer = generation._Printer(tokenizer)
@@ -52,10 +52,10 @@ def test_the_printer_holds_back_half_a_character(random_gpt2, capsys):
 
 @pytest.mark.parametrize("engine", available())
 def test_a_runs_own_template_is_used(engine, random_gpt2, rows_file, tmp_path):
-    from mlx_posttrain import methods, recipe
-    from mlx_posttrain.loading import open_model
+    from mlx_posttrain import config, methods
+    from mlx_posttrain.models.open import open_model
 
-    chosen = recipe.load(
+    chosen = config.load(
         "01_sft",
         [
             f"model={random_gpt2}",

@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import engines, export, generation, loading, methods, recipe, runs, supervised
+from mlx_posttrain import config as recipe
+from mlx_posttrain import engines, generation, methods, runs
 from mlx_posttrain.cli import main
 from mlx_posttrain.convert import weights
+from mlx_posttrain.data.read import read_rows, split_rows
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.models import open
+from mlx_posttrain.models.export import export
+from mlx_posttrain.models.merge import base_folder
 
 ENGINES = engines.available()
 SHORT = [f"engine={ENGINES[0]}", "train.steps=1", "sample.count=0"]
@@ -70,7 +75,7 @@ def test_an_interrupted_start_can_be_repeated(random_gpt2, rows_file, tmp_path, 
 
     settings = [f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", *SHORT]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loading, "load_tokenizer", interrupt)
+        patch.setattr(open, "load_tokenizer", interrupt)
         run("01_sft", *settings)
     assert not (tmp_path / "run").exists()
     run("01_sft", *settings)
@@ -84,7 +89,7 @@ def test_an_interrupted_pretraining_takes_its_first_model_away_too(tmp_path, mon
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"text": f"The cat sat on mat {i}."}) + "\n" for i in range(20))
     )
-    monkeypatch.setattr(loading, "load_tokenizer", interrupt)
+    monkeypatch.setattr(open, "load_tokenizer", interrupt)
     small = [
         "pretrain.vocab_size=300",
         "pretrain.layers=1",
@@ -138,11 +143,11 @@ def test_an_adapter_is_found_by_its_hub_id(cached, lora, rows_file, tmp_path):
         *SHORT,
     )
     with pytest.raises(UserError, match=r"model=me/base$"):
-        loading.base_folder("me/lora")
+        base_folder("me/lora")
 
 
 def test_an_exported_adapter_keeps_the_hub_id_of_its_base(cached, tmp_path):
-    export.export("me/lora", tmp_path / "out", "peft")
+    export("me/lora", tmp_path / "out", "peft")
     assert (
         json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == "me/base"
@@ -158,7 +163,7 @@ def test_held_out_rows_that_are_all_too_long_do_not_stop_a_run(random_gpt2, tmp_
     rows = [{"instruction": f"Say {i}.", "output": "yes"} for i in range(30)]
     data = recipe.DataSection(source="rows.jsonl", holdout=1)
     everything = [Conversation((Turn("user", str(i)), Turn("assistant", "yes"))) for i in range(30)]
-    _, (aside,) = supervised.split_rows(data, 1, lambda *_, **__: list(everything))
+    _, (aside,) = split_rows(data, 1, lambda *_, **__: list(everything))
     rows[int(aside.turns[0].content)]["instruction"] = "a very long question " * 80
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -200,7 +205,7 @@ def test_a_configuration_that_a_file_does_not_have_is_not_used_in_silence(tmp_pa
     """No error: a shipped recipe may name the one of its own data set, and be given another source."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     for source in (str(tmp_path / "rows.jsonl"), "embedded/tasks"):
-        supervised.read_rows(recipe.DataSection(source=source, config="main"), split="train", limit=1, seed=0)
+        read_rows(recipe.DataSection(source=source, config="main"), split="train", limit=1, seed=0)
         assert (
             f"data.config=main is not used: only data sets on the hub have configurations, and {source} is "
             "none" in capfd.readouterr().err
@@ -248,4 +253,4 @@ def test_an_unknown_engine_is_not_one_to_install(name, words):
 def test_a_full_run_has_nothing_to_merge(random_gpt2, rows_file, tmp_path):
     run("01_sft", f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", *SHORT)
     with pytest.raises(UserError, match="no adapter to merge: leave out --merge"):
-        export.export(tmp_path / "run", tmp_path / "out", "hf", merged=True)
+        export(tmp_path / "run", tmp_path / "out", "hf", merged=True)

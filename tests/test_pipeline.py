@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlx_posttrain import engines, methods, recipe
+from mlx_posttrain import config, engines, methods, pipeline
 from mlx_posttrain.cli import main
+from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.methods import pipeline
-from mlx_posttrain.progress import Interrupted
 from mlx_posttrain.runs import Run
 
 ENGINE = engines.available()[0]
@@ -65,7 +64,7 @@ def three(random_gpt2, rows_file, tmp_path, monkeypatch) -> Path:
 
 
 def run(path: Path, output: Path, *overrides: str) -> dict:
-    return methods.get("pipeline").run(recipe.load(str(path), [f"output={output}", *overrides]))
+    return methods.get("pipeline").run(config.load(str(path), [f"output={output}", *overrides]))
 
 
 def resume(output: Path) -> None:
@@ -152,7 +151,7 @@ def test_a_stage_is_an_ordinary_run(three, tmp_path):
     """The same stage by itself gives the same figures, and the pipeline returns them."""
     results = run(three, tmp_path / "out")
     assert list(results) == ["a", "b", "c"]
-    alone = pipeline.stage_recipes(recipe.load(str(three), [f"output={tmp_path / 'out'}"]))["b"]
+    alone = pipeline.stage_recipes(config.load(str(three), [f"output={tmp_path / 'out'}"]))["b"]
     alone.output = str(tmp_path / "alone")
     assert methods.get("sft").run(alone) == results["b"]
     assert records(tmp_path / "alone") == records(tmp_path / "out" / "b")
@@ -162,7 +161,7 @@ def test_a_stage_is_an_ordinary_run(three, tmp_path):
 
 
 def test_overrides_for_one_stage_and_for_all(three):
-    chosen = recipe.load(
+    chosen = config.load(
         str(three),
         [
             "seed=7",
@@ -208,7 +207,7 @@ def test_a_name_in_braces_is_that_stages_folder(value, wanted, tmp_path):
             },
         },
     )
-    b = pipeline.stage_recipes(recipe.load(str(path), ["output=/o"]))["b"]
+    b = pipeline.stage_recipes(config.load(str(path), ["output=/o"]))["b"]
     found = wanted.replace("OUT", str(Path("/o").absolute()))
     assert b.model == found and b.sample.prompts == [found, "none"] and b.data.columns == {"prompt": found}
 
@@ -226,13 +225,13 @@ def test_a_stages_file_is_looked_for_beside_the_pipelines(tmp_path, monkeypatch)
     )
     shutil.copy(tmp_path / "01_sft", tmp_path / "recipes" / "01_sft")
     monkeypatch.chdir(tmp_path)
-    found = [own.description for own in pipeline.stage_recipes(recipe.load("recipes/p.yaml")).values()]
+    found = [own.description for own in pipeline.stage_recipes(config.load("recipes/p.yaml")).values()]
     assert found == ["near", "near", "in the working directory"]
     (tmp_path / "recipes" / "01_sft").unlink()
     monkeypatch.chdir(tmp_path / "recipes")
     shutil.copy(tmp_path / "here.yaml", "here.yaml")
     # the shipped one
-    assert "memorise" in pipeline.stage_recipes(recipe.load(path.name))["b"].description
+    assert "memorise" in pipeline.stage_recipes(config.load(path.name))["b"].description
 
 
 def test_a_stages_recipe_may_stand_in_the_pipeline(tmp_path):
@@ -240,7 +239,7 @@ def test_a_stages_recipe_may_stand_in_the_pipeline(tmp_path):
         tmp_path / "p.yaml",
         {"a": {"recipe": {"method": "sft", "data": {"source": "x.jsonl"}}, "set": {"data.limit": 3}}},
     )
-    own = pipeline.stage_recipes(recipe.load(str(path)))["a"]
+    own = pipeline.stage_recipes(config.load(str(path)))["a"]
     assert own.data.source == "x.jsonl" and own.data.limit == 3
 
 
@@ -380,9 +379,10 @@ def test_ctrl_c_says_how_to_resume_the_pipeline(number, three, start, tmp_path):
 
 def test_ctrl_c_while_a_stage_loads(three, tmp_path, monkeypatch):
     """Outside the training loop no handler waits for the end of a step."""
-    from mlx_posttrain import loading
+    from mlx_posttrain.models import open
+    from mlx_posttrain.models.tokenizer import load_tokenizer
 
-    real, calls = loading.load_tokenizer, []
+    real, calls = load_tokenizer, []
 
     def once_interrupted(folder):
         calls.append(folder)
@@ -390,7 +390,7 @@ def test_ctrl_c_while_a_stage_loads(three, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(folder)
 
-    monkeypatch.setattr(loading, "load_tokenizer", once_interrupted)
+    monkeypatch.setattr(open, "load_tokenizer", once_interrupted)
     output = tmp_path / "out"
     with pytest.raises(Interrupted, match=f"stage b: .*--resume {output}$"):
         run(three, output)
@@ -487,7 +487,7 @@ def test_a_pipelines_own_recipe_can_be_run_again(three, tmp_path):
     assert (
         kept["stages"]["b"]["recipe"]["train"]["steps"] == 3 and kept["stages"]["b"]["set"]["model"] == "{a}"
     )
-    again = recipe.load(
+    again = config.load(
         str(tmp_path / "out" / "recipe.yaml"), [f"output={tmp_path / 'again'}", "c.train.steps=2"]
     )
     own = pipeline.stage_recipes(again)

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mlx_posttrain import engines, loading, plan
-from mlx_posttrain import recipe as recipes
+from mlx_posttrain import config, engines
 from mlx_posttrain.cli import app
 from mlx_posttrain.data.batches import collate
+from mlx_posttrain.data.dataset import Data
 from mlx_posttrain.data.pairs import Pair, PairData
 from mlx_posttrain.data.types import Example, Preference
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import REFERENCE_HIDDEN, AdamW, AdapterSpec
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.memory import plan
 from mlx_posttrain.methods import sft
-from mlx_posttrain.training import Data
+from mlx_posttrain.models.merge import base_folder
 
 
 def gpt2() -> plan.Size:
@@ -182,11 +183,11 @@ def test_advice_keeps_its_promises(
     """Whoever follows it is told the peak that it promised, but for rows that fall into other batches."""
     monkeypatch.setitem(plan.PROGRAM, "torch", 0.0)  # beside which the embedded model is nothing
     given = [f"engine={engine}", *given]
-    (found,) = plan.of_recipe(recipes.load(recipe, given))
+    (found,) = plan.of_recipe(config.load(recipe, given))
     advice = [overrides(less) for less in found.advice]
     assert said <= {change for changes, _ in advice for change in changes}, found.advice
     for changes, gb in advice:
-        (then,) = plan.of_recipe(recipes.load(recipe, [*given, *changes]))
+        (then,) = plan.of_recipe(config.load(recipe, [*given, *changes]))
         assert then.total_gb < found.total_gb and then.total_gb < 1.15 * gb + 0.01, changes
         if "max_length" not in changes[0]:  # of rows without a trained token left nothing is trained
             assert then.total_gb > gb / 1.15 - 0.01, changes
@@ -202,13 +203,13 @@ def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(
     recipe: str, too_long: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["model=tiny", "data.limit=600", f"data.too_long={too_long}"]
-    (found,) = plan.of_recipe(recipes.load(recipe, given))
+    (found,) = plan.of_recipe(config.load(recipe, given))
     (less,) = [less for less in found.advice if "max_length" in less]
     counts = {fate: int(n) for fate, n in re.findall(r"(cuts|drops) (\d+)", less)}
     rows = int(less.partition(" of ")[2].split()[0])
     assert counts["drops"] <= 0.1 * rows and ("cuts" in counts) == (too_long == "cut")
     capsys.readouterr()
-    plan.of_recipe(recipes.load(recipe, [*given, less.split(",")[0]]))
+    plan.of_recipe(config.load(recipe, [*given, less.split(",")[0]]))
     kept, untrained, long, truncated = map(
         int,
         re.search(
@@ -225,11 +226,11 @@ def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(
 
 
 def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
-    settings = recipes.load("demo_sft", ["data.too_long=drop"]).train
+    settings = config.load("demo_sft", ["data.too_long=drop"]).train
     rows = [Example((1,) * 100, (False,) * 99 + (True,))] * 10
 
     def shorter(rows: list[Example], *given: str) -> tuple[int, str] | None:
-        return plan._shorter(recipes.load("demo_sft", list(given)), Data(rows, [], settings, 0, 512))
+        return plan._shorter(config.load("demo_sft", list(given)), Data(rows, [], settings, 0, 512))
 
     # the answer is the last token
     assert shorter(rows, "data.too_long=drop") is None and shorter(rows) is None
@@ -243,9 +244,9 @@ def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
     # a long dialogue may do without its oldest turns
     known = [Pair((1,) * n, (1,) * 20, i, row) for i, n in enumerate((30,) * 9 + (100,))]
     assert plan._shorter(
-        recipes.load("demo_reward", ["model=tiny"]), PairData(known, [], settings, 0, 512, pad=0)
+        config.load("demo_reward", ["model=tiny"]), PairData(known, [], settings, 0, 512, pad=0)
     ) == (56, "data.max_length=56, which shortens or drops 1 of 10 pairs")
-    packed = recipes.load("00_pretrain_tiny", [])
+    packed = config.load("00_pretrain_tiny", [])
     assert packed.data.pack and plan._shorter(
         packed, Data([Example((1,) * 100, (True,) * 100)] * 3, [], settings, 0, 512)
     ) == (56, "data.max_length=56")
@@ -272,7 +273,7 @@ def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch
         raise UserError("adapter.targets: no layer is called q_proj")
 
     monkeypatch.setattr(plan, "adapter_parameters", missing)
-    (found,) = plan.of_recipe(recipes.load("demo_sft", ["data.limit=64"]))
+    (found,) = plan.of_recipe(config.load("demo_sft", ["data.limit=64"]))
     assert found.advice and not any("adapter" in less for less in found.advice)
     assert plan._fits_groups(gpt2(), 64) and not plan._fits_groups(gpt2(), 512)
 
@@ -305,7 +306,7 @@ def test_prediction_of_an_evaluation_on_mlx(
     rows: int, length: int, trained: int, loss: str, mlx_taken: Callable[..., float]
 ) -> None:
     """Blocks are the most, or logits, those of one chunk and of several, and a reference's beside them."""
-    folder = loading.base_folder("tiny")
+    folder = base_folder("tiny")
     model = engines.get("mlx").load(folder)
     batch = collate([Example((5,) * length, (False,) * (length - trained) + (True,) * trained)] * rows, 512)
     training = plan.Training(
@@ -336,7 +337,7 @@ def test_prediction_of_a_rollout_on_mlx(
     """Reading prompts is the most, or decoding; the second is two decode batches, the last one four of a
     prompt's samples at a time.
     """
-    folder = loading.base_folder("tiny")
+    folder = base_folder("tiny")
     model = engines.get("mlx").load(folder)
     settings = {
         "stop": None,
@@ -369,7 +370,7 @@ def test_prompts_that_are_answered_once_count(monkeypatch: pytest.MonkeyPatch) -
     none = ["data.limit=1", "data.eval_limit=1"]
     for engine in engines.available():
         (alone,), (held_out,), (normalised,) = (
-            plan.of_recipe(recipes.load("demo_ppo", [*given, f"engine={engine}", *more]))
+            plan.of_recipe(config.load("demo_ppo", [*given, f"engine={engine}", *more]))
             for more in (none, ["data.limit=1"], ["data.limit=256", *none[1:]])
         )
         assert (
@@ -387,11 +388,11 @@ def test_held_out_answers_are_measured_at_their_own_length(engine: str) -> None:
     """Few short prompts are trained on; the answers to many long ones are measured together, every prompt of
     them another.
     """
-    recipe = recipes.load(
+    recipe = config.load(
         "demo_ppo",
         ["model=tiny", "reward=[{function: checker}]", "rollout.prompts=1", "rollout.token_budget=512"],
     )
-    of = plan.size(loading.base_folder("tiny"))
+    of = plan.size(base_folder("tiny"))
     alone, short, long = (
         plan._ppo(recipe, engine, of, plan.PromptLengths(10, [10], held_out), []).total_gb
         for held_out in ([], [10] * 64, [400] * 64)
@@ -407,7 +408,7 @@ def test_held_out_answers_are_measured_at_their_own_length(engine: str) -> None:
 def test_shorter_answers_are_no_advice_where_longer_prompts_would_follow() -> None:
     for length, offered in ((472, True), (473, False)):
         (found,) = plan.of_recipe(
-            recipes.load(
+            config.load(
                 "demo_ppo",
                 ["model=tiny", "reward=[{function: checker}]", f"data.max_length={length}", "data.limit=64"],
             )
@@ -432,11 +433,9 @@ def test_the_reference_reads_training_rows_once_where_their_states_are_kept(
     monkeypatch.setattr(plan, "peak", lambda *given: (seen.extend(given[-1]), peak(*given))[1])
     for epochs in (1, 2):
         seen.clear()
-        (found,) = plan.of_recipe(
-            recipes.load("06_kl_sft", [*given, f"train.epochs={epochs}", "engine=auto"])
-        )
+        (found,) = plan.of_recipe(config.load("06_kl_sft", [*given, f"train.epochs={epochs}", "engine=auto"]))
         assert bool(seen) == (epochs == 2)
-    training = plan.Training(found.engine, plan.size(loading.base_folder("tiny")), 0, True)
+    training = plan.Training(found.engine, plan.size(base_folder("tiny")), 0, True)
     read = [training.forward(plan.Shape(16, length, 0)) for length in range(8, 129, 8)]
     assert max(parts["activations"] for _, parts in seen) in read and {name for name, _ in seen} == {
         "as the reference's states are computed"
@@ -449,7 +448,7 @@ def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     found = {}
     for gb in (64, 0.01):
         monkeypatch.setattr(doctor, "memory", lambda gb=gb: (int(gb * 2**30), 0))
-        (found[gb],) = plan.of_recipe(recipes.load("demo_sft", ["data.limit=64"]))
+        (found[gb],) = plan.of_recipe(config.load("demo_sft", ["data.limit=64"]))
     assert "may not fit" not in found[64].line()
     line = found[0.01].line()
     assert (
@@ -513,7 +512,7 @@ def test_grouped_queries_and_gates_are_read_from_the_files(tmp_path: Path) -> No
     )
     tied = plan.size(llama_folder(tmp_path / "tied", tied=True))
     assert tied.tied and of.parameters - tied.parameters == 512 * 96
-    gpt = plan.size(loading.base_folder("tiny"))
+    gpt = plan.size(base_folder("tiny"))
     assert gpt.key_width == gpt.width and not gpt.gated and gpt.tied
 
 
@@ -615,7 +614,7 @@ def test_prediction_against_training(mode: str) -> None:
     measured.
     """
     pytest.importorskip("mlx")
-    predicted, peak = measured(loading.base_folder("tiny"), mode, 4, 256)
+    predicted, peak = measured(base_folder("tiny"), mode, 4, 256)
     assert predicted == pytest.approx(peak, rel=0.15)
 
 
@@ -636,7 +635,7 @@ def test_prediction_against_training_in_half_precision_and_with_checkpoints(
     mode: str, dtype: str, checkpointing: bool
 ) -> None:
     pytest.importorskip("mlx")
-    predicted, peak = measured(loading.base_folder("tiny"), mode, 4, 256, dtype, checkpointing=checkpointing)
+    predicted, peak = measured(base_folder("tiny"), mode, 4, 256, dtype, checkpointing=checkpointing)
     assert predicted == pytest.approx(peak, rel=0.2)
 
 
@@ -708,23 +707,21 @@ def test_quantised_folders_count_what_they_stand_for(tmp_path: Path) -> None:
     trained = plan.adapter_parameters(of, AdapterSpec(rank=4))
     assert (of.parameters + trained, trained) == model.parameter_counts()
     training = plan.Training("mlx", of, trained, True)
-    assert training.weights() < 0.5 * replace(training, size=plan.size(loading.base_folder("tiny"))).weights()
+    assert training.weights() < 0.5 * replace(training, size=plan.size(base_folder("tiny"))).weights()
 
 
 def test_targets_that_match_nothing_are_an_error_here_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no layer is called q_proj"):
-        plan.of_recipe(recipes.load("demo_lora", ["adapter.targets=[q_proj]", "data.limit=16"]))
+        plan.of_recipe(config.load("demo_lora", ["adapter.targets=[q_proj]", "data.limit=16"]))
 
 
 def test_an_adapter_to_start_from_decides_its_own_size(tmp_path: Path) -> None:
     engine = engines.get("auto")
-    model = engine.load(loading.base_folder("tiny"))
+    model = engine.load(base_folder("tiny"))
     model.add_adapter(AdapterSpec(rank=3), seed=0)
     model.save(tmp_path / "adapter")
     (found,) = plan.of_recipe(
-        recipes.load(
-            "demo_lora", [f"adapter.path={tmp_path / 'adapter'}", "adapter.rank=32", "data.limit=16"]
-        )
+        config.load("demo_lora", [f"adapter.path={tmp_path / 'adapter'}", "adapter.rank=32", "data.limit=16"])
     )
     assert found.trained == model.parameter_counts()[1]
 
@@ -751,7 +748,7 @@ stages:
     set: {model: "{sft}", reward: [{model: "{reward}"}], critic.kind: separate, data.limit: 64}
 """
     (tmp_path / "all.yaml").write_text(stages)
-    plans = plan.of_recipe(recipes.load(str(tmp_path / "all.yaml"), [f"output={tmp_path / 'out'}"]))
+    plans = plan.of_recipe(config.load(str(tmp_path / "all.yaml"), [f"output={tmp_path / 'out'}"]))
     # models that are yet to be made have the size of what they start from
     assert [p.name for p in plans] == ["sft", "reward", "ppo"]
     assert plans[2].parts["critic"] > 0 and plans[2].parts["reward"] > 0
@@ -761,4 +758,4 @@ stages:
 def test_a_report_trains_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("method: report\nruns: {a: tiny}\n")
     with pytest.raises(UserError, match="trains nothing"):
-        plan.of_recipe(recipes.load(str(tmp_path / "r.yaml")))
+        plan.of_recipe(config.load(str(tmp_path / "r.yaml")))

@@ -16,12 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, loading, methods, recipe
+from mlx_posttrain import config as recipe
+from mlx_posttrain import engines, methods
 from mlx_posttrain.data import pairs
 from mlx_posttrain.engines.base import AdamW, head_start
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import ppo
-from mlx_posttrain.rl import rollouts, scoring
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.tokenizer import load_tokenizer
+from mlx_posttrain.rewards import scorer as scoring
+from mlx_posttrain.rl import rollouts
 from mlx_posttrain.rl.experience import Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Answer, Question
 from mlx_posttrain.runs import Run
@@ -288,7 +292,7 @@ def test_the_finished_model_says_what_it_said_in_training(engine, random_gpt2, r
     )
     samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
     last = [s for s in samples if s["step"] == 3]
-    model, tokenizer, _ = loading.open_model(done.folder, engine)
+    model, tokenizer, _ = open_model(done.folder, engine)
     chosen = load(random_gpt2, rows_file, counting, tmp_path / "run")
     from mlx_posttrain.rl import prompts
 
@@ -435,7 +439,7 @@ def test_several_samples_and_texts_beside(random_gpt2, rows_file, counting, tmp_
 
 def test_one_budget_or_another_samples_the_same(random_gpt2):
     model = engines.get(ENGINES[0]).load(random_gpt2)
-    tokenizer = loading.load_tokenizer(random_gpt2)
+    tokenizer = load_tokenizer(random_gpt2)
     asked = [Question(tuple(range(3, 6 + i)), "q", {}) for i in range(5)]
     texts = [
         [
@@ -557,7 +561,7 @@ def test_a_copied_critic_starts_at_what_its_model_adds(
         tmp_path / "run",
         f"reward=[{{function: {json.dumps(counting)}}}, {models}]",
     )
-    library, tokenizer = engines.get(engine), loading.load_tokenizer(random_gpt2)
+    library, tokenizer = engines.get(engine), load_tokenizer(random_gpt2)
     scorer = scoring.Scorer(chosen.reward, library, tokenizer, "question")
     policy = library.load(random_gpt2)
     parties = Parties(policy, ppo._critic(library, chosen, random_gpt2, policy), tokenizer, scorer, scorer)
@@ -614,7 +618,7 @@ def test_without_held_out_prompts(random_gpt2, rows_file, counting, tmp_path, ca
     assert "there are no held-out prompts" in said and "nan" not in said and "score" not in result
     compiles = False
     if ENGINES[0] == "mlx":
-        from mlx_posttrain.engines.compile_check import compile_works
+        from mlx_posttrain.engines.mlx.cpu.compile_check import compile_works
 
         compiles = compile_works()
     assert ("steps were compiled" in said) == compiles

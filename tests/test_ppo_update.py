@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, recipe
+from mlx_posttrain import config, engines
 from mlx_posttrain.data import batches, pairs
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import head_start
@@ -25,7 +25,7 @@ TEMPERATURE, CLIP, VALUE_CLIP, VF, PTX = 0.7, 0.2, 0.15, 0.3, 2.5
 
 
 def load(*overrides: str):
-    return recipe.load(
+    return config.load(
         "07_ppo",
         [
             "reward=[{function: checker}]",

@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import cli, engines, export, methods, recipe
+from mlx_posttrain import cli, config, engines, methods
 from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.loading import open_model
+from mlx_posttrain.models.export import export, is_export
+from mlx_posttrain.models.open import open_model
 
 pytestmark = pytest.mark.skipif("mlx" not in engines.available(), reason="needs mlx")
 TOKENS = np.arange(3, 51)[None].repeat(2, 0)
 
 
 def train(model: Path, rows: Path, output: Path, *more: str) -> Path:
-    chosen = recipe.load(
+    chosen = config.load(
         "01_sft",
         [
             f"model={model}",
@@ -65,7 +66,7 @@ def test_a_quantised_model_computes_in_float32(packed, random_gpt2):
 def test_an_adapter_on_a_quantised_folder_is_merged(tuned, packed, tmp_path):
     assert np.abs(logits(tuned) - logits(packed)).max() > 1e-2  # the adapter does something
     for to in ("hf", "mlx-lm"):
-        export.export(tuned, tmp_path / to, to, merged=True, force=True)
+        export(tuned, tmp_path / to, to, merged=True, force=True)
     assert "quantization" not in json.loads((tmp_path / "hf" / "config.json").read_text())
     assert np.abs(logits(tmp_path / "hf") - logits(tuned)).max() < 1e-3
     own = json.loads((packed / "config.json").read_text())["quantization"]
@@ -85,7 +86,7 @@ def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_pat
     with pytest.raises(SystemExit):
         cli.main(["export", str(run), "--output", str(tmp_path / "peft")])
     assert (said := capfd.readouterr().out.splitlines()[0]) in (tmp_path / "peft" / "README.md").read_text()
-    drift = export.export(run, tmp_path / "adapters", "mlx-lm")["drift"]
+    drift = export(run, tmp_path / "adapters", "mlx-lm")["drift"]
     assert (
         f"trained on a base quantised to 4 bits; on the base as it is, {drift['lost']:.1%} of the adapter's "
         "effect" in said
@@ -94,7 +95,7 @@ def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_pat
     probe = np.random.default_rng(0).integers(0, ours.config["vocab_size"], (4, 32))
     difference = np.abs(theirs.full_logits(probe) - ours.full_logits(probe)).max()
     assert drift["max_logit_difference"] == pytest.approx(difference, rel=1e-4) and difference > 1e-2
-    assert export.is_export(tmp_path / "peft", run, "peft", False) and not export.is_export(
+    assert is_export(tmp_path / "peft", run, "peft", False) and not is_export(
         tmp_path / "peft", run, "mlx-lm", False
     )
 
@@ -102,7 +103,7 @@ def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_pat
 def test_a_merge_into_a_16_bit_base_is_float32(random_gpt2, rows_file, tmp_path):
     convert(random_gpt2, tmp_path / "half", to="hf", dtype="float16")
     run = train(tmp_path / "half", rows_file, tmp_path / "run")
-    export.export(run, tmp_path / "merged", "hf", merged=True)
+    export(run, tmp_path / "merged", "hf", merged=True)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
     assert np.abs(logits(tmp_path / "merged") - logits(run)).max() < 2e-5
 

@@ -10,11 +10,12 @@ import shlex
 
 import pytest
 
-from mlx_posttrain import engines, methods, plan, recipe
+from mlx_posttrain import config, engines, methods
 from mlx_posttrain.convert import hub
-from mlx_posttrain.rl import rewards
+from mlx_posttrain.memory import plan
+from mlx_posttrain.rewards import functions
 
-SHIPPED = sorted(recipe.shipped())
+SHIPPED = sorted(config.shipped())
 DEFAULTS: dict[str, dict] = {
     "07_reward": {
         "train.lr": 1e-5,
@@ -73,7 +74,7 @@ def test_the_learning_path_is_shipped():
 
 @pytest.mark.parametrize("name", sorted(DEFAULTS))
 def test_defaults(name):
-    chosen = recipe.load(name)
+    chosen = config.load(name)
     for key, value in DEFAULTS[name].items():
         found = chosen
         for part in key.split("."):
@@ -85,7 +86,7 @@ def test_defaults(name):
 def test_five_templates():
     from mlx_posttrain.data.templates import FIVE
 
-    assert recipe.load("02_templates").data.template == list(FIVE)
+    assert config.load("02_templates").data.template == list(FIVE)
 
 
 SMALL = {  # what makes a recipe of a method run within seconds, offline
@@ -149,7 +150,7 @@ SHOWN = {
     [
         n
         for n in SHIPPED
-        if not n.startswith("00") and recipe.read_yaml(recipe.shipped()[n])["method"] in SMALL
+        if not n.startswith("00") and config.read_yaml(config.shipped()[n])["method"] in SMALL
     ],
 )
 @pytest.mark.parametrize("engine", engines.available())
@@ -157,8 +158,8 @@ def test_runs_on_the_tiny_model(name, engine, tmp_path):
     if engine == "torch" and name == "03_qlora":
         pytest.skip("quantised training is MLX's")
     hub.resolve("tiny")
-    method = recipe.read_yaml(recipe.shipped()[name])["method"]
-    chosen = recipe.load(name, [*SMALL[method], f"output={tmp_path / 'run'}", f"engine={engine}"])
+    method = config.read_yaml(config.shipped()[name])["method"]
+    chosen = config.load(name, [*SMALL[method], f"output={tmp_path / 'run'}", f"engine={engine}"])
     result = methods.get(chosen.method).run(chosen)
     assert 0 <= result["accuracy"] <= 1 if method == "ppo" else 0 < result["loss"] < 20
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
@@ -177,7 +178,7 @@ def test_rlhf_in_one_command(tmp_path):
         for s in SMALL[method]
         if not s.startswith(("model=", "reward="))
     ]
-    chosen = recipe.load(
+    chosen = config.load(
         "07_rlhf",
         [
             f"output={tmp_path / 'run'}",
@@ -219,7 +220,7 @@ def test_the_journey_in_one_command(tmp_path):
     ]
     settings = [s for s in settings if s not in ("reward.model=tiny", "judge.model=tiny", "ppo.model=tiny")]
     suite = ["limit=4", "max_tokens=6", "text_limit=3", "continuation=12", "samples=2"]
-    chosen = recipe.load(
+    chosen = config.load(
         "journey",
         [
             f"output={tmp_path / 'run'}",
@@ -258,9 +259,9 @@ def _records(run) -> list[dict]:
 
 def test_the_trade_off_compares_like_with_like():
     """Four penalties, three seeds; nothing else differs between the runs."""
-    from mlx_posttrain.methods.pipeline import stage_recipes
+    from mlx_posttrain.pipeline import stage_recipes
 
-    stages = stage_recipes(recipe.load("07_tradeoff"))
+    stages = stage_recipes(config.load("07_tradeoff"))
     runs = {name: own.model_dump() for name, own in stages.items() if own.method == "ppo"}
     assert sorted((own["kl"]["beta"], own["seed"]) for own in runs.values()) == [
         (b, s) for b in (0.05, 0.2, 0.3, 0.5) for s in (0, 1, 2)
@@ -273,9 +274,9 @@ def test_the_trade_off_compares_like_with_like():
 
 def test_the_budget_compares_like_with_like():
     """Traces, answers and as many tokens of answers: of one seed nothing else differs between the runs."""
-    from mlx_posttrain.methods.pipeline import stage_recipes
+    from mlx_posttrain.pipeline import stage_recipes
 
-    stages = {name: own.model_dump() for name, own in stage_recipes(recipe.load("08_budget")).items()}
+    stages = {name: own.model_dump() for name, own in stage_recipes(config.load("08_budget")).items()}
     report = stages.pop("report")
     assert [own["seed"] for own in stages.values()] == [0, 1, 2] * 3
     kinds = [(own["data"].pop("format"), own["data"].pop("limit")) for own in stages.values()]
@@ -296,7 +297,7 @@ def test_the_budget_in_one_command(tmp_path):
     """The shipped recipe, cut short: nine runs, and paired gains over questions and seeds in the report."""
     names = [f"{kind}_{seed}" for kind in ("traces", "answers", "tokens") for seed in (0, 1, 2)]
     small = ["data.limit=16", "data.eval_limit=4", "train.batch_size=8", "train.steps=1", "sample.count=0"]
-    chosen = recipe.load(
+    chosen = config.load(
         "08_budget",
         [
             f"output={tmp_path / 'run'}",
@@ -323,7 +324,7 @@ def test_the_budget_in_one_command(tmp_path):
 
 @pytest.mark.parametrize("name", ["02_templates", "03_lora", "06_kl_sft"])
 def test_runs_on_local_files(name, random_gpt2, shared, tmp_path):
-    chosen = recipe.load(
+    chosen = config.load(
         name,
         [
             f"model={random_gpt2}",
@@ -352,7 +353,7 @@ def test_pretraining_learns_from_random_weights(engine, tmp_path):
     texts.write_text(
         "".join(json.dumps({"text": " ".join(sentences[i:] + sentences[:i])}) + "\n" for i in range(18))
     )
-    chosen = recipe.load(
+    chosen = config.load(
         "00_pretrain_tiny",
         [
             f"data.source={texts}",
@@ -382,7 +383,7 @@ def offline() -> list[list[str]]:
     pipeline.
     """
     lines = [
-        line.lstrip("# ") for path in recipe.shipped().values() for line in path.read_text().splitlines()
+        line.lstrip("# ") for path in config.shipped().values() for line in path.read_text().splitlines()
     ]
     return [
         shlex.split(re.split(r"\s{2,}", line)[0])[2:]
@@ -397,10 +398,10 @@ def offline() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", offline(), ids=lambda words: words[0])
 def test_offline_commands_find_their_model_and_data(words):
-    chosen = recipe.load(words[0], words[1:])
+    chosen = config.load(words[0], words[1:])
     (found,) = plan.of_recipe(chosen)
     for entry in chosen.reward if words[0] == "07_ppo" else []:
-        rewards.load(entry.function)
+        functions.load(entry.function)
     assert found.steps and found.parameters < 4e6
 
 
@@ -419,7 +420,7 @@ def test_every_stage_that_trains_on_gpt2_has_an_offline_command():
 
 def test_the_commands_in_recipes_and_readme_parse(root):
     """Commands shown to people are ones that exist: recipe, keys and options."""
-    texts = [p.read_text() for p in recipe.shipped().values()] + [
+    texts = [p.read_text() for p in config.shipped().values()] + [
         p.read_text() for p in (root / "README.md", root / "recipes" / "README.md") if p.is_file()
     ]
     commands = [
@@ -442,4 +443,4 @@ def test_the_commands_in_recipes_and_readme_parse(root):
         context = known[words[0]].make_context(words[0], words[1:], resilient_parsing=True)
         assert context is not None
         if words[0] == "run" and "--resume" not in words and not words[1].isupper():
-            recipe.load(words[1], [w for w in words[2:] if "=" in w and "..." not in w])
+            config.load(words[1], [w for w in words[2:] if "=" in w and "..." not in w])

@@ -9,16 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, methods, plan, recipe
-from mlx_posttrain import reference as references
+from mlx_posttrain import config, engines, methods
+from mlx_posttrain.config import TrainSection
 from mlx_posttrain.data.batches import by_row, collate, with_rows
+from mlx_posttrain.data.dataset import Data
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.base import REFERENCE_HIDDEN, AdamW, AdapterSpec
+from mlx_posttrain.memory import plan
 from mlx_posttrain.methods import sft
-from mlx_posttrain.recipe import TrainSection
-from mlx_posttrain.reference import GB, Share, hidden_states, remember, share
-from mlx_posttrain.training import Data
+from mlx_posttrain.training import reference as references
+from mlx_posttrain.training.reference import GB, Share, hidden_states, remember, share
 
 ENGINES = engines.available()
 
@@ -222,7 +223,7 @@ def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys, monke
     reset = engine.reset_memory
     monkeypatch.setattr(engine, "reset_memory", lambda self: (happened.append("reset"), reset(self))[1])
     monkeypatch.setattr(references, "remember", lambda *given: (happened.append("remember"), keep(*given))[1])
-    chosen = recipe.load(
+    chosen = config.load(
         "06_kl_sft",
         [
             f"model={random_gpt2}",
@@ -253,7 +254,7 @@ def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys, monke
         "data.clean=null",
     ]
     (kept,), (without,) = (
-        plan.of_recipe(recipe.load("06_kl_sft", [*few, f"kl.cache_gb={gb}"])) for gb in (1, 0)
+        plan.of_recipe(config.load("06_kl_sft", [*few, f"kl.cache_gb={gb}"])) for gb in (1, 0)
     )
     assert (
         kept.total_gb - without.total_gb == pytest.approx(kept.parts["kept states"])
@@ -270,7 +271,7 @@ def test_evaluations_take_four_times_a_steps_budget():
 
 
 def test_scoring_is_bounded_by_tokens(monkeypatch):
-    from mlx_posttrain.rl import scoring
+    from mlx_posttrain.rewards import scorer as scoring
 
     monkeypatch.setattr(scoring, "TOKEN_BUDGET", 64)
     seen = []

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, methods, recipe, runs
-from mlx_posttrain.progress import Interrupted, interruptible
+from mlx_posttrain import config, engines, methods, runs
+from mlx_posttrain.console import Interrupted, interruptible
 
 ENGINES = engines.available()
 
@@ -134,7 +134,7 @@ def test_every_kind_of_training_resumes(engine, kind, random_gpt2, rows_file, tm
             "sample.count=0",
             *more,
         )[2:]
-        chosen = recipe.load("01_sft", overrides)
+        chosen = config.load("01_sft", overrides)
         methods.get("sft").run(chosen)
         return output
 
@@ -148,7 +148,7 @@ def test_every_kind_of_training_resumes(engine, kind, random_gpt2, rows_file, tm
     shutil.rmtree(broken / "checkpoints" / "step-000005")
     _, raw = runs.reopen(broken)
     methods.get("sft").run(
-        recipe.parse(raw | {"output": str(broken)}, methods.get("sft").Recipe, "recipe.yaml"), resume=True
+        config.parse(raw | {"output": str(broken)}, methods.get("sft").Recipe, "recipe.yaml"), resume=True
     )
     assert [dict(r)["step"] for r in losses(broken)] == [0, 1, 2, 3, 4, 5, 5] and losses(broken) == losses(
         whole

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, export, loading, methods, recipe
+from mlx_posttrain import config, engines, methods
 from mlx_posttrain.data import pairs
 from mlx_posttrain.data.types import Preference
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import reward
-from mlx_posttrain.rl.scoring import score_rows
+from mlx_posttrain.models.export import export
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.tokenizer import pad_id
+from mlx_posttrain.rewards.scorer import score_rows
 from mlx_posttrain.runs import Run
 
 ENGINES = engines.available()
@@ -40,7 +43,7 @@ def kind_rows(tmp_path_factory) -> Path:
 
 
 def load(model, rows, output, *overrides: str):
-    return recipe.load(
+    return config.load(
         "07_reward",
         [
             f"model={model}",
@@ -75,15 +78,15 @@ def test_an_order_of_words_is_learned_and_reported(engine, random_gpt2, kind_row
     assert report["over_bag_of_words"][1] > 0.2  # the lower end of the paired interval
     assert report["mean_training_loss"] < np.log(2)
     with pytest.raises(UserError, match="scores texts and writes none"):
-        loading.open_model(tmp_path / "run", engine)
+        open_model(tmp_path / "run", engine)
     with pytest.raises(UserError, match="cannot learn to write"):
         methods.get("sft").run(
-            recipe.load(
+            config.load(
                 "01_sft", [f"model={tmp_path / 'run'}", f"output={tmp_path / 'sft'}", f"engine={engine}"]
             )
         )
     with pytest.raises(UserError, match="no reward model"):
-        loading.open_model(random_gpt2, engine, scores=True)
+        open_model(random_gpt2, engine, scores=True)
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
@@ -116,7 +119,7 @@ def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows,
     # at a difference of 0 the loss is log(1 + e^3) = 3.05, not ln 2
     assert (curves[0][0] > 2) is ("margin" in str(more))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    done = export.export(tmp_path / ENGINES[0], tmp_path / "hf", "hf", merged=more[:1] == ["adapter.rank=4"])
+    done = export(tmp_path / ENGINES[0], tmp_path / "hf", "hf", merged=more[:1] == ["adapter.rank=4"])
     net, info = AutoModelForSequenceClassification.from_pretrained(done["path"], output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(done["path"])
@@ -134,12 +137,12 @@ def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows,
         theirs = net.eval()(**batch).logits[:, 0].numpy()
     for name in (tmp_path / ENGINES[0], tmp_path / "hf"):  # the run, and a classifier from elsewhere
         for engine in ENGINES:
-            model, own, _ = loading.open_model(name, engine, scores=True)
-            assert np.abs(score_rows(model, rows, loading.pad_id(model.config, own)) - theirs).max() < 1e-4
+            model, own, _ = open_model(name, engine, scores=True)
+            assert np.abs(score_rows(model, rows, pad_id(model.config, own)) - theirs).max() < 1e-4
     if more[:1] == ["adapter.rank=4"]:
         from peft import PeftModel
 
-        export.export(tmp_path / ENGINES[0], tmp_path / "peft", "peft")
+        export(tmp_path / ENGINES[0], tmp_path / "peft", "peft")
         base = AutoModelForSequenceClassification.from_pretrained(
             random_gpt2, num_labels=1, pad_token_id=tokenizer.eos_token_id
         )
@@ -172,7 +175,7 @@ def test_resumes_to_the_same_figures(engine, more, random_gpt2, kind_rows, tmp_p
 
 def test_ppo_takes_a_lora_reward_model_and_its_critic(random_gpt2, kind_rows, tmp_path):
     methods.get("reward").run(load(random_gpt2, kind_rows, tmp_path / "rm", "adapter.rank=4"))
-    chosen = recipe.load(
+    chosen = config.load(
         "07_ppo",
         [
             f"model={random_gpt2}",

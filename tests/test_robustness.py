@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, methods, recipe, runs
+from mlx_posttrain import config, engines, methods, runs
 from mlx_posttrain.errors import UserError
 
 ENGINES = engines.available()
@@ -40,13 +40,13 @@ def settings(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
 
 
 def train(*overrides: str) -> dict:
-    chosen = recipe.load("01_sft", list(overrides))
+    chosen = config.load("01_sft", list(overrides))
     return methods.get(chosen.method).run(chosen)
 
 
 def resume(folder: Path) -> dict:
     _, raw = runs.reopen(folder)
-    chosen = recipe.parse(raw | {"output": str(folder)}, methods.get("sft").Recipe, "recipe.yaml")
+    chosen = config.parse(raw | {"output": str(folder)}, methods.get("sft").Recipe, "recipe.yaml")
     return methods.get("sft").run(chosen, resume=True)
 
 

@@ -9,9 +9,9 @@ import json
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, generation, methods, recipe
+from mlx_posttrain import config, engines, generation, methods
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.loading import open_model
+from mlx_posttrain.models.open import open_model
 
 ENGINE = engines.available()[0]
 TOKENS = np.arange(3, 40)[None]
@@ -27,7 +27,7 @@ def run(model, rows, output, *more: str) -> dict:
         "sample.count=0",
         *more,
     ]
-    chosen = recipe.load("01_sft", overrides)
+    chosen = config.load("01_sft", overrides)
     return methods.get(chosen.method).run(chosen)
 
 
@@ -80,13 +80,13 @@ def test_a_failed_start_leaves_your_folder_alone(random_gpt2, tmp_path):
 
 def test_a_runs_own_recipe_can_be_run_again(random_gpt2, rows_file, tmp_path):
     run(random_gpt2, rows_file, tmp_path / "run", "data.template=plain")
-    again = recipe.load(str(tmp_path / "run" / "recipe.yaml"), ["output=elsewhere"])
+    again = config.load(str(tmp_path / "run" / "recipe.yaml"), ["output=elsewhere"])
     assert again.data.template == "plain" and again.output == "elsewhere"
 
 
 def test_a_mistyped_path_does_not_run_a_shipped_recipe():
     with pytest.raises(UserError, match="not a file"):
-        recipe.load("some/folder/01_sft.yaml")
+        config.load("some/folder/01_sft.yaml")
 
 
 @pytest.mark.parametrize(

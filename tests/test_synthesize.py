@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import engines, loading, recipe, synthesize
+from mlx_posttrain import config, engines
 from mlx_posttrain.data import sources
 from mlx_posttrain.engines.base import Completion, head_start
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import verify
-from mlx_posttrain.synthesize import Settings
+from mlx_posttrain.generation import synthesize
+from mlx_posttrain.generation.synthesize import Settings
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.source import locate
+from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
+from mlx_posttrain.rewards import verify
 
 ENGINE = engines.available()[0]
 SETTINGS = Settings(samples=4, max_tokens=12, keep=2, near=None)
@@ -121,9 +125,9 @@ def test_what_is_deleted_is_made_anew_and_long_questions_are_left_out(tmp_path, 
 
 def test_a_reward_model_chooses_the_best(questions, tmp_path, random_gpt2, monkeypatch):
     monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
-    judge, tokenizer, _ = loading.open_model("tiny", ENGINE)
+    judge, tokenizer, _ = open_model("tiny", ENGINE)
     judge.add_head(head_start(judge.config["n_embd"], 0))
-    judge.save_classifier(tmp_path / "judge", loading.pad_id(judge.config, tokenizer))
+    judge.save_classifier(tmp_path / "judge", pad_id(judge.config, tokenizer))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "judge" / name).is_file()
     make(
@@ -175,7 +179,7 @@ def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
     )
 
     def candidates(model, prompts, **settings):
-        tokenizer = loading.load_tokenizer(loading.locate("tiny").folder)
+        tokenizer = load_tokenizer(locate("tiny").folder)
         return [Completion(tokenizer.encode(text), [], True) for text in next(said)]
 
     monkeypatch.setattr(synthesize, "CHUNK", 1)
@@ -221,7 +225,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
     ]
 
     def candidates(model, prompts, **settings):
-        tokenizer = loading.load_tokenizer(loading.locate("tiny").folder)
+        tokenizer = load_tokenizer(locate("tiny").folder)
         return [Completion(tokenizer.encode(text), [], True) for _ in prompts for text in said]
 
     monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
@@ -234,7 +238,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
     )
     assert (told["written"], told["wrong"], told["no thought"]) == (12, 6, 6)
     monkeypatch.undo()
-    chosen = recipe.load(
+    chosen = config.load(
         "08_distill",
         [
             "model=tiny",
@@ -255,9 +259,10 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
             f"output={tmp_path / 'run'}",
         ],
     )
-    from mlx_posttrain import methods, supervised
+    from mlx_posttrain import methods
+    from mlx_posttrain.data.read import read_conversations
 
-    read = supervised.read_conversations(chosen.data, split="train", limit=None, seed=0)
+    read = read_conversations(chosen.data, split="train", limit=None, seed=0)
     assert {row.turns[-1].content for row in read} == {said[0], said[3]} and all(
         row.extra["answer"] == "5" for row in read
     )
@@ -271,7 +276,7 @@ def test_the_result_trains(questions, tmp_path, monkeypatch):
     monkeypatch.undo()
     from mlx_posttrain import methods
 
-    chosen = recipe.load(
+    chosen = config.load(
         "01_sft",
         [
             "model=tiny",

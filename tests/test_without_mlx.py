@@ -98,10 +98,10 @@ def test_another_architecture_needs_mlx(random_gpt2, tmp_path):
 
 def test_a_qlora_run_is_exported_as_far_as_that_goes(random_gpt2, rows_file, tmp_path):
     pytest.importorskip("mlx_lm")
-    from mlx_posttrain import methods, recipe
+    from mlx_posttrain import config, methods
 
     run = tmp_path / "run"
-    chosen = recipe.load(
+    chosen = config.load(
         "01_sft",
         [
             f"model={random_gpt2}",

@@ -19,11 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_posttrain import plan
 from mlx_posttrain.bench.comparison import Timing, compare, relations
 from mlx_posttrain.bench.material import SIZES, Shape, model_folder, reward_folder, rows
+from mlx_posttrain.console import say
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.progress import say
+from mlx_posttrain.memory import plan
 
 ENGINES = ("mlx-gpu", "mlx-cpu", "torch-cpu")
 WHAT = ("sft", "lora", "kl", "kl-lora", "reward", "ppo", "generate", "generate-single", "scaling")

@@ -60,9 +60,9 @@ def model_folder(name: str, scratch: Path) -> Path:
     Raises UserError as loading does.
     """
     if name not in SIZES or Path(name).exists():
-        from mlx_posttrain import loading
+        from mlx_posttrain.models.merge import base_folder
 
-        return loading.base_folder(name)
+        return base_folder(name)
     from safetensors.numpy import save_file
 
     from mlx_posttrain.methods.pretrain import PretrainSection, gpt2_config, random_weights

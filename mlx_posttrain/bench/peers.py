@@ -68,8 +68,8 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     """mlx-lm's own loop; its ``full`` trains the blocks only, its LoRA is put on every block's attention and
     MLP projections as ours is.
     """
-    from mlx_posttrain import blas
     from mlx_posttrain.convert import hub, weights
+    from mlx_posttrain.engines.mlx.cpu import blas
 
     blas.load()
     import mlx.core as mx

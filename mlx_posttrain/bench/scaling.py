@@ -98,7 +98,7 @@ def loss_peak(engine: str, positions: int, vocabulary: int) -> float:
 def _mlx_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
     import mlx.core as mx
 
-    from mlx_posttrain.engines import mlx_fused
+    from mlx_posttrain.engines.mlx import fused as mlx_fused
 
     targets = mx.array(target.astype(np.int32))
 
@@ -117,7 +117,7 @@ def _torch_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
     import torch
 
     from mlx_posttrain import doctor
-    from mlx_posttrain.engines import torch_fused
+    from mlx_posttrain.engines.torch import fused as torch_fused
 
     hidden, weight = (torch.from_numpy(a).requires_grad_(True) for a in (h, w))
     doctor.forget_process_peak()

@@ -7,7 +7,7 @@ import os
 import time
 
 from mlx_posttrain.bench.material import Shape, rows
-from mlx_posttrain.plan import Size
+from mlx_posttrain.memory.plan import Size
 
 
 def training_flops(of: Size, what: str, shape: Shape) -> float:

@@ -110,12 +110,12 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     """A pass over the rows: sft, kl (all weights), lora, kl-lora (rank 16) or reward (neighbouring rows as
     pairs).
     """
+    from mlx_posttrain.config import TrainSection
     from mlx_posttrain.data import pairs
+    from mlx_posttrain.data.dataset import Data
     from mlx_posttrain.data.types import Preference
     from mlx_posttrain.engines.base import AdamW, AdapterSpec, head_start, width
     from mlx_posttrain.methods import reward, sft
-    from mlx_posttrain.recipe import TrainSection
-    from mlx_posttrain.training import Data
 
     what, shape = spec["what"], Shape(**spec["shape"])
     rate = learning_rate(what)
@@ -204,10 +204,11 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
     """One iteration: 32 answers of 64 tokens, scored by a reward model, and 2 epochs of updates of a policy
     and a separate critic.
     """
-    from mlx_posttrain import loading
     from mlx_posttrain.engines.base import AdamW
     from mlx_posttrain.methods import ppo as method
-    from mlx_posttrain.rl import rollouts, scoring
+    from mlx_posttrain.models.tokenizer import load_tokenizer
+    from mlx_posttrain.rewards import scorer as scoring
+    from mlx_posttrain.rl import rollouts
     from mlx_posttrain.rl.experience import Parties, experience, measure
     from mlx_posttrain.rl.rollouts import Question
 
@@ -224,7 +225,7 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
             "rollout": {**ROLLOUT, "missing_eos_penalty": None},
         }
     )
-    tokenizer = loading.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     policy = engine.load(folder)
     policy.keep_reference()
     parties = Parties(

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlx_posttrain.config import TrainSection
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, for_evaluation, round_up
 from mlx_posttrain.data.encode import encode_all
 from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.recipe import TrainSection
 
 Sides = tuple[tuple[int, ...], tuple[int, ...]]  # the token ids of the chosen and of the rejected text
 

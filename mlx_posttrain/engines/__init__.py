@@ -7,7 +7,7 @@ import importlib.util
 import platform
 import sys
 
-from mlx_posttrain import heap
+from mlx_posttrain.engines import heap
 from mlx_posttrain.engines.base import Engine
 from mlx_posttrain.errors import UserError
 
@@ -51,9 +51,9 @@ def get(name: str = "auto") -> Engine:
         )
     heap.keep()
     if name == "mlx":
-        from mlx_posttrain.engines.mlx import MLXEngine
+        from mlx_posttrain.engines.mlx.engine import MLXEngine
 
         return MLXEngine()
-    from mlx_posttrain.engines.torch import TorchEngine
+    from mlx_posttrain.engines.torch.engine import TorchEngine
 
     return TorchEngine()

@@ -107,7 +107,7 @@ def kl_slope(
 
 
 def entropy(z: Array, p: Array, lse: Array) -> Array:
-    """:func:`mlx_posttrain.losses.ppo.entropy` from a softmax that is there already: [n, 1]."""
+    """:func:`mlx_posttrain.losses.policy.entropy` from a softmax that is there already: [n, 1]."""
     return lse - ops(z).sum(p * z, axis=-1, keepdims=True)
 
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import export, loading, runs, supervised
+from mlx_posttrain import runs
+from mlx_posttrain.config import DataSection
+from mlx_posttrain.console import say
 from mlx_posttrain.convert import arrays, gpt2, hub
 from mlx_posttrain.data import batches, encode, templates
+from mlx_posttrain.data.read import read_conversations
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
@@ -25,8 +28,9 @@ from mlx_posttrain.evaluate.findings import Finding
 from mlx_posttrain.evaluate.suite import SuiteSection, base_texts, compare, text_loss
 from mlx_posttrain.evaluate.suite import labels_of as suite_labels
 from mlx_posttrain.methods import sft
-from mlx_posttrain.progress import say
-from mlx_posttrain.recipe import DataSection
+from mlx_posttrain.models.merge import write_merged
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.source import locate
 
 ROWS = 96  # training rows read for a distribution's shift
 GRADIENT_ROWS = 64  # and for the gradients of templates
@@ -41,7 +45,7 @@ def root(name: str | Path) -> str:
     while runs.is_run(name):
         recipe = runs.reopen(name)[1]
         if recipe.get("method") == "pipeline":
-            from mlx_posttrain.methods.pipeline import language_model
+            from mlx_posttrain.pipeline import language_model
 
             name = language_model(name)
             continue
@@ -71,11 +75,11 @@ def with_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], l
         return list(names), list(labels)
     try:
         base = root(first)
-        place = loading.locate(base)
+        place = locate(base)
     except UserError as error:
         say(f"the base is left out: {error}")
         return list(names), list(labels)
-    if place in [loading.locate(name) for name in names]:
+    if place in [locate(name) for name in names]:
         return list(names), list(labels)
     return ([base, *names], ["base", *labels]) if len(names) == 1 else ([*names, base], [*labels, "base"])
 
@@ -174,7 +178,7 @@ def at_the_start(
     plain: dict[str, measure.RowLoss] = {}
     pulls: Finding | None = None
     for start in dict.fromkeys(starts[label] for label in trained):
-        model, tokenizer, source = loading.open_model(start, engine)
+        model, tokenizer, source = open_model(start, engine)
         if texts:
             own = text_loss(model, tokenizer, texts, suite)
             under = {
@@ -199,7 +203,7 @@ def empty_cache(label: str, name: str, engine: str, seed: int = 0) -> Finding:
     """Decode a supervised run's own questions with the key/value cache and without: see
     :func:`findings.empty_cache`.
     """
-    model, tokenizer, source = loading.open_model(name, engine)
+    model, tokenizer, source = open_model(name, engine)
     how: dict[str, Any] = {"template": source.template, "max_tokens": ANSWER}
     rows = _training_rows(name)[:GRADIENT_ROWS]
     proper = [a.tokens for a in measure.answers(model, tokenizer, rows, **how)]
@@ -216,7 +220,7 @@ def drift(base: str, name: str) -> dict[str, float]:
     A quantised run is left out ({}): its base is rounded, which is no drift. Nothing is written into a run's
     folder.
     """
-    if loading.locate(name).quantize:
+    if locate(name).quantize:
         return {}
     before, after = (_whole(n) for n in (base, name))
     changed = {}
@@ -234,11 +238,11 @@ def drift(base: str, name: str) -> dict[str, float]:
 
 def _whole(name: str) -> dict[str, np.ndarray]:
     """All matrices of a model, those of an adapter merged into its base."""
-    source = loading.locate(name)
+    source = locate(name)
     if source.adapter is None:
         return _matrices(source.folder)
     with tempfile.TemporaryDirectory() as scratch:
-        export.write_merged(source, Path(scratch))
+        write_merged(source, Path(scratch))
         return _matrices(Path(scratch))
 
 
@@ -260,7 +264,7 @@ def _training_rows(name: str) -> list[Conversation]:
     if recipe.get("method") not in ("sft", "distill"):
         return []
     data = DataSection(**recipe["data"])
-    rows = supervised.read_conversations(
+    rows = read_conversations(
         data, split=data.split, limit=min(ROWS, data.limit or ROWS), seed=recipe.get("seed", 0)
     )
     return [row for row in rows if row.templated]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from mlx_posttrain.console import say
 from mlx_posttrain.data.types import Conversation, Turn
-from mlx_posttrain.loading import Source
-from mlx_posttrain.progress import say
+from mlx_posttrain.models.source import Source
 
 OWN = "own"  # the template setting that leaves each model its own
 

@@ -28,8 +28,8 @@ from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import DeviceBatch, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import measure
-from mlx_posttrain.loading import open_model
 from mlx_posttrain.losses.sft import token_logprobs
+from mlx_posttrain.models.open import open_model
 from mlx_posttrain.ops import ops
 
 try:

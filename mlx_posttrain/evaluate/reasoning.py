@@ -16,7 +16,7 @@ from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.evaluate import measure
 from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, share
-from mlx_posttrain.evaluate.verify import verify
+from mlx_posttrain.rewards.verify import verify
 
 #: An empty thought: after it a model answers at once (Ma et al. 2025, "Reasoning Models Can Be Effective
 #: Without Thinking").

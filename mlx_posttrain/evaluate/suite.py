@@ -16,20 +16,23 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from mlx_posttrain import loading
-from mlx_posttrain import recipe as recipes
+from mlx_posttrain import config
+from mlx_posttrain.console import say
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import ask, measure, verify
+from mlx_posttrain.evaluate import ask, measure
 from mlx_posttrain.evaluate.comparison import PER_TOKEN, Comparison, Measured, Values
 from mlx_posttrain.evaluate.metrics import distinct_by_text, diversity, seq_rep_n
 from mlx_posttrain.evaluate.preference import length_controlled_wins
-from mlx_posttrain.progress import say
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.source import Source, locate
+from mlx_posttrain.models.tokenizer import pad_id
+from mlx_posttrain.rewards import verify
 
 
-class SuiteSection(recipes.Section):
+class SuiteSection(config.Section):
     """What models are compared on. Every key may be set on the command line of ``compare`` and ``eval`` as
     well.
     """
@@ -119,7 +122,7 @@ def compare(
     """
     origins = list(origins) if origins else [0] * len(names)
     labels = list(labels) if labels else labels_of(names)
-    located = [loading.locate(name) for name in names]
+    located = [locate(name) for name in names]
     ways = ask.ways(
         located, template=suite.template, max_tokens=suite.max_tokens, think_tokens=suite.think_tokens
     )
@@ -127,13 +130,13 @@ def compare(
     texts, lines = base_texts(suite)
     openings = measure.openings(lines, suite.opening_words)[:OPENINGS]
     words = read_texts(suite.last_words, None) if suite.last_words else []
-    judge = loading.open_model(suite.reward, engine, scores=True) if suite.reward else None
+    judge = open_model(suite.reward, engine, scores=True) if suite.reward else None
     kept: dict[int, Model] = {}  # models that later ones are compared with
     found: list[Measured] = []
     scores: list[tuple[np.ndarray, np.ndarray]] = []
     for place, (name, label, way) in enumerate(zip(names, labels, ways, strict=True)):
         say(f"measuring {label}")
-        model, tokenizer, _ = loading.open_model(name, engine)
+        model, tokenizer, _ = open_model(name, engine)
         one = Measured(label, str(name), template=way.template, origin=origins[place], seed=suite.seed)
         _ask(one, model, tokenizer, questions, suite, way)
         _read(one, model, tokenizer, texts, openings, suite)
@@ -391,10 +394,7 @@ def _repetition(continuations: Sequence[Sequence[int]], texts: int, how: str) ->
 
 
 def _score(
-    judge: tuple[Model, Any, loading.Source],
-    questions: Sequence[Conversation],
-    answers: Sequence[str],
-    template: str,
+    judge: tuple[Model, Any, Source], questions: Sequence[Conversation], answers: Sequence[str], template: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The reward model's scores of the answers and how many of its tokens it read of each, [R] each.
 
@@ -402,7 +402,7 @@ def _score(
     what does not fit the judge's context.
     """
     from mlx_posttrain.data.pairs import encode_answers
-    from mlx_posttrain.rl.scoring import score_rows
+    from mlx_posttrain.rewards.scorer import score_rows
 
     model, tokenizer, source = judge
     said = [verify.after_thought(answer) for answer in answers]
@@ -412,7 +412,7 @@ def _score(
     scores = np.array([np.nan if text.strip() else -np.inf for text in said])
     known = [i for i, row in enumerate(rows) if row is not None]
     scores[known] = score_rows(
-        model, [row for row in rows if row is not None], loading.pad_id(model.config, tokenizer)
+        model, [row for row in rows if row is not None], pad_id(model.config, tokenizer)
     )
     return scores, np.array(
         [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in said],

@@ -22,4 +22,4 @@ def get(name: str) -> ModuleType:
             "unknown method "
             f"{name!r}; " + (f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(NAMES)}")
         )
-    return import_module(f"mlx_posttrain.methods.{name}")
+    return import_module("mlx_posttrain.pipeline" if name == "pipeline" else f"mlx_posttrain.methods.{name}")

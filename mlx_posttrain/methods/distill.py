@@ -17,20 +17,22 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_posttrain import engines, loading, runs, supervised
-from mlx_posttrain import plan as plans
-from mlx_posttrain import recipe as recipes
+from mlx_posttrain import config, engines, runs
+from mlx_posttrain.console import say
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines.base import Model
-from mlx_posttrain.evaluate import reasoning, verify
+from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.methods import sft
-from mlx_posttrain.progress import say
+from mlx_posttrain.models.merge import base_folder
+from mlx_posttrain.rewards import verify
+from mlx_posttrain.training import setup
 
 LEAST_ROOM = 32  # tokens: a question that leaves less in the context has no room for a thought
 
 
-class ThinkSection(recipes.Section):
+class ThinkSection(config.Section):
     """The questions that are asked afterwards."""
 
     questions: int = Field(
@@ -45,18 +47,18 @@ class ThinkSection(recipes.Section):
     base: bool = Field(True, description="ask the model before training as well")
 
 
-class Recipe(recipes.Recipe):
+class Recipe(config.Recipe):
     """Supervised fine-tuning on thoughts."""
 
     method: Literal["distill"] = Field(description="distill: imitate a teacher's thoughts and answers")
-    adapter: recipes.AdapterSection | None = Field(
+    adapter: config.AdapterSection | None = Field(
         None, description="train an adapter instead of all weights; null: all weights"
     )
     think: ThinkSection = Field(default_factory=lambda: ThinkSection())
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        recipes.check_training(self)
+        config.check_training(self)
         if not isinstance(self.data.template, str):
             raise ValueError("data.template takes one name here: all questions must be asked alike")
         return self
@@ -72,11 +74,11 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     ) -> dict[str, Any]:
         return judge(recipe, run, model, tokenizer, held_out, kept)
 
-    result = supervised.run(recipe, sft.loss, adapter=recipe.adapter, resume=resume, judge=judged)
+    result = setup.run(recipe, sft.loss, adapter=recipe.adapter, resume=resume, judge=judged)
     # a merge into few bits loses much of an adapter
     if recipe.adapter is not None and recipe.adapter.quantize is None:
         assert recipe.output is not None
-        say(f"merged into {loading.base_folder(recipe.output)}")
+        say(f"merged into {base_folder(recipe.output)}")
     return result
 
 
@@ -84,7 +86,7 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
     """What the training would take; see supervised.planned. The questions asked afterwards come on top in
     time, not in memory.
     """
-    return supervised.planned(recipe)
+    return setup.planned(recipe)
 
 
 def judge(
@@ -121,7 +123,7 @@ def judge(
         with student.adapters_off():
             base = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room)
     elif recipe.think.base:
-        start = engines.get(recipe.engine).load(loading.base_folder(recipe.model))
+        start = engines.get(recipe.engine).load(base_folder(recipe.model))
         base = reasoning.think(start, tokenizer, rows, template=template, max_tokens=room)
     figures = reasoning.summary(thinking, at_once, base, kept)
     records = [

@@ -32,20 +32,24 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from mlx_posttrain import engines, loading, runs, supervised
-from mlx_posttrain import plan as plans
-from mlx_posttrain import recipe as recipes
+from mlx_posttrain import config, engines, runs
+from mlx_posttrain.console import Progress, interrupted, interruptible, say
 from mlx_posttrain.convert.files import require_space
 from mlx_posttrain.data import batches as data_batches
 from mlx_posttrain.data import encode
+from mlx_posttrain.data.read import encode_rows, read_conversations
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Array, DeviceBatch, Engine, Loss, Model, Trainer, head_start, width
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.losses import ppo as objective
+from mlx_posttrain.losses import policy as objective
 from mlx_posttrain.losses.sft import token_mean
-from mlx_posttrain.progress import Progress, interrupted, interruptible, say
-from mlx_posttrain.rl import kl, prompts, rollouts, scoring
+from mlx_posttrain.memory import plan as plans
+from mlx_posttrain.models.merge import base_folder
+from mlx_posttrain.models.source import locate
+from mlx_posttrain.models.tokenizer import check_vocabulary, load_tokenizer
+from mlx_posttrain.rewards import scorer as scoring
+from mlx_posttrain.rl import kl, prompts, rollouts
 from mlx_posttrain.rl.experience import Experience, Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Answer, Question
 from mlx_posttrain.rl.settings import (
@@ -56,17 +60,19 @@ from mlx_posttrain.rl.settings import (
     PTXSection,
     RolloutSection,
 )
-from mlx_posttrain.schedule import learning_rate
-from mlx_posttrain.training import adamw, blown_up, check_warmup, not_finite, same_data, tell_compiled
+from mlx_posttrain.training import setup
+from mlx_posttrain.training.checks import blown_up, check_warmup, not_finite, same_data, tell_compiled
+from mlx_posttrain.training.loop import adamw
+from mlx_posttrain.training.schedule import learning_rate
 
 NORMALISED_ON = 256  # prompts, at most
 
 
-class Recipe(recipes.Recipe):
+class Recipe(config.Recipe):
     """PPO against a reward."""
 
     method: Literal["ppo"] = Field(description="ppo: answer, score, improve")
-    adapter: recipes.AdapterSection | None = Field(
+    adapter: config.AdapterSection | None = Field(
         None, description="train an adapter instead of all weights; null: all weights"
     )
     reward: list[scoring.RewardEntry] = Field(
@@ -85,8 +91,8 @@ class Recipe(recipes.Recipe):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        recipes.check_one_way_of_asking(self.data, self.sample, "prompts")
-        recipes.check_training(self)
+        config.check_one_way_of_asking(self.data, self.sample, "prompts")
+        config.check_training(self)
         if self.critic.kind == "shared" and (self.critic.lr is not None or self.critic.init != "auto"):
             raise ValueError("critic.lr and critic.init belong to a separate critic")
         if self.critic.kind == "separate" and self.ppo.vf_coef != PPOSection.model_fields["vf_coef"].default:
@@ -254,14 +260,14 @@ def _means(records: list[dict[str, float]]) -> dict[str, float]:
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Run the recipe to the end; returns the figures of the last evaluation. Errors as supervised.run."""
-    engine, run = supervised.begin(recipe, resume)
-    with supervised.setting_up(run, resume):
-        folder = loading.base_folder(recipe.model)
-        tokenizer = loading.load_tokenizer(folder)
-        policy = supervised.load_model(engine, recipe, folder, recipe.adapter)
+    engine, run = setup.begin(recipe, resume)
+    with setup.setting_up(run, resume):
+        folder = base_folder(recipe.model)
+        tokenizer = load_tokenizer(folder)
+        policy = setup.load_model(engine, recipe, folder, recipe.adapter)
         if policy.has_head:
             raise UserError(f"{recipe.model} is a reward model: the policy of PPO is a language model")
-        loading.check_vocabulary(tokenizer, policy, folder)
+        check_vocabulary(tokenizer, policy, folder)
         check_warmup(recipe.train, recipe.train.steps)
         questions, held_out = prompts.read(
             recipe.data, tokenizer, policy.context, recipe.rollout.max_tokens, recipe.seed
@@ -286,7 +292,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
                 "there are no held-out prompts: nothing is evaluated, and samples are answers to training "
                 "prompts"
             )
-        supervised.announce(recipe, engine, policy)
+        setup.announce(recipe, engine, policy)
     engine.seed(recipe.seed)
     result = fit(engine, parties, questions, held_out, beside, recipe, run, resume)
 
@@ -295,7 +301,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         # a value head is of no use to whoever runs the model
         (target / files.HEAD_FILE).unlink(missing_ok=True)
 
-    supervised.finish(run, result, write)
+    setup.finish(run, result, write)
     what = (
         f"score {result['score']:.3f}, KL {result['kl']:.2f} nats per answer"
         if held_out
@@ -309,10 +315,10 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
     """What the recipe would take; makes no run directory and loads no weights. Raises UserError as reading
     the data does.
     """
-    folder = loading.locate(recipe.model).folder
+    folder = locate(recipe.model).folder
     found = prompts.read(
         recipe.data,
-        loading.load_tokenizer(folder),
+        load_tokenizer(folder),
         plans.size(folder).context,
         recipe.rollout.max_tokens,
         recipe.seed,
@@ -328,9 +334,7 @@ def _plan(
         for asked in (questions, _normalised_on(questions, recipe.seed), held_out)
     )
     scorers = [
-        plans.size(loading.locate(entry.model).folder)
-        for entry in [*recipe.reward, *recipe.judge]
-        if entry.model
+        plans.size(locate(entry.model).folder) for entry in [*recipe.reward, *recipe.judge] if entry.model
     ]
     return plans.of_ppo(
         recipe, engine, plans.size(folder), plans.PromptLengths(max(training), ahead, unseen), scorers
@@ -355,8 +359,7 @@ def _critic(engine: Engine, recipe: Recipe, folder: Path, policy: Model) -> Mode
         return None
     reward = _critic_source(recipe)
     critic = engine.load(
-        loading.base_folder(reward) if reward else folder,
-        gradient_checkpointing=recipe.train.gradient_checkpointing,
+        base_folder(reward) if reward else folder, gradient_checkpointing=recipe.train.gradient_checkpointing
     )
     if not critic.has_head:
         critic.add_head(head_start(width(critic.config), None))
@@ -376,8 +379,8 @@ def _ptx_rows(recipe: Recipe, tokenizer: Any, context: int | None) -> list[Examp
     if recipe.ptx is None:
         return []
     data = recipe.ptx.data
-    rows = supervised.read_conversations(data, split=data.split, limit=data.limit, seed=recipe.seed)
-    return supervised.encode_rows(rows, data, tokenizer, context, recipe.seed, "ptx rows")
+    rows = read_conversations(data, split=data.split, limit=data.limit, seed=recipe.seed)
+    return encode_rows(rows, data, tokenizer, context, recipe.seed, "ptx rows")
 
 
 def _fingerprint(rows: Sequence[Question] | Sequence[Example]) -> dict[str, Any]:

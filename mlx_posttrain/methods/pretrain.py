@@ -14,18 +14,19 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from mlx_posttrain import loading, supervised
-from mlx_posttrain import plan as plans
-from mlx_posttrain import recipe as recipes
+from mlx_posttrain import config
 from mlx_posttrain.data import sources
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.methods import sft
+from mlx_posttrain.models.merge import base_folder
+from mlx_posttrain.training import setup
 
 EOS = "<|endoftext|>"
 
 
-class PretrainSection(recipes.Section):
+class PretrainSection(config.Section):
     """Size of the new model."""
 
     vocab_size: int = Field(
@@ -47,7 +48,7 @@ class PretrainSection(recipes.Section):
     )
 
 
-class Recipe(recipes.Recipe):
+class Recipe(config.Recipe):
     """Pre-training from scratch."""
 
     method: Literal["pretrain"] = Field(description="pretrain: a new model from random weights")
@@ -59,7 +60,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     token.
     """
     start, prepare = _parts(recipe)
-    return supervised.run(recipe, sft.loss, start=start, resume=resume, prepare=prepare)
+    return setup.run(recipe, sft.loss, start=start, resume=resume, prepare=prepare)
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
@@ -67,16 +68,16 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
     have.
     """
     start, prepare = _parts(recipe)
-    return supervised.planned(recipe, start=start, prepare=prepare)
+    return setup.planned(recipe, start=start, prepare=prepare)
 
 
-def _parts(recipe: Recipe) -> tuple[supervised.Start, supervised.Prepare | None]:
+def _parts(recipe: Recipe) -> tuple[setup.Start, setup.Prepare | None]:
     """What makes the first model, and what adds to the texts."""
     share = recipe.pretrain.repeated
 
     def start(folder: Path) -> Path:
         if recipe.pretrain.start is not None:
-            return loading.base_folder(recipe.pretrain.start)
+            return base_folder(recipe.pretrain.start)
         target = folder / "start"
         if not (target / "model.safetensors").is_file():
             data = recipe.data

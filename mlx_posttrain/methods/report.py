@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_posttrain import engines, progress, supervised
-from mlx_posttrain import recipe as recipes
+from mlx_posttrain import config, console, engines
 from mlx_posttrain import runs as rundirs
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.suite import SuiteSection
+from mlx_posttrain.training import setup
 
 
-class Recipe(recipes.Section):
+class Recipe(config.Section):
     """A comparison, an analysis and a report of runs."""
 
     method: Literal["report"] = Field(description="report: compare runs and write an HTML page")
@@ -74,14 +74,14 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
     recipe.engine = engine.name  # type: ignore[assignment]
-    recipes.paths_in_full(recipe)
+    config.paths_in_full(recipe)
     folder = Path(recipe.output).expanduser()
     one = rundirs.reopen(folder, write=True)[0] if resume else rundirs.start(folder, recipe)  # type: ignore[arg-type]
     if resume and one.finished:
         raise UserError(f"{folder} is finished: there is nothing to resume")
     # 0, the default of both, leaves it to the other
     suite = recipe.suite.model_copy(update={"seed": recipe.suite.seed or recipe.seed})
-    with supervised.setting_up(one, resume):
+    with setup.setting_up(one, resume):
         comparison, found = analyze.analyze(
             list(recipe.runs.values()),
             suite,
@@ -107,5 +107,5 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     rundirs.replace_folder(one.final, fill)
     one.close()
     print(said)
-    progress.say(f"the report is {one.final / 'report.html'}")
+    console.say(f"the report is {one.final / 'report.html'}")
     return result

@@ -20,24 +20,28 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from mlx_posttrain import engines, loading, runs, supervised
-from mlx_posttrain import plan as plans
-from mlx_posttrain import recipe as recipes
+from mlx_posttrain import config, engines, runs
+from mlx_posttrain.console import say
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import pairs
+from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, split_rows
 from mlx_posttrain.data.types import Preference
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model, head_start, width
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import preference
-from mlx_posttrain.losses.reward import bradley_terry, centring
+from mlx_posttrain.losses.preference import bradley_terry, centring
 from mlx_posttrain.losses.sft import token_mean
+from mlx_posttrain.memory import plan as plans
+from mlx_posttrain.models.merge import base_folder
+from mlx_posttrain.models.source import locate
+from mlx_posttrain.models.tokenizer import check_vocabulary, load_tokenizer, pad_id
 from mlx_posttrain.ops import ops
-from mlx_posttrain.progress import say
-from mlx_posttrain.rl.scoring import score_rows
-from mlx_posttrain.training import fit
+from mlx_posttrain.rewards.scorer import score_rows
+from mlx_posttrain.training import setup
+from mlx_posttrain.training.loop import fit
 
 
-class RewardSection(recipes.Section):
+class RewardSection(config.Section):
     """The pairwise loss."""
 
     centring: float = Field(
@@ -47,19 +51,19 @@ class RewardSection(recipes.Section):
     )
 
 
-class Recipe(recipes.Recipe):
+class Recipe(config.Recipe):
     """A reward model from preference pairs."""
 
     method: Literal["reward"] = Field(description="reward: score answers, trained on pairs")
-    adapter: recipes.AdapterSection | None = Field(
+    adapter: config.AdapterSection | None = Field(
         None, description="train an adapter and the head instead of all weights; null: all weights"
     )
     reward: RewardSection = Field(default_factory=lambda: RewardSection())
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        recipes.check_one_way_of_asking(self.data, self.sample, "pairs")
-        recipes.check_training(self)
+        config.check_one_way_of_asking(self.data, self.sample, "pairs")
+        config.check_training(self)
         return self
 
 
@@ -87,10 +91,10 @@ def pair_loss(weight: float = 0.0) -> Loss:
 
 
 def read_preferences(
-    data: recipes.DataSection, *, split: str, limit: int | None, seed: int
+    data: config.DataSection, *, split: str, limit: int | None, seed: int
 ) -> list[Preference]:
     """The pairs of one split; prints what was dropped. Raises UserError for rows that are no pairs."""
-    parsed = supervised.read_rows(data, split=split, limit=limit, seed=seed)
+    parsed = read_rows(data, split=split, limit=limit, seed=seed)
     found = [row for row in parsed if isinstance(row, Preference)]
     if len(found) < len(parsed):
         raise UserError(
@@ -119,7 +123,7 @@ def training_pairs(
         )
         say(f"{what}: {report}")
         if not found:
-            say(supervised.NONE_HELD_OUT.format(what=what))
+            say(NONE_HELD_OUT.format(what=what))
         return found
 
     known, unseen = encoded("training pairs", train, True), encoded("held-out pairs", held_out, False)
@@ -130,30 +134,30 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
     """What the recipe would take; makes no run directory and loads no weights. Raises UserError as reading
     the data does.
     """
-    folder = loading.locate(recipe.model).folder
-    of, tokenizer = plans.size(folder), loading.load_tokenizer(folder)
-    train, held_out = supervised.split_rows(recipe.data, recipe.seed, read_preferences)
+    folder = locate(recipe.model).folder
+    of, tokenizer = plans.size(folder), load_tokenizer(folder)
+    train, held_out = split_rows(recipe.data, recipe.seed, read_preferences)
     data = training_pairs(
-        recipe, train, held_out, tokenizer, of.context, loading.pad_id(hub.check_config(folder), tokenizer)
+        recipe, train, held_out, tokenizer, of.context, pad_id(hub.check_config(folder), tokenizer)
     )
     return [plans.of_data(recipe, engines.get(recipe.engine).name, of, data)]
 
 
 def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Run the recipe to the end; returns the figures of the final evaluation. Errors as supervised.run."""
-    engine, run = supervised.begin(recipe, resume)
-    with supervised.setting_up(run, resume):
-        folder = loading.base_folder(recipe.model)
-        tokenizer = loading.load_tokenizer(folder)
-        train, held_out = supervised.split_rows(recipe.data, recipe.seed, read_preferences)
-        model = supervised.load_model(engine, recipe, folder, recipe.adapter)
-        loading.check_vocabulary(tokenizer, model, folder)
+    engine, run = setup.begin(recipe, resume)
+    with setup.setting_up(run, resume):
+        folder = base_folder(recipe.model)
+        tokenizer = load_tokenizer(folder)
+        train, held_out = split_rows(recipe.data, recipe.seed, read_preferences)
+        model = setup.load_model(engine, recipe, folder, recipe.adapter)
+        check_vocabulary(tokenizer, model, folder)
         if not model.has_head:
             model.add_head(head_start(width(model.config), recipe.seed))
-        pad = loading.pad_id(model.config, tokenizer)
+        pad = pad_id(model.config, tokenizer)
         batches = training_pairs(recipe, train, held_out, tokenizer, model.context, pad)
         unseen = batches.held_out
-        supervised.announce(recipe, engine, model)
+        setup.announce(recipe, engine, model)
         plans.tell(lambda: plans.of_data(recipe, engine.name, plans.size(folder), batches))
     engine.seed(recipe.seed)
     show = shower(model, tokenizer, unseen[: recipe.sample.count], pad, run)
@@ -174,7 +178,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
             "0.6931)\n" + "\n".join(report.lines())
         )
         result["accuracy"] = report.accuracy.mean
-    supervised.finish(run, result, lambda folder: model.save_classifier(folder, pad))
+    setup.finish(run, result, lambda folder: model.save_classifier(folder, pad))
     say(f"{run.final} is written")
     return result
 

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_posttrain import plan as plans
-from mlx_posttrain import recipe as recipes
-from mlx_posttrain import supervised
+from mlx_posttrain import config
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
 from mlx_posttrain.losses.sft import token_mean
+from mlx_posttrain.memory import plan as plans
+from mlx_posttrain.training import setup
 
 
-class KLSection(recipes.Section):
+class KLSection(config.Section):
     """A leash to the starting model (with an adapter: to the model without it)."""
 
     beta: float = Field(0.1, ge=0, description="weight of the KL term, per trained token")
@@ -40,18 +40,18 @@ class KLSection(recipes.Section):
     )
 
 
-class Recipe(recipes.Recipe):
+class Recipe(config.Recipe):
     """Supervised fine-tuning."""
 
     method: Literal["sft"] = Field(description="sft: imitate rows")
-    adapter: recipes.AdapterSection | None = Field(
+    adapter: config.AdapterSection | None = Field(
         None, description="train an adapter instead of all weights; null: all weights"
     )
     kl: KLSection | None = Field(None, description="keep near the starting model; null: plain imitation")
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        recipes.check_training(self)
+        config.check_training(self)
         return self
 
 
@@ -78,12 +78,12 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     and errors.
     """
     chosen = loss if recipe.kl is None else kl_loss(recipe.kl.beta, recipe.kl.direction)
-    return supervised.run(recipe, chosen, adapter=recipe.adapter, resume=resume, **_leash(recipe))
+    return setup.run(recipe, chosen, adapter=recipe.adapter, resume=resume, **_leash(recipe))
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
     """What the recipe would take; see supervised.planned."""
-    return supervised.planned(recipe, **_leash(recipe))
+    return setup.planned(recipe, **_leash(recipe))
 
 
 def _leash(recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from mlx_posttrain.data import batches as data_batches
 from mlx_posttrain.engines.base import Array, DeviceBatch, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.metrics import correlation
-from mlx_posttrain.rl import advantages, rollouts, scoring
+from mlx_posttrain.rewards import scorer as scoring
+from mlx_posttrain.rl import advantages, rollouts
 from mlx_posttrain.rl.rollouts import Answer
 from mlx_posttrain.rl.settings import PPOSection, PPOTrainSection
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import supervised
+from mlx_posttrain.config import DataSection
+from mlx_posttrain.console import say
 from mlx_posttrain.data import encode
+from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, split_rows
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.progress import say
-from mlx_posttrain.recipe import DataSection
 from mlx_posttrain.rl.rollouts import Question
 
 # turns before the answer, whether a template goes around them, other columns
@@ -28,7 +28,7 @@ def read(
     ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens``
     in the context, is dropped and counted. Raises UserError when none is left to train on.
     """
-    found = supervised.split_rows(data, seed, _read)
+    found = split_rows(data, seed, _read)
     room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
     if room < 1:
         raise UserError(
@@ -49,15 +49,13 @@ def read(
                     f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or "
                     "lower rollout.max_tokens"
                 )
-            say(supervised.NONE_HELD_OUT.format(what=what))
+            say(NONE_HELD_OUT.format(what=what))
         kept.append(questions)
     return kept[0], kept[1]
 
 
 def _read(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Asked]:
-    return [
-        _asked(row, data.source) for row in supervised.read_rows(data, split=split, limit=limit, seed=seed)
-    ]
+    return [_asked(row, data.source) for row in read_rows(data, split=split, limit=limit, seed=seed)]
 
 
 def _asked(row: Conversation | Preference | Labelled, source: str) -> Asked:

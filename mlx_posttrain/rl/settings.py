@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mlx_posttrain import recipe as recipes
+from mlx_posttrain import config
 
 
-class RolloutSection(recipes.Section):
+class RolloutSection(config.Section):
     """How answers are sampled: from the full softmax, no top-k, no top-p, no repetition penalty."""
 
     prompts: int = Field(16, ge=1, description="distinct prompts in a step")
@@ -39,7 +39,7 @@ class RolloutSection(recipes.Section):
         return self
 
 
-class PPOSection(recipes.Section):
+class PPOSection(config.Section):
     """The objective."""
 
     epochs: int = Field(2, ge=1, description="passes over each step's answers")
@@ -61,7 +61,7 @@ class PPOSection(recipes.Section):
     )
 
 
-class KLSection(recipes.Section):
+class KLSection(config.Section):
     """The leash to the reference: the policy as it was before PPO (with an adapter: without it)."""
 
     controller: Literal["fixed", "adaptive"] = Field("fixed", description="beta stays, or follows the KL")
@@ -72,7 +72,7 @@ class KLSection(recipes.Section):
     )
 
 
-class CriticSection(recipes.Section):
+class CriticSection(config.Section):
     """What predicts the return."""
 
     kind: Literal["separate", "shared"] = Field(
@@ -86,17 +86,17 @@ class CriticSection(recipes.Section):
     lr: float | None = Field(None, gt=0, description="a separate critic's learning rate; null: train.lr")
 
 
-class PTXSection(recipes.Section):
+class PTXSection(config.Section):
     """Rows imitated beside the updates, against forgetting (PPO-ptx: Ouyang et al. 2022, eq. 2)."""
 
-    data: recipes.DataSection
+    data: config.DataSection
     coefficient: float = Field(
         27.8, ge=0, description="weight of their mean negative log-likelihood per token"
     )
     batch_size: int = Field(4, ge=1, description="rows beside each optimizer step")
 
 
-class PPOTrainSection(recipes.OptimizerSection):
+class PPOTrainSection(config.OptimizerSection):
     """The optimizer and its loop, with PPO's own defaults."""
 
     steps: int = Field(150, ge=1, description="rollouts, each followed by ppo.epochs passes of updates")

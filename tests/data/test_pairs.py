@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_posttrain.config import TrainSection
 from mlx_posttrain.data import pairs
 from mlx_posttrain.data.encode import encode
 from mlx_posttrain.data.pairs import Pair, PairData, collate_pairs, collate_rows, encode_pairs, last_token
 from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.recipe import TrainSection
 
 QUESTION = (Turn("user", "What is two and two?"),)
 

@@ -164,7 +164,7 @@ def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
     import torch
     from transformers.cache_utils import Cache, DynamicLayer
 
-    from mlx_posttrain.engines import torch_decoding
+    from mlx_posttrain.engines.torch import decoding as torch_decoding
 
     monkeypatch.setattr(decoding, "ROOM", 4)
     torch.manual_seed(0)
@@ -208,8 +208,8 @@ def test_a_cache_that_grows_while_rows_leave_says_the_same(random_gpt2, monkeypa
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
 def test_torch_decodes_through_the_whole_model_where_logits_are_more_than_products(random_gpt2, monkeypatch):
-    from mlx_posttrain.engines import torch as engine
-    from mlx_posttrain.engines import torch_decoding
+    from mlx_posttrain.engines.torch import decoding as torch_decoding
+    from mlx_posttrain.engines.torch import engine
 
     model = engines.get("torch").load(random_gpt2)
     heads = []

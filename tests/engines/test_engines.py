@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, loading
+from mlx_posttrain import engines
 from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import AdamW, AdapterSpec
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import sft
+from mlx_posttrain.models.merge import base_folder
 
 ENGINES = engines.available()
 
@@ -284,7 +285,7 @@ def test_torch_answers_as_transformers_does() -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    folder = loading.base_folder("tiny")
+    folder = base_folder("tiny")
     tokens = np.random.default_rng(0).integers(1, 4000, (4, 64))
     with torch.no_grad():
         wanted = (
@@ -297,7 +298,7 @@ def test_torch_answers_as_transformers_does() -> None:
 
 @pytest.mark.parametrize("engine", engines.available())
 def test_a_trainer_counts_the_shapes_it_compiled(engine, random_gpt2):
-    from mlx_posttrain.engines.compile_check import compile_works
+    from mlx_posttrain.engines.mlx.cpu.compile_check import compile_works
 
     trainer = engines.get(engine).trainer(engines.get(engine).load(random_gpt2), AdamW())
     for length in (8, 16, 8):

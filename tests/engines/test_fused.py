@@ -12,7 +12,7 @@ from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.base import AdamW, AdapterSpec, DeviceBatch
-from mlx_posttrain.losses import ppo
+from mlx_posttrain.losses import policy
 from mlx_posttrain.losses.sft import full_kl, token_logprobs, token_mean
 from mlx_posttrain.methods import sft
 
@@ -47,7 +47,7 @@ def figures_in_float64(p: dict[str, np.ndarray], kind: str, h: np.ndarray, w: np
         return [first]
     return [
         first,
-        ppo.entropy(z) if kind == "entropy" else full_kl(z, p["h_ref"] @ p["w_ref"].T, kind.split()[1]),
+        policy.entropy(z) if kind == "entropy" else full_kl(z, p["h_ref"] @ p["w_ref"].T, kind.split()[1]),
     ]
 
 
@@ -83,7 +83,7 @@ def mlx_results(
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     import mlx.core as mx
 
-    from mlx_posttrain.engines import mlx_fused
+    from mlx_posttrain.engines.mlx import fused as mlx_fused
 
     a = {name: mx.array(v.astype(np.int32 if name == "target" else np.float32)) for name, v in p.items()}
     way = {"trained": trained, "training": trained or steered}
@@ -110,7 +110,7 @@ def torch_results(
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     import torch
 
-    from mlx_posttrain.engines import torch_fused
+    from mlx_posttrain.engines.torch import fused as torch_fused
 
     a = {name: torch.from_numpy(v if name == "target" else v.astype(np.float32)) for name, v in p.items()}
     h, w = a["h"].requires_grad_(True), a["w"].requires_grad_(trained)
@@ -239,7 +239,7 @@ def bonus_loss(plain: bool):
 
     def loss(model, batch: DeviceBatch):
         if plain:
-            logprobs, entropy = plain_logprobs(model, batch, 0.7), ppo.entropy(model.logits(batch) / 0.7)
+            logprobs, entropy = plain_logprobs(model, batch, 0.7), policy.entropy(model.logits(batch) / 0.7)
         else:
             logprobs, entropy, _ = model.policy_terms(batch, 0.7)
         sign = (batch.target % 2) * 2.0 - 1.0
@@ -303,7 +303,7 @@ def test_figures_of_a_model_equal_the_plain_ones_and_the_reference_stays(engine,
         reference = m.reference_logits(b)
         return {
             "logprobs": plain_logprobs(m, b, 0.7),
-            "entropy": ppo.entropy(m.logits(b) / 0.7),
+            "entropy": policy.entropy(m.logits(b) / 0.7),
             "reference": token_logprobs(reference / 0.7, b.target),
             "kl": full_kl(m.logits(b), reference, "reverse"),
         }
@@ -316,7 +316,7 @@ def test_figures_of_a_model_equal_the_plain_ones_and_the_reference_stays(engine,
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_gradient_is_formed_for_a_frozen_head(engine, random_gpt2, loss, monkeypatch):
     """Without the function that forms it an adapter trains all the same, and a whole model does not."""
-    monkeypatch.setattr(f"mlx_posttrain.engines.{engine.name}_fused._head_gradient", None)
+    monkeypatch.setattr(f"mlx_posttrain.engines.{engine.name}.fused._head_gradient", None)
     batch = collate(rows(), 64)
     model = engine.load(random_gpt2)
     model.add_adapter(AdapterSpec(rank=4), seed=0)
@@ -366,7 +366,7 @@ def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch)
 
     import mlx.core as mx
 
-    from mlx_posttrain.engines import mlx_fused
+    from mlx_posttrain.engines.mlx import fused as mlx_fused
 
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
     monkeypatch.setattr(fused, "KEPT_BYTES", 2**22)
@@ -401,7 +401,7 @@ def test_torch_lets_go_of_what_was_kept_when_it_was_used():
 
     import torch
 
-    from mlx_posttrain.engines import torch_fused
+    from mlx_posttrain.engines.torch import fused as torch_fused
 
     h, w, target = (
         torch.randn(9, 4, requires_grad=True),
@@ -422,7 +422,7 @@ def test_on_torch_a_tied_embedding_gets_one_gradient_made_in_place():
     """
     import torch
 
-    from mlx_posttrain.engines import torch_fused
+    from mlx_posttrain.engines.torch import fused as torch_fused
 
     torch.manual_seed(0)
     tokens, target = torch.tensor([[3, 1, 3], [0, 3, 7]]), torch.tensor([1, 3, 5, 3, 7, 0])
@@ -460,8 +460,8 @@ def test_torch_trains_all_weights_in_bfloat16(random_gpt2, kept, monkeypatch):
 def test_torch_embeds_in_place_where_the_embedding_trains_and_has_no_row_apart(random_gpt2, monkeypatch):
     import torch
 
-    from mlx_posttrain.engines import torch as torch_engine
-    from mlx_posttrain.engines import torch_fused
+    from mlx_posttrain.engines.torch import engine as torch_engine
+    from mlx_posttrain.engines.torch import fused as torch_fused
 
     seen, ours = [], torch_fused.embed
     monkeypatch.setattr(torch_fused, "embed", lambda tokens, w: seen.append(1) or ours(tokens, w))
@@ -482,7 +482,7 @@ def test_torch_embeds_in_place_where_the_embedding_trains_and_has_no_row_apart(r
 def test_torch_finds_the_weight_whatever_holds_on_to_saved_tensors():
     import torch
 
-    from mlx_posttrain.engines import torch_fused
+    from mlx_posttrain.engines.torch import fused as torch_fused
 
     h, w, target = (
         torch.randn(9, 4, requires_grad=True),
@@ -498,7 +498,7 @@ def test_torch_finds_the_weight_whatever_holds_on_to_saved_tensors():
 
 @pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
 def test_on_mlx_an_evaluation_keeps_nothing(random_gpt2, monkeypatch):
-    from mlx_posttrain.engines import mlx_fused
+    from mlx_posttrain.engines.mlx import fused as mlx_fused
 
     kept, ours = [], fused.kept
     monkeypatch.setattr(mlx_fused.fused, "kept", lambda *sizes: kept.append(1) or ours(*sizes))
@@ -518,7 +518,7 @@ def test_torch_never_makes_all_logits(trained):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from mlx_posttrain.engines import torch_fused
+    from mlx_posttrain.engines.torch import fused as torch_fused
 
     n, v, d = 2048, 50257, 64
     h, w, target = (

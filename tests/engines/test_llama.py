@@ -7,8 +7,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, export, methods, recipe
-from mlx_posttrain.loading import open_model
+from mlx_posttrain import config as recipe
+from mlx_posttrain import engines, methods
+from mlx_posttrain.models.export import export
+from mlx_posttrain.models.open import open_model
 
 pytest.importorskip("torch")
 ENGINES = engines.available()
@@ -70,7 +72,7 @@ def test_engines_agree_and_reopen_each_others_runs(adapter, llama, rows_file, tm
     assert curves[0] == pytest.approx(curves[-1], rel=1e-4)
     logits = [open_model(f, e)[0].full_logits(TOKENS) for f in folders for e in ENGINES]
     assert all(np.abs(x - logits[0]).max() < 1e-3 for x in logits)
-    export.export(folders[0], tmp_path / "hf", "hf", merged=bool(adapter))
+    export(folders[0], tmp_path / "hf", "hf", merged=bool(adapter))
     import torch
 
     with torch.no_grad():

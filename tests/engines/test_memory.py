@@ -15,13 +15,13 @@ from mlx_posttrain import doctor
 
 mx = pytest.importorskip("mlx.core")
 
-from mlx_posttrain import loading  # noqa: E402
 from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
-from mlx_posttrain.engines import mlx as engine_module  # noqa: E402
 from mlx_posttrain.engines.base import AdamW  # noqa: E402
-from mlx_posttrain.engines.mlx import MLXEngine  # noqa: E402
+from mlx_posttrain.engines.mlx import engine as engine_module  # noqa: E402
+from mlx_posttrain.engines.mlx.engine import MLXEngine  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
+from mlx_posttrain.models.merge import base_folder  # noqa: E402
 
 
 def batch(length: int, seed: int = 0, vocabulary: int = 4000) -> object:
@@ -34,7 +34,7 @@ def test_updates_in_groups_equal_one_update(monkeypatch: pytest.MonkeyPatch) -> 
     found = []
     for size in (1, 2**40):
         monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
-        model = MLXEngine().load(loading.base_folder("tiny"))
+        model = MLXEngine().load(base_folder("tiny"))
         trainer = MLXEngine().trainer(model, AdamW(weight_decay=0.1))
         for _ in range(3):
             trainer.step(sft.loss, [batch(40)], 1e-3)
@@ -48,7 +48,7 @@ def test_the_update_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> Non
     for size in (2**20, 2**40):
         gc.collect()  # a model and its compiled step refer to each other
         monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
-        model = MLXEngine().load(loading.base_folder("tiny"))
+        model = MLXEngine().load(base_folder("tiny"))
         trainer = MLXEngine().trainer(model, AdamW())
         trainer.step(sft.loss, [batch(32)], 1e-3)
         mx.reset_peak_memory()

@@ -9,8 +9,10 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx_lm.models.gpt2 import Attention  # noqa: E402
 
-from mlx_posttrain import engines, loading  # noqa: E402
-from mlx_posttrain.engines import mlx_attention, mlx_exp  # noqa: E402
+from mlx_posttrain import engines  # noqa: E402
+from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention  # noqa: E402
+from mlx_posttrain.engines.mlx.cpu import exp as mlx_exp  # noqa: E402
+from mlx_posttrain.models.merge import base_folder  # noqa: E402
 
 
 def stock(qkv, heads):
@@ -56,7 +58,7 @@ def test_nothing_looks_ahead():
 
 @pytest.mark.skipif(not mlx_exp.is_scalar(), reason="mlx-lm's own stays here")
 def test_a_model_uses_it_only_where_it_computes_the_same(monkeypatch):
-    model = engines.get("mlx").load(loading.base_folder("tiny"))
+    model = engines.get("mlx").load(base_folder("tiny"))
     layers = [m for m in model.net.modules() if isinstance(m, Attention)]
     assert len(layers) == 6 and all(type(m) is mlx_attention.CausalAttention for m in layers)
     tokens = np.random.default_rng(0).integers(1, 4000, (3, 40))
@@ -70,7 +72,7 @@ def test_a_model_uses_it_only_where_it_computes_the_same(monkeypatch):
     for m in layers:
         m.__class__ = Attention
     np.testing.assert_allclose(fast, model.full_logits(tokens), atol=2e-5)
-    other = engines.get("mlx").load(loading.base_folder("tiny"), dtype="bfloat16")
+    other = engines.get("mlx").load(base_folder("tiny"), dtype="bfloat16")
     assert all(type(m) is Attention for m in other.net.modules() if isinstance(m, Attention))
 
 

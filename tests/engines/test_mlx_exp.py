@@ -15,13 +15,13 @@ def on_linux(monkeypatch):
 
     if mx.default_device() != mx.Device(mx.cpu):
         pytest.skip("the stock functions stay on the GPU")
-    monkeypatch.setattr("mlx_posttrain.engines.mlx_exp.sys.platform", "linux")
+    monkeypatch.setattr("mlx_posttrain.engines.mlx.cpu.exp.sys.platform", "linux")
 
 
 def test_exp_of_all_sizes():
     import mlx.core as mx
 
-    from mlx_posttrain.engines import mlx_exp
+    from mlx_posttrain.engines.mlx.cpu import exp as mlx_exp
 
     x = np.concatenate([-np.logspace(-30, np.log10(87), 200_000), -np.linspace(0, 87, 100_001)]).astype(
         np.float32
@@ -36,7 +36,7 @@ def test_exp_of_all_sizes():
 def test_value_and_gradient_are_those_of_mlx(name):
     import mlx.core as mx
 
-    from mlx_posttrain.engines import mlx_exp
+    from mlx_posttrain.engines.mlx.cpu import exp as mlx_exp
 
     rng = np.random.default_rng(0)
     z = mx.array(rng.normal(0, 8, (3, 7, 501)).astype(np.float32))
@@ -55,7 +55,7 @@ def test_value_and_gradient_are_those_of_mlx(name):
 def test_nothing_else_is_touched():
     import mlx.core as mx
 
-    from mlx_posttrain.engines import mlx_exp
+    from mlx_posttrain.engines.mlx.cpu import exp as mlx_exp
 
     z = mx.array(np.random.default_rng(0).normal(0, 3, (5, 6)).astype(np.float32))
     for other in (z.astype(mx.bfloat16), z.astype(mx.float16)):

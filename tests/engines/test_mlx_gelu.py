@@ -21,7 +21,7 @@ def test_value_and_gradient():
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlx_posttrain.engines.mlx_gelu import gelu
+    from mlx_posttrain.engines.mlx.cpu.gelu import gelu
 
     grid = np.concatenate([np.linspace(-30, 30, 60_001), [0.0, 1e-30, -1e-30, 1e4, -1e4]]).astype(np.float32)
     value, slope = truth(grid.astype(np.float64))

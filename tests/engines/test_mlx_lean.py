@@ -7,13 +7,15 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from mlx_posttrain import loading  # noqa: E402
 from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
-from mlx_posttrain.engines import base, mlx_attention, mlx_lean  # noqa: E402
+from mlx_posttrain.engines import base  # noqa: E402
 from mlx_posttrain.engines.base import AdamW, AdapterSpec  # noqa: E402
-from mlx_posttrain.engines.mlx import MLXEngine  # noqa: E402
+from mlx_posttrain.engines.mlx import lean as mlx_lean  # noqa: E402
+from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention  # noqa: E402
+from mlx_posttrain.engines.mlx.engine import MLXEngine  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
+from mlx_posttrain.models.merge import base_folder  # noqa: E402
 
 
 def rows(count: int, length: int) -> list:
@@ -38,7 +40,7 @@ def steps(above: float, adapter: bool, count: int = 3) -> tuple[list[dict], dict
 def _steps(adapter: bool, count: int) -> tuple[list[dict], dict, float]:
     gc.collect()  # what earlier tests left would count
     engine = MLXEngine()
-    model = engine.load(loading.base_folder("tiny"))
+    model = engine.load(base_folder("tiny"))
     if adapter:
         model.add_adapter(AdapterSpec(rank=4), seed=0)
     trainer = engine.trainer(model, AdamW())
@@ -74,12 +76,12 @@ def test_small_batches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_are_lean_unless_an_adapter_drops_out() -> None:
-    model = MLXEngine().load(loading.base_folder("tiny"))
+    model = MLXEngine().load(base_folder("tiny"))
     assert all(type(layer) is mlx_lean.LeanBlock for layer in model.net.layers)
     model.add_adapter(AdapterSpec(rank=4, dropout=0.1), seed=0)  # a mask must not be drawn twice
     assert not any(isinstance(layer, mlx_lean.LeanBlock) for layer in model.net.layers)
 
 
 def test_whole_blocks_are_recomputed_once() -> None:
-    model = MLXEngine().load(loading.base_folder("tiny"), gradient_checkpointing=True)
+    model = MLXEngine().load(base_folder("tiny"), gradient_checkpointing=True)
     assert not any(isinstance(layer, mlx_lean.LeanBlock) for layer in model.net.layers)

@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 from mlx_posttrain.data import batches  # noqa: E402
 from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
-from mlx_posttrain.engines import torch_packed  # noqa: E402
 from mlx_posttrain.engines.base import AdamW, AdapterSpec  # noqa: E402
-from mlx_posttrain.engines.torch import TorchEngine, _device_batch  # noqa: E402
+from mlx_posttrain.engines.torch import packed as torch_packed  # noqa: E402
+from mlx_posttrain.engines.torch.engine import TorchEngine, _device_batch  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
 
 RNG = np.random.default_rng(0)

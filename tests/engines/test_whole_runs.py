@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from mlx_posttrain import engines, methods, recipe
+from mlx_posttrain import config, engines, methods
 from mlx_posttrain.runs import Run
 
 ENGINES = engines.available()
@@ -19,7 +19,7 @@ ENGINES = engines.available()
 def test_twenty_steps_agree(name, tmp_path, record_property):
     curves = []
     for engine in ENGINES:
-        chosen = recipe.load(
+        chosen = config.load(
             name,
             [
                 f"output={tmp_path / engine}",
@@ -68,7 +68,7 @@ def test_reward_models_and_ppo_agree(random_gpt2, tmp_path):
 
     def curve(name: str, engine: str, *overrides: str) -> list[dict]:
         output = tmp_path / f"{name}-{engine}"
-        chosen = recipe.load(
+        chosen = config.load(
             name,
             [
                 *data,

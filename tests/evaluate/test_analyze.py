@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, loading, methods, recipe
+from mlx_posttrain import config, engines, methods
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.types import Conversation, Turn
@@ -18,6 +18,7 @@ from mlx_posttrain.evaluate import analyze, findings, measure
 from mlx_posttrain.evaluate.suite import SuiteSection
 from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.methods import sft
+from mlx_posttrain.models.open import open_model
 
 ENGINES = engines.available()
 ROWS = [
@@ -41,7 +42,7 @@ def test_gradient_products_are_those_of_gradients_over_all_rows(engine, random_g
     """Parts add up: the sums over parts give the cosine of two gradients of one batch of all rows, and a part
     is the gradient of its own.
     """
-    model, tokenizer, _ = loading.open_model(random_gpt2, engine)
+    model, tokenizer, _ = open_model(random_gpt2, engine)
     rows, names = conversations(), ["question", "plain"]
     parts = [rows[:3], rows[3:4], rows[4:]]
     products = analyze.gradient_products(model, tokenizer, parts, names)
@@ -68,7 +69,7 @@ def test_gradient_products_are_those_of_gradients_over_all_rows(engine, random_g
 
 
 def test_a_part_of_the_coordinates_has_nearly_the_same_cosines(random_gpt2, monkeypatch):
-    model, tokenizer, _ = loading.open_model(random_gpt2, ENGINES[0])
+    model, tokenizer, _ = open_model(random_gpt2, ENGINES[0])
     parts = [conversations()[:4], conversations()[4:]]
     whole = np.ones((1, 2))
     full = findings.half_cosines(
@@ -89,7 +90,7 @@ def two_runs(tmp_path_factory, random_gpt2) -> dict[str, str]:
     rows = [{"instruction": f"{q} ({i})", "output": a} for i in range(5) for q, a in ROWS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, model, more in (("lora", "tiny", ["adapter.rank=4"]), ("full", str(random_gpt2), [])):
-        chosen = recipe.load(
+        chosen = config.load(
             "01_sft",
             [
                 f"model={model}",
@@ -110,7 +111,7 @@ def two_runs(tmp_path_factory, random_gpt2) -> dict[str, str]:
 
 
 def test_training_rows_under_the_start_are_scored_as_by_full_passes(two_runs, random_gpt2):
-    model, tokenizer, _ = loading.open_model(random_gpt2, ENGINES[0])
+    model, tokenizer, _ = open_model(random_gpt2, ENGINES[0])
     loss = analyze._under(model, tokenizer, two_runs["full"])
     rows = analyze._training_rows(two_runs["full"])
     assert len(loss.nll) == len(rows) == 40
@@ -148,7 +149,7 @@ def test_every_run_is_held_against_its_own_start_and_nothing_is_left_in_its_fold
     told = {f.question: f for f in found}
     shift = told["Are the training data foreign to the base?"].figures
     for name, start in (("lora", "tiny"), ("full", random_gpt2)):
-        model, tokenizer, _ = loading.open_model(start, ENGINES[0])
+        model, tokenizer, _ = open_model(start, ENGINES[0])
         plain = measure.base_text_loss(model, tokenizer, measure.base_text()[:3])
         assert shift["base_text"][name].mean == pytest.approx(np.exp(plain.mean), rel=1e-6)
     assert set(told["Did the weights move, and where?"].figures["mean"]) == {"lora", "full"}

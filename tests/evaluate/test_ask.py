@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, loading, methods, recipe
+from mlx_posttrain import config, engines, methods
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.evaluate import ask, measure, suite
-from mlx_posttrain.loading import Source
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.source import Source
 
 
 def run(template, method: str = "sft", **more) -> Source:
@@ -93,7 +94,7 @@ def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(
         ),
     }
     for name, (shipped, more) in made.items():
-        chosen = recipe.load(
+        chosen = config.load(
             shipped,
             [
                 f"model={random_gpt2}",
@@ -130,7 +131,7 @@ def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(
         f"each in its own template ({found.models[0].name}, sft: plain; distilled: dialogue)"
     )
     # The sampled figures are means over the samples of each question.
-    model, tokenizer, _ = loading.open_model(tmp_path / "sft", engine)
+    model, tokenizer, _ = open_model(tmp_path / "sft", engine)
     rows = suite.read_questions(settings)
     drawn = answers(
         model,

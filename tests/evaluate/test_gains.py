@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_posttrain import methods, recipe
+from mlx_posttrain import config, methods
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import gains
 from mlx_posttrain.evaluate.comparison import Comparison, Measured, Values
@@ -73,10 +73,10 @@ def test_a_gain_is_told_from_none_and_from_a_loss():
 def test_unknown_runs_are_refused():
     raw = {"method": "report", "runs": {"a": "x"}, "gains": {"g": [["a", "b"]]}}
     with pytest.raises(UserError, match=r"not_asked names 'b'"):
-        recipe.parse(
+        config.parse(
             {"method": "report", "runs": {"a": "x"}, "not_asked": ["b"]}, methods.get("report").Recipe, "test"
         )
     with pytest.raises(UserError, match=r"gains.g names 'b'"):
-        recipe.parse(raw, methods.get("report").Recipe, "test")
+        config.parse(raw, methods.get("report").Recipe, "test")
     with pytest.raises(UserError, match="no pair"):
-        recipe.parse({**raw, "gains": {"g": []}}, methods.get("report").Recipe, "test")
+        config.parse({**raw, "gains": {"g": []}}, methods.get("report").Recipe, "test")

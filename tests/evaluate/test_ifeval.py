@@ -8,8 +8,8 @@ import time
 import pytest
 
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import ifeval
-from mlx_posttrain.evaluate.ifeval import follows, instruction_accuracy, loose, strict
+from mlx_posttrain.rewards import ifeval
+from mlx_posttrain.rewards.ifeval import follows, instruction_accuracy, loose, strict
 
 CASES = [
     (

@@ -204,7 +204,7 @@ def test_questions_are_put_as_in_training(lm):
 
 
 def test_a_run_is_asked_in_its_own_template(random_gpt2, rows_file, tmp_path):
-    from mlx_posttrain import methods, recipe
+    from mlx_posttrain import config, methods
 
     settings = [
         f"model={random_gpt2}",
@@ -213,7 +213,7 @@ def test_a_run_is_asked_in_its_own_template(random_gpt2, rows_file, tmp_path):
         "train.steps=1",
         "sample.count=0",
     ]
-    chosen = recipe.load(
+    chosen = config.load(
         "01_sft", [*settings, f"engine={engines.available()[0]}", "data.template=plain", "adapter.rank=2"]
     )
     methods.get(chosen.method).run(chosen)

@@ -21,8 +21,8 @@ from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import measure
 from mlx_posttrain.evaluate.metrics import bootstrap, perplexity
-from mlx_posttrain.loading import load_tokenizer
 from mlx_posttrain.methods.pretrain import PretrainSection, make_model
+from mlx_posttrain.models.tokenizer import load_tokenizer
 from mlx_posttrain.ops import ops
 
 CONTEXT = 64

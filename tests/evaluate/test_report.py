@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import cli, engines, methods, recipe
+from mlx_posttrain import cli, config, engines, methods
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import charts, report
 from mlx_posttrain.evaluate.comparison import Comparison, Measured
@@ -39,7 +39,7 @@ def journey(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("journey")
     for name, more in (("sft", []), ("lora", ["adapter.rank=4"])):
-        chosen = recipe.load(
+        chosen = config.load(
             "01_sft",
             [
                 "model=tiny",
@@ -63,7 +63,7 @@ def journey(tmp_path_factory) -> Path:
         )
         methods.get("sft").run(chosen)
     methods.get("distill").run(
-        recipe.load(
+        config.load(
             "demo_distill",
             [
                 f"engine={ENGINE}",
@@ -220,7 +220,7 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     )
     page = (tmp_path / "r.html").read_text()
     assert "Did a run learn its rows by heart?" in page and "side by side" not in page
-    chosen = recipe.parse(
+    chosen = config.parse(
         {
             "method": "report",
             "engine": ENGINE,
@@ -333,7 +333,7 @@ def test_a_report_draws_by_the_seed_it_was_given(asked, used, journey, tmp_path,
         "suite": asked,
     }
     with pytest.raises(UserError, match="enough"):
-        methods.get("report").run(recipe.parse(fields, methods.get("report").Recipe, "test"))
+        methods.get("report").run(config.parse(fields, methods.get("report").Recipe, "test"))
     assert seen == [used]
 
 
@@ -347,7 +347,7 @@ def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys
         )
     )
     for name in ("a", "b"):
-        chosen = recipe.load(
+        chosen = config.load(
             "01_sft",
             [
                 "model=tiny",

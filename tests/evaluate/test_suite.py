@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import cli, engines, loading
+from mlx_posttrain import cli, engines
 from mlx_posttrain.engines.base import head_start
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import comparison, measure, suite
@@ -18,6 +18,8 @@ from mlx_posttrain.evaluate.comparison import Comparison, Measured, Values
 from mlx_posttrain.evaluate.metrics import distinct_n, perplexity, share
 from mlx_posttrain.evaluate.preference import length_controlled_wins
 from mlx_posttrain.evaluate.suite import SuiteSection
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.tokenizer import pad_id
 
 ENGINES = engines.available()
 TEXTS = [
@@ -84,7 +86,7 @@ def test_figures_are_what_they_say_and_a_model_equals_itself(
         "score",
         "wins",
     }
-    model, tokenizer, _ = loading.open_model(random_gpt2, engine)
+    model, tokenizer, _ = open_model(random_gpt2, engine)
     loss = measure.base_text_loss(model, tokenizer, TEXTS)
     assert a.figure("perplexity").mean == pytest.approx(perplexity(*loss), rel=1e-9)
     for name in found.metrics():
@@ -114,7 +116,7 @@ def test_figures_are_what_they_say_and_a_model_equals_itself(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_kl_and_last_words_equal_their_definitions(engine, random_gpt2, other_gpt2):
-    (p, tokenizer, _), (q, _, _) = (loading.open_model(f, engine) for f in (random_gpt2, other_gpt2))
+    (p, tokenizer, _), (q, _, _) = (open_model(f, engine) for f in (random_gpt2, other_gpt2))
     kl = measure.base_text_kl(p, q, tokenizer, TEXTS[:2])
     eos = tokenizer.eos_token_id
     for i, text in enumerate(TEXTS[:2]):
@@ -212,9 +214,9 @@ def test_the_interval_of_wins_covers_the_rate_at_equal_length(gap, a, b):
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_a_reward_model_scores_answers(engine, random_gpt2, other_gpt2, questions_file, tmp_path):
-    judge, tokenizer, _ = loading.open_model(random_gpt2, engine)
+    judge, tokenizer, _ = open_model(random_gpt2, engine)
     judge.add_head(head_start(64, 0))
-    judge.save_classifier(tmp_path / "judge", loading.pad_id(judge.config, tokenizer))
+    judge.save_classifier(tmp_path / "judge", pad_id(judge.config, tokenizer))
     found = suite.compare(
         [str(random_gpt2), str(other_gpt2)],
         small(questions_file, texts=None, reward=str(tmp_path / "judge")),
@@ -358,7 +360,7 @@ def test_lines_are_read_as_one_text_with_an_interval_over_its_windows(
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     settings = small(questions_file, texts=str(path), join=True, text_limit=None, window=16, samples=0)
     found = suite.compare([str(random_gpt2), str(random_gpt2)], settings, engine, ["a", "b"])
-    model, tokenizer, _ = loading.open_model(random_gpt2, engine)
+    model, tokenizer, _ = open_model(random_gpt2, engine)
     whole = measure.base_text_loss(model, tokenizer, ["\n\n".join(lines)], window=16)
     a, b = found.models
     assert a.figure("perplexity").mean == pytest.approx(perplexity(*whole), rel=1e-9)

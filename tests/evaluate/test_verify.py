@@ -14,7 +14,7 @@ import pytest
 
 from mlx_posttrain.data import tasks
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate.verify import final_answer, kind, last_number, verifiable, verify
+from mlx_posttrain.rewards.verify import final_answer, kind, last_number, verifiable, verify
 
 GAME = {"numbers": [49, 27, 3], "target": 19}
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_posttrain.losses import ppo
+from mlx_posttrain.losses import policy as ppo
 from mlx_posttrain.losses.sft import token_mean
 
 LIBRARIES = ["numpy"]

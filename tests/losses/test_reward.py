@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_posttrain.losses.reward import bradley_terry, centring
+from mlx_posttrain.losses.preference import bradley_terry, centring
 
 ARRAYS = {"numpy": np.asarray}
 try:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.rl import rewards
+from mlx_posttrain.rewards import functions
 
 FILE = """
 import json, math
@@ -51,23 +51,22 @@ def path(tmp_path):
 
 
 def test_a_function_of_ones_own(path):
-    brief = rewards.load(f"{path}:brief")
-    scores = rewards.call(brief, ["p"] * 3, ["ab", "", "abcd"], {"answer": [1, 2, 3]}, "brief")
+    brief = functions.load(f"{path}:brief")
+    scores = functions.call(brief, ["p"] * 3, ["ab", "", "abcd"], {"answer": [1, 2, 3]}, "brief")
     assert scores[[0, 2]].tolist() == [0.5, 0.25] and np.isnan(scores[1])
-    named = rewards.load(f"{path}:named")
+    named = functions.load(f"{path}:named")
     # only the columns it takes are passed
-    assert rewards.call(
+    assert functions.call(
         named, ["p"] * 2, ["x", "y"], {"answer": ["x", "z"], "other": [0, 0]}, "named"
     ).tolist() == [1.0, 0.0]
-    assert rewards.load("math:sqrt")(4) == 2
-    assert rewards.call(
-        rewards.load(f"{path}:trl"), ["p"] * 2, ["x", "yy"], {"answer": [1, 2]}, "trl"
+    assert functions.load("math:sqrt")(4) == 2
+    assert functions.call(
+        functions.load(f"{path}:trl"), ["p"] * 2, ["x", "yy"], {"answer": [1, 2]}, "trl"
     ).tolist() == [1.0, 2.0]
-    assert rewards.call(rewards.load(f"{path}:counted"), ["p"] * 2, ["x", "y"], {}, "counted").tolist() == [
-        1.0,
-        0.5,
-    ]
-    assert rewards.call(
+    assert functions.call(
+        functions.load(f"{path}:counted"), ["p"] * 2, ["x", "y"], {}, "counted"
+    ).tolist() == [1.0, 0.5]
+    assert functions.call(
         lambda p, c: [len(p[0]), len(c[1])], ["abc"] * 2, ["x", "yy"], {"p": [0, 0]}, "lambda"
     ).tolist() == [3.0, 2.0]
 
@@ -85,7 +84,7 @@ def test_a_function_of_ones_own(path):
 )
 def test_what_cannot_be_loaded(path, spec, said):
     with pytest.raises(UserError, match=said) as error:
-        rewards.load(spec.format(path))
+        functions.load(spec.format(path))
     assert "\n" not in str(error.value)
 
 
@@ -111,12 +110,12 @@ def test_what_cannot_be_loaded(path, spec, said):
 )
 def test_faults_inside(path, name, said):
     with pytest.raises(UserError, match=said):
-        rewards.call(rewards.load(f"{path}:{name}"), ["p"] * 2, ["a", "b"], {"answers": [1, 2]}, name)
+        functions.call(functions.load(f"{path}:{name}"), ["p"] * 2, ["a", "b"], {"answers": [1, 2]}, name)
 
 
 def test_a_function_whose_arguments_cannot_be_read():
     with pytest.raises(UserError, match="reward function max: its arguments cannot be read"):
-        rewards.call(max, ["p"], ["a"], {}, "max")
+        functions.call(max, ["p"], ["a"], {}, "max")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,7 @@ def test_a_file_that_fails_on_import(tmp_path, monkeypatch, text, said):
     monkeypatch.chdir(tmp_path)
     for path in ("bad.py", f"{tmp_path / 'bad.py'}"):
         with pytest.raises(UserError, match=said):
-            rewards.load(f"{path}:f")
+            functions.load(f"{path}:f")
 
 
 @pytest.mark.parametrize(
@@ -148,8 +147,12 @@ def test_a_file_that_fails_on_import(tmp_path, monkeypatch, text, said):
     ],
 )
 def test_the_last_number(text, number):
-    found = rewards.call(
-        rewards.exact_answer, ["p"], [text], {"answer": [number if number is not None else 1]}, "exact_answer"
+    found = functions.call(
+        functions.exact_answer,
+        ["p"],
+        [text],
+        {"answer": [number if number is not None else 1]},
+        "exact_answer",
     )
     assert found.tolist() == [float(number is not None)]
 
@@ -158,16 +161,16 @@ def test_built_ins():
     from mlx_posttrain.data import tasks
 
     row = tasks.load("train", limit=1)[0]
-    scores = rewards.call(
-        rewards.load("checker"),
+    scores = functions.call(
+        functions.load("checker"),
         ["p"] * 3,
         [row["output"], "no", "x"],
         {"checker": [row["checker"]] * 2 + [None]},
         "checker",
     )
     assert scores[:2].tolist() == [1.0, 0.0] and np.isnan(scores[2])
-    found = rewards.call(
-        rewards.load("exact_answer"),
+    found = functions.call(
+        functions.load("exact_answer"),
         ["p"] * 4,
         ["so 1,234.", "3 or 4", "none", "x"],
         {"answer": ["#### 1234", 3, "7", "no number"]},
@@ -178,13 +181,13 @@ def test_built_ins():
 
 def test_sums_and_scales():
     parts = [np.array([1.0, np.nan, np.nan]), np.array([2.0, 3.0, np.nan])]
-    total = rewards.combine(parts, [1.0, 0.5])
+    total = functions.combine(parts, [1.0, 0.5])
     assert total[:2].tolist() == [2.0, 1.5] and np.isnan(total[2])
-    n = rewards.Normaliser()
+    n = functions.Normaliser()
     assert n(np.array([5.0])).tolist() == [5.0]
     n.fit(np.array([1.0, 3.0, np.nan]))
     assert n(np.array([1.0, 3.0, 4.0])).tolist() == [-1.0, 1.0, 2.0]
-    again = rewards.Normaliser()
+    again = functions.Normaliser()
     again.restore(n.state())
     assert (again.mean, again.std) == (2.0, 1.0)
     n.fit(np.array([7.0, 7.0]))

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, loading
+from mlx_posttrain import engines
 from mlx_posttrain.engines.base import head_start
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods.pretrain import PretrainSection, make_model
-from mlx_posttrain.rl import rollouts, scoring
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.tokenizer import load_tokenizer
+from mlx_posttrain.rewards import scorer as scoring
+from mlx_posttrain.rewards.scorer import RewardEntry, Scorer
+from mlx_posttrain.rl import rollouts
 from mlx_posttrain.rl.rollouts import Answer, Question
-from mlx_posttrain.rl.scoring import RewardEntry, Scorer
 
 ENGINES = engines.available()
 FUNCTIONS = """
@@ -48,7 +51,7 @@ def functions(tmp_path) -> str:
 
 def scorer(entries: list[dict], folder: Path) -> Scorer:
     found = [RewardEntry.model_validate(e) for e in entries]
-    return Scorer(found, engines.get(ENGINES[0]), loading.load_tokenizer(folder), "question")
+    return Scorer(found, engines.get(ENGINES[0]), load_tokenizer(folder), "question")
 
 
 def answers() -> list[Answer]:
@@ -100,7 +103,7 @@ def test_normalised_scores_and_raw_ones_in_one_sum(functions, random_gpt2):
 def test_a_reward_model_reads_prompt_and_answer(reward_model, random_gpt2):
     alone = scorer([{"model": str(reward_model), "normalise": False, "weight": 2.0}], random_gpt2)
     asked = answers()
-    model, _, _ = loading.open_model(reward_model, ENGINES[0], scores=True)
+    model, _, _ = open_model(reward_model, ENGINES[0], scores=True)
     each = [float(scoring.score_rows(model, [(*a.question.tokens, *a.tokens)], 0)[0]) for a in asked]
     assert alone.parts(asked)[0] == pytest.approx(each, abs=1e-5)
     assert alone(asked) == pytest.approx(2 * np.array(each), abs=1e-5)
@@ -119,7 +122,7 @@ def test_a_reward_model_reads_prompt_and_answer(reward_model, random_gpt2):
 
 
 def test_rows_beyond_the_context_are_an_error_of_the_users(reward_model, random_gpt2):
-    model, _, _ = loading.open_model(reward_model, ENGINES[0], scores=True)
+    model, _, _ = open_model(reward_model, ENGINES[0], scores=True)
     assert np.isfinite(scoring.score_rows(model, [range(1, 65)], 0)).all()
     with pytest.raises(UserError, match="65 tokens does not fit the model's context of 64"):
         scoring.score_rows(model, [range(1, 66)], 0)
@@ -165,7 +168,7 @@ def test_another_vocabulary_is_refused(random_gpt2, tmp_path):
 
 
 def sampled(folder: Path, **settings) -> list[Answer]:
-    model, tokenizer = engines.get(ENGINES[0]).load(folder), loading.load_tokenizer(folder)
+    model, tokenizer = engines.get(ENGINES[0]).load(folder), load_tokenizer(folder)
     asked = [Question(tuple(range(3, 6 + i)), f"q{i}", {}) for i in range(3)]
     given = {
         "samples": 2,
@@ -181,7 +184,7 @@ def sampled(folder: Path, **settings) -> list[Answer]:
 
 def test_sampled_answers_stand_in_order_and_end_with_the_stop_token(random_gpt2):
     free = sampled(random_gpt2)
-    tokenizer = loading.load_tokenizer(random_gpt2)
+    tokenizer = load_tokenizer(random_gpt2)
     assert [a.question.text for a in free] == ["q0", "q0", "q1", "q1", "q2", "q2"]
     assert len({a.tokens for a in free}) == 6
     assert all(

@@ -1,0 +1,145 @@
+"""A recipe's rows: read, cleaned, split and encoded; what is dropped is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mlx_posttrain.config import DataSection
+from mlx_posttrain.console import say
+from mlx_posttrain.data import encode, formats, sources
+from mlx_posttrain.data.types import Conversation, Example, Turn
+from mlx_posttrain.errors import UserError
+
+Record = TypeVar("Record")
+#: Rows to evaluate on are worth having, and a run can do without them.
+NONE_HELD_OUT = (
+    "{what}: none of them can be used as data.max_length stands, so nothing is evaluated during training"
+)
+
+
+def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[formats.Record]:
+    """The rows of one split as records; prints what was dropped."""
+    rows = sources.load_rows(
+        data.source,
+        split=split,
+        config=data.config,
+        limit=limit,
+        seed=seed,
+        shuffle=data.shuffle,
+        families=data.families,
+    )
+    parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
+    for reason, count in dropped.items():
+        say(f"{data.source} {split}: {count} rows dropped: {reason}")
+    if data.config is not None and split == data.split and not sources.is_hub_id(data.source):
+        say(
+            f"data.config={data.config} is not used: only data sets on the hub have configurations, and "
+            f"{data.source} is none"
+        )
+    further = [ours for ours in data.columns if ours not in formats.COLUMNS]
+    if further and split == data.split:
+        say(
+            f"data.columns: no format reads {', '.join(further)}; kept beside the rows for checks and "
+            "reward functions"
+        )
+    return parsed
+
+
+def read_conversations(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Conversation]:
+    """The rows of one split as conversations, cleaned if the recipe says so; prints what was dropped."""
+    parsed = read_rows(data, split=split, limit=limit, seed=seed)
+    conversations = [row for row in parsed if isinstance(row, Conversation)]
+    if len(conversations) < len(parsed):
+        raise UserError(
+            f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows, and this method imitates "
+            "one answer: "
+            "say which with data.format=chosen, or with data.columns, for example {prompt: prompt, "
+            "completion: chosen}"
+        )
+    if any(row.turns[-1].role != "assistant" for row in conversations):
+        raise UserError(
+            f"{data.source}: these rows have a prompt and no answer to imitate; accepted: "
+            f"{formats.accepted()}; rename with data.columns"
+        )
+    if data.system is not None:
+        system = Turn("system", data.system)
+        conversations = [
+            replace(c, turns=(system, *c.turns)) if c.templated and c.turns[0].role != "system" else c
+            for c in conversations
+        ]
+    if data.clean is not None:
+        from mlx_posttrain.data import quality
+
+        conversations, drops = quality.clean(conversations, seed=seed, **data.clean.model_dump())
+        say(
+            "cleaning "
+            "dropped "
+            + ", ".join(f"{reason} {count}" for reason, count in drops.items())
+            + f"; {len(conversations)} rows kept"
+        )
+    return conversations
+
+
+def split_rows(
+    data: DataSection, seed: int, read: Callable[..., list[Record]]
+) -> tuple[list[Record], list[Record]]:
+    """Training and held-out rows: from a split of the source, or rows set aside by seed. ``read`` as
+    :func:`read_conversations`.
+    """
+    train = read(data, split=data.split, limit=data.limit, seed=seed)
+    eval_split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
+    if eval_split:
+        return train, read(data, split=eval_split, limit=data.eval_limit, seed=seed)
+    if data.holdout >= len(train):
+        raise UserError(
+            f"data.holdout={data.holdout:g} leaves none of {len(train)} rows to train on; lower it"
+        )
+    aside = int(data.holdout if data.holdout >= 1 else round(data.holdout * len(train)))
+    aside = min(aside, data.eval_limit or aside, len(train) - 1)
+    chosen = set(np.random.default_rng([seed, 0xE7A1]).permutation(len(train))[:aside].tolist())
+    return [c for i, c in enumerate(train) if i not in chosen], [
+        c for i, c in enumerate(train) if i in chosen
+    ]
+
+
+def encode_rows(
+    conversations: list[Conversation],
+    data: DataSection,
+    tokenizer: Any,
+    context: int | None,
+    seed: int,
+    what: str,
+    *,
+    needed: bool = True,
+) -> list[Example]:
+    """Conversations as examples of at most the recipe's and the model's length; prints what was dropped and
+    cut.
+
+    Raises UserError when none is left of rows that are ``needed``.
+    """
+    if not conversations:
+        return []
+    length = min(data.max_length, context or data.max_length)
+    if data.pack:
+        examples = encode.pack([c.turns[-1].content for c in conversations], tokenizer, length, needed=needed)
+    else:
+        names = [data.template] if isinstance(data.template, str) else data.template
+        truncate: encode.Truncate = "response" if data.too_long == "cut" else "drop"
+        examples, report = encode.encode_all(
+            conversations,
+            tokenizer,
+            templates=names,
+            max_length=length,
+            train_on=data.train_on,
+            seed=seed,
+            truncate=truncate,
+            needed=needed,
+        )
+        say(f"{what}: {report}")
+    if not examples:
+        say(NONE_HELD_OUT.format(what=what))
+    return examples

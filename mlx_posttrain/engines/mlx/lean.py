@@ -1,0 +1,84 @@
+"""A GPT-2 block that keeps less for the backward pass when that is much.
+
+Of a block's forward pass the backward pass needs most intermediate arrays: about 25 numbers per token and
+unit of width, and the attention weights, whose number grows with the square of the length. From
+``LEAN_ABOVE`` bytes on, the block keeps what is expensive to make again, the outputs of products with a
+weight and of attention (10 numbers), and computes the rest once more: layer norms, the activation, the
+attention weights. That is selective recomputation (Korthikanti et al. 2022, "Reducing Activation
+Recomputation in Large Transformer Models", section 5); unlike gradient checkpointing it repeats no product
+with a weight, since MLX never evaluates what nobody asks for. It costs a tenth of a step of GPT-2 124M and a
+quarter of one of the embedded model, which is why small batches are left alone. mlx-lm's own block is what is
+run otherwise, and the truth in tests/engines/test_mlx_lean.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.gpt2 import TransformerBlock
+
+from mlx_posttrain.engines.base import LEAN_ABOVE, block_bytes
+from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
+
+
+class LeanBlock(TransformerBlock):
+    """mlx-lm's block: the same numbers, fewer of them kept."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        attn, mlp = self.attn, self.mlp
+        if (
+            not self.training
+            or cache is not None
+            or block_bytes(x.shape[0], x.shape[1], x.shape[2], attn.n_head) <= LEAN_ABOVE
+        ):
+            return super().__call__(x, mask, cache)
+        qkv = _recomputed([self.ln_1, attn.c_attn], lambda x: attn.c_attn(self.ln_1(x)), x)
+        h = x + attn.c_proj(self._attended(qkv, mask))
+        inner = _recomputed([self.ln_2, mlp.c_fc], lambda h: mlp.c_fc(self.ln_2(h)), h)
+        return h + _recomputed([mlp.c_proj], lambda inner: mlp.c_proj(_activation(mlp)(inner)), inner)
+
+    def _attended(self, qkv: mx.array, mask: Any) -> mx.array:
+        attn = self.attn
+        if mlx_attention.applies(attn, mask, None):  # it keeps no weights as it is
+            return mlx_attention.causal(qkv, attn.n_head)
+        return _recomputed([], lambda qkv: _attention(qkv, attn.n_head, attn.scale, mask), qkv)
+
+
+def use_in(net: nn.Module) -> None:
+    """Let a GPT-2 train with lean blocks."""
+    for layer in net.layers:
+        if type(layer) is TransformerBlock:
+            layer.__class__ = LeanBlock
+
+
+def undo(net: nn.Module) -> None:
+    """Put mlx-lm's own block back: dropout would draw another mask in the second computation, and whole
+    blocks may be recomputed instead.
+    """
+    for layer in net.layers:
+        if type(layer) is LeanBlock:
+            layer.__class__ = TransformerBlock  # type: ignore[assignment]
+
+
+def _recomputed(
+    modules: Sequence[nn.Module], function: Callable[[mx.array], mx.array], x: mx.array
+) -> mx.array:
+    def inner(parameters: list[Any], x: mx.array) -> mx.array:
+        for module, own in zip(modules, parameters, strict=True):
+            module.update(own)
+        return function(x)
+
+    return mx.checkpoint(inner)([m.trainable_parameters() for m in modules], x)
+
+
+def _attention(qkv: mx.array, heads: int, scale: float, mask: Any) -> mx.array:
+    q, k, v = (mlx_attention.split_heads(part, heads) for part in mx.split(qkv, 3, axis=-1))
+    return mlx_attention.join_heads(scaled_dot_product_attention(q, k, v, cache=None, scale=scale, mask=mask))
+
+
+def _activation(mlp: nn.Module) -> Callable[[mx.array], mx.array]:
+    return getattr(mlp, "activation", nn.gelu_approx)

@@ -1,0 +1,158 @@
+"""Models for the MLX engine: read, quantise, recompute activations, merge into a quantised base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_posttrain.convert import gpt2, hub, merge
+from mlx_posttrain.convert import weights as weight_files
+from mlx_posttrain.convert.files import copy_tokenizer
+from mlx_posttrain.engines import files
+from mlx_posttrain.engines.mlx import lean as mlx_lean
+from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
+from mlx_posttrain.engines.mlx.cpu import gelu as mlx_gelu
+from mlx_posttrain.errors import UserError
+
+
+def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.array]]:
+    weights = weight_files.load_weights(folder)
+    weights.pop(files.HEAD, None)
+    if config["model_type"] == "gpt2":
+        weights = gpt2.hf_to_mlx(weights, config["n_layer"])
+    return list(weights.items())
+
+
+def load(
+    folder: Path, config: dict[str, Any], dtype: str, quantize: int | None, group_size: int
+) -> nn.Module:
+    from mlx_lm.utils import _get_classes, load_model
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        model_class, args_class = _get_classes(config)
+
+        class Adjusted(model_class):  # type: ignore[valid-type,misc]
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                # A classifier's head is put on afterwards; mlx-lm's GPT-2 does not know the `transformer.`
+                # prefix that save_pretrained writes.
+                weights = {name: value for name, value in weights.items() if name != files.HEAD}
+                if config["model_type"] == "gpt2":
+                    return gpt2.hf_to_mlx(weights, self.args.n_layer)
+                return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+
+        return Adjusted, args_class
+
+    settings: dict[str, Any] | None = None
+    if files.is_classifier(config):
+        # its folder has no language-model head
+        settings = config = {**config, "architectures": None, "tie_word_embeddings": True}
+    if config["model_type"] == "gpt2":
+        settings = weight_files.gpt2_config(config)
+    try:
+        net, _ = load_model(folder, model_config=settings, get_model_classes=classes)
+    except UserError as error:
+        raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+    # a config that contradicts its weights fails anywhere in a library that trusts it
+    except Exception as error:
+        raise UserError(
+            f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from None
+    if config["model_type"] == "gpt2":
+        mlx_lean.use_in(net)
+        if dtype == "float32":
+            mlx_gelu.use_in(net)
+            mlx_attention.use_in(net)
+    quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
+    # of a quantised net the scales and what is not packed: its numbers are of that format too
+    net.set_dtype(getattr(mx, dtype))
+    if quantize and not quantised:
+        bad = [p for p, m in net.named_modules() if _packs(p, m) and m.weight.shape[-1] % group_size]
+        if bad:
+            raise UserError(f"adapter.group_size={group_size} does not divide the width of {bad[0]}; use 32")
+        nn.quantize(net, group_size=group_size, bits=quantize, class_predicate=_packs)
+    if quantised or quantize:
+        net.freeze()
+    mx.eval(net.parameters())
+    return net
+
+
+def _packs(path: str, module: nn.Module) -> bool:
+    """Whether quantising packs a layer: the linear ones that adapters stand on. Embeddings stay as they are
+    (Dettmers et al. 2023, section 3), and so do heads, as in bitsandbytes: a tied head is an embedding, and
+    of packed weights no logits can be formed a chunk at a time.
+    """
+    return isinstance(module, nn.Linear) and path not in ("lm_head", "score")
+
+
+def checkpoint_blocks(net: nn.Module) -> None:
+    """Recompute each transformer block in the backward pass, in training only (Chen et al. 2016).
+
+    Done per instance: mlx-lm's own helper patches the layer's class for the whole process, reference and
+    generation included.
+    """
+
+    def checkpointed(base: type) -> type:
+        class Checkpointed(base):
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                if not self.training:
+                    return super().__call__(*args, **kwargs)
+
+                def inner(parameters: Any, *args: Any) -> Any:
+                    self.update(parameters)
+                    return base.__call__(self, *args, **kwargs)
+
+                return mx.checkpoint(inner)(self.trainable_parameters(), *args)
+
+        Checkpointed.__name__ = base.__name__
+        return Checkpointed
+
+    mlx_lean.undo(net)
+    classes: dict[type, type] = {}
+    for layer in net.layers:
+        layer.__class__ = classes.setdefault(type(layer), checkpointed(type(layer)))
+
+
+def dequantised_weights(folder: Path, bits: int | None, group_size: int) -> dict[str, mx.array]:
+    """A folder's weights after rounding to the quantisation grid and back: what a QLoRA adapter was trained
+    on.
+
+    A folder that is quantised already has its own grid; ``bits`` and ``group_size`` are then not looked at.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    net = load(folder, hub.check_config(folder), "float32", bits, group_size)
+    return dict(tree_flatten(dequantize_model(net).parameters()))
+
+
+def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, float]:
+    """Fuse an adapter into its quantised base, quantise again, write a folder for mlx-lm, and say what the
+    rounding cost.
+
+    probe: [B, T] token ids. Returns what convert.merge.logit_drift does.
+    """
+    from mlx_lm.utils import save_config
+
+    net = model.net.eval()
+    adapted = model.full_logits(probe)
+    with model.adapters_off():
+        base = model.full_logits(probe)
+    quantised = next(m.linear for _, m in model.adapted())
+    net.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in model.adapted()]))
+    drift = merge.logit_drift(adapted, model.full_logits(probe), base)
+    weight_files.save_weights(folder, dict(tree_flatten(net.parameters())), format="mlx")
+    # A folder that was quantised before may have another grid for some layers, and says so.
+    own = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
+    quantization = model.config.get("quantization") or own
+    config = (
+        weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
+    )
+    save_config(
+        {**config, "quantization": quantization, "quantization_config": quantization}, folder / "config.json"
+    )
+    copy_tokenizer(model.folder, folder)
+    return drift

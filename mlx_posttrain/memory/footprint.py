@@ -1,0 +1,299 @@
+"""What one network in training holds, in GB by part, from its size and the shapes of its batches.
+
+Weights, gradients and moments are counted. What the backward pass keeps is reckoned by measured coefficients
+(activations.py); tests/test_plan.py holds the sums against runs.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mlx_posttrain.data.batches import Batch, layout
+from mlx_posttrain.engines import fused
+from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
+from mlx_posttrain.memory.coefficients import (
+    CHUNKS_ALIVE,
+    DORA,
+    EVALUATED_ALIVE,
+    FORWARD,
+    KEPT,
+    LOGITS_ALIVE,
+    OVERLAP,
+    PAIRS,
+    PAIRS_BESIDE,
+    REFERENCE_ALIVE,
+    STOCK_ATTENTION,
+    STOCK_GELU,
+    Block,
+)
+from mlx_posttrain.memory.model_size import Size
+
+GB = 2**30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+#: Architectures on which the blocks' coefficients were measured, and DoRA's.
+MEASURED = {"mlx": ("gpt2", "llama"), "torch": ("gpt2",)}
+MEASURED_DORA = ("mlx",)
+
+
+class Shape(NamedTuple):
+    """A batch: rows, padded length, trained positions, and the tokens it is read as where an engine packs
+    rows into one.
+    """
+
+    rows: int
+    length: int
+    positions: int
+    packed: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.rows * self.length if self.packed is None else self.packed
+
+    def part(self, share: float = 1.0, longest: int | None = None) -> Shape:
+        """So much of the rows, and each cut to ``longest`` tokens; positions in proportion."""
+        rows, length = max(1, math.ceil(self.rows * share)), min(self.length, longest or self.length)
+        left = rows * length / (self.rows * self.length)
+        return Shape(
+            rows,
+            length,
+            math.ceil(self.positions * left),
+            None if self.packed is None else math.ceil(self.packed * left),
+        )
+
+
+def shapes(batches: Iterable[Batch], packs: bool = False) -> list[Shape]:
+    """The distinct shapes of batches, for a model that ``packs`` or not."""
+    found = []
+    for b in batches:
+        packed = layout(b.tokens, b.index) if packs else None
+        rows, length = b.tokens.shape
+        found.append(Shape(rows, length, len(b.index), len(packed[1]) if packed else None))
+    return distinct(found)
+
+
+def distinct(found: Iterable[Shape]) -> list[Shape]:
+    """Each shape once, with the most tokens that rows of it are read as."""
+    largest: dict[tuple[int, ...], Shape] = {}
+    for shape in found:
+        largest[shape[:3]] = max(shape, largest.get(shape[:3], shape), key=lambda s: s.tokens)
+    return [largest[key] for key in sorted(largest)]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One network in training: how it is trained, and the shapes it meets."""
+
+    engine: str
+    size: Size
+    trained: int
+    adapter: bool
+    dtype: str = "float32"
+    bits: int | None = None
+    group_size: int = 64
+    adapted: Sequence[tuple[int, int]] = ()  # (in, out) of the layers that an adapter stands on
+    dora: bool = False
+    checkpointing: bool = False
+    dropout: bool = False
+    reference: bool = False
+    # whether the loss asks for one from the reference, over the whole vocabulary
+    divergence: bool = False
+    beside: bool = False  # whether evaluations run the reference's blocks too: its states are not kept
+    accumulate: bool = False
+    batches: Sequence[Shape] = ()
+    evaluations: Sequence[Shape] = ()
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number of the model, and of what its layers compute."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed into one: engines/torch_packed.py."""
+        return (
+            self.engine == "torch" and self.size.model_type == "gpt2" and not (self.adapter and self.dropout)
+        )
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the trained parameters, and so of their gradients and of each moment: an adapter's are
+        float32.
+        """
+        return self.trained * (4 if self.adapter else self.number)
+
+    def weights(self) -> float:
+        """GB of the weights as they are held, an adapter's included."""
+        adapter = 4 * self.trained if self.adapter else 0
+        if self.size.packed:
+            return (self.size.file_bytes + adapter) / GB
+        number = self.number
+        saved = 0.0
+        if self.bits:  # the linear layers, each group of weights with a scale and an offset
+            saved = sum(map(math.prod, self.size.linear.values())) * (
+                number - self.bits / 8 - 2 * number / self.group_size
+            )
+        return (self.size.parameters * number + adapter - saved) / GB
+
+    def reference_copy(self) -> float:
+        """GB of the frozen reference: with an adapter it is the same weights."""
+        return self.size.parameters * self.number / GB if self.reference and not self.adapter else 0.0
+
+    def optimizer(self) -> float:
+        """GB of AdamW's two moments."""
+        return 2 * self.trained_bytes / GB
+
+    def gradients(self) -> float:
+        """GB of the gradients, and on MLX of a micro-batch's beside those of the ones before, which torch
+        adds to weight by weight.
+        """
+        return self.trained_bytes * (2 if self.accumulate and self.engine == "mlx" else 1) / GB
+
+    def activations(self, batch: Shape) -> float:
+        """GB that the blocks keep for the backward pass, and what an adapter keeps besides; of the blocks
+        that are computed again at once with checkpointing.
+        """
+        of, blocks_are = self.size, self._blocks(batch)
+        kept = KEPT[blocks_are]
+        if self.engine == "mlx" and not of.gated and (self.number < 4 or sys.platform != "linux"):
+            weights = 0.0 if "lean" in blocks_are else STOCK_ATTENTION
+            kept = kept._replace(inner=kept.inner + STOCK_GELU, pairs=kept.pairs + weights)
+        block = Block(of.width, of.inner, of.key_width, of.heads)
+        blocks = min(kept.again, of.layers) if self.checkpointing else of.layers
+        numbers = kept.numbers(block, blocks, batch.rows, batch.length, batch.packed)
+        return (numbers * self.number + blocks / of.layers * self._beside(batch.tokens)) / GB
+
+    def inputs(self, batch: Shape) -> float:
+        """GB of every block's input, which is what checkpointing keeps."""
+        return self.size.layers * batch.tokens * self.size.width * self.number / GB
+
+    def _beside(self, tokens: int) -> float:
+        """Bytes that the adapted layers keep beside those of the blocks: in half precision their updates in
+        float32; of DoRA the outputs before the magnitude, and weights that it makes anew.
+        """
+        outputs, weights = DORA[self.engine] if self.dora else (0.0, 0.0)
+        if self.dora and (self.bits or self.size.packed):
+            # the layer is multiplied with its dequantised weight, which the gradient needs again
+            weights += 1
+        half = 4 if self.number < 4 else 0
+        each = [
+            tokens * leaves * (outputs * self.number + half) + weights * enters * leaves * self.number
+            for enters, leaves in self.adapted
+        ]
+        return sum(each)
+
+    def _blocks(self, batch: Shape) -> str:
+        of = self.size
+        much = block_bytes(batch.rows, batch.length, of.width, of.heads) > LEAN_ABOVE
+        lean = (
+            self.engine == "mlx"
+            and of.model_type == "gpt2"
+            and much
+            and not self.dropout
+            and not self.checkpointing
+        )
+        return (
+            self.engine
+            + (" lean" if lean else " gated" if of.gated else "")
+            + (", adapter" if self.adapter else "")
+        )
+
+    def logits(self, batch: Shape, training: bool = True) -> float:
+        """GB of the chunks of logits that are alive, or of all logits at a quantised head; with the other
+        side of a divergence, and in training with the slopes that are kept for a trained head's gradient.
+        """
+        every = 4 * batch.positions * self.size.vocabulary
+        beside = REFERENCE_ALIVE[self.engine] if self.divergence else 1.0
+        if self.size.packed_head or (self.bits is not None and not self.size.tied):
+            return LOGITS_ALIVE * every * beside / GB
+        chunks = fused.chunks(batch.positions, self.size.vocabulary)
+        chunk = 4 * chunks[0].stop * self.size.vocabulary
+        if not training:
+            each, most = EVALUATED_ALIVE[self.engine][self.divergence]
+            return min(most * chunk, each * every) / GB
+        each, most = CHUNKS_ALIVE[self.engine][self.adapter]
+        kept = 0 if self.adapter else fused.kept(batch.positions, self.size.vocabulary)
+        return (
+            min(most, each * len(chunks)) * chunk * beside + self.number * self.size.vocabulary * kept
+        ) / GB
+
+    def head(self) -> float:
+        """GB of the head's gradient, which is there before the blocks have freed anything; torch adds to the
+        one of earlier micro-batches.
+        """
+        there = self.adapter or (self.accumulate and self.engine == "torch")
+        return 0.0 if there else self.number * self.size.vocabulary * self.size.width / GB
+
+    def forward(self, batch: Shape, pairs: dict[str, float] = PAIRS) -> float:
+        """GB of a pass without gradients: one block's arrays. pairs: by engine, how many of them have a
+        number for each head and pair of positions.
+        """
+        s, tokens = self.size, batch.tokens
+        block = (
+            tokens * (6 * s.width + (3 if s.gated else 2) * s.inner)
+            + pairs[self.engine] * batch.rows * s.heads * batch.length**2
+        )
+        return FORWARD[self.engine] * self.number * block / GB
+
+    def phases(self) -> list[tuple[str, dict[str, float]]]:
+        """What each phase of training holds besides weights and optimizer: GB by part, under the phase's
+        name.
+        """
+        found: list[tuple[str, dict[str, float]]] = []
+        beside = self.trained_bytes / GB if self.accumulate else 0.0
+        for b in self.batches:
+            kept, logits, gradients = self.activations(b), self.logits(b), self.head() + beside
+            if self.checkpointing:
+                inputs = self.inputs(b)
+                found.append(
+                    (
+                        "as the backward pass begins",
+                        {"activations": inputs, "logits": logits, "gradients": gradients},
+                    )
+                )
+                found.append(
+                    (
+                        "in the first block's backward pass",
+                        {"activations": inputs + kept, "gradients": gradients},
+                    )
+                )
+            else:
+                found.append(
+                    (
+                        "as the backward pass begins",
+                        {"activations": kept, "logits": logits, "gradients": gradients},
+                    )
+                )
+        found.append(("in the update", {"gradients": self.gradients(), "update": self.update()}))
+        for b in self.evaluations:
+            blocks, one = (
+                self.forward(b, PAIRS_BESIDE if self.beside else PAIRS),
+                len(fused.chunks(b.positions, self.size.vocabulary)) == 1,
+            )
+            late = OVERLAP[self.engine] * blocks if one else 0.0
+            found.append(("as an evaluation reads its rows", {"activations": blocks}))
+            found.append(
+                ("in an evaluation", {"activations": late, "logits": self.logits(b, training=False)})
+            )
+        return found
+
+    def update(self) -> float:
+        """GB of new weights and moments beside the old: on MLX of a group of parameters, or of the largest;
+        torch writes in place.
+        """
+        largest = max(
+            [UPDATE_BYTES, *(self.number * math.prod(shape) for shape in self.size.tensors.values())]
+        )
+        return 3 * min(self.trained_bytes, largest) / GB if self.engine == "mlx" else 0.0
+
+    @property
+    def sure(self) -> bool:
+        """Whether what the blocks keep was measured for this architecture on this engine."""
+        return self.size.model_type in MEASURED[self.engine] and (
+            not self.dora or self.engine in MEASURED_DORA
+        )

@@ -1,0 +1,461 @@
+"""What a recipe will take, before it runs: parameters, steps, tokens, and the peak of memory by part.
+
+What a network holds in each phase is reckoned in footprint.py; the peak is that of the phase that takes most:
+the end of the forward pass, the update, an evaluation, a rollout. For an architecture whose blocks were not
+measured it is a guess, and the text says so. Recipes with one thing changed are planned as well: those that
+take less are the advice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_posttrain import config
+from mlx_posttrain.console import say
+from mlx_posttrain.data.batches import (
+    LENGTH_MULTIPLE,
+    POSITION_MULTIPLE,
+    evaluation_limits,
+    for_evaluation,
+    round_up,
+)
+from mlx_posttrain.data.types import Example
+from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM, split
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.memory.coefficients import PAIRS_OF_PROMPTS
+from mlx_posttrain.memory.footprint import DTYPE_BYTES, GB, Shape, Training, distinct, shapes
+from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, size  # noqa: F401  size is for those who plan
+from mlx_posttrain.models.adapters import adapter_spec
+from mlx_posttrain.training import reference as references
+
+WARN_ABOVE = 0.75  # share of this machine's memory
+# of the training rows: a shorter data.max_length that drops more than the others is no advice
+KEPT_ROWS = 0.9
+LESS = 0.97  # of the peak: what takes more than that is no advice
+#: The interpreter and libraries, GB: the torch engine's memory is the whole process, MLX counts its arrays
+#: only.
+PROGRAM = {"mlx": 0.0, "torch": 0.48}
+
+
+@dataclass
+class Plan:
+    """What a run takes. parts: GB at the peak, by what they hold; phase: when that is; shapes: of its
+    batches, of which MLX compiles a step each.
+    """
+
+    name: str
+    engine: str
+    parameters: int
+    trained: int
+    steps: int
+    trained_a_step: float  # tokens that the loss counts; of a reward model the scores
+    positions_a_step: float  # tokens that the model reads, padding included
+    parts: dict[str, float]
+    phase: str
+    memory_gb: float
+    shapes: int
+    sure: bool = True
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def total_gb(self) -> float:
+        """The predicted peak."""
+        return sum(self.parts.values())
+
+    @property
+    def share(self) -> float:
+        """Of this machine's memory."""
+        return self.total_gb / self.memory_gb if self.memory_gb else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "total_gb": self.total_gb, "share": self.share}
+
+    def line(self) -> str:
+        """The total in one line, with what to do when it is much."""
+        text = (
+            f"memory: about {self.total_gb:.2f} GB at the peak ({self.share:.0%} of this machine's "
+            f"{self.memory_gb:.0f} GB)"
+        )
+        if self.share > WARN_ABOVE:
+            text += "; that may not fit" + (
+                "; with less: " + ", or ".join(self.advice) if self.advice else ""
+            )
+        return text
+
+    def text(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.name} on {self.engine}: {self.trained:,} of {self.parameters:,} parameters train",
+            f"{self.steps:,} steps of about {self.trained_a_step:,.0f} trained tokens "
+            f"({self.positions_a_step:,.0f} read, padding included); "
+            f"{self.steps * self.trained_a_step:,.0f} trained in all; {self.shapes} "
+            f"{'shape' if self.shapes == 1 else 'shapes'} of batches",
+            *(f"  {part:12} {gb:8.2f} GB" for part, gb in self.parts.items() if gb >= 0.005),
+            f"  {'peak':12} {self.total_gb:8.2f} GB, {self.phase}; this machine has {self.memory_gb:.1f} GB "
+            f"({self.share:.0%})",
+        ]
+        if not self.sure:
+            lines.append(
+                "  what the blocks keep is a guess: it was measured for GPT-2, on MLX for Llama "
+                "and DoRA too, and not for this"
+            )
+        lines += [f"  with less: {less}" for less in self.advice]
+        return "\n".join(lines)
+
+
+def peak(
+    name: str,
+    training: Training,
+    steps: int,
+    tokens: tuple[float, float],
+    more: Mapping[str, float] | None = None,
+    others: Sequence[tuple[str, dict[str, float]]] = (),
+) -> Plan:
+    """The plan of one trained network. tokens: trained and read in a step; more: what is there all the time
+    beside it, GB by name; others: further phases, which may say otherwise of what is there all the time.
+    """
+    from mlx_posttrain.engines.process import memory
+
+    always = {
+        "program": PROGRAM[training.engine],
+        "weights": training.weights(),
+        "reference": training.reference_copy(),
+        "optimizer": training.optimizer(),
+        **(more or {}),
+    }
+    phase, parts = max([*training.phases(), *others], key=lambda found: sum({**always, **found[1]}.values()))
+    return Plan(
+        name=name,
+        engine=training.engine,
+        parameters=training.size.parameters + (training.trained if training.adapter else 0),
+        trained=training.trained,
+        steps=steps,
+        trained_a_step=tokens[0],
+        positions_a_step=tokens[1],
+        parts={**always, **parts},
+        phase=phase,
+        memory_gb=memory()[0] / GB,
+        shapes=len(training.batches),
+        sure=training.sure,
+    )
+
+
+def _advised(found: Plan, options: Iterable[tuple[str, Callable[[], Plan]]]) -> Plan:
+    """The plan with those ``options``, overrides of the recipe and the plan that they lead to, that take
+    less.
+    """
+    advice = []
+    for text, make in options:
+        # the usual layers for an adapter, say, are not those of every model
+        with contextlib.suppress(UserError):
+            gb = make().total_gb
+            if gb < LESS * found.total_gb:
+                advice.append(f"{text} ({gb:.2f} GB)")
+    return replace(found, advice=advice)
+
+
+def _alternatives(recipe: Any, engine: str, of: Size) -> Iterator[tuple[str, Any]]:
+    """Overrides that may save memory in any training, mildest first, and the recipe with them."""
+    train, adapter = recipe.train, getattr(recipe, "adapter", None)
+    if train.batch_size > 1:
+        rows = train.batch_size // 2
+        times = math.ceil(train.batch_size * train.accumulate / rows)
+        yield (
+            f"train.batch_size={rows} train.accumulate={times}",
+            _changed(recipe, "train", batch_size=rows, accumulate=times),
+        )
+    if not train.gradient_checkpointing:
+        text, changed = (
+            "train.gradient_checkpointing=true",
+            _changed(recipe, "train", gradient_checkpointing=True),
+        )
+        if adapter is not None and adapter.dropout:
+            text, changed = f"{text} adapter.dropout=0", _changed(changed, "adapter", dropout=0.0)
+        yield text, changed
+    if adapter is None and "adapter" in type(recipe).model_fields:
+        yield "adapter.rank=16", recipe.model_copy(update={"adapter": config.AdapterSection(rank=16)})
+    elif (
+        adapter is not None
+        and adapter.quantize is None
+        and engine == "mlx"
+        and not of.packed
+        and _fits_groups(of, adapter.group_size)
+    ):
+        yield "adapter.quantize=4", _changed(recipe, "adapter", quantize=4)
+
+
+def _fits_groups(of: Size, group_size: int) -> bool:
+    """Whether every linear layer can be cut into groups of weights that share a quantisation scale."""
+    return all(n % group_size == 0 for shape in of.linear.values() for n in shape)
+
+
+def _changed(recipe: Any, section: str, **values: Any) -> Any:
+    """The recipe with other values in one section, not validated: for planning only."""
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+
+
+# From recipes
+
+
+def tell(make: Callable[[], Plan]) -> None:
+    """Say what a run will take before it starts; a model whose size cannot be told is no reason not to train
+    it.
+    """
+    try:
+        say(make().line())
+    except UserError as error:
+        say(f"memory: not planned: {error}")
+
+
+def of_recipe(recipe: Any) -> list[Plan]:
+    """The plan of a recipe, or of each stage of a pipeline that trains. Reads the data; loads no weights.
+    Errors as running it.
+    """
+    from mlx_posttrain import methods
+
+    method = methods.get(recipe.method)
+    if not hasattr(method, "plan"):
+        raise UserError(f"{recipe.method} trains nothing, so there is nothing to plan")
+    return method.plan(recipe)
+
+
+def of_data(
+    recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = False, cache_gb: float = 0.0
+) -> Plan:
+    """The plan of a run over fixed rows. data: what training.fit is given; cache_gb: what a reference's
+    hidden states may take.
+    """
+    packs = _training(recipe, engine, of).packs
+    seen: list[Shape] = []
+    trained = read = steps = most = 0.0
+    for step in range(min(data.steps, data.steps_per_epoch)):
+        micro = data.micro_batches(data.rows(step))
+        seen += shapes(micro, packs)
+        trained, read, steps = (
+            trained + sum(b.trained_tokens for b in micro),
+            read + sum(b.tokens.size for b in micro),
+            steps + 1,
+        )
+        most = max(most, len(micro))
+    seen, evaluated = distinct(seen), shapes(data.evaluation(), packs)
+    kept = references.share(data, of.width, cache_gb) if reference else references.Share()
+    together = for_evaluation(data.lengths, recipe.train.batch_size, recipe.train.token_budget)
+    reading = distinct(
+        Shape(len(rows), round_up(max(data.lengths[i] for i in rows), LENGTH_MULTIPLE), 0)
+        for rows in together
+    )
+
+    def of_recipe(changed: Any, longest: int | None = None, kept: references.Share = kept) -> Plan:
+        """The plan of the recipe, or with another one's settings of the same rows, cut to ``longest``."""
+        old, new = recipe.train.batch_size, changed.train.batch_size
+        training = replace(
+            _training(changed, engine, of),
+            reference=reference,
+            divergence=reference,
+            beside=reference and not kept.held_out,
+            accumulate=most > 1 or new < old,
+            batches=_at_most(seen, old, new, longest),
+            evaluations=_at_most(evaluated, evaluation_limits(old)[0], evaluation_limits(new)[0], longest),
+        )
+        once = _at_most(
+            reading if kept.training else [], evaluation_limits(old)[0], evaluation_limits(new)[0], longest
+        )
+        others = [
+            ("as the reference's states are computed", {"activations": training.forward(b), "optimizer": 0.0})
+            for b in once
+        ]
+        return peak(
+            _name(recipe),
+            training,
+            data.steps,
+            (trained / steps, read / steps),
+            {"kept states": kept.gb},
+            others,
+        )
+
+    options: list[tuple[str, Callable[[], Plan]]] = [
+        (text, partial(of_recipe, changed)) for text, changed in _alternatives(recipe, engine, of)
+    ]
+    if shorter := _shorter(recipe, data):
+        options.append((shorter[1], partial(of_recipe, recipe, longest=shorter[0])))
+    if kept.gb:
+        options.append(("kl.cache_gb=0", partial(of_recipe, recipe, kept=references.Share())))
+    return _advised(of_recipe(recipe), options)
+
+
+def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:
+    """Half the longest training row, or what nine of ten rows need to be trained on; and the override, with
+    what it does to the rows. None where that is no less.
+    """
+    most, packed, pairs = max(data.lengths), recipe.data.pack, not isinstance(data.train[0], Example)
+
+    def needs(row: Any, length: int) -> int:
+        """Tokens of a row; of one that may be cut, those up to its first trained one."""
+        return length if pairs or recipe.data.too_long == "drop" else row.trained.index(True) + 1
+
+    needed = sorted(map(needs, data.train, data.lengths))
+    longest = round_up(
+        max(most // 2, 0 if packed else needed[math.ceil(KEPT_ROWS * len(needed)) - 1]), LENGTH_MULTIPLE
+    )
+    if longest >= most:
+        return None
+    lost, long = (sum(n > longest for n in lengths) for lengths in (needed, data.lengths))
+    dropped, unit = ("shortens or drops", "pairs") if pairs else ("drops", "rows")
+    fates = " and ".join(f"{fate} {n:,}" for fate, n in (("cuts", long - lost), (dropped, lost)) if n)
+    return longest, f"data.max_length={longest}" + (
+        "" if packed else f", which {fates} of {len(needed):,} {unit}"
+    )
+
+
+def _at_most(batches: Sequence[Shape], old: int, new: int, longest: int | None) -> list[Shape]:
+    """The batches that settings of ``new`` rows in place of ``old`` would allow, fewer where other limits or
+    the data already hold them down.
+
+    A pair is two rows: what is allowed is reckoned in the rows of the largest batch where those are more.
+    """
+    rows = new / old * max([old, *(b.rows for b in batches)])
+    return distinct(b.part(min(1.0, rows / b.rows), longest) for b in batches)
+
+
+def cache(of: Size, positions: int, dtype: str) -> float:
+    """GB of the keys and values of so many positions, in all layers."""
+    return 2 * of.layers * of.key_width * positions * DTYPE_BYTES[dtype] / GB
+
+
+class PromptLengths(NamedTuple):
+    """Tokens of PPO's prompts: of the longest in training, of those whose answers come ahead of training, and
+    of the held-out ones.
+    """
+
+    longest: int
+    ahead: Sequence[int]
+    held_out: Sequence[int]
+
+
+def of_ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Sequence[Size]) -> Plan:
+    """The plan of a PPO run. rewards: sizes of the reward models and judges."""
+    r = recipe.rollout
+    changes = [*_alternatives(recipe, engine, of)]
+    if recipe.critic.kind == "separate":
+        own = " critic.lr=null" * (recipe.critic.lr is not None) + " critic.init=auto" * (
+            recipe.critic.init != "auto"
+        )
+        changes.append((f"critic.kind=shared{own}", _changed(recipe, "critic", kind="shared")))
+    # Where the context holds prompts down, shorter answers would only make room for longer prompts.
+    roomy = of.context is None or r.max_tokens + recipe.data.max_length <= of.context
+    halves = {"max_tokens": r.max_tokens // 2 if roomy else 0, "token_budget": r.token_budget // 2}
+    changes += [
+        (f"rollout.{key}={half}", _changed(recipe, "rollout", **{key: half}))
+        for key, half in halves.items()
+        if half
+    ]
+
+    def of_recipe(changed: Any) -> Plan:
+        return _ppo(changed, engine, of, asked, rewards)
+
+    return _advised(of_recipe(recipe), [(text, partial(of_recipe, changed)) for text, changed in changes])
+
+
+def _ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Sequence[Size]) -> Plan:
+    """:func:`of_ppo` without advice."""
+    r, train = recipe.rollout, recipe.train
+    training = replace(
+        _training(recipe, engine, of),
+        reference=True,
+        accumulate=train.accumulate > 1 or recipe.ptx is not None,
+    )
+
+    def shape(most: int, budget: int | None, answers: int, prompts: int, longest: int) -> Shape:
+        """Of a batch of answers; packed, each prompt is read once."""
+        length = round_up(longest + r.max_tokens, LENGTH_MULTIPLE)
+        rows = min(answers, most, max(1, budget // length) if budget else most)
+        packed = min(rows, prompts) * longest + rows * r.max_tokens if training.packs else None
+        return Shape(rows, length, round_up(rows * r.max_tokens, POSITION_MULTIPLE), packed)
+
+    answers = r.prompts * r.samples
+    limits, sampled = (train.batch_size, train.token_budget), (answers, r.prompts, asked.longest)
+    evaluations = [shape(*evaluation_limits(*limits), *sampled)]
+    if unseen := len(asked.held_out):
+        evaluations.append(shape(*evaluation_limits(*limits), unseen, unseen, max(asked.held_out)))
+    policy = replace(training, batches=[shape(*limits, *sampled)], evaluations=evaluations)
+    if recipe.ptx is not None:
+        longest = round_up(
+            min(recipe.ptx.data.max_length, of.context or recipe.ptx.data.max_length), LENGTH_MULTIPLE
+        )
+        policy = replace(
+            policy,
+            batches=[*policy.batches, Shape(recipe.ptx.batch_size, longest, recipe.ptx.batch_size * longest)],
+        )
+    more = {"reward": sum(s.parameters for s in rewards) * 4 / GB}
+    untrained = {"optimizer": 0.0}  # moments come with the first update
+    others: list[tuple[str, dict[str, float]]] = []
+    if recipe.critic.kind == "separate":
+        critic = replace(
+            policy, trained=of.parameters, adapter=False, bits=None, dtype="float32", reference=False
+        )
+        untrained["critic"] = critic.weights()
+        more["critic"] = critic.weights() + critic.optimizer()
+        others += [(f"{phase}, of the critic", {**parts, "logits": 0.0}) for phase, parts in critic.phases()]
+    for lengths, samples in (([asked.longest] * r.prompts, r.samples), (asked.held_out, 1)):
+        others += _rollout(policy, lengths, samples, r.max_tokens, r.token_budget)
+    others += [
+        (phase, {**parts, **untrained})
+        for phase, parts in _rollout(policy, asked.ahead, 1, r.max_tokens, r.token_budget)
+    ]
+    tokens = answers * r.max_tokens, answers * round_up(asked.longest + r.max_tokens, LENGTH_MULTIPLE)
+    return peak(_name(recipe), policy, train.steps, tokens, more, others)
+
+
+def _rollout(
+    model: Training, lengths: Sequence[int], samples: int, max_tokens: int, token_budget: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The phases of answering prompts of so many tokens: reading those of each decode batch, and decoding
+    it.
+    """
+    most = min(max_tokens, model.size.context or max_tokens)
+    for batch, at_once in split(lengths, samples, most, token_budget):
+        prompts = Shape(len(lengths[batch]), max(lengths[batch]), 0)
+        room = round_up(prompts.length + most, CACHE_BLOCK if model.engine == "mlx" else ROOM)
+        read, held = (
+            cache(model.size, rows * room, model.dtype) for rows in (prompts.rows, prompts.rows * at_once)
+        )
+        yield (
+            "as a rollout reads its prompts",
+            {"cache": read, "activations": model.forward(prompts, PAIRS_OF_PROMPTS)},
+        )
+        yield (
+            "in a rollout",
+            {"cache": held, "logits": 4 * 4 * prompts.rows * at_once * model.size.vocabulary / GB},
+        )
+
+
+def _name(recipe: Any) -> str:
+    return Path(recipe.output).name if recipe.output else recipe.method
+
+
+def _training(recipe: Any, engine: str, of: Size) -> Training:
+    section = getattr(recipe, "adapter", None)
+    checkpointing = recipe.train.gradient_checkpointing
+    if section is None:
+        return Training(engine, of, of.parameters, False, recipe.dtype, checkpointing=checkpointing)
+    spec = adapter_spec(section)
+    return Training(
+        engine,
+        of,
+        adapter_parameters(of, spec),
+        True,
+        recipe.dtype,
+        section.quantize,
+        section.group_size,
+        adapted(of, spec),
+        spec.kind == "dora",
+        checkpointing,
+        section.dropout > 0,
+    )

@@ -1,0 +1,18 @@
+"""Which adapter a recipe asks for."""
+
+from __future__ import annotations
+
+from mlx_posttrain.config import AdapterSection
+from mlx_posttrain.engines import files
+from mlx_posttrain.engines.base import AdapterSpec
+from mlx_posttrain.models.source import adapter_folder
+
+
+def adapter_spec(adapter: AdapterSection) -> AdapterSpec:
+    """The adapter that a recipe asks for: its own, or with ``adapter.path`` that of the adapter it starts
+    from.
+    """
+    if adapter.path is not None:
+        return files.spec_of(adapter_folder(adapter.path), adapter.dropout)
+    targets = tuple(adapter.targets) if adapter.targets else None
+    return AdapterSpec(adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets)

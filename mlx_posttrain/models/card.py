@@ -1,0 +1,72 @@
+"""A run's model card: what it started from, what it was trained on, and what came out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain import runs
+from mlx_posttrain.convert import card
+from mlx_posttrain.models.source import Source, is_hub_id
+
+
+def run_card(run: Path) -> str:
+    """The card of a run whose ``final/`` is about to be written: a run that has it must have its card."""
+    _, recipe = runs.reopen(run)
+    return model_card(Source(run / "final", None, recipe), run)
+
+
+def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) -> str:
+    """The run's README: base, data, method, figures and the command that made it."""
+    raw: dict[str, Any] = source.recipe or {}
+    result = run / "result.json"
+    figures = json.loads(result.read_text()) if result.is_file() else {}
+    environment = _environment(run)
+    adapter = raw.get("adapter") or {}
+    method = {
+        "method": raw.get("method", "unknown"),
+        "seed": raw.get("seed"),
+        "template": raw.get("data", {}).get("template"),
+    }
+    method |= {
+        k: raw.get("train", {}).get(k)
+        for k in ("epochs", "steps", "batch_size", "accumulate", "lr", "schedule", "warmup", "weight_decay")
+    }
+    method |= {f"adapter {k}": v for k, v in adapter.items() if v is not None}
+    method |= {f"kl {k}": v for k, v in (raw.get("kl") or {}).items()}
+    return card.model_card(
+        {
+            "name": run.name,
+            "base_model": base_name(source),
+            "datasets": raw.get("data", {}).get("source"),
+            "library_name": {"peft": "peft", "mlx-lm": "mlx"}.get(to, "transformers"),
+            "description": raw.get("description") or f"A model made by {raw.get('method', 'post-training')}.",
+            "data": {k: v for k, v in raw.get("data", {}).items() if v not in (None, {}, [])},
+            "method": {k: v for k, v in method.items() if v is not None},
+            "figures": {
+                f"held-out {k}" if k in ("loss", "nll", "kl") else k.replace("_", " "): v
+                for k, v in figures.items()
+            },
+            "command": environment.get("command"),
+            "versions": environment.get("versions"),
+            "tags": [t for t in (raw.get("method"), adapter.get("kind"), "merged" if merged else None) if t],
+        }
+    )
+
+
+def base_name(source: Source) -> str:
+    """What others should load as the base: by its hub id where it has one, else the folder."""
+    if source.base_id is not None:
+        return source.base_id
+    named = str((source.recipe or {}).get("model", ""))
+    if named and is_hub_id(named):
+        return named
+    return str(source.folder) if source.adapter is not None or not named else named
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    import yaml
+
+    path = run / "recipe.yaml"
+    return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.is_file() else {}

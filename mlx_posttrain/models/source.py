@@ -1,0 +1,160 @@
+"""From a name (hub id, folder, ``tiny``, run, adapter) to the files of a model. Reads only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain import runs
+from mlx_posttrain.convert import adapters, hub
+from mlx_posttrain.engines import files
+from mlx_posttrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's parts are.
+
+    folder: the weights, of an adapter those of its base. adapter: the PEFT adapter folder on it. recipe: of a
+    run the one that made it. base_id: the hub id of an adapter's base, if its config names one. unmerged: the
+    adapter run that ``folder`` will be merged from, where that has not been done (models/merge.py).
+    """
+
+    folder: Path
+    adapter: Path | None = None
+    recipe: dict[str, Any] | None = None
+    base_id: str | None = None
+    unmerged: Source | None = None
+
+    @property
+    def shape_folder(self) -> Path:
+        """A folder of the same architecture and size that exists, merged or not."""
+        return self.folder if self.unmerged is None else self.unmerged.shape_folder
+
+    @property
+    def template(self) -> str | None:
+        """The template a run was trained with; None for a model that is no run."""
+        if self.recipe is None:
+            return None
+        data = self.recipe["data"]
+        # Rows taken as they stand were trained without marks, and are asked without them.
+        if data.get("pack") or self.recipe.get("untemplated"):
+            return "none"
+        template = data.get("template", "instruction")
+        return template if isinstance(template, str) else template[0]
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt that a run was trained with."""
+        return (
+            self.recipe["data"].get("system") if self.recipe is not None and "data" in self.recipe else None
+        )
+
+    @property
+    def quantize(self) -> int | None:
+        """Bits of a QLoRA run's base."""
+        return ((self.recipe or {}).get("adapter") or {}).get("quantize")
+
+
+def locate(name: str | Path) -> Source:
+    """Find a model's parts; writes nothing. Raises UserError saying what is missing and what to do."""
+    path = Path(name).expanduser()
+    if runs.is_run(path):
+        run, recipe = runs.reopen(path)
+        if "stages" in recipe:
+            return locate(last_language_model(path, list(recipe["stages"])))
+        if not run.finished:
+            raise UserError(
+                f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`"
+            )
+        if (run.final / "adapter_config.json").is_file():
+            folder, unmerged = starting_folder(recipe["model"])
+            return Source(folder, run.final, recipe, unmerged=unmerged)
+        hub.check_folder(run.final)
+        return Source(run.final, None, recipe)
+    if (path / "adapter_config.json").is_file():
+        return _adapter(path, str(name))
+    found = hub.resolve(str(name), kind="either")
+    return _adapter(found, str(name)) if hub.holds_adapter(found) else Source(found)
+
+
+def starting_folder(name: str | Path) -> tuple[Path, Source | None]:
+    """(folder of full weights that a new run on ``name`` starts from, adapter run to merge into it first).
+
+    The second is None where nothing has to be merged any more. Raises UserError for an adapter that cannot be
+    merged: of a QLoRA run, which others continue by its adapter, and one that is no run.
+    """
+    source = locate(name)
+    if source.adapter is None:
+        return source.folder, None
+    if source.quantize:
+        raise UserError(
+            f"{name}: a QLoRA run cannot be a new run's model; start from its adapter with "
+            f"adapter.path={name}, or export it with --merge"
+        )
+    if source.recipe is None:
+        raise UserError(
+            f"{name} is an adapter without a run: start from it with adapter.path={name} and "
+            f"model={source.base_id or source.folder}"
+        )
+    merged = source.adapter.parent / "merged"
+    return merged, None if merged.is_dir() else source
+
+
+def last_language_model(folder: Path, stages: list[str]) -> Path:
+    """The run directory of a finished pipeline's last stage that writes text: the model that is meant by the
+    pipeline's own folder.
+
+    Raises UserError for an unfinished pipeline, naming the stages that can be used, and for one that has
+    reward models only.
+    """
+    done = [name for name in stages if runs.Run(folder / name).finished]
+    writers = [name for name in done if _writes_text(folder / name / "final")]
+    if len(done) < len(stages):
+        usable = ", ".join(str(folder / name) for name in writers)
+        raise UserError(
+            f"{folder} is an unfinished pipeline: continue it with `mlx-posttrain run --resume {folder}`"
+            + (f", or use a finished stage: {usable}" if writers else "")
+        )
+    if not writers:
+        raise UserError(
+            f"{folder} has no stage that writes text; its reward models: "
+            f"{', '.join(str(folder / name) for name in done)}"
+        )
+    return folder / writers[-1]
+
+
+def _writes_text(final: Path) -> bool:
+    """Whether what a run saved is a language model, not a classifier or a page."""
+    adapter, config = final / "adapter_config.json", final / "config.json"
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") != "SEQ_CLS"
+    return config.is_file() and not files.is_classifier(json.loads(config.read_text(encoding="utf-8")))
+
+
+def _adapter(folder: Path, name: str) -> Source:
+    config, _ = adapters.read_adapter(folder)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"{name}: adapter_config.json names no base_model_name_or_path; add the base's folder or id there"
+        )
+    return Source(hub.resolve(base), folder, base_id=base if is_hub_id(base) else None)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` is looked up on the hub rather than on this machine."""
+    return name != "tiny" and not Path(name).expanduser().exists()
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of a PEFT adapter, which of a run is its ``final/``; a hub id's lies in the hub cache.
+
+    Raises UserError as hub.resolve.
+    """
+    path = Path(name).expanduser()
+    if (path / "final").is_dir():
+        return path / "final"
+    return hub.resolve(name, kind="adapter")

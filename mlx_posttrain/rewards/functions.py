@@ -1,0 +1,249 @@
+"""Reward functions: plain Python, ``f(prompts, completions, **columns) -> list[float | None]``, where None
+cannot be scored.
+
+``prompts`` are the texts of the last user turns, ``completions`` the answers' texts without outer white
+space, and every other column of the data is passed by name if the function takes it (``**columns`` takes
+all). TRL's reward functions have the same shape, and may leave ``prompts`` out as they do there:
+``f(completions, **columns)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mlx_posttrain.data import tasks
+from mlx_posttrain.data.sources import nearest
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.rewards.verify import last_number
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def checker(
+    prompts: list[str], completions: list[str], checker: Sequence[Any] | None = None, **columns: Any
+) -> list[float | None]:
+    """1 where the row's checker (embedded tasks) accepts the answer, else 0; None for a row without one."""
+    specs = checker or [None] * len(completions)
+    return [
+        None if spec is None else float(tasks.check({"checker": spec}, text))
+        for spec, text in zip(specs, completions, strict=True)
+    ]
+
+
+def exact_answer(
+    prompts: list[str], completions: list[str], answer: Sequence[Any] | None = None, **columns: Any
+) -> list[float | None]:
+    """1 where the last number of the completion is the last one of the column ``answer`` (GSM8K's
+    convention), else 0; None without one.
+    """
+    found: list[float | None] = []
+    for text, wanted in zip(completions, answer or [None] * len(completions), strict=True):
+        right = last_number(str(wanted)) if wanted is not None else None
+        found.append(None if right is None else float(last_number(text) == right))
+    return found
+
+
+BUILT_IN: dict[str, RewardFunction] = {"checker": checker, "exact_answer": exact_answer}
+
+
+def load(spec: str) -> RewardFunction:
+    """The function named by ``package.module:function``, ``path/to/file.py:function``, or one of BUILT_IN.
+
+    Raises UserError, one line, for a missing file, module or function, one that cannot be called, and
+    whatever its file raises on import.
+    """
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]
+    where, colon, name = spec.rpartition(":")
+    if not colon or not where or not name:
+        raise UserError(
+            f"reward function {spec!r}: write module:function or file.py:function, or one of "
+            f"{', '.join(BUILT_IN)}"
+        )
+    module = _module(where)
+    function = getattr(module, name, None)
+    if function is None:
+        known = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
+        raise UserError(
+            f"{where} has no function {name!r}{nearest(name, known)} (there are {', '.join(known) or 'none'})"
+        )
+    if not callable(function):
+        raise UserError(f"{spec} is no function but a {type(function).__name__}")
+    return function
+
+
+def _module(where: str) -> ModuleType:
+    path = Path(where).expanduser().absolute()  # as in tracebacks
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        if not path.is_file():
+            raise UserError(f"reward function: there is no file {path}")
+        name = f"mlx_posttrain_user_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a script without a main guard may call sys.exit
+        raise UserError(f"reward function: {where} cannot be imported: {_place(error, str(path))}") from None
+
+
+def call(
+    function: RewardFunction,
+    prompts: list[str],
+    completions: list[str],
+    columns: Mapping[str, list[Any]],
+    name: str,
+) -> np.ndarray:
+    """The function's scores as float64 [R], nan for None.
+
+    Raises UserError naming the function for a column that it needs and the rows lack, an exception inside it,
+    a result that is no list or has another length, and a score that is no finite number.
+    """
+    positional, by_name = _arguments(function, prompts, completions, columns, name)
+    try:
+        returned = function(*positional, **by_name)
+        iterable = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping)
+        found = list(returned) if iterable else None
+    except Exception as error:
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        raise UserError(f"reward function {name}: {_place(error, code and code.co_filename)}") from None
+    if found is None:
+        raise UserError(
+            f"reward function {name}: it must return a list with a number or None per answer, "
+            f"found {type(returned).__name__}"
+        )
+    if len(found) != len(completions):
+        raise UserError(f"reward function {name}: {len(found)} scores for {len(completions)} answers")
+    scores = np.full(len(found), np.nan)
+    for i, value in enumerate(found):
+        if value is None:
+            continue
+        try:
+            number = None if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None:
+            raise UserError(
+                f"reward function {name}: the score of answer {i + 1} must be a number or None, "
+                f"found {value!r:.60}"
+            )
+        if not math.isfinite(number):
+            raise UserError(
+                f"reward function {name}: the score of answer {i + 1} is {value}; return None "
+                "where an answer cannot be scored"
+            )
+        scores[i] = number
+    return scores
+
+
+def _arguments(
+    function: RewardFunction,
+    prompts: list[str],
+    completions: list[str],
+    columns: Mapping[str, list[Any]],
+    name: str,
+) -> tuple[list[list[str]], dict[str, list[Any]]]:
+    """What the function is called with, by position and by name; prompts and completions go by name where it
+    knows the latter.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise UserError(
+            f"reward function {name}: its arguments cannot be read; call it from a Python "
+            "function of your own"
+        ) from None
+    positional: list[list[str]] = []
+    offered = {**columns, "prompts": prompts, "completions": completions}
+    if "completions" not in parameters:
+        positional, offered = (
+            [prompts, completions],
+            {k: v for k, v in columns.items() if k not in ("prompts", "completions")},
+        )
+    first = [n for n, p in parameters.items() if p.kind in _BY_POSITION][: len(positional)]
+    needed = [
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty and p.kind not in _VARIADIC and n not in first
+    ]
+    missing = next((n for n in needed if n not in offered), None)
+    if missing is not None:
+        there = f"{nearest(missing, list(columns))} (there are {', '.join(columns) or 'none'})"
+        raise UserError(
+            f"reward function {name}: it needs the column {missing!r}, which the rows do not have{there}"
+        )
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return positional, {k: v for k, v in offered.items() if (takes_all or k in parameters) and k not in first}
+
+
+def _place(error: BaseException, file: str | None) -> str:
+    """The error in one line, with the innermost line of the user's ``file`` rather than of a library that it
+    calls.
+    """
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename != __file__ and not f.filename.startswith("<frozen")
+    ]
+    frames = [f for f in frames if f.filename == file] or frames
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}{where}"
+
+
+def combine(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Weighted sum of several rewards' scores, [R]; a reward without a score for an answer adds nothing, and
+    nan stays where none has one.
+    """
+    stacked = np.stack(parts)
+    known = np.isfinite(stacked)
+    total = (np.where(known, stacked, 0.0) * np.asarray(weights, np.float64)[:, None]).sum(0)
+    return np.where(known.any(0), total, np.nan)
+
+
+class Normaliser:
+    """(score - mean) / std of a reference's scores, so that one unit is one standard deviation of the answers
+    before training.
+
+    Ziegler et al. 2019, section 2.2; Huang et al. 2024. The identity until ``fit``; a spread of 0, or below
+    what float32 scores resolve (a millionth of the largest), counts as 1.
+    """
+
+    def __init__(self) -> None:
+        self.mean, self.std = 0.0, 1.0
+
+    def fit(self, scores: np.ndarray) -> None:
+        """Take mean and standard deviation over scores [R], those that are nan left out."""
+        known = scores[np.isfinite(scores)]
+        if len(known):
+            self.mean = float(known.mean())
+            std = float(known.std())
+            self.std = std if std > 1e-6 * float(np.abs(known).max()) else 1.0
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        return (scores - self.mean) / self.std
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"mean": self.mean, "std": self.std}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take it back."""
+        self.mean, self.std = state["mean"], state["std"]

@@ -1,0 +1,207 @@
+"""What answers are worth: reward models and reward functions, weighted, and the figures people read about
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from mlx_posttrain.config import Section
+from mlx_posttrain.console import say
+from mlx_posttrain.data import pairs, tasks
+from mlx_posttrain.data.batches import alike
+from mlx_posttrain.engines.base import Engine, Model, check_fits
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluate.metrics import correlation
+from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.tokenizer import pad_id
+from mlx_posttrain.rewards import functions
+from mlx_posttrain.rl.rollouts import Answer
+
+#: Padded tokens that are scored at once: of GPT-2 124M 0.35 GB without gradients, and 1.2 GB in rows of
+#: 1,024, whose attention weighs more.
+TOKEN_BUDGET = 8192
+
+
+class RewardEntry(Section):
+    """One reward: a model or a function."""
+
+    model: str | None = Field(
+        None, description="a reward run, a sequence-classifier folder with one label, or a hub id of one"
+    )
+    function: str | None = Field(
+        None,
+        description="f(prompts, completions, **columns) -> list of float or None: module:name, "
+        "file.py:name, or checker, exact_answer",
+    )
+    weight: float = Field(1.0, description="of this reward in the sum")
+    normalise: bool | None = Field(
+        None,
+        description="bring scores to mean 0 and standard deviation 1 on the reference's answers; "
+        "null: for models, not for functions",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> RewardEntry:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("a reward is a model or a function: give one of the two")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What figures are called after."""
+        return str(self.function or self.model)
+
+
+def score_rows(model: Model, rows: Sequence[Sequence[int]], pad: int) -> np.ndarray:
+    """A reward model's score of each row of token ids, [R] float64, in order. Raises UserError for a row
+    beyond the context.
+    """
+    check_fits(max(map(len, rows), default=0), model.context)
+    found = np.zeros(len(rows))
+    for chunk in alike(rows, model.packs, len(rows), TOKEN_BUDGET):
+        batch = pairs.collate_rows([rows[i] for i in chunk], pad, model.context)
+        found[chunk] = model.apply(lambda m, b: {"scores": m.scores(b)}, [batch])[0]["scores"]
+    return found
+
+
+class Scorer:
+    """Weighted sum of rewards, each on its own scale or normalised on the reference's answers."""
+
+    def __init__(self, entries: Sequence[RewardEntry], engine: Engine, tokenizer: Any, template: str):
+        self.entries = entries
+        self._models: dict[int, tuple[Model, int]] = {}
+        self._functions: dict[int, Any] = {}
+        self._normalisers: dict[int, functions.Normaliser] = {}
+        for i, entry in enumerate(entries):
+            if entry.model is not None:
+                self._models[i] = _reward_model(entry.model, engine, tokenizer, template)
+            else:
+                self._functions[i] = functions.load(str(entry.function))
+            if entry.normalise if entry.normalise is not None else entry.model is not None:
+                self._normalisers[i] = functions.Normaliser()
+
+    def parts(self, answers: Sequence[Answer]) -> list[np.ndarray]:
+        """Each reward's own scores, [R], nan where it has none."""
+        found = []
+        for i, entry in enumerate(self.entries):
+            if i in self._models:
+                model, pad = self._models[i]
+                found.append(score_rows(model, [a.row for a in answers], pad))
+            else:
+                names = dict.fromkeys(name for a in answers for name in a.question.columns)
+                columns = {name: [a.question.columns.get(name) for a in answers] for name in names}
+                prompts, texts = [a.question.text for a in answers], [a.text for a in answers]
+                found.append(functions.call(self._functions[i], prompts, texts, columns, entry.name))
+        return found
+
+    def normalise_on(self, answers: Sequence[Answer]) -> None:
+        """Fit the normalisers on the reference's answers (Ziegler et al. 2019, section 2.2)."""
+        if self._normalisers:
+            for i, scores in enumerate(self.parts(answers)):
+                if i in self._normalisers:
+                    self._normalisers[i].fit(scores)
+
+    def check_context(self, length: int) -> None:
+        """Raise UserError, before anything is trained, naming a reward model that cannot read ``length``
+        tokens.
+        """
+        for i, (model, _) in self._models.items():
+            if model.context is not None and length > model.context:
+                raise UserError(
+                    f"{self.entries[i].name}: it reads {model.context} tokens, and the longest prompt with "
+                    f"rollout.max_tokens has {length}: "
+                    "lower data.max_length or rollout.max_tokens"
+                )
+
+    def share_of(self, model: str) -> tuple[float, float]:
+        """(factor, offset) with which a reward model's score enters the sum: factor * score + offset."""
+        for i, entry in enumerate(self.entries):
+            if entry.model == model:
+                scale = self._normalisers.get(i, functions.Normaliser())
+                return entry.weight / scale.std, -entry.weight * scale.mean / scale.std
+        raise ValueError(f"{model} is not among the rewards")
+
+    def __call__(self, answers: Sequence[Answer]) -> np.ndarray:
+        """[R] scores, nan where no reward has one."""
+        if not self.entries or not answers:
+            return np.full(len(answers), np.nan)
+        parts = [
+            self._normalisers[i](part) if i in self._normalisers else part
+            for i, part in enumerate(self.parts(answers))
+        ]
+        return functions.combine(parts, [entry.weight for entry in self.entries])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {str(i): n.state() for i, n in self._normalisers.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        for key, value in state.items():
+            self._normalisers[int(key)].restore(value)
+
+
+def _reward_model(name: str, engine: Engine, tokenizer: Any, template: str) -> tuple[Model, int]:
+    model, own, source = open_model(name, engine.name, scores=True)
+    # Tokens of its own, a pad token for one, do no harm: no answer has them.
+    known = own.get_vocab()
+    if any(known.get(token) != number for token, number in tokenizer.get_vocab().items()):
+        raise UserError(
+            f"{name}: its tokenizer is not the policy's; answers are scored as token ids, so both must "
+            "share one (train the reward model on the policy's base)"
+        )
+    trained = source.template
+    if trained is not None and trained != template:
+        say(
+            f"{name} was trained with the template {trained!r}, and the prompts here use {template!r}: its "
+            "scores may mean little"
+        )
+    return model, pad_id(model.config, own)
+
+
+def evaluation(
+    answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]], scorer: Scorer, judge: Scorer
+) -> dict[str, float]:
+    """Means over held-out answers: score, KL to the reference in nats per answer, length in tokens, share
+    that ended by itself.
+
+    With rows that have a checker also the share of right answers; with a judge its score.
+    """
+    scores = scorer(answers)
+    lengths = np.array([len(a.tokens) for a in answers], np.float64)
+    known = np.isfinite(scores)
+    found = {
+        "score": float(scores[known].mean()) if known.any() else float("nan"),
+        "kl": float(
+            np.mean([(o - r).sum() for o, r in zip(figures["old"], figures["reference"], strict=True)])
+        ),
+        "length": float(lengths.mean()),
+        "eos_share": float(np.mean([a.stopped for a in answers])),
+        "score_length_correlation": correlation(scores[known], lengths[known]) if known.any() else 0.0,
+    }
+    if all("checker" in a.question.columns for a in answers):
+        found["accuracy"] = float(np.mean([tasks.check(a.question.columns, a.text) for a in answers]))
+    if judge.entries:
+        judged = judge(answers)
+        found["judge"] = (
+            float(judged[np.isfinite(judged)].mean()) if np.isfinite(judged).any() else float("nan")
+        )
+    return found
+
+
+def sentence(figures: Mapping[str, float]) -> str:
+    """An evaluation in one line."""
+    names = {
+        "score": "score {:+.3f}",
+        "kl": "KL {:.2f}",
+        "length": "{:.1f} tokens",
+        "eos_share": "ended {:.0%}",
+        "accuracy": "right {:.1%}",
+        "judge": "judge {:+.3f}",
+    }
+    return ", ".join(text.format(figures[name]) for name, text in names.items() if name in figures)

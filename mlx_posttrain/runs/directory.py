@@ -1,0 +1,401 @@
+"""A run directory: everything that happened, and everything needed to go on.
+
+recipe.yaml      the resolved recipe with versions and machine metrics.jsonl    one line per step or
+evaluation tensorboard/     its figures as event files, and in wandb/ W&B's, where the recipe's ``log`` asks
+for them samples.jsonl    texts written during training checkpoints/     step-N/ (trained weights, optimizer,
+random state, position); best-N/ (weights with the best evaluation);
+                 damaged-step-N/ (one that a resume found broken and went past)
+final/           a transformers model folder or a PEFT adapter folder
+card.md          what was done, for people
+.lock            there while a process writes the run (lock.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import weakref
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from mlx_posttrain.runs import lock
+from mlx_posttrain.convert.files import drive_to_disk, to_disk, write_atomically
+from mlx_posttrain.convert.hub import check_tensors
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.console import say
+from mlx_posttrain.config import Recipe
+from mlx_posttrain.runs.trackers import Tracker, close_all
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint: its folder, the state and the random states that were saved with it."""
+
+    folder: Path
+    state: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+class Run:
+    """Handle on a run directory; create one with :func:`start` or :func:`reopen`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.final = folder / "final"
+        self.trackers: Sequence[Tracker] = ()
+        self._release: Callable[[], object] = lambda: None
+
+    def hold(self) -> None:
+        """Be the only process that writes here, until :meth:`close`, or until the run is let go of. Raises
+        lock.InUse.
+        """
+        try:
+            self._release = weakref.finalize(self, lock.hold(self.folder))
+        except OSError as error:
+            raise _cannot_write(self.folder / lock.NAME, error) from None
+
+    # what happened
+
+    def track(self, trackers: Sequence[Tracker]) -> None:
+        """Give every record to ``trackers`` too, until :meth:`close`, or until the run is let go of because
+        it failed.
+        """
+        self.trackers = trackers
+        # Every method has a loop of its own and may end anywhere in it; none has to think of this. At the end
+        # of the process the trackers' packages see to themselves.
+        weakref.finalize(self, close_all, trackers, finished=False).atexit = False
+
+    def close(self) -> None:
+        """Close the trackers of a run that came to its end, and let others write to it."""
+        close_all(self.trackers, finished=True)
+        self._release()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one record to metrics.jsonl. Floats are written in full so that runs can be compared
+        exactly.
+        """
+        self._append("metrics.jsonl", record)
+        try:
+            for tracker in self.trackers:
+                tracker.log(record)
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from None
+
+    def sample(self, record: Mapping[str, Any]) -> None:
+        """Append one record to samples.jsonl."""
+        self._append("samples.jsonl", record)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        path = self.folder / name
+        try:
+            with path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records of metrics.jsonl."""
+        return read_jsonl(self.folder / "metrics.jsonl")
+
+    def write_recipe(self, recipe: Recipe, **facts: Any) -> None:
+        """Write the resolved recipe with the versions and machine it runs on, and ``facts`` that became known
+        since.
+        """
+        environment = {"environment": environment_info(), **facts}
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(self.folder / "recipe.yaml", text + "\n" + yaml.safe_dump(environment, sort_keys=False))
+
+    # checkpoints
+
+    def save_checkpoint(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        state: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        keep: int,
+    ) -> Path:
+        """Write ``checkpoints/step-N`` completely or not at all, then delete all but the newest ``keep``.
+
+        ``write(folder)`` writes weights and optimizer; ``state`` is JSON (position, best loss); ``arrays``
+        are random states. Raises UserError when the disk is full, leaving earlier checkpoints alone.
+        """
+        target = self.checkpoints / f"step-{step:06d}"
+
+        def fill(folder: Path) -> None:
+            write(folder)
+            np.savez(folder / "random.npz", allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            files = _sizes(folder, target.name)
+            if state.get("best"):
+                files |= _sizes(self.checkpoints / state["best"], state["best"])
+            (folder / "state.json").write_text(json.dumps({"step": step, **state, "files": files}))
+            # no record may be missing that a resume takes as written
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                if (self.folder / name).is_file():
+                    to_disk(self.folder / name)
+
+        replace_folder(target, fill)
+        for old in self.list_checkpoints()[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        # Every checkpoint that is kept keeps the best weights it knows, or it could not be gone back to.
+        wanted = set()
+        for kept in self.list_checkpoints():
+            with contextlib.suppress(_Damaged):
+                wanted.add(_read_state(kept).get("best"))
+        for old in self.checkpoints.glob("best-*"):
+            if old.name not in wanted:
+                shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint, None where there is none; newer ones that are damaged are renamed, and
+        a line says so.
+
+        Whole means: every file of it and of the best weights that it names is there with the size it was
+        written with, and opens.
+        """
+        for unfinished in self.checkpoints.glob(".*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        damaged = []
+        found = None
+        for folder in reversed(self._step_folders()):
+            try:
+                found = self._open(folder)
+                break
+            except _Damaged as error:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    folder.rename(aside)
+                damaged.append(f"{folder} is damaged ({error}) and now called {aside.name}")
+        if damaged:
+            say(
+                "; ".join(damaged)
+                + (
+                    f": going on from {found.folder.name}"
+                    if found
+                    else ": no other is left, so starting from step 0"
+                )
+            )
+        return found
+
+    def _open(self, folder: Path) -> Checkpoint:
+        state = _read_state(folder)
+        if not isinstance(state.get("step"), int) or not isinstance(state.get("files"), dict):
+            raise _Damaged("state.json is not what was written")
+        for name, size in state["files"].items():
+            path = self.checkpoints / name
+            if not path.is_file():
+                raise _Damaged(f"{name} is missing")
+            if path.stat().st_size != size:
+                raise _Damaged(f"{name} has {path.stat().st_size:,} bytes, not {size:,}")
+            if path.suffix == ".safetensors":
+                try:
+                    check_tensors(path)
+                except UserError:
+                    raise _Damaged(f"{name} is not a safetensors file") from None
+        try:
+            with np.load(folder / "random.npz", allow_pickle=False) as arrays:
+                return Checkpoint(folder, state, dict(arrays))
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            raise _Damaged("random.npz cannot be read") from None
+
+    def _step_folders(self) -> list[Path]:
+        # a millionth step has one digit more
+        return sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name))
+
+    def save_best(self, step: int, write: Callable[[Path], None]) -> str:
+        """Write the weights with the best evaluation so far to ``checkpoints/best-N``; returns that name."""
+        name = f"best-{step:06d}"
+        replace_folder(self.checkpoints / name, write)
+        return name
+
+    def list_checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        return [folder for folder in self._step_folders() if (folder / "state.json").is_file()]
+
+    def truncate_logs(self, step: int) -> None:
+        """Drop records of steps after ``step``: a resumed run writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if path.is_file():
+                kept = [r for r in read_jsonl(path) if r.get("step", 0) <= step]
+                write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+        for tracker in self.trackers:
+            tracker.rewind(step)
+
+    @property
+    def finished(self) -> bool:
+        """Whether ``final/`` has been written."""
+        return self.final.is_dir()
+
+    def discard(self) -> None:
+        """Take away a run in which nothing was trained, so that the next try does not find the folder in use;
+        other files stay.
+        """
+        for name in ("recipe.yaml", lock.NAME):
+            (self.folder / name).unlink(missing_ok=True)
+        # the model that pre-training makes to start from
+        shutil.rmtree(self.folder / "start", ignore_errors=True)
+        self._release()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+
+def start(folder: str | Path, recipe: Recipe) -> Run:
+    """Create a run directory, for this process to write. Raises UserError when the folder holds anything: a
+    run never overwrites another.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(path.name != lock.NAME for path in folder.iterdir())):
+        lock.check(folder)
+        if (folder / "recipe.yaml").is_file():
+            state = "a finished run" if (folder / "final").is_dir() else "an unfinished run"
+            hint = "" if (folder / "final").is_dir() else f"continue it with --resume {folder}, or "
+            raise UserError(
+                f"{folder} holds {state}: {hint}choose another folder with output=DIR, or delete it"
+            )
+        raise UserError(f"{folder} exists and is not empty: choose another folder with output=DIR")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {folder} cannot be created: {error.strerror}") from None
+    run = Run(folder)
+    run.hold()
+    run.write_recipe(recipe)
+    return run
+
+
+def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, Any]]:
+    """An existing run and its recipe as a mapping, for evaluation, and with ``write`` for ``--resume``.
+
+    Raises UserError if it is not a run, or is to be written and another process writes it.
+    """
+    from mlx_posttrain.config import read_yaml
+
+    folder = Path(folder).expanduser()
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
+    run = Run(folder)
+    if write:
+        run.hold()
+    raw = read_yaml(folder / "recipe.yaml")
+    raw.pop("environment", None)
+    return run, raw
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether ``folder`` is a run directory."""
+    return (Path(folder).expanduser() / "recipe.yaml").is_file()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSONL file; a last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all. Raises UserError on a full disk."""
+    try:
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder under a temporary name, then rename it to ``target``: neither a crash nor a power cut
+    leaves half of one.
+
+    An existing ``target`` (the same step written again after a resume) is removed first. Raises UserError on
+    a full disk.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        # The data before the name: file systems may write a rename earlier than what it names.
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                to_disk(Path(folder, name))
+            to_disk(Path(folder))
+        drive_to_disk(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        to_disk(target.parent)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    except Exception as error:  # mlx and safetensors have errors of their own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError) and "rite" not in str(error) and "I/O" not in str(error):
+            raise
+        raise _cannot_write(target, error) from None
+
+
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return UserError(
+        f"{path} cannot be written ({reason}; {free:.1f} GB free): make room, then continue with --resume"
+    )
+
+
+class _Damaged(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise _Damaged("state.json cannot be read") from None
+    if not isinstance(state, dict):
+        raise _Damaged("state.json is not what was written")
+    return state
+
+
+def _sizes(folder: Path, name: str) -> dict[str, int]:
+    """Bytes of every file in a folder, by its path from the folder's future parent."""
+    return {
+        f"{name}/{p.relative_to(folder).as_posix()}": p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def environment_info() -> dict[str, Any]:
+    """Versions and machine, for recipe.yaml and reports."""
+    versions = {}
+    for package in ("mlx-posttrain", "mlx", "mlx-lm", "torch", "transformers", "peft", "numpy", "datasets"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+    }
