@@ -13,6 +13,7 @@ import textwrap
 import pytest
 
 from mlx_posttrain import doctor
+from mlx_posttrain.engines import process
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX brings a fast BLAS elsewhere")
 
@@ -102,7 +103,7 @@ def test_missing_and_broken_packages_are_lines_of_the_report():
 def test_rosetta_is_recognised(monkeypatch):
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
     monkeypatch.setattr(
-        doctor, "_command", lambda *words: "1" if words[-1] == "sysctl.proc_translated" else ""
+        doctor, "command_output", lambda *words: "1" if words[-1] == "sysctl.proc_translated" else ""
     )
     (check,) = doctor._python()
     assert check.status == doctor.FAIL
@@ -117,7 +118,7 @@ def test_mlx_needs_macos_14(monkeypatch, release, status):
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
     monkeypatch.setattr(doctor.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(doctor.platform, "mac_ver", lambda: (release, ("", "", ""), "arm64"))
-    monkeypatch.setattr(doctor, "_command", lambda *words: "Apple M3" if "brand" in words[-1] else "")
+    monkeypatch.setattr(doctor, "command_output", lambda *words: "Apple M3" if "brand" in words[-1] else "")
     system, chip = doctor._system()
     assert system.status == status
     assert chip.value.startswith("Apple M3")
@@ -129,15 +130,15 @@ def test_memory_on_a_mac_is_read_from_its_own_tools(monkeypatch):
     )
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
     monkeypatch.setattr(
-        doctor, "_command", lambda *words: vm_stat if words[0] == "vm_stat" else str(16 * 1024**3)
+        process, "command_output", lambda *words: vm_stat if words[0] == "vm_stat" else str(16 * 1024**3)
     )
-    assert doctor.memory() == (16 * 1024**3, 1500 * os.sysconf("SC_PAGE_SIZE"))
+    assert process.memory() == (16 * 1024**3, 1500 * os.sysconf("SC_PAGE_SIZE"))
 
 
 # -- BLAS
 
 RATE = """
-    from mlx_posttrain import blas
+    from mlx_posttrain.engines.mlx.cpu import blas
     info = blas.load()
     from mlx_posttrain.doctor import measure_gflops
     print(max(measure_gflops(size=512) for _ in range(3)))
@@ -149,7 +150,7 @@ RATE = """
 def test_mlx_is_at_least_five_times_faster_with_the_blas_found():
     pytest.importorskip("mlx")
     if "mlx_cpu" not in python(
-        "from mlx_posttrain import blas; print(blas.load().path)", MLX_POSTTRAIN_BLAS="none"
+        "from mlx_posttrain.engines.mlx.cpu import blas; print(blas.load().path)", MLX_POSTTRAIN_BLAS="none"
     ):
         pytest.skip("this MLX was not built with the reference BLAS")
     # so that the other tests' load does not matter
@@ -170,7 +171,7 @@ def test_results_are_right_and_the_order_of_imports_does_not_matter(first):
         f"""
         if {first == "mlx"}:
             import mlx.core
-        from mlx_posttrain import blas
+        from mlx_posttrain.engines.mlx.cpu import blas
         info = blas.load()
         assert blas.load() is info
         import mlx.core as mx, numpy as np
@@ -196,7 +197,7 @@ def test_only_mlx_gets_it():
     pytest.importorskip("torch")
     python(
         """
-        from mlx_posttrain import blas
+        from mlx_posttrain.engines.mlx.cpu import blas
         assert blas.load().name
         import ctypes, torch
         assert not hasattr(ctypes.CDLL(None), "scipy_cblas_sgemm")
@@ -215,7 +216,7 @@ def test_a_library_that_cannot_be_used_is_one_line_and_mlx_still_works(tmp_path)
     code = """
         import sys
         sys.stderr = sys.stdout
-        from mlx_posttrain import blas
+        from mlx_posttrain.engines.mlx.cpu import blas
         info = blas.load()
         import mlx.core as mx
         assert (mx.ones((3, 4)) @ mx.ones((4, 2))).sum().item() == 24
@@ -257,7 +258,7 @@ def test_where_mlx_cannot_be_redirected_one_line_says_why_and_it_still_works(bro
         import ctypes, sys
         sys.stderr = sys.stdout
         import mlx.core as mx
-        from mlx_posttrain import blas
+        from mlx_posttrain.engines.mlx.cpu import blas
         def refuse(*given):
             raise PermissionError(13, "mprotect: Permission denied")
         real = blas._import_slots

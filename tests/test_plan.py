@@ -443,11 +443,11 @@ def test_the_reference_reads_training_rows_once_where_their_states_are_kept(
 
 
 def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_posttrain import doctor
+    from mlx_posttrain.engines import process
 
     found = {}
     for gb in (64, 0.01):
-        monkeypatch.setattr(doctor, "memory", lambda gb=gb: (int(gb * 2**30), 0))
+        monkeypatch.setattr(process, "memory", lambda gb=gb: (int(gb * 2**30), 0))
         (found[gb],) = plan.of_recipe(config.load("demo_sft", ["data.limit=64"]))
     assert "may not fit" not in found[64].line()
     line = found[0.01].line()

@@ -116,14 +116,14 @@ def _mlx_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
 def _torch_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
     import torch
 
-    from mlx_posttrain import doctor
+    from mlx_posttrain.engines import process
     from mlx_posttrain.engines.torch import fused as torch_fused
 
     hidden, weight = (torch.from_numpy(a).requires_grad_(True) for a in (h, w))
-    doctor.forget_process_peak()
-    before = doctor.process_peak()
+    process.forget_process_peak()
+    before = process.process_peak()
     (-torch_fused.logprobs(hidden, weight, torch.from_numpy(target)).sum()).backward()
-    return doctor.process_peak() - before
+    return process.process_peak() - before
 
 
 def lines(engine: str, found: Mapping[str, Any]) -> list[str]:

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import doctor
 from mlx_posttrain.bench.material import Shape, rows
 from mlx_posttrain.data.types import Example
+from mlx_posttrain.engines.process import process_peak
 from mlx_posttrain.errors import UserError
 
 ROLLOUT = {"prompts": 4, "samples": 8, "max_tokens": 64}
@@ -60,7 +60,7 @@ class Gate:
         """What was used in all: ``peak_gb`` by the library's own account, ``process_gb`` of the whole
         process.
         """
-        whole = doctor.process_peak() / 2**30
+        whole = process_peak() / 2**30
         self._say(peak_gb=self.peak() if self.peak else whole, process_gb=whole, **figures)
 
     def fail(self, error: Exception) -> None:

@@ -121,7 +121,7 @@ def peak(
     """The plan of one trained network. tokens: trained and read in a step; more: what is there all the time
     beside it, GB by name; others: further phases, which may say otherwise of what is there all the time.
     """
-    from mlx_posttrain.engines.process import memory
+    from mlx_posttrain.engines import process
 
     always = {
         "program": PROGRAM[training.engine],
@@ -141,7 +141,7 @@ def peak(
         positions_a_step=tokens[1],
         parts={**always, **parts},
         phase=phase,
-        memory_gb=memory()[0] / GB,
+        memory_gb=process.memory()[0] / GB,
         shapes=len(training.batches),
         sure=training.sure,
     )

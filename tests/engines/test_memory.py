@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import doctor
+from mlx_posttrain.engines import process
 
 mx = pytest.importorskip("mlx.core")
 
@@ -123,12 +123,12 @@ def test_unused_buffers_are_given_back() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot forget a peak")
 def test_a_process_peak_is_its_own_and_can_be_forgotten() -> None:
     block = np.ones(2**26)  # half a gigabyte, in the parent
-    code = "from mlx_posttrain import doctor; print(doctor.process_peak())"
+    code = "from mlx_posttrain.engines import process; print(process.process_peak())"
     child = int(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     )
-    assert child < 2**28 and doctor.process_peak() > block.nbytes
-    before = doctor.process_peak()
+    assert child < 2**28 and process.process_peak() > block.nbytes
+    before = process.process_peak()
     del block
-    doctor.forget_process_peak()
-    assert doctor.process_peak() < before - 2**28
+    process.forget_process_peak()
+    assert process.process_peak() < before - 2**28

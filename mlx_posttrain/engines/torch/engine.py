@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlx_posttrain import doctor
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding, files
@@ -29,6 +28,7 @@ from mlx_posttrain.engines.base import (
     match_targets,
     micro_batch_totals,
 )
+from mlx_posttrain.engines.process import forget_process_peak, process_peak
 from mlx_posttrain.engines.torch import fused as torch_fused
 from mlx_posttrain.engines.torch import packed as torch_packed
 from mlx_posttrain.engines.torch.decoding import TorchDecoder
@@ -582,10 +582,10 @@ class TorchEngine:
             torch.set_rng_state(torch.from_numpy(np.ascontiguousarray(state["torch"])))
 
     def memory(self) -> dict[str, float]:
-        return {"peak_gb": doctor.process_peak() / 2**30}  # a CPU has one memory: the process's own
+        return {"peak_gb": process_peak() / 2**30}  # a CPU has one memory: the process's own
 
     def reset_memory(self) -> None:
-        doctor.forget_process_peak()
+        forget_process_peak()
 
     def synchronize(self) -> None:
         pass  # a CPU's operations are done when they return
