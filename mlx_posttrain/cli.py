@@ -31,7 +31,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="continue this unfinished run; takes no recipe")] = None,
 ) -> None:
     """Run a recipe, or continue a run."""
-    from mlx_posttrain import config, methods, runs
+    from mlx_posttrain import methods, runs
     from mlx_posttrain.errors import UserError
 
     if resume is not None:
@@ -39,14 +39,12 @@ def run(
             raise UserError("--resume continues a run with its own recipe: give no recipe and no settings")
         resume = resume.expanduser()
         _, raw = runs.reopen(resume)
-        raw.pop("untemplated", None)
-        raw["output"] = str(resume)
-        chosen = config.parse(raw, methods.get(str(raw.get("method"))).Recipe, str(resume / "recipe.yaml"))
+        chosen = methods.parse_recipe({**raw, "output": str(resume)}, str(resume / "recipe.yaml"))
     elif recipe is None:
         raise UserError("name a recipe: a YAML file or one that `mlx-posttrain recipes` lists")
     else:
-        chosen = config.load(recipe, overrides)
-    methods.get(chosen.method).run(chosen, resume=resume is not None)
+        chosen = methods.load_recipe(recipe, overrides)
+    methods.run(chosen, resume is not None)
     typer.echo(chosen.output)
 
 
@@ -431,10 +429,9 @@ def plan(
     """Say what a recipe would take before it runs: parameters, steps, tokens, memory by part, and what to
     change if it does not fit.
     """
-    from mlx_posttrain import config
-    from mlx_posttrain.memory import plan as module
+    from mlx_posttrain import methods
 
-    found = module.of_recipe(config.load(recipe, overrides))
+    found = methods.plan(methods.load_recipe(recipe, overrides))
     if json:
         import json as jsonlib
 

@@ -107,7 +107,7 @@ class OptimizerSection(Section):
     """What every loop has: micro-batches, AdamW, the schedule, how often to look and to save."""
 
     batch_size: int = Field(8, ge=1, description="rows in a micro-batch")
-    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    grad_accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
     token_budget: int | None = Field(
         None, ge=32, description="split micro-batches so that none holds more padded tokens than this"
     )
@@ -123,7 +123,9 @@ class OptimizerSection(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="largest global gradient norm; null: no clipping"
+    )
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in a run")
     save_every: int | None = Field(
         None, ge=1, description="steps between checkpoints; null: as often as evaluation"
@@ -202,7 +204,7 @@ class SampleSection(Section):
 class Recipe(Section):
     """Everything one run needs to know."""
 
-    method: str = Field(description="sft, pretrain")
+    method: str = Field(description="a training method")
     description: str = Field("", description="what this recipe shows, for the run's card")
     model: str = Field(
         "tiny", description="`tiny` (embedded), a local folder, a finished run, or a Hugging Face model id"
@@ -302,7 +304,38 @@ def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     return raw, last
 
 
-#: Keys whose value may name a file or a folder.
+#: What a run's recipe.yaml says besides the recipe.
+FACTS = ("environment", "untemplated")
+
+#: Keys that had another name once; run folders made then are read under the present one.
+RENAMED = {
+    "train.clip": "train.max_grad_norm",
+    "train.accumulate": "train.grad_accumulation",
+    "ppo.clip": "ppo.clip_range",
+    "ppo.value_clip": "ppo.clip_range_value",
+    "reward.centring": "reward.centering",
+}
+
+
+def present_names(raw: dict[str, Any]) -> dict[str, Any]:
+    """A run folder's recipe with every key of :data:`RENAMED` under its present name; stages of a pipeline
+    too.
+    """
+    raw = copy.deepcopy(raw)
+    for old, new in RENAMED.items():
+        section, key = old.split(".")
+        if isinstance(raw.get(section), dict) and key in raw[section]:
+            raw[section][new.split(".")[1]] = raw[section].pop(key)
+        if old in raw:  # as a pipeline's `set` writes it
+            raw[new] = raw.pop(old)
+    for stage in (raw.get("stages") or {}).values() if isinstance(raw.get("stages"), dict) else ():
+        for part in ("recipe", "set"):
+            if isinstance(stage, dict) and isinstance(stage.get(part), dict):
+                stage[part] = present_names(stage[part])
+    return raw
+
+
+#: Keys that may name a file or a folder.
 _PATHS = (
     "model",
     "source",
@@ -318,7 +351,7 @@ _PATHS = (
 )
 
 
-def paths_in_full(value: Any, key: str = "") -> Any:
+def absolute_paths(value: Any, key: str = "") -> Any:
     """A recipe, or a part of one, with every existing path in it absolute, so that a run can be opened and
     resumed from any folder.
 
@@ -327,12 +360,12 @@ def paths_in_full(value: Any, key: str = "") -> Any:
     """
     if isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            setattr(value, name, paths_in_full(getattr(value, name), name))
+            setattr(value, name, absolute_paths(getattr(value, name), name))
         return value
     if isinstance(value, dict):
-        return {k: paths_in_full(v, key if key == "runs" else str(k)) for k, v in value.items()}
+        return {k: absolute_paths(v, key if key == "runs" else str(k)) for k, v in value.items()}
     if isinstance(value, list):
-        return [paths_in_full(v, key) for v in value]
+        return [absolute_paths(v, key) for v in value]
     if key not in _PATHS or not isinstance(value, str) or value == "tiny":
         return value
     name, colon, rest = value.rpartition(":") if key == "function" else (value, "", "")
@@ -357,7 +390,7 @@ def check_training(recipe: Any) -> None:
         )
 
 
-def check_one_way_of_asking(data: DataSection, sample: SampleSection, what: str) -> None:
+def check_prompted(data: DataSection, sample: SampleSection, what: str) -> None:
     """Raise ValueError when a recipe about answers to prompts sets keys that mean nothing there: an option is
     never ignored silently.
     """
@@ -384,30 +417,9 @@ def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = N
         raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors()[:3])) from None
 
 
-def load(name: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file or a shipped recipe, apply overrides, and check it against its method's class.
-
-    Raises UserError for a missing file, broken YAML, an unknown method, an unknown key (naming the nearest)
-    or a wrong value.
-    """
-    from mlx_posttrain import methods
-
-    path = find_recipe(name)
-    raw = read_yaml(path)
-    for fact in ("environment", "untemplated"):  # a run's own recipe.yaml can be run again
-        raw.pop(fact, None)
-    raw = override(raw, overrides or [])
-    if "method" not in raw:
-        near = difflib.get_close_matches("method", [str(k) for k in raw], n=1, cutoff=0.6)
-        hint = f" ({near[0]!r} is not a key; did you mean 'method'?)" if near else ""
-        raise UserError(
-            f"{path.name}: the key 'method' is missing{hint}; methods: {', '.join(methods.NAMES)}"
-        )
-    recipe = parse(raw, methods.get(str(raw["method"])).Recipe, path.name, path.parent)
-    if recipe.output is None:
-        recipe.output = f"runs/{path.stem}"
-    recipe.output = str(Path(recipe.output).expanduser())  # a shell leaves the ~ of output=~/x to us
-    return recipe
+def home(path: str) -> str:
+    """A path with its ``~`` filled in: a shell leaves that of ``output=~/x`` to us."""
+    return str(Path(path).expanduser())
 
 
 def _floats(value: Any) -> Any:
@@ -421,14 +433,73 @@ def _floats(value: Any) -> Any:
     return value
 
 
+#: What other trainers (TRL and transformers, mlx-lm, axolotl), and this one once, call a key of ours.
+OTHER_NAMES = {
+    "model": "model_name_or_path model_name base_model pretrained_model_name_or_path",
+    "output": "output_dir adapter_path save_dir",
+    "log": "report_to",
+    "data.source": "dataset_name dataset datasets data_path train_file dataset_path",
+    "data.config": "dataset_config dataset_config_name",
+    "data.split": "dataset_train_split train_split",
+    "data.eval_split": "dataset_test_split valid_split",
+    "data.holdout": "val_set_size validation_split_percentage",
+    "data.eval_limit": "val_batches max_eval_samples",
+    "data.limit": "max_train_samples max_samples",
+    "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len seq_length model_max_length",
+    "data.template": "chat_template prompt_template",
+    "data.train_on": "train_on_inputs completion_only_loss assistant_only_loss mask_prompt",
+    "data.pack": "packing sample_packing",
+    "data.system": "system_prompt default_system",
+    "train.lr": "learning_rate",
+    "train.epochs": "num_train_epochs num_epochs",
+    "train.steps": "max_steps iters total_episodes num_train_steps",
+    "train.batch_size": "per_device_train_batch_size micro_batch_size mini_batch_size",
+    "train.grad_accumulation": "gradient_accumulation_steps grad_accumulation_steps accumulate",
+    "train.max_grad_norm": "gradient_clipping grad_clip clip",
+    "train.schedule": "lr_scheduler_type lr_scheduler lr_schedule",
+    "train.warmup": "warmup_ratio warmup_steps",
+    "train.weight_decay": "wd",
+    "train.beta1": "adam_beta1",
+    "train.beta2": "adam_beta2",
+    "train.eps": "adam_epsilon adam_eps",
+    "train.eval_every": "eval_steps steps_per_eval",
+    "train.save_every": "save_steps",
+    "train.keep": "save_total_limit",
+    "train.early_stop": "early_stopping_patience",
+    "train.gradient_checkpointing": "grad_checkpoint",
+    "adapter.rank": "r lora_r lora_rank",
+    "adapter.alpha": "lora_alpha scale",
+    "adapter.dropout": "lora_dropout",
+    "adapter.targets": "target_modules lora_target_modules lora_modules num_layers lora_layers",
+    "adapter.kind": "use_dora peft_use_dora fine_tune_type",
+    "adapter.rslora": "use_rslora",
+    "adapter.quantize": "load_in_4bit load_in_8bit q_bits bits",
+    "kl.beta": "kl_coef init_kl_coef beta",
+    "ppo.epochs": "num_ppo_epochs ppo_epochs",
+    "ppo.clip_range": "cliprange clip epsilon",
+    "ppo.clip_range_value": "cliprange_value value_clip",
+    "reward.centering": "center_rewards_coefficient centring",
+    "rollout.samples": "num_generations group_size",
+    "rollout.max_tokens": "response_length max_new_tokens max_completion_length",
+}
+_OURS = {
+    other: [ours for ours, names in OTHER_NAMES.items() if other in names.split()]
+    for names in OTHER_NAMES.values()
+    for other in names.split()
+}
+
+
 def _explain(error: Any, cls: type[BaseModel]) -> str:
     path = [str(p) for p in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _keys(cls, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        # `lr` at the top means train.lr
-        elsewhere = [k for k in _all_keys(cls) if k.rsplit(".", 1)[-1] == path[-1]]
+        every = _all_keys(cls)
+        # `lr` at the top means train.lr; `learning_rate` is what others call it
+        elsewhere = [k for k in every if k.rsplit(".", 1)[-1] == path[-1]]
+        elsewhere += [k for k in _OURS.get(path[-1], ()) if k in every]
+        elsewhere.sort(key=lambda k: k.split(".")[:-1] != path[:-1])  # of several, the one of this section
         if elsewhere:
             hint = f"did you mean '{elsewhere[0]}'?"
         elif near:

@@ -33,7 +33,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
     """
     begun = time.monotonic()
     name = engines.get(engine).name
-    chosen = config.load("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
+    chosen = methods.load_recipe("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
     try:
         _run(output, chosen, name)
     except Interrupted as error:  # the pipeline's own advice would end without what is printed below
@@ -70,11 +70,10 @@ def _run(output: Path, chosen: config.Recipe, engine: str) -> None:
     """Run the pipeline in a new folder, or go on with that of the same demo. Raises UserError for a folder
     with anything else.
     """
-    pipeline = methods.get("pipeline")
     if not runs.is_run(output):
         if output.exists() and any(path.name != lock.NAME for path in output.iterdir()):
             raise UserError(f"{output} exists and is not empty: choose another folder with --output")
-        pipeline.run(chosen)
+        methods.run(chosen)
         return
     _, raw = runs.reopen(output)
     last = output / ("tiny-mlx" if raw.get("engine") == "mlx" else "lora-peft")
@@ -88,10 +87,8 @@ def _run(output: Path, chosen: config.Recipe, engine: str) -> None:
             "another folder with --output"
         )
     if not all(runs.Run(output / stage).finished for stage in raw["stages"]):
-        pipeline.run(
-            config.parse(raw | {"output": str(output)}, pipeline.Recipe, str(output / "recipe.yaml")),
-            resume=True,
-        )
+        whole = methods.parse_recipe({**raw, "output": str(output)}, str(output / "recipe.yaml"))
+        methods.run(whole, resume=True)
 
 
 def _print_reward_model(run: Path) -> None:

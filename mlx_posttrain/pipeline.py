@@ -26,11 +26,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from mlx_posttrain import config, engines, runs
+from mlx_posttrain import config, engines, methods, runs
 from mlx_posttrain.console import Interrupted, say
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.runs import lock
+from mlx_posttrain.training.loop import Callbacks
+from mlx_posttrain.training.method import Method
 
 _REFERENCE = re.compile(r"\{(\w+)\}")
 _FOR_ALL = ("engine", "seed", "output")  # what the pipeline gives every stage
@@ -152,13 +154,10 @@ def _read(name: str, folder: Path | None) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key not in ("environment", "untemplated", "output")}
 
 
-def _parsed(raw: dict[str, Any], where: str) -> config.Recipe:
-    from mlx_posttrain import methods
-
-    method = str(raw.get("method"))
-    if method == "pipeline":
+def _parsed(raw: dict[str, Any], where: str) -> Any:
+    if "stages" in raw:
         raise UserError(f"{where}: a pipeline cannot be a stage of another")
-    return config.parse(raw, methods.get(method).Recipe, where)
+    return methods.parse_recipe(raw, where)
 
 
 # Settings
@@ -209,7 +208,7 @@ def _filled(value: Any, folder: Path, names: Collection[str]) -> Any:
     )
 
 
-def stage_recipes(recipe: Recipe) -> dict[str, config.Recipe]:
+def stage_recipes(recipe: Recipe) -> dict[str, Any]:
     """Each stage's own recipe by name, with the run directories of ``recipe.output`` in place of
     ``{NAME}``.
     """
@@ -229,8 +228,8 @@ def stage_recipes(recipe: Recipe) -> dict[str, config.Recipe]:
 # The run
 
 
-def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
-    """Run all stages that have no result yet; returns {stage: its figures}.
+def run(recipe: Recipe, resume: bool = False, callbacks: Callbacks | None = None) -> dict[str, Any]:
+    """Run all stages that have no result yet; returns {stage: its figures}. ``callbacks`` go to every stage.
 
     Raises UserError as the stages' methods do, naming the stage, and Interrupted for Ctrl-C, saying how to
     resume the pipeline.
@@ -241,7 +240,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     recipe.engine = engines.get(recipe.engine).name  # type: ignore[assignment]
     # it may be resumed from another folder, with stages to come that name files relative to this one
     for stage in recipe.stages.values():
-        stage.recipe, stage.set = config.paths_in_full(stage.recipe), config.paths_in_full(stage.set)
+        stage.recipe, stage.set = config.absolute_paths(stage.recipe), config.absolute_paths(stage.set)
     chosen, whole = stage_recipes(recipe), Path(recipe.output)
     for own in chosen.values():
         engines.get(own.engine)
@@ -264,7 +263,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
             f"{'finished before' if one.finished else own.description or own.method}"
         )
         if not one.finished:
-            _run_stage(name, own, one, state, whole)
+            _run_stage(name, own, one, state, whole, callbacks)
         state[name] |= {
             "state": "finished",
             "result": json.loads((one.folder / "result.json").read_text(encoding="utf-8")),
@@ -278,33 +277,32 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
 
 
 def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What each stage that trains would take, in order. A stage's model that is yet to be made has the size
-    of the one it starts from.
-    """
-    from mlx_posttrain import methods
+    """What each stage that trains would take, in order.
 
+    A stage's model that is yet to be made has the size of the one it starts from.
+    """
     recipe.output = recipe.output or "runs/pipeline"
     made: dict[str, str] = {}
-    found: list[plans.Plan] = []
+    planned: list[plans.Plan] = []
     for own in stage_recipes(recipe).values():
-        if not hasattr(methods.get(own.method), "plan"):
+        if methods.get(own.method).trains_on is None:
             continue
         own.model = made.get(own.model, own.model)
-        for entry in [*getattr(own, "reward", []), *getattr(own, "judge", [])] if own.method == "ppo" else []:
-            entry.model = made.get(entry.model, entry.model)
+        for rewards in (getattr(own, "reward", None), getattr(own, "judge", None)):
+            for entry in rewards if isinstance(rewards, list) else ():
+                entry.model = made.get(entry.model, entry.model)
         assert own.output is not None
         made[own.output] = own.model
-        found += methods.get(own.method).plan(own)
-    return found
+        planned += methods.plan(own)
+    return planned
 
 
-def _run_stage(name: str, own: config.Recipe, one: runs.Run, state: dict[str, Any], whole: Path) -> None:
-    from mlx_posttrain import methods
-
+def _run_stage(
+    name: str, own: Any, one: runs.Run, state: dict[str, Any], whole: Path, callbacks: Callbacks | None
+) -> None:
     again = runs.is_run(one.folder)
     if again:
         _, raw = runs.reopen(one.folder)
-        raw.pop("untemplated", None)
         own = _parsed({**raw, "output": str(one.folder)}, str(one.folder / "recipe.yaml"))
     # a recipe.yaml that a kill cut off would make the folder look used
     for half in one.folder.glob(".tmp-*"):
@@ -313,7 +311,7 @@ def _run_stage(name: str, own: config.Recipe, one: runs.Run, state: dict[str, An
     _write(whole, state)
     begun, before = time.monotonic(), state[name]["seconds"]
     try:
-        methods.get(own.method).run(own, resume=again)
+        methods.run(own, again, callbacks)
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         state[name] |= {
@@ -361,7 +359,7 @@ def _write(whole: Path, state: Mapping[str, Any]) -> None:
     runs.write_text(whole / "pipeline.json", json.dumps(state, indent=2) + "\n")
 
 
-def _table(chosen: Mapping[str, config.Recipe], state: Mapping[str, Any]) -> list[str]:
+def _table(chosen: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     width = max(map(len, [*chosen, "stage"]))
     lines = [f"{'stage':{width}}  {'method':8}  {'seconds':>8}  figures"]
     for name, own in chosen.items():
@@ -370,29 +368,10 @@ def _table(chosen: Mapping[str, config.Recipe], state: Mapping[str, Any]) -> lis
     return lines
 
 
-def language_model(folder: str | Path) -> Path:
-    """The run directory of a finished pipeline's last stage that writes text: the model that is meant by the
-    pipeline's own folder.
-
-    Raises UserError for an unfinished pipeline, naming the stages that can be used, and for one that has
-    reward models only.
-    """
-    folder = Path(folder)
-    stages = runs.reopen(folder)[1]["stages"]
-    done = [name for name in stages if runs.Run(folder / name).finished]
-    writers = [name for name in done if stages[name]["recipe"]["method"] not in ("reward", "report")]
-    if len(done) < len(stages):
-        use = (
-            f", or use a finished stage: {', '.join(str(folder / name) for name in writers)}"
-            if writers
-            else ""
-        )
-        raise UserError(
-            f"{folder} is an unfinished pipeline: continue it with `mlx-posttrain run --resume {folder}`{use}"
-        )
-    if not writers:
-        raise UserError(
-            f"{folder} has no stage that writes text; its reward models: "
-            f"{', '.join(str(folder / name) for name in done)}"
-        )
-    return folder / writers[-1]
+METHOD = Method(
+    name="pipeline",
+    summary="several recipes in order, each using what earlier ones made",
+    Recipe=Recipe,
+    run=run,
+    plan=plan,
+)

@@ -50,21 +50,21 @@ def of_stage(stage: str, overrides: str) -> str:
 SHORT = "train.steps=6 train.eval_every=3 sample.count=1 data.limit=160 data.eval_limit=24"
 PPO = (
     "train.steps=3 train.eval_every=2 data.limit=64 data.eval_limit=8 rollout.prompts=8 rollout.samples=2 "
-    "rollout.max_tokens=16 train.batch_size=4 train.accumulate=2 sample.count=1"
+    "rollout.max_tokens=16 train.batch_size=4 train.grad_accumulation=2 sample.count=1"
 )
 GENERATED = "data.split=train data.eval_split=valid"
 #: Each case's recipe and overrides; ``{reward}`` is the run of the case of that name, ``{texts}`` plain text.
 CASES = {
-    "sft": f"demo_sft {SHORT} train.batch_size=8 train.accumulate=2 train.weight_decay=0.01",
+    "sft": f"demo_sft {SHORT} train.batch_size=8 train.grad_accumulation=2 train.weight_decay=0.01",
     "templates": f"demo_sft {SHORT} data.max_length=160 "
     "data.template=[instruction,plain,chatml,question,dialogue]",
     "token_budget": f"demo_sft {SHORT} train.token_budget=512 train.gradient_checkpointing=true",
-    "lora_dropout": f"demo_lora {SHORT} adapter.dropout=0.1 train.accumulate=2",
+    "lora_dropout": f"demo_lora {SHORT} adapter.dropout=0.1 train.grad_accumulation=2",
     "dora": f"demo_lora {SHORT} adapter.kind=dora",
     "qlora": f"demo_lora {SHORT} adapter.quantize=4",
     "kl": f"demo_kl {SHORT}",
     "kl_lora": f"demo_kl {SHORT} adapter.rank=4 kl.direction=reverse kl.cache_gb=0",
-    "reward": f"demo_reward {SHORT} model=tiny reward.centring=0.01",
+    "reward": f"demo_reward {SHORT} model=tiny reward.centering=0.01",
     "reward_lora": f"demo_reward {SHORT} model=tiny adapter.rank=4",
     "ppo_separate": f"demo_ppo {PPO} model=tiny reward=[{{model:{{reward}}}}] critic.kind=separate "
     "kl.controller=adaptive",

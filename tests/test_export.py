@@ -16,6 +16,7 @@ import pytest
 from mlx_posttrain import cli, engines, methods
 from mlx_posttrain import config as recipe
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.models import export as export_module
 from mlx_posttrain.models.export import export, push
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate

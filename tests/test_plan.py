@@ -106,14 +106,16 @@ def test_rows_that_torch_packs_are_counted_once() -> None:
         Example((*prompt, *range(first, first + n)), (False,) * 10 + (True,) * n)
         for first, n in ((20, 4), (40, 6))
     ]
-    (padded,), (packed,) = (plan.shapes([collate(rows)], packs) for packs in (False, True))
+    (padded,), (packed,) = (
+        plan.shapes([collate(rows)], shares_prefixes) for shares_prefixes in (False, True)
+    )
     assert padded == plan.Shape(2, 16, 64) and packed == plan.Shape(2, 16, 64, 18)
     assert plan.distinct([padded, packed, plan.Shape(2, 16, 64, 17)]) == [padded]
     full = plan.Training("torch", gpt2(), 124_439_808, False)
     assert (
-        full.packs
-        and not replace(full, engine="mlx").packs
-        and not replace(full, adapter=True, dropout=True).packs
+        full.shares_prefixes
+        and not replace(full, engine="mlx").shares_prefixes
+        and not replace(full, adapter=True, dropout=True).shares_prefixes
     )
     assert full.inputs(packed) == pytest.approx(full.inputs(padded) * 18 / 32)
     assert full.forward(packed) < full.forward(padded)

@@ -516,9 +516,9 @@ def test_rates_orders_and_texts_of_the_loop(random_gpt2, rows_file, counting, tm
     given = []
     real = ppo.update
 
-    def recording(chosen, trainer, critic, seen, losses, lr, step, context, beside=(), packs=False):
+    def recording(chosen, trainer, critic, seen, losses, lr, step, context, beside=(), shares_prefixes=False):
         given.append((lr, step, [a.question.tokens for a in seen.answers], len(beside), critic is not None))
-        return real(chosen, trainer, critic, seen, losses, lr, step, context, beside, packs)
+        return real(chosen, trainer, critic, seen, losses, lr, step, context, beside, shares_prefixes)
 
     monkeypatch.setattr(ppo, "update", recording)
     _, done = run(

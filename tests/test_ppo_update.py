@@ -341,11 +341,11 @@ def test_rows_that_begin_alike_are_together_where_they_share_work():
     assert batches.alike([(2,) * 30, (1,) * 3, (3,) * 2], True, 3, 64) == [[1, 0], [2]]
 
 
-@pytest.mark.parametrize("packs", [False, True])
-def test_minibatches_take_every_row_once_within_their_limits(packs):
+@pytest.mark.parametrize("shares_prefixes", [False, True])
+def test_minibatches_take_every_row_once_within_their_limits(shares_prefixes):
     lengths = [5, 20, 7, 33, 9, 12, 40, 3, 18, 21, 6]
     rows = [tuple(range(n)) for n in lengths]
-    limits = {"batch_size": 3, "accumulate": 2, "token_budget": 64, "packs": packs}
+    limits = {"batch_size": 3, "accumulate": 2, "token_budget": 64, "shares_prefixes": shares_prefixes}
     cut = rollouts.minibatches(rows, **limits, rng=np.random.default_rng(1))
     assert Counter(i for step in cut for part in step for i in part) == Counter(range(11))
     assert [sum(map(len, step)) for step in cut] == [6, 5]

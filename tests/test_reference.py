@@ -281,6 +281,6 @@ def test_scoring_is_bounded_by_tokens(monkeypatch):
         return [{"scores": b.tokens[:, 0]} for b in batches]
 
     rows = [[number] * length for number, length in enumerate([5, 40, 6, 7, 8, 3, 9], start=1)]
-    found = scoring.score_rows(SimpleNamespace(packs=False, apply=apply, context=64), rows, 0)
+    found = scoring.score_rows(SimpleNamespace(shares_prefixes=False, apply=apply, context=64), rows, 0)
     assert found.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert seen == [(5, 8), (1, 16), (1, 40)]

@@ -258,7 +258,14 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
         figures = measure(parties, answers, 1.0, recipe.train, policy.context)
         seen = experience(answers, parties.scorer(answers), figures, recipe.ppo, None, recipe.kl.beta)
         method.update(
-            recipe, *trainers, seen, losses, learning_rate("ppo"), step, policy.context, packs=policy.packs
+            recipe,
+            *trainers,
+            seen,
+            losses,
+            learning_rate("ppo"),
+            step,
+            policy.context,
+            shares_prefixes=policy.shares_prefixes,
         )
         engine.synchronize()
         tokens = sum(len(a.tokens) for a in answers)

@@ -28,33 +28,40 @@ WORTHWHILE = 0.95  # of the padded tokens: packing more than that gains less tha
 class Batch:
     """One micro-batch of B rows, padded to T tokens, with N trained positions (padded).
 
-    tokens: [B, T] int32, right-padded with 0 (no pad id is needed: nothing reads a padded position). index:
-    [N] int32, ``row * T + t`` of the position whose output predicts ``target``. target: [N] int32, the token
-    at ``t + 1``. weight: [N] float32, 1 for a trained token, 0 for padding of the index. row: [N] int32, the
-    row that a position belongs to. extra: further arrays of a method, by name: PPO's advantages, the margins
-    of pairs. units: what the loss is averaged over, summed with the step's other micro-batches of the same
-    ``group``; None: trained tokens. group: micro-batches of one step that are averaged together: PPO's own,
-    and the texts mixed in beside them.
+    tokens: [B, T] int32, right-padded with 0 (no pad id is needed: nothing reads a padded position).
+    index: [N] int32, ``row * T + t`` of the position whose output predicts ``target``.
+    target: [N] int32, the token at ``t + 1``.
+    row: [N] int32, the row that a position belongs to.
+    mask: [N] float32, 1 at a position that counts, 0 at padding of the index.
+    weight: [N] float32, how much a position counts; any number at padding.
+    extra: further arrays of a method, by name: PPO's advantages, the margins of pairs.
+    units: what the loss is averaged over, summed with the step's other micro-batches of the same ``term``;
+        None: the weights.
+    term: micro-batches of one step with the same term are averaged together: PPO's own, and the texts mixed
+    in.
     """
 
     tokens: np.ndarray
     index: np.ndarray
     target: np.ndarray
-    weight: np.ndarray
     row: np.ndarray
+    mask: np.ndarray
+    weight: np.ndarray
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
     units: float | None = None
-    group: str = ""
+    term: str = ""
 
     @property
     def trained_tokens(self) -> float:
-        """Sum of weights, the number of trained tokens."""
-        return float(self.weight.sum())
+        """The number of positions that count."""
+        return float(self.mask.sum())
 
     @property
     def count(self) -> float:
         """How many units the batch adds to what its loss is averaged over."""
-        return self.trained_tokens if self.units is None else self.units
+        if self.units is not None:
+            return self.units
+        return float((self.weight * self.mask).sum())
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -89,9 +96,9 @@ def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch
     def flat(parts: list[np.ndarray]) -> np.ndarray:
         return np.pad(np.concatenate(parts), (0, padded - n)).astype(np.int32)
 
-    weight = np.zeros(padded, np.float32)
-    weight[:n] = 1.0
-    return Batch(tokens, flat(index), flat(target), weight, flat(row))
+    mask = np.zeros(padded, np.float32)
+    mask[:n] = 1.0
+    return Batch(tokens, flat(index), flat(target), flat(row), mask, np.ones(padded, np.float32))
 
 
 def layout(tokens: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -125,52 +132,23 @@ def layout(tokens: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def by_row(batch: Batch, values: np.ndarray) -> list[np.ndarray]:
     """[N, ...] values at a batch's positions as one array per row of the batch."""
-    real = batch.weight > 0
+    real = batch.mask > 0
     return [values[real & (batch.row == r)] for r in range(len(batch.tokens))]
 
 
-def with_rows(batch: Batch, figures: Mapping[str, Sequence[np.ndarray]]) -> Batch:
-    """The batch carrying figures in ``extra`` as [N, ...] float32: for each name what :func:`by_row` gives,
-    one array per row.
+def with_extra(batch: Batch, extra: Mapping[str, Sequence[np.ndarray]]) -> Batch:
+    """The batch carrying more arrays in ``extra`` as [N, ...] float32.
+
+    extra: for each name one array per row of the batch, over its positions, as :func:`by_row` gives them.
     """
 
     def flat(parts: Sequence[np.ndarray]) -> np.ndarray:
         joined = np.concatenate(parts)
-        found = np.zeros((len(batch.weight), *joined.shape[1:]), np.float32)
+        found = np.zeros((len(batch.mask), *joined.shape[1:]), np.float32)
         found[: len(joined)] = joined
         return found
 
-    return replace(batch, extra={**batch.extra, **{name: flat(parts) for name, parts in figures.items()}})
-
-
-def steps(
-    lengths: Sequence[int],
-    *,
-    batch_size: int,
-    accumulate: int = 1,
-    seed: int,
-    epoch: int,
-    token_budget: int | None = None,
-) -> list[list[list[int]]]:
-    """The order of one epoch: a list of optimizer steps, each a list of micro-batches, each a list of row
-    numbers.
-
-    A step takes ``batch_size * accumulate`` rows of similar length (sorted within windows of 32 steps of a
-    shuffled order, the steps shuffled again), so that 1 x 8 and 8 x 1 hold the same rows. A micro-batch has
-    at most ``batch_size`` rows and, with ``token_budget``, at most that many padded tokens. Depends on
-    nothing but the arguments, so a resumed run meets the same order. The last step of an epoch may be
-    smaller; no row is left out.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    group = batch_size * accumulate
-    window = group * 32
-    grouped = []
-    for start in range(0, len(order), window):
-        rows = sorted(order[start : start + window].tolist(), key=lambda i: lengths[i])
-        grouped += [rows[i : i + group] for i in range(0, len(rows), group)]
-    rng.shuffle(grouped)
-    return [list(_micro_batches(rows, lengths, batch_size, token_budget)) for rows in grouped]
+    return replace(batch, extra={**batch.extra, **{name: flat(parts) for name, parts in extra.items()}})
 
 
 def _micro_batches(
@@ -197,17 +175,17 @@ def by_length(lengths: Sequence[int], batch_size: int, token_budget: int | None 
     return list(_micro_batches(rows, lengths, batch_size, token_budget)) if rows else []
 
 
-def alike(
-    rows: Sequence[Sequence[int]], packs: bool, batch_size: int, token_budget: int | None = None
+def group_similar(
+    rows: Sequence[Sequence[int]], shares_prefixes: bool, batch_size: int, token_budget: int | None = None
 ) -> list[list[int]]:
     """Row numbers in the micro-batches that cost a model least, from the rows' token ids; every row exactly
     once.
 
-    Rows of similar length; for a model that ``packs``, which reads what rows share once and no padding, rows
-    with their beginnings in common.
+    Rows of similar length; for a model that shares prefixes, which reads what rows share once and no padding,
+    rows with their beginnings in common.
     """
     lengths = [len(r) for r in rows]
-    if not packs:
+    if not shares_prefixes:
         return by_length(lengths, batch_size, token_budget)
     order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
     return list(_micro_batches(order, lengths, batch_size, token_budget)) if rows else []

@@ -1,90 +1,163 @@
-"""Training and held-out examples, and the batches of any step."""
+"""Training and held-out items, and the batches of any step.
+
+An item is what a loss is defined on: an :class:`~mlx_posttrain.data.types.Example` (a row), or a
+:class:`~mlx_posttrain.data.types.Pair` of them. A :class:`Collator` makes batches of items; a
+:class:`Dataset` says which items go together in which step, from the settings and the seed alone.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
 from mlx_posttrain.config import TrainSection
-from mlx_posttrain.data import batches
+from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, collate, for_evaluation, round_up, with_extra
 from mlx_posttrain.data.types import Example
 
-Figures = Mapping[str, Sequence[np.ndarray]]
+#: Arrays over an example's trained tokens, by name and example: what a reference made of it, for instance.
+ExtraRows = Mapping[str, Mapping[Example, np.ndarray]]
+WINDOW = 32  # steps within which items are sorted by length
 
 
-class TrainingData(Protocol):
-    """What the loop asks its data for; :class:`Data` for rows to imitate, pairs.PairData for pairs."""
+class Collator(Protocol):
+    """How items of one kind become batches."""
 
+    rows_per_item: int
+    context: int | None  # the model's longest sequence in tokens; None where it has no bound
+
+    def examples(self, item: Any) -> tuple[Example, ...]:
+        """The rows of an item."""
+
+    def row_count(self, items: Sequence[Any]) -> int:
+        """How many rows a batch of these items has."""
+
+    def __call__(self, items: Sequence[Any], extra: ExtraRows) -> Batch:
+        """The batch of these items."""
+
+
+class RowCollator:
+    """Examples as they are; every trained token is a position of the batch."""
+
+    rows_per_item = 1
+
+    def __init__(self, context: int | None):
+        self.context = context
+
+    def examples(self, item: Example) -> tuple[Example, ...]:
+        """The item itself."""
+        return (item,)
+
+    def row_count(self, items: Sequence[Example]) -> int:
+        """One row for each item."""
+        return len(items)
+
+    def __call__(self, items: Sequence[Example], extra: ExtraRows) -> Batch:
+        """See :func:`mlx_posttrain.data.batches.collate`."""
+        batch = collate(items, self.context)
+        return with_extra(batch, {name: [rows[item] for item in items] for name, rows in extra.items()})
+
+
+@dataclass
+class Dataset:
+    """Items, and which of them make up each step.
+
+    groups: for each training item the number of its group; a group is never parted. None: each item is one.
+    extra: what batches carry besides, see :data:`ExtraRows`.
+    train_rows, held_out_rows: the rows as they were read, for samples and reports; they may be more than the
+    items, since rows that are too long are dropped. untemplated: rows are taken as they stand.
+    """
+
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    collate: Collator
     settings: TrainSection
-    steps: int
-    steps_per_epoch: int
+    seed: int
+    groups: Sequence[int] | None = None
+    train_rows: Sequence[Any] = ()
+    held_out_rows: Sequence[Any] = ()
+    untemplated: bool = False
+    extra: dict[str, dict[Example, np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        numbers = range(len(self.train)) if self.groups is None else self.groups
+        members: dict[int, list[int]] = {}
+        for i, number in enumerate(numbers):
+            members.setdefault(number, []).append(i)
+        self._groups = list(members.values())
+        self.lengths = [self._length(item) for item in self.train]
+        # A step takes as many groups as have that many items on average, so that the number of steps does not
+        # depend on an epoch's order.
+        per_step = self.settings.batch_size * self.settings.grad_accumulation
+        self._groups_per_step = max(1, round(per_step * len(self._groups) / max(1, len(self.train))))
+        self._epoch, self._order = -1, []  # type: ignore[var-annotated]
+        self.steps_per_epoch = math.ceil(len(self._groups) / self._groups_per_step)
+        epochs = max(1, math.ceil(self.settings.epochs * self.steps_per_epoch))
+        self.steps = self.settings.steps or epochs
+
+    @property
+    def context(self) -> int | None:
+        """The model's longest sequence in tokens."""
+        return self.collate.context
+
+    def _length(self, item: Any) -> int:
+        return max(len(example.tokens) for example in self.collate.examples(item))
 
     def rows(self, step: int) -> list[list[int]]:
-        """Row numbers of a step, by micro-batch."""
-
-    def micro_batches(self, rows: list[list[int]]) -> list[batches.Batch]:
-        """The batches of those rows."""
-
-    def evaluation(self) -> list[batches.Batch]:
-        """Held-out rows in batches."""
-
-
-class Data:
-    """Training and held-out examples, and the batches of any step."""
-
-    def __init__(
-        self,
-        train: Sequence[Example],
-        held_out: Sequence[Example],
-        settings: TrainSection,
-        seed: int,
-        context: int | None,
-    ):
-        self.train, self.held_out, self.settings, self.seed, self.context = (
-            train,
-            held_out,
-            settings,
-            seed,
-            context,
-        )
-        #: What batches carry besides, by name: for each training row, and each held-out row, an array over
-        #: its trained tokens.
-        self.figures: Figures = {}
-        self.held_out_figures: Figures = {}
-        self.lengths = [len(e.tokens) for e in train]
-        self._epoch = -1
-        self.steps_per_epoch = math.ceil(len(train) / (settings.batch_size * settings.accumulate))
-        self.steps = settings.steps or max(1, math.ceil(settings.epochs * self.steps_per_epoch))
-
-    def rows(self, step: int) -> list[list[int]]:
-        """Row numbers of a step, by micro-batch."""
+        """Item numbers of a step, by micro-batch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            s = self.settings
-            self._order = batches.steps(
-                self.lengths,
-                batch_size=s.batch_size,
-                accumulate=s.accumulate,
-                seed=self.seed,
-                epoch=epoch,
-                token_budget=s.token_budget,
-            )
-            self._epoch = epoch
+            self._order, self._epoch = self._steps(epoch), epoch
         return self._order[position]
 
-    def micro_batches(self, rows: list[list[int]]) -> list[batches.Batch]:
-        """The batches of those rows."""
-        return [self._batch(self.train, self.figures, r) for r in rows]
+    def _steps(self, epoch: int) -> list[list[list[int]]]:
+        """The order of one epoch: a list of steps, each a list of micro-batches, each a list of item numbers.
 
-    def evaluation(self) -> list[batches.Batch]:
-        """Held-out rows in batches, larger than those of training: see batches.EVALUATION_FACTOR."""
-        lengths = [len(e.tokens) for e in self.held_out]
-        rows = batches.for_evaluation(lengths, self.settings.batch_size, self.settings.token_budget)
-        return [self._batch(self.held_out, self.held_out_figures, r) for r in rows]
+        A step holds groups of similar length (sorted within windows of 32 steps of a shuffled order, the
+        steps shuffled again), so that 1 x 8 and 8 x 1 hold the same items. It depends on nothing but settings
+        and seed, so a resumed run meets the same order. An epoch's last step may be smaller; no item is left
+        out.
+        """
+        rng = np.random.default_rng([self.seed, epoch])
+        order = [self._groups[i] for i in rng.permutation(len(self._groups))]
+        window, per_step = WINDOW * self._groups_per_step, self._groups_per_step
+        steps: list[list[list[int]]] = []
+        for begin in range(0, len(order), window):
+            groups = sorted(order[begin : begin + window], key=lambda g: max(self.lengths[i] for i in g))
+            steps += [groups[i : i + per_step] for i in range(0, len(groups), per_step)]
+        rng.shuffle(steps)
+        return [self._micro_batches(groups) for groups in steps]
 
-    def _batch(self, examples: Sequence[Example], figures: Figures, rows: list[int]) -> batches.Batch:
-        batch = batches.collate([examples[i] for i in rows], self.context)
-        return batches.with_rows(batch, {name: [values[i] for i in rows] for name, values in figures.items()})
+    def _micro_batches(self, groups: list[list[int]]) -> list[list[int]]:
+        """At most ``batch_size`` items each and, with a token budget, at most that many padded tokens."""
+        budget = self.settings.token_budget
+        micro: list[list[int]] = [[]]
+        for group in groups:
+            joined = micro[-1] + group
+            longest = round_up(max(self.lengths[i] for i in joined), LENGTH_MULTIPLE)
+            padded = longest * self.collate.row_count([self.train[i] for i in joined]) if budget else 0
+            if micro[-1] and (len(joined) > self.settings.batch_size or (budget and padded > budget)):
+                micro.append(list(group))
+            else:
+                micro[-1] = joined
+        return micro
+
+    def micro_batches(self, rows: list[list[int]]) -> list[Batch]:
+        """The batches of those items."""
+        return [self._batch([self.train[i] for i in part]) for part in rows]
+
+    def evaluation(self) -> list[Batch]:
+        """Held-out items in batches, larger than those of training: see batches.EVALUATION_FACTOR."""
+        budget = self.settings.token_budget and self.settings.token_budget // self.collate.rows_per_item
+        lengths = [self._length(item) for item in self.held_out]
+        parts = for_evaluation(lengths, self.settings.batch_size, budget)
+        return [self._batch([self.held_out[i] for i in part]) for part in parts]
+
+    def _batch(self, items: Sequence[Any]) -> Batch:
+        if not self.extra:
+            return self.collate(items, {})
+        examples = {e for item in items for e in self.collate.examples(item)}
+        return self.collate(items, {n: rows for n, rows in self.extra.items() if examples <= rows.keys()})

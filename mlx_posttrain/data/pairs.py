@@ -1,4 +1,4 @@
-"""Preference pairs to batches: two answers to one prompt, scored at each row's last token.
+"""Preference pairs to batches: two answers to one prompt, each with its answer marked.
 
 The position of a score is decided here once, for training, scoring, PPO and export: see :func:`last_token`.
 """
@@ -11,24 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mlx_posttrain.config import TrainSection
-from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, for_evaluation, round_up
+from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, collate, round_up, with_extra
+from mlx_posttrain.data.dataset import ExtraRows
 from mlx_posttrain.data.encode import encode_all
-from mlx_posttrain.data.types import Conversation, Preference, Turn
+from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
 
-Sides = tuple[tuple[int, ...], tuple[int, ...]]  # the token ids of the chosen and of the rejected text
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Token ids of prompt and answer, preferred and not; pairs of one prompt share its number."""
-
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    prompt: int
-    row: Preference
-    margin: float = 0.0
+Sides = tuple[Example, Example]  # chosen and rejected
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ def encode_pairs(
             long += 1
             continue
         (chosen, rejected), left_out = fitted
-        if chosen == rejected:
+        if chosen.tokens == rejected.tokens:
             same += 1
             continue
         shortened += left_out > 0
@@ -141,7 +130,7 @@ def _fitted(
     while waiting:
         attempts = [_without_oldest(rows[i], tried[i]) for i in waiting]
         for i, sides in zip(waiting, _sides(attempts, tokenizer, template), strict=True):
-            if max(map(len, sides)) <= max_length:
+            if max(len(side.tokens) for side in sides) <= max_length:
                 found[i], most[i] = (sides, tried[i]), tried[i] - 1
             else:
                 fewest[i] = tried[i] + 1
@@ -156,8 +145,8 @@ def _sides(rows: Sequence[Preference], tokenizer: object, template: str) -> list
         for row in rows
         for text in (row.chosen, row.rejected)
     ]
-    examples, _ = encode_all(both, tokenizer, templates=[template], max_length=2**31, train_on="all")
-    return [(examples[i].tokens, examples[i + 1].tokens) for i in range(0, len(examples), 2)]
+    examples, _ = encode_all(both, tokenizer, templates=[template], max_length=2**31)
+    return [(examples[i], examples[i + 1]) for i in range(0, len(examples), 2)]
 
 
 def _later_questions(row: Preference) -> list[int]:
@@ -185,11 +174,10 @@ def _margin(row: Preference, number: int) -> float:
     return float(value)
 
 
-def collate_rows(rows: Sequence[Sequence[int]], pad: int | None, context: int | None = None) -> Batch:
-    """B rows of token ids as a batch with one position each, that of the row's score: index, target (unused),
-    weight, row are [B].
+def collate_scores(rows: Sequence[Sequence[int]], pad: int | None, context: int | None = None) -> Batch:
+    """B rows of token ids as a batch with one position each, that of the row's score.
 
-    Raises ValueError for a row longer than ``context``.
+    index, target (unused), row, mask and weight are [B]. Raises ValueError for a row longer than ``context``.
     """
     longest = max(map(len, rows))
     if context is not None and longest > context:
@@ -200,111 +188,46 @@ def collate_rows(rows: Sequence[Sequence[int]], pad: int | None, context: int | 
         tokens[r, : len(row)] = row
     number = np.arange(len(rows), dtype=np.int32)
     index = number * length + np.array([last_token(row, pad) for row in rows], np.int32)
-    return Batch(
-        tokens, index.astype(np.int32), np.zeros(len(rows), np.int32), np.ones(len(rows), np.float32), number
-    )
+    ones = np.ones(len(rows), np.float32)
+    return Batch(tokens, index.astype(np.int32), np.zeros(len(rows), np.int32), number, ones, ones)
 
 
-def collate_pairs(pairs: Sequence[Pair], pad: int | None, context: int | None = None) -> Batch:
-    """P pairs as a batch in which every distinct row stands once, however many pairs it is part of.
+class PairCollator:
+    """Pairs as batches in which every distinct row stands once, however many pairs it is part of.
 
-    ``extra``: chosen, rejected [P] int32 row numbers, margin and pair_weight [P] float32; ``units`` is P.
-    """
-    rows: dict[tuple[int, ...], int] = {}
-    chosen = [rows.setdefault(pair.chosen, len(rows)) for pair in pairs]
-    rejected = [rows.setdefault(pair.rejected, len(rows)) for pair in pairs]
-    batch = collate_rows(list(rows), pad, context)
-    extra = {
-        "chosen": np.array(chosen, np.int32),
-        "rejected": np.array(rejected, np.int32),
-        "margin": np.array([pair.margin for pair in pairs], np.float32),
-        "pair_weight": np.ones(len(pairs), np.float32),
-    }
-    return Batch(
-        batch.tokens, batch.index, batch.target, batch.weight, batch.row, extra, units=float(len(pairs))
-    )
-
-
-class PairData:
-    """Training and held-out pairs, and the batches of any step: what training.fit asks for. Pairs of one
-    prompt are never parted.
-
-    A step takes as many prompts as have ``batch_size * accumulate`` pairs on average, so that the number of
-    steps does not depend on an epoch's order; with one pair to a prompt that is ``batch_size * accumulate``
-    prompts. A token budget counts each distinct row once.
+    score: each row has one position, that of its score (a reward model); else every answer token is one, for
+    losses of log-probabilities. pad: see :func:`last_token`. context: the longest row, None without a bound.
     """
 
-    def __init__(
-        self,
-        train: Sequence[Pair],
-        held_out: Sequence[Pair],
-        settings: TrainSection,
-        seed: int,
-        context: int | None,
-        pad: int | None,
-    ):
-        self.train, self.held_out, self.settings, self.seed, self.context, self.pad = (
-            train,
-            held_out,
-            settings,
-            seed,
-            context,
-            pad,
-        )
-        self.lengths = [max(len(p.chosen), len(p.rejected)) for p in train]
-        groups: dict[int, list[int]] = {}
-        for i, pair in enumerate(train):
-            groups.setdefault(pair.prompt, []).append(i)
-        self._groups = list(groups.values())
-        self._epoch = -1
-        self._order: list[list[list[int]]] = []
-        self.steps_per_epoch = len(self._steps(0))
-        self.steps = settings.steps or max(1, int(np.ceil(settings.epochs * self.steps_per_epoch)))
+    rows_per_item = 2
 
-    def _steps(self, epoch: int) -> list[list[list[int]]]:
-        s = self.settings
-        rng = np.random.default_rng([self.seed, epoch])
-        order = [self._groups[i] for i in rng.permutation(len(self._groups))]
-        per_step = max(1, round(s.batch_size * s.accumulate * len(order) / len(self.train)))
-        window: list[list[list[int]]] = []
-        for begin in range(0, len(order), 32 * per_step):
-            ascending = sorted(
-                order[begin : begin + 32 * per_step], key=lambda g: max(self.lengths[i] for i in g)
-            )
-            window += [ascending[i : i + per_step] for i in range(0, len(ascending), per_step)]
-        rng.shuffle(window)
-        return [self._micro(groups) for groups in window]
+    def __init__(self, pad: int | None, context: int | None, score: bool):
+        self.pad, self.context, self.score = pad, context, score
 
-    def _micro(self, groups: list[list[int]]) -> list[list[int]]:
-        s = self.settings
-        micro: list[list[int]] = [[]]
-        for group in groups:
-            joined = micro[-1] + group
-            distinct = len({side for i in joined for side in (self.train[i].chosen, self.train[i].rejected)})
-            padded = distinct * round_up(max(self.lengths[i] for i in joined), LENGTH_MULTIPLE)
-            if micro[-1] and (
-                len(joined) > s.batch_size or (s.token_budget is not None and padded > s.token_budget)
-            ):
-                micro.append(list(group))
-            else:
-                micro[-1] = joined
-        return micro
+    def examples(self, item: Pair) -> tuple[Example, ...]:
+        """Both sides."""
+        return (item.chosen, item.rejected)
 
-    def rows(self, step: int) -> list[list[int]]:
-        """Pair numbers of a step, by micro-batch."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._order, self._epoch = self._steps(epoch), epoch
-        return self._order[position]
+    def row_count(self, items: Sequence[Pair]) -> int:
+        """Distinct rows."""
+        return len({side for pair in items for side in (pair.chosen, pair.rejected)})
 
-    def micro_batches(self, rows: list[list[int]]) -> list[Batch]:
-        """The batches of those pairs."""
-        return [collate_pairs([self.train[i] for i in part], self.pad, self.context) for part in rows]
-
-    def evaluation(self) -> list[Batch]:
-        """Held-out pairs in batches, larger than those of training: see batches.EVALUATION_FACTOR."""
-        lengths = [max(len(p.chosen), len(p.rejected)) for p in self.held_out]
-        parts = for_evaluation(
-            lengths, self.settings.batch_size, self.settings.token_budget and self.settings.token_budget // 2
-        )
-        return [collate_pairs([self.held_out[i] for i in part], self.pad, self.context) for part in parts]
+    def __call__(self, items: Sequence[Pair], extra: ExtraRows) -> Batch:
+        """``extra``: chosen, rejected [P] int32 row numbers, margin and pair_weight [P] float32; units is
+        P.
+        """
+        rows: dict[Example, int] = {}
+        chosen = [rows.setdefault(pair.chosen, len(rows)) for pair in items]
+        rejected = [rows.setdefault(pair.rejected, len(rows)) for pair in items]
+        if self.score:
+            batch = collate_scores([e.tokens for e in rows], self.pad, self.context)
+        else:
+            batch = collate(list(rows), self.context)
+        batch = with_extra(batch, {name: [known[row] for row in rows] for name, known in extra.items()})
+        sides = {
+            "chosen": np.array(chosen, np.int32),
+            "rejected": np.array(rejected, np.int32),
+            "margin": np.array([pair.margin for pair in items], np.float32),
+            "pair_weight": np.ones(len(items), np.float32),
+        }
+        return replace(batch, extra={**batch.extra, **sides}, units=float(len(items)))

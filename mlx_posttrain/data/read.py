@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from mlx_posttrain.config import DataSection
+from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import say
+from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
-from mlx_posttrain.data.types import Conversation, Example, Turn
+from mlx_posttrain.data.dataset import Dataset, RowCollator
+from mlx_posttrain.data.pairs import PairCollator, encode_pairs
+from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
 Record = TypeVar("Record")
 #: Rows to evaluate on are worth having, and a run can do without them.
@@ -143,3 +148,103 @@ def encode_rows(
     if not examples:
         say(NONE_HELD_OUT.format(what=what))
     return examples
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a dataset needs to know of a model: its tokenizer, longest sequence in tokens, and config.json."""
+
+    tokenizer: Any
+    context: int | None
+    config: Mapping[str, Any]
+
+    @property
+    def pad(self) -> int:
+        """See :func:`mlx_posttrain.models.tokenizer.pad_id`."""
+        return pad_id(dict(self.config), self.tokenizer)
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """The facts of a model folder; loads no weights. Raises UserError for a folder that is no model."""
+    config = hub.check_config(folder)
+    context = config.get("n_positions") or config.get("max_position_embeddings")
+    return ModelFacts(load_tokenizer(folder), context, config)
+
+
+def row_dataset(
+    recipe: Recipe,
+    facts: ModelFacts,
+    prepare: Callable[[list[Conversation]], list[Conversation]] = lambda rows: rows,
+) -> Dataset:
+    """A recipe's rows as a dataset of examples; prints what was dropped.
+
+    prepare: changes the training rows. Raises UserError where rows and ``data.pack`` do not go together, and
+    as reading does.
+    """
+    data, seed = recipe.data, recipe.seed
+    train, held_out = split_rows(data, seed, read_conversations)
+    train = prepare(train)
+    if data.pack and train[0].templated:
+        raise UserError(
+            "data.pack joins plain text: these rows have prompts; leave out data.pack, or give "
+            "rows with a column 'text'"
+        )
+
+    def encoded(rows: list[Conversation], what: str, needed: bool) -> list[Example]:
+        return encode_rows(rows, data, facts.tokenizer, facts.context, seed, what, needed=needed)
+
+    return Dataset(
+        encoded(train, "training rows", True),
+        encoded(held_out, "held-out rows", False),
+        RowCollator(facts.context),
+        recipe.train,  # type: ignore[arg-type]
+        seed,
+        train_rows=train,
+        held_out_rows=held_out,
+        untemplated=not train[0].templated,
+    )
+
+
+def read_preferences(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Preference]:
+    """The pairs of one split; prints what was dropped. Raises UserError for rows that are no pairs."""
+    parsed = read_rows(data, split=split, limit=limit, seed=seed)
+    preferences = [row for row in parsed if isinstance(row, Preference)]
+    if len(preferences) < len(parsed):
+        raise UserError(
+            f"{data.source}: this method learns from pairs: rows with prompt, chosen and rejected, or chosen "
+            "and rejected dialogues"
+        )
+    return preferences
+
+
+def pair_dataset(recipe: Recipe, facts: ModelFacts, *, score: bool) -> Dataset:
+    """A recipe's preference pairs as a dataset, pairs of one prompt together; prints what was dropped.
+
+    score: whether a row has one position, that of its score, or one for each answer token.
+    """
+    data = recipe.data
+    train, held_out = split_rows(data, recipe.seed, read_preferences)
+    length = min(data.max_length, facts.context or data.max_length)
+
+    def encoded(rows: list[Preference], what: str, needed: bool) -> list[Pair]:
+        if not rows:
+            return []
+        pairs, report = encode_pairs(
+            rows, facts.tokenizer, template=str(data.template), max_length=length, needed=needed
+        )
+        say(f"{what}: {report}")
+        if not pairs:
+            say(NONE_HELD_OUT.format(what=what))
+        return pairs
+
+    training = encoded(train, "training pairs", True)
+    return Dataset(
+        training,
+        encoded(held_out, "held-out pairs", False),
+        PairCollator(facts.pad, facts.context, score),
+        recipe.train,  # type: ignore[arg-type]
+        recipe.seed,
+        groups=[pair.prompt for pair in training],
+        train_rows=train,
+        held_out_rows=held_out,
+    )

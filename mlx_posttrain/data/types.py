@@ -51,8 +51,30 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and for each whether the model is trained to produce it (``trained[0]`` never counts)."""
+    """Token ids, and for each whether the model is trained to produce it (``trained[0]`` never counts).
+
+    Examples with equal ids and marks are equal and hash alike, whatever other columns they carry.
+    """
 
     tokens: tuple[int, ...]
     trained: tuple[bool, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def answer_start(self) -> int:
+        """Position of the first trained token; the number of tokens where none is trained."""
+        return self.trained.index(True) if True in self.trained else len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt as examples whose answers are marked, the first preferred by ``margin``.
+
+    ``prompt`` is the prompt's number, shared by all pairs of one prompt; ``row`` what the pair was made from.
+    """
+
+    chosen: Example
+    rejected: Example
+    prompt: int
+    row: Preference
+    margin: float = 0.0

@@ -26,6 +26,9 @@ Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
 #: positions.
 REFERENCE_HIDDEN = "reference_hidden"
 
+#: Name in ``Batch.extra`` of [N] float32 log-probabilities of the targets under the reference.
+REFERENCE_LOGPROBS = "ref_logprobs"
+
 #: Bytes of gradients whose parameters MLX updates together: new weights and moments of so many, and of what
 #: MLX begins ahead, are there beside the old.
 UPDATE_BYTES = 64 * 2**20
@@ -48,18 +51,19 @@ class DeviceBatch:
     averaged over.
 
     total: scalar, sum of ``Batch.count`` over all micro-batches of the optimizer step that have the batch's
-    ``group``.
+    ``term``.
     """
 
     tokens: Array
     index: Array
     target: Array
-    weight: Array
     row: Array
+    mask: Array
+    weight: Array
     total: Array
     extra: dict[str, Array] = field(default_factory=dict)
 
-    FIELDS = ("tokens", "index", "target", "weight", "row")
+    FIELDS = ("tokens", "index", "target", "row", "mask", "weight")
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Model(Protocol):
     context: int | None  # longest sequence in tokens; None where the architecture has no bound
 
     @property
-    def packs(self) -> bool:
+    def shares_prefixes(self) -> bool:
         """Whether rows of one batch that begin alike share that part's work, so that batches are best made of
         such rows.
         """
@@ -418,5 +422,5 @@ def micro_batch_totals(batches: Sequence[Batch]) -> dict[str, float]:
     """
     totals: dict[str, float] = {}
     for b in batches:
-        totals[b.group] = totals.get(b.group, 0.0) + b.count
-    return {group: max(1.0, total) for group, total in totals.items()}
+        totals[b.term] = totals.get(b.term, 0.0) + b.count
+    return {term: max(1.0, total) for term, total in totals.items()}

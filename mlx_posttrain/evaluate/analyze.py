@@ -17,7 +17,7 @@ from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import say
 from mlx_posttrain.convert import arrays, gpt2, hub
 from mlx_posttrain.data import batches, encode, templates
-from mlx_posttrain.data.read import read_conversations
+from mlx_posttrain.data.read import read_conversations, row_dataset
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
@@ -27,10 +27,10 @@ from mlx_posttrain.evaluate.comparison import Comparison
 from mlx_posttrain.evaluate.findings import Finding
 from mlx_posttrain.evaluate.suite import SuiteSection, base_texts, compare, text_loss
 from mlx_posttrain.evaluate.suite import labels_of as suite_labels
-from mlx_posttrain.methods import sft
+from mlx_posttrain.methods import METHODS, sft
 from mlx_posttrain.models.merge import write_merged
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.source import locate
+from mlx_posttrain.models.source import last_language_model, locate, saves_language_model
 
 ROWS = 96  # training rows read for a distribution's shift
 GRADIENT_ROWS = 64  # and for the gradients of templates
@@ -44,15 +44,13 @@ def root(name: str | Path) -> str:
     """The model that a run's first ancestor started from; a name that is no run is its own root."""
     while runs.is_run(name):
         recipe = runs.reopen(name)[1]
-        if recipe.get("method") == "pipeline":
-            from mlx_posttrain.pipeline import language_model
-
-            name = language_model(name)
+        if "stages" in recipe:
+            name = last_language_model(Path(name), list(recipe["stages"]))
             continue
-        if recipe.get("method") == "report":
+        if "model" not in recipe:
             raise UserError(f"{name} is a report, not a model: give the runs that it is about")
-        made = Path(name) / "start"  # pretrain makes its own
-        if recipe["method"] == "pretrain" and made.is_dir():
+        made = Path(name) / "start"  # pre-training makes its own
+        if made.is_dir():
             return str(made)
         name = recipe["model"]
     return str(name)
@@ -60,7 +58,8 @@ def root(name: str | Path) -> str:
 
 def writes_text(name: str | Path) -> bool:
     """Whether a run is a language model rather than a reward model."""
-    return not runs.is_run(name) or runs.reopen(name)[1].get("method") != "reward"
+    final = Path(name) / "final"
+    return not (runs.is_run(name) and final.is_dir()) or saves_language_model(final)
 
 
 def with_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -261,7 +260,8 @@ def _matrices(folder: Path) -> dict[str, np.ndarray]:
 def _training_rows(name: str) -> list[Conversation]:
     """The first training rows of a supervised run, [] for anything else."""
     recipe = runs.reopen(name)[1] if runs.is_run(name) else {}
-    if recipe.get("method") not in ("sft", "distill"):
+    method = METHODS.get(str(recipe.get("method")))
+    if method is None or method.dataset is not row_dataset:
         return []
     data = DataSection(**recipe["data"])
     rows = read_conversations(

@@ -62,7 +62,7 @@ def room(source: Source, max_tokens: int, think_tokens: int | None) -> int:
     """Longest answer of a model in tokens: a thought that its run was trained on is never cut off where
     ``think_tokens`` is null.
     """
-    if source.recipe is None or source.recipe.get("method") != "distill":
+    if source.recipe is None or "think" not in source.recipe:
         return max_tokens
     return think_tokens or int(source.recipe["data"]["max_length"])
 

@@ -203,7 +203,7 @@ def judge_note(comparison: Comparison) -> str:
         recipe = runs.reopen(model.path)[1] if runs.is_run(model.path) else {}
         rewards = (
             [entry.get("model") for entry in recipe.get("reward") or []]
-            if recipe.get("method") == "ppo"
+            if isinstance(recipe.get("reward"), list)
             else []
         )
         trained += (

@@ -23,7 +23,7 @@ def bradley_terry(chosen: Array, rejected: Array, margin: Array | float = 0.0) -
     return -ops(chosen).log_sigmoid(chosen - rejected - margin)
 
 
-def centring(chosen: Array, rejected: Array) -> Array:
+def centering(chosen: Array, rejected: Array) -> Array:
     """(r_w + r_l)^2, to be added with a small weight: a pair fixes only the difference, and this keeps scores
     around 0.
 

@@ -43,14 +43,15 @@ def full_kl(logits: Array, reference_logits: Array, direction: str = "forward") 
     raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
 
 
-def token_mean(values: Array, weights: Array, total: Array | float) -> Array:
+def token_mean(values: Array, mask: Array, total: Array | float, weight: Array | None = None) -> Array:
     """Weighted sum over positions divided by ``total``, a scalar.
 
-    values, weights: same shape; a weight of 0 marks padding. ``total`` is the sum of weights over the *whole*
-    accumulated batch, not over these positions: the parts of an accumulated step then add up to the mean over
-    all its trained tokens, and 8 micro-batches of 1 row give the gradient of one batch of 8.
+    values, mask, weight: same shape; the mask is 0 at padding, where any number may stand, and the weight, 1
+    without one, says how much a position counts. ``total`` is the sum of weights over the *whole* accumulated
+    batch, not over these positions: the parts of an accumulated step then add up to the mean over all its
+    trained tokens, and 8 micro-batches of 1 row give the gradient of one batch of 8.
     """
     xp = ops(values)
-    # A padded position may hold any number; where() first, since 0 * inf would be NaN, in the value and in
-    # the gradient.
-    return xp.sum(xp.where(weights > 0, values, xp.zeros_like(values)) * weights) / total
+    # where() first, since 0 * inf would be NaN, in the value and in the gradient.
+    real = xp.where(mask > 0, values, xp.zeros_like(values))
+    return xp.sum(real * (mask if weight is None else mask * weight)) / total

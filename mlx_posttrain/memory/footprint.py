@@ -67,11 +67,11 @@ class Shape(NamedTuple):
         )
 
 
-def shapes(batches: Iterable[Batch], packs: bool = False) -> list[Shape]:
-    """The distinct shapes of batches, for a model that ``packs`` or not."""
+def shapes(batches: Iterable[Batch], shares_prefixes: bool = False) -> list[Shape]:
+    """The distinct shapes of batches, for a model that shares prefixes or not."""
     found = []
     for b in batches:
-        packed = layout(b.tokens, b.index) if packs else None
+        packed = layout(b.tokens, b.index) if shares_prefixes else None
         rows, length = b.tokens.shape
         found.append(Shape(rows, length, len(b.index), len(packed[1]) if packed else None))
     return distinct(found)
@@ -104,7 +104,7 @@ class Training:
     # whether the loss asks for one from the reference, over the whole vocabulary
     divergence: bool = False
     beside: bool = False  # whether evaluations run the reference's blocks too: its states are not kept
-    accumulate: bool = False
+    grad_accumulation: bool = False
     batches: Sequence[Shape] = ()
     evaluations: Sequence[Shape] = ()
 
@@ -114,7 +114,7 @@ class Training:
         return DTYPE_BYTES[self.dtype]
 
     @property
-    def packs(self) -> bool:
+    def shares_prefixes(self) -> bool:
         """Whether rows are packed into one: engines/torch_packed.py."""
         return (
             self.engine == "torch" and self.size.model_type == "gpt2" and not (self.adapter and self.dropout)
@@ -152,7 +152,7 @@ class Training:
         """GB of the gradients, and on MLX of a micro-batch's beside those of the ones before, which torch
         adds to weight by weight.
         """
-        return self.trained_bytes * (2 if self.accumulate and self.engine == "mlx" else 1) / GB
+        return self.trained_bytes * (2 if self.grad_accumulation and self.engine == "mlx" else 1) / GB
 
     def activations(self, batch: Shape) -> float:
         """GB that the blocks keep for the backward pass, and what an adapter keeps besides; of the blocks
@@ -226,7 +226,7 @@ class Training:
         """GB of the head's gradient, which is there before the blocks have freed anything; torch adds to the
         one of earlier micro-batches.
         """
-        there = self.adapter or (self.accumulate and self.engine == "torch")
+        there = self.adapter or (self.grad_accumulation and self.engine == "torch")
         return 0.0 if there else self.number * self.size.vocabulary * self.size.width / GB
 
     def forward(self, batch: Shape, pairs: dict[str, float] = PAIRS) -> float:
@@ -245,7 +245,7 @@ class Training:
         name.
         """
         found: list[tuple[str, dict[str, float]]] = []
-        beside = self.trained_bytes / GB if self.accumulate else 0.0
+        beside = self.trained_bytes / GB if self.grad_accumulation else 0.0
         for b in self.batches:
             kept, logits, gradients = self.activations(b), self.logits(b), self.head() + beside
             if self.checkpointing:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,7 +26,7 @@ from mlx_posttrain.data.batches import (
     for_evaluation,
     round_up,
 )
-from mlx_posttrain.data.types import Example
+from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM, split
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory.coefficients import PAIRS_OF_PROMPTS
@@ -166,10 +167,10 @@ def _alternatives(recipe: Any, engine: str, of: Size) -> Iterator[tuple[str, Any
     train, adapter = recipe.train, getattr(recipe, "adapter", None)
     if train.batch_size > 1:
         rows = train.batch_size // 2
-        times = math.ceil(train.batch_size * train.accumulate / rows)
+        times = math.ceil(train.batch_size * train.grad_accumulation / rows)
         yield (
-            f"train.batch_size={rows} train.accumulate={times}",
-            _changed(recipe, "train", batch_size=rows, accumulate=times),
+            f"train.batch_size={rows} train.grad_accumulation={times}",
+            _changed(recipe, "train", batch_size=rows, grad_accumulation=times),
         )
     if not train.gradient_checkpointing:
         text, changed = (
@@ -204,89 +205,73 @@ def _changed(recipe: Any, section: str, **values: Any) -> Any:
 # From recipes
 
 
-def tell(make: Callable[[], Plan]) -> None:
-    """Say what a run will take before it starts; a model whose size cannot be told is no reason not to train
-    it.
+def print_plan(make: Callable[[], Plan]) -> None:
+    """Print what a run will take before it starts. Whatever goes wrong in planning is no reason not to
+    train.
     """
     try:
         say(make().line())
     except UserError as error:
         say(f"memory: not planned: {error}")
+    except Exception as error:  # a defect of the planner must not end a run
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        say(f"memory: not planned, by a defect of the planner ({type(error).__name__} at {place}: {error})")
 
 
-def of_recipe(recipe: Any) -> list[Plan]:
-    """The plan of a recipe, or of each stage of a pipeline that trains. Reads the data; loads no weights.
-    Errors as running it.
-    """
-    from mlx_posttrain import methods
-
-    method = methods.get(recipe.method)
-    if not hasattr(method, "plan"):
-        raise UserError(f"{recipe.method} trains nothing, so there is nothing to plan")
-    return method.plan(recipe)
+#: Of a recipe, what it needs of the model as it was before training; see training/method.py.
+ReferenceOf = Callable[[Any], str | None]
 
 
-def of_data(
-    recipe: Any, engine: str, of: Size, data: Any, *, reference: bool = False, cache_gb: float = 0.0
-) -> Plan:
-    """The plan of a run over fixed rows. data: what training.fit is given; cache_gb: what a reference's
-    hidden states may take.
-    """
-    packs = _training(recipe, engine, of).packs
-    seen: list[Shape] = []
+def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: ReferenceOf) -> Plan:
+    """The plan of a run on a dataset. reference: Method.reference."""
+    shares_prefixes = _training(recipe, engine, of).shares_prefixes
+    known: list[Shape] = []
     trained = read = steps = most = 0.0
-    for step in range(min(data.steps, data.steps_per_epoch)):
-        micro = data.micro_batches(data.rows(step))
-        seen += shapes(micro, packs)
-        trained, read, steps = (
-            trained + sum(b.trained_tokens for b in micro),
-            read + sum(b.tokens.size for b in micro),
-            steps + 1,
-        )
-        most = max(most, len(micro))
-    seen, evaluated = distinct(seen), shapes(data.evaluation(), packs)
-    kept = references.share(data, of.width, cache_gb) if reference else references.Share()
-    together = for_evaluation(data.lengths, recipe.train.batch_size, recipe.train.token_budget)
+    for step in range(min(dataset.steps, dataset.steps_per_epoch)):
+        micro = dataset.micro_batches(dataset.rows(step))
+        known += shapes(micro, shares_prefixes)
+        trained += sum(b.trained_tokens for b in micro)
+        read += sum(b.tokens.size for b in micro)
+        steps, most = steps + 1, max(most, len(micro))
+    known, evaluated = distinct(known), shapes(dataset.evaluation(), shares_prefixes)
+    limit = recipe.kl.cache_gb if reference(recipe) == "distribution" else 0.0
+    cached = references.share(dataset, of.width, limit) if limit else references.Share()
+    lengths = dataset.lengths
+    together = for_evaluation(lengths, recipe.train.batch_size, recipe.train.token_budget)
     reading = distinct(
-        Shape(len(rows), round_up(max(data.lengths[i] for i in rows), LENGTH_MULTIPLE), 0)
-        for rows in together
+        Shape(len(rows), round_up(max(lengths[i] for i in rows), LENGTH_MULTIPLE), 0) for rows in together
     )
 
-    def of_recipe(changed: Any, longest: int | None = None, kept: references.Share = kept) -> Plan:
+    def of_recipe(changed: Any, longest: int | None = None, cached: references.Share = cached) -> Plan:
         """The plan of the recipe, or with another one's settings of the same rows, cut to ``longest``."""
         old, new = recipe.train.batch_size, changed.train.batch_size
+        kind = reference(changed)
         training = replace(
             _training(changed, engine, of),
-            reference=reference,
-            divergence=reference,
-            beside=reference and not kept.held_out,
-            accumulate=most > 1 or new < old,
-            batches=_at_most(seen, old, new, longest),
+            reference=kind is not None,
+            divergence=kind == "distribution",
+            beside=kind == "distribution" and not cached.held_out,
+            grad_accumulation=most > 1 or new < old,
+            batches=_at_most(known, old, new, longest),
             evaluations=_at_most(evaluated, evaluation_limits(old)[0], evaluation_limits(new)[0], longest),
         )
-        once = _at_most(
-            reading if kept.training else [], evaluation_limits(old)[0], evaluation_limits(new)[0], longest
-        )
+        once = reading if cached.training or kind == "logprobs" else []
+        once = _at_most(once, evaluation_limits(old)[0], evaluation_limits(new)[0], longest)
         others = [
             ("as the reference's states are computed", {"activations": training.forward(b), "optimizer": 0.0})
             for b in once
         ]
-        return peak(
-            _name(recipe),
-            training,
-            data.steps,
-            (trained / steps, read / steps),
-            {"kept states": kept.gb},
-            others,
-        )
+        more = {"kept states": cached.gb}
+        return peak(_name(recipe), training, dataset.steps, (trained / steps, read / steps), more, others)
 
     options: list[tuple[str, Callable[[], Plan]]] = [
         (text, partial(of_recipe, changed)) for text, changed in _alternatives(recipe, engine, of)
     ]
-    if shorter := _shorter(recipe, data):
+    if shorter := _shorter(recipe, dataset):
         options.append((shorter[1], partial(of_recipe, recipe, longest=shorter[0])))
-    if kept.gb:
-        options.append(("kl.cache_gb=0", partial(of_recipe, recipe, kept=references.Share())))
+    if cached.gb:
+        options.append(("kl.cache_gb=0", partial(of_recipe, recipe, cached=references.Share())))
     return _advised(of_recipe(recipe), options)
 
 
@@ -294,11 +279,11 @@ def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:
     """Half the longest training row, or what nine of ten rows need to be trained on; and the override, with
     what it does to the rows. None where that is no less.
     """
-    most, packed, pairs = max(data.lengths), recipe.data.pack, not isinstance(data.train[0], Example)
+    most, packed, pairs = max(data.lengths), recipe.data.pack, data.collate.rows_per_item > 1
 
     def needs(row: Any, length: int) -> int:
         """Tokens of a row; of one that may be cut, those up to its first trained one."""
-        return length if pairs or recipe.data.too_long == "drop" else row.trained.index(True) + 1
+        return length if pairs or recipe.data.too_long == "drop" else row.answer_start + 1
 
     needed = sorted(map(needs, data.train, data.lengths))
     longest = round_up(
@@ -330,8 +315,8 @@ def cache(of: Size, positions: int, dtype: str) -> float:
 
 
 class PromptLengths(NamedTuple):
-    """Tokens of PPO's prompts: of the longest in training, of those whose answers come ahead of training, and
-    of the held-out ones.
+    """Tokens of prompts: of the longest in training, of those completed ahead of training, of held-out
+    ones.
     """
 
     longest: int
@@ -339,16 +324,26 @@ class PromptLengths(NamedTuple):
     held_out: Sequence[int]
 
 
-def of_ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Sequence[Size]) -> Plan:
-    """The plan of a PPO run. rewards: sizes of the reward models and judges."""
+def of_rollouts(
+    recipe: Any,
+    engine: str,
+    of: Size,
+    prompts: PromptLengths,
+    rewards: Sequence[Size],
+    algorithm: Callable[[Any], Any],
+    reference: ReferenceOf,
+) -> Plan:
+    """The plan of a run on rollouts.
+
+    rewards: sizes of the reward models and judges. algorithm, reference: of the Method.
+    """
     r = recipe.rollout
     changes = [*_alternatives(recipe, engine, of)]
-    if recipe.critic.kind == "separate":
-        own = " critic.lr=null" * (recipe.critic.lr is not None) + " critic.init=auto" * (
-            recipe.critic.init != "auto"
-        )
+    critic = algorithm(recipe).critic
+    if critic is not None and critic.kind == "separate":
+        own = " critic.lr=null" * (critic.lr is not None) + " critic.init=auto" * (critic.init != "auto")
         changes.append((f"critic.kind=shared{own}", _changed(recipe, "critic", kind="shared")))
-    # Where the context holds prompts down, shorter answers would only make room for longer prompts.
+    # Where the context limits prompts, shorter completions would only make room for longer prompts.
     roomy = of.context is None or r.max_tokens + recipe.data.max_length <= of.context
     halves = {"max_tokens": r.max_tokens // 2 if roomy else 0, "token_budget": r.token_budget // 2}
     changes += [
@@ -358,58 +353,65 @@ def of_ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Se
     ]
 
     def of_recipe(changed: Any) -> Plan:
-        return _ppo(changed, engine, of, asked, rewards)
+        return _rollouts(changed, engine, of, prompts, rewards, algorithm(changed), reference(changed))
 
     return _advised(of_recipe(recipe), [(text, partial(of_recipe, changed)) for text, changed in changes])
 
 
-def _ppo(recipe: Any, engine: str, of: Size, asked: PromptLengths, rewards: Sequence[Size]) -> Plan:
-    """:func:`of_ppo` without advice."""
-    r, train = recipe.rollout, recipe.train
+def _rollouts(
+    recipe: Any,
+    engine: str,
+    of: Size,
+    prompts: PromptLengths,
+    rewards: Sequence[Size],
+    algorithm: Any,
+    reference: str | None,
+) -> Plan:
+    """:func:`of_rollouts` without advice."""
+    r, train, ptx = recipe.rollout, recipe.train, algorithm.ptx
     training = replace(
         _training(recipe, engine, of),
-        reference=True,
-        accumulate=train.accumulate > 1 or recipe.ptx is not None,
+        reference=reference is not None,
+        grad_accumulation=train.grad_accumulation > 1 or ptx is not None,
     )
 
-    def shape(most: int, budget: int | None, answers: int, prompts: int, longest: int) -> Shape:
-        """Of a batch of answers; packed, each prompt is read once."""
+    def shape(most: int, budget: int | None, completions: int, distinct_prompts: int, longest: int) -> Shape:
+        """Of a batch of completions; packed, each prompt is read once."""
         length = round_up(longest + r.max_tokens, LENGTH_MULTIPLE)
-        rows = min(answers, most, max(1, budget // length) if budget else most)
-        packed = min(rows, prompts) * longest + rows * r.max_tokens if training.packs else None
+        rows = min(completions, most, max(1, budget // length) if budget else most)
+        packed = None
+        if training.shares_prefixes:
+            packed = min(rows, distinct_prompts) * longest + rows * r.max_tokens
         return Shape(rows, length, round_up(rows * r.max_tokens, POSITION_MULTIPLE), packed)
 
-    answers = r.prompts * r.samples
-    limits, sampled = (train.batch_size, train.token_budget), (answers, r.prompts, asked.longest)
+    completions = r.prompts * r.samples
+    limits, sampled = (train.batch_size, train.token_budget), (completions, r.prompts, prompts.longest)
     evaluations = [shape(*evaluation_limits(*limits), *sampled)]
-    if unseen := len(asked.held_out):
-        evaluations.append(shape(*evaluation_limits(*limits), unseen, unseen, max(asked.held_out)))
+    if unseen := len(prompts.held_out):
+        evaluations.append(shape(*evaluation_limits(*limits), unseen, unseen, max(prompts.held_out)))
     policy = replace(training, batches=[shape(*limits, *sampled)], evaluations=evaluations)
-    if recipe.ptx is not None:
-        longest = round_up(
-            min(recipe.ptx.data.max_length, of.context or recipe.ptx.data.max_length), LENGTH_MULTIPLE
-        )
-        policy = replace(
-            policy,
-            batches=[*policy.batches, Shape(recipe.ptx.batch_size, longest, recipe.ptx.batch_size * longest)],
-        )
+    if ptx is not None:
+        longest = round_up(min(ptx.data.max_length, of.context or ptx.data.max_length), LENGTH_MULTIPLE)
+        texts = Shape(ptx.batch_size, longest, ptx.batch_size * longest)
+        policy = replace(policy, batches=[*policy.batches, texts])
     more = {"reward": sum(s.parameters for s in rewards) * 4 / GB}
     untrained = {"optimizer": 0.0}  # moments come with the first update
     others: list[tuple[str, dict[str, float]]] = []
-    if recipe.critic.kind == "separate":
+    if algorithm.critic is not None and algorithm.critic.kind == "separate":
         critic = replace(
             policy, trained=of.parameters, adapter=False, bits=None, dtype="float32", reference=False
         )
         untrained["critic"] = critic.weights()
         more["critic"] = critic.weights() + critic.optimizer()
         others += [(f"{phase}, of the critic", {**parts, "logits": 0.0}) for phase, parts in critic.phases()]
-    for lengths, samples in (([asked.longest] * r.prompts, r.samples), (asked.held_out, 1)):
+    for lengths, samples in (([prompts.longest] * r.prompts, r.samples), (prompts.held_out, 1)):
         others += _rollout(policy, lengths, samples, r.max_tokens, r.token_budget)
     others += [
         (phase, {**parts, **untrained})
-        for phase, parts in _rollout(policy, asked.ahead, 1, r.max_tokens, r.token_budget)
+        for phase, parts in _rollout(policy, prompts.ahead, 1, r.max_tokens, r.token_budget)
     ]
-    tokens = answers * r.max_tokens, answers * round_up(asked.longest + r.max_tokens, LENGTH_MULTIPLE)
+    length = round_up(prompts.longest + r.max_tokens, LENGTH_MULTIPLE)
+    tokens = completions * r.max_tokens, completions * length
     return peak(_name(recipe), policy, train.steps, tokens, more, others)
 
 

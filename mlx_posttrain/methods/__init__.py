@@ -1,25 +1,114 @@
-"""One file per method. A method module has ``Recipe`` (its keys) and ``run(recipe, resume, ...)``.
+"""The training methods, one file each, and METHODS, the table of them that everything else reads.
 
-To add a method, write its file and name it here; the command line, recipes and runs then know it.
+A module of this folder that has a ``METHOD`` (training/method.py) is in the table; to add a method, write its
+file. ``pipeline`` is several recipes in order, and an entry like the others.
 """
 
 from __future__ import annotations
 
 import difflib
+import pkgutil
+from collections.abc import Iterator, MutableMapping
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
+from mlx_posttrain import config
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.training.loop import Callbacks
+from mlx_posttrain.training.method import Method
 
-NAMES = ("sft", "reward", "ppo", "distill", "pipeline", "pretrain", "report")
+_ELSEWHERE = {"pipeline": "mlx_posttrain.pipeline"}
 
 
-def get(name: str) -> ModuleType:
-    """The module of a method. Raises UserError for an unknown name, naming the nearest."""
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        raise UserError(
-            "unknown method "
-            f"{name!r}; " + (f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(NAMES)}")
-        )
-    return import_module("mlx_posttrain.pipeline" if name == "pipeline" else f"mlx_posttrain.methods.{name}")
+class _Table(MutableMapping[str, Method]):
+    """Methods by name, in alphabetical order; a module is imported when its method is first asked for."""
+
+    def __init__(self) -> None:
+        names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+        self._modules = {name: f"{__name__}.{name}" for name in names} | _ELSEWHERE
+        self._known: dict[str, Method] = {}
+
+    def __getitem__(self, name: str) -> Method:
+        if name not in self._known:
+            self._known[name] = import_module(self._modules[name]).METHOD
+        return self._known[name]
+
+    def __setitem__(self, name: str, method: Method) -> None:
+        self._known[name] = method
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._modules, **self._known})
+
+    def __len__(self) -> int:
+        return len({**self._modules, **self._known})
+
+
+METHODS: MutableMapping[str, Method] = _Table()
+
+
+def get(name: str) -> Method:
+    """A method by name. Raises UserError for an unknown name, naming the nearest."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(METHODS)}"
+        raise UserError(f"unknown method {name!r}; {hint}")
+    return METHODS[name]
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Any:
+    """Read a recipe file or a shipped recipe, apply overrides, and check it against its method's recipe.
+
+    Raises UserError for a missing file, broken YAML, an unknown method, an unknown key (naming the nearest)
+    or a wrong value.
+    """
+    path = config.find_recipe(name)
+    raw = config.override(config.read_yaml(path), overrides or [])
+    return parse_recipe(raw, path.name, folder=path.parent, output=f"runs/{path.stem}")
+
+
+def parse_recipe(raw: dict[str, Any], where: str, **options: Any) -> Any:
+    """A recipe from its keys. ``options``: see config.parse; ``output`` is the run directory if none is
+    named.
+
+    A run's own recipe.yaml can be run again: what it says of the machine is left out.
+    """
+    output = options.pop("output", None)
+    raw = {key: value for key, value in raw.items() if key not in config.FACTS}
+    if "method" not in raw:
+        near = difflib.get_close_matches("method", [str(k) for k in raw], n=1, cutoff=0.6)
+        hint = f" ({near[0]!r} is not a key; did you mean 'method'?)" if near else ""
+        raise UserError(f"{where}: the key 'method' is missing{hint}; methods: {', '.join(METHODS)}")
+    recipe: Any = config.parse(raw, get(str(raw["method"])).Recipe, where, **options)
+    if recipe.output is None:
+        recipe.output = output
+    if recipe.output is not None:
+        recipe.output = config.home(recipe.output)
+    return recipe
+
+
+def run(recipe: Any, resume: bool = False, callbacks: Callbacks | None = None) -> dict[str, Any]:
+    """Run a recipe to the end; returns its figures. Raises UserError for every foreseeable failure."""
+    from mlx_posttrain.training import setup
+
+    method = get(recipe.method)
+    if method.run is not None:
+        return method.run(recipe, resume, callbacks or Callbacks())
+    return setup.train(method, recipe, resume, callbacks)
+
+
+def plan(recipe: Any) -> list[Any]:
+    """What a recipe would take, or each stage of a pipeline that trains: a list of memory.plan.Plan.
+
+    Reads the data; loads no weights and writes nothing. Raises UserError as running the recipe does.
+    """
+    from mlx_posttrain.training import setup
+
+    method = get(recipe.method)
+    if method.plan is not None:
+        return list(method.plan(recipe))
+    if method.trains_on is None:
+        raise UserError(f"{recipe.method} trains nothing, so there is nothing to plan")
+    return setup.plan(method, recipe)

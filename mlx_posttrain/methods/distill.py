@@ -1,8 +1,9 @@
-"""Reasoning distillation: supervised fine-tuning on a teacher's thoughts and answers, then what the student
-can do with them.
+"""Reasoning distillation: supervised fine-tuning on a teacher's thoughts and answers, then a test of the
+student.
 
-    answer = <think> trace </think> answer        (DeepSeek-AI 2025, "DeepSeek-R1", section 2.4: plain SFT on
-    the teacher's outputs)
+    answer = <think> trace </think> answer
+
+DeepSeek-AI 2025, "DeepSeek-R1", section 2.4: plain SFT on the teacher's outputs.
 
 The loss is that of methods/sft.py. What is added: rows too long for ``data.max_length`` are left out, not cut
 (a cut trace has lost its answer), and how many is said; the student answers held-out questions, thinking and
@@ -17,17 +18,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_posttrain import config, engines, runs
+from mlx_posttrain import config, runs
 from mlx_posttrain.console import say
 from mlx_posttrain.data import encode
+from mlx_posttrain.data.read import row_dataset
 from mlx_posttrain.data.types import Conversation
-from mlx_posttrain.engines.base import Model
 from mlx_posttrain.evaluate import reasoning
-from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.methods import sft
 from mlx_posttrain.models.merge import base_folder
 from mlx_posttrain.rewards import verify
-from mlx_posttrain.training import setup
+from mlx_posttrain.training import samples
+from mlx_posttrain.training.method import Method
+from mlx_posttrain.training.setup import Session
 
 LEAST_ROOM = 32  # tokens: a question that leaves less in the context has no room for a thought
 
@@ -64,49 +66,21 @@ class Recipe(config.Recipe):
         return self
 
 
-def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
-    """Run the recipe to the end; returns the final evaluation with the report's figures. See supervised.run
-    for files and errors.
-    """
-
-    def judged(
-        run: runs.Run, model: Model, tokenizer: Any, held_out: list[Conversation], kept: float
-    ) -> dict[str, Any]:
-        return judge(recipe, run, model, tokenizer, held_out, kept)
-
-    result = setup.run(recipe, sft.loss, adapter=recipe.adapter, resume=resume, judge=judged)
-    # a merge into few bits loses much of an adapter
-    if recipe.adapter is not None and recipe.adapter.quantize is None:
-        assert recipe.output is not None
-        say(f"merged into {base_folder(recipe.output)}")
-    return result
-
-
-def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What the training would take; see supervised.planned. The questions asked afterwards come on top in
-    time, not in memory.
-    """
-    return setup.planned(recipe)
-
-
-def judge(
-    recipe: Recipe,
-    run: runs.Run,
-    student: Model,
-    tokenizer: Any,
-    held_out: list[Conversation],
-    kept: float | None = None,
-) -> dict[str, Any]:
-    """Ask and compare; writes report.json and answers.jsonl and returns the main figures.
+def report(session: Session) -> dict[str, Any]:
+    """Ask held-out questions; writes report.json and answers.jsonl and returns the main figures.
 
     A thought has what its question leaves of the context, and by default no less room than the longest row
-    had in training: what was learned is never cut off. kept: share of the training rows that were not left
-    out as too long.
+    had in training: what was learned is never cut off.
     """
-    template = str(recipe.data.template)
-    rows = [row for row in held_out if verify.kind(row.extra) is not None]
-    room = recipe.think.max_tokens or recipe.data.max_length
-    rows = _fitting(rows, tokenizer, template, student.context)[: recipe.think.questions]
+    recipe, student, tokenizer = session.recipe, session.model, session.facts.tokenizer
+    dataset = session.dataset
+    assert dataset is not None
+    ask = {
+        "template": str(recipe.data.template),
+        "max_tokens": recipe.think.max_tokens or recipe.data.max_length,
+    }
+    checked = [row for row in dataset.held_out_rows if verify.kind(row.extra) is not None]
+    rows = _fitting(checked, tokenizer, ask["template"], student.context)[: recipe.think.questions]
     if not rows:
         if recipe.think.questions:
             say(
@@ -114,17 +88,15 @@ def judge(
                 "asked"
             )
         return {}
-    thinking = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room)
-    at_once = reasoning.think(
-        student, tokenizer, rows, template=template, max_tokens=room, begin=reasoning.AT_ONCE
-    )
+    thinking = reasoning.think(student, tokenizer, rows, **ask)
+    at_once = reasoning.think(student, tokenizer, rows, **ask, begin=reasoning.AT_ONCE)
     base = None
     if recipe.think.base and recipe.adapter is not None:
         with student.adapters_off():
-            base = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room)
+            base = reasoning.think(student, tokenizer, rows, **ask)
     elif recipe.think.base:
-        start = engines.get(recipe.engine).load(base_folder(recipe.model))
-        base = reasoning.think(start, tokenizer, rows, template=template, max_tokens=room)
+        base = reasoning.think(session.engine.load(session.folder), tokenizer, rows, **ask)
+    kept = len(dataset.train) / len(dataset.train_rows)  # the others were too long
     figures = reasoning.summary(thinking, at_once, base, kept)
     records = [
         {
@@ -137,12 +109,19 @@ def judge(
         }
         for i, row in enumerate(rows)
     ]
-    runs.write_text(run.folder / "report.json", json.dumps(figures, indent=2) + "\n")
-    runs.write_text(
-        run.folder / "answers.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    )
+    folder = session.run.folder
+    runs.write_text(folder / "report.json", json.dumps(figures, indent=2) + "\n")
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    runs.write_text(folder / "answers.jsonl", lines)
     say("\n".join(reasoning.lines(figures)))
     return {name: figures[name].mean for name in ("accuracy", "accuracy_at_once", "format_rate")}
+
+
+def merge(session: Session) -> None:
+    """Merge an adapter into its base, in ``merged/``; not into few bits, where much of it would be lost."""
+    adapter = session.recipe.adapter
+    if adapter is not None and adapter.quantize is None:
+        say(f"merged into {base_folder(session.run.folder)}")
 
 
 def _fitting(
@@ -165,3 +144,15 @@ def _fitting(
             "context and are left out"
         )
     return kept
+
+
+METHOD = Method(
+    name="distill",
+    summary="reasoning distillation: imitate a teacher's thoughts and answers, then compare",
+    Recipe=Recipe,
+    dataset=row_dataset,
+    loss=lambda recipe: sft.loss,
+    samples=samples.answers,
+    report=report,
+    after=merge,
+)

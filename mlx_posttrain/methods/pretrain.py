@@ -16,12 +16,14 @@ from pydantic import Field
 
 from mlx_posttrain import config
 from mlx_posttrain.data import sources
+from mlx_posttrain.data.dataset import Dataset
+from mlx_posttrain.data.read import ModelFacts, row_dataset
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.methods import sft
 from mlx_posttrain.models.merge import base_folder
-from mlx_posttrain.training import setup
+from mlx_posttrain.training import samples
+from mlx_posttrain.training.method import Method
 
 EOS = "<|endoftext|>"
 
@@ -55,42 +57,31 @@ class Recipe(config.Recipe):
     pretrain: PretrainSection = Field(default_factory=lambda: PretrainSection())
 
 
-def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
-    """Make tokenizer and random weights in ``output/start`` (or take ``pretrain.start``), then train on every
-    token.
+def start(recipe: Recipe, folder: Path) -> Path:
+    """The folder of the first model: ``pretrain.start``, or ``folder/start`` with new weights and tokenizer.
+
+    The tokenizer is trained on the recipe's texts. Raises UserError for rows without texts.
     """
-    start, prepare = _parts(recipe)
-    return setup.run(recipe, sft.loss, start=start, resume=resume, prepare=prepare)
-
-
-def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What the recipe would take: its tokenizer is made for this, since it says how many tokens the texts
-    have.
-    """
-    start, prepare = _parts(recipe)
-    return setup.planned(recipe, start=start, prepare=prepare)
-
-
-def _parts(recipe: Recipe) -> tuple[setup.Start, setup.Prepare | None]:
-    """What makes the first model, and what adds to the texts."""
-    share = recipe.pretrain.repeated
-
-    def start(folder: Path) -> Path:
-        if recipe.pretrain.start is not None:
-            return base_folder(recipe.pretrain.start)
-        target = folder / "start"
-        if not (target / "model.safetensors").is_file():
-            data = recipe.data
-            rows = sources.load_rows(
-                data.source, split=data.split, config=data.config, limit=data.limit, seed=recipe.seed
+    if recipe.pretrain.start is not None:
+        return base_folder(recipe.pretrain.start)
+    target = folder / "start"
+    if not (target / "model.safetensors").is_file():
+        data = recipe.data
+        rows = sources.load_rows(
+            data.source, split=data.split, config=data.config, limit=data.limit, seed=recipe.seed
+        )
+        texts = [str(row.get("text", "")) for row in rows]
+        if not any(texts):
+            raise UserError(
+                f"{data.source}: pre-training reads the column 'text', found {', '.join(rows[0])}"
             )
-            texts = [str(row.get("text", "")) for row in rows]
-            if not any(texts):
-                raise UserError(
-                    f"{recipe.data.source}: pre-training reads the column 'text', found {', '.join(rows[0])}"
-                )
-            make_model(target, texts, recipe.pretrain, recipe.seed)
-        return target
+        make_model(target, texts, recipe.pretrain, recipe.seed)
+    return target
+
+
+def dataset(recipe: Recipe, facts: ModelFacts) -> Dataset:
+    """The texts, every token trained, with the share of repeated lists that the recipe asks for."""
+    share = recipe.pretrain.repeated
 
     def with_lists(conversations: list[Conversation]) -> list[Conversation]:
         texts = [c.turns[-1].content for c in conversations]
@@ -103,7 +94,7 @@ def _parts(recipe: Recipe) -> tuple[setup.Start, setup.Prepare | None]:
         order = np.random.default_rng([recipe.seed, 0x11575]).permutation(len(mixed))
         return [mixed[i] for i in order]
 
-    return start, with_lists if share else None
+    return row_dataset(recipe, facts, with_lists) if share else row_dataset(recipe, facts)
 
 
 def repeated_lists(texts: list[str], characters: int, seed: int) -> list[str]:
@@ -139,8 +130,8 @@ def make_model(folder: Path, texts: list[str], size: PretrainSection, seed: int)
     folder.mkdir(parents=True, exist_ok=True)
     vocab = make_tokenizer(folder, texts, size.vocab_size, size.context)
     eos = 0
-    config = gpt2_config(vocab, size, eos)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    settings = gpt2_config(vocab, size, eos)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}, indent=2) + "\n"
     )
@@ -235,3 +226,14 @@ def random_weights(vocab: int, size: PretrainSection, seed: int) -> dict[str, np
             weights[f"{h}{name}.weight"] = normal(*shape, scale=scale)
             weights[f"{h}{name}.bias"] = np.zeros(shape[1], np.float32)
     return weights | norm("transformer.ln_f")
+
+
+METHOD = Method(
+    name="pretrain",
+    summary="pre-training of a new, small model from random weights",
+    Recipe=Recipe,
+    start=start,
+    dataset=dataset,
+    loss=lambda recipe: sft.loss,
+    samples=samples.answers,
+)

@@ -1,5 +1,4 @@
-"""Not a training method but the stage that ends a journey: measure a set of runs, say what they show, write
-the page.
+"""A comparison of runs and an HTML page: not a training method, but the stage that ends a pipeline.
 
 In a pipeline ``runs`` names earlier stages, ``{sft: "{sft}", ppo: "{ppo}"}``; alone, any run directories.
 """
@@ -17,6 +16,8 @@ from mlx_posttrain import runs as rundirs
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.suite import SuiteSection
 from mlx_posttrain.training import setup
+from mlx_posttrain.training.loop import Callbacks
+from mlx_posttrain.training.method import Method
 
 
 class Recipe(config.Section):
@@ -63,7 +64,7 @@ class Recipe(config.Section):
         return self
 
 
-def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe, resume: bool, callbacks: Callbacks) -> dict[str, Any]:
     """Measure and write ``final/report.html`` with its charts and figures, and ``report.txt``; returns the
     main figures of every model.
 
@@ -74,14 +75,14 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
     recipe.engine = engine.name  # type: ignore[assignment]
-    config.paths_in_full(recipe)
+    config.absolute_paths(recipe)
     folder = Path(recipe.output).expanduser()
     one = rundirs.reopen(folder, write=True)[0] if resume else rundirs.start(folder, recipe)  # type: ignore[arg-type]
     if resume and one.finished:
         raise UserError(f"{folder} is finished: there is nothing to resume")
     # 0, the default of both, leaves it to the other
     suite = recipe.suite.model_copy(update={"seed": recipe.suite.seed or recipe.seed})
-    with setup.setting_up(one, resume):
+    with setup.discard_on_failure(one, resume):
         comparison, found = analyze.analyze(
             list(recipe.runs.values()),
             suite,
@@ -109,3 +110,12 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     print(said)
     console.say(f"the report is {one.final / 'report.html'}")
     return result
+
+
+METHOD = Method(
+    name="report",
+    summary="a comparison of runs, with findings and an HTML page",
+    Recipe=Recipe,
+    saves=lambda recipe: "page",
+    run=run,
+)

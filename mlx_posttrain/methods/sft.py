@@ -1,5 +1,4 @@
-"""Supervised fine-tuning: imitate the trained tokens. Full weights, LoRA, DoRA, QLoRA; with or without a KL
-leash.
+"""Supervised fine-tuning: imitate the trained tokens. Full weights, LoRA, DoRA, QLoRA; with or without KL.
 
     loss = mean over trained tokens of  -log p(token)  +  beta * KL(reference, policy)
 
@@ -7,25 +6,26 @@ The mean runs over all trained tokens of the optimizer step, however it is cut i
 keeps the whole next-token distribution near the frozen starting model at every trained position;
 ``direction`` names which way round, see :func:`mlx_posttrain.losses.sft.full_kl`. ``beta`` is per token: 0.1
 means 0.1, whatever the length of the rows. With an adapter the reference is the same weights with the adapter
-off, so the leash costs no second copy of the model. What the reference makes of a row never changes, so its
-hidden states are kept where that pays: see reference.py.
+off, so the KL term costs no second copy of the model. What the reference makes of a row never changes, so its
+hidden states are kept where that pays: see training/reference.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from mlx_posttrain import config
+from mlx_posttrain.data.read import row_dataset
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
 from mlx_posttrain.losses.sft import token_mean
-from mlx_posttrain.memory import plan as plans
-from mlx_posttrain.training import setup
+from mlx_posttrain.training import samples
+from mlx_posttrain.training.method import Method
 
 
 class KLSection(config.Section):
-    """A leash to the starting model (with an adapter: to the model without it)."""
+    """A penalty for leaving the starting model (with an adapter: the model without it)."""
 
     beta: float = Field(0.1, ge=0, description="weight of the KL term, per trained token")
     direction: Literal["forward", "reverse"] = Field(
@@ -35,8 +35,8 @@ class KLSection(config.Section):
         1.0,
         ge=0,
         description="compute the reference's hidden states once and keep them where they fit this many GB "
-        "(of GPT-2 350,000 trained tokens in 1); "
-        "0: compute them anew each time",
+        "(of "
+        "GPT-2 350,000 trained tokens in 1); 0: compute them again each time",
     )
 
 
@@ -57,7 +57,7 @@ class Recipe(config.Recipe):
 
 def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
     """Mean negative log-likelihood of the trained tokens, in nats."""
-    nll = token_mean(-model.logprobs(batch), batch.weight, batch.total)
+    nll = token_mean(-model.logprobs(batch), batch.mask, batch.total, batch.weight)
     return nll, {"nll": nll}
 
 
@@ -66,25 +66,23 @@ def kl_loss(beta: float, direction: str) -> Loss:
 
     def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
         logprobs, divergence = model.logprobs_and_kl(batch, direction, beta)
-        nll = token_mean(-logprobs, batch.weight, batch.total)
-        kl = token_mean(divergence, batch.weight, batch.total)
+        nll = token_mean(-logprobs, batch.mask, batch.total, batch.weight)
+        kl = token_mean(divergence, batch.mask, batch.total, batch.weight)
         return nll + beta * kl, {"nll": nll, "kl": kl}
 
     return loss
 
 
-def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
-    """Run the recipe to the end; returns the figures of the final evaluation. See supervised.run for files
-    and errors.
-    """
-    chosen = loss if recipe.kl is None else kl_loss(recipe.kl.beta, recipe.kl.direction)
-    return setup.run(recipe, chosen, adapter=recipe.adapter, resume=resume, **_leash(recipe))
+LORA = {"adapter": {"rank": 16, "alpha": 32}}
+KL = {"kl": {"beta": 0.1, "direction": "forward", "cache_gb": 0}}
 
-
-def plan(recipe: Recipe) -> list[plans.Plan]:
-    """What the recipe would take; see supervised.planned."""
-    return setup.planned(recipe, **_leash(recipe))
-
-
-def _leash(recipe: Recipe) -> dict[str, Any]:
-    return {} if recipe.kl is None else {"reference": True, "cache_gb": recipe.kl.cache_gb}
+METHOD = Method(
+    name="sft",
+    summary="supervised fine-tuning on rows: all weights, LoRA, DoRA or QLoRA, with or without a KL term",
+    Recipe=Recipe,
+    dataset=row_dataset,
+    loss=lambda recipe: loss if recipe.kl is None else kl_loss(recipe.kl.beta, recipe.kl.direction),
+    reference=lambda recipe: None if recipe.kl is None else "distribution",
+    samples=samples.answers,
+    bench={"sft": {}, "lora": LORA, "kl": KL, "kl-lora": {**KL, **LORA}},
+)

@@ -10,6 +10,9 @@ from mlx_posttrain import runs
 from mlx_posttrain.convert import card
 from mlx_posttrain.models.source import Source, is_hub_id
 
+#: Keys of a recipe that are in a card's other parts, or say nothing of how a model was trained.
+NOT_THE_METHOD = ("method", "seed", "description", "model", "engine", "output", "log", "data", "sample")
+
 
 def run_card(run: Path) -> str:
     """The card of a run whose ``final/`` is about to be written: a run that has it must have its card."""
@@ -24,17 +27,11 @@ def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) 
     figures = json.loads(result.read_text()) if result.is_file() else {}
     environment = _environment(run)
     adapter = raw.get("adapter") or {}
-    method = {
-        "method": raw.get("method", "unknown"),
-        "seed": raw.get("seed"),
-        "template": raw.get("data", {}).get("template"),
-    }
-    method |= {
-        k: raw.get("train", {}).get(k)
-        for k in ("epochs", "steps", "batch_size", "accumulate", "lr", "schedule", "warmup", "weight_decay")
-    }
-    method |= {f"adapter {k}": v for k, v in adapter.items() if v is not None}
-    method |= {f"kl {k}": v for k, v in (raw.get("kl") or {}).items()}
+    method = {"method": raw.get("method", "unknown"), "seed": raw.get("seed")}
+    method |= {"template": raw.get("data", {}).get("template")}
+    for section, value in raw.items():
+        if section not in NOT_THE_METHOD:
+            method |= _flat(section, value)
     return card.model_card(
         {
             "name": run.name,
@@ -53,6 +50,13 @@ def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) 
             "tags": [t for t in (raw.get("method"), adapter.get("kind"), "merged" if merged else None) if t],
         }
     )
+
+
+def _flat(key: str, value: Any) -> dict[str, Any]:
+    """A section's settings by dotted key; lists as JSON."""
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in _flat(f"{key}.{name}", inner).items()}
+    return {key: json.dumps(value) if isinstance(value, list) else value}
 
 
 def base_name(source: Source) -> str:

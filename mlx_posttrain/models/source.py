@@ -111,7 +111,7 @@ def last_language_model(folder: Path, stages: list[str]) -> Path:
     reward models only.
     """
     done = [name for name in stages if runs.Run(folder / name).finished]
-    writers = [name for name in done if _writes_text(folder / name / "final")]
+    writers = [name for name in done if saves_language_model(folder / name / "final")]
     if len(done) < len(stages):
         usable = ", ".join(str(folder / name) for name in writers)
         raise UserError(
@@ -126,7 +126,7 @@ def last_language_model(folder: Path, stages: list[str]) -> Path:
     return folder / writers[-1]
 
 
-def _writes_text(final: Path) -> bool:
+def saves_language_model(final: Path) -> bool:
     """Whether what a run saved is a language model, not a classifier or a page."""
     adapter, config = final / "adapter_config.json", final / "config.json"
     if adapter.is_file():

@@ -1,6 +1,4 @@
-"""What answers are worth: reward models and reward functions, weighted, and the figures people read about
-them.
-"""
+"""What completions are worth: reward models and reward functions, weighted."""
 
 from __future__ import annotations
 
@@ -12,15 +10,14 @@ from pydantic import Field, model_validator
 
 from mlx_posttrain.config import Section
 from mlx_posttrain.console import say
-from mlx_posttrain.data import pairs, tasks
-from mlx_posttrain.data.batches import alike
+from mlx_posttrain.data import pairs
+from mlx_posttrain.data.batches import group_similar
 from mlx_posttrain.engines.base import Engine, Model, check_fits
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate.metrics import correlation
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import pad_id
 from mlx_posttrain.rewards import functions
-from mlx_posttrain.rl.rollouts import Answer
+from mlx_posttrain.rl.rollouts import Completion
 
 #: Padded tokens that are scored at once: of GPT-2 124M 0.35 GB without gradients, and 1.2 GB in rows of
 #: 1,024, whose attention weighs more.
@@ -63,8 +60,8 @@ def score_rows(model: Model, rows: Sequence[Sequence[int]], pad: int) -> np.ndar
     """
     check_fits(max(map(len, rows), default=0), model.context)
     found = np.zeros(len(rows))
-    for chunk in alike(rows, model.packs, len(rows), TOKEN_BUDGET):
-        batch = pairs.collate_rows([rows[i] for i in chunk], pad, model.context)
+    for chunk in group_similar(rows, model.shares_prefixes, len(rows), TOKEN_BUDGET):
+        batch = pairs.collate_scores([rows[i] for i in chunk], pad, model.context)
         found[chunk] = model.apply(lambda m, b: {"scores": m.scores(b)}, [batch])[0]["scores"]
     return found
 
@@ -85,24 +82,24 @@ class Scorer:
             if entry.normalise if entry.normalise is not None else entry.model is not None:
                 self._normalisers[i] = functions.Normaliser()
 
-    def parts(self, answers: Sequence[Answer]) -> list[np.ndarray]:
+    def parts(self, completions: Sequence[Completion]) -> list[np.ndarray]:
         """Each reward's own scores, [R], nan where it has none."""
         found = []
         for i, entry in enumerate(self.entries):
             if i in self._models:
                 model, pad = self._models[i]
-                found.append(score_rows(model, [a.row for a in answers], pad))
+                found.append(score_rows(model, [c.row for c in completions], pad))
             else:
-                names = dict.fromkeys(name for a in answers for name in a.question.columns)
-                columns = {name: [a.question.columns.get(name) for a in answers] for name in names}
-                prompts, texts = [a.question.text for a in answers], [a.text for a in answers]
+                names = dict.fromkeys(name for c in completions for name in c.prompt.columns)
+                columns = {name: [c.prompt.columns.get(name) for c in completions] for name in names}
+                prompts, texts = [c.prompt.text for c in completions], [c.text for c in completions]
                 found.append(functions.call(self._functions[i], prompts, texts, columns, entry.name))
         return found
 
-    def normalise_on(self, answers: Sequence[Answer]) -> None:
+    def normalise_on(self, completions: Sequence[Completion]) -> None:
         """Fit the normalisers on the reference's answers (Ziegler et al. 2019, section 2.2)."""
         if self._normalisers:
-            for i, scores in enumerate(self.parts(answers)):
+            for i, scores in enumerate(self.parts(completions)):
                 if i in self._normalisers:
                     self._normalisers[i].fit(scores)
 
@@ -126,13 +123,13 @@ class Scorer:
                 return entry.weight / scale.std, -entry.weight * scale.mean / scale.std
         raise ValueError(f"{model} is not among the rewards")
 
-    def __call__(self, answers: Sequence[Answer]) -> np.ndarray:
+    def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
         """[R] scores, nan where no reward has one."""
-        if not self.entries or not answers:
-            return np.full(len(answers), np.nan)
+        if not self.entries or not completions:
+            return np.full(len(completions), np.nan)
         parts = [
             self._normalisers[i](part) if i in self._normalisers else part
-            for i, part in enumerate(self.parts(answers))
+            for i, part in enumerate(self.parts(completions))
         ]
         return functions.combine(parts, [entry.weight for entry in self.entries])
 
@@ -162,46 +159,3 @@ def _reward_model(name: str, engine: Engine, tokenizer: Any, template: str) -> t
             "scores may mean little"
         )
     return model, pad_id(model.config, own)
-
-
-def evaluation(
-    answers: Sequence[Answer], figures: Mapping[str, list[np.ndarray]], scorer: Scorer, judge: Scorer
-) -> dict[str, float]:
-    """Means over held-out answers: score, KL to the reference in nats per answer, length in tokens, share
-    that ended by itself.
-
-    With rows that have a checker also the share of right answers; with a judge its score.
-    """
-    scores = scorer(answers)
-    lengths = np.array([len(a.tokens) for a in answers], np.float64)
-    known = np.isfinite(scores)
-    found = {
-        "score": float(scores[known].mean()) if known.any() else float("nan"),
-        "kl": float(
-            np.mean([(o - r).sum() for o, r in zip(figures["old"], figures["reference"], strict=True)])
-        ),
-        "length": float(lengths.mean()),
-        "eos_share": float(np.mean([a.stopped for a in answers])),
-        "score_length_correlation": correlation(scores[known], lengths[known]) if known.any() else 0.0,
-    }
-    if all("checker" in a.question.columns for a in answers):
-        found["accuracy"] = float(np.mean([tasks.check(a.question.columns, a.text) for a in answers]))
-    if judge.entries:
-        judged = judge(answers)
-        found["judge"] = (
-            float(judged[np.isfinite(judged)].mean()) if np.isfinite(judged).any() else float("nan")
-        )
-    return found
-
-
-def sentence(figures: Mapping[str, float]) -> str:
-    """An evaluation in one line."""
-    names = {
-        "score": "score {:+.3f}",
-        "kl": "KL {:.2f}",
-        "length": "{:.1f} tokens",
-        "eos_share": "ended {:.0%}",
-        "accuracy": "right {:.1%}",
-        "judge": "judge {:+.3f}",
-    }
-    return ", ".join(text.format(figures[name]) for name, text in names.items() if name in figures)

@@ -1,8 +1,10 @@
-"""From answers to what an update needs: log-probabilities, values, rewards, advantages, returns."""
+"""From scored completions to what an update needs: log-probabilities, values, rewards, advantages,
+returns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,126 +14,148 @@ from mlx_posttrain.data import batches as data_batches
 from mlx_posttrain.engines.base import Array, DeviceBatch, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.metrics import correlation
-from mlx_posttrain.rewards import scorer as scoring
+from mlx_posttrain.rewards.scorer import Scorer
 from mlx_posttrain.rl import advantages, rollouts
-from mlx_posttrain.rl.rollouts import Answer
-from mlx_posttrain.rl.settings import PPOSection, PPOTrainSection
+from mlx_posttrain.rl.config import RolloutTrainSection
+from mlx_posttrain.rl.rollouts import Completion, Stats
 
 
 @dataclass
-class Parties:
-    """The models that take part: ``critic`` is None when it is a head on the policy's trunk.
+class Actors:
+    """The models that take part.
 
-    ``value_offset`` is added to what the critic says: a head has no bias to begin with the mean of a reward
-    model's scores.
+    critic: None where nothing predicts returns, or a head on the policy's trunk does. value_offset: added to
+    the critic's values, since a head has no bias to begin with the mean of a reward model's scores.
     """
 
     policy: Model
     critic: Model | None
     tokenizer: Any
-    scorer: scoring.Scorer
-    judge: scoring.Scorer
+    scorer: Scorer
+    judge: Scorer
     value_offset: float = 0.0
 
 
 @dataclass(frozen=True)
 class Experience:
-    """Scored answers, and for each answer token: old log-probability, old value, advantage, return."""
+    """Scored completions, for each token the arrays that a loss reads from ``batch.extra``, and metrics."""
 
-    answers: list[Answer]
-    figures: dict[str, list[np.ndarray]]
-    statistics: dict[str, float]
+    completions: list[Completion]
+    stats: dict[str, list[np.ndarray]]
+    metrics: dict[str, float]
+
+
+#: experience(completions, scores, stats, beta, value_offset) -> Experience
+ExperienceFunction = Callable[[Sequence[Completion], np.ndarray, Stats, float, float], Experience]
 
 
 def measure(
-    parties: Parties,
-    answers: Sequence[Answer],
+    actors: Actors,
+    completions: Sequence[Completion],
     temperature: float,
-    train: PPOTrainSection,
-    context: int | None,
+    train: RolloutTrainSection,
+    reference: bool = True,
 ) -> dict[str, list[np.ndarray]]:
-    """``old`` and ``reference`` log-probabilities and ``old_value`` of every answer token, from the forward
-    pass that trains.
+    """``old_logprobs``, ``ref_logprobs`` and ``old_values`` of every token, from the forward pass that
+    trains.
+
+    Without a critic there are no values; without ``reference`` no ``ref_logprobs``.
     """
-    examples = [a.example for a in answers]
+    policy, examples = actors.policy, [c.example for c in completions]
     limits = data_batches.evaluation_limits(train.batch_size, train.token_budget)
-    rows = data_batches.alike([e.tokens for e in examples], parties.policy.packs, *limits)
-    batches = [data_batches.collate([examples[i] for i in part], context) for part in rows]
+    parts = data_batches.group_similar([e.tokens for e in examples], policy.shares_prefixes, *limits)
+    batches = [data_batches.collate([examples[i] for i in part], policy.context) for part in parts]
 
     def of_policy(model: Model, batch: DeviceBatch) -> dict[str, Array]:
-        old, _, values = model.policy_terms(batch, temperature)
-        found = {"old": old, "reference": model.reference_logprobs(batch, temperature)}
-        return found if values is None else {**found, "old_value": values}
+        logprobs, _, values = model.policy_terms(batch, temperature)
+        arrays = {"old_logprobs": logprobs}
+        if reference:
+            arrays["ref_logprobs"] = model.reference_logprobs(batch, temperature)
+        return arrays if values is None else {**arrays, "old_values": values}
 
-    found = parties.policy.apply(of_policy, batches)
-    if parties.critic is not None:
-        values = parties.critic.apply(lambda model, batch: {"old_value": model.scores(batch)}, batches)
-        found = [{**f, **v} for f, v in zip(found, values, strict=True)]
-    figures: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(answers) for name in found[0]}
-    for part, batch, arrays in zip(rows, batches, found, strict=True):
+    measured = policy.apply(of_policy, batches)
+    if actors.critic is not None:
+        values = actors.critic.apply(lambda model, batch: {"old_values": model.scores(batch)}, batches)
+        measured = [{**m, **v} for m, v in zip(measured, values, strict=True)]
+    stats: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(completions) for name in measured[0]}
+    for part, batch, arrays in zip(parts, batches, measured, strict=True):
         for name, array in arrays.items():
             for i, row in zip(part, data_batches.by_row(batch, array), strict=True):
-                figures[name][i] = row
-    return figures
+                stats[name][i] = row
+    return stats
 
 
-def experience(
-    answers: Sequence[Answer],
-    scores: np.ndarray,
-    figures: Mapping[str, list[np.ndarray]],
-    settings: PPOSection,
-    missing_eos_penalty: float | None,
-    beta: float,
-    value_offset: float = 0.0,
-    missing_eos_score: float | None = None,
-) -> Experience:
-    """Rewards, advantages and returns of scored answers. Pure: models have been asked before.
-
-    scores: [R], normalised; nan for an answer that no reward could score, which is left out. An answer that
-    did not end by itself loses ``missing_eos_penalty``, or is given ``missing_eos_score`` whatever it says.
-    Raises UserError when no answer has a score.
-    """
+def scored(completions: Sequence[Completion], scores: np.ndarray) -> list[int]:
+    """Numbers of the completions that have a score. Raises UserError when none has."""
     kept = [i for i, s in enumerate(scores) if np.isfinite(s)]
     if not kept:
         raise UserError("no answer of this step could be scored: every reward function returned None")
-    answers = [answers[i] for i in kept]
-    raw = scores[kept]
-    final = np.where(
-        [a.stopped for a in answers],
-        raw,
-        raw - (missing_eos_penalty or 0.0) if missing_eos_score is None else missing_eos_score,
-    )
-    if settings.score_clip is not None:
-        final = np.clip(final, -settings.score_clip, settings.score_clip)
-    arrays = {name: rollouts.padded([values[i] for i in kept]) for name, values in figures.items()}
-    mask = arrays["old"][1]
-    old, reference, said = (arrays[name][0] for name in ("old", "reference", "old_value"))
-    values = said + value_offset
+    return kept
+
+
+def experience(
+    completions: Sequence[Completion],
+    scores: np.ndarray,
+    stats: Stats,
+    beta: float,
+    value_offset: float = 0.0,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten_rewards: bool = False,
+    score_clip: float | None = None,
+    missing_eos_penalty: float | None = None,
+    missing_eos_score: float | None = None,
+) -> Experience:
+    """Rewards, advantages by GAE, and returns of scored completions. Pure: models have been asked before.
+
+    scores: [R], normalised; nan for a completion that no reward could score, which is left out. stats:
+    ``old_logprobs``, and where they are ``ref_logprobs`` (else there is no KL penalty) and ``old_values``
+    (else all values are 0, and there are no returns). A completion that did not end by itself loses
+    ``missing_eos_penalty``, or is given ``missing_eos_score`` whatever it says. Raises UserError when no
+    completion has a score.
+
+    Returns per token ``old_logprobs``, ``advantages`` (whitened) and with values ``old_values``, ``returns``.
+    """
+    kept = scored(completions, scores)
+    completions, raw = [completions[i] for i in kept], scores[kept]
+    ended = [c.stopped for c in completions]
+    instead = raw - (missing_eos_penalty or 0.0) if missing_eos_score is None else missing_eos_score
+    final = np.where(ended, raw, instead)
+    if score_clip is not None:
+        final = np.clip(final, -score_clip, score_clip)
+    arrays = {name: rollouts.padded([values[i] for i in kept]) for name, values in stats.items()}
+    old, mask = arrays["old_logprobs"]
+    reference = arrays["ref_logprobs"][0] if "ref_logprobs" in arrays else old
+    critic = "old_values" in arrays
+    old_values = arrays["old_values"][0] if critic else np.zeros_like(old)
+    values = old_values + value_offset
     rewards = advantages.token_rewards(old, reference, final, mask, beta)
-    if settings.whiten_rewards:
+    if whiten_rewards:
         rewards = advantages.whiten(rewards, mask, shift_mean=False)
-    advantage, returns = advantages.gae(rewards, values, mask, settings.gamma, settings.lam)
-    whitened = advantages.whiten(advantage, mask)
+    advantage, returns = advantages.gae(rewards, values, mask, gamma, lam)
     divergence = ((old - reference) * mask).sum(1)
     penalty = -beta * divergence
     lengths = mask.sum(1)
-    statistics = {
+    metrics = {
         "objective/kl": divergence.mean(),
         "objective/entropy": (-old * mask).sum(1).mean(),
         "objective/scores": raw.mean(),
         "objective/non_score_reward": penalty.mean(),
         "objective/rlhf_reward": (final + penalty).mean(),
         "objective/scores_std": raw.std(),
-        "val/explained_variance": advantages.explained_variance(values, returns, mask),
-        "val/num_eos_tokens": sum(a.stopped for a in answers),
-        "val/eos_share": np.mean([a.stopped for a in answers]),
+        "val/num_eos_tokens": sum(ended),
+        "val/eos_share": np.mean(ended),
         "val/length": lengths.mean(),
         "val/reward_length_correlation": correlation(raw, lengths),
         "val/unscored": len(scores) - len(kept),
     }
-    per_token = {"old": old, "old_value": said, "advantage": whitened, "return": returns - value_offset}
+    per_token = {"old_logprobs": old, "advantages": advantages.whiten(advantage, mask)}
+    if critic:
+        metrics["val/explained_variance"] = advantages.explained_variance(values, returns, mask)
+        per_token |= {"old_values": old_values, "returns": returns - value_offset}
     return Experience(
-        list(answers),
-        {n: rollouts.unpadded(v, mask) for n, v in per_token.items()},
-        {n: float(v) for n, v in statistics.items()},
+        completions,
+        {name: rollouts.unpadded(array, mask) for name, array in per_token.items()},
+        {name: float(value) for name, value in metrics.items()},
     )

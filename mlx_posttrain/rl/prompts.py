@@ -13,15 +13,15 @@ from mlx_posttrain.data import encode
 from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, split_rows
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.rl.rollouts import Question
+from mlx_posttrain.rl.rollouts import Prompt
 
 # turns before the answer, whether a template goes around them, other columns
-Asked = tuple[tuple[Turn, ...], bool, Mapping[str, Any]]
+PromptRow = tuple[tuple[Turn, ...], bool, Mapping[str, Any]]
 
 
 def read(
     data: DataSection, tokenizer: Any, context: int | None, max_tokens: int, seed: int
-) -> tuple[list[Question], list[Question]]:
+) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts as token ids.
 
     Rows of any format will do, those with nothing but a ``prompt`` too; a row's own answer becomes the column
@@ -37,28 +37,28 @@ def read(
         )
     kept = []
     for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
-        questions = [q for q in _encode(rows, tokenizer, str(data.template)) if len(q.tokens) <= room]
+        prompts = [q for q in _encode(rows, tokenizer, str(data.template)) if len(q.tokens) <= room]
         if rows:
             say(
-                f"{what}: {len(questions):,} of {len(rows):,} kept ({len(rows) - len(questions):,} longer "
+                f"{what}: {len(prompts):,} of {len(rows):,} kept ({len(rows) - len(prompts):,} longer "
                 f"than {room} tokens)"
             )
-        if rows and not questions:
+        if rows and not prompts:
             if what == "prompts":
                 raise UserError(
                     f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or "
                     "lower rollout.max_tokens"
                 )
             say(NONE_HELD_OUT.format(what=what))
-        kept.append(questions)
+        kept.append(prompts)
     return kept[0], kept[1]
 
 
-def _read(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Asked]:
-    return [_asked(row, data.source) for row in read_rows(data, split=split, limit=limit, seed=seed)]
+def _read(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[PromptRow]:
+    return [_prompt_row(row, data.source) for row in read_rows(data, split=split, limit=limit, seed=seed)]
 
 
-def _asked(row: Conversation | Preference | Labelled, source: str) -> Asked:
+def _prompt_row(row: Conversation | Preference | Labelled, source: str) -> PromptRow:
     if not isinstance(row, Conversation):
         return row.prompt, row.templated, row.extra
     if row.turns[-1].role != "assistant":
@@ -68,8 +68,8 @@ def _asked(row: Conversation | Preference | Labelled, source: str) -> Asked:
     return row.turns[:-1], row.templated, {**row.extra, "reference_answer": row.turns[-1].content}
 
 
-def _encode(rows: list[Asked], tokenizer: Any, template: str) -> list[Question]:
-    found: dict[int, Question] = {}
+def _encode(rows: list[PromptRow], tokenizer: Any, template: str) -> list[Prompt]:
+    found: dict[int, Prompt] = {}
     for templated in (True, False):
         which = [i for i, row in enumerate(rows) if row[1] is templated]
         ids = (
@@ -78,7 +78,7 @@ def _encode(rows: list[Asked], tokenizer: Any, template: str) -> list[Question]:
             else []
         )
         found |= {
-            i: Question(tuple(tokens), rows[i][0][-1].content, rows[i][2])
+            i: Prompt(tuple(tokens), rows[i][0][-1].content, rows[i][2])
             for i, tokens in zip(which, ids, strict=True)
         }
     return [found[i] for i in range(len(rows))]

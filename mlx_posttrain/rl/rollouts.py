@@ -1,9 +1,9 @@
-"""Rollouts: a policy's answers to prompts, and token-aligned figures about them as batches to train on.
+"""Rollouts: a policy's completions of prompts, and token-aligned statistics of them as batches to train on.
 
 Token ids are kept as they were sampled and never decoded and encoded again: another spelling of the same text
-would have other log-probabilities. An answer's tokens end with the stop token where the policy gave one; what
-it would have said after it is not part of the answer. NumPy only; models are asked through the engine's
-protocol.
+would have other log-probabilities. A completion's tokens end with the stop token where the policy gave one;
+what it would have written after it is not part of the completion. NumPy only; models are asked through the
+engine's protocol.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.data.batches import Batch, alike, collate, with_rows
+from mlx_posttrain.data.batches import Batch, collate, group_similar, with_extra
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import Model
 
+#: Statistics of completions by name: for each completion an array over its tokens.
+Stats = Mapping[str, Sequence[np.ndarray]]
+
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt as token ids and as its last turn's text, and the row's other columns for reward functions."""
+class Prompt:
+    """A prompt as token ids, the text of its last turn, and the row's other columns for reward functions."""
 
     tokens: tuple[int, ...]
     text: str
@@ -30,31 +33,37 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A sampled answer: its token ids (the stop token included when ``stopped``), its text without outer
-    white space.
+class Completion:
+    """A sampled completion of a prompt.
+
+    tokens: its ids, the stop token included when ``stopped``.
+    text: without outer white space.
+    logprobs: of each token under the policy that sampled it, at the sampling temperature, in nats.
+    group: number of the prompt within the step; completions of one prompt share it.
     """
 
-    question: Question
+    prompt: Prompt
     tokens: tuple[int, ...]
     stopped: bool
     text: str
+    logprobs: tuple[float, ...] = ()
+    group: int = 0
 
     @property
     def row(self) -> tuple[int, ...]:
-        """Prompt and answer: what reward model, policy and critic read."""
-        return self.question.tokens + self.tokens
+        """Prompt and completion: what reward model, policy and critic read."""
+        return self.prompt.tokens + self.tokens
 
     @property
     def example(self) -> Example:
-        """The row with the answer's tokens marked."""
-        return Example(self.row, (False,) * len(self.question.tokens) + (True,) * len(self.tokens))
+        """The row with the completion's tokens marked."""
+        return Example(self.row, (False,) * len(self.prompt.tokens) + (True,) * len(self.tokens))
 
 
 def sample(
     model: Model,
     tokenizer: Any,
-    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
     *,
     samples: int,
     max_tokens: int,
@@ -62,17 +71,17 @@ def sample(
     stop: int,
     seed: int,
     token_budget: int,
-) -> list[Answer]:
-    """``samples`` answers to each question from the full softmax; entry ``q * samples + s`` is sample s of
-    question q.
+) -> list[Completion]:
+    """``samples`` completions of each prompt from the full softmax; entry ``p * samples + s`` is sample s of
+    p.
 
-    Decode batches are bounded by ``token_budget`` (decoding.in_batches); an answer's tokens depend on
+    Decode batches are bounded by ``token_budget`` (decoding.in_batches); a completion's tokens depend on
     ``seed`` and its place in the list, not on the budget. Raises UserError for a prompt that leaves no room
     in the context.
     """
-    completions = decoding.in_batches(
+    generated = decoding.in_batches(
         model,
-        [q.tokens for q in questions],
+        [p.tokens for p in prompts],
         max_tokens=max_tokens,
         samples=samples,
         token_budget=token_budget,
@@ -81,13 +90,15 @@ def sample(
         seed=seed,
     )
     return [
-        Answer(
-            questions[i // samples],
-            (*c.tokens, stop) if c.stopped else tuple(c.tokens),
-            c.stopped,
-            tokenizer.decode(c.tokens).strip(),
+        Completion(
+            prompts[i // samples],
+            (*g.tokens, stop) if g.stopped else tuple(g.tokens),
+            g.stopped,
+            tokenizer.decode(g.tokens).strip(),
+            tuple(g.logprobs),
+            i // samples,
         )
-        for i, c in enumerate(completions)
+        for i, g in enumerate(generated)
     ]
 
 
@@ -106,34 +117,31 @@ def unpadded(values: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     return [row[: int(m.sum())] for row, m in zip(values, mask, strict=True)]
 
 
-def with_figures(
-    examples: Sequence[Example], figures: Mapping[str, Sequence[np.ndarray]], context: int | None
-) -> Batch:
-    """A batch of examples that carries token-aligned figures, one array per example and name, in ``extra`` as
-    [N] float32.
-    """
-    return with_rows(collate(examples, context), figures)
+def collate_stats(examples: Sequence[Example], stats: Stats, context: int | None) -> Batch:
+    """A batch of examples with token-aligned statistics in ``extra``, as [N] float32."""
+    return with_extra(collate(examples, context), stats)
 
 
 def minibatches(
     rows: Sequence[Sequence[int]],
     *,
-    packs: bool,
+    shares_prefixes: bool,
     batch_size: int,
-    accumulate: int,
+    grad_accumulation: int,
     token_budget: int | None,
     rng: np.random.Generator,
 ) -> list[list[list[int]]]:
-    """One pass over all rows in a new order: optimizer steps of ``batch_size * accumulate`` random rows, cut
-    into micro-batches.
+    """One pass over all rows in a new order: optimizer steps, each a list of micro-batches of row numbers.
 
-    Rows are sorted within a step only (:func:`~mlx_posttrain.data.batches.alike`): a step made of one length
-    or of one prompt would not be a fair sample of the answers.
+    A step has ``batch_size * grad_accumulation`` random rows. They are sorted within a step only
+    (:func:`~mlx_posttrain.data.batches.group_similar`): a step made of one length or of one prompt would not
+    be a fair sample of the completions.
     """
     order = rng.permutation(len(rows))
-    group = batch_size * accumulate
-    steps = [order[i : i + group].tolist() for i in range(0, len(order), group)]
+    size = batch_size * grad_accumulation
+    steps = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+    limits = (shares_prefixes, batch_size, token_budget)
     return [
-        [[step[i] for i in part] for part in alike([rows[r] for r in step], packs, batch_size, token_budget)]
+        [[step[i] for i in part] for part in group_similar([rows[r] for r in step], *limits)]
         for step in steps
     ]

@@ -284,7 +284,7 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
 
     Raises UserError if it is not a run, or is to be written and another process writes it.
     """
-    from mlx_posttrain.config import read_yaml
+    from mlx_posttrain.config import present_names, read_yaml
 
     folder = Path(folder).expanduser()
     if not (folder / "recipe.yaml").is_file():
@@ -294,7 +294,7 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
         run.hold()
     raw = read_yaml(folder / "recipe.yaml")
     raw.pop("environment", None)
-    return run, raw
+    return run, present_names(raw)
 
 
 def is_run(folder: str | Path) -> bool:

@@ -11,14 +11,14 @@ import numpy as np
 from mlx_posttrain.config import OptimizerSection
 from mlx_posttrain.console import say
 from mlx_posttrain.data import batches
-from mlx_posttrain.data.dataset import TrainingData
+from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.engines.base import Trainer
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.runs import Run
 
 
-def tell_compiled(*trainers: Trainer) -> None:
-    """Say how often steps were compiled, where they are: what makes a first epoch slower than the next."""
+def print_compiled(trainers: Iterable[Trainer]) -> None:
+    """Say how often steps were compiled: what makes a first epoch slower than the next."""
     compiled = sum(t.compiled for t in trainers)
     if compiled:
         say(f"steps were compiled {compiled} times: once for each shape of batches")
@@ -70,10 +70,10 @@ def check_warmup(train: OptimizerSection, steps: int) -> None:
         )
 
 
-def check_settings(data: TrainingData, held_out: Sequence[batches.Batch]) -> None:
+def check_settings(dataset: Dataset, held_out: Sequence[batches.Batch]) -> None:
     """Raise UserError for settings that these rows cannot meet, before anything is trained."""
-    train = data.settings
-    check_warmup(train, data.steps)
+    train = dataset.settings
+    check_warmup(train, dataset.steps)
     if train.early_stop is not None and not held_out:
         raise UserError(
             "train.early_stop needs held-out rows to stop by: give data.eval_split or "
@@ -84,7 +84,7 @@ def check_settings(data: TrainingData, held_out: Sequence[batches.Batch]) -> Non
     beyond = [
         b.tokens.size for b in held_out if b.tokens.size > batches.EVALUATION_FACTOR * train.token_budget
     ]
-    beyond += [b.tokens.size for b in _epoch(data) if b.tokens.size > train.token_budget]
+    beyond += [b.tokens.size for b in _epoch(dataset) if b.tokens.size > train.token_budget]
     if beyond:
         raise UserError(
             f"train.token_budget={train.token_budget} is too small: the longest row takes {max(beyond)} "
@@ -93,24 +93,26 @@ def check_settings(data: TrainingData, held_out: Sequence[batches.Batch]) -> Non
         )
 
 
-def fingerprint(data: TrainingData, held_out: Sequence[batches.Batch]) -> dict[str, dict[str, Any]]:
+def fingerprint(dataset: Dataset, held_out: Sequence[batches.Batch]) -> dict[str, dict[str, Any]]:
     """What a run's figures depend on besides its recipe: the number of rows of both parts, and a hash of
     their batches in order.
 
     Of the training rows those of the first epoch, as far as the run takes them.
     """
     trained = sum(
-        len(part) for step in range(min(data.steps, data.steps_per_epoch)) for part in data.rows(step)
+        len(part)
+        for step in range(min(dataset.steps, dataset.steps_per_epoch))
+        for part in dataset.rows(step)
     )
     return {
-        "training": {"rows": trained, "hash": _hash(_epoch(data))},
+        "training": {"rows": trained, "hash": _hash(_epoch(dataset))},
         "held-out": {"rows": sum(len(b.tokens) for b in held_out), "hash": _hash(held_out)},
     }
 
 
-def _epoch(data: TrainingData) -> Iterable[batches.Batch]:
-    for step in range(min(data.steps, data.steps_per_epoch)):
-        yield from data.micro_batches(data.rows(step))
+def _epoch(dataset: Dataset) -> Iterable[batches.Batch]:
+    for step in range(min(dataset.steps, dataset.steps_per_epoch)):
+        yield from dataset.micro_batches(dataset.rows(step))
 
 
 def _hash(parts: Iterable[batches.Batch]) -> str:
@@ -120,7 +122,7 @@ def _hash(parts: Iterable[batches.Batch]) -> str:
             b.tokens,
             b.index,
             b.target,
-            b.weight,
+            b.mask,
             b.row,
             *(b.extra[name] for name in sorted(b.extra)),
         ):
@@ -134,7 +136,7 @@ def same_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]],
     gives them.
     """
     for part, old in before.items():
-        if old != now[part]:
+        if part in now and old != now[part]:
             new = now[part]["rows"]
             how = (
                 f"{old['rows']} rows then, {new} now"

@@ -1,33 +1,33 @@
-"""What a KL leash needs of its frozen reference, computed once: the hidden states at the trained positions of
-every row.
+"""What a loss needs of its frozen reference, computed once per row before the first step.
 
-The loss compares whole distributions. They are too large to keep, [V] numbers a position, but the hidden
-states that they come from are [width]: of GPT-2 3 KB. With them the reference's blocks never run again; its
-head still does, a chunk of positions at a time (engines/fused.py).
+For a loss of log-probabilities that is one number for each trained token. A KL term over whole distributions
+needs more: they are too large to keep ([V] numbers a position), but the hidden states that they come from are
+[width], 3 KB for GPT-2. With them the reference's blocks never run again; its head still does, a chunk of
+positions at a time (engines/fused.py).
 
-The states are computed before the first step, in batches that depend on rows and settings alone, and no
-checkpoint holds them: a resumed run computes the same ones, and so has the losses of one that was not
-interrupted.
+Both are computed in batches that depend on rows and settings alone, and no checkpoint holds them: a resumed
+run computes the same values, and so has the losses of one that was not interrupted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from mlx_posttrain.console import say
 from mlx_posttrain.data import batches
-from mlx_posttrain.data.dataset import Data
+from mlx_posttrain.data.batches import Batch
+from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.data.types import Example
-from mlx_posttrain.engines.base import REFERENCE_HIDDEN, Model
+from mlx_posttrain.engines.base import REFERENCE_HIDDEN, REFERENCE_LOGPROBS, Model
 
 GB = 2**30
 
 
 class Share(NamedTuple):
-    """The rows whose states are kept, what they take in GB, and GB of those that would have paid but do not
+    """Which rows' states are cached: their size in GB, and the GB of those that would have paid but do not
     fit.
     """
 
@@ -37,54 +37,73 @@ class Share(NamedTuple):
     beyond: float = 0.0
 
 
-def share(data: Data, width: int, limit: float) -> Share:
-    """What to keep within ``limit`` GB. Held-out rows come first: every evaluation meets them. Training rows
-    pay from the second epoch on.
+def share(dataset: Dataset, width: int, limit: float) -> Share:
+    """What to cache within ``limit`` GB.
+
+    Held-out rows come first: every evaluation meets them. Training rows pay from the second epoch on.
     """
-    wanted = _gb(data.held_out, width), _gb(data.train, width) if data.steps > data.steps_per_epoch else 0.0
-    held_out = 0 < wanted[0] <= limit
-    training = 0 < wanted[1] <= limit - wanted[0] * held_out
-    gb = wanted[0] * held_out + wanted[1] * training
-    return Share(training, held_out, gb, sum(wanted) - gb)
+    held_out_gb = _gb(_examples(dataset, dataset.held_out), width)
+    again = dataset.steps > dataset.steps_per_epoch
+    training_gb = _gb(_examples(dataset, dataset.train), width) if again else 0.0
+    held_out = 0 < held_out_gb <= limit
+    training = 0 < training_gb <= limit - held_out_gb * held_out
+    gb = held_out_gb * held_out + training_gb * training
+    return Share(training, held_out, gb, held_out_gb + training_gb - gb)
 
 
-def remember(model: Model, data: Data, limit: float) -> None:
-    """Let ``data``'s batches carry the hidden states of ``model``'s reference, as far as they fit ``limit``
-    GB; says what does not fit.
+def cache_hidden_states(model: Model, dataset: Dataset, limit: float) -> None:
+    """Let the dataset's batches carry the reference's hidden states, as far as they fit ``limit`` GB.
 
-    Does nothing for a model whose head takes none, see ``Model.reference_width``, and at a limit of 0.
+    Says what does not fit. Does nothing for a model whose head takes none (``Model.reference_width``), and at
+    a limit of 0.
     """
     width = model.reference_width
     if not limit or width is None:
         return
-    found = share(data, width, limit)
-    if found.beyond:
+    fits = share(dataset, width, limit)
+    if fits.beyond:
         say(
-            f"reference: {found.beyond:.3g} GB of hidden states are beyond kl.cache_gb={limit:g} and are "
-            "computed anew each time"
+            f"reference: {fits.beyond:.3g} GB of hidden states are beyond kl.cache_gb={limit:g} and are "
+            "computed "
+            "again each time"
         )
-    if found.gb:
-        say(f"reference: {found.gb:.3g} GB of hidden states are computed once and kept")
-    if found.held_out:
-        data.held_out_figures = {REFERENCE_HIDDEN: hidden_states(model, data.held_out, data)}
-    if found.training:
-        data.figures = {REFERENCE_HIDDEN: hidden_states(model, data.train, data)}
+    if fits.gb:
+        say(f"reference: {fits.gb:.3g} GB of hidden states are computed once and kept")
+    cached: dict[Example, np.ndarray] = {}
+    for wanted, items in ((fits.held_out, dataset.held_out), (fits.training, dataset.train)):
+        if wanted:
+            cached |= _per_example(_examples(dataset, items), dataset, model.reference_hidden)
+    if cached:
+        dataset.extra[REFERENCE_HIDDEN] = cached
 
 
-def hidden_states(model: Model, examples: Sequence[Example], data: Data) -> list[np.ndarray]:
-    """For each example [trained tokens, width] float32 hidden states of the reference, from batches of
-    similar length.
-    """
-    found = [np.empty(0, np.float32)] * len(examples)
-    settings = data.settings
-    for rows in batches.for_evaluation(
-        [len(e.tokens) for e in examples], settings.batch_size, settings.token_budget
-    ):
-        batch = batches.collate([examples[i] for i in rows], data.context)
-        for i, states in zip(rows, batches.by_row(batch, model.reference_hidden(batch)), strict=True):
-            found[i] = states
-    return found
+def cache_logprobs(model: Model, dataset: Dataset) -> None:
+    """Let the dataset's batches carry the reference's log-probability of every trained token."""
+
+    def logprobs(batch: Batch) -> np.ndarray:
+        return model.apply(lambda m, b: {"logprobs": m.reference_logprobs(b)}, [batch])[0]["logprobs"]
+
+    examples = _examples(dataset, [*dataset.held_out, *dataset.train])
+    dataset.extra[REFERENCE_LOGPROBS] = _per_example(examples, dataset, logprobs)
 
 
-def _gb(examples: Sequence[Example], width: int) -> float:
+def _examples(dataset: Dataset, items: Iterable[object]) -> list[Example]:
+    """The distinct rows of some items, in order."""
+    return list(dict.fromkeys(e for item in items for e in dataset.collate.examples(item)))
+
+
+def _per_example(
+    examples: list[Example], dataset: Dataset, function: Callable[[Batch], np.ndarray]
+) -> dict[Example, np.ndarray]:
+    """``function``'s values [N, ...] at each example's trained tokens, from batches of similar length."""
+    settings, values = dataset.settings, {}
+    lengths = [len(e.tokens) for e in examples]
+    for rows in batches.for_evaluation(lengths, settings.batch_size, settings.token_budget):
+        batch = batches.collate([examples[i] for i in rows], dataset.context)
+        for i, of_row in zip(rows, batches.by_row(batch, function(batch)), strict=True):
+            values[examples[i]] = of_row
+    return values
+
+
+def _gb(examples: Iterable[Example], width: int) -> float:
     return 4 * width * sum(sum(e.trained[1:]) for e in examples) / GB

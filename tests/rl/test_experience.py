@@ -194,7 +194,7 @@ def test_answers_are_measured_in_batches_larger_than_those_of_training():
     """No gradient, so four times the rows and, where there is one, four times the budget of tokens."""
 
     class Policy:
-        packs = False
+        shares_prefixes = False
 
         def apply(self, function, made):
             self.shapes = [b.tokens.shape for b in made]

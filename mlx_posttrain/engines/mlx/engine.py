@@ -61,7 +61,7 @@ class MLXModel:
         if head is not None:
             self.add_head(head)
 
-    packs = False  # mlx-lm's models count positions themselves
+    shares_prefixes = False  # mlx-lm's models count positions themselves
 
     # the vocabulary of losses
 
@@ -267,7 +267,7 @@ class MLXModel:
         totals = micro_batch_totals(batches)
         sums: dict[str, float] = {}
         for batch in batches:
-            value, metrics = loss(self, _device_batch(batch, totals[batch.group]))
+            value, metrics = loss(self, _device_batch(batch, totals[batch.term]))
             metrics = {**metrics, "loss": value}
             mx.eval(metrics)
             for name, part in metrics.items():
@@ -299,7 +299,7 @@ class MLXModel:
         gradients: Any = None
         try:
             for batch in batches:
-                part = mx.grad(value)(parameters, _device_batch(batch, totals[batch.group]))
+                part = mx.grad(value)(parameters, _device_batch(batch, totals[batch.term]))
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 mx.eval(gradients)
         finally:
@@ -575,7 +575,7 @@ class MLXTrainer:
         try:
             for batch in batches:
                 self._shapes.add((loss, batch.tokens.shape, batch.index.shape, *sorted(batch.extra)))
-                (value, metrics), part = gradient(parameters, vars(_device_batch(batch, totals[batch.group])))
+                (value, metrics), part = gradient(parameters, vars(_device_batch(batch, totals[batch.term])))
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 for name, m in {**metrics, "loss": value}.items():
                     sums[name] = sums[name] + m if name in sums else m

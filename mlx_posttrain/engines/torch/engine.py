@@ -65,7 +65,7 @@ class TorchModel:
             self.add_head(head)
 
     @property
-    def packs(self) -> bool:
+    def shares_prefixes(self) -> bool:
         return self._split and self.net.config._attn_implementation == torch_packed.ATTENTION
 
     # the vocabulary of losses
@@ -82,7 +82,7 @@ class TorchModel:
         check_fits(batch.tokens.shape[1], self.context)
         read = self._reader(net)
         # dropout is each row's own
-        if self.packs and not (net.training and self.spec is not None and self.spec.dropout):
+        if self.shares_prefixes and not (net.training and self.spec is not None and self.spec.dropout):
             return torch_packed.hidden(read, batch.tokens, batch.index)
         return read(batch.tokens).flatten(0, 1)[batch.index]
 
@@ -266,7 +266,7 @@ class TorchModel:
         totals = micro_batch_totals(batches)
         sums: dict[str, float] = {}
         for batch in batches:
-            value, metrics = loss(self, _device_batch(batch, totals[batch.group]))
+            value, metrics = loss(self, _device_batch(batch, totals[batch.term]))
             for name, part in {**metrics, "loss": value}.items():
                 sums[name] = sums.get(name, 0.0) + float(part)
         return sums
@@ -290,7 +290,7 @@ class TorchModel:
         self.net.eval()
         totals = micro_batch_totals(batches)
         for batch in batches:
-            loss(self, _device_batch(batch, totals[batch.group]))[0].backward()
+            loss(self, _device_batch(batch, totals[batch.term]))[0].backward()
         gradients = {
             name: p.grad.float().numpy().copy() for name, p in self._parameters() if p.grad is not None
         }
@@ -458,7 +458,7 @@ class TorchTrainer:
         totals = micro_batch_totals(batches)
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
-            value, metrics = loss(self.model, _device_batch(batch, totals[batch.group]))
+            value, metrics = loss(self.model, _device_batch(batch, totals[batch.term]))
             value.backward()
             for name, part in {**metrics, "loss": value}.items():
                 sums[name] = sums.get(name, 0.0) + part.detach()

@@ -1,4 +1,4 @@
-"""What a PPO recipe may say beyond data and model: one section for each part of the algorithm."""
+"""What a recipe of a method on rollouts may say beyond data and model: a section for each part."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mlx_posttrain import config
+from mlx_posttrain.rewards.scorer import RewardEntry
 
 
 class RolloutSection(config.Section):
@@ -39,29 +40,7 @@ class RolloutSection(config.Section):
         return self
 
 
-class PPOSection(config.Section):
-    """The objective."""
-
-    epochs: int = Field(2, ge=1, description="passes over each step's answers")
-    clip: float = Field(0.2, gt=0, description="how far a token's ratio may move before its gradient stops")
-    value_clip: float | None = Field(
-        0.2, gt=0, description="how far a value may move from the old one; null: no clipping"
-    )
-    vf_coef: float = Field(0.1, ge=0, description="weight of the value loss on a shared trunk")
-    gamma: float = Field(1.0, gt=0, le=1, description="discount per token")
-    lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE")
-    whiten_rewards: bool = Field(False, description="also whiten per-token rewards, keeping their mean")
-    score_clip: float | None = Field(
-        None, gt=0, description="scores are held within +- this; null: as they are"
-    )
-    target_kl: float | None = Field(
-        None,
-        gt=0,
-        description="end a step's updates when approx-KL to the old policy passes this; null: never",
-    )
-
-
-class KLSection(config.Section):
+class KLPenaltySection(config.Section):
     """The leash to the reference: the policy as it was before PPO (with an adapter: without it)."""
 
     controller: Literal["fixed", "adaptive"] = Field("fixed", description="beta stays, or follows the KL")
@@ -96,17 +75,61 @@ class PTXSection(config.Section):
     batch_size: int = Field(4, ge=1, description="rows beside each optimizer step")
 
 
-class PPOTrainSection(config.OptimizerSection):
-    """The optimizer and its loop, with PPO's own defaults."""
+class RolloutTrainSection(config.OptimizerSection):
+    """The optimizer and its loop, with the defaults of RL."""
 
-    steps: int = Field(150, ge=1, description="rollouts, each followed by ppo.epochs passes of updates")
+    steps: int = Field(150, ge=1, description="rollouts, each followed by passes of updates")
     batch_size: int = Field(4, ge=1, description="answers in a micro-batch")
-    accumulate: int = Field(4, ge=1, description="micro-batches per optimizer step")
+    grad_accumulation: int = Field(4, ge=1, description="micro-batches per optimizer step")
     lr: float = Field(5e-6, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="shape after the warm-up")
     warmup: float = Field(
         0.0, ge=0, description="warm-up: a share of all steps below 1, or a number of steps"
     )
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
-    clip: float | None = Field(0.5, gt=0, description="largest global gradient norm; null: no clipping")
+    max_grad_norm: float | None = Field(
+        0.5, gt=0, description="largest global gradient norm; null: no clipping"
+    )
     keep: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class RolloutRecipe(config.Recipe):
+    """What every method on rollouts has: rewards, how completions are sampled, the KL penalty."""
+
+    adapter: config.AdapterSection | None = Field(
+        None, description="train an adapter instead of all weights; null: all weights"
+    )
+    reward: list[RewardEntry] = Field(
+        min_length=1, description="what answers are scored by, summed with weights"
+    )
+    judge: list[RewardEntry] = Field(
+        default_factory=list,
+        description="scored at evaluations only: a second opinion, to see whether the reward is being fooled",
+    )
+    rollout: RolloutSection = Field(default_factory=lambda: RolloutSection())
+    kl: KLPenaltySection = Field(default_factory=lambda: KLPenaltySection())
+    train: RolloutTrainSection = Field(default_factory=lambda: RolloutTrainSection())  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _possible_rollouts(self) -> RolloutRecipe:
+        config.check_prompted(self.data, self.sample, "prompts")
+        config.check_training(self)
+        unused = [
+            k
+            for k in ("target", "horizon")
+            if getattr(self.kl, k) != KLPenaltySection.model_fields[k].default
+        ]
+        if self.kl.controller == "fixed" and unused:
+            raise ValueError(
+                "kl.target and kl.horizon belong to kl.controller=adaptive: the fixed one keeps beta"
+            )
+        if self.adapter is not None and self.adapter.path is not None:
+            raise ValueError(
+                "adapter.path: the reference would be the model without it; give the adapter's "
+                "run as `model` instead"
+            )
+        if self.adapter is not None and self.adapter.dropout:
+            raise ValueError(
+                "adapter.dropout must be 0: with dropout the ratio of new to old policy is noise"
+            )
+        return self

@@ -1,0 +1,55 @@
+"""What is measured of a policy's completions of held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mlx_posttrain.data import tasks
+from mlx_posttrain.evaluate.metrics import correlation
+from mlx_posttrain.rewards.scorer import Scorer
+from mlx_posttrain.rl.rollouts import Completion, Stats
+
+
+def evaluation(
+    completions: Sequence[Completion], stats: Stats, scorer: Scorer, judge: Scorer
+) -> dict[str, float]:
+    """Means over held-out completions.
+
+    score; kl: to the reference, in nats per completion (0 without ``ref_logprobs``); length: in tokens;
+    eos_share: those that ended by themselves. With rows that have a checker also ``accuracy``, with a judge
+    its score.
+    """
+    scores = scorer(completions)
+    lengths = np.array([len(c.tokens) for c in completions], np.float64)
+    known = np.isfinite(scores)
+    old = stats["old_logprobs"]
+    reference = stats.get("ref_logprobs", old)
+    metrics = {
+        "score": float(scores[known].mean()) if known.any() else float("nan"),
+        "kl": float(np.mean([(o - r).sum() for o, r in zip(old, reference, strict=True)])),
+        "length": float(lengths.mean()),
+        "eos_share": float(np.mean([c.stopped for c in completions])),
+        "score_length_correlation": correlation(scores[known], lengths[known]) if known.any() else 0.0,
+    }
+    if all("checker" in c.prompt.columns for c in completions):
+        metrics["accuracy"] = float(np.mean([tasks.check(c.prompt.columns, c.text) for c in completions]))
+    if judge.entries:
+        judged = judge(completions)
+        judged = judged[np.isfinite(judged)]
+        metrics["judge"] = float(judged.mean()) if len(judged) else float("nan")
+    return metrics
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """An evaluation in one line."""
+    texts = {
+        "score": "score {:+.3f}",
+        "kl": "KL {:.2f}",
+        "length": "{:.1f} tokens",
+        "eos_share": "ended {:.0%}",
+        "accuracy": "right {:.1%}",
+        "judge": "judge {:+.3f}",
+    }
+    return ", ".join(text.format(metrics[name]) for name, text in texts.items() if name in metrics)

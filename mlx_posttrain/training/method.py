@@ -1,0 +1,98 @@
+"""What a training method is made of: an entry of the table in methods/__init__.py.
+
+A method says what is its own; everything else (reading the recipe, setting up, the loop, resuming, planning,
+the model card, the benchmark) reads its entry. Most parts are functions of the recipe, since what one method
+needs varies with its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlx_posttrain.config import Section
+from mlx_posttrain.data.dataset import Dataset
+from mlx_posttrain.data.read import ModelFacts
+from mlx_posttrain.engines.base import Loss
+
+if TYPE_CHECKING:
+    from mlx_posttrain.rl.config import CriticSection, PTXSection
+    from mlx_posttrain.rl.experience import ExperienceFunction
+    from mlx_posttrain.training.loop import Callbacks
+    from mlx_posttrain.training.setup import Session
+
+#: What a method compares the policy with: nothing, token log-probabilities, or whole distributions.
+Reference = Literal["logprobs", "distribution"] | None
+#: What ``final/`` holds: a language model, a sequence classifier, or an HTML page.
+Saves = Literal["model", "classifier", "page"]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What a method does with a step's rollouts.
+
+    loss: of a minibatch of completions; ``batch.extra`` has what ``experience`` made.
+    experience: from scored completions to per-token arrays (rl/experience.py).
+    value_loss: of a critic that is a network of its own.
+    epochs: passes of updates over a step's completions.
+    target_kl: end a step's updates once approx-KL to the old policy passes it; None: never.
+    critic: what predicts the return; None: nothing does.
+    ptx: rows imitated beside the updates; None: none.
+    """
+
+    loss: Loss
+    experience: ExperienceFunction
+    value_loss: Loss | None = None
+    epochs: int = 1
+    target_kl: float | None = None
+    critic: CriticSection | None = None
+    ptx: PTXSection | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One training method, or a recipe that trains nothing itself (``run``).
+
+    name, summary: for people: help, ``keys``, README's table.
+    Recipe: what its recipe may say.
+
+    A method on rows gives ``dataset`` and ``loss``; one on rollouts ``algorithm``.
+
+    dataset: the recipe's items, and how they are collated.
+    loss: what is minimised, ``loss(model, batch) -> (scalar, metrics)``.
+    algorithm: see :class:`Algorithm`; the recipe is a rl.config.RolloutRecipe.
+    reference: what it needs of the model as it was before training.
+    saves: what ``final/`` holds.
+    start: makes the model that a run starts from in a folder, in place of ``recipe.model``.
+    samples: ``samples(session)`` gives a function of the step that writes to samples.jsonl.
+    report: looks at the trained model before it is saved; returns figures for ``result.json``.
+    after: once the run is finished.
+    bench: what ``bench`` can measure: a name, and the recipe's keys that make it.
+    run: for recipes that train nothing themselves; then only name, summary, Recipe, saves and plan matter.
+    plan: for the same, what ``plan`` predicts; None: there is nothing to plan.
+    """
+
+    name: str
+    summary: str
+    Recipe: type[Section]
+    dataset: Callable[[Any, ModelFacts], Dataset] | None = None
+    loss: Callable[[Any], Loss] | None = None
+    algorithm: Callable[[Any], Algorithm] | None = None
+    reference: Callable[[Any], Reference] = lambda recipe: None
+    saves: Callable[[Any], Saves] = lambda recipe: "model"
+    start: Callable[[Any, Path], Path] | None = None
+    samples: Callable[[Session], Callable[[int], None]] | None = None
+    report: Callable[[Session], dict[str, Any]] | None = None
+    after: Callable[[Session], None] | None = None
+    bench: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    run: Callable[[Any, bool, Callbacks], dict[str, Any]] | None = None
+    plan: Callable[[Any], Sequence[Any]] | None = None
+
+    @property
+    def trains_on(self) -> Literal["rows", "rollouts"] | None:
+        """What it learns from; None for a recipe that trains nothing itself."""
+        if self.run is not None:
+            return None
+        return "rows" if self.algorithm is None else "rollouts"

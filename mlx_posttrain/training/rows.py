@@ -1,0 +1,120 @@
+"""Learning from fixed rows: one optimizer step on the next micro-batches of a dataset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain.console import say
+from mlx_posttrain.data.batches import Batch
+from mlx_posttrain.data.dataset import Dataset
+from mlx_posttrain.engines.base import Engine, Loss, Model
+from mlx_posttrain.training.checks import check_settings, fingerprint
+from mlx_posttrain.training.optimizer import adamw
+
+
+class RowLearner:
+    """A model, its optimizer, and the dataset that it is trained on; see loop.Learner.
+
+    prepare: called once before the first step, to give the dataset what its batches carry besides.
+    """
+
+    select_by = "loss"
+    finite = ("loss", "loss")
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: Model,
+        loss: Loss,
+        dataset: Dataset,
+        *,
+        samples: Callable[[int], None] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ):
+        self.model, self.loss, self.dataset = model, loss, dataset
+        self.steps = dataset.steps
+        self.trainer = engine.trainer(model, adamw(dataset.settings))
+        self.trainers = {"optimizer": self.trainer}
+        self._samples, self._prepare = samples, prepare
+        self._held_out = dataset.evaluation()
+        self._last: Sequence[Batch] = ()
+
+    def check(self) -> None:
+        check_settings(self.dataset, self._held_out)
+        if not self._held_out and self.dataset.settings.select == "best":
+            say(
+                "there are no held-out rows to choose the best weights by: final/ will hold those of the "
+                "last "
+                "step"
+            )
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        return fingerprint(self.dataset, self._held_out)
+
+    def parameter_counts(self) -> tuple[int, int]:
+        return self.model.parameter_counts()
+
+    def trained_parameters(self) -> int:
+        return self.model.parameter_counts()[1]
+
+    def prepare(self) -> None:
+        if self._prepare is not None:
+            self._prepare()
+            self._held_out = self.dataset.evaluation()
+
+    def begin(self) -> None:
+        pass
+
+    def step(self, step: int, lr: float) -> dict[str, float]:
+        self._last = self.dataset.micro_batches(self.dataset.rows(step))
+        metrics = self.trainer.step(self.loss, self._last, lr)
+        tokens = sum(b.trained_tokens for b in self._last)
+        return {"epoch": (step + 1) / self.dataset.steps_per_epoch, "tokens": tokens, **metrics}
+
+    def headline(self, record: Mapping[str, float]) -> float:
+        return record["loss"]
+
+    def advice(self, step: int) -> str:
+        numbers = [i for part in self.dataset.rows(step) for i in part][:16]
+        return (
+            f"The batch: training rows {numbers}, counted from 0 after filtering. Look at those rows, or "
+            "start "
+            "anew with a lower train.lr"
+        )
+
+    def problem(self) -> str | None:
+        after = self.model.evaluate(self.loss, self._last[:1])["loss"]
+        return None if math.isfinite(after) else f"the loss with the weights that it made is {after}"
+
+    def evaluate(self) -> dict[str, float] | None:
+        return self.model.evaluate(self.loss, self._held_out) if self._held_out else None
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        return f"held-out loss {metrics['loss']:.4f}"
+
+    def write_samples(self, step: int) -> None:
+        if self._samples is not None:
+            self._samples(step)
+
+    def save(self, folder: Path) -> None:
+        self.model.save(folder / "weights")
+        self.trainer.save(folder / "optimizer.safetensors")
+
+    def load(self, folder: Path) -> None:
+        self.model.load_trained(folder / "weights")
+        self.trainer.load(folder / "optimizer.safetensors")
+
+    def save_model(self, folder: Path) -> None:
+        self.model.save(folder)
+
+    def load_model(self, folder: Path) -> None:
+        self.model.load_trained(folder)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        pass
