@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import config, demo, engines, methods, runs
+from mlx_posttrain import demo, engines, methods, runs
 from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.export import export
@@ -92,8 +92,8 @@ def test_reading_an_adapter_through_peft_makes_no_noise(tmp_path, capfd):
     """Bars and a warning that nobody at the terminal could act on; any other warning still comes through."""
     pytest.importorskip("peft")
     run = tmp_path / "run"
-    methods.get("sft").run(
-        config.load(
+    methods.run(
+        methods.load_recipe(
             "demo_lora",
             [f"output={run}", "data.limit=16", "data.eval_limit=4", "train.steps=1", "sample.count=0"],
         )
@@ -117,7 +117,7 @@ def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, mo
     out, name = tmp_path / "demo", engines.available()[0]
 
     def begun(folder: Path = out, seed: int = 0, engine: str = name) -> None:
-        chosen = config.load("demo", [f"output={folder}", f"engine={engine}", f"seed={seed}"])
+        chosen = methods.load_recipe("demo", [f"output={folder}", f"engine={engine}", f"seed={seed}"])
         demo._run(folder, chosen, engine)
 
     def stop(chosen, resume=False):
@@ -137,14 +137,14 @@ def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, mo
     with pytest.raises(UserError, match=f"unfinished demo: continue it with --engine {name} --seed 0"):
         begun(seed=1)
     # Its stages finished by `run --resume`: what is left is the closing part.
-    for stage in config.load("demo").stages:
+    for stage in methods.load_recipe("demo").stages:
         (out / stage / "final").mkdir(parents=True)
     begun()
     assert not calls
     (out / ("tiny-mlx" if name == "mlx" else "lora-peft")).mkdir()
     with pytest.raises(UserError, match="holds an earlier demo: delete it"):
         begun()
-    runs.start(tmp_path / "run", config.load("01_sft")).close()
+    runs.start(tmp_path / "run", methods.load_recipe("01_sft")).close()
     with pytest.raises(UserError, match="holds another run"):
         begun(tmp_path / "run")
     (tmp_path / "mine").mkdir()

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, methods
+from mlx_posttrain import engines, methods
 from mlx_posttrain.data import formats, tasks
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.evaluate import reasoning
@@ -100,7 +100,7 @@ def test_shared_reasoning_files_are_read(shared):
 
 
 def load(output, *overrides: str):
-    return config.load(
+    return methods.load_recipe(
         "08_distill",
         [
             "model=tiny",
@@ -114,7 +114,7 @@ def load(output, *overrides: str):
             "data.eval_limit=12",
             "train.epochs=1",
             "train.batch_size=8",
-            "train.accumulate=1",
+            "train.grad_accumulation=1",
             "train.steps=4",
             "train.lr=1e-3",
             "think.questions=6",
@@ -128,7 +128,7 @@ def load(output, *overrides: str):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_ends_with_a_report_and_a_merged_model(engine, tmp_path, capsys):
-    result = methods.get("distill").run(load(tmp_path / "run", f"engine={engine}"))
+    result = methods.run(load(tmp_path / "run", f"engine={engine}"))
     run = Run(tmp_path / "run")
     report = json.loads((run.folder / "report.json").read_text())
     assert (
@@ -170,7 +170,7 @@ def test_the_base_that_is_asked_is_the_model_before_training(
         "think.max_tokens=12",
         "sample.count=0",
     ]
-    methods.get("distill").run(load(tmp_path / "run", f"engine={engine}", f"adapter={adapter}", *more))
+    methods.run(load(tmp_path / "run", f"engine={engine}", f"adapter={adapter}", *more))
     assert len(loaded) == (2 if adapter == "null" else 1)
     start, tokenizer, _ = open_model("tiny", engine)
     rows = [
@@ -227,7 +227,7 @@ def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, 
 
 
 def test_long_traces_are_left_out_and_counted(tmp_path, capsys):
-    methods.get("distill").run(
+    methods.run(
         load(
             tmp_path / "run", "data.max_length=96", "data.families=null", "think.questions=0", "train.steps=1"
         )
@@ -237,7 +237,7 @@ def test_long_traces_are_left_out_and_counted(tmp_path, capsys):
 
 
 def test_a_system_prompt_is_trained_and_asked_with(tmp_path):
-    methods.get("distill").run(
+    methods.run(
         load(
             tmp_path / "run",
             "data.system=Think first.",
@@ -260,7 +260,7 @@ def test_thoughts_are_learned(engine, tmp_path):
     """Counting a word in a list: after a few minutes three in ten come out right, twice as many as without
     the thought.
     """
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "demo_distill",
         [
             f"engine={engine}",
@@ -272,7 +272,7 @@ def test_thoughts_are_learned(engine, tmp_path):
             f"output={tmp_path / 'run'}",
         ],
     )
-    result = methods.get("distill").run(chosen)
+    result = methods.run(chosen)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert result["format_rate"] > 0.9 and result["accuracy"] > 0.15
     mean, low, _ = report["thinking_minus_at_once"]

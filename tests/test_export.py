@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from mlx_posttrain import cli, engines, methods
-from mlx_posttrain import config as recipe
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models import export as export_module
 from mlx_posttrain.models.export import export, push
@@ -52,8 +51,8 @@ def runs(random_gpt2, rows_file, tmp_path_factory):
                 *adapter,
                 *more,
             ]
-            chosen = recipe.load("01_sft", overrides)
-            methods.get(chosen.method).run(chosen)
+            chosen = methods.load_recipe("01_sft", overrides)
+            methods.run(chosen)
             made[engine, kind] = output
         return made[engine, kind]
 
@@ -221,7 +220,7 @@ def test_an_adapter_made_by_peft_is_a_starting_point(engine, random_gpt2, rows_f
     theirs.save_pretrained(tmp_path / "adapter")
     opened, _, _ = open_model(tmp_path / "adapter", engine)  # its base is named in its config
     assert np.abs(opened.full_logits(TOKENS) - transformers_logits(theirs)).max() < 1e-4
-    chosen = recipe.load(
+    chosen = methods.load_recipe(
         "01_sft",
         [
             f"model={random_gpt2}",
@@ -234,7 +233,7 @@ def test_an_adapter_made_by_peft_is_a_starting_point(engine, random_gpt2, rows_f
             f"adapter.path={tmp_path / 'adapter'}",
         ],
     )
-    methods.get(chosen.method).run(chosen)
+    methods.run(chosen)
     continued, _, _ = open_model(tmp_path / "run", engine)
     assert np.abs(continued.full_logits(TOKENS) - transformers_logits(theirs)).max() < 1e-4
 
@@ -251,7 +250,7 @@ def test_a_run_made_by_one_engine_opens_on_the_other(runs):
 def test_a_run_is_a_new_runs_model(runs, rows_file, tmp_path):
     """Also an adapter run, which is merged once, beside its final/."""
     first = runs(ENGINES[0], "lora")
-    chosen = recipe.load(
+    chosen = methods.load_recipe(
         "01_sft",
         [
             f"model={first}",
@@ -263,7 +262,7 @@ def test_a_run_is_a_new_runs_model(runs, rows_file, tmp_path):
             "sample.count=0",
         ],
     )
-    methods.get(chosen.method).run(chosen)
+    methods.run(chosen)
     assert locate(tmp_path / "second").adapter is None
     ours, theirs = (open_model(r, ENGINES[0])[0].full_logits(TOKENS) for r in (first, tmp_path / "second"))
     assert np.abs(ours - theirs).max() < 1e-4

@@ -52,10 +52,10 @@ def test_the_printer_holds_back_half_a_character(random_gpt2, capsys):
 
 @pytest.mark.parametrize("engine", available())
 def test_a_runs_own_template_is_used(engine, random_gpt2, rows_file, tmp_path):
-    from mlx_posttrain import config, methods
+    from mlx_posttrain import methods
     from mlx_posttrain.models.open import open_model
 
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "01_sft",
         [
             f"model={random_gpt2}",
@@ -67,7 +67,7 @@ def test_a_runs_own_template_is_used(engine, random_gpt2, rows_file, tmp_path):
             "sample.count=0",
         ],
     )
-    methods.get(chosen.method).run(chosen)
+    methods.run(chosen)
     model, tokenizer, source = open_model(tmp_path / "run", engine)
     assert generation.template_for(source, tokenizer, None) == ("question", True)
     assert generation.template_for(source, tokenizer, "none")[1] is False

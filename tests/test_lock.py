@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlx_posttrain import config, methods, runs
+from mlx_posttrain import methods, runs
 from mlx_posttrain.cli import main
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.runs import lock
@@ -22,7 +22,7 @@ STAGES = {"stages": {"a": {"recipe": "01_sft"}}, "method": "pipeline"}
 WRITER = """
 import sys
 from mlx_posttrain import recipe, runs
-run = runs.start(sys.argv[2], recipe.load(sys.argv[1], [f"output={sys.argv[2]}"]))
+run = runs.start(sys.argv[2], methods.load_recipe(sys.argv[1], [f"output={sys.argv[2]}"]))
 print("writing", flush=True)
 sys.stdin.read()
 """
@@ -72,7 +72,7 @@ def test_a_run_in_progress_is_neither_resumed_nor_started_over(writer, tmp_path,
     run.close()
     assert not (folder / lock.NAME).exists()
     with pytest.raises(UserError, match="holds an unfinished run: continue it with --resume"):
-        runs.start(folder, config.load("01_sft"))
+        runs.start(folder, methods.load_recipe("01_sft"))
 
 
 def test_a_pipeline_in_progress_is_not_resumed(writer, tmp_path, capfd):
@@ -81,14 +81,14 @@ def test_a_pipeline_in_progress_is_not_resumed(writer, tmp_path, capfd):
     process = writer(str(tmp_path / "two.yaml"), folder)
     assert f"in use by process {process.pid}" in refused(capfd, "run", "--resume", str(folder))
     with pytest.raises(lock.InUse):
-        methods.get("pipeline").run(config.load(str(tmp_path / "two.yaml"), [f"output={folder}"]))
+        methods.run(methods.load_recipe(str(tmp_path / "two.yaml"), [f"output={folder}"]))
 
 
 def test_a_stage_that_another_process_resumed_is_left_alone(writer, tmp_path, capfd):
     """No advice to delete it: nothing is wrong with it."""
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(STAGES))
     folder = tmp_path / "whole"
-    runs.start(folder, config.load(str(tmp_path / "two.yaml"), [f"output={folder}"])).close()
+    runs.start(folder, methods.load_recipe(str(tmp_path / "two.yaml"), [f"output={folder}"])).close()
     process = writer("01_sft", folder / "a")
     line = refused(capfd, "run", "--resume", str(folder))
     assert (
@@ -104,11 +104,11 @@ def test_of_two_that_start_at_once_one_is_refused(writer, tmp_path, monkeypatch)
     writer("01_sft", folder)
     (folder / "recipe.yaml").unlink()
     with pytest.raises(lock.InUse):
-        runs.start(folder, config.load("01_sft"))
+        runs.start(folder, methods.load_recipe("01_sft"))
 
 
 def test_a_failed_run_can_be_resumed_in_the_same_process(tmp_path):
-    run = runs.start(tmp_path / "run", config.load("01_sft"))
+    run = runs.start(tmp_path / "run", methods.load_recipe("01_sft"))
     again, _ = runs.reopen(run.folder, write=True)
     again.close()
     assert (run.folder / lock.NAME).is_file()  # the first still has it
@@ -117,8 +117,8 @@ def test_a_failed_run_can_be_resumed_in_the_same_process(tmp_path):
 
 
 def test_a_run_taken_away_leaves_no_lock(tmp_path):
-    run = runs.start(tmp_path / "run", config.load("01_sft"))
+    run = runs.start(tmp_path / "run", methods.load_recipe("01_sft"))
     run.discard()
     assert not run.folder.exists()
-    run = runs.start(tmp_path / "run", config.load("01_sft"))
+    run = runs.start(tmp_path / "run", methods.load_recipe("01_sft"))
     run.close()

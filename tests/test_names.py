@@ -26,8 +26,8 @@ SHORT = [f"engine={ENGINES[0]}", "train.steps=1", "sample.count=0"]
 
 
 def run(name: str, *overrides: str) -> dict:
-    chosen = recipe.load(name, list(overrides))
-    return methods.get(chosen.method).run(chosen)
+    chosen = methods.load_recipe(name, list(overrides))
+    return methods.run(chosen)
 
 
 def refused(capfd, *arguments: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlx_posttrain import config, engines, methods, pipeline
+from mlx_posttrain import engines, methods, pipeline
 from mlx_posttrain.cli import main
 from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
@@ -64,7 +64,7 @@ def three(random_gpt2, rows_file, tmp_path, monkeypatch) -> Path:
 
 
 def run(path: Path, output: Path, *overrides: str) -> dict:
-    return methods.get("pipeline").run(config.load(str(path), [f"output={output}", *overrides]))
+    return methods.run(methods.load_recipe(str(path), [f"output={output}", *overrides]))
 
 
 def resume(output: Path) -> None:
@@ -151,9 +151,9 @@ def test_a_stage_is_an_ordinary_run(three, tmp_path):
     """The same stage by itself gives the same figures, and the pipeline returns them."""
     results = run(three, tmp_path / "out")
     assert list(results) == ["a", "b", "c"]
-    alone = pipeline.stage_recipes(config.load(str(three), [f"output={tmp_path / 'out'}"]))["b"]
+    alone = pipeline.stage_recipes(methods.load_recipe(str(three), [f"output={tmp_path / 'out'}"]))["b"]
     alone.output = str(tmp_path / "alone")
-    assert methods.get("sft").run(alone) == results["b"]
+    assert methods.run(alone) == results["b"]
     assert records(tmp_path / "alone") == records(tmp_path / "out" / "b")
 
 
@@ -161,7 +161,7 @@ def test_a_stage_is_an_ordinary_run(three, tmp_path):
 
 
 def test_overrides_for_one_stage_and_for_all(three):
-    chosen = config.load(
+    chosen = methods.load_recipe(
         str(three),
         [
             "seed=7",
@@ -207,7 +207,7 @@ def test_a_name_in_braces_is_that_stages_folder(value, wanted, tmp_path):
             },
         },
     )
-    b = pipeline.stage_recipes(config.load(str(path), ["output=/o"]))["b"]
+    b = pipeline.stage_recipes(methods.load_recipe(str(path), ["output=/o"]))["b"]
     found = wanted.replace("OUT", str(Path("/o").absolute()))
     assert b.model == found and b.sample.prompts == [found, "none"] and b.data.columns == {"prompt": found}
 
@@ -225,13 +225,15 @@ def test_a_stages_file_is_looked_for_beside_the_pipelines(tmp_path, monkeypatch)
     )
     shutil.copy(tmp_path / "01_sft", tmp_path / "recipes" / "01_sft")
     monkeypatch.chdir(tmp_path)
-    found = [own.description for own in pipeline.stage_recipes(config.load("recipes/p.yaml")).values()]
+    found = [
+        own.description for own in pipeline.stage_recipes(methods.load_recipe("recipes/p.yaml")).values()
+    ]
     assert found == ["near", "near", "in the working directory"]
     (tmp_path / "recipes" / "01_sft").unlink()
     monkeypatch.chdir(tmp_path / "recipes")
     shutil.copy(tmp_path / "here.yaml", "here.yaml")
     # the shipped one
-    assert "memorise" in pipeline.stage_recipes(config.load(path.name))["b"].description
+    assert "memorise" in pipeline.stage_recipes(methods.load_recipe(path.name))["b"].description
 
 
 def test_a_stages_recipe_may_stand_in_the_pipeline(tmp_path):
@@ -239,7 +241,7 @@ def test_a_stages_recipe_may_stand_in_the_pipeline(tmp_path):
         tmp_path / "p.yaml",
         {"a": {"recipe": {"method": "sft", "data": {"source": "x.jsonl"}}, "set": {"data.limit": 3}}},
     )
-    own = pipeline.stage_recipes(config.load(str(path)))["a"]
+    own = pipeline.stage_recipes(methods.load_recipe(str(path)))["a"]
     assert own.data.source == "x.jsonl" and own.data.limit == 3
 
 
@@ -487,7 +489,7 @@ def test_a_pipelines_own_recipe_can_be_run_again(three, tmp_path):
     assert (
         kept["stages"]["b"]["recipe"]["train"]["steps"] == 3 and kept["stages"]["b"]["set"]["model"] == "{a}"
     )
-    again = config.load(
+    again = methods.load_recipe(
         str(tmp_path / "out" / "recipe.yaml"), [f"output={tmp_path / 'again'}", "c.train.steps=2"]
     )
     own = pipeline.stage_recipes(again)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mlx_posttrain import config, engines
+from mlx_posttrain import engines, methods
 from mlx_posttrain.cli import app
 from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.dataset import Data
@@ -185,11 +185,11 @@ def test_advice_keeps_its_promises(
     """Whoever follows it is told the peak that it promised, but for rows that fall into other batches."""
     monkeypatch.setitem(plan.PROGRAM, "torch", 0.0)  # beside which the embedded model is nothing
     given = [f"engine={engine}", *given]
-    (found,) = plan.of_recipe(config.load(recipe, given))
+    (found,) = plan.of_recipe(methods.load_recipe(recipe, given))
     advice = [overrides(less) for less in found.advice]
     assert said <= {change for changes, _ in advice for change in changes}, found.advice
     for changes, gb in advice:
-        (then,) = plan.of_recipe(config.load(recipe, [*given, *changes]))
+        (then,) = plan.of_recipe(methods.load_recipe(recipe, [*given, *changes]))
         assert then.total_gb < found.total_gb and then.total_gb < 1.15 * gb + 0.01, changes
         if "max_length" not in changes[0]:  # of rows without a trained token left nothing is trained
             assert then.total_gb > gb / 1.15 - 0.01, changes
@@ -205,13 +205,13 @@ def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(
     recipe: str, too_long: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["model=tiny", "data.limit=600", f"data.too_long={too_long}"]
-    (found,) = plan.of_recipe(config.load(recipe, given))
+    (found,) = plan.of_recipe(methods.load_recipe(recipe, given))
     (less,) = [less for less in found.advice if "max_length" in less]
     counts = {fate: int(n) for fate, n in re.findall(r"(cuts|drops) (\d+)", less)}
     rows = int(less.partition(" of ")[2].split()[0])
     assert counts["drops"] <= 0.1 * rows and ("cuts" in counts) == (too_long == "cut")
     capsys.readouterr()
-    plan.of_recipe(config.load(recipe, [*given, less.split(",")[0]]))
+    plan.of_recipe(methods.load_recipe(recipe, [*given, less.split(",")[0]]))
     kept, untrained, long, truncated = map(
         int,
         re.search(
@@ -228,11 +228,11 @@ def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(
 
 
 def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
-    settings = config.load("demo_sft", ["data.too_long=drop"]).train
+    settings = methods.load_recipe("demo_sft", ["data.too_long=drop"]).train
     rows = [Example((1,) * 100, (False,) * 99 + (True,))] * 10
 
     def shorter(rows: list[Example], *given: str) -> tuple[int, str] | None:
-        return plan._shorter(config.load("demo_sft", list(given)), Data(rows, [], settings, 0, 512))
+        return plan._shorter(methods.load_recipe("demo_sft", list(given)), Data(rows, [], settings, 0, 512))
 
     # the answer is the last token
     assert shorter(rows, "data.too_long=drop") is None and shorter(rows) is None
@@ -246,9 +246,9 @@ def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
     # a long dialogue may do without its oldest turns
     known = [Pair((1,) * n, (1,) * 20, i, row) for i, n in enumerate((30,) * 9 + (100,))]
     assert plan._shorter(
-        config.load("demo_reward", ["model=tiny"]), PairData(known, [], settings, 0, 512, pad=0)
+        methods.load_recipe("demo_reward", ["model=tiny"]), PairData(known, [], settings, 0, 512, pad=0)
     ) == (56, "data.max_length=56, which shortens or drops 1 of 10 pairs")
-    packed = config.load("00_pretrain_tiny", [])
+    packed = methods.load_recipe("00_pretrain_tiny", [])
     assert packed.data.pack and plan._shorter(
         packed, Data([Example((1,) * 100, (True,) * 100)] * 3, [], settings, 0, 512)
     ) == (56, "data.max_length=56")
@@ -275,7 +275,7 @@ def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch
         raise UserError("adapter.targets: no layer is called q_proj")
 
     monkeypatch.setattr(plan, "adapter_parameters", missing)
-    (found,) = plan.of_recipe(config.load("demo_sft", ["data.limit=64"]))
+    (found,) = plan.of_recipe(methods.load_recipe("demo_sft", ["data.limit=64"]))
     assert found.advice and not any("adapter" in less for less in found.advice)
     assert plan._fits_groups(gpt2(), 64) and not plan._fits_groups(gpt2(), 512)
 
@@ -367,12 +367,12 @@ def test_prompts_that_are_answered_once_count(monkeypatch: pytest.MonkeyPatch) -
         "reward=[{function: exact_answer}]",
         "rollout.prompts=1",
         "train.batch_size=1",
-        "train.accumulate=1",
+        "train.grad_accumulation=1",
     ]
     none = ["data.limit=1", "data.eval_limit=1"]
     for engine in engines.available():
         (alone,), (held_out,), (normalised,) = (
-            plan.of_recipe(config.load("demo_ppo", [*given, f"engine={engine}", *more]))
+            plan.of_recipe(methods.load_recipe("demo_ppo", [*given, f"engine={engine}", *more]))
             for more in (none, ["data.limit=1"], ["data.limit=256", *none[1:]])
         )
         assert (
@@ -390,7 +390,7 @@ def test_held_out_answers_are_measured_at_their_own_length(engine: str) -> None:
     """Few short prompts are trained on; the answers to many long ones are measured together, every prompt of
     them another.
     """
-    recipe = config.load(
+    recipe = methods.load_recipe(
         "demo_ppo",
         ["model=tiny", "reward=[{function: checker}]", "rollout.prompts=1", "rollout.token_budget=512"],
     )
@@ -410,7 +410,7 @@ def test_held_out_answers_are_measured_at_their_own_length(engine: str) -> None:
 def test_shorter_answers_are_no_advice_where_longer_prompts_would_follow() -> None:
     for length, offered in ((472, True), (473, False)):
         (found,) = plan.of_recipe(
-            config.load(
+            methods.load_recipe(
                 "demo_ppo",
                 ["model=tiny", "reward=[{function: checker}]", f"data.max_length={length}", "data.limit=64"],
             )
@@ -435,7 +435,9 @@ def test_the_reference_reads_training_rows_once_where_their_states_are_kept(
     monkeypatch.setattr(plan, "peak", lambda *given: (seen.extend(given[-1]), peak(*given))[1])
     for epochs in (1, 2):
         seen.clear()
-        (found,) = plan.of_recipe(config.load("06_kl_sft", [*given, f"train.epochs={epochs}", "engine=auto"]))
+        (found,) = plan.of_recipe(
+            methods.load_recipe("06_kl_sft", [*given, f"train.epochs={epochs}", "engine=auto"])
+        )
         assert bool(seen) == (epochs == 2)
     training = plan.Training(found.engine, plan.size(base_folder("tiny")), 0, True)
     read = [training.forward(plan.Shape(16, length, 0)) for length in range(8, 129, 8)]
@@ -450,7 +452,7 @@ def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     found = {}
     for gb in (64, 0.01):
         monkeypatch.setattr(process, "memory", lambda gb=gb: (int(gb * 2**30), 0))
-        (found[gb],) = plan.of_recipe(config.load("demo_sft", ["data.limit=64"]))
+        (found[gb],) = plan.of_recipe(methods.load_recipe("demo_sft", ["data.limit=64"]))
     assert "may not fit" not in found[64].line()
     line = found[0.01].line()
     assert (
@@ -714,7 +716,7 @@ def test_quantised_folders_count_what_they_stand_for(tmp_path: Path) -> None:
 
 def test_targets_that_match_nothing_are_an_error_here_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no layer is called q_proj"):
-        plan.of_recipe(config.load("demo_lora", ["adapter.targets=[q_proj]", "data.limit=16"]))
+        plan.of_recipe(methods.load_recipe("demo_lora", ["adapter.targets=[q_proj]", "data.limit=16"]))
 
 
 def test_an_adapter_to_start_from_decides_its_own_size(tmp_path: Path) -> None:
@@ -723,7 +725,9 @@ def test_an_adapter_to_start_from_decides_its_own_size(tmp_path: Path) -> None:
     model.add_adapter(AdapterSpec(rank=3), seed=0)
     model.save(tmp_path / "adapter")
     (found,) = plan.of_recipe(
-        config.load("demo_lora", [f"adapter.path={tmp_path / 'adapter'}", "adapter.rank=32", "data.limit=16"])
+        methods.load_recipe(
+            "demo_lora", [f"adapter.path={tmp_path / 'adapter'}", "adapter.rank=32", "data.limit=16"]
+        )
     )
     assert found.trained == model.parameter_counts()[1]
 
@@ -750,7 +754,7 @@ stages:
     set: {model: "{sft}", reward: [{model: "{reward}"}], critic.kind: separate, data.limit: 64}
 """
     (tmp_path / "all.yaml").write_text(stages)
-    plans = plan.of_recipe(config.load(str(tmp_path / "all.yaml"), [f"output={tmp_path / 'out'}"]))
+    plans = plan.of_recipe(methods.load_recipe(str(tmp_path / "all.yaml"), [f"output={tmp_path / 'out'}"]))
     # models that are yet to be made have the size of what they start from
     assert [p.name for p in plans] == ["sft", "reward", "ppo"]
     assert plans[2].parts["critic"] > 0 and plans[2].parts["reward"] > 0
@@ -760,4 +764,4 @@ stages:
 def test_a_report_trains_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("method: report\nruns: {a: tiny}\n")
     with pytest.raises(UserError, match="trains nothing"):
-        plan.of_recipe(config.load(str(tmp_path / "r.yaml")))
+        plan.of_recipe(methods.load_recipe(str(tmp_path / "r.yaml")))

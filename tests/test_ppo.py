@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import config as recipe
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import pairs
 from mlx_posttrain.engines.base import AdamW, head_start
@@ -27,7 +26,7 @@ from mlx_posttrain.models.tokenizer import load_tokenizer
 from mlx_posttrain.rewards import scorer as scoring
 from mlx_posttrain.rl import rollouts
 from mlx_posttrain.rl.experience import Parties, experience, measure
-from mlx_posttrain.rl.rollouts import Answer, Question
+from mlx_posttrain.rl.rollouts import Completion, Prompt
 from mlx_posttrain.runs import Run
 
 ENGINES = engines.available()
@@ -66,7 +65,7 @@ def ptx(rows: Path) -> str:
 
 
 def load(random_gpt2, rows_file, reward: str, output: Path, *overrides: str):
-    return recipe.load(
+    return methods.load_recipe(
         "07_ppo",
         [
             f"model={random_gpt2}",
@@ -82,7 +81,7 @@ def load(random_gpt2, rows_file, reward: str, output: Path, *overrides: str):
             "rollout.max_tokens=8",
             "kl.beta=0.05",
             "train.batch_size=4",
-            "train.accumulate=1",
+            "train.grad_accumulation=1",
             "train.steps=3",
             "train.lr=1e-3",
             *overrides,
@@ -92,7 +91,7 @@ def load(random_gpt2, rows_file, reward: str, output: Path, *overrides: str):
 
 def run(*args, resume: bool = False):
     chosen = load(*args)
-    return methods.get("ppo").run(chosen, resume=resume), Run(Path(chosen.output))
+    return methods.run(chosen, resume=resume), Run(Path(chosen.output))
 
 
 def records(run: Run) -> list[dict]:
@@ -364,8 +363,8 @@ def recorded(parties: Parties, chosen):
         tokens = tuple(int(t) for t in rng.integers(1, 380, 3 + i % 4))
         stopped = i % 3 > 0
         answers.append(
-            Answer(
-                Question(tuple(int(t) for t in rng.integers(1, 380, 4 + i)), "q", {}),
+            Completion(
+                Prompt(tuple(int(t) for t in rng.integers(1, 380, 4 + i)), "q", {}),
                 tokens + ((0,) if stopped else ()),
                 stopped,
                 "a",
@@ -385,7 +384,7 @@ def test_engines_agree_over_ten_updates(kind, random_gpt2, rows_file, counting, 
         tmp_path / "run",
         f"critic.kind={kind}",
         "ppo.epochs=1",
-        "train.accumulate=8",
+        "train.grad_accumulation=8",
     )
     curves = []
     for name in ENGINES:
@@ -440,7 +439,7 @@ def test_several_samples_and_texts_beside(random_gpt2, rows_file, counting, tmp_
 def test_one_budget_or_another_samples_the_same(random_gpt2):
     model = engines.get(ENGINES[0]).load(random_gpt2)
     tokenizer = load_tokenizer(random_gpt2)
-    asked = [Question(tuple(range(3, 6 + i)), "q", {}) for i in range(5)]
+    asked = [Prompt(tuple(range(3, 6 + i)), "q", {}) for i in range(5)]
     texts = [
         [
             a.tokens
@@ -567,7 +566,7 @@ def test_a_copied_critic_starts_at_what_its_model_adds(
     parties = Parties(policy, ppo._critic(library, chosen, random_gpt2, policy), tokenizer, scorer, scorer)
     rng = np.random.default_rng(0)
     texts = [tuple(rng.integers(1, 380, 5 + i).tolist()) for i in range(6)]
-    answers = [Answer(Question(t[:3], "q", {}), t[3:], False, "eee"[i % 3 :]) for i, t in enumerate(texts)]
+    answers = [Completion(Prompt(t[:3], "q", {}), t[3:], False, "eee"[i % 3 :]) for i, t in enumerate(texts)]
     scorer.normalise_on(answers)
     ppo._fit_critic(parties, ppo._critic_source(chosen))
     values = (
@@ -657,10 +656,10 @@ def test_the_shown_functions_and_command(root, random_gpt2, tmp_path, monkeypatc
         "sample.count=0",
     ]
     for name in ("brief", "right"):
-        chosen = recipe.load(
+        chosen = methods.load_recipe(
             words[2], [*(w.replace(":brief", f":{name}") for w in words[3:]), *small, f"output={name}"]
         )
-        assert np.isfinite(methods.get("ppo").run(chosen)["score"])
+        assert np.isfinite(methods.run(chosen)["score"])
     assert 0 < steps(Run(tmp_path / "right"))[0]["val/unscored"] < 8
     assert steps(Run(tmp_path / "brief"))[0]["val/unscored"] == 0
 
@@ -691,7 +690,7 @@ def test_an_early_stop_on_kl(random_gpt2, rows_file, counting, tmp_path):
         ("kl.target=3", "belong to kl.controller=adaptive"),
         ("kl.horizon=3", "belong to kl.controller=adaptive"),
         ("rollout={missing_eos_score: -1, missing_eos_penalty: 2}", "give one of the two"),
-        ("ppo.clp=1", "did you mean 'ppo.clip'"),
+        ("ppo.clp=1", "did you mean 'ppo.clip_range'"),
         ("train.epochs=2", "unknown key 'train.epochs'"),
         ("reward=[]", "reward"),
     ],
@@ -708,7 +707,7 @@ def test_answers_as_long_as_the_context_leave_no_room(random_gpt2, rows_file, co
         match=r"rollout.max_tokens=64 leaves no room for a prompt in the model's "
         r"context of 64",
     ):
-        methods.get("ppo").run(chosen)
+        methods.run(chosen)
     assert not (tmp_path / "run").exists()
 
 

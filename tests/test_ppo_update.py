@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines
+from mlx_posttrain import engines, methods
 from mlx_posttrain.data import batches, pairs
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import head_start
 from mlx_posttrain.methods import ppo
 from mlx_posttrain.rl import rollouts
 from mlx_posttrain.rl.experience import Experience
-from mlx_posttrain.rl.rollouts import Answer, Question
+from mlx_posttrain.rl.rollouts import Completion, Prompt
 
 ENGINES = engines.available()
 LENGTHS = [3, 6, 1, 4]
@@ -25,13 +25,13 @@ TEMPERATURE, CLIP, VALUE_CLIP, VF, PTX = 0.7, 0.2, 0.15, 0.3, 2.5
 
 
 def load(*overrides: str):
-    return config.load(
+    return methods.load_recipe(
         "07_ppo",
         [
             "reward=[{function: checker}]",
             f"rollout.temperature={TEMPERATURE}",
-            f"ppo.clip={CLIP}",
-            f"ppo.value_clip={VALUE_CLIP}",
+            f"ppo.clip_range={CLIP}",
+            f"ppo.clip_range_value={VALUE_CLIP}",
             *overrides,
         ],
     )
@@ -248,7 +248,7 @@ class Recorder:
 def seen(count: int) -> Experience:
     rng = np.random.default_rng(5)
     made = [
-        Answer(Question((1, 2 + i), "q", {}), tuple(rng.integers(1, 380, 2 + i % 3).tolist()), True, "a")
+        Completion(Prompt((1, 2 + i), "q", {}), tuple(rng.integers(1, 380, 2 + i % 3).tolist()), True, "a")
         for i in range(count)
     ]
     figures = {
@@ -271,7 +271,7 @@ def updated(chosen, step: int = 0, beside=(), **answers) -> tuple[dict[str, floa
 
 
 def test_every_epoch_takes_every_answer_once_in_a_new_order():
-    chosen = load("ppo.epochs=3", "train.batch_size=2", "train.accumulate=2")
+    chosen = load("ppo.epochs=3", "train.batch_size=2", "train.grad_accumulation=2")
     figures, policy, critic = updated(chosen)
     order = questions_of(policy)
     passes = [order[i : i + 12] for i in (0, 12, 24)]
@@ -291,7 +291,7 @@ def test_every_epoch_takes_every_answer_once_in_a_new_order():
 
 
 def test_figures_go_with_their_answers():
-    chosen = load("ppo.epochs=1", "train.batch_size=3", "train.accumulate=1")
+    chosen = load("ppo.epochs=1", "train.batch_size=3", "train.grad_accumulation=1")
     wanted = seen(12)
     _, policy, _ = updated(chosen)
     for _, given, _ in policy.calls:
@@ -312,7 +312,7 @@ def test_the_critic_has_its_own_rate_on_the_same_schedule(own, wanted):
 
 def test_texts_beside_go_to_the_policy_only_and_change_from_update_to_update():
     beside = [Example((300, 301 + i, 302), (False, True, True)) for i in range(8)]
-    chosen = load(with_ptx(), "train.batch_size=4", "train.accumulate=1", "ppo.epochs=2")
+    chosen = load(with_ptx(), "train.batch_size=4", "train.grad_accumulation=1", "ppo.epochs=2")
     _, policy, critic = updated(chosen, beside=beside)
     groups = [[b.group for b in given] for _, given, _ in policy.calls]
     assert groups == [["", "ptx"]] * 6 and all(b.group == "" for _, given, _ in critic.calls for b in given)
@@ -321,14 +321,14 @@ def test_texts_beside_go_to_the_policy_only_and_change_from_update_to_update():
 
 
 def test_means_over_the_updates_and_an_early_end():
-    chosen = load("train.batch_size=4", "train.accumulate=1", "ppo.epochs=2")
+    chosen = load("train.batch_size=4", "train.grad_accumulation=1", "ppo.epochs=2")
     ratios = [1.0, 1.2, 0.9, 1.1, 1.0, 0.8]
     figures, _, _ = updated(chosen, ratios=ratios)
     mean = np.mean(ratios)
     assert figures["val/ratio"] == pytest.approx(mean)
     assert figures["val/ratio_var"] == pytest.approx(np.mean(np.square(ratios)) + 0.25 - mean**2)
     assert figures["policy/grad_norm"] == figures["val/grad_norm"] == 1.0
-    limited = load("train.batch_size=4", "train.accumulate=1", "ppo.epochs=2", "ppo.target_kl=0.02")
+    limited = load("train.batch_size=4", "train.grad_accumulation=1", "ppo.epochs=2", "ppo.target_kl=0.02")
     assert updated(limited, approxkl=[0.0, 0.01, 0.02, 0.03, 0.0])[0]["updates"] == 4
     assert updated(limited, approxkl=[0.01])[0]["updates"] == 6
 

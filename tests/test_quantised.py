@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import cli, config, engines, methods
+from mlx_posttrain import cli, engines, methods
 from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.export import export, is_export
@@ -21,7 +21,7 @@ TOKENS = np.arange(3, 51)[None].repeat(2, 0)
 
 
 def train(model: Path, rows: Path, output: Path, *more: str) -> Path:
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "01_sft",
         [
             f"model={model}",
@@ -36,7 +36,7 @@ def train(model: Path, rows: Path, output: Path, *more: str) -> Path:
             *more,
         ],
     )
-    methods.get(chosen.method).run(chosen)
+    methods.run(chosen)
     return output
 
 

@@ -29,8 +29,8 @@ DEFAULTS: dict[str, dict] = {
         "train.lr": 5e-6,
         "ppo.epochs": 2,
         "train.batch_size": 4,
-        "train.accumulate": 4,
-        "train.clip": 0.5,
+        "train.grad_accumulation": 4,
+        "train.max_grad_norm": 0.5,
         "data.limit": 300,
     },
     "01_sft": {
@@ -74,7 +74,7 @@ def test_the_learning_path_is_shipped():
 
 @pytest.mark.parametrize("name", sorted(DEFAULTS))
 def test_defaults(name):
-    chosen = config.load(name)
+    chosen = methods.load_recipe(name)
     for key, value in DEFAULTS[name].items():
         found = chosen
         for part in key.split("."):
@@ -86,7 +86,7 @@ def test_defaults(name):
 def test_five_templates():
     from mlx_posttrain.data.templates import FIVE
 
-    assert config.load("02_templates").data.template == list(FIVE)
+    assert methods.load_recipe("02_templates").data.template == list(FIVE)
 
 
 SMALL = {  # what makes a recipe of a method run within seconds, offline
@@ -116,7 +116,7 @@ SMALL = {  # what makes a recipe of a method run within seconds, offline
         "data.eval_limit=4",
         "train.steps=1",
         "train.batch_size=4",
-        "train.accumulate=1",
+        "train.grad_accumulation=1",
         "rollout.prompts=4",
         "rollout.max_tokens=8",
         "critic.kind=shared",
@@ -131,7 +131,7 @@ SMALL = {  # what makes a recipe of a method run within seconds, offline
         "data.system=null",
         "train.steps=1",
         "train.batch_size=4",
-        "train.accumulate=1",
+        "train.grad_accumulation=1",
         "think.questions=2",
         "think.max_tokens=8",
         "sample.max_tokens=4",
@@ -159,8 +159,8 @@ def test_runs_on_the_tiny_model(name, engine, tmp_path):
         pytest.skip("quantised training is MLX's")
     hub.resolve("tiny")
     method = config.read_yaml(config.shipped()[name])["method"]
-    chosen = config.load(name, [*SMALL[method], f"output={tmp_path / 'run'}", f"engine={engine}"])
-    result = methods.get(chosen.method).run(chosen)
+    chosen = methods.load_recipe(name, [*SMALL[method], f"output={tmp_path / 'run'}", f"engine={engine}"])
+    result = methods.run(chosen)
     assert 0 <= result["accuracy"] <= 1 if method == "ppo" else 0 < result["loss"] < 20
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert samples and {"step", *SHOWN[method]} <= set(samples[0])
@@ -178,7 +178,7 @@ def test_rlhf_in_one_command(tmp_path):
         for s in SMALL[method]
         if not s.startswith(("model=", "reward="))
     ]
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "07_rlhf",
         [
             f"output={tmp_path / 'run'}",
@@ -190,7 +190,7 @@ def test_rlhf_in_one_command(tmp_path):
             *settings,
         ],
     )
-    results = methods.get("pipeline").run(chosen)
+    results = methods.run(chosen)
     assert list(results) == ["sft", "reward", "ppo"]
     assert all((tmp_path / "run" / stage / "final").is_dir() for stage in tiny)
     from mlx_posttrain.generation import answer
@@ -220,7 +220,7 @@ def test_the_journey_in_one_command(tmp_path):
     ]
     settings = [s for s in settings if s not in ("reward.model=tiny", "judge.model=tiny", "ppo.model=tiny")]
     suite = ["limit=4", "max_tokens=6", "text_limit=3", "continuation=12", "samples=2"]
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "journey",
         [
             f"output={tmp_path / 'run'}",
@@ -232,7 +232,7 @@ def test_the_journey_in_one_command(tmp_path):
             *(f"report.suite.{s}" for s in suite),
         ],
     )
-    results = methods.get("pipeline").run(chosen)
+    results = methods.run(chosen)
     assert list(results) == [*methods_of, "report"]
     page = (tmp_path / "run" / "report" / "final" / "report.html").read_text()
     assert all(f">{name}<" in page or f" {name}" in page for name in methods_of)
@@ -261,7 +261,7 @@ def test_the_trade_off_compares_like_with_like():
     """Four penalties, three seeds; nothing else differs between the runs."""
     from mlx_posttrain.pipeline import stage_recipes
 
-    stages = stage_recipes(config.load("07_tradeoff"))
+    stages = stage_recipes(methods.load_recipe("07_tradeoff"))
     runs = {name: own.model_dump() for name, own in stages.items() if own.method == "ppo"}
     assert sorted((own["kl"]["beta"], own["seed"]) for own in runs.values()) == [
         (b, s) for b in (0.05, 0.2, 0.3, 0.5) for s in (0, 1, 2)
@@ -276,7 +276,7 @@ def test_the_budget_compares_like_with_like():
     """Traces, answers and as many tokens of answers: of one seed nothing else differs between the runs."""
     from mlx_posttrain.pipeline import stage_recipes
 
-    stages = {name: own.model_dump() for name, own in stage_recipes(config.load("08_budget")).items()}
+    stages = {name: own.model_dump() for name, own in stage_recipes(methods.load_recipe("08_budget")).items()}
     report = stages.pop("report")
     assert [own["seed"] for own in stages.values()] == [0, 1, 2] * 3
     kinds = [(own["data"].pop("format"), own["data"].pop("limit")) for own in stages.values()]
@@ -297,7 +297,7 @@ def test_the_budget_in_one_command(tmp_path):
     """The shipped recipe, cut short: nine runs, and paired gains over questions and seeds in the report."""
     names = [f"{kind}_{seed}" for kind in ("traces", "answers", "tokens") for seed in (0, 1, 2)]
     small = ["data.limit=16", "data.eval_limit=4", "train.batch_size=8", "train.steps=1", "sample.count=0"]
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "08_budget",
         [
             f"output={tmp_path / 'run'}",
@@ -309,7 +309,7 @@ def test_the_budget_in_one_command(tmp_path):
             "report.suite.text_limit=2",
         ],
     )
-    methods.get("pipeline").run(chosen)
+    methods.run(chosen)
     final = tmp_path / "run" / "report" / "final"
     told = {f["question"]: f for f in json.loads((final / "report-findings.json").read_text())}
     for name in ("traces over answers, same rows and steps", "traces over answers, same tokens"):
@@ -324,7 +324,7 @@ def test_the_budget_in_one_command(tmp_path):
 
 @pytest.mark.parametrize("name", ["02_templates", "03_lora", "06_kl_sft"])
 def test_runs_on_local_files(name, random_gpt2, shared, tmp_path):
-    chosen = config.load(
+    chosen = methods.load_recipe(
         name,
         [
             f"model={random_gpt2}",
@@ -337,7 +337,7 @@ def test_runs_on_local_files(name, random_gpt2, shared, tmp_path):
             "sample.count=0",
         ],
     )
-    assert methods.get(chosen.method).run(chosen)["loss"] > 0
+    assert methods.run(chosen)["loss"] > 0
 
 
 @pytest.mark.parametrize("engine", engines.available())
@@ -353,7 +353,7 @@ def test_pretraining_learns_from_random_weights(engine, tmp_path):
     texts.write_text(
         "".join(json.dumps({"text": " ".join(sentences[i:] + sentences[:i])}) + "\n" for i in range(18))
     )
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "00_pretrain_tiny",
         [
             f"data.source={texts}",
@@ -372,7 +372,7 @@ def test_pretraining_learns_from_random_weights(engine, tmp_path):
             "train.eval_every=20",
         ],
     )
-    result = methods.get(chosen.method).run(chosen)
+    result = methods.run(chosen)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["eval/loss"]
     assert first == pytest.approx(5.7, abs=0.2)  # ln 300
     assert result["loss"] < 1.5
@@ -398,7 +398,7 @@ def offline() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", offline(), ids=lambda words: words[0])
 def test_offline_commands_find_their_model_and_data(words):
-    chosen = config.load(words[0], words[1:])
+    chosen = methods.load_recipe(words[0], words[1:])
     (found,) = plan.of_recipe(chosen)
     for entry in chosen.reward if words[0] == "07_ppo" else []:
         functions.load(entry.function)
@@ -443,4 +443,4 @@ def test_the_commands_in_recipes_and_readme_parse(root):
         context = known[words[0]].make_context(words[0], words[1:], resilient_parsing=True)
         assert context is not None
         if words[0] == "run" and "--resume" not in words and not words[1].isupper():
-            config.load(words[1], [w for w in words[2:] if "=" in w and "..." not in w])
+            methods.load_recipe(words[1], [w for w in words[2:] if "=" in w and "..." not in w])

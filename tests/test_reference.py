@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, methods
+from mlx_posttrain import engines, methods
 from mlx_posttrain.config import TrainSection
 from mlx_posttrain.data.batches import by_row, collate, with_rows
 from mlx_posttrain.data.dataset import Data
@@ -223,7 +223,7 @@ def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys, monke
     reset = engine.reset_memory
     monkeypatch.setattr(engine, "reset_memory", lambda self: (happened.append("reset"), reset(self))[1])
     monkeypatch.setattr(references, "remember", lambda *given: (happened.append("remember"), keep(*given))[1])
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "06_kl_sft",
         [
             f"model={random_gpt2}",
@@ -237,7 +237,7 @@ def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys, monke
         ],
     )
     (planned,) = plan.of_recipe(chosen)
-    methods.get(chosen.method).run(chosen)
+    methods.run(chosen)
     assert happened == ["reset", "remember"]
     said = capsys.readouterr().err
     assert (
@@ -254,7 +254,7 @@ def test_a_run_says_and_plans_it(random_gpt2, rows_file, tmp_path, capsys, monke
         "data.clean=null",
     ]
     (kept,), (without,) = (
-        plan.of_recipe(config.load("06_kl_sft", [*few, f"kl.cache_gb={gb}"])) for gb in (1, 0)
+        plan.of_recipe(methods.load_recipe("06_kl_sft", [*few, f"kl.cache_gb={gb}"])) for gb in (1, 0)
     )
     assert (
         kept.total_gb - without.total_gb == pytest.approx(kept.parts["kept states"])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, methods, runs
+from mlx_posttrain import engines, methods, runs
 from mlx_posttrain.console import Interrupted, interruptible
 
 ENGINES = engines.available()
@@ -40,7 +40,7 @@ def settings(model: Path, rows: Path, output: Path, engine: str, *more: str) -> 
         "train.save_every=3",
         "train.lr=1e-3",
         "train.batch_size=3",
-        "train.accumulate=2",
+        "train.grad_accumulation=2",
         "sample.count=1",
         "sample.max_tokens=4",
         *more,
@@ -134,8 +134,8 @@ def test_every_kind_of_training_resumes(engine, kind, random_gpt2, rows_file, tm
             "sample.count=0",
             *more,
         )[2:]
-        chosen = config.load("01_sft", overrides)
-        methods.get("sft").run(chosen)
+        chosen = methods.load_recipe("01_sft", overrides)
+        methods.run(chosen)
         return output
 
     if "{adapter}" in KINDS[kind][0]:
@@ -147,9 +147,7 @@ def test_every_kind_of_training_resumes(engine, kind, random_gpt2, rows_file, tm
     shutil.rmtree(broken / "final")
     shutil.rmtree(broken / "checkpoints" / "step-000005")
     _, raw = runs.reopen(broken)
-    methods.get("sft").run(
-        config.parse(raw | {"output": str(broken)}, methods.get("sft").Recipe, "recipe.yaml"), resume=True
-    )
+    methods.run(methods.parse_recipe(raw | {"output": str(broken)}, "recipe.yaml"), resume=True)
     assert [dict(r)["step"] for r in losses(broken)] == [0, 1, 2, 3, 4, 5, 5] and losses(broken) == losses(
         whole
     )

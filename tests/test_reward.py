@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, methods
+from mlx_posttrain import engines, methods
 from mlx_posttrain.data import pairs
 from mlx_posttrain.data.types import Preference
 from mlx_posttrain.errors import UserError
@@ -43,7 +43,7 @@ def kind_rows(tmp_path_factory) -> Path:
 
 
 def load(model, rows, output, *overrides: str):
-    return config.load(
+    return methods.load_recipe(
         "07_reward",
         [
             f"model={model}",
@@ -55,7 +55,7 @@ def load(model, rows, output, *overrides: str):
             "data.max_length=48",
             f"output={output}",
             "train.batch_size=8",
-            "train.accumulate=1",
+            "train.grad_accumulation=1",
             "train.lr=2e-3",
             "train.steps=6",
             *overrides,
@@ -69,7 +69,7 @@ def losses(run: Run) -> list[dict]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_order_of_words_is_learned_and_reported(engine, random_gpt2, kind_rows, tmp_path):
-    result = methods.get("reward").run(
+    result = methods.run(
         load(random_gpt2, kind_rows, tmp_path / "run", f"engine={engine}", "train.steps=120")
     )
     assert result["accuracy"] > 0.9
@@ -80,8 +80,8 @@ def test_an_order_of_words_is_learned_and_reported(engine, random_gpt2, kind_row
     with pytest.raises(UserError, match="scores texts and writes none"):
         open_model(tmp_path / "run", engine)
     with pytest.raises(UserError, match="cannot learn to write"):
-        methods.get("sft").run(
-            config.load(
+        methods.run(
+            methods.load_recipe(
                 "01_sft", [f"model={tmp_path / 'run'}", f"output={tmp_path / 'sft'}", f"engine={engine}"]
             )
         )
@@ -92,7 +92,7 @@ def test_an_order_of_words_is_learned_and_reported(engine, random_gpt2, kind_row
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
 @pytest.mark.parametrize(
     "more",
-    [[], ["adapter.rank=4", "reward.centring=0.01"], ["data.columns={margin: margin}"]],
+    [[], ["adapter.rank=4", "reward.centering=0.01"], ["data.columns={margin: margin}"]],
     ids=["full", "lora", "margins"],
 )
 def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows, tmp_path):
@@ -106,7 +106,7 @@ def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows,
         )
     )
     for engine in ENGINES:
-        methods.get("reward").run(
+        methods.run(
             load(
                 random_gpt2,
                 wide if "margin" in str(more) else kind_rows,
@@ -164,18 +164,18 @@ def test_resumes_to_the_same_figures(engine, more, random_gpt2, kind_rows, tmp_p
         "train.keep=9",
         *more,
     )
-    methods.get("reward").run(load(*args))
+    methods.run(load(*args))
     run = Run(tmp_path / "run")
     wanted = losses(run)
     shutil.rmtree(run.final)
     shutil.rmtree(run.checkpoints / "step-000006")
-    methods.get("reward").run(load(*args), resume=True)
+    methods.run(load(*args), resume=True)
     assert losses(run) == wanted and len(wanted) == 6
 
 
 def test_ppo_takes_a_lora_reward_model_and_its_critic(random_gpt2, kind_rows, tmp_path):
-    methods.get("reward").run(load(random_gpt2, kind_rows, tmp_path / "rm", "adapter.rank=4"))
-    chosen = config.load(
+    methods.run(load(random_gpt2, kind_rows, tmp_path / "rm", "adapter.rank=4"))
+    chosen = methods.load_recipe(
         "07_ppo",
         [
             f"model={random_gpt2}",
@@ -190,12 +190,12 @@ def test_ppo_takes_a_lora_reward_model_and_its_critic(random_gpt2, kind_rows, tm
             "rollout.prompts=8",
             "rollout.max_tokens=8",
             "train.batch_size=8",
-            "train.accumulate=1",
+            "train.grad_accumulation=1",
             "train.steps=2",
             "judge=[{function: checker}]",
         ],
     )
-    result = methods.get("ppo").run(chosen)
+    result = methods.run(chosen)
     first = next(r for r in Run(tmp_path / "ppo").metrics() if "episode" in r)
     # Scores are counted in standard deviations of the reference's, around its mean.
     assert abs(first["objective/scores"]) < 1.5 and 0.2 < first["objective/scores_std"] < 3
@@ -223,7 +223,7 @@ def test_loss_on_the_batch_is_the_formula(random_gpt2):
 def test_helpful_base_rows_are_read(shared, tmp_path):
     """Raw HH-RLHF dialogues, as the hub has them."""
     rows = shared / "data" / "preference" / "hh-helpful-base.jsonl"
-    result = methods.get("reward").run(
+    result = methods.run(
         load(
             "tiny",
             rows,
@@ -253,5 +253,5 @@ def test_recipes_that_cannot_be(override, said, random_gpt2, kind_rows, tmp_path
 
 def test_rows_that_are_no_pairs(random_gpt2, rows_file, tmp_path):
     with pytest.raises(UserError, match="learns from pairs"):
-        methods.get("reward").run(load(random_gpt2, rows_file, tmp_path / "run"))
+        methods.run(load(random_gpt2, rows_file, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, methods, runs
+from mlx_posttrain import engines, methods, runs
 from mlx_posttrain.errors import UserError
 
 ENGINES = engines.available()
@@ -40,14 +40,14 @@ def settings(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
 
 
 def train(*overrides: str) -> dict:
-    chosen = config.load("01_sft", list(overrides))
-    return methods.get(chosen.method).run(chosen)
+    chosen = methods.load_recipe("01_sft", list(overrides))
+    return methods.run(chosen)
 
 
 def resume(folder: Path) -> dict:
     _, raw = runs.reopen(folder)
-    chosen = config.parse(raw | {"output": str(folder)}, methods.get("sft").Recipe, "recipe.yaml")
-    return methods.get("sft").run(chosen, resume=True)
+    chosen = methods.parse_recipe(raw | {"output": str(folder)}, "recipe.yaml")
+    return methods.run(chosen, resume=True)
 
 
 def records(folder: Path) -> list[dict]:

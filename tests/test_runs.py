@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, generation, methods
+from mlx_posttrain import engines, generation, methods
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.open import open_model
 
@@ -27,8 +27,8 @@ def run(model, rows, output, *more: str) -> dict:
         "sample.count=0",
         *more,
     ]
-    chosen = config.load("01_sft", overrides)
-    return methods.get(chosen.method).run(chosen)
+    chosen = methods.load_recipe("01_sft", overrides)
+    return methods.run(chosen)
 
 
 def test_an_adapter_on_an_adapter_opens_on_the_merged_base(random_gpt2, rows_file, tmp_path):
@@ -80,13 +80,13 @@ def test_a_failed_start_leaves_your_folder_alone(random_gpt2, tmp_path):
 
 def test_a_runs_own_recipe_can_be_run_again(random_gpt2, rows_file, tmp_path):
     run(random_gpt2, rows_file, tmp_path / "run", "data.template=plain")
-    again = config.load(str(tmp_path / "run" / "recipe.yaml"), ["output=elsewhere"])
+    again = methods.load_recipe(str(tmp_path / "run" / "recipe.yaml"), ["output=elsewhere"])
     assert again.data.template == "plain" and again.output == "elsewhere"
 
 
 def test_a_mistyped_path_does_not_run_a_shipped_recipe():
     with pytest.raises(UserError, match="not a file"):
-        config.load("some/folder/01_sft.yaml")
+        methods.load_recipe("some/folder/01_sft.yaml")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import config, engines
+from mlx_posttrain import engines, methods
 from mlx_posttrain.data import sources
-from mlx_posttrain.engines.base import Completion, head_start
+from mlx_posttrain.engines.base import head_start
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation import synthesize
 from mlx_posttrain.generation.synthesize import Settings
@@ -19,6 +19,7 @@ from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 from mlx_posttrain.rewards import verify
+from mlx_posttrain.rl.rollouts import Completion
 
 ENGINE = engines.available()[0]
 SETTINGS = Settings(samples=4, max_tokens=12, keep=2, near=None)
@@ -238,7 +239,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
     )
     assert (told["written"], told["wrong"], told["no thought"]) == (12, 6, 6)
     monkeypatch.undo()
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "08_distill",
         [
             "model=tiny",
@@ -251,7 +252,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
             "data.max_length=96",
             "train.steps=1",
             "train.batch_size=4",
-            "train.accumulate=1",
+            "train.grad_accumulation=1",
             "think.questions=2",
             "think.max_tokens=8",
             "think.base=false",
@@ -266,7 +267,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
     assert {row.turns[-1].content for row in read} == {said[0], said[3]} and all(
         row.extra["answer"] == "5" for row in read
     )
-    assert methods.get("distill").run(chosen)["loss"] > 0
+    assert methods.run(chosen)["loss"] > 0
     assert json.loads((tmp_path / "run" / "report.json").read_text())["questions"] == 2
 
 
@@ -276,7 +277,7 @@ def test_the_result_trains(questions, tmp_path, monkeypatch):
     monkeypatch.undo()
     from mlx_posttrain import methods
 
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "01_sft",
         [
             "model=tiny",
@@ -287,4 +288,4 @@ def test_the_result_trains(questions, tmp_path, monkeypatch):
             "data.holdout=1",
         ],
     )
-    assert methods.get("sft").run(chosen)["loss"] > 0
+    assert methods.run(chosen)["loss"] > 0

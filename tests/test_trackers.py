@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, methods
+from mlx_posttrain import engines, methods
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.runs import trackers
 from mlx_posttrain.training import setup
@@ -115,8 +115,10 @@ def check_with_tensorboard(folder: Path, wanted: dict[tuple[str, int], np.float3
 
 @needs_tensorboard
 def test_event_files_hold_what_metrics_hold(random_gpt2, rows_file, tmp_path):
-    chosen = config.load("01_sft", settings(random_gpt2, rows_file, tmp_path / "run", "log=[tensorboard]"))
-    methods.get(chosen.method).run(chosen)
+    chosen = methods.load_recipe(
+        "01_sft", settings(random_gpt2, rows_file, tmp_path / "run", "log=[tensorboard]")
+    )
+    methods.run(chosen)
     scalars, texts = shown(tmp_path / "run" / "tensorboard")
     wanted = expected(tmp_path / "run")
     assert scalars == wanted
@@ -195,7 +197,7 @@ def test_a_missing_package_is_one_line_and_leaves_nothing(name, package, random_
 
 def test_an_unknown_tracker_is_named(random_gpt2, rows_file, tmp_path):
     with pytest.raises(UserError, match=r"log.*tensorboard.*wandb.*mlflow"):
-        config.load("01_sft", settings(random_gpt2, rows_file, tmp_path / "run", "log=[mlflow]"))
+        methods.load_recipe("01_sft", settings(random_gpt2, rows_file, tmp_path / "run", "log=[mlflow]"))
 
 
 FAKE_WANDB = """
@@ -354,16 +356,16 @@ def test_a_run_let_go_of_closes_its_trackers(random_gpt2, rows_file, tmp_path, m
     monkeypatch.setattr(trackers, "make", lambda *_: [Recorder()])
 
     def fail() -> str:
-        chosen = config.load("01_sft", settings(random_gpt2, rows_file, tmp_path / "run"))
+        chosen = methods.load_recipe("01_sft", settings(random_gpt2, rows_file, tmp_path / "run"))
         try:
-            methods.get(chosen.method).run(chosen)
+            methods.run(chosen)
         except UserError as error:
             return str(error)
         return ""
 
     assert "No space left" in fail()
     assert closed == [False]
-    chosen = config.load("01_sft", settings(random_gpt2, rows_file, tmp_path / "other"))
+    chosen = methods.load_recipe("01_sft", settings(random_gpt2, rows_file, tmp_path / "other"))
     _, run = setup.begin(chosen, resume=False)
     run.close()
     assert closed == [False, True]

@@ -98,10 +98,10 @@ def test_another_architecture_needs_mlx(random_gpt2, tmp_path):
 
 def test_a_qlora_run_is_exported_as_far_as_that_goes(random_gpt2, rows_file, tmp_path):
     pytest.importorskip("mlx_lm")
-    from mlx_posttrain import config, methods
+    from mlx_posttrain import methods
 
     run = tmp_path / "run"
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "01_sft",
         [
             f"model={random_gpt2}",
@@ -114,7 +114,7 @@ def test_a_qlora_run_is_exported_as_far_as_that_goes(random_gpt2, rows_file, tmp
             "adapter.quantize=4",
         ],
     )
-    methods.get(chosen.method).run(chosen)
+    methods.run(chosen)
     refused(command("export", run, "--to", "hf", "--merge"), "dequantising needs MLX")
     refused(command("export", run, "--to", "mlx-lm", "--merge"), "merging into a quantised base needs MLX")
     done = command("export", run, "--to", "peft")

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_posttrain.data.batches import round_up
-from mlx_posttrain.engines.base import Completion, Model
+from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.ops import ops
+from mlx_posttrain.rl.rollouts import Completion
 
 Array = Any
 

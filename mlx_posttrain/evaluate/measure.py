@@ -18,11 +18,12 @@ import numpy as np
 from mlx_posttrain.data import encode, formats, tasks, templates
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, Batch, by_length, round_up
 from mlx_posttrain.data.types import Conversation, Example, Labelled, Preference, Turn
-from mlx_posttrain.engines.base import Completion, DeviceBatch, Model
+from mlx_posttrain.engines.base import DeviceBatch, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.metrics import seq_rep_n
 from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.ops import ops
+from mlx_posttrain.rl.rollouts import Completion
 
 TOKEN_BUDGET = 2048  # padded tokens of a scoring batch: with GPT-2's vocabulary their logits take 0.4 GB
 # cached positions of a decode batch, 64 rows of 256 or 256 of 64: with GPT-2 124M they take 1.2 GB

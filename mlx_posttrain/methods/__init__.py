@@ -89,11 +89,16 @@ def parse_recipe(raw: dict[str, Any], where: str, **options: Any) -> Any:
     return recipe
 
 
-def run(recipe: Any, resume: bool = False, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """Run a recipe to the end; returns its figures. Raises UserError for every foreseeable failure."""
+def run(
+    recipe: Any, resume: bool = False, callbacks: Callbacks | None = None, method: Method | None = None
+) -> dict[str, Any]:
+    """Run a recipe to the end; returns its figures. Raises UserError for every foreseeable failure.
+
+    method: in place of the one that the recipe names, with another loss for instance.
+    """
     from mlx_posttrain.training import setup
 
-    method = get(recipe.method)
+    method = method or get(recipe.method)
     if method.run is not None:
         return method.run(recipe, resume, callbacks or Callbacks())
     return setup.train(method, recipe, resume, callbacks)

@@ -15,11 +15,11 @@ from mlx_posttrain.models.tokenizer import check_vocabulary, load_tokenizer
 
 
 def open_model(
-    name: str | Path, engine: str = "auto", dtype: str = "float32", *, scores: bool = False
+    name: str | Path, engine: str = "auto", dtype: str = "float32", *, scores: bool | None = False
 ) -> tuple[Model, Any, Source]:
     """(model, tokenizer, source) ready to generate or evaluate.
 
-    Raises UserError for a reward model, or with ``scores`` for a model that is none.
+    Raises UserError for a reward model, or with ``scores`` for a model that is none; None takes both.
     """
     source = locate(name)
     merge_below(source)
@@ -29,7 +29,7 @@ def open_model(
     if source.adapter is not None:
         model.add_adapter(files.spec_of(source.adapter), seed=0)
         model.load_trained(source.adapter)
-    if model.has_head and not scores:
+    if model.has_head and scores is False:
         raise UserError(f"{name} is a reward model: it scores texts and writes none; give a language model")
     if scores and not model.has_head:
         raise UserError(

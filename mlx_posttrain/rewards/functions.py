@@ -58,6 +58,16 @@ def exact_answer(
 
 
 BUILT_IN: dict[str, RewardFunction] = {"checker": checker, "exact_answer": exact_answer}
+#: Callables given in Python, by the name that a recipe has for them.
+_CALLABLE = "python:"
+_REGISTERED: dict[str, RewardFunction] = {}
+
+
+def register(function: RewardFunction) -> str:
+    """A name under which a recipe of this process can use a callable as its reward."""
+    name = f"{_CALLABLE}{getattr(function, '__name__', type(function).__name__)}"
+    _REGISTERED[name] = function
+    return name
 
 
 def load(spec: str) -> RewardFunction:
@@ -68,6 +78,13 @@ def load(spec: str) -> RewardFunction:
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec]
+    if spec.startswith(_CALLABLE):
+        if spec not in _REGISTERED:
+            raise UserError(
+                f"reward function {spec!r} was given in Python: continue in Python with train(..., "
+                "reward=...)"
+            )
+        return _REGISTERED[spec]
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
         raise UserError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_posttrain import config as recipe
 from mlx_posttrain import engines, methods
 from mlx_posttrain.models.export import export
 from mlx_posttrain.models.open import open_model
@@ -50,7 +49,7 @@ def test_engines_agree_and_reopen_each_others_runs(adapter, llama, rows_file, tm
     curves, folders = [], []
     for engine in ENGINES:
         folders.append(tmp_path / engine)
-        chosen = recipe.load(
+        chosen = methods.load_recipe(
             "01_sft",
             [
                 f"model={llama}",
@@ -65,7 +64,7 @@ def test_engines_agree_and_reopen_each_others_runs(adapter, llama, rows_file, tm
                 *adapter,
             ],
         )
-        methods.get(chosen.method).run(chosen)
+        methods.run(chosen)
         from mlx_posttrain.runs import Run
 
         curves.append([r["loss"] for r in Run(folders[-1]).metrics() if "loss" in r])

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from mlx_posttrain import config, engines, methods
+from mlx_posttrain import engines, methods
 from mlx_posttrain.runs import Run
 
 ENGINES = engines.available()
@@ -19,7 +19,7 @@ ENGINES = engines.available()
 def test_twenty_steps_agree(name, tmp_path, record_property):
     curves = []
     for engine in ENGINES:
-        chosen = config.load(
+        chosen = methods.load_recipe(
             name,
             [
                 f"output={tmp_path / engine}",
@@ -28,12 +28,12 @@ def test_twenty_steps_agree(name, tmp_path, record_property):
                 "data.eval_limit=16",
                 "train.steps=20",
                 "train.batch_size=8",
-                "train.accumulate=2",
+                "train.grad_accumulation=2",
                 "train.eval_every=20",
                 "sample.count=0",
             ],
         )
-        methods.get(chosen.method).run(chosen)
+        methods.run(chosen)
         curves.append([r for r in Run(tmp_path / engine).metrics() if "loss" in r])
     assert len(curves[0]) == len(curves[1]) == 20
     worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(*curves))
@@ -68,18 +68,18 @@ def test_reward_models_and_ppo_agree(random_gpt2, tmp_path):
 
     def curve(name: str, engine: str, *overrides: str) -> list[dict]:
         output = tmp_path / f"{name}-{engine}"
-        chosen = config.load(
+        chosen = methods.load_recipe(
             name,
             [
                 *data,
                 f"engine={engine}",
                 f"output={output}",
                 "train.batch_size=8",
-                "train.accumulate=1",
+                "train.grad_accumulation=1",
                 *overrides,
             ],
         )
-        methods.get(chosen.method).run(chosen)
+        methods.run(chosen)
         return [r for r in Run(output).metrics() if "lr" in r]
 
     ours, theirs = (

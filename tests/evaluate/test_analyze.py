@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, methods
+from mlx_posttrain import engines, methods
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.types import Conversation, Turn
@@ -90,7 +90,7 @@ def two_runs(tmp_path_factory, random_gpt2) -> dict[str, str]:
     rows = [{"instruction": f"{q} ({i})", "output": a} for i in range(5) for q, a in ROWS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, model, more in (("lora", "tiny", ["adapter.rank=4"]), ("full", str(random_gpt2), [])):
-        chosen = config.load(
+        chosen = methods.load_recipe(
             "01_sft",
             [
                 f"model={model}",
@@ -106,7 +106,7 @@ def two_runs(tmp_path_factory, random_gpt2) -> dict[str, str]:
                 *more,
             ],
         )
-        methods.get("sft").run(chosen)
+        methods.run(chosen)
     return {name: str(folder / name) for name in ("lora", "full")}
 
 

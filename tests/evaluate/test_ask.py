@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import config, engines, methods
+from mlx_posttrain import engines, methods
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.evaluate import ask, measure, suite
 from mlx_posttrain.models.open import open_model
@@ -94,7 +94,7 @@ def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(
         ),
     }
     for name, (shipped, more) in made.items():
-        chosen = config.load(
+        chosen = methods.load_recipe(
             shipped,
             [
                 f"model={random_gpt2}",
@@ -108,7 +108,7 @@ def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(
                 *more,
             ],
         )
-        methods.get(chosen.method).run(chosen)
+        methods.run(chosen)
     questions = tmp_path / "questions.jsonl"
     questions.write_text(
         "".join(json.dumps({"question": f"Say {w}.", "answer": w}) + "\n" for w in ("cat", "dog", "hen"))

@@ -77,6 +77,6 @@ def test_unknown_runs_are_refused():
             {"method": "report", "runs": {"a": "x"}, "not_asked": ["b"]}, methods.get("report").Recipe, "test"
         )
     with pytest.raises(UserError, match=r"gains.g names 'b'"):
-        config.parse(raw, methods.get("report").Recipe, "test")
+        methods.parse_recipe(raw, "test")
     with pytest.raises(UserError, match="no pair"):
-        config.parse({**raw, "gains": {"g": []}}, methods.get("report").Recipe, "test")
+        methods.parse_recipe({**raw, "gains": {"g": []}}, "test")

@@ -204,7 +204,7 @@ def test_questions_are_put_as_in_training(lm):
 
 
 def test_a_run_is_asked_in_its_own_template(random_gpt2, rows_file, tmp_path):
-    from mlx_posttrain import config, methods
+    from mlx_posttrain import methods
 
     settings = [
         f"model={random_gpt2}",
@@ -213,10 +213,10 @@ def test_a_run_is_asked_in_its_own_template(random_gpt2, rows_file, tmp_path):
         "train.steps=1",
         "sample.count=0",
     ]
-    chosen = config.load(
+    chosen = methods.load_recipe(
         "01_sft", [*settings, f"engine={engines.available()[0]}", "data.template=plain", "adapter.rank=2"]
     )
-    methods.get(chosen.method).run(chosen)
+    methods.run(chosen)
     lm = MLXPosttrainLM(str(tmp_path / "run"), engine=engines.available()[0], max_gen_toks=8)
     history = [
         {"role": "user", "content": "Hi"},

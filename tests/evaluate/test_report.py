@@ -39,7 +39,7 @@ def journey(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("journey")
     for name, more in (("sft", []), ("lora", ["adapter.rank=4"])):
-        chosen = config.load(
+        chosen = methods.load_recipe(
             "01_sft",
             [
                 "model=tiny",
@@ -52,7 +52,7 @@ def journey(tmp_path_factory) -> Path:
                 "data.max_length=96",
                 "train.steps=8",
                 "train.batch_size=8",
-                "train.accumulate=1",
+                "train.grad_accumulation=1",
                 "train.lr=1e-3",
                 "train.eval_every=4",
                 "sample.count=1",
@@ -61,9 +61,9 @@ def journey(tmp_path_factory) -> Path:
                 *more,
             ],
         )
-        methods.get("sft").run(chosen)
-    methods.get("distill").run(
-        config.load(
+        methods.run(chosen)
+    methods.run(
+        methods.load_recipe(
             "demo_distill",
             [
                 f"engine={ENGINE}",
@@ -240,9 +240,9 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     )
     chosen.not_asked = ["full", "low rank"]
     with pytest.raises(UserError, match="none of these runs but those of not_asked writes text"):
-        methods.get("report").run(chosen)
+        methods.run(chosen)
     chosen.runs["thinks"], chosen.not_asked = str(journey / "distilled"), ["thinks"]
-    result = methods.get("report").run(chosen)
+    result = methods.run(chosen)
     numbers = json.loads((tmp_path / "report" / "final" / "report-comparison.json").read_text())
     # what is not asked is shown all the same
     assert [m["name"] for m in numbers["models"]] == ["base", "full", "low rank"]
@@ -333,7 +333,7 @@ def test_a_report_draws_by_the_seed_it_was_given(asked, used, journey, tmp_path,
         "suite": asked,
     }
     with pytest.raises(UserError, match="enough"):
-        methods.get("report").run(config.parse(fields, methods.get("report").Recipe, "test"))
+        methods.run(methods.parse_recipe(fields, "test"))
     assert seen == [used]
 
 
@@ -347,7 +347,7 @@ def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys
         )
     )
     for name in ("a", "b"):
-        chosen = config.load(
+        chosen = methods.load_recipe(
             "01_sft",
             [
                 "model=tiny",
@@ -360,7 +360,7 @@ def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys
                 f"output={tmp_path / name / 'run'}",
             ],
         )
-        methods.get("sft").run(chosen)
+        methods.run(chosen)
     names = [str(tmp_path / name / "run") for name in ("a", "b")]
     cli.app(["report", *names, *SUITE, "--output", str(tmp_path / "r.html")], standalone_mode=False)
     assert "template interference is left out: 5 training rows" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from mlx_posttrain.data import batches, pairs
 from mlx_posttrain.engines.base import AdamW, head_start
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rl.experience import Parties, experience, measure
-from mlx_posttrain.rl.rollouts import Answer, Question
+from mlx_posttrain.rl.rollouts import Completion, Prompt
 from mlx_posttrain.rl.settings import PPOSection, PPOTrainSection
 
 ENGINES = engines.available()
@@ -22,11 +22,11 @@ STOPPED = [True, False, True, False]
 SCORES = np.array([2.5, -0.4, 0.3, -1.7])
 
 
-def answers(lengths: list[int] = LENGTHS, stopped: list[bool] = STOPPED, seed: int = 0) -> list[Answer]:
+def answers(lengths: list[int] = LENGTHS, stopped: list[bool] = STOPPED, seed: int = 0) -> list[Completion]:
     rng = np.random.default_rng(seed)
     return [
-        Answer(
-            Question(tuple(rng.integers(1, 380, 2 + i).tolist()), "q", {}),
+        Completion(
+            Prompt(tuple(rng.integers(1, 380, 2 + i).tolist()), "q", {}),
             tuple(rng.integers(1, 380, n).tolist()),
             s,
             "a",
@@ -221,6 +221,6 @@ def test_answers_are_measured_in_batches_larger_than_those_of_training():
 
 
 def test_answers_hold_prompt_and_answer():
-    a = dataclasses.replace(answers()[0], question=Question((7, 8), "q", {}), tokens=(9, 0))
+    a = dataclasses.replace(answers()[0], question=Prompt((7, 8), "q", {}), tokens=(9, 0))
     assert a.row == (7, 8, 9, 0)
     assert a.example.tokens == a.row and tuple(a.example.trained) == (False, False, True, True)

@@ -18,7 +18,7 @@ from mlx_posttrain.models.tokenizer import load_tokenizer
 from mlx_posttrain.rewards import scorer as scoring
 from mlx_posttrain.rewards.scorer import RewardEntry, Scorer
 from mlx_posttrain.rl import rollouts
-from mlx_posttrain.rl.rollouts import Answer, Question
+from mlx_posttrain.rl.rollouts import Completion, Prompt
 
 ENGINES = engines.available()
 FUNCTIONS = """
@@ -54,12 +54,12 @@ def scorer(entries: list[dict], folder: Path) -> Scorer:
     return Scorer(found, engines.get(ENGINES[0]), load_tokenizer(folder), "question")
 
 
-def answers() -> list[Answer]:
+def answers() -> list[Completion]:
     rng = np.random.default_rng(0)
     texts, targets = ["ab", "abcd", "x", ""], ["a", "z", None, "q"]
     return [
-        Answer(
-            Question(tuple(rng.integers(1, 380, 3 + i).tolist()), f"q{i}", {"target": t}),
+        Completion(
+            Prompt(tuple(rng.integers(1, 380, 3 + i).tolist()), f"q{i}", {"target": t}),
             tuple(rng.integers(1, 380, 4).tolist()),
             True,
             c,
@@ -167,9 +167,9 @@ def test_another_vocabulary_is_refused(random_gpt2, tmp_path):
         scorer([{"model": str(classifier(tmp_path / "other", tmp_path / "reward"))}], random_gpt2)
 
 
-def sampled(folder: Path, **settings) -> list[Answer]:
+def sampled(folder: Path, **settings) -> list[Completion]:
     model, tokenizer = engines.get(ENGINES[0]).load(folder), load_tokenizer(folder)
-    asked = [Question(tuple(range(3, 6 + i)), f"q{i}", {}) for i in range(3)]
+    asked = [Prompt(tuple(range(3, 6 + i)), f"q{i}", {}) for i in range(3)]
     given = {
         "samples": 2,
         "max_tokens": 6,

@@ -22,7 +22,6 @@ from mlx_posttrain.engines.base import (
     UPDATE_BYTES,
     AdamW,
     AdapterSpec,
-    Completion,
     DeviceBatch,
     Loss,
     adapter_start,
@@ -38,6 +37,7 @@ from mlx_posttrain.engines.mlx.cpu import blas
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
 from mlx_posttrain.losses.sft import full_kl, token_logprobs
+from mlx_posttrain.rl.rollouts import Completion
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:

@@ -19,7 +19,6 @@ from mlx_posttrain.engines.base import (
     REFERENCE_HIDDEN,
     AdamW,
     AdapterSpec,
-    Completion,
     DeviceBatch,
     Loss,
     adapter_start,
@@ -35,6 +34,7 @@ from mlx_posttrain.engines.torch.decoding import TorchDecoder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
 from mlx_posttrain.losses.sft import full_kl, token_logprobs
+from mlx_posttrain.rl.rollouts import Completion
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
