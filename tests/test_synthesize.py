@@ -19,7 +19,7 @@ from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 from mlx_posttrain.rewards import verify
-from mlx_posttrain.rl.rollouts import Completion
+from mlx_posttrain.engines.base import Generated
 
 ENGINE = engines.available()[0]
 SETTINGS = Settings(samples=4, max_tokens=12, keep=2, near=None)
@@ -181,7 +181,7 @@ def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
 
     def candidates(model, prompts, **settings):
         tokenizer = load_tokenizer(locate("tiny").folder)
-        return [Completion(tokenizer.encode(text), [], True) for text in next(said)]
+        return [Generated(tokenizer.encode(text), [], True) for text in next(said)]
 
     monkeypatch.setattr(synthesize, "CHUNK", 1)
     monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
@@ -227,7 +227,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
 
     def candidates(model, prompts, **settings):
         tokenizer = load_tokenizer(locate("tiny").folder)
-        return [Completion(tokenizer.encode(text), [], True) for _ in prompts for text in said]
+        return [Generated(tokenizer.encode(text), [], True) for _ in prompts for text in said]
 
     monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
     path = tmp_path / "q.jsonl"

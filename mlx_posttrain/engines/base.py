@@ -111,7 +111,7 @@ class AdamW:
 
 
 @dataclass(frozen=True)
-class Completion:
+class Generated:
     """One sampled answer: its tokens without the stop token, log-probabilities at the sampling temperature,
     and whether it stopped.
 
@@ -259,7 +259,7 @@ class Model(Protocol):
         first_row: int = 0,
         on_token: Callable[[int, int], None] | None = None,
         forbidden: Sequence[int] = (),
-    ) -> list[Completion]:
+    ) -> list[Generated]:
         """``samples`` completions of each prompt, in order, from one decode batch; see
         engines/decoding.py.
         """

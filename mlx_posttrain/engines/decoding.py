@@ -15,10 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_posttrain.data.batches import round_up
-from mlx_posttrain.engines.base import Model
+from mlx_posttrain.engines.base import Generated, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.ops import ops
-from mlx_posttrain.rl.rollouts import Completion
 
 Array = Any
 
@@ -99,7 +98,7 @@ def decode(
     first_row: int = 0,
     on_token: Callable[[int, int], None] | None = None,
     forbidden: Sequence[int] = (),
-) -> list[Completion]:
+) -> list[Generated]:
     """``samples`` completions of each prompt; entry ``p * samples + s`` is sample s of prompt p.
 
     A row ends at ``stop``, after ``max_tokens``, or where prompt and answer fill the ``context``.
@@ -159,7 +158,7 @@ def decode(
             decoder.keep(np.flatnonzero(going))
             alive, picked = alive[going], picked[going]
         logits = decoder.advance(picked)
-    return [Completion(t, p, s) for t, p, s in zip(tokens, logprobs, stopped, strict=True)]
+    return [Generated(t, p, s) for t, p, s in zip(tokens, logprobs, stopped, strict=True)]
 
 
 def in_batches(
@@ -170,7 +169,7 @@ def in_batches(
     samples: int = 1,
     token_budget: int = TOKEN_BUDGET,
     **settings: Any,
-) -> Iterator[Completion]:
+) -> Iterator[Generated]:
     """``model.generate`` for any number of prompts: decode batches of at most ``token_budget`` cached
     positions, or of one row.
 

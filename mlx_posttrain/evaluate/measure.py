@@ -18,12 +18,11 @@ import numpy as np
 from mlx_posttrain.data import encode, formats, tasks, templates
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, Batch, by_length, round_up
 from mlx_posttrain.data.types import Conversation, Example, Labelled, Preference, Turn
-from mlx_posttrain.engines.base import DeviceBatch, Model
+from mlx_posttrain.engines.base import DeviceBatch, Generated, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate.metrics import seq_rep_n
 from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.ops import ops
-from mlx_posttrain.rl.rollouts import Completion
 
 TOKEN_BUDGET = 2048  # padded tokens of a scoring batch: with GPT-2's vocabulary their logits take 0.4 GB
 # cached positions of a decode batch, 64 rows of 256 or 256 of 64: with GPT-2 124M they take 1.2 GB
@@ -212,13 +211,13 @@ def _generate(
     samples: int = 1,
     seed: int = 0,
     **settings: Any,
-) -> list[Completion]:
+) -> list[Generated]:
     """``model.generate`` over any number of prompts, in batches of similar length that fit DECODE_BUDGET, in
     the prompts' order.
     """
     if batch < 1 or samples < 1:
         raise ValueError(f"batch {batch}, samples {samples}: both must be at least 1")
-    found: list[Completion | None] = [None] * (len(prompts) * samples)
+    found: list[Generated | None] = [None] * (len(prompts) * samples)
     limit = min(settings["max_tokens"], model.context or settings["max_tokens"])
     for number, group in enumerate(
         by_length([len(p) + limit for p in prompts], max(1, batch // samples), DECODE_BUDGET // samples)

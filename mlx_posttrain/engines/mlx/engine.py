@@ -23,6 +23,7 @@ from mlx_posttrain.engines.base import (
     AdamW,
     AdapterSpec,
     DeviceBatch,
+    Generated,
     Loss,
     adapter_start,
     check_fits,
@@ -37,7 +38,6 @@ from mlx_posttrain.engines.mlx.cpu import blas
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
 from mlx_posttrain.losses.sft import full_kl, token_logprobs
-from mlx_posttrain.rl.rollouts import Completion
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
@@ -319,7 +319,7 @@ class MLXModel:
         first_row: int = 0,
         on_token: Callable[[int, int], None] | None = None,
         forbidden: Sequence[int] = (),
-    ) -> list[Completion]:
+    ) -> list[Generated]:
         self.net.eval()  # dropout off, and with it gradient checkpointing
         _tidy()
         return decoding.decode(

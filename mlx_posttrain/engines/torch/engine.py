@@ -20,6 +20,7 @@ from mlx_posttrain.engines.base import (
     AdamW,
     AdapterSpec,
     DeviceBatch,
+    Generated,
     Loss,
     adapter_start,
     check_fits,
@@ -34,7 +35,6 @@ from mlx_posttrain.engines.torch.decoding import TorchDecoder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
 from mlx_posttrain.losses.sft import full_kl, token_logprobs
-from mlx_posttrain.rl.rollouts import Completion
 
 
 def _device_batch(batch: Batch, total: float) -> DeviceBatch:
@@ -311,7 +311,7 @@ class TorchModel:
         first_row: int = 0,
         on_token: Callable[[int, int], None] | None = None,
         forbidden: Sequence[int] = (),
-    ) -> list[Completion]:
+    ) -> list[Generated]:
         # dropout off, and with it gradient checkpointing, which would silently empty the cache
         self.net.eval()
         return decoding.decode(
