@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_posttrain.methods import METHODS
+
 app = typer.Typer(
     name="mlx-posttrain",
     help="Post-train language models on a Mac or Linux machine: recipes on MLX and on PyTorch CPU.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -60,19 +62,21 @@ def recipes() -> None:
 
 @app.command()
 def keys(
-    method: Annotated[
-        str, typer.Argument(help="a method (sft, reward, ppo, distill, pipeline, pretrain, report), or suite")
+    of: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD", help=f"a method ({', '.join(METHODS)}), or suite", show_default=True
+        ),
     ] = "sft",
 ) -> None:
-    """List every key a recipe may have, with its default; `keys suite`: what eval, compare, analyze and
-    report take.
+    """List every key a recipe may have, with its default; `keys suite`: those of eval, compare, analyze,
+    report.
     """
     from mlx_posttrain import config, methods
     from mlx_posttrain.evaluate.suite import SuiteSection
 
-    for key, default, description in config.describe(
-        SuiteSection if method == "suite" else methods.get(method).Recipe
-    ):
+    section = SuiteSection if of == "suite" else methods.get(of).Recipe
+    for key, default, description in config.describe(section):
         typer.echo(f"{key:32} {default:18} {description}")
 
 
@@ -125,7 +129,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Answer prompts, as many at once as memory allows."""
-    from mlx_posttrain import generation
+    from mlx_posttrain import api
     from mlx_posttrain.errors import UserError
 
     prompts = list(prompt or [])
@@ -143,10 +147,8 @@ def generate(
             ) from None
     if not prompts:
         raise UserError("give a prompt: --prompt TEXT (several times if you like) or --file FILE")
-    answers = generation.answer(
-        model,
+    answers = api.load(_home(model), engine).answers(
         prompts,
-        engine=engine,
         template=template,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -174,11 +176,11 @@ def chat(
     engine: EngineOption = "auto",
 ) -> None:
     """Talk to a model; answers stream. An empty line or Ctrl-D ends, /new starts over."""
-    from mlx_posttrain import generation
+    from mlx_posttrain import api
+    from mlx_posttrain.generation import chat as module
 
-    generation.chat(
-        model,
-        engine=engine,
+    module.chat(
+        api.load(_home(model), engine),
         template=template,
         max_tokens=max_tokens,
         temperature=temperature,

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import sources
-from mlx_posttrain.engines.base import head_start
+from mlx_posttrain.engines.base import Generated, head_start
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation import synthesize
 from mlx_posttrain.generation.synthesize import Settings
@@ -19,7 +19,6 @@ from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 from mlx_posttrain.rewards import verify
-from mlx_posttrain.engines.base import Generated
 
 ENGINE = engines.available()[0]
 SETTINGS = Settings(samples=4, max_tokens=12, keep=2, near=None)
@@ -260,7 +259,6 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
             f"output={tmp_path / 'run'}",
         ],
     )
-    from mlx_posttrain import methods
     from mlx_posttrain.data.read import read_conversations
 
     read = read_conversations(chosen.data, split="train", limit=None, seed=0)
@@ -275,7 +273,6 @@ def test_the_result_trains(questions, tmp_path, monkeypatch):
     monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
     make(tmp_path / "out.jsonl", questions)
     monkeypatch.undo()
-    from mlx_posttrain import methods
 
     chosen = methods.load_recipe(
         "01_sft",

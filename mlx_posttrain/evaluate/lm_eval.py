@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import generation
 from mlx_posttrain.data import encode, templates
 from mlx_posttrain.data.batches import by_length
 from mlx_posttrain.data.types import Turn
@@ -28,6 +27,7 @@ from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import DeviceBatch, Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import measure
+from mlx_posttrain.generation.model import template_for
 from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.ops import ops
@@ -104,17 +104,15 @@ class MLXPosttrainLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """What the harness's cache of requests depends on: the tokenizer and how questions are put."""
-        return (
-            f"{self.source.folder}__{generation.template_for(self.source, self.tokenizer, None)[0]}".replace(
-                "/", "__"
-            )
+        return f"{self.source.folder}__{template_for(self.source, self.tokenizer, None)[0]}".replace(
+            "/", "__"
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The name of the template that ``apply_chat_template`` fills in; None when the harness wants
         none.
         """
-        return generation.template_for(self.source, self.tokenizer, None)[0] if chat_template else None
+        return template_for(self.source, self.tokenizer, None)[0] if chat_template else None
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -124,7 +122,7 @@ class MLXPosttrainLM(TemplateLM):
         """
         turns = [Turn(m["role"], m["content"]) for m in chat_history]  # type: ignore[arg-type]
         begun = "" if add_generation_prompt else turns.pop().content
-        template, templated = generation.template_for(self.source, self.tokenizer, None)
+        template, templated = template_for(self.source, self.tokenizer, None)
         segments = templates.render_prompt(turns, template, self.tokenizer, templated=templated)
         lead = (
             templates.TEMPLATES[template].lead

@@ -10,17 +10,18 @@ import difflib
 import pkgutil
 from collections.abc import Iterator, MutableMapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_posttrain import config
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.training.loop import Callbacks
-from mlx_posttrain.training.method import Method
+
+if TYPE_CHECKING:  # the command line's help reads the names, and must answer at once
+    from mlx_posttrain.training.loop import Callbacks
+    from mlx_posttrain.training.method import Method
 
 _ELSEWHERE = {"pipeline": "mlx_posttrain.pipeline"}
 
 
-class _Table(MutableMapping[str, Method]):
+class _Table(MutableMapping[str, "Method"]):
     """Methods by name, in alphabetical order; a module is imported when its method is first asked for."""
 
     def __init__(self) -> None:
@@ -64,6 +65,8 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Any:
     Raises UserError for a missing file, broken YAML, an unknown method, an unknown key (naming the nearest)
     or a wrong value.
     """
+    from mlx_posttrain import config
+
     path = config.find_recipe(name)
     raw = config.override(config.read_yaml(path), overrides or [])
     return parse_recipe(raw, path.name, folder=path.parent, output=f"runs/{path.stem}")
@@ -75,6 +78,8 @@ def parse_recipe(raw: dict[str, Any], where: str, **options: Any) -> Any:
 
     A run's own recipe.yaml can be run again: what it says of the machine is left out.
     """
+    from mlx_posttrain import config
+
     output = options.pop("output", None)
     raw = {key: value for key, value in raw.items() if key not in config.FACTS}
     if "method" not in raw:
@@ -100,7 +105,7 @@ def run(
 
     method = method or get(recipe.method)
     if method.run is not None:
-        return method.run(recipe, resume, callbacks or Callbacks())
+        return method.run(recipe, resume, callbacks)
     return setup.train(method, recipe, resume, callbacks)
 
 

@@ -64,7 +64,7 @@ class Recipe(config.Section):
         return self
 
 
-def run(recipe: Recipe, resume: bool, callbacks: Callbacks) -> dict[str, Any]:
+def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, Any]:
     """Measure and write ``final/report.html`` with its charts and figures, and ``report.txt``; returns the
     main figures of every model.
 

@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from mlx_posttrain.runs import lock
+from mlx_posttrain.config import Recipe
+from mlx_posttrain.console import say
 from mlx_posttrain.convert.files import drive_to_disk, to_disk, write_atomically
 from mlx_posttrain.convert.hub import check_tensors
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.console import say
-from mlx_posttrain.config import Recipe
+from mlx_posttrain.runs import lock
 from mlx_posttrain.runs.trackers import Tracker, close_all
 
 
@@ -284,7 +284,8 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
 
     Raises UserError if it is not a run, or is to be written and another process writes it.
     """
-    from mlx_posttrain.config import present_names, read_yaml
+    from mlx_posttrain.config import read_yaml
+    from mlx_posttrain.key_names import present_names
 
     folder = Path(folder).expanduser()
     if not (folder / "recipe.yaml").is_file():

@@ -87,7 +87,7 @@ class Method:
     report: Callable[[Session], dict[str, Any]] | None = None
     after: Callable[[Session], None] | None = None
     bench: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    run: Callable[[Any, bool, Callbacks], dict[str, Any]] | None = None
+    run: Callable[[Any, bool, Callbacks | None], dict[str, Any]] | None = None
     plan: Callable[[Any], Sequence[Any]] | None = None
 
     @property
