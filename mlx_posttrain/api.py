@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,18 +90,12 @@ def train(
 
 
 def _recipe(recipe: str | Path | Mapping[str, Any], overrides: dict[str, Any], reward: Any) -> Any:
-    if isinstance(recipe, Mapping):
-        raw, where = copy.deepcopy(dict(recipe)), "recipe"
-        parent, output = None, f"runs/{raw.get('method', 'recipe')}"
-    else:
-        path = config.find_recipe(str(recipe))
-        raw, where, parent, output = config.read_yaml(path), path.name, path.parent, f"runs/{path.stem}"
-    for key, value in overrides.items():
-        section, last = config.holder(raw, key)
-        section[last] = str(value) if isinstance(value, Path) else value
     if reward is not None:
-        raw["reward"] = [{"function": functions.register(reward)}]
-    return methods.parse_recipe(raw, where, folder=parent, output=output)
+        overrides["reward"] = [{"function": functions.register(reward)}]
+    if not isinstance(recipe, Mapping):
+        return methods.load_recipe(str(recipe), overrides)
+    raw = config.override(dict(recipe), overrides)
+    return methods.parse_recipe(raw, "recipe", output=f"runs/{raw.get('method', 'recipe')}")
 
 
 def _with_loss(method: Method, loss: Loss) -> Method:

@@ -33,21 +33,18 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="continue this unfinished run; takes no recipe")] = None,
 ) -> None:
     """Run a recipe, or continue a run."""
-    from mlx_posttrain import methods, runs
+    from mlx_posttrain import api, config
     from mlx_posttrain.errors import UserError
 
     if resume is not None:
         if recipe or overrides:
             raise UserError("--resume continues a run with its own recipe: give no recipe and no settings")
-        resume = resume.expanduser()
-        _, raw = runs.reopen(resume)
-        chosen = methods.parse_recipe({**raw, "output": str(resume)}, str(resume / "recipe.yaml"))
+        done = api.train(resume.expanduser(), resume=True)
     elif recipe is None:
         raise UserError("name a recipe: a YAML file or one that `mlx-posttrain recipes` lists")
     else:
-        chosen = methods.load_recipe(recipe, overrides)
-    methods.run(chosen, resume is not None)
-    typer.echo(chosen.output)
+        done = api.train(recipe, config.settings(overrides or []))
+    typer.echo(done.folder)
 
 
 @app.command()
@@ -203,18 +200,18 @@ def export(
     ] = None,
 ) -> None:
     """Write a run for PEFT, transformers or mlx-lm, with a model card."""
-    from mlx_posttrain.models.export import export, is_export, push
+    from mlx_posttrain.models import export as module
 
     run = run.expanduser()
     target = (output or run / f"export-{to}").expanduser()
     # what an upload that failed left is uploaded as it is
-    if not (push and not force and is_export(target, run, to, merge)):
-        done = export(run, target, to, merged=merge, force=force)
+    if not (push and not force and module.is_export(target, run, to, merge)):
+        done = module.export(run, target, to, merged=merge, force=force)
         if "note" in done:
             typer.echo(done["note"])
     typer.echo(target)
     if push:
-        typer.echo(push(target, push))
+        typer.echo(module.push(target, push))
 
 
 @app.command("eval")
@@ -333,7 +330,7 @@ def _suite(arguments: list[str]) -> tuple[list[str], Any]:
     from mlx_posttrain import config
     from mlx_posttrain.evaluate.suite import SuiteSection
 
-    raw = config.override({}, [a for a in arguments if _setting(a)])
+    raw = config.override({}, config.settings([a for a in arguments if _setting(a)]))
     return [_home(a) for a in arguments if not _setting(a)], config.parse(raw, SuiteSection, "settings")
 
 

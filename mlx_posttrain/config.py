@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -268,11 +269,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """``raw`` with ``key.sub=value`` settings applied; values are YAML, so ``null``, numbers and lists
-    work.
+def settings(overrides: list[str]) -> dict[str, Any]:
+    """``key.sub=value`` settings as a mapping; values are YAML, so ``null``, numbers and lists work.
+
+    Raises UserError for text that is no setting.
     """
-    raw = copy.deepcopy(raw)
+    found: dict[str, Any] = {}
     for setting in overrides:
         key, equals, text = setting.partition("=")
         if not equals or not key:
@@ -284,8 +286,16 @@ def override(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
+        found[key] = value
+    return found
+
+
+def override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``raw`` with dotted keys set to other values; a path becomes text."""
+    raw = copy.deepcopy(raw)
+    for key, value in overrides.items():
         section, last = holder(raw, key)
-        section[last] = value
+        section[last] = str(value) if isinstance(value, Path) else value
     return raw
 
 

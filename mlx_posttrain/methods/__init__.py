@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
-def load_recipe(name: str, overrides: list[str] | None = None) -> Any:
+def load_recipe(name: str, overrides: list[str] | Mapping[str, Any] | None = None) -> Any:
     """Read a recipe file or a shipped recipe, apply overrides, and check it against its method's recipe.
 
     Raises UserError for a missing file, broken YAML, an unknown method, an unknown key (naming the nearest)
@@ -68,7 +68,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Any:
     from mlx_posttrain import config
 
     path = config.find_recipe(name)
-    raw = config.override(config.read_yaml(path), overrides or [])
+    if not isinstance(overrides, Mapping):
+        overrides = config.settings(overrides or [])
+    raw = config.override(config.read_yaml(path), overrides)
     return parse_recipe(raw, path.name, folder=path.parent, output=f"runs/{path.stem}")
 
 
