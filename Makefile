@@ -1,5 +1,6 @@
-# make demo     the embedded model tuned in seven ways and compared, on this machine
-# make test     all tests;  make quick: without the slow ones;  make lint: style and types
+# make demo      the embedded model tuned in seven ways and compared, on this machine
+# make test      the tests;  make test-all: with the exhaustive ones;  make quick: without the slow ones
+# make lint      style, types, and the schema of the workflows
 # Needs Python 3.10 to 3.13. PYTHON=... chooses one; PIP_ARGS=... goes to pip install; ARGS=... to the demo or to pytest.
 VENV ?= .venv
 PYTHON ?=
@@ -14,20 +15,24 @@ SUITABLE = import os, platform, sys; mac = sys.platform == "darwin"; intel = mac
   rosetta = intel and os.popen("sysctl -in sysctl.proc_translated").read().strip() == "1"; \
   sys.exit(rosetta or not (3, 10) <= sys.version_info[:2] <= ((3, 12) if intel else (3, 13)))
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test test-all quick lint clean
 demo: $(VENV)/.installed
 	$(BIN)/mlx-posttrain demo $(ARGS)
 
 test: $(VENV)/.installed-dev
+	$(PYTEST) --durations 10 -m "not exhaustive" $(ARGS)
+
+test-all: $(VENV)/.installed-dev
 	$(PYTEST) --durations 10 $(ARGS)
 
 quick: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
