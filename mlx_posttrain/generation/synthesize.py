@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import __version__, generation, runs
+from mlx_posttrain import __version__, runs
 from mlx_posttrain.console import say
 from mlx_posttrain.data import encode, formats, quality, sources
 from mlx_posttrain.data.pairs import encode_answers
@@ -27,6 +27,7 @@ from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.generation.model import template_for
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import Source
 from mlx_posttrain.models.tokenizer import pad_id
@@ -87,7 +88,7 @@ def synthesize(
                 "--reward, or rows with an answer"
             )
     model, tokenizer, source = open_model(teacher, engine)
-    template, templated = generation.template_for(source, tokenizer, settings.template)
+    template, templated = template_for(source, tokenizer, settings.template)
     system = settings.system or source.system
     judge = open_model(settings.reward, engine, scores=True) if settings.reward else None
     stamp = {

@@ -43,11 +43,18 @@ class Learner(Protocol):
     """What the loop drives: models with their optimizers, and the data they learn from."""
 
     steps: int
-    #: The held-out figure by which the best weights are chosen; None: the last step's are final.
-    select_by: str | None
-    #: The held-out figure that must be finite, and what it is called in an error.
-    finite: tuple[str, str]
-    trainers: Mapping[str, Trainer]
+
+    @property
+    def select_by(self) -> str | None:
+        """The held-out figure by which the best weights are chosen; None: the last step's are final."""
+
+    @property
+    def finite(self) -> tuple[str, str]:
+        """The held-out figure that must be finite, and what it is called in an error."""
+
+    @property
+    def trainers(self) -> Mapping[str, Trainer]:
+        """The optimizers, by the name of their file in a checkpoint."""
 
     def check(self) -> None:
         """Raise UserError for settings that the data cannot meet, before anything is trained."""
