@@ -217,9 +217,9 @@ class Training:
             each, most = EVALUATED_ALIVE[self.engine][self.divergence]
             return min(most * chunk, each * every) / GB
         each, most = CHUNKS_ALIVE[self.engine][self.adapter]
-        kept = 0 if self.adapter else fused.kept(batch.positions, self.size.vocabulary)
+        cached = 0 if self.adapter else fused.cached_positions(batch.positions, self.size.vocabulary)
         return (
-            min(most, each * len(chunks)) * chunk * beside + self.number * self.size.vocabulary * kept
+            min(most, each * len(chunks)) * chunk * beside + self.number * self.size.vocabulary * cached
         ) / GB
 
     def head(self) -> float:

@@ -64,13 +64,13 @@ def truth(p: dict[str, np.ndarray], kind: str) -> tuple[list[np.ndarray], np.nda
 
     gradients = []
     for name in ("h", "w"):
-        slope = np.zeros_like(p[name])
-        for at in np.ndindex(*slope.shape):
-            step = np.zeros_like(slope)
+        gradient = np.zeros_like(p[name])
+        for at in np.ndindex(*gradient.shape):
+            step = np.zeros_like(gradient)
             step[at] = 1e-5
             both = [total(**{"h": p["h"], "w": p["w"], name: p[name] + sign * step}) for sign in (1, -1)]
-            slope[at] = (both[0] - both[1]) / 2e-5
-        gradients.append(slope)
+            gradient[at] = (both[0] - both[1]) / 2e-5
+        gradients.append(gradient)
     return figures_in_float64(p, kind, p["h"], p["w"]), gradients[0], gradients[1]
 
 
@@ -79,14 +79,14 @@ def way_round(kind: str) -> tuple[str, float | None]:
 
 
 def mlx_results(
-    p: dict[str, np.ndarray], kind: str, trained: bool, steered: bool
+    p: dict[str, np.ndarray], kind: str, trained: bool, streamed: bool
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     import mlx.core as mx
 
     from mlx_posttrain.engines.mlx import fused as mlx_fused
 
     a = {name: mx.array(v.astype(np.int32 if name == "target" else np.float32)) for name, v in p.items()}
-    way = {"trained": trained, "training": trained or steered}
+    way = {"trained": trained, "training": trained or streamed}
 
     def figures(h, w):
         if kind == "logprobs":
@@ -101,12 +101,12 @@ def mlx_results(
         found = figures(h, w)
         return sum(mx.sum(f * g) for f, g in zip(found, a["weights"], strict=False)), found
 
-    (_, found), slopes = mx.compile(mx.value_and_grad(total, argnums=(0, 1)))(a["h"], a["w"])
-    return [np.array(f) for f in found], *(np.array(s) for s in slopes)
+    (_, found), gradients = mx.compile(mx.value_and_grad(total, argnums=(0, 1)))(a["h"], a["w"])
+    return [np.array(f) for f in found], *(np.array(g) for g in gradients)
 
 
 def torch_results(
-    p: dict[str, np.ndarray], kind: str, trained: bool, steered: bool
+    p: dict[str, np.ndarray], kind: str, trained: bool, streamed: bool
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     import torch
 
@@ -145,21 +145,23 @@ def test_figures_and_gradients_equal_the_plain_losses_for_every_chunk(name, kind
     for rows in range(1, N + 2):  # and of the vocabulary, 3 to 23 entries at a time
         monkeypatch.setattr(fused, "CHUNK_BYTES", rows * V * 4 + 3)
         assert max(s.stop - s.start for s in fused.chunks(N, V)) <= 2 * rows
-        for trained, steered, kept in (
+        for trained, streamed, cached in (
             (True, False, 0),
             (True, False, 4),
             (True, False, N),
             (False, True, N),
             (False, False, N),
         ):
-            if name == "torch" and not (trained or steered):
+            if name == "torch" and not (trained or streamed):
                 continue  # torch sees for itself whether a gradient is wanted
-            monkeypatch.setattr(fused, "KEPT_BYTES", kept * V * 4)
-            assert (fused.kept(N, V) == N) == (kept == N) and fused.kept(N, V) <= kept
-            found, got_h, got_w = RESULTS[name](p, kind, trained, steered)
-            assert all(near(a, b) for a, b in zip(found, values, strict=True)), (rows, trained, steered, kept)
-            assert near(got_h, d_h), (rows, trained, steered, kept)
-            assert near(got_w, d_w if trained else np.zeros((V, D))), (rows, trained, steered, kept)
+            monkeypatch.setattr(fused, "CACHED_BYTES", cached * V * 4)
+            positions = fused.cached_positions(N, V)
+            assert (positions == N) == (cached == N) and positions <= cached
+            found, got_h, got_w = RESULTS[name](p, kind, trained, streamed)
+            case = rows, trained, streamed, cached
+            assert all(near(a, b) for a, b in zip(found, values, strict=True)), case
+            assert near(got_h, d_h), case
+            assert near(got_w, d_w if trained else np.zeros((V, D))), case
 
 
 def test_chunks_cover_every_position_once_and_fit_the_budget():
@@ -177,11 +179,11 @@ def test_chunks_cover_every_position_once_and_fit_the_budget():
     assert fused.chunks(0, 50257) == []
 
 
-def test_slopes_are_kept_of_whole_chunks_as_long_as_they_fit():
-    assert fused.kept(576, 50257) == 576
-    assert fused.kept(4096, 50257) == 640
-    assert fused.kept(4096, 50257) * 50257 * 4 <= fused.KEPT_BYTES
-    assert fused.kept(64, 10**8) == 0  # not even the first chunk
+def test_gradients_are_cached_of_whole_chunks_that_fit():
+    assert fused.cached_positions(576, 50257) == 576
+    assert fused.cached_positions(4096, 50257) == 640
+    assert fused.cached_positions(4096, 50257) * 50257 * 4 <= fused.CACHED_BYTES
+    assert fused.cached_positions(64, 10**8) == 0  # not even the first chunk
 
 
 def test_equal_distributions_have_no_divergence_and_likely_tokens_no_positive_logprob():
@@ -257,15 +259,15 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize(("adapter", "kept"), [(None, 0), (None, 50), (None, 10**3), ("lora", 0)])
+@pytest.mark.parametrize(("adapter", "cached"), [(None, 0), (None, 50), (None, 10**3), ("lora", 0)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_steps_equal_those_of_the_plain_path(engine, random_gpt2, adapter, kept, loss, monkeypatch):
-    """Several chunks, two micro-batches, three steps, slopes kept of no, some and all positions.
+def test_steps_equal_those_of_the_plain_path(engine, random_gpt2, adapter, cached, loss, monkeypatch):
+    """Several chunks, two micro-batches, three steps, gradients cached of no, some and all positions.
 
     AdamW's eps is large, or rounding of tiny gradients would become whole steps.
     """
     monkeypatch.setattr(fused, "CHUNK_BYTES", 50 * 400 * 4)
-    monkeypatch.setattr(fused, "KEPT_BYTES", kept * 400 * 4)
+    monkeypatch.setattr(fused, "CACHED_BYTES", cached * 400 * 4)
     curves, weights = [], []
     for chosen in LOSSES[loss]:
         model = engine.load(random_gpt2)
@@ -369,7 +371,7 @@ def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch)
     from mlx_posttrain.engines.mlx import fused as mlx_fused
 
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
-    monkeypatch.setattr(fused, "KEPT_BYTES", 2**22)
+    monkeypatch.setattr(fused, "CACHED_BYTES", 2**22)
     monkeypatch.setattr(fused, "PANEL", 1)
     v, d = 16384, 16
 
@@ -394,7 +396,7 @@ def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch)
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
-def test_torch_lets_go_of_what_was_kept_when_it_was_used():
+def test_torch_frees_the_cached_gradients_once_they_are_used():
     """A training loop holds the last loss, and with it the graph, until the next forward pass is through."""
     import gc
     import weakref
@@ -410,7 +412,7 @@ def test_torch_lets_go_of_what_was_kept_when_it_was_used():
     )
     logprobs = torch_fused.logprobs(h, w, target)
     alive = [weakref.ref(o) for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (9, 30)]
-    assert alive  # the slopes
+    assert alive  # the cached gradients
     logprobs.sum().backward()
     assert [o for o in alive if o() is not None] == []
 
@@ -442,11 +444,11 @@ def test_on_torch_a_tied_embedding_gets_one_gradient_made_in_place():
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
-@pytest.mark.parametrize("kept", [0, 10**9])
-def test_torch_trains_all_weights_in_bfloat16(random_gpt2, kept, monkeypatch):
-    """Its gradients point where float32's do, whatever is kept."""
+@pytest.mark.parametrize("cached", [0, 10**9])
+def test_torch_trains_all_weights_in_bfloat16(random_gpt2, cached, monkeypatch):
+    """Its gradients point where float32's do, whatever is cached."""
     monkeypatch.setattr(fused, "CHUNK_BYTES", 50 * 400 * 4)
-    monkeypatch.setattr(fused, "KEPT_BYTES", kept)
+    monkeypatch.setattr(fused, "CACHED_BYTES", cached)
     whole, half = (engines.get("torch").load(random_gpt2, dtype=dtype) for dtype in ("float32", "bfloat16"))
     whole.load_trained(random_gpt2)
     wanted, found = (model.gradient(sft.loss, [collate(rows(), 64)]) for model in (whole, half))
@@ -497,18 +499,18 @@ def test_torch_finds_the_weight_whatever_holds_on_to_saved_tensors():
 
 
 @pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
-def test_on_mlx_an_evaluation_keeps_nothing(random_gpt2, monkeypatch):
+def test_on_mlx_an_evaluation_caches_nothing(random_gpt2, monkeypatch):
     from mlx_posttrain.engines.mlx import fused as mlx_fused
 
-    kept, ours = [], fused.kept
-    monkeypatch.setattr(mlx_fused.fused, "kept", lambda *sizes: kept.append(1) or ours(*sizes))
+    calls, ours = [], fused.cached_positions
+    monkeypatch.setattr(mlx_fused.fused, "cached_positions", lambda *sizes: calls.append(1) or ours(*sizes))
     engine, batch = engines.get("mlx"), collate(rows(), 64)
     model = engine.load(random_gpt2)
     model.token_logprobs([batch])
     model.evaluate(sft.loss, [batch])
-    assert not kept
+    assert not calls
     engine.trainer(model, AdamW()).step(sft.loss, [batch], 1e-3)
-    assert kept
+    assert calls
 
 
 @pytest.mark.slow
