@@ -205,7 +205,7 @@ class Model(Protocol):
         """
 
     def add_head(self, weight: np.ndarray) -> None:
-        """Put a trained scalar head [1, width] without bias on the hidden states; see :func:`head_start`."""
+        """Put a trained scalar head [1, width] without bias on the hidden states; see :func:`initial_head`."""
 
     def head(self) -> np.ndarray:
         """The scalar head's weight, [1, width] float32."""
@@ -358,7 +358,7 @@ def match_targets(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
     return sorted({p for found in chosen.values() for p in found})
 
 
-def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
+def initial_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
     """First values of LoRA's A matrices, the same on both engines; B starts at zero (Hu et al. 2021, section
     4.1).
 
@@ -373,7 +373,7 @@ def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -
     }
 
 
-def width(config: Mapping[str, Any]) -> int:
+def hidden_size(config: Mapping[str, Any]) -> int:
     """Size of a model's hidden states. Raises UserError when its config does not say."""
     size = config.get("n_embd") or config.get("hidden_size")
     if not isinstance(size, int):
@@ -384,15 +384,15 @@ def width(config: Mapping[str, Any]) -> int:
     return size
 
 
-def head_start(width: int, seed: int | None) -> np.ndarray:
-    """First values of a scalar head, [1, width] float32: N(0, 1 / (width + 1)) (Stiennon et al. 2020's code),
-    or zeros without a seed.
+def initial_head(hidden_size: int, seed: int | None) -> np.ndarray:
+    """First values of a scalar head, [1, hidden_size] float32; zeros without a seed.
+
+    Drawn from N(0, 1 / (hidden_size + 1)), as in the code of Stiennon et al. 2020.
     """
     if seed is None:
-        return np.zeros((1, width), np.float32)
-    return (np.random.default_rng([seed, 0x5C0E]).standard_normal((1, width)) / (width + 1) ** 0.5).astype(
-        np.float32
-    )
+        return np.zeros((1, hidden_size), np.float32)
+    values = np.random.default_rng([seed, 0x5C0E]).standard_normal((1, hidden_size))
+    return (values / (hidden_size + 1) ** 0.5).astype(np.float32)
 
 
 def check_fits(length: int, context: int | None) -> None:

@@ -40,7 +40,16 @@ from mlx_posttrain.data import encode
 from mlx_posttrain.data.read import encode_rows, read_conversations
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.base import Array, DeviceBatch, Engine, Loss, Model, Trainer, head_start, width
+from mlx_posttrain.engines.base import (
+    Array,
+    DeviceBatch,
+    Engine,
+    Loss,
+    Model,
+    Trainer,
+    hidden_size,
+    initial_head,
+)
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses import policy as objective
 from mlx_posttrain.losses.sft import token_mean
@@ -355,14 +364,14 @@ def _critic_source(recipe: Recipe) -> str | None:
 
 def _critic(engine: Engine, recipe: Recipe, folder: Path, policy: Model) -> Model | None:
     if recipe.critic.kind == "shared":
-        policy.add_head(head_start(width(policy.config), None))
+        policy.add_head(initial_head(hidden_size(policy.config), None))
         return None
     reward = _critic_source(recipe)
     critic = engine.load(
         base_folder(reward) if reward else folder, gradient_checkpointing=recipe.train.gradient_checkpointing
     )
     if not critic.has_head:
-        critic.add_head(head_start(width(critic.config), None))
+        critic.add_head(initial_head(hidden_size(critic.config), None))
     return critic
 
 

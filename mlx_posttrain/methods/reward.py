@@ -26,7 +26,7 @@ from mlx_posttrain.convert import hub
 from mlx_posttrain.data import pairs
 from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, split_rows
 from mlx_posttrain.data.types import Preference
-from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model, head_start, width
+from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import preference
 from mlx_posttrain.losses.preference import bradley_terry, centring
@@ -153,7 +153,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         model = setup.load_model(engine, recipe, folder, recipe.adapter)
         check_vocabulary(tokenizer, model, folder)
         if not model.has_head:
-            model.add_head(head_start(width(model.config), recipe.seed))
+            model.add_head(initial_head(hidden_size(model.config), recipe.seed))
         pad = pad_id(model.config, tokenizer)
         batches = training_pairs(recipe, train, held_out, tokenizer, model.context, pad)
         unseen = batches.held_out

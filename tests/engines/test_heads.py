@@ -10,7 +10,7 @@ import pytest
 from mlx_posttrain import engines
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.base import AdamW, AdapterSpec, head_start
+from mlx_posttrain.engines.base import AdamW, AdapterSpec, initial_head
 from mlx_posttrain.errors import UserError
 
 ENGINES = engines.available()
@@ -50,7 +50,7 @@ def trained(engine, folder, adapter: bool, steps: int = 10):
     model = engine.load(folder)
     if adapter:
         model.add_adapter(AdapterSpec(rank=4, alpha=8.0), seed=3)
-    model.add_head(head_start(64, seed=5))
+    model.add_head(initial_head(64, seed=5))
     b = batch()
     b = Batch(b.tokens, b.index, b.target, b.weight, b.row, {"target": np.array([1, -1, 2], np.float32)}, 3.0)
     trainer = engine.trainer(model, AdamW(clip=None))
@@ -90,7 +90,7 @@ def test_scores_in_transformers_and_back(engine, adapter, random_gpt2, tmp_path)
             again = engines.get(other).load(random_gpt2)
             if adapter:
                 again.add_adapter(files.spec_of(tmp_path / saved), seed=0)
-            again.add_head(head_start(64, seed=9))
+            again.add_head(initial_head(64, seed=9))
             again.load_trained(tmp_path / saved)
             assert np.abs(scores(again) - wanted).max() < 1e-5
     if not adapter:  # a classifier's folder opens with its head on
@@ -110,9 +110,9 @@ def test_engines_train_heads_alike(adapter, random_gpt2):
 def test_a_zero_head_scores_zero_and_one_pass_gives_both(engine, random_gpt2):
     model = engine.load(random_gpt2)
     assert not model.has_head
-    model.add_head(head_start(64, None))
+    model.add_head(initial_head(64, None))
     assert np.array_equal(scores(model), np.zeros(3))
-    model.add_head(head_start(64, 1))
+    model.add_head(initial_head(64, 1))
     found = model.apply(
         lambda m, b: dict(zip(("logprobs", "entropy", "scores"), m.policy_terms(b), strict=True)), [batch()]
     )[0]
@@ -124,10 +124,10 @@ def test_adapter_freezes_all_but_itself_and_the_head(engine, random_gpt2):
     model = engine.load(random_gpt2)
     model.add_adapter(AdapterSpec(rank=4), seed=0)
     without = model.parameter_counts()[1]
-    model.add_head(head_start(64, 0))
+    model.add_head(initial_head(64, 0))
     assert model.parameter_counts()[1] == without + 64
     other = engine.load(random_gpt2)
-    other.add_head(head_start(64, 0))
+    other.add_head(initial_head(64, 0))
     other.add_adapter(AdapterSpec(rank=4), seed=0)
     assert other.parameter_counts()[1] == without + 64
 
@@ -139,7 +139,7 @@ def test_the_language_model_ignores_its_head(engine, random_gpt2, tmp_path):
     tokens = np.arange(3, 30)[None]
     plain = model.full_logits(tokens)
     model.keep_reference()
-    model.add_head(head_start(64, 2))
+    model.add_head(initial_head(64, 2))
     assert np.array_equal(model.full_logits(tokens), plain)
     model.save(tmp_path / "lm")
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lm", output_loading_info=True)
@@ -150,7 +150,7 @@ def test_the_language_model_ignores_its_head(engine, random_gpt2, tmp_path):
 
 def test_a_classifier_of_several_labels_is_refused(engine, random_gpt2, tmp_path):
     model = engine.load(random_gpt2)
-    model.add_head(head_start(64, 0))
+    model.add_head(initial_head(64, 0))
     model.save_classifier(tmp_path / "c", PAD)
     from safetensors.numpy import load_file, save_file
 
@@ -162,4 +162,4 @@ def test_a_classifier_of_several_labels_is_refused(engine, random_gpt2, tmp_path
     )
     with pytest.raises(UserError, match="one label"):
         engine.load(tmp_path / "c")
-    assert head_start(64, 0).std() == pytest.approx((1 / 65) ** 0.5, rel=0.3)
+    assert initial_head(64, 0).std() == pytest.approx((1 / 65) ** 0.5, rel=0.3)

@@ -25,9 +25,9 @@ from mlx_posttrain.engines.base import (
     Completion,
     DeviceBatch,
     Loss,
-    adapter_start,
     check_fits,
     device_batch,
+    initial_adapter,
     match_targets,
     micro_batch_totals,
 )
@@ -221,13 +221,13 @@ class MLXModel:
             p: layer_type.from_base(m, r=spec.rank, dropout=spec.dropout, scale=spec.scale)
             for p, m in sorted(chosen)
         }
-        start = adapter_start(
+        initial = initial_adapter(
             {self._hf_path(p): m.lora_a.shape[:1] + m.lora_b.shape[1:] for p, m in layers.items()},
             spec.rank,
             seed,
         )
         for path, layer in layers.items():
-            layer.lora_a = mx.array(start[self._hf_path(path)].T)
+            layer.lora_a = mx.array(initial[self._hf_path(path)].T)
             layer.linear.freeze()
             if spec.kind == "dora":  # PEFT trains the magnitude; so do we
                 layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)

@@ -22,9 +22,9 @@ from mlx_posttrain.engines.base import (
     Completion,
     DeviceBatch,
     Loss,
-    adapter_start,
     check_fits,
     device_batch,
+    initial_adapter,
     match_targets,
     micro_batch_totals,
 )
@@ -227,12 +227,12 @@ class TorchModel:
         if self.has_head:
             self.net.score.requires_grad_(True)
         layers = dict(self._adapted())
-        start = adapter_start(
+        initial = initial_adapter(
             {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}, spec.rank, seed
         )
         with torch.no_grad():
             for path, layer in layers.items():
-                layer.lora_A["default"].weight.copy_(torch.from_numpy(start[path]))
+                layer.lora_A["default"].weight.copy_(torch.from_numpy(initial[path]))
                 layer.lora_B["default"].weight.zero_()
 
     @property
