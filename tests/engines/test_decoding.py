@@ -209,7 +209,7 @@ def test_a_cache_that_grows_while_rows_leave_says_the_same(random_gpt2, monkeypa
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
 def test_torch_decodes_through_the_whole_model_where_logits_are_more_than_products(random_gpt2, monkeypatch):
     from mlx_posttrain.engines.torch import decoding as torch_decoding
-    from mlx_posttrain.engines.torch import engine
+    from mlx_posttrain.engines.torch import model as torch_model
 
     model = engines.get("torch").load(random_gpt2)
     heads = []
@@ -219,7 +219,7 @@ def test_torch_decodes_through_the_whole_model_where_logits_are_more_than_produc
             super().__init__(net, head)
             heads.append(head)
 
-    monkeypatch.setattr(engine, "TorchDecoder", Watched)
+    monkeypatch.setattr(torch_model, "TorchDecoder", Watched)
     said = []
     for split in (True, False):
         model._split = split

@@ -462,8 +462,8 @@ def test_torch_trains_all_weights_in_bfloat16(random_gpt2, cached, monkeypatch):
 def test_torch_embeds_in_place_where_the_embedding_trains_and_has_no_row_apart(random_gpt2, monkeypatch):
     import torch
 
-    from mlx_posttrain.engines.torch import engine as torch_engine
     from mlx_posttrain.engines.torch import fused as torch_fused
+    from mlx_posttrain.engines.torch import model as torch_model
 
     seen, ours = [], torch_fused.embed
     monkeypatch.setattr(torch_fused, "embed", lambda tokens, w: seen.append(1) or ours(tokens, w))
@@ -474,7 +474,7 @@ def test_torch_embeds_in_place_where_the_embedding_trains_and_has_no_row_apart(r
     engine.trainer(model, AdamW()).step(sft.loss, [batch], 1e-3)
     assert len(seen) == 1
     model.net.set_input_embeddings(torch.nn.Embedding(400, model.net.config.n_embd, padding_idx=3))
-    assert not torch_engine._embeds(model.net)  # whose row 3 has no gradient
+    assert not torch_model._embeds(model.net)  # whose row 3 has no gradient
     model.add_adapter(AdapterSpec(rank=4), seed=0)
     engine.trainer(model, AdamW()).step(sft.loss, [batch], 1e-3)
     assert len(seen) == 1

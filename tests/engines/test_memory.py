@@ -18,8 +18,9 @@ mx = pytest.importorskip("mlx.core")
 from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
 from mlx_posttrain.engines.base import AdamW  # noqa: E402
-from mlx_posttrain.engines.mlx import engine as engine_module  # noqa: E402
+from mlx_posttrain.engines.mlx import trainer as mlx_trainer  # noqa: E402
 from mlx_posttrain.engines.mlx.engine import MLXEngine  # noqa: E402
+from mlx_posttrain.engines.mlx.model import release_unused_buffers  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
 from mlx_posttrain.models.merge import base_folder  # noqa: E402
 
@@ -33,7 +34,7 @@ def batch(length: int, seed: int = 0, vocabulary: int = 4000) -> object:
 def test_updates_in_groups_equal_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (1, 2**40):
-        monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
+        monkeypatch.setattr(mlx_trainer, "UPDATE_BYTES", size)
         model = MLXEngine().load(base_folder("tiny"))
         trainer = MLXEngine().trainer(model, AdamW(weight_decay=0.1))
         for _ in range(3):
@@ -47,7 +48,7 @@ def test_the_update_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> Non
     peaks = []
     for size in (2**20, 2**40):
         gc.collect()  # a model and its compiled step refer to each other
-        monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
+        monkeypatch.setattr(mlx_trainer, "UPDATE_BYTES", size)
         model = MLXEngine().load(base_folder("tiny"))
         trainer = MLXEngine().trainer(model, AdamW())
         trainer.step(sft.loss, [batch(32)], 1e-3)
@@ -116,7 +117,7 @@ def test_unused_buffers_are_given_back() -> None:
     before = mx.get_cache_memory()
     if before <= mx.get_active_memory():
         pytest.skip("this device keeps too few unused buffers to tell")
-    engine_module._tidy()
+    release_unused_buffers()
     assert mx.get_cache_memory() < before
 
 

@@ -12,7 +12,8 @@ from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
 from mlx_posttrain.engines.base import AdamW, AdapterSpec  # noqa: E402
 from mlx_posttrain.engines.torch import packed as torch_packed  # noqa: E402
-from mlx_posttrain.engines.torch.engine import TorchEngine, _device_batch  # noqa: E402
+from mlx_posttrain.engines.torch.engine import TorchEngine  # noqa: E402
+from mlx_posttrain.engines.torch.model import to_device  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
 
 RNG = np.random.default_rng(0)
@@ -65,9 +66,9 @@ def outputs(model, batch, threshold: float):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "WORTHWHILE", threshold)
         model.net.train()
-        hidden = model._hidden(model.net, _device_batch(batch, 1.0))
+        hidden = model._hidden(model.net, to_device(batch, 1.0))
         (torch.from_numpy(batch.weight)[:, None] * hidden**3).sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model._parameters() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in model.trained_parameters() if p.grad is not None}
         model.net.zero_grad()
     return hidden.detach(), gradients
 
