@@ -166,10 +166,12 @@ def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
 
     from mlx_posttrain.engines.torch import decoding as torch_decoding
 
-    monkeypatch.setattr(decoding, "ROOM", 4)
+    monkeypatch.setattr(decoding, "TORCH_CACHE_BLOCK", 4)
     torch.manual_seed(0)
-    torch_decoding._Roomy().batch_repeat_interleave(2)  # which has met no token
-    both = [Cache(layer_class_to_replicate=kind) for kind in (torch_decoding._Roomy, DynamicLayer)]
+    torch_decoding._PreallocatedLayer().batch_repeat_interleave(2)  # which has met no token
+    both = [
+        Cache(layer_class_to_replicate=kind) for kind in (torch_decoding._PreallocatedLayer, DynamicLayer)
+    ]
     rows = 2
     for step, change in enumerate(["repeat", "", "drop", "", "", "drop", "", "", ""]):
         keys, values = (torch.randn(rows, 3, 3 if step == 0 else 1, 5) for _ in range(2))
@@ -186,8 +188,8 @@ def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
                 c.batch_select_indices(kept)
             rows = len(kept)
         assert both[0].get_seq_length() == both[1].get_seq_length() == 3 + step
-    room = both[0].layers[0]._rooms[0]
-    assert room.shape[2] == 12 and both[0].layers[0].keys.data_ptr() == room.data_ptr()
+    buffer = both[0].layers[0]._buffers[0]
+    assert buffer.shape[2] == 12 and both[0].layers[0].keys.data_ptr() == buffer.data_ptr()
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
@@ -202,7 +204,7 @@ def test_a_cache_that_grows_while_rows_leave_says_the_same(random_gpt2, monkeypa
 
     wide = said()
     assert len({len(tokens) for tokens in wide}) > 2  # rows leave at different steps
-    monkeypatch.setattr(decoding, "ROOM", 3)
+    monkeypatch.setattr(decoding, "TORCH_CACHE_BLOCK", 3)
     assert said() == wide
 
 

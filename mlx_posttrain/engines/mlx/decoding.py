@@ -16,7 +16,9 @@ class MLXDecoder:
     """An mlx-lm model as a :class:`~mlx_posttrain.engines.decoding.Decoder`.
 
     head: gives the logits of hidden states; None where the model's logits are more than its head's output.
-    Prompts are padded on the left where every layer has a plain KV cache; other caches hold a single row.
+
+    Prompts are padded on the left where every layer has a plain KV cache. Other caches hold a single row:
+    prefill raises UserError for several.
     """
 
     def __init__(self, net: nn.Module, head: Callable[[mx.array], mx.array] | None):

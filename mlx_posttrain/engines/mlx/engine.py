@@ -18,10 +18,12 @@ from mlx_posttrain.engines.mlx.trainer import MLXTrainer
 
 
 class MLXEngine:
+    """MLX as an :class:`~mlx_posttrain.engines.base.Engine`."""
+
     name = "mlx"
 
     def __init__(self) -> None:
-        blas.load()  # on Linux, MLX multiplies with the reference BLAS otherwise
+        blas.load()  # on Linux MLX would otherwise multiply with the reference BLAS
 
     def load(
         self,
@@ -54,7 +56,7 @@ class MLXEngine:
     def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
         if "mlx" in state:
             high, low = (int(v) for v in state["mlx"])
-            # mlx's state is its key, the two halves of the seed; it cannot be assigned
+            # mlx's state is its key, the two halves of the seed; it cannot be assigned.
             mx.random.seed((high << 32) | low)
             if not np.array_equal(np.array(mx.random.state[0]), state["mlx"]):
                 raise RuntimeError(

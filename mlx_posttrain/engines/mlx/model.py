@@ -1,4 +1,4 @@
-"""MLX models: mlx-lm's networks, LoRA layers and quantisation behind the protocol of engines/base.py."""
+"""Models of the MLX engine: mlx-lm's networks and adapters behind the Model protocol."""
 
 from __future__ import annotations
 
@@ -38,19 +38,25 @@ from mlx_posttrain.losses.sft import full_kl, token_logprobs
 
 
 def to_device(batch: Batch, total: float) -> DeviceBatch:
+    """The batch as MLX arrays; total: see :class:`~mlx_posttrain.engines.base.DeviceBatch`."""
     return device_batch(batch, total, mx.array)
 
 
 def release_unused_buffers() -> None:
-    """Give buffers that nobody uses back to the system once they outweigh those in use: with rows of many
-    lengths they pile up.
+    """Return MLX's unused buffers to the system once they outweigh those in use.
+
+    With rows of many lengths they pile up.
     """
     if mx.get_cache_memory() > mx.get_active_memory():
         mx.clear_cache()
 
 
 class MLXModel:
-    """An mlx-lm model; adapters are mlx-lm's LoRALinear and DoRALinear in place of the layers they adapt."""
+    """An mlx-lm model.
+
+    Adapters are mlx-lm's LoRALinear and DoRALinear, in place of the layers they adapt. reload: reads the
+    network again, for a copy that serves as the reference.
+    """
 
     def __init__(self, net: nn.Module, folder: Path, config: dict[str, Any], reload: Callable[[], nn.Module]):
         self.net = net
@@ -68,11 +74,11 @@ class MLXModel:
 
     packs = False  # mlx-lm's models count positions themselves
 
-    # the vocabulary of losses
+    # The vocabulary of losses.
 
     def _logits(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
         check_fits(batch.tokens.shape[1], self.context)
-        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask:
+        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask,
         # see data/batches.py.
         if not self._split:
             return net(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
@@ -100,8 +106,9 @@ class MLXModel:
             return mx.stop_gradient(self._logits(net, batch))
 
     def _fused_head(self, net: nn.Module) -> tuple[mx.array, dict[str, bool]] | None:
-        """The head's weight [V, d] and its way to a gradient, see fused.py; None for a head that is not one
-        plain matrix.
+        """The head's weight [V, d] and how its gradient is made, as arguments of engines/mlx/fused.py.
+
+        None for a head that is not one plain matrix.
         """
         if not self._split:
             return None
@@ -133,8 +140,11 @@ class MLXModel:
                 logits, self.reference_logits(batch), direction
             )
         with self._frozen() as net:
-            weight, kept = _head_layer(net).weight, batch.extra.get(REFERENCE_HIDDEN)
-            hidden = mx.stop_gradient(self._hidden(net, batch)) if kept is None else kept.astype(weight.dtype)
+            weight, cached = _head_layer(net).weight, batch.extra.get(REFERENCE_HIDDEN)
+            if cached is None:
+                hidden = mx.stop_gradient(self._hidden(net, batch))
+            else:
+                hidden = cached.astype(weight.dtype)
         return mlx_fused.logprobs_and_kl(
             self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, beta, **head[1]
         )
@@ -147,9 +157,9 @@ class MLXModel:
     def reference_hidden(self, batch: Batch) -> np.ndarray:
         self.net.eval()
         with self._frozen() as net:
-            found = np.array(self._hidden(net, to_device(batch, 1.0)).astype(mx.float32))
+            hidden = np.array(self._hidden(net, to_device(batch, 1.0)).astype(mx.float32))
         release_unused_buffers()
-        return found
+        return hidden
 
     def policy_terms(
         self, batch: DeviceBatch, temperature: float = 1.0
@@ -174,12 +184,13 @@ class MLXModel:
         return np.array(self.net.eval()(mx.array(tokens.astype(np.int32))).astype(mx.float32))
 
     def adapted(self) -> list[tuple[str, nn.Module]]:
+        """The adapted layers and their paths in the network."""
         return [(path, m) for path, m in self.net.named_modules() if hasattr(m, "lora_a")]
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        # A scale of 0 would not do for DoRA, whose magnitude acts even then: put the adapted layers
-        # themselves back.
+        # A scale of 0 does not switch off DoRA, whose magnitude still acts: put the plain layers back
+        # instead.
         layers = self.adapted()
         self.net.update_modules(tree_unflatten([(path, m.linear) for path, m in layers]))
         try:
@@ -187,10 +198,10 @@ class MLXModel:
         finally:
             self.net.update_modules(tree_unflatten(layers))
 
-    # around training
+    # Around training.
 
     def parameter_counts(self) -> tuple[int, int]:
-        # a quantised layer stores 32 / bits weights in one uint32 and its scales and biases beside them
+        # A quantised layer stores 32 / bits weights in one uint32, and scales and biases beside them.
         packed = 0
         for _, m in self.net.named_modules():
             if hasattr(m, "bits") and hasattr(m, "scales"):
@@ -234,7 +245,7 @@ class MLXModel:
         for path, layer in layers.items():
             layer.lora_a = mx.array(initial[self._hf_path(path)].T)
             layer.linear.freeze()
-            if spec.kind == "dora":  # PEFT trains the magnitude; so do we
+            if spec.kind == "dora":  # train the magnitude, as PEFT does
                 layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
         self.net.update_modules(tree_unflatten(list(layers.items())))
         mx.eval(self.net.parameters())
@@ -260,10 +271,10 @@ class MLXModel:
     def keep_reference(self) -> None:
         if self.spec is None:
             reference = self._reload()
-            # Real copies: a compiled function must not meet one array both as an input (the policy) and as a
-            # constant (the reference).
-            own = {name: value for name, value in self.net.parameters().items() if name != "score"}
-            reference.update(tree_map(lambda v: v + mx.zeros((), v.dtype), own))
+            # Real copies: one array must not be both an input (the policy) and a constant (the reference) of
+            # a compiled function.
+            policy = {name: value for name, value in self.net.parameters().items() if name != "score"}
+            reference.update(tree_map(lambda v: v + mx.zeros((), v.dtype), policy))
             mx.eval(reference.parameters())
             self._reference = reference.freeze().eval()
 
@@ -342,7 +353,7 @@ class MLXModel:
             forbidden=forbidden,
         )
 
-    # files
+    # Files.
 
     def save(self, folder: Path) -> None:
         if self.spec is not None:
@@ -370,9 +381,9 @@ class MLXModel:
     def load_trained(self, folder: Path) -> None:
         if self.spec is None:
             weights = mlx_load.read_weights(folder, self.config)
-            own = dict(tree_flatten(self.net.parameters()))
-            # read below, from wherever it lies
-            weights += [(files.HEAD, own[files.HEAD])] if self.has_head else []
+            current = dict(tree_flatten(self.net.parameters()))
+            # The head is read below, from whichever file holds it.
+            weights += [(files.HEAD, current[files.HEAD])] if self.has_head else []
             self.net.load_weights(weights, strict=True)
         else:
             modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self.adapted()])
@@ -385,11 +396,11 @@ class MLXModel:
         mx.eval(self.net.parameters())
 
     def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
-        found = {}
+        modules = {}
         for path, layer in self.adapted():
             names = ("lora_a", "lora_b", "m") if "m" in layer else ("lora_a", "lora_b")
-            found[self._hf_path(path)] = {n: np.array(layer[n].astype(mx.float32)) for n in names}
-        return found
+            modules[self._hf_path(path)] = {n: np.array(layer[n].astype(mx.float32)) for n in names}
+        return modules
 
     def weights(self) -> Mapping[str, np.ndarray]:
         trained = dict(tree_flatten(self.net.trainable_parameters()))
@@ -410,8 +421,9 @@ def _head(net: nn.Module, hidden: mx.array) -> mx.array:
 
 
 def _splits(net: nn.Module) -> bool:
-    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their
-    logits): asked, not assumed.
+    """Whether the model computes ``head(backbone(x))``, found by trying it.
+
+    Some architectures scale or cap their logits.
     """
     probe = mx.array([[1, 2, 3, 4]])
     try:

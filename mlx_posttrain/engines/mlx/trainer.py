@@ -1,4 +1,4 @@
-"""An MLX model's optimizer: mlx's AdamW, with gradient and update compiled."""
+"""Training steps of the MLX engine: mlx's AdamW, with gradient and update compiled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MLXTrainer:
     def __init__(self, model: MLXModel, settings: AdamW):
         self.model = model
         self.settings = settings
-        # mlx leaves bias correction off by default; nothing would match PyTorch.
+        # Off by default in mlx; without it nothing would match PyTorch.
         self.optimizer = _AdamW(
             learning_rate=0.0,
             betas=[settings.beta1, settings.beta2],
@@ -74,17 +74,19 @@ class MLXTrainer:
     ) -> Any:
         self.optimizer.state = {"step": step, "learning_rate": lr}
         updated = [
-            self.optimizer.apply_single(g * factor.astype(g.dtype), p, own)
-            for g, p, own in zip(gradients, parameters, moments, strict=True)
+            self.optimizer.apply_single(g * factor.astype(g.dtype), p, m)
+            for g, p, m in zip(gradients, parameters, moments, strict=True)
         ]
-        # A gradient may come out transposed and hand its strides on; a weight read back from a checkpoint
-        # never does. With one layout for both, matmul rounds alike, and a resumed run equals an uninterrupted
-        # one.
+        # A gradient may be transposed and pass its strides on to the weight; a weight read from a checkpoint
+        # is never transposed. With one layout for both, matmul rounds alike, and a resumed run equals an
+        # uninterrupted one.
         return [mx.contiguous(u) for u in updated], moments
 
     def _apply(self, gradients: list[tuple[str, mx.array]], lr: float, factor: mx.array) -> None:
-        """Update the parameters a group at a time: all at once, every weight and moment would be there
-        twice.
+        """Update the parameters a group at a time.
+
+        All at once, memory would hold every weight and moment twice. gradients: emptied, so that each group's
+        memory can be freed. factor: of clipping, on every gradient.
         """
         net, state = self.model.net, self._state
         rate = mx.array(lr, mx.float32)
@@ -107,11 +109,11 @@ class MLXTrainer:
             net.update(tree_unflatten(list(zip(names, updated, strict=True))))
             state |= {
                 f"{name}.{m}": value
-                for name, own in zip(names, moments, strict=True)
-                for m, value in own.items()
+                for name, pair in zip(names, moments, strict=True)
+                for m, value in pair.items()
             }
-            # nothing but the work itself holds the old arrays, so what is done gives its memory to what
-            # follows
+            # Only the work in progress refers to the old arrays now, so memory of what is done goes to what
+            # follows.
             del group, known
             mx.async_eval(updated, moments)
 
@@ -135,8 +137,8 @@ class MLXTrainer:
             net.update(parameters)  # tracing leaves placeholders in the module
         norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for _, g in tree_flatten(gradients)))
         sums["grad_norm"] = norm
-        # The step's one wait: what is logged also says whether the weights may take the gradient. The update
-        # is not waited for.
+        # The step waits here only: the logged numbers also decide whether the weights may take the gradient.
+        # The update is not waited for.
         result = {name: float(v.item()) for name, v in sums.items()}
         if not np.isfinite(result["loss"]) or not np.isfinite(result["grad_norm"]):
             raise FloatingPointError(f"loss {result['loss']}, gradient norm {result['grad_norm']}")
@@ -174,7 +176,7 @@ def _compile(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
 
 @cache
 def _compile_works() -> bool:
-    # On a CPU, mx.compile calls the system's C++ compiler; a machine without one must train all the same.
+    # On a CPU, mx.compile calls the system's C++ compiler; a machine without one must be able to train too.
     from mlx_posttrain.engines.mlx.cpu.compile_check import compile_works
 
     return compile_works()

@@ -21,6 +21,8 @@ from mlx_posttrain.errors import UserError
 
 
 class TorchEngine:
+    """PyTorch on the CPU as an :class:`~mlx_posttrain.engines.base.Engine`."""
+
     name = "torch"
 
     def load(
@@ -48,7 +50,7 @@ class TorchEngine:
             net = self._net(folder, config, dtype)
         except UserError as error:
             raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
-        # a config that contradicts its weights fails anywhere in a library that trusts it
+        # A config that contradicts its weights can fail anywhere in a library that trusts it.
         except Exception as error:
             raise UserError(
                 f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -63,13 +65,12 @@ class TorchEngine:
         hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if files.is_classifier(config):
             hf.tie_word_embeddings = True  # its folder has no language-model head
-        for name in list(vars(hf)):  # dropout is the recipe's business: the same loss on both engines
+        for name in list(vars(hf)):  # dropout comes from the recipe only, so that the engines' losses agree
             if name.endswith(("_pdrop", "_dropout")) and isinstance(getattr(hf, name), float):
                 setattr(hf, name, 0.0)
         if config.get("model_type") == "gpt2":
-            if (
-                hf.activation_function == "gelu_new"
-            ):  # the same function as one operation: transformers' own keeps five arrays for its gradient
+            if hf.activation_function == "gelu_new":
+                # The same function as one operation; transformers' own keeps five arrays for its gradient.
                 hf.activation_function = "gelu_pytorch_tanh"
             net = AutoModelForCausalLM.from_config(
                 hf, attn_implementation=torch_packed.ATTENTION, dtype=getattr(torch, dtype)
@@ -100,7 +101,7 @@ class TorchEngine:
             torch.set_rng_state(torch.from_numpy(np.ascontiguousarray(state["torch"])))
 
     def memory(self) -> dict[str, float]:
-        return {"peak_gb": process_peak() / 2**30}  # a CPU has one memory: the process's own
+        return {"peak_gb": process_peak() / 2**30}  # on a CPU, of the whole process
 
     def reset_memory(self) -> None:
         forget_process_peak()

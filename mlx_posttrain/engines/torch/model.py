@@ -1,4 +1,4 @@
-"""Torch models: transformers' networks and peft's adapters behind the protocol of engines/base.py."""
+"""Models of the torch engine: transformers' networks and peft's adapters behind the Model protocol."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ from mlx_posttrain.losses.sft import full_kl, token_logprobs
 
 
 def to_device(batch: Batch, total: float) -> DeviceBatch:
+    """The batch as torch tensors; total: see :class:`~mlx_posttrain.engines.base.DeviceBatch`."""
+
     def array(values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)
         return tensor.long() if tensor.dtype == torch.int32 else tensor  # torch indexes with 64 bits
@@ -43,23 +45,25 @@ def to_device(batch: Batch, total: float) -> DeviceBatch:
 
 @torch.no_grad()
 def load_weights(net: Any, folder: Path, config: dict[str, Any]) -> None:
-    found = files.torch_weights(folder, config)
+    """Copy a folder's weights into ``net``.
+
+    Raises UserError when weights are missing or have other shapes than the config says.
+    """
+    weights = files.torch_weights(folder, config)
     parameters = dict(net.named_parameters())
-    for name in (
-        "lm_head.weight",
-        files.HEAD,
-    ):  # a classifier's folder has no language-model head; a scalar head may lie in a file of its own
-        if name in parameters and name not in found:
+    # A classifier's folder has no language-model head, and a scalar head may be in a file of its own.
+    for name in ("lm_head.weight", files.HEAD):
+        if name in parameters and name not in weights:
             del parameters[name]
-    missing = sorted(set(parameters) - set(found))
+    missing = sorted(set(parameters) - set(weights))
     if missing:
         raise UserError(f"{folder}: {len(missing)} weights are missing, for example {missing[0]}")
     for name, p in parameters.items():
-        if p.shape != found[name].shape:
+        if p.shape != weights[name].shape:
             raise UserError(
-                f"{folder}: {name} has shape {tuple(found[name].shape)}, the config says {tuple(p.shape)}"
+                f"{folder}: {name} has shape {tuple(weights[name].shape)}, the config says {tuple(p.shape)}"
             )
-        p.copy_(found[name])
+        p.copy_(weights[name])
 
 
 class TorchModel:
@@ -85,11 +89,11 @@ class TorchModel:
     def packs(self) -> bool:
         return self._split and self.net.config._attn_implementation == torch_packed.ATTENTION
 
-    # the vocabulary of losses
+    # The vocabulary of losses.
 
     def _logits(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
         check_fits(batch.tokens.shape[1], self.context)
-        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask:
+        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask,
         # see data/batches.py.
         if not self._split:
             return net(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[batch.index].float()
@@ -97,27 +101,27 @@ class TorchModel:
 
     def _hidden(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
         check_fits(batch.tokens.shape[1], self.context)
-        read = self._reader(net)
-        # dropout is each row's own
+        run = self._backbone(net)
+        # Rows cannot share a prefix under dropout, whose mask differs from row to row.
         if self.packs and not (net.training and self.spec is not None and self.spec.dropout):
-            return torch_packed.hidden(read, batch.tokens, batch.index)
-        return read(batch.tokens).flatten(0, 1)[batch.index]
+            return torch_packed.hidden(run, batch.tokens, batch.index)
+        return run(batch.tokens).flatten(0, 1)[batch.index]
 
-    def _reader(self, net: Any) -> Callable[..., torch.Tensor]:
-        """Of ids [B, T], and what else the backbone takes, its hidden states [B, T, d]."""
+    def _backbone(self, net: Any) -> Callable[..., torch.Tensor]:
+        """A function from ids [B, T] and the backbone's other arguments to its hidden states [B, T, d]."""
         backbone = getattr(net, net.base_model_prefix)
         layer = net.get_input_embeddings()
         in_place = self._embeds and torch.is_grad_enabled() and layer.weight.requires_grad
 
-        def read(tokens: torch.Tensor, **more: Any) -> torch.Tensor:
-            ids = (
+        def run(tokens: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            inputs = (
                 {"inputs_embeds": torch_fused.embed(tokens, layer.weight)}
                 if in_place
                 else {"input_ids": tokens}
             )
-            return backbone(**ids, use_cache=False, **more).last_hidden_state
+            return backbone(**inputs, use_cache=False, **arguments).last_hidden_state
 
-        return read
+        return run
 
     def logits(self, batch: DeviceBatch) -> torch.Tensor:
         return self._logits(self.net, batch)
@@ -165,10 +169,10 @@ class TorchModel:
                 logits, self.reference_logits(batch), direction
             )
         with self._frozen() as net:
-            frozen, kept = net.get_output_embeddings().weight, batch.extra.get(REFERENCE_HIDDEN)
-            hidden = self._hidden(net, batch) if kept is None else kept.to(frozen.dtype)
+            reference_weight, cached = net.get_output_embeddings().weight, batch.extra.get(REFERENCE_HIDDEN)
+            hidden = self._hidden(net, batch) if cached is None else cached.to(reference_weight.dtype)
         return torch_fused.logprobs_and_kl(
-            self._hidden(self.net, batch), weight, hidden, frozen, batch.target, direction, beta
+            self._hidden(self.net, batch), weight, hidden, reference_weight, batch.target, direction, beta
         )
 
     @property
@@ -206,7 +210,7 @@ class TorchModel:
             self.net.eval()(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.float().numpy()
         )
 
-    # around training
+    # Around training.
 
     def parameter_counts(self) -> tuple[int, int]:
         parameters = list(self.net.parameters())
@@ -258,7 +262,7 @@ class TorchModel:
 
     @torch.no_grad()
     def add_head(self, weight: np.ndarray) -> None:
-        if self.has_head:  # the same parameter: an optimizer may know it
+        if self.has_head:  # keep the parameter, to which an optimizer may refer
             self.net.score.weight.copy_(torch.tensor(weight))
             return
         score = torch.nn.Linear(weight.shape[1], 1, bias=False)
@@ -329,7 +333,7 @@ class TorchModel:
         on_token: Callable[[int, int], None] | None = None,
         forbidden: Sequence[int] = (),
     ) -> list[Completion]:
-        # dropout off, and with it gradient checkpointing, which would silently empty the cache
+        # Switches off dropout and gradient checkpointing, which would silently empty the cache.
         self.net.eval()
         return decoding.decode(
             TorchDecoder(self.net, self._fused_head(self.net)),
@@ -346,7 +350,7 @@ class TorchModel:
             forbidden=forbidden,
         )
 
-    # files
+    # Files.
 
     def save(self, folder: Path) -> None:
         if self.spec is not None:
@@ -387,17 +391,18 @@ class TorchModel:
             self.add_head(head)
 
     def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
-        found = {}
+        modules = {}
         for path, layer in self._adapted():
-            found[path] = {
+            modules[path] = {
                 "lora_a": layer.lora_A["default"].weight.detach().T.numpy(),
                 "lora_b": layer.lora_B["default"].weight.detach().T.numpy(),
             }
             if "default" in layer.lora_magnitude_vector:
-                found[path]["m"] = layer.lora_magnitude_vector["default"].weight.detach().numpy()
-        return found
+                modules[path]["m"] = layer.lora_magnitude_vector["default"].weight.detach().numpy()
+        return modules
 
     def trained_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trained parameters and their names in the network."""
         return ((name, p) for name, p in self.net.named_parameters() if p.requires_grad)
 
     def weights(self) -> Mapping[str, np.ndarray]:
@@ -406,8 +411,9 @@ class TorchModel:
 
 @torch.no_grad()
 def _splits(net: Any) -> bool:
-    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their
-    logits): asked, not assumed.
+    """Whether the model computes ``head(backbone(x))``, found by trying it.
+
+    Some architectures scale or cap their logits.
     """
     probe = torch.tensor([[1, 2, 3, 4]])
     hidden = getattr(net, net.base_model_prefix)(input_ids=probe, use_cache=False).last_hidden_state
@@ -418,8 +424,9 @@ def _splits(net: Any) -> bool:
 
 @torch.no_grad()
 def _embeds(net: Any) -> bool:
-    """Whether the model begins with nothing but its rows of one plain embedding, each of which has a
-    gradient: asked as well.
+    """Whether the backbone's input is just rows of one plain embedding, found by trying it.
+
+    Every row of the embedding must have a gradient.
     """
     layer = net.get_input_embeddings()
     if (
@@ -430,7 +437,7 @@ def _embeds(net: Any) -> bool:
     ):
         return False
     probe, backbone = torch.tensor([[1, 2, 3, 4]]), getattr(net, net.base_model_prefix)
-    # a library's backbone that takes no embeddings says so in its own way
+    # Backbones that accept no embeddings raise whatever they like.
     with contextlib.suppress(Exception):
         ours = backbone(inputs_embeds=layer(probe), use_cache=False).last_hidden_state
         return torch.equal(ours, backbone(input_ids=probe, use_cache=False).last_hidden_state)

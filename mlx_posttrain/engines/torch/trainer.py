@@ -1,4 +1,4 @@
-"""A torch model's optimizer: torch's AdamW."""
+"""Training steps of the torch engine, with torch's AdamW."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from mlx_posttrain.errors import UserError
 
 
 def _has_fused_adamw() -> bool:
-    """Whether this torch updates CPU parameters in one kernel; torch 2.2, the last one for Intel Macs,
-    refuses to.
+    """Whether this torch updates CPU parameters in one kernel.
+
+    torch 2.2, the last release for Intel Macs, refuses to.
     """
     try:
         from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
@@ -87,10 +88,10 @@ class TorchTrainer:
                 "belongs to another run"
             )
         for name, p in zip(self.names, self.parameters, strict=True):
-            found = {
+            moments = {
                 key.rpartition(":")[2]: value
                 for key, value in state.items()
                 if key.rpartition(":")[0] == name
             }
-            if found:
-                self.optimizer.state[p] = found
+            if moments:
+                self.optimizer.state[p] = moments
