@@ -30,7 +30,7 @@ from mlx_posttrain.engines.decoding import CACHE_BLOCK, TORCH_CACHE_BLOCK, split
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory.coefficients import PAIRS_OF_PROMPTS
 from mlx_posttrain.memory.footprint import DTYPE_BYTES, GB, Shape, Training, distinct, shapes
-from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, size  # noqa: F401  size is for those who plan
+from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, size  # noqa: F401  (size is re-exported)
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.training import reference as references
 

@@ -1,5 +1,6 @@
-"""Scalar heads: scores equal on both engines and in transformers, for full models and adapters, written and
-read back.
+"""Scalar heads: scores equal on both engines and in transformers.
+
+For full models and adapters, written and read back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mlx_posttrain.errors import UserError
 ENGINES = engines.available()
 PAD = 0
 ROWS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 0], [20, 21, 22]]
-LAST = [3, 6, 2]  # of a row, its last token that is not PAD
+LAST = [3, 6, 2]  # position of each row's last token that is not PAD
 
 
 @pytest.fixture(params=ENGINES)
@@ -39,7 +40,7 @@ def scores(model) -> np.ndarray:
 
 
 def regress(model, b):
-    """Towards 1, -1, 2: any loss that moves trunk and head."""
+    """Squared error against the targets, a loss that moves trunk and head."""
     s = model.scores(b)
     target = s * 0 + b.weight * b.extra["target"]
     value = ((s - target) ** 2).sum() / b.total
@@ -84,7 +85,7 @@ def test_scores_in_transformers_and_back(engine, adapter, random_gpt2, tmp_path)
     wanted = scores(model)
     model.save_classifier(tmp_path / "classifier", PAD)
     assert np.abs(theirs(tmp_path / "classifier", random_gpt2 if adapter else None) - wanted).max() < 1e-4
-    model.save(tmp_path / "checkpoint")  # a language model with its head beside it
+    model.save(tmp_path / "checkpoint")  # a language model, with the head in a file beside it
     for saved in ("classifier", "checkpoint"):
         for other in ENGINES:
             again = engines.get(other).load(random_gpt2)
@@ -93,7 +94,7 @@ def test_scores_in_transformers_and_back(engine, adapter, random_gpt2, tmp_path)
             again.add_head(initial_head(64, seed=9))
             again.load_trained(tmp_path / saved)
             assert np.abs(scores(again) - wanted).max() < 1e-5
-    if not adapter:  # a classifier's folder opens with its head on
+    if not adapter:  # a classifier's folder is loaded with its head
         for other in ENGINES:
             opened = engines.get(other).load(tmp_path / "classifier")
             assert opened.has_head

@@ -1,6 +1,4 @@
-"""What training keeps in memory: no second copy of weights and moments in the update, and nothing that
-grows.
-"""
+"""Memory of training: no second copy of weights and moments in the update, and nothing that grows."""
 
 import gc
 import subprocess
@@ -74,10 +72,10 @@ def test_a_step_waits_for_what_is_logged_alone(monkeypatch: pytest.MonkeyPatch, 
 
 
 def growth(random_gpt2: Path, after: Callable[[], object]) -> tuple[int, int]:
-    """Bytes by which what is held after a round of steps, and a round's peak, grow from the first ten rounds
-    to the last ten.
+    """Bytes by which memory after a round of steps, and a round's peak, grow.
 
-    A round is a step of each of three lengths on a small model; ``after`` is called after every step.
+    From the first ten rounds to the last ten. A round is a step of each of three lengths on a small model;
+    ``after`` is called after every step.
     """
     model = MLXEngine().load(random_gpt2)
     trainer = MLXEngine().trainer(model, AdamW())
@@ -96,7 +94,7 @@ def growth(random_gpt2: Path, after: Callable[[], object]) -> tuple[int, int]:
 def test_memory_stays_flat_over_many_steps(random_gpt2: Path) -> None:
     held, peak = growth(random_gpt2, lambda: None)
     assert held < 16 * 2**10
-    assert peak < 2**19  # the order of MLX's work, and so the peak, has some play
+    assert peak < 2**19  # the order of MLX's work varies a little, and with it the peak
 
 
 def test_a_kilobyte_kept_at_every_step_would_show(random_gpt2: Path) -> None:
@@ -123,7 +121,7 @@ def test_unused_buffers_are_given_back() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot forget a peak")
 def test_a_process_peak_is_its_own_and_can_be_forgotten() -> None:
-    block = np.ones(2**26)  # half a gigabyte, in the parent
+    block = np.ones(2**26)  # half a gigabyte in the parent process
     code = "from mlx_posttrain.engines import process; print(process.process_peak())"
     child = int(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
