@@ -27,10 +27,8 @@ def get(name: str = "auto") -> Engine:
     """
     if name not in (*NAMES, "auto"):
         near = difflib.get_close_matches(name, [*NAMES, "auto"], n=1, cutoff=0.5)
-        raise UserError(
-            "unknown engine "
-            f"{name!r}; " + (f"did you mean {near[0]!r}?" if near else f"engines: {', '.join(NAMES)}, auto")
-        )
+        hint = f"did you mean {near[0]!r}?" if near else f"engines: {', '.join(NAMES)}, auto"
+        raise UserError(f"unknown engine {name!r}; {hint}")
     have = available()
     if name == "auto":
         if not have:

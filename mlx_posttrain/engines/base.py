@@ -394,8 +394,8 @@ def hidden_size(config: Mapping[str, Any]) -> int:
     size = config.get("n_embd") or config.get("hidden_size")
     if not isinstance(size, int):
         raise UserError(
-            f"{config['model_type']}: config.json names neither n_embd nor hidden_size, so no "
-            "head can be put on"
+            f"{config['model_type']}: config.json has neither n_embd nor hidden_size, so the model cannot "
+            "have a scalar head"
         )
     return size
 

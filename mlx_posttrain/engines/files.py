@@ -102,8 +102,8 @@ def read_head(folder: Path) -> np.ndarray | None:
                     weight = read_float32(folder / name)[key]
                     if weight.ndim != 2 or len(weight) != 1:
                         raise UserError(
-                            f"{folder}: its head has shape {weight.shape}; a reward model has "
-                            "one label, so (1, width)"
+                            f"{folder}: its head has shape {weight.shape}; a reward model has one label, so "
+                            "(1, width)"
                         )
                     return weight
     return None

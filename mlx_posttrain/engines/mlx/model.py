@@ -257,8 +257,8 @@ class MLXModel:
     def add_head(self, weight: np.ndarray) -> None:
         if not hasattr(self.net, "model"):
             raise UserError(
-                f"{self.config['model_type']}: mlx-lm keeps no hidden states of this architecture apart, so "
-                "it takes no scalar head"
+                f"{self.config['model_type']}: mlx-lm does not give this architecture's hidden states, so it "
+                "cannot have a scalar head"
             )
         score = nn.Linear(weight.shape[1], 1, bias=False)
         score.weight = mx.array(weight)

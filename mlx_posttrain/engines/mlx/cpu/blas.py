@@ -37,15 +37,14 @@ from typing import Any
 ENV = "MLX_POSTTRAIN_BLAS"
 ADVICE = (
     "MLX uses the slow reference BLAS on this machine: install SciPy's wheel (pip install scipy) or an "
-    "OpenBLAS "
-    "(Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas-threads)"
+    "OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas-threads)"
 )
 UNCHECKED = (
     "which BLAS MLX multiplies with could not be checked ({}): `mlx-posttrain doctor` measures how fast it is"
 )
 UNCHANGED = (
-    "MLX keeps the slow reference BLAS, since its import table cannot be changed here ({}): use an "
-    "MLX built with a fast one, or engine=torch"
+    "MLX keeps the slow reference BLAS, since its import table cannot be changed here ({}): use an MLX built "
+    "with a fast one, or engine=torch"
 )
 
 # The routines that libmlx calls in every forward and backward pass. LAPACK (mx.linalg) stays with the library
