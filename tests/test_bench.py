@@ -308,7 +308,7 @@ def test_the_loss_knows_neither_positions_nor_vocabulary(
     if engine == "torch" and sys.platform != "linux":
         pytest.skip("other systems cannot forget a process's peak")
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
-    monkeypatch.setattr(fused, "KEPT_BYTES", 2**22)
+    monkeypatch.setattr(fused, "CACHED_BYTES", 2**22)
     monkeypatch.setattr(fused, "PANEL", 1)  # which may take twice the budget
     scaling.loss_peak(engine, 256, 4096)  # what a library sets up when it is first used
     # Three times: torch's is the process's, and whether a heap has holes differs from call to call.

@@ -121,7 +121,7 @@ def test_a_non_finite_loss_names_the_batch_and_keeps_the_weights(run, engine, mo
         return value * (float("nan") if calls.pop() else 1.0), metrics
 
     monkeypatch.setattr("mlx_posttrain.methods.sft.loss", nan_at_the_end)
-    monkeypatch.setattr("mlx_posttrain.engines.mlx.engine._compile", lambda f, **_: f, raising=False)
+    monkeypatch.setattr("mlx_posttrain.engines.mlx.trainer._compile", lambda f, **_: f, raising=False)
     calls = [True, False, False]  # step 1, its weights before they are saved, step 2
     refused(run("data.holdout=0", engine=engine), "step 2", "rows [", "step-000001", "train.lr")
     assert (tmp_path / "out" / "checkpoints" / "step-000001" / "weights" / "model.safetensors").is_file()

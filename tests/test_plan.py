@@ -529,7 +529,7 @@ def test_half_the_bytes_in_bfloat16(tmp_path: Path) -> None:
         assert getattr(half, part)(batch) == getattr(full, part)(batch) / 2
     for part in ("weights", "reference_copy", "optimizer", "gradients", "head"):
         assert getattr(half, part)() == getattr(full, part)() / 2
-    # the loss is computed in float32, the slopes kept of it are the model's numbers
+    # the loss is computed in float32, its cached gradients in the model's dtype
     assert full.logits(batch) - half.logits(batch) == pytest.approx(2 * 256 * 512 / 2**30)
     lora = replace(half, trained=1000, adapter=True, adapted=[(96, 96)] * 3)
     assert lora.optimizer() == replace(lora, dtype="float32").optimizer()  # and so are adapters

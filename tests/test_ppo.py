@@ -18,7 +18,7 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import pairs
-from mlx_posttrain.engines.base import AdamW, head_start
+from mlx_posttrain.engines.base import AdamW, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import ppo
 from mlx_posttrain.models.open import open_model
@@ -52,7 +52,7 @@ def reward_model(random_gpt2, tmp_path_factory) -> str:
 
 def classifier(folder: Path, target: Path) -> str:
     model = engines.get(ENGINES[0]).load(folder)
-    model.add_head(head_start(64, 5))
+    model.add_head(initial_head(64, 5))
     model.save_classifier(target, 0)
     return str(target)
 
@@ -332,7 +332,7 @@ def test_reference_and_critic_stand_apart(engine, random_gpt2, rows_file, counti
     library = engines.get(engine)
     policy, critic = library.load(random_gpt2), library.load(random_gpt2)
     policy.keep_reference()
-    critic.add_head(head_start(64, None))
+    critic.add_head(initial_head(64, None))
     parties = Parties(policy, critic, None, None, None)
     seen = recorded(parties, chosen)
     before = measure(parties, seen.answers, 1.0, chosen.train, 64)
@@ -393,9 +393,9 @@ def test_engines_agree_over_ten_updates(kind, random_gpt2, rows_file, counting, 
         policy.keep_reference()
         if kind == "separate":
             critic = library.load(random_gpt2)
-            critic.add_head(head_start(64, None))
+            critic.add_head(initial_head(64, None))
         else:
-            policy.add_head(head_start(64, None))
+            policy.add_head(initial_head(64, None))
         parties = Parties(policy, critic, None, None, None)
         trainers = library.trainer(policy, AdamW()), library.trainer(critic, AdamW()) if critic else None
         seen = recorded(parties, chosen)

@@ -13,7 +13,7 @@ import pytest
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import batches, pairs
 from mlx_posttrain.data.types import Example
-from mlx_posttrain.engines.base import head_start
+from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.methods import ppo
 from mlx_posttrain.rl import rollouts
 from mlx_posttrain.rl.experience import Experience
@@ -155,7 +155,7 @@ def same_gradient(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -
 @pytest.mark.parametrize("engine", ENGINES)
 def test_policy_loss_of_a_real_model(engine, kind, random_gpt2):
     model = engines.get(engine).load(random_gpt2)
-    model.add_head(head_start(64, 3))
+    model.add_head(initial_head(64, 3))
     made, order, flat = prepared(model)
     if kind == "separate":  # the same figures, and a policy without a head
         model = engines.get(engine).load(random_gpt2)
@@ -205,7 +205,7 @@ def test_policy_loss_of_a_real_model(engine, kind, random_gpt2):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_value_loss_of_a_real_critic(engine, random_gpt2):
     critic = engines.get(engine).load(random_gpt2)
-    critic.add_head(head_start(64, 3))
+    critic.add_head(initial_head(64, 3))
     made, order, flat = prepared(critic)
     value, slope, clipped = value_by_hand(flat["value"], flat["old_value"], flat["return"])
     loss = ppo.value_loss(VALUE_CLIP)

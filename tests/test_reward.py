@@ -205,9 +205,9 @@ def test_ppo_takes_a_lora_reward_model_and_its_critic(random_gpt2, kind_rows, tm
 def test_loss_on_the_batch_is_the_formula(random_gpt2):
     engine = engines.get(ENGINES[0])
     model = engine.load(random_gpt2)
-    from mlx_posttrain.engines.base import head_start
+    from mlx_posttrain.engines.base import initial_head
 
-    model.add_head(head_start(64, 1))
+    model.add_head(initial_head(64, 1))
     row = Preference((), "a", "b")
     a, b, c = (5, 6, 7, 0), (5, 6, 8, 9, 0), (5, 6, 10, 0)
     batch = pairs.collate_pairs([pairs.Pair(a, b, 0, row, 0.3), pairs.Pair(c, b, 0, row)], pad=0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data.types import Example
-from mlx_posttrain.engines.base import head_start, width
+from mlx_posttrain.engines.base import hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 
 #: GPT-2's published sizes: layers, heads, width (Radford et al. 2019, table 2).
@@ -121,6 +121,6 @@ def reward_folder(folder: Path, scratch: Path) -> Path:
         for name, value in weights.load_weights(folder).items()
         if not name.startswith("lm_head")  # a copy of the embedding
     }
-    found[files.HEAD] = head_start(width(config), 0)
+    found[files.HEAD] = initial_head(hidden_size(config), 0)
     files.save_model(target, found, folder, pad=config["eos_token_id"])
     return target

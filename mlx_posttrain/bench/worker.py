@@ -114,7 +114,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     from mlx_posttrain.data import pairs
     from mlx_posttrain.data.dataset import Data
     from mlx_posttrain.data.types import Preference
-    from mlx_posttrain.engines.base import AdamW, AdapterSpec, head_start, width
+    from mlx_posttrain.engines.base import AdamW, AdapterSpec, hidden_size, initial_head
     from mlx_posttrain.methods import reward, sft
 
     what, shape = spec["what"], Shape(**spec["shape"])
@@ -130,7 +130,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     loss: Any = sft.loss
     data: Any
     if what == "reward":
-        model.add_head(head_start(width(model.config), 0))
+        model.add_head(initial_head(hidden_size(model.config), 0))
         loss = reward.pair_loss()
         row = Preference(prompt=(), chosen="", rejected="")
         sides = [e.tokens for e in examples]

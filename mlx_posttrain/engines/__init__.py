@@ -1,4 +1,4 @@
-"""The two array libraries behind one protocol (base.py)."""
+"""The two array libraries behind one protocol, engines/base.py."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ NAMES = ("mlx", "torch")
 
 
 def available() -> list[str]:
-    """Engines this machine can run, best first."""
+    """Names of the engines installed on this machine, best first."""
     return [name for name in NAMES if importlib.util.find_spec(name)]
 
 
 def get(name: str = "auto") -> Engine:
     """An engine by name; ``auto`` takes MLX where it is installed, else torch.
 
-    Raises UserError for an unknown name, naming the nearest, and saying how to install what is missing.
+    Raises UserError for an unknown name, with the nearest one, and for an engine that is not installed, with
+    the command that installs it.
     """
     if name not in (*NAMES, "auto"):
         near = difflib.get_close_matches(name, [*NAMES, "auto"], n=1, cutoff=0.5)
-        raise UserError(
-            "unknown engine "
-            f"{name!r}; " + (f"did you mean {near[0]!r}?" if near else f"engines: {', '.join(NAMES)}, auto")
-        )
+        hint = f"did you mean {near[0]!r}?" if near else f"engines: {', '.join(NAMES)}, auto"
+        raise UserError(f"unknown engine {name!r}; {hint}")
     have = available()
     if name == "auto":
         if not have:

@@ -18,37 +18,36 @@ from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.errors import UserError
 
 Array = Any
-#: loss(model, batch) -> (scalar, metrics): each already divided by ``batch.total``, so that micro-batches add
-#: up.
+#: loss(model, batch) -> (scalar, metrics), all divided by ``batch.total``, so that micro-batches add up.
 Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
 
-#: Name in ``Batch.extra`` of [N, width] float32 hidden states that ``reference_hidden`` gave for the batch's
-#: positions.
+#: Name in ``Batch.extra`` of what ``Model.reference_hidden`` returned for the batch: [N, d] float32 hidden
+#: states.
 REFERENCE_HIDDEN = "reference_hidden"
 
 #: Name in ``Batch.extra`` of [N] float32 log-probabilities of the targets under the reference.
 REFERENCE_LOGPROBS = "ref_logprobs"
 
-#: Bytes of gradients whose parameters MLX updates together: new weights and moments of so many, and of what
-#: MLX begins ahead, are there beside the old.
+#: Bytes of gradients whose parameters MLX updates together. Memory holds new weights and moments of as many
+#: parameters beside the old ones, and those of what MLX begins ahead.
 UPDATE_BYTES = 64 * 2**20
 
-#: A GPT-2 block on MLX that would keep more bytes than this for its backward pass computes part of them again
-#: (mlx_lean.py).
+#: A GPT-2 block on MLX that would keep more bytes than this for its backward pass recomputes part of them
+#: (engines/mlx/lean.py).
 LEAN_ABOVE = 128 * 2**20
 
 
 def block_bytes(rows: int, length: int, width: int, heads: int) -> float:
-    """What mlx-lm's GPT-2 block keeps for its backward pass, as measured: 25 numbers for each token and unit
-    of width, and 1.25 for each head and pair of positions.
+    """Bytes that mlx-lm's GPT-2 block keeps for its backward pass in float32, as measured.
+
+    25 numbers for each token and unit of width, and 1.25 for each head and pair of positions.
     """
     return 4 * (25 * rows * length * width + 1.25 * rows * heads * length**2)
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A :class:`~mlx_posttrain.data.batches.Batch` as the engine's arrays, with what the step's loss is
-    averaged over.
+    """A :class:`~mlx_posttrain.data.batches.Batch` as the engine's arrays, with what its loss is divided by.
 
     total: scalar, sum of ``Batch.count`` over all micro-batches of the optimizer step that have the batch's
     ``term``.
@@ -68,8 +67,9 @@ class DeviceBatch:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A LoRA or DoRA adapter. ``targets`` are ends of layer paths; None means the architecture's attention
-    projections.
+    """A LoRA or DoRA adapter.
+
+    targets: ends of layer paths; None: the architecture's attention projections.
     """
 
     kind: str = "lora"
@@ -81,8 +81,9 @@ class AdapterSpec:
 
     @property
     def scale(self) -> float:
-        """Factor on the update: alpha/r (Hu et al. 2021, section 4.1) or alpha/sqrt(r) (rsLoRA, Kalajdzievski
-        2023, eq. 4).
+        """Factor on the adapter's update.
+
+        alpha / r (Hu et al. 2021, section 4.1) or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023, eq. 4).
         """
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
@@ -112,11 +113,11 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Generated:
-    """One sampled answer: its tokens without the stop token, log-probabilities at the sampling temperature,
-    and whether it stopped.
+    """One sampled completion.
 
-    ``logprobs`` has one entry per token and, when ``stopped``, one more for the stop token. They are of the
-    softmax over the tokens that were not forbidden.
+    tokens: without the stop token. logprobs: log-probabilities at the sampling temperature, one per token
+    and, when ``stopped``, one more for the stop token, from the softmax over the tokens that were not
+    forbidden. stopped: whether the stop token ended it.
     """
 
     tokens: list[int]
@@ -125,11 +126,11 @@ class Generated:
 
 
 class Model(Protocol):
-    """A causal language model, perhaps with an adapter, perhaps with a frozen reference beside it."""
+    """A causal language model, with an optional adapter, scalar head and frozen reference."""
 
     config: dict[str, Any]
-    base_name: str  # what a saved adapter names as its base: a hub id or a folder
-    context: int | None  # longest sequence in tokens; None where the architecture has no bound
+    base_name: str  # the base that a saved adapter names: a hub id or a folder
+    context: int | None  # longest sequence in tokens; None where the architecture has no limit
 
     @property
     def shares_prefixes(self) -> bool:
@@ -137,20 +138,24 @@ class Model(Protocol):
         such rows.
         """
 
-    # the vocabulary of losses; N trained positions, V vocabulary entries
+    # The vocabulary of losses: N trained positions, V vocabulary entries.
+
     def logits(self, batch: DeviceBatch) -> Array:
         """[N, V] float32 logits at the trained positions."""
 
     def reference_logits(self, batch: DeviceBatch) -> Array:
-        """[N, V] logits of the frozen reference, without gradient: adapters off, or the copy made by
-        ``keep_reference``.
+        """[N, V] logits of the frozen reference, without gradient.
+
+        The reference is the model with its adapters off, or the copy made by ``keep_reference``.
         """
 
-    # the same read off logits that exist for a part of the positions at a time: see fused.py. Logits are
-    # divided by ``temperature``.
+    # What follows is read off logits that exist for a part of the positions at a time, see engines/fused.py.
+    # Logits are divided by ``temperature``.
+
     def logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> Array:
-        """[N] float32 log-probabilities of the targets: :func:`mlx_posttrain.losses.sft.token_logprobs` of
-        ``logits``.
+        """[N] float32 log-probabilities of the targets.
+
+        Equal to :func:`mlx_posttrain.losses.sft.token_logprobs` of ``logits``.
         """
 
     def reference_logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> Array:
@@ -159,91 +164,101 @@ class Model(Protocol):
     def logprobs_and_kl(
         self, batch: DeviceBatch, direction: str, beta: float | None = None
     ) -> tuple[Array, Array]:
-        """[N] ``logprobs``, and [N] :func:`mlx_posttrain.losses.sft.full_kl` of ``logits`` and
-        ``reference_logits``.
+        """[N] ``logprobs`` and [N] divergences from the reference over the whole vocabulary.
 
-        The reference's blocks do not run for a batch that carries ``REFERENCE_HIDDEN``. Whoever gives
-        ``beta`` promises a loss that is a weighted sum of ``beta * kl - logprobs``: its gradient is right,
-        and one product with the head cheaper; that of either part is not.
+        The divergences equal :func:`mlx_posttrain.losses.sft.full_kl` of ``logits`` and ``reference_logits``.
+        The reference's blocks do not run for a batch that carries ``REFERENCE_HIDDEN``. A caller that passes
+        ``beta`` promises a loss that is a weighted sum of ``beta * kl - logprobs``: the gradient of that sum
+        is then right and costs one product with the head less, but the gradient of either part alone is
+        wrong.
         """
 
     @property
     def reference_width(self) -> int | None:
-        """Size of the hidden states that ``logprobs_and_kl`` makes use of; None where the head is not one
-        plain matrix and it takes none.
+        """Size d of the hidden states that ``logprobs_and_kl`` accepts.
+
+        None where the head is not one plain matrix: it then accepts none.
         """
 
     def reference_hidden(self, batch: Batch) -> np.ndarray:
-        """[N, ``reference_width``] float32 hidden states of the reference at ``index``, in evaluation mode
-        and without gradients.
+        """[N, ``reference_width``] float32 hidden states of the reference at ``index``.
+
+        In evaluation mode and without gradients.
         """
 
     def policy_terms(self, batch: DeviceBatch, temperature: float = 1.0) -> tuple[Array, Array, Array | None]:
-        """One forward pass of a policy: [N] ``logprobs``, [N] entropies in nats, and [N] ``scores`` where it
-        has a head, else None.
+        """[N] ``logprobs``, [N] entropies in nats and [N] ``scores`` of a policy from one forward pass.
+
+        The scores are None where the model has no head.
         """
 
     def scores(self, batch: DeviceBatch) -> Array:
-        """[N] float32 outputs of the scalar head at ``batch.index``: a reward model's scores, a critic's
-        values.
+        """[N] float32 outputs of the scalar head at ``batch.index``.
+
+        The scores of a reward model, or the values of a critic.
         """
 
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
-        """[B, T, V] float32 logits of unpadded rows [B, T], in evaluation mode: for parity checks and small
-        probes.
+        """[B, T, V] float32 logits of unpadded rows [B, T], in evaluation mode.
+
+        For parity checks and small probes.
         """
 
-    # around training
+    # Around training.
+
     def parameter_counts(self) -> tuple[int, int]:
         """(all, trained) numbers of parameters; a quantised weight counts as the weights it stands for."""
 
     def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
-        """Freeze the model and put an adapter on every target; raises UserError when a target matches no
-        layer.
+        """Freeze the model and put an adapter on every target.
+
+        Raises UserError when a target matches no layer.
         """
 
     @property
     def has_head(self) -> bool:
-        """Whether there is a scalar head: after ``add_head``, or when the folder was a sequence classifier
-        with one label.
+        """Whether there is a scalar head.
+
+        There is one after ``add_head``, and when the folder was a sequence classifier with one label.
         """
 
     def add_head(self, weight: np.ndarray) -> None:
-        """Put a trained scalar head [1, width] without bias on the hidden states; see :func:`head_start`."""
+        """Put a trained scalar head [1, d] without bias on the hidden states; see :func:`initial_head`."""
 
     def head(self) -> np.ndarray:
-        """The scalar head's weight, [1, width] float32."""
+        """The scalar head's weight, [1, d] float32."""
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference (no copy is made where adapters can be switched
-        off).
+        """Remember the present weights as the reference.
+
+        No copy is made where adapters can be switched off.
         """
 
     def adapters_off(self) -> AbstractContextManager[Any]:
-        """While it lasts, a model with an adapter is the one that the adapter stands on; no weight is there
-        twice.
-        """
+        """A context in which a model with an adapter computes what its base does; no weight is copied."""
 
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
         """Metrics of ``loss`` over all batches together, in evaluation mode and without gradients."""
 
     def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
-        """For each batch [N] float32 log-probabilities of its targets, aligned with ``index``; those of
-        weight 0 mean nothing.
+        """For each batch [N] float32 log-probabilities of its targets, aligned with ``index``.
 
-        In evaluation mode and without gradients: what a loss per row, and with it an interval, is made of.
+        In evaluation mode and without gradients: what a loss per row, and with it a confidence interval, is
+        computed from. Entries of weight 0 mean nothing.
         """
 
     def apply(
         self, function: Callable[[Model, DeviceBatch], dict[str, Array]], batches: Sequence[Batch]
     ) -> list[dict[str, np.ndarray]]:
-        """``function``'s arrays for each batch, in evaluation mode and without gradients: scores, values,
-        log-probabilities.
+        """The arrays that ``function`` returns for each batch: scores, values, log-probabilities.
+
+        In evaluation mode and without gradients.
         """
 
     def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-        """Gradient of ``loss`` over all batches together with respect to the trained parameters, in
-        evaluation mode, float32 by name.
+        """Gradient of ``loss`` over all batches together, float32 by the trained parameters' names.
+
+        In evaluation mode.
         """
 
     def generate(
@@ -260,21 +275,24 @@ class Model(Protocol):
         on_token: Callable[[int, int], None] | None = None,
         forbidden: Sequence[int] = (),
     ) -> list[Generated]:
-        """``samples`` completions of each prompt, in order, from one decode batch; see
-        engines/decoding.py.
+        """``samples`` completions of each prompt, in order, from one decode batch.
+
+        See :func:`mlx_posttrain.engines.decoding.decode`.
         """
 
-    # files
+    # Files.
+
     def save(self, folder: Path) -> None:
-        """Write the trained weights in Hugging Face's format: a model folder, or a PEFT adapter folder; a
-        head in a file beside them.
+        """Write the trained weights in Hugging Face's format.
+
+        A model folder, or a PEFT adapter folder; a scalar head goes into a file beside the weights.
         """
 
     def save_classifier(self, folder: Path, pad: int) -> None:
-        """Write model and head as a sequence classifier with one label that pools at the last token other
-        than ``pad``.
+        """Write model and head as a sequence classifier with one label.
 
         A folder for transformers' AutoModelForSequenceClassification, or a PEFT adapter of task type SEQ_CLS.
+        The classifier pools at the last token other than ``pad``.
         """
 
     def load_trained(self, folder: Path) -> None:
@@ -289,7 +307,7 @@ class Trainer(Protocol):
 
     @property
     def compiled(self) -> int:
-        """For how many shapes of batches a step was compiled so far; 0 where nothing is compiled."""
+        """Number of batch shapes for which a step has been compiled; 0 where nothing is compiled."""
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         """One optimizer step over micro-batches: gradient of the summed loss, clip, update.
@@ -302,11 +320,11 @@ class Trainer(Protocol):
         """Write the optimizer's moments and step count to a safetensors file."""
 
     def load(self, path: Path) -> None:
-        """Read them back."""
+        """Read back what ``save`` wrote."""
 
 
 class Engine(Protocol):
-    """One array library."""
+    """An array library that can load and train models."""
 
     name: str
 
@@ -331,26 +349,25 @@ class Engine(Protocol):
         """State of the library's random numbers."""
 
     def set_random_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore it."""
+        """Restore what ``random_state`` returned."""
 
     def memory(self) -> dict[str, float]:
-        """``peak_gb`` since the last ``reset_memory``."""
+        """``peak_gb``: the most memory held since the last ``reset_memory``, in GB (2**30 bytes)."""
 
     def reset_memory(self) -> None:
-        """Forget the peak so far."""
+        """Begin to measure the peak again."""
 
     def synchronize(self) -> None:
-        """Wait until everything that was begun is done: MLX returns from a step while its update still
-        runs.
-        """
+        """Wait for all work in progress: MLX returns from a step while its update still runs."""
 
     def device(self) -> str:
-        """For people: 'Apple M3 (Metal)', 'CPU, 2 threads'."""
+        """A description for people: 'Apple M3 (Metal)', 'CPU, 2 threads'."""
 
 
 def match_targets(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """The layer paths that end in one of ``targets``, sorted. Raises UserError naming targets that match
-    none, and what there is.
+    """The layer paths that end in one of ``targets``, sorted.
+
+    Raises UserError for targets that match no path, naming them and the layers that exist.
     """
     chosen = {t: [p for p in paths if f".{p}".endswith(f".{t}")] for t in targets}
     missing = [t for t, found in chosen.items() if not found]
@@ -362,12 +379,11 @@ def match_targets(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
     return sorted({p for found in chosen.values() for p in found})
 
 
-def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
-    """First values of LoRA's A matrices, the same on both engines; B starts at zero (Hu et al. 2021, section
-    4.1).
+def initial_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, np.ndarray]:
+    """First values of LoRA's A matrices, the same on both engines.
 
-    shapes: layer path -> (in, out). Returns path -> [rank, in] float32, uniform in +-1/sqrt(in): PEFT's and
-    mlx-lm's own choice.
+    shapes: layer path -> (in, out). Returns path -> [rank, in] float32, uniform in +-1/sqrt(in), as PEFT and
+    mlx-lm choose it. B starts at zero (Hu et al. 2021, section 4.1).
     """
     rng = np.random.default_rng([seed, 0x10CA])
     return {
@@ -377,31 +393,32 @@ def adapter_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -
     }
 
 
-def width(config: Mapping[str, Any]) -> int:
-    """Size of a model's hidden states. Raises UserError when its config does not say."""
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Size of a model's hidden states. Raises UserError when its config does not give it."""
     size = config.get("n_embd") or config.get("hidden_size")
     if not isinstance(size, int):
         raise UserError(
-            f"{config['model_type']}: config.json names neither n_embd nor hidden_size, so no "
-            "head can be put on"
+            f"{config['model_type']}: config.json has neither n_embd nor hidden_size, so the model cannot "
+            "have a scalar head"
         )
     return size
 
 
-def head_start(width: int, seed: int | None) -> np.ndarray:
-    """First values of a scalar head, [1, width] float32: N(0, 1 / (width + 1)) (Stiennon et al. 2020's code),
-    or zeros without a seed.
+def initial_head(hidden_size: int, seed: int | None) -> np.ndarray:
+    """First values of a scalar head, [1, hidden_size] float32; zeros without a seed.
+
+    Drawn from N(0, 1 / (hidden_size + 1)), as in the code of Stiennon et al. 2020.
     """
     if seed is None:
-        return np.zeros((1, width), np.float32)
-    return (np.random.default_rng([seed, 0x5C0E]).standard_normal((1, width)) / (width + 1) ** 0.5).astype(
-        np.float32
-    )
+        return np.zeros((1, hidden_size), np.float32)
+    values = np.random.default_rng([seed, 0x5C0E]).standard_normal((1, hidden_size))
+    return (values / (hidden_size + 1) ** 0.5).astype(np.float32)
 
 
 def check_fits(length: int, context: int | None) -> None:
-    """Raise UserError for a sequence longer than the model's context: MLX would read position embeddings out
-    of bounds, silently.
+    """Raise UserError for a sequence longer than the model's context.
+
+    MLX would silently read position embeddings out of bounds.
     """
     if context is not None and length > context:
         raise UserError(
@@ -417,8 +434,9 @@ def device_batch(batch: Batch, total: float, array: Callable[[np.ndarray], Array
 
 
 def micro_batch_totals(batches: Sequence[Batch]) -> dict[str, float]:
-    """What each group of a step's micro-batches is averaged over; at least 1 so that an empty step divides by
-    something.
+    """What each group of a step's micro-batches is averaged over.
+
+    At least 1, so that an empty step divides by something.
     """
     totals: dict[str, float] = {}
     for b in batches:

@@ -1,9 +1,9 @@
-"""Batched decoding, once for both engines.
+"""Batched decoding, written once for both engines.
 
-Each distinct prompt is prefilled once; its key/value cache is repeated for its samples; all rows then decode
-together, one forward pass per token, and rows that have stopped leave the batch. Sampling inverts the
-cumulative distribution at one uniform number per (row, step) drawn ahead by NumPy: a row's text depends on
-the seed and its own number only, not on the rows beside it, on compaction, or on the engine.
+Each prompt is prefilled once and its key/value cache repeated for its samples. All rows then decode together,
+one forward pass per token, and rows that have stopped leave the batch. Sampling inverts the cumulative
+distribution at one uniform number per (row, step) that NumPy draws ahead of time: a row's text depends on the
+seed and its own number only, not on the other rows, on which of them have left, or on the engine.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from mlx_posttrain.ops import ops
 
 Array = Any
 
-# mlx-lm's caches grow by so many positions at once: a row of 20 tokens takes the memory of 256
+#: Positions by which mlx-lm's caches grow at a time: a row of 20 tokens takes the memory of 256.
 CACHE_BLOCK = 256
-ROOM = 64  # those of the torch engine
-TOKEN_BUDGET = 32 * CACHE_BLOCK  # cached positions of one decode batch: of GPT-2 124M they take 0.6 GB
+#: The same for the torch engine's caches.
+TORCH_CACHE_BLOCK = 64
+#: Cached positions of one decode batch: 0.6 GB of keys and values with GPT-2 124M.
+TOKEN_BUDGET = 32 * CACHE_BLOCK
 
 
 class Decoder(Protocol):
     """A model with a key/value cache for a batch of rows."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> Array:
-        """Left-pad and run the prompts, repeat each row of the cache ``samples`` times; returns next-token
-        logits [P * samples, V].
+        """Left-pad and run P prompts, and repeat each row of the cache ``samples`` times.
+
+        Returns next-token logits, [P * samples, V].
         """
 
     def advance(self, tokens: np.ndarray) -> Array:
-        """Append one token to each row; returns next-token logits [rows, V]."""
+        """Append one token to each row; returns next-token logits, [rows, V]."""
 
     def keep(self, rows: np.ndarray) -> None:
-        """Drop all but ``rows`` from the cache."""
+        """Drop all rows but ``rows`` from the cache."""
 
     def pick(
         self, logits: Array, uniforms: np.ndarray, temperature: float, top_p: float
@@ -48,12 +51,12 @@ class Decoder(Protocol):
 
 
 def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tuple[Array, Array]:
-    """One token per row by inverse CDF, and its log-probability under the tempered full softmax.
+    """Sample one token per row by inverse CDF; returns it and its log-probability, [R] each.
 
-    logits: [R, V] float32; uniforms: [R, 1] in (0, 1). temperature 0 takes the largest logit. ``top_p`` < 1
-    samples from the nucleus (Holtzman et al. 2020, section 3.1), the smallest set of tokens whose probability
-    reaches top_p; the reported log-probability stays that of the full softmax, which is what reinforcement
-    learning needs.
+    logits: [R, V] float32; uniforms: [R, 1] in (0, 1). A temperature of 0 takes the largest logit. ``top_p``
+    < 1 samples from the nucleus (Holtzman et al. 2020, section 3.1), the smallest set of tokens whose
+    probability reaches top_p. The log-probability is always that of the full softmax at the temperature,
+    which is what reinforcement learning needs.
     """
     xp = ops(logits)
     p = xp.softmax(logits / temperature if temperature > 0 else logits, axis=-1)
@@ -61,8 +64,8 @@ def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tu
         tokens = xp.argmax(logits, axis=-1)
     elif top_p >= 1:
         cdf = xp.cumsum(p, axis=-1)
-        # The first entry above u times the last one: rounding in a sum over V terms cannot push the draw past
-        # the end.
+        # The first entry above u times the last one, so that rounding in a sum over V terms cannot push the
+        # draw past the end.
         tokens = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
     else:
         order = xp.argsort_descending(p)
@@ -74,14 +77,12 @@ def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tu
     return tokens, xp.log(xp.take_along_axis(p, tokens[:, None], axis=-1)[:, 0])
 
 
-def barrier(logits: Array, forbidden: Sequence[int]) -> Array:
-    """[1, V] to be added to ``logits`` [R, V]: -inf at the forbidden tokens, which then have no probability,
-    and 0 at all others.
-    """
-    wall = ops(logits).zeros_like(logits[:1])
+def forbidden_bias(logits: Array, forbidden: Sequence[int]) -> Array:
+    """A bias [1, V] for ``logits`` [R, V]: -inf at the forbidden tokens and 0 at all others."""
+    bias = ops(logits).zeros_like(logits[:1])
     for token in forbidden:
-        wall[:, token] = -math.inf
-    return wall
+        bias[:, token] = -math.inf
+    return bias
 
 
 def decode(
@@ -101,12 +102,12 @@ def decode(
 ) -> list[Generated]:
     """``samples`` completions of each prompt; entry ``p * samples + s`` is sample s of prompt p.
 
-    A row ends at ``stop``, after ``max_tokens``, or where prompt and answer fill the ``context``.
-    ``on_token(row, token)`` is called as tokens appear. ``first_row`` numbers the first row: prompts decoded
-    in several batches get the numbers, and so the texts, that they would have in one. ``forbidden`` tokens
-    are never said, and log-probabilities are then those of the softmax over the others; with the end of text
-    among them every answer has full length. Raises UserError for an empty prompt or one that leaves no room
-    in the context.
+    A row ends at ``stop``, after ``max_tokens``, or where prompt and completion fill the ``context``.
+    ``on_token(row, token)`` is called as tokens appear. ``first_row`` is the number of the first row: prompts
+    decoded in several batches get the numbers, and so the texts, that they would have in one. ``forbidden``
+    tokens are never sampled, and log-probabilities are then those of the softmax over the others; with the
+    end of text among them every completion has full length. Raises UserError for an empty prompt and for one
+    that leaves no room in the context.
     """
     if not prompts:
         return []
@@ -117,29 +118,29 @@ def decode(
         raise UserError(
             f"a prompt of {longest} tokens leaves no room in the model's context of {context}; shorten it"
         )
-    room = [
+    limits = [
         max_tokens if context is None else min(max_tokens, context - len(p))
         for p in prompts
         for _ in range(samples)
     ]
-    rows = len(room)
+    rows = len(limits)
     # A generator per row: the numbers of a row depend neither on how many rows there are nor on max_tokens.
     uniforms = np.stack(
         [
-            np.random.default_rng([seed, first_row + row]).random(max(room), dtype=np.float32)
+            np.random.default_rng([seed, first_row + row]).random(max(limits), dtype=np.float32)
             for row in range(rows)
         ]
     )
-    # a draw of exactly 0 would take the first token, however unlikely, forbidden even
+    # A draw of exactly 0 would take the first token, however unlikely, even a forbidden one.
     uniforms = np.maximum(uniforms, np.float32(2**-25))
     tokens: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     stopped = [False] * rows
     alive = np.arange(rows)
     logits = decoder.prefill(prompts, samples)
-    wall = barrier(logits, forbidden) if forbidden else None
-    for step in range(max(room)):
-        allowed = logits if wall is None else logits + wall
+    bias = forbidden_bias(logits, forbidden) if forbidden else None
+    for step in range(max(limits)):
+        allowed = logits if bias is None else logits + bias
         picked, log_p = decoder.pick(allowed, uniforms[alive, step], temperature, top_p)
         going = np.ones(len(alive), bool)
         for i, (row, token) in enumerate(zip(alive.tolist(), picked.tolist(), strict=True)):
@@ -151,7 +152,7 @@ def decode(
             tokens[row].append(token)
             if on_token is not None:
                 on_token(row, token)
-            going[i] = len(tokens[row]) < room[row]
+            going[i] = len(tokens[row]) < limits[row]
         if not going.any():
             break
         if not going.all():
@@ -170,11 +171,10 @@ def in_batches(
     token_budget: int = TOKEN_BUDGET,
     **settings: Any,
 ) -> Iterator[Generated]:
-    """``model.generate`` for any number of prompts: decode batches of at most ``token_budget`` cached
-    positions, or of one row.
+    """``model.generate`` for any number of prompts.
 
-    The texts are those of a single batch: a row's random numbers come from the seed and its place in the
-    whole.
+    Each decode batch has at most ``token_budget`` cached positions, or one row. The texts are those that a
+    single batch would give, since a row's random numbers come from the seed and its number among all rows.
     """
     for batch, at_once in split(
         [len(p) for p in prompts], samples, min(max_tokens, model.context or max_tokens), token_budget
@@ -192,8 +192,10 @@ def in_batches(
 def split(
     lengths: Sequence[int], samples: int, answer_tokens: int, token_budget: int
 ) -> Iterator[tuple[slice, int]]:
-    """Prompts of so many tokens in decode batches: which ones, and how many samples of each at a time, which
-    are fewer where one prompt's are too many.
+    """Divide prompts into decode batches of at most ``token_budget`` cached positions.
+
+    lengths: tokens of each prompt. Yields for each batch which prompts it takes and how many samples of each
+    are decoded at a time: fewer than ``samples`` where those of a single prompt would be too many.
     """
 
     def positions(prompt_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""What both engines write and read: model folders and PEFT adapter folders in Hugging Face's format."""
+"""Model folders and PEFT adapter folders in Hugging Face's format, as both engines write and read them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from mlx_posttrain.errors import UserError
 #: float32
 Adapter = dict[str, dict[str, np.ndarray]]
 
-
-HEAD = "score.weight"  # the scalar head of *ForSequenceClassification with one label
-# a language model's scalar head lies beside it, where transformers does not look
+#: Name of the scalar head in a *ForSequenceClassification with one label.
+HEAD = "score.weight"
+#: A language model's scalar head lies in a file beside it that transformers does not read.
 HEAD_FILE = "head.safetensors"
 
 
 def save_model(folder: Path, tensors: Mapping[str, Any], base: Path, pad: int | None = None) -> None:
-    """Write weights under Hugging Face's names with the base's config and tokenizer files, so that
-    transformers loads the folder.
+    """Write a model folder that transformers loads.
 
-    With ``score.weight`` among them and ``pad`` it becomes a sequence classifier with one label.
+    tensors: weights under Hugging Face's names; with ``score.weight`` among them the folder becomes a
+    sequence classifier with one label that pools by ``pad``. base: the folder whose config and tokenizer
+    files are taken.
     """
     if HEAD in tensors:
         tensors = {name: value for name, value in tensors.items() if name != "lm_head.weight"}
@@ -81,10 +82,10 @@ def save_head(folder: Path, weight: np.ndarray) -> None:
 
 
 def read_head(folder: Path) -> np.ndarray | None:
-    """The scalar head [1, width] of a classifier, of a classifier's adapter, or beside a model; None where
-    there is none.
+    """The scalar head in a folder, [1, width] float32; None where there is none.
 
-    Raises UserError for a head with several labels.
+    It is a classifier's, a classifier adapter's, or in a file beside a model. Raises UserError for a head
+    with several labels.
     """
     from safetensors import safe_open
 
@@ -101,8 +102,8 @@ def read_head(folder: Path) -> np.ndarray | None:
                     weight = read_float32(folder / name)[key]
                     if weight.ndim != 2 or len(weight) != 1:
                         raise UserError(
-                            f"{folder}: its head has shape {weight.shape}; a reward model has "
-                            "one label, so (1, width)"
+                            f"{folder}: its head has shape {weight.shape}; a reward model has one label, so "
+                            "(1, width)"
                         )
                     return weight
     return None
@@ -116,8 +117,9 @@ def save_adapter(
     base: str,
     head: np.ndarray | None = None,
 ) -> None:
-    """Write a PEFT adapter folder; with ``head`` [1, width] of task type SEQ_CLS, the head among its
-    tensors.
+    """Write a PEFT adapter folder.
+
+    With ``head`` [1, width] the task type is SEQ_CLS and the head is among the tensors.
     """
     adapters.save_adapter(
         folder,
@@ -135,8 +137,9 @@ def save_adapter(
 
 
 def read_adapter(folder: Path, layers: Sequence[str]) -> Adapter:
-    """Read a PEFT adapter folder's tensors for exactly these layers. Raises UserError when the adapter has
-    others.
+    """Read the tensors of a PEFT adapter folder for exactly these layers.
+
+    Raises UserError when the adapter's layers are others.
     """
     _, modules = adapters.read_adapter(folder)
     modules = {adapters.hf_path(path): parts for path, parts in modules.items()}
@@ -153,7 +156,10 @@ def read_adapter(folder: Path, layers: Sequence[str]) -> Adapter:
 
 
 def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
-    """The spec of a PEFT adapter folder, to put the same adapter on a model before loading it."""
+    """The spec of a PEFT adapter folder, to put the same adapter on a model before loading it.
+
+    dropout: in place of the adapter's own. Raises UserError where the layers differ in rank or alpha.
+    """
     config, modules = adapters.read_adapter(folder)
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise UserError(

@@ -1,8 +1,8 @@
 """Let glibc keep the memory that a step frees for the next step.
 
-By default glibc maps every large block anew and gives it back when it is freed, so that each large array is
-paid for with page faults: the kernel clears its pages one by one, on one core. On Linux MLX's CPU backend and
-PyTorch both allocate through it, and element-wise operations on arrays of 90 MB took up to seven times as
+By default glibc maps every large block afresh and returns it to the system when it is freed, so each large
+array costs page faults: the kernel clears its pages one by one, on one core. On Linux MLX's CPU backend and
+PyTorch both allocate through glibc, and element-wise operations on arrays of 90 MB took up to seven times as
 long for it (docs/speed.md). macOS has another allocator, and MLX's GPU backend a cache of its own: nothing is
 done there.
 """
@@ -16,17 +16,16 @@ from functools import cache
 
 # Parameters of mallopt(3), from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-BLOCK = 1 << 30  # larger blocks are mapped and given back, as all large ones were
-SPARE = (1 << 31) - 1  # bytes kept free at the top of the heap before any go back
+BLOCK = 1 << 30  # bytes above which a block is still mapped and returned
+SPARE = (1 << 31) - 1  # bytes kept free at the top of the heap before any are returned
 
 
 @cache
 def keep() -> bool:
-    """Set it up once for the process; returns whether it was done for blocks of any size up to ``BLOCK``
-    bytes.
+    """Set glibc's thresholds, once for the process.
 
-    Where the user has settings of their own (``MALLOC_*``, or glibc.malloc in ``GLIBC_TUNABLES``), they are
-    left alone.
+    Returns whether glibc accepted them for blocks of any size up to ``BLOCK`` bytes. A user's own settings
+    (``MALLOC_*``, or glibc.malloc in ``GLIBC_TUNABLES``) are left alone.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
         "GLIBC_TUNABLES", ""
@@ -36,15 +35,15 @@ def keep() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
         return False
-    # An older glibc takes no more than 32 MB for the first, and goes on mapping what is larger.
-    whole = bool(mallopt(_MMAP_THRESHOLD, BLOCK))
-    if not whole:
+    # An older glibc accepts at most 32 MB as its mmap threshold and keeps mapping larger blocks.
+    accepted = bool(mallopt(_MMAP_THRESHOLD, BLOCK))
+    if not accepted:
         mallopt(_MMAP_THRESHOLD, 32 << 20)
-    return bool(mallopt(_TRIM_THRESHOLD, SPARE)) and whole
+    return bool(mallopt(_TRIM_THRESHOLD, SPARE)) and accepted
 
 
 def release() -> None:
-    """Give what is free back to the system, so that a measured peak is of what follows."""
+    """Return free memory to the system, so that a measured peak is that of what follows."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)

@@ -13,8 +13,9 @@ from mlx_posttrain.engines import heap
 
 
 def memory() -> tuple[int, int]:
-    """Return total and available memory in bytes (available 0 if unknown), within the container's limit if
-    there is one.
+    """Total and available memory in bytes, within the container's limit if there is one.
+
+    Available is 0 where it is not known.
     """
     if sys.platform == "darwin":
         total = int(command_output("sysctl", "-n", "hw.memsize") or 0)
@@ -43,19 +44,19 @@ def process_peak() -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
-    # getrusage would do on Linux but for two things: it begins with the parent's memory, and it cannot be
-    # reset.
+    # On Linux getrusage has two faults: it begins with the parent's memory, and it cannot be reset.
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def forget_process_peak() -> None:
-    """Begin to measure the peak anew, where the system can."""
+    """Reset the peak of ``process_peak`` to the present, where the system allows it."""
     heap.release()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def command_output(*words: str) -> str:
+    """What a command prints, stripped; '' where it is missing or takes longer than 5 s."""
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

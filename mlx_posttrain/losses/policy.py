@@ -1,13 +1,13 @@
-"""Proximal policy optimisation: what a step may change, token by token (Schulman et al. 2017).
+"""Losses of proximal policy optimisation, per token (Schulman et al. 2017).
 
     ratio = exp(log pi(token) - log pi_old(token))
     policy loss = max(-A ratio, -A clip(ratio, 1 - c, 1 + c))
     value loss  = 1/2 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)
 
-Elementwise over answer tokens; how tokens are averaged is :func:`mlx_posttrain.losses.sft.token_mean`'s
-business. Every array has one shape [...]; ``mask`` is above 0 at real tokens. It acts inside the exponential:
-whatever stands at a padded position, be it nan, reaches neither a value nor a gradient. Gradients flow into
-the first argument only if the caller's other arrays are data, as they are here.
+All functions are elementwise over completion tokens; :func:`mlx_posttrain.losses.sft.token_mean` averages
+them. All arrays have the same shape [...]; ``mask`` is above 0 at real tokens. It is applied inside the
+exponential, so that no number at a padded position, not even nan, reaches a value or a gradient. Gradients
+flow into the first argument only if the caller's other arrays are data, as they are here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def clipped_policy(
 ) -> Array:
     """The clipped surrogate, negated: max(-A r, -A clip(r, 1 - c, 1 + c)), 0 at padding.
 
-    logprobs: [...] log-probabilities of the answer's tokens under the policy being trained; old_logprobs:
-    under the one that answered; advantages: of the tokens. Returns [...]. Schulman et al. 2017, eq. 7.
+    logprobs: [...] log-probabilities of the completion's tokens under the policy being trained; old_logprobs:
+    under the policy that sampled them; advantages: of the tokens. Returns [...]. Schulman et al. 2017, eq. 7.
     """
     xp = ops(logprobs)
     ratio = xp.exp(log_ratio(logprobs, old_logprobs, mask))
@@ -46,12 +46,11 @@ def clipped_policy(
 def clipped_value(
     values: Array, old_values: Array, returns: Array, mask: Array, clip: float | None = 0.2
 ) -> Array:
-    """Half the squared error of the value, at least that of the value held within ``clip`` of the old one; 0
-    at padding.
+    """Half the squared error of the value, clipped pessimistically; 0 at padding.
 
-    values, old_values, returns: [...] in units of the reward; clip None: plain half squared error. Returns
-    [...]. The maximum makes clipping pessimistic: Schulman's code (openai/baselines), kept by Ziegler et al.
-    2019 and TRL.
+    The error is the larger of the value's own and that of the value held within ``clip`` of the old one, as
+    in Schulman's code (openai/baselines), kept by Ziegler et al. 2019 and TRL. values, old_values, returns:
+    [...] in units of the reward; clip None: plain half squared error. Returns [...].
     """
     xp = ops(values)
     values, old_values, returns = (_masked(x, mask) for x in (values, old_values, returns))
@@ -72,11 +71,11 @@ def entropy(logits: Array) -> Array:
 def update_statistics(
     logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, clip: float = 0.2
 ) -> dict[str, Array]:
-    """What an update did, elementwise and without gradient: ``ratio``, ``approx_kl`` and ``clip_fraction``.
+    """Statistics of an update, elementwise and without gradient: ``ratio``, ``approx_kl``, ``clip_fraction``.
 
     approx_kl: (log ratio)^2 / 2, which is KL(old || new) to second order (Schulman 2020, "Approximating KL
-    divergence", k2); clip_fraction: 1 where the clipped branch is the one that counts and the token's
-    gradient is therefore 0. At padding the ratio is 1, the others 0.
+    divergence", k2). clip_fraction: 1 where the clipped branch is the larger one and the token's gradient is
+    therefore 0. At padding the ratio is 1 and the others are 0.
     """
     xp = ops(logprobs)
     delta = xp.stop_gradient(log_ratio(logprobs, old_logprobs, mask))
@@ -88,8 +87,9 @@ def update_statistics(
 def value_clip_fraction(
     values: Array, old_values: Array, returns: Array, mask: Array, clip: float | None = 0.2
 ) -> Array:
-    """1 where the clipped error is the larger one and the value's gradient is therefore 0; 0 at padding and
-    without clipping.
+    """1 where the clipped error is the larger one and the value's gradient is therefore 0.
+
+    0 elsewhere, at padding and without clipping. Arguments as in :func:`clipped_value`.
     """
     xp = ops(values)
     values, old_values, returns = (xp.stop_gradient(_masked(x, mask)) for x in (values, old_values, returns))

@@ -1,7 +1,7 @@
-"""The reward model's loss: of two answers to one prompt, the preferred one should score higher.
+"""Losses of a reward model: the preferred one of two completions of a prompt should score higher.
 
-Elementwise over pairs; how pairs are averaged is :func:`mlx_posttrain.losses.sft.token_mean`'s business.
-Shape: P pairs.
+All functions are elementwise over pairs; :func:`mlx_posttrain.losses.sft.token_mean` averages them. Shape: P
+pairs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def bradley_terry(chosen: Array, rejected: Array, margin: Array | float = 0.0) -
 
 
 def centering(chosen: Array, rejected: Array) -> Array:
-    """(r_w + r_l)^2, to be added with a small weight: a pair fixes only the difference, and this keeps scores
-    around 0.
+    """(r_w + r_l)^2, to be added with a small weight to keep scores around 0.
 
-    chosen, rejected: [P] scores. Returns [P]. Eisenstein et al. 2023, "Helping or Herding?", section 2.
+    A pair alone fixes only the difference of its scores. chosen, rejected: [P] scores. Returns [P].
+    Eisenstein et al. 2023, "Helping or Herding?", section 2.
     """
     return (chosen + rejected) ** 2

@@ -1,7 +1,7 @@
-"""Supervised losses: what a language model pays for a target token, and for leaving its reference.
+"""Supervised losses: log-probabilities of target tokens, divergence from a reference, and their mean.
 
-Every function is elementwise over positions; how positions are averaged is :func:`token_mean`'s business,
-once. Shapes: N positions (any layout, flat or a grid), V vocabulary entries.
+All functions but :func:`token_mean`, which averages, are elementwise over positions. Shapes: [...] positions
+in any layout, flat or a grid; V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Array = Any
 def token_logprobs(logits: Array, targets: Array) -> Array:
     """Log-probability of each target token.
 
-    logits: [..., V] unnormalised, in nats; targets: [...] integer ids. Returns [...].
-    Written as gather minus log-sum-exp so that no [..., V] array of log-probabilities is formed.
+    logits: [..., V] unnormalised, in nats; targets: [...] integer ids. Returns [...]. Written as gather minus
+    log-sum-exp, so that no [..., V] array of log-probabilities is formed.
     """
     xp = ops(logits)
     chosen = xp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

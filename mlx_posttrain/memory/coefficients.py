@@ -1,11 +1,10 @@
-"""What a model's blocks keep for their backward pass, reckoned from its sizes by coefficients that were
-measured.
+"""Measured coefficients: what a model's blocks keep for their backward pass, by the model's sizes.
 
-MLX's are of the peaks of training steps, on its CPU backend, of small random GPT-2 and Llama models whose
-layers, widths, heads and lengths were changed one at a time, and for lean blocks, which are large ones, of
-GPT-2 124M. Torch's are of GPT-2 124M's process, and for gated blocks of the tensors that autograd saves, with
-the same allowance for what a process holds besides. tests/test_plan.py holds predictions against measured
-peaks.
+MLX's come from peaks of training steps on its CPU backend: of small random GPT-2 and Llama models whose
+layers, widths, heads and lengths were changed one at a time and, for lean blocks, which are large ones, of
+GPT-2 124M. Torch's come from the process of GPT-2 124M and, for gated blocks, from the tensors that autograd
+saves, with the same allowance for what else a process holds. tests/test_plan.py compares predictions with
+measured peaks.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """A block's sizes in features: width; inner, of the feed-forward; keys, of all key heads together;
-    heads.
+    """A transformer block's sizes in features.
+
+    width: of the hidden states. inner: of the feed-forward. keys: of all key heads together. heads: their
+    number.
     """
 
     width: int
@@ -25,12 +26,12 @@ class Block(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What blocks keep, in numbers.
+    """How many numbers blocks keep for the backward pass.
 
-    width, inner, keys: for each token so many times the block's sizes, in every block. pairs: for each head
-    and pair of positions, in every block. working, working_pairs: the same in all for each token and unit of
-    width, and each head and pair, since the blocks take turns. again: how many blocks' worth is alive where
-    whole blocks are recomputed.
+    width, inner, keys: in every block, for each token, as multiples of the block's sizes. pairs: in every
+    block, for each head and pair of positions. working, working_pairs: in all blocks together, since they
+    take turns, for each token and unit of width, and for each head and pair of positions. again: how many
+    blocks' worth is alive where whole blocks are recomputed.
     """
 
     width: float
@@ -44,8 +45,9 @@ class Kept(NamedTuple):
     def numbers(
         self, block: Block, blocks: float, rows: int, length: int, packed: int | None = None
     ) -> float:
-        """Of so many blocks together, for a batch of so many rows and padded length. packed: its tokens where
-        rows are packed into one.
+        """The numbers that ``blocks`` blocks keep together.
+
+        rows, length: of the batch, padded. packed: its tokens where rows are packed into one.
         """
         tokens, pairs = rows * length if packed is None else packed, rows * block.heads * length**2
         each = (
@@ -57,8 +59,8 @@ class Kept(NamedTuple):
         return blocks * each + tokens * self.working * block.width + self.working_pairs * pairs
 
 
-#: mlx: a block as mlx-lm has it (engines/base.py, block_bytes); lean: engines/mlx_lean.py; gated: with a
-#: gated feed-forward, as Llama's.
+#: mlx: mlx-lm's own block (engines/base.py, block_bytes); lean: engines/mlx/lean.py; gated: with a gated
+#: feed-forward, as in Llama.
 KEPT = {
     "mlx": Kept(15.8, 3.0, 0.0, 0.0, 30.0, 2.0, 3.6),
     "mlx, adapter": Kept(11.0, 3.0, 0.0, 0.0, 42.0, 1.7, 3.6),
@@ -72,37 +74,38 @@ KEPT = {
     "torch gated, adapter": Kept(9.5, 5.2, 3.5, 0.0, 0.0, 0.0, 2.0),
 }
 
-#: Attention of packed rows keeps so many arrays that are spread out again: queries, keys, values and what it
-#: returns, of which one is gathered.
+#: Arrays that the attention of packed rows keeps spread out to whole rows: queries, keys, values and its
+#: output, of which one is gathered again.
 SPREAD = 4.0
 
-#: Copies of every DoRA layer's output that are kept besides, and of its weight.
+#: Further copies that every DoRA layer keeps: of its output, and of its weight.
 DORA = {"mlx": (1.0, 0.0), "torch": (2.0, 2.0)}
 
-#: What GPT-2's blocks keep besides where MLX's stock functions take the place of our own
-#: (engines/mlx_gelu.py, engines/mlx_attention.py), which are for float32 on Linux's CPU: copies of the
-#: feed-forward's inner features, and of the attention weights in blocks that are not lean.
+#: What GPT-2's blocks keep in addition where MLX's own functions run instead of those of engines/mlx/cpu
+#: (gelu.py, attention.py), which are for float32 on a Linux CPU: copies of the feed-forward's inner features,
+#: and of the attention weights in blocks that are not lean.
 STOCK_GELU, STOCK_ATTENTION = 2.0, 1.2
 
-#: How many times the largest block's arrays a pass without gradients takes: MLX allocates ahead for
+#: Memory of a pass without gradients, as a multiple of the largest block's arrays: MLX allocates ahead for
 #: operations that are queued. Measured on 32 rows of 512 tokens of GPT-2 124M.
 FORWARD = {"mlx": 2.5, "torch": 1.0}
-#: Of those arrays the ones with a number for each head and pair of positions: in a pass over a batch, in one
-#: beside which a reference's blocks run, and in one that fills a cache with prompts.
+#: How many of those arrays have a number for each head and pair of positions: in a pass over a batch, in one
+#: where a reference's blocks run too, and in one that fills a cache with prompts.
 PAIRS = {"mlx": 2.0, "torch": 2.0}
 PAIRS_BESIDE = {"mlx": 3.5, "torch": 2.0}
 PAIRS_OF_PROMPTS = {"mlx": 0.5, "torch": 2.0}
 
-#: Arrays of one chunk of logits that are alive at once, besides what is kept of them: MLX allocates ahead for
-#: operations that are queued, so with a trained head and a frozen one so many for each chunk, up to the
-#: second number; and of all logits, where a quantised head has them all.
+#: Arrays of one chunk's logits that are alive at once, not counting cached gradients: (for each chunk, at
+#: most), with a trained head and with a frozen one. They grow with the number of chunks because MLX allocates
+#: ahead for operations that are queued. LOGITS_ALIVE: the same in arrays of all logits, where a quantised
+#: head forms them all at once.
 CHUNKS_ALIVE = {"mlx": ((3.0, 8.0), (4.5, 12.0)), "torch": ((3.0, 3.0), (3.0, 3.0))}
 LOGITS_ALIVE = 4.5
-#: The same with a divergence from a reference, whose logits are beside them: so many times that.
+#: The factor on these with a divergence from a reference, whose logits are held as well.
 REFERENCE_ALIVE = {"mlx": 1.4, "torch": 2.0}
-#: And in a pass without gradients, as CHUNKS_ALIVE: without and with a divergence. Measured on 64 to 3,072
+#: As CHUNKS_ALIVE for a pass without gradients: without and with a divergence. Measured on 64 to 3,072
 #: positions of GPT-2 124M and of the embedded model.
 EVALUATED_ALIVE = {"mlx": ((7.0, 20.0), (12.5, 24.0)), "torch": ((3.0, 3.0), (6.0, 6.0))}
-#: The share of such a pass's block that is still there when all its logits are one chunk, which MLX may form
-#: early: it waits for no other.
+#: The share of such a pass's block that is still held when its logits are a single chunk, which MLX may form
+#: early because it waits for no other.
 OVERLAP = {"mlx": 0.4, "torch": 0.0}

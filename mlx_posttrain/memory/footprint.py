@@ -1,7 +1,7 @@
-"""What one network in training holds, in GB by part, from its size and the shapes of its batches.
+"""Memory of one network in training, in GB by part, from its size and the shapes of its batches.
 
-Weights, gradients and moments are counted. What the backward pass keeps is reckoned by measured coefficients
-(activations.py); tests/test_plan.py holds the sums against runs.
+Weights, gradients and moments are counted. What the backward pass keeps is computed from measured
+coefficients (memory/coefficients.py). tests/test_plan.py compares the sums with runs.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from mlx_posttrain.memory.model_size import Size
 GB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-#: Architectures on which the blocks' coefficients were measured, and DoRA's.
+#: Architectures on which the blocks' coefficients were measured, and engines on which DoRA's were.
 MEASURED = {"mlx": ("gpt2", "llama"), "torch": ("gpt2",)}
 MEASURED_DORA = ("mlx",)
 
 
 class Shape(NamedTuple):
-    """A batch: rows, padded length, trained positions, and the tokens it is read as where an engine packs
-    rows into one.
+    """The shape of a batch: rows, padded length and trained positions.
+
+    packed: the tokens that go through the model where an engine packs rows into one.
     """
 
     rows: int
@@ -56,7 +57,7 @@ class Shape(NamedTuple):
         return self.rows * self.length if self.packed is None else self.packed
 
     def part(self, share: float = 1.0, longest: int | None = None) -> Shape:
-        """So much of the rows, and each cut to ``longest`` tokens; positions in proportion."""
+        """A share of the rows, each cut to ``longest`` tokens, with positions in proportion."""
         rows, length = max(1, math.ceil(self.rows * share)), min(self.length, longest or self.length)
         left = rows * length / (self.rows * self.length)
         return Shape(
@@ -78,7 +79,7 @@ def shapes(batches: Iterable[Batch], shares_prefixes: bool = False) -> list[Shap
 
 
 def distinct(found: Iterable[Shape]) -> list[Shape]:
-    """Each shape once, with the most tokens that rows of it are read as."""
+    """Each shape once, with the most tokens that any batch of it puts through the model."""
     largest: dict[tuple[int, ...], Shape] = {}
     for shape in found:
         largest[shape[:3]] = max(shape, largest.get(shape[:3], shape), key=lambda s: s.tokens)
@@ -87,7 +88,12 @@ def distinct(found: Iterable[Shape]) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Training:
-    """One network in training: how it is trained, and the shapes it meets."""
+    """One network in training: how it is trained, and the shapes of its batches.
+
+    adapted: (in, out) of the layers that an adapter stands on. divergence: whether the loss has one from the
+    reference, over the whole vocabulary. beside: whether evaluations run the reference's blocks too, because
+    its hidden states are not cached.
+    """
 
     engine: str
     size: Size
@@ -96,21 +102,20 @@ class Training:
     dtype: str = "float32"
     bits: int | None = None
     group_size: int = 64
-    adapted: Sequence[tuple[int, int]] = ()  # (in, out) of the layers that an adapter stands on
+    adapted: Sequence[tuple[int, int]] = ()
     dora: bool = False
     checkpointing: bool = False
     dropout: bool = False
     reference: bool = False
-    # whether the loss asks for one from the reference, over the whole vocabulary
     divergence: bool = False
-    beside: bool = False  # whether evaluations run the reference's blocks too: its states are not kept
+    beside: bool = False
     grad_accumulation: bool = False
     batches: Sequence[Shape] = ()
     evaluations: Sequence[Shape] = ()
 
     @property
     def number(self) -> int:
-        """Bytes of a number of the model, and of what its layers compute."""
+        """Bytes of one number of the model's weights and activations."""
         return DTYPE_BYTES[self.dtype]
 
     @property
@@ -122,13 +127,14 @@ class Training:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of the trained parameters, and so of their gradients and of each moment: an adapter's are
-        float32.
+        """Bytes of the trained parameters, and so of their gradients and of each moment.
+
+        An adapter's are float32.
         """
         return self.trained * (4 if self.adapter else self.number)
 
     def weights(self) -> float:
-        """GB of the weights as they are held, an adapter's included."""
+        """GB of the weights in memory, an adapter's included."""
         adapter = 4 * self.trained if self.adapter else 0
         if self.size.packed:
             return (self.size.file_bytes + adapter) / GB
@@ -141,7 +147,7 @@ class Training:
         return (self.size.parameters * number + adapter - saved) / GB
 
     def reference_copy(self) -> float:
-        """GB of the frozen reference: with an adapter it is the same weights."""
+        """GB of the frozen reference: 0 with an adapter, whose base is the reference."""
         return self.size.parameters * self.number / GB if self.reference and not self.adapter else 0.0
 
     def optimizer(self) -> float:
@@ -149,14 +155,16 @@ class Training:
         return 2 * self.trained_bytes / GB
 
     def gradients(self) -> float:
-        """GB of the gradients, and on MLX of a micro-batch's beside those of the ones before, which torch
-        adds to weight by weight.
+        """GB of the gradients, on MLX also of a micro-batch's beside the sum of those before.
+
+        torch adds to that sum weight by weight.
         """
         return self.trained_bytes * (2 if self.grad_accumulation and self.engine == "mlx" else 1) / GB
 
     def activations(self, batch: Shape) -> float:
-        """GB that the blocks keep for the backward pass, and what an adapter keeps besides; of the blocks
-        that are computed again at once with checkpointing.
+        """GB that the blocks keep for the backward pass, with what an adapter adds.
+
+        With checkpointing, of the blocks that are recomputed at the same time.
         """
         of, blocks_are = self.size, self._blocks(batch)
         kept = KEPT[blocks_are]
@@ -169,16 +177,18 @@ class Training:
         return (numbers * self.number + blocks / of.layers * self._beside(batch.tokens)) / GB
 
     def inputs(self, batch: Shape) -> float:
-        """GB of every block's input, which is what checkpointing keeps."""
+        """GB of every block's input: what checkpointing keeps."""
         return self.size.layers * batch.tokens * self.size.width * self.number / GB
 
     def _beside(self, tokens: int) -> float:
-        """Bytes that the adapted layers keep beside those of the blocks: in half precision their updates in
-        float32; of DoRA the outputs before the magnitude, and weights that it makes anew.
+        """Bytes that the adapted layers keep in addition to those of the blocks.
+
+        In half precision their updates in float32; with DoRA the outputs before the magnitude, and weights
+        that it computes.
         """
         outputs, weights = DORA[self.engine] if self.dora else (0.0, 0.0)
         if self.dora and (self.bits or self.size.packed):
-            # the layer is multiplied with its dequantised weight, which the gradient needs again
+            # The layer multiplies with its dequantised weight, which the gradient needs again.
             weights += 1
         half = 4 if self.number < 4 else 0
         each = [
@@ -204,8 +214,10 @@ class Training:
         )
 
     def logits(self, batch: Shape, training: bool = True) -> float:
-        """GB of the chunks of logits that are alive, or of all logits at a quantised head; with the other
-        side of a divergence, and in training with the slopes that are kept for a trained head's gradient.
+        """GB of the chunks of logits that are alive, or of all logits at a quantised head.
+
+        With a divergence the reference's logits are included, and in training the gradients that are cached
+        for a trained head.
         """
         every = 4 * batch.positions * self.size.vocabulary
         beside = REFERENCE_ALIVE[self.engine] if self.divergence else 1.0
@@ -217,21 +229,23 @@ class Training:
             each, most = EVALUATED_ALIVE[self.engine][self.divergence]
             return min(most * chunk, each * every) / GB
         each, most = CHUNKS_ALIVE[self.engine][self.adapter]
-        kept = 0 if self.adapter else fused.kept(batch.positions, self.size.vocabulary)
+        cached = 0 if self.adapter else fused.cached_positions(batch.positions, self.size.vocabulary)
         return (
-            min(most, each * len(chunks)) * chunk * beside + self.number * self.size.vocabulary * kept
+            min(most, each * len(chunks)) * chunk * beside + self.number * self.size.vocabulary * cached
         ) / GB
 
     def head(self) -> float:
-        """GB of the head's gradient, which is there before the blocks have freed anything; torch adds to the
-        one of earlier micro-batches.
+        """GB of the head's gradient, which is made before the blocks have freed anything.
+
+        0 with an adapter, whose head is frozen, and where torch adds it to that of earlier micro-batches.
         """
         there = self.adapter or (self.grad_accumulation and self.engine == "torch")
         return 0.0 if there else self.number * self.size.vocabulary * self.size.width / GB
 
     def forward(self, batch: Shape, pairs: dict[str, float] = PAIRS) -> float:
-        """GB of a pass without gradients: one block's arrays. pairs: by engine, how many of them have a
-        number for each head and pair of positions.
+        """GB of a pass without gradients: one block's arrays.
+
+        pairs: by engine, how many of them have a number for each head and pair of positions.
         """
         s, tokens = self.size, batch.tokens
         block = (
@@ -241,9 +255,7 @@ class Training:
         return FORWARD[self.engine] * self.number * block / GB
 
     def phases(self) -> list[tuple[str, dict[str, float]]]:
-        """What each phase of training holds besides weights and optimizer: GB by part, under the phase's
-        name.
-        """
+        """(name, GB by part) of each phase of training, not counting weights and optimizer."""
         found: list[tuple[str, dict[str, float]]] = []
         beside = self.trained_bytes / GB if self.grad_accumulation else 0.0
         for b in self.batches:
@@ -283,8 +295,9 @@ class Training:
         return found
 
     def update(self) -> float:
-        """GB of new weights and moments beside the old: on MLX of a group of parameters, or of the largest;
-        torch writes in place.
+        """GB of new weights and moments beside the old ones.
+
+        On MLX of a group of parameters, or of the largest parameter; torch updates in place.
         """
         largest = max(
             [UPDATE_BYTES, *(self.number * math.prod(shape) for shape in self.size.tensors.values())]

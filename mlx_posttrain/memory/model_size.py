@@ -1,6 +1,4 @@
-"""A model's size as its files describe it, without loading a weight: shapes by name, and what follows from
-them.
-"""
+"""A model's size, read from its files without loading a weight: shapes by name, and numbers from them."""
 
 from __future__ import annotations
 
@@ -21,9 +19,11 @@ _HEADS = ("lm_head", "wte", "transformer.wte", "model.wte", "model.embed_tokens"
 
 @dataclass(frozen=True)
 class Size:
-    """A model as its files describe it. tensors: shapes by name, those of the weights that packed ones stand
-    for; file_bytes: what they take on disk; packed: whether the folder is quantised, packed_head: its head
-    too; keys: width of all key heads together, where it is not ``width``.
+    """A model as its files describe it.
+
+    tensors: shapes by name; of a packed weight the shape of the weight that it stands for. file_bytes: their
+    size on disk. packed: whether the folder is quantised; packed_head: whether its head is too. keys: width
+    of all key heads together, where it is not ``width``.
     """
 
     layers: int
@@ -41,14 +41,15 @@ class Size:
 
     @property
     def key_width(self) -> int:
-        """Of keys, and of values, in a block: less than ``width`` under grouped-query attention (Ainslie et
-        al. 2023).
+        """Width of the keys, and of the values, in a block.
+
+        Less than ``width`` with grouped-query attention (Ainslie et al. 2023).
         """
         return self.width if self.keys is None else self.keys
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward is a gated one (Shazeer 2020, "GLU Variants Improve Transformer")."""
+        """Whether the feed-forward is gated (Shazeer 2020, "GLU Variants Improve Transformer")."""
         return any(_GATED.search(name) for name in self.tensors)
 
     @property
@@ -58,12 +59,12 @@ class Size:
 
     @property
     def parameters(self) -> int:
-        """How many there are; a tied head counts once."""
+        """Number of parameters; a tied head counts once."""
         return sum(math.prod(shape) for shape in self.tensors.values())
 
     @property
     def linear(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the linear layers' weights, by the layers' paths; embeddings and a head are none."""
+        """Shapes of the linear layers' weights by the layers' paths, without embeddings and heads."""
         found = {
             name.removesuffix(".weight"): shape
             for name, shape in self.tensors.items()
@@ -73,8 +74,9 @@ class Size:
 
 
 def size(folder: Path) -> Size:
-    """Read a model's size from its config and the headers of its weights. Raises UserError when the config
-    does not give it.
+    """Read a model's size from its config and the headers of its weight files.
+
+    Raises UserError when the config does not give it.
     """
     from safetensors import safe_open
 
@@ -83,7 +85,7 @@ def size(folder: Path) -> Size:
     files = hub.weight_files(folder)
     for name in files:
         with safe_open(str(folder / name), framework="np") as file:
-            for key in file.keys():  # noqa: SIM118  # not a mapping
+            for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 if not key.endswith((".attn.bias", ".attn.masked_bias")):
                     tensors[key] = tuple(file.get_slice(key).get_shape())
     if config.get("tie_word_embeddings", config["model_type"] == "gpt2"):
@@ -129,16 +131,16 @@ def adapted(of: Size, spec: AdapterSpec) -> list[tuple[int, int]]:
     shapes = [
         of.linear[path] for path in match_targets(list(of.linear), spec.resolved(of.model_type).targets or ())
     ]
-    # [in, out]; every other file has [out, in]
+    # Conv1D weights are [in, out]; all others are [out, in].
     conv1d = of.model_type == "gpt2" and not gpt2.is_mlx(of.tensors)
     return [(shape[0], shape[1]) if conv1d else (shape[1], shape[0]) for shape in shapes]
 
 
 def adapter_parameters(of: Size, spec: AdapterSpec) -> int:
-    """How many parameters an adapter has: rank * (in + out) a target, and out more for DoRA's magnitudes (Hu
-    et al. 2021, section 4.1).
+    """Number of parameters of an adapter.
 
-    Raises UserError when a target matches no layer.
+    rank * (in + out) for each target (Hu et al. 2021, section 4.1), and out more with DoRA, for its
+    magnitudes. Raises UserError when a target matches no layer.
     """
     return sum(
         spec.rank * (enters + leaves) + (leaves if spec.kind == "dora" else 0)

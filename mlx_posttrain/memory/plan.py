@@ -1,9 +1,9 @@
-"""What a recipe will take, before it runs: parameters, steps, tokens, and the peak of memory by part.
+"""What a recipe will need, before it runs: parameters, steps, tokens, and peak memory by part.
 
-What a network holds in each phase is reckoned in footprint.py; the peak is that of the phase that takes most:
-the end of the forward pass, the update, an evaluation, a rollout. For an architecture whose blocks were not
-measured it is a guess, and the text says so. Recipes with one thing changed are planned as well: those that
-take less are the advice.
+memory/footprint.py computes what a network holds in each phase; the peak is that of the phase that needs
+most: the end of the forward pass, the update, an evaluation, a rollout. For an architecture whose blocks were
+not measured it is a guess, and the text says so. Recipes with one setting changed are planned as well: those
+that need less are the advice.
 """
 
 from __future__ import annotations
@@ -27,27 +27,33 @@ from mlx_posttrain.data.batches import (
     round_up,
 )
 from mlx_posttrain.data.dataset import Dataset
-from mlx_posttrain.engines.decoding import CACHE_BLOCK, ROOM, split
+from mlx_posttrain.engines.decoding import CACHE_BLOCK, TORCH_CACHE_BLOCK, split
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory.coefficients import PAIRS_OF_PROMPTS
 from mlx_posttrain.memory.footprint import DTYPE_BYTES, GB, Shape, Training, distinct, shapes
-from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, size  # noqa: F401  size is for those who plan
+from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, size  # noqa: F401  (size is re-exported)
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.training import reference as references
 
-WARN_ABOVE = 0.75  # share of this machine's memory
-# of the training rows: a shorter data.max_length that drops more than the others is no advice
+#: Share of this machine's memory above which a plan warns.
+WARN_ABOVE = 0.75
+#: Share of the training rows that a shorter data.max_length must keep to be advised.
 KEPT_ROWS = 0.9
-LESS = 0.97  # of the peak: what takes more than that is no advice
-#: The interpreter and libraries, GB: the torch engine's memory is the whole process, MLX counts its arrays
-#: only.
+#: A change is advised where its peak is below this share of the recipe's.
+LESS = 0.97
+#: GB of the interpreter and libraries: the torch engine's memory is that of the whole process, MLX counts its
+#: arrays only.
 PROGRAM = {"mlx": 0.0, "torch": 0.48}
 
 
 @dataclass
 class Plan:
-    """What a run takes. parts: GB at the peak, by what they hold; phase: when that is; shapes: of its
-    batches, of which MLX compiles a step each.
+    """What a run needs.
+
+    trained_a_step: tokens that the loss counts, or scores of a reward model. positions_a_step: tokens that
+    the model reads, padding included. parts: GB at the peak by what they hold. phase: when the peak is.
+    shapes: number of batch shapes, for each of which MLX compiles a step. sure: whether the blocks were
+    measured for this architecture.
     """
 
     name: str
@@ -55,8 +61,8 @@ class Plan:
     parameters: int
     trained: int
     steps: int
-    trained_a_step: float  # tokens that the loss counts; of a reward model the scores
-    positions_a_step: float  # tokens that the model reads, padding included
+    trained_a_step: float
+    positions_a_step: float
     parts: dict[str, float]
     phase: str
     memory_gb: float
@@ -66,20 +72,20 @@ class Plan:
 
     @property
     def total_gb(self) -> float:
-        """The predicted peak."""
+        """The predicted peak in GB."""
         return sum(self.parts.values())
 
     @property
     def share(self) -> float:
-        """Of this machine's memory."""
+        """The peak as a share of this machine's memory."""
         return self.total_gb / self.memory_gb if self.memory_gb else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as JSON data."""
         return {**asdict(self), "total_gb": self.total_gb, "share": self.share}
 
     def line(self) -> str:
-        """The total in one line, with what to do when it is much."""
+        """The peak in one line, with advice when it may not fit."""
         text = (
             f"memory: about {self.total_gb:.2f} GB at the peak ({self.share:.0%} of this machine's "
             f"{self.memory_gb:.0f} GB)"
@@ -91,7 +97,7 @@ class Plan:
         return text
 
     def text(self) -> str:
-        """For people."""
+        """The plan in lines for people."""
         lines = [
             f"{self.name} on {self.engine}: {self.trained:,} of {self.parameters:,} parameters train",
             f"{self.steps:,} steps of about {self.trained_a_step:,.0f} trained tokens "
@@ -119,8 +125,10 @@ def peak(
     more: Mapping[str, float] | None = None,
     others: Sequence[tuple[str, dict[str, float]]] = (),
 ) -> Plan:
-    """The plan of one trained network. tokens: trained and read in a step; more: what is there all the time
-    beside it, GB by name; others: further phases, which may say otherwise of what is there all the time.
+    """The plan of one trained network.
+
+    tokens: trained and read in a step. more: GB by name of what else is held all the time. others: further
+    phases, whose parts may replace those that are held all the time.
     """
     from mlx_posttrain.engines import process
 
@@ -149,12 +157,13 @@ def peak(
 
 
 def _advised(found: Plan, options: Iterable[tuple[str, Callable[[], Plan]]]) -> Plan:
-    """The plan with those ``options``, overrides of the recipe and the plan that they lead to, that take
-    less.
+    """The plan with advice: those of the ``options`` that need less.
+
+    options: overrides of the recipe, and the plan with them.
     """
     advice = []
     for text, make in options:
-        # the usual layers for an adapter, say, are not those of every model
+        # Not every option suits every model: it may lack the usual layers for an adapter, for example.
         with contextlib.suppress(UserError):
             gb = make().total_gb
             if gb < LESS * found.total_gb:
@@ -163,7 +172,7 @@ def _advised(found: Plan, options: Iterable[tuple[str, Callable[[], Plan]]]) -> 
 
 
 def _alternatives(recipe: Any, engine: str, of: Size) -> Iterator[tuple[str, Any]]:
-    """Overrides that may save memory in any training, mildest first, and the recipe with them."""
+    """Overrides that may save memory in any training, mildest first, each with the recipe they give."""
     train, adapter = recipe.train, getattr(recipe, "adapter", None)
     if train.batch_size > 1:
         rows = train.batch_size // 2
@@ -193,16 +202,16 @@ def _alternatives(recipe: Any, engine: str, of: Size) -> Iterator[tuple[str, Any
 
 
 def _fits_groups(of: Size, group_size: int) -> bool:
-    """Whether every linear layer can be cut into groups of weights that share a quantisation scale."""
+    """Whether every linear layer can be divided into groups of weights that share a quantisation scale."""
     return all(n % group_size == 0 for shape in of.linear.values() for n in shape)
 
 
 def _changed(recipe: Any, section: str, **values: Any) -> Any:
-    """The recipe with other values in one section, not validated: for planning only."""
+    """The recipe with other values in one section, without validation: for planning only."""
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
 
 
-# From recipes
+# From recipes.
 
 
 def print_plan(make: Callable[[], Plan]) -> None:
@@ -276,8 +285,9 @@ def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: Ref
 
 
 def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:
-    """Half the longest training row, or what nine of ten rows need to be trained on; and the override, with
-    what it does to the rows. None where that is no less.
+    """A shorter data.max_length, and its override with what it does to the rows; None where there is none.
+
+    The larger of half the longest training row and the length with which nine of ten rows still train.
     """
     most, packed, pairs = max(data.lengths), recipe.data.pack, data.collate.rows_per_item > 1
 
@@ -300,17 +310,17 @@ def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:
 
 
 def _at_most(batches: Sequence[Shape], old: int, new: int, longest: int | None) -> list[Shape]:
-    """The batches that settings of ``new`` rows in place of ``old`` would allow, fewer where other limits or
-    the data already hold them down.
+    """The batches under a limit of ``new`` rows in place of ``old``, cut to ``longest`` tokens.
 
-    A pair is two rows: what is allowed is reckoned in the rows of the largest batch where those are more.
+    Batches that other limits or the data already make smaller stay as they are. A pair is two rows: the limit
+    is counted in rows of the largest batch where those are more.
     """
     rows = new / old * max([old, *(b.rows for b in batches)])
     return distinct(b.part(min(1.0, rows / b.rows), longest) for b in batches)
 
 
 def cache(of: Size, positions: int, dtype: str) -> float:
-    """GB of the keys and values of so many positions, in all layers."""
+    """GB of the keys and values of ``positions`` positions, in all layers."""
     return 2 * of.layers * of.key_width * positions * DTYPE_BYTES[dtype] / GB
 
 
@@ -418,13 +428,15 @@ def _rollouts(
 def _rollout(
     model: Training, lengths: Sequence[int], samples: int, max_tokens: int, token_budget: int
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """The phases of answering prompts of so many tokens: reading those of each decode batch, and decoding
-    it.
+    """The phases of a rollout: reading the prompts of each decode batch, and decoding it.
+
+    lengths: tokens of each prompt.
     """
     most = min(max_tokens, model.size.context or max_tokens)
     for batch, at_once in split(lengths, samples, most, token_budget):
         prompts = Shape(len(lengths[batch]), max(lengths[batch]), 0)
-        room = round_up(prompts.length + most, CACHE_BLOCK if model.engine == "mlx" else ROOM)
+        block = CACHE_BLOCK if model.engine == "mlx" else TORCH_CACHE_BLOCK
+        room = round_up(prompts.length + most, block)
         read, held = (
             cache(model.size, rows * room, model.dtype) for rows in (prompts.rows, prompts.rows * at_once)
         )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.data.read import encode_rows, read_conversations
-from mlx_posttrain.engines.base import Engine, Model, head_start, width
+from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.merge import base_folder
 from mlx_posttrain.rewards.scorer import Scorer
@@ -77,13 +77,13 @@ def _critic(
     if section is None:
         return None
     if section.kind == "shared":
-        policy.add_head(head_start(width(policy.config), None))
+        policy.add_head(initial_head(hidden_size(policy.config), None))
         return None
     reward = critic_source(recipe, section)
     source = base_folder(reward) if reward else folder
     critic = engine.load(source, gradient_checkpointing=recipe.train.gradient_checkpointing)
     if not critic.has_head:
-        critic.add_head(head_start(width(critic.config), None))
+        critic.add_head(initial_head(hidden_size(critic.config), None))
     return critic
 
 

@@ -17,7 +17,7 @@ from mlx_posttrain.convert import hub
 from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.data.read import ModelFacts, model_facts
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.base import Engine, Model, head_start, width
+from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.memory.model_size import size
@@ -135,7 +135,7 @@ def _load(method: Method, recipe: Any, engine: Engine, run: runs.Run, resume: bo
     check_vocabulary(facts.tokenizer, model, folder)
     if method.saves(recipe) == "classifier":
         if not model.has_head:
-            model.add_head(head_start(width(model.config), recipe.seed))
+            model.add_head(initial_head(hidden_size(model.config), recipe.seed))
     elif model.has_head:
         raise UserError(
             f"{recipe.model} is a reward model: it scores texts and cannot learn to write them; start from a "

@@ -1,5 +1,6 @@
-"""Batched decoding: the cache against full forward passes, rows independent of each other, sampling from the
-right distribution.
+"""Batched decoding.
+
+The cache against full forward passes, rows independent of each other, sampling from the right distribution.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def test_left_padded_batch_equals_one_by_one_without_a_cache(model):
 
 def test_a_rows_text_depends_on_the_seed_and_its_number_only(model):
     alone = model.generate(PROMPTS[:1], max_tokens=12, stop=None, temperature=1.0, seed=5)
-    beside = model.generate(PROMPTS, max_tokens=12, stop=None, temperature=1.0, seed=5)
+    together = model.generate(PROMPTS, max_tokens=12, stop=None, temperature=1.0, seed=5)
     longer = model.generate(PROMPTS, max_tokens=20, stop=None, temperature=1.0, seed=5)
     other = model.generate(PROMPTS, max_tokens=12, stop=None, temperature=1.0, seed=6)
-    assert alone[0].tokens == beside[0].tokens == longer[0].tokens[:12]
-    assert [c.tokens for c in beside] != [c.tokens for c in other]
+    assert alone[0].tokens == together[0].tokens == longer[0].tokens[:12]
+    assert [c.tokens for c in together] != [c.tokens for c in other]
 
 
 def test_samples_share_a_prefill_and_differ(model):
@@ -54,7 +55,7 @@ def test_samples_share_a_prefill_and_differ(model):
 
 
 def test_rows_stop_alone_and_leave_the_batch(model):
-    """Each row is cut at its own stop token, and the rows that go on are not disturbed."""
+    """Each row ends at its own stop token, and the rows that go on are not disturbed."""
     free = model.generate(PROMPTS, max_tokens=16, stop=None, temperature=1.0, seed=2)
     stop = free[1].tokens[3]
     cut = model.generate(PROMPTS, max_tokens=16, stop=stop, temperature=1.0, seed=2)
@@ -69,7 +70,7 @@ def test_rows_stop_alone_and_leave_the_batch(model):
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 1.0, "top_p": 0.8, "seed": 4}]
 )
-def test_forbidden_tokens_are_never_said_and_the_others_share_their_probability(model, settings):
+def test_forbidden_tokens_are_never_sampled_and_the_others_share_their_probability(model, settings):
     free = model.generate(PROMPTS, max_tokens=12, stop=None, **settings)
     forbidden = sorted({c.tokens[2] for c in free} | {c.tokens[5] for c in free} | {0})
     stop = forbidden[0]
@@ -77,8 +78,8 @@ def test_forbidden_tokens_are_never_said_and_the_others_share_their_probability(
     for row, before, c in zip(PROMPTS, free, done):
         assert len(c.tokens) == 12 and not c.stopped and not set(c.tokens) & set(forbidden)
         log_p = log_softmax(model.full_logits(np.array([row + c.tokens]))[0])[len(row) - 1 : -1]
-        rest = np.log1p(-np.exp(log_p[:, forbidden]).sum(-1))  # what the allowed tokens had together
-        assert c.logprobs == pytest.approx(log_p[np.arange(12), c.tokens] - rest, abs=5e-5)
+        log_allowed = np.log1p(-np.exp(log_p[:, forbidden]).sum(-1))  # the allowed tokens' probability
+        assert c.logprobs == pytest.approx(log_p[np.arange(12), c.tokens] - log_allowed, abs=5e-5)
         if not settings:
             allowed = np.delete(log_p, forbidden, axis=-1).max(-1)
             assert log_p[np.arange(12), c.tokens] == pytest.approx(allowed, abs=2e-5)
@@ -88,22 +89,22 @@ def test_forbidden_tokens_are_never_said_and_the_others_share_their_probability(
 def test_answers_end_where_the_context_does(model):
     long = list(range(1, 61))
     done = model.generate([long, [5]], max_tokens=30, stop=None)
-    assert [len(c.tokens) for c in done] == [4, 30]  # the context is 64
+    assert [len(c.tokens) for c in done] == [4, 30]  # of a context of 64
     with pytest.raises(UserError, match="empty"):
         model.generate([[]], max_tokens=1, stop=None)
 
 
-def test_streaming_sees_the_same_tokens(model):
-    seen = []
+def test_streaming_gives_the_same_tokens(model):
+    streamed = []
     (done,) = model.generate(
         [PROMPTS[1]],
         max_tokens=9,
         stop=None,
         temperature=0.8,
         seed=3,
-        on_token=lambda row, token: seen.append(token),
+        on_token=lambda row, token: streamed.append(token),
     )
-    assert seen == done.tokens
+    assert streamed == done.tokens
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs mlx and torch")
@@ -157,19 +158,19 @@ def test_the_last_token_can_be_drawn_and_none_past_it():
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
-def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
-    """Through growing past its room, repeating and dropping rows; and nothing is copied while there is
-    room.
-    """
+def test_the_preallocated_cache_holds_what_transformers_own_holds(monkeypatch):
+    """While it grows and rows are repeated and dropped; nothing is copied while there is room."""
     import torch
     from transformers.cache_utils import Cache, DynamicLayer
 
     from mlx_posttrain.engines.torch import decoding as torch_decoding
 
-    monkeypatch.setattr(decoding, "ROOM", 4)
+    monkeypatch.setattr(decoding, "TORCH_CACHE_BLOCK", 4)
     torch.manual_seed(0)
-    torch_decoding._Roomy().batch_repeat_interleave(2)  # which has met no token
-    both = [Cache(layer_class_to_replicate=kind) for kind in (torch_decoding._Roomy, DynamicLayer)]
+    torch_decoding._PreallocatedLayer().batch_repeat_interleave(2)  # before its first token
+    both = [
+        Cache(layer_class_to_replicate=kind) for kind in (torch_decoding._PreallocatedLayer, DynamicLayer)
+    ]
     rows = 2
     for step, change in enumerate(["repeat", "", "drop", "", "", "drop", "", "", ""]):
         keys, values = (torch.randn(rows, 3, 3 if step == 0 else 1, 5) for _ in range(2))
@@ -186,30 +187,28 @@ def test_the_roomy_cache_holds_what_transformers_own_holds(monkeypatch):
                 c.batch_select_indices(kept)
             rows = len(kept)
         assert both[0].get_seq_length() == both[1].get_seq_length() == 3 + step
-    room = both[0].layers[0]._rooms[0]
-    assert room.shape[2] == 12 and both[0].layers[0].keys.data_ptr() == room.data_ptr()
+    buffer = both[0].layers[0]._buffers[0]
+    assert buffer.shape[2] == 12 and both[0].layers[0].keys.data_ptr() == buffer.data_ptr()
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
-def test_a_cache_that_grows_while_rows_leave_says_the_same(random_gpt2, monkeypatch):
+def test_a_cache_that_grows_while_rows_leave_gives_the_same_tokens(random_gpt2, monkeypatch):
     model = engines.get("torch").load(random_gpt2)
 
-    def said():
-        return [
-            c.tokens
-            for c in model.generate(PROMPTS, max_tokens=40, stop=9, temperature=1.5, samples=4, seed=2)
-        ]
+    def sampled():
+        completions = model.generate(PROMPTS, max_tokens=40, stop=9, temperature=1.5, samples=4, seed=2)
+        return [c.tokens for c in completions]
 
-    wide = said()
-    assert len({len(tokens) for tokens in wide}) > 2  # rows leave at different steps
-    monkeypatch.setattr(decoding, "ROOM", 3)
-    assert said() == wide
+    in_one_block = sampled()
+    assert len({len(tokens) for tokens in in_one_block}) > 2  # rows leave at different steps
+    monkeypatch.setattr(decoding, "TORCH_CACHE_BLOCK", 3)
+    assert sampled() == in_one_block
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
 def test_torch_decodes_through_the_whole_model_where_logits_are_more_than_products(random_gpt2, monkeypatch):
     from mlx_posttrain.engines.torch import decoding as torch_decoding
-    from mlx_posttrain.engines.torch import engine
+    from mlx_posttrain.engines.torch import model as torch_model
 
     model = engines.get("torch").load(random_gpt2)
     heads = []
@@ -219,11 +218,10 @@ def test_torch_decodes_through_the_whole_model_where_logits_are_more_than_produc
             super().__init__(net, head)
             heads.append(head)
 
-    monkeypatch.setattr(engine, "TorchDecoder", Watched)
-    said = []
+    monkeypatch.setattr(torch_model, "TorchDecoder", Watched)
+    tokens = []
     for split in (True, False):
         model._split = split
-        said.append(
-            [c.tokens for c in model.generate(PROMPTS, max_tokens=8, stop=None, temperature=1.0, seed=1)]
-        )
-    assert heads[0] is not None and heads[1] is None and said[0] == said[1]
+        completions = model.generate(PROMPTS, max_tokens=8, stop=None, temperature=1.0, seed=1)
+        tokens.append([c.tokens for c in completions])
+    assert heads[0] is not None and heads[1] is None and tokens[0] == tokens[1]

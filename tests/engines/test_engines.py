@@ -65,8 +65,9 @@ def test_logits_equal_transformers(engine, random_gpt2):
 
 @pytest.mark.slow
 def test_gpt2_124m_logits_count_and_lora_parameters(engine, tmp_path):
-    """The real size, random weights: parity with transformers, 124,439,808 parameters, 1,622,016 in a rank-16
-    adapter.
+    """Parity with transformers at the real size, with random weights.
+
+    124,439,808 parameters, and 1,622,016 in a rank-16 adapter.
     """
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -106,9 +107,7 @@ def test_engines_agree_step_by_step(both, random_gpt2, adapter, loss):
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
 def test_accumulation_equals_one_batch(engine, random_gpt2, adapter):
-    """Eight micro-batches of one row give the step of one batch of eight, although the rows differ in
-    length.
-    """
+    """Eight micro-batches of one row give the step of one batch of eight, although rows differ in length."""
     rows = examples(256)
     results = []
     for parts in ([rows], [[r] for r in rows]):
@@ -118,12 +117,12 @@ def test_accumulation_equals_one_batch(engine, random_gpt2, adapter):
     (one, logits), (eight, other) = results
     assert one["loss"] == pytest.approx(eight["loss"], rel=1e-5)
     assert one["grad_norm"] == pytest.approx(eight["grad_norm"], rel=1e-4)
-    # Adam's first step is the sign of the gradient: compare outputs, loosely
+    # Adam's first step is the sign of the gradient, so outputs are compared loosely.
     assert np.abs(logits - other).max() < 2e-3
 
 
 def test_padding_changes_nothing(engine, random_gpt2):
-    """A short row's loss is the same alone and beside a long one."""
+    """A short row's loss is the same alone and in a batch with a long one."""
     rows = examples(256)
     model = engine.load(random_gpt2)
     together = model.evaluate(sft.loss, [collate(rows, 64)])["loss"]
@@ -217,8 +216,7 @@ def test_gradient_checkpointing_gives_the_same_step(engine, random_gpt2):
         trainer = engine.trainer(model, AdamW())
         batch = collate(examples(256), 64)
         losses.append([trainer.step(sft.loss, [batch], 1e-3)["loss"] for _ in range(3)])
-        # Generation right after training in checkpointing mode is the cached one: the fault behind
-        # "repetition collapse".
+        # Generation right after training with checkpointing must use the cache.
         answers = model.generate([[3, 4, 5, 6]], max_tokens=12, stop=None)
         assert answers[0].tokens == greedy(model, [3, 4, 5, 6], 12)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -233,9 +231,7 @@ def greedy(model, prompt: list[int], n: int) -> list[int]:
 
 
 def test_optimizer_matches_a_numpy_adamw(engine, random_gpt2):
-    """Two steps of AdamW on one bias and one matrix, recomputed by hand from the engine's own gradients
-    (decay on the matrix only).
-    """
+    """A step of AdamW on one matrix and one bias, recomputed by hand; only the matrix decays."""
     settings = AdamW(beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.3, clip=None)
     batch = collate(examples(256), 64)
     lr = 1e-2
@@ -243,8 +239,7 @@ def test_optimizer_matches_a_numpy_adamw(engine, random_gpt2):
     model = engine.load(random_gpt2)
     trainer = engine.trainer(model, settings)
     before = dict(model.weights())
-    # A huge step size on a second model reveals nothing; instead finite differences give the gradient of one
-    # entry.
+    # Finite differences give the gradient of one entry.
     entry = (5, 7)
     gradient = _finite_difference(engine, random_gpt2, batch, name_matrix, entry)
     trainer.step(sft.loss, [batch], lr)
@@ -279,8 +274,9 @@ def _finite_difference(engine, folder, batch, name, entry, step=2e-3):
 
 
 def test_torch_answers_as_transformers_does() -> None:
-    """With the fused activation in place of transformers' own, on the embedded model, whose activations are
-    large enough to tell them apart.
+    """With the fused activation in place of transformers' own.
+
+    On the embedded model, whose activations are large enough to tell the two apart.
     """
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

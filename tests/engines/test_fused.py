@@ -1,5 +1,6 @@
-"""Figures read off logits a chunk at a time, against the plain losses in float64 and against the engines' own
-plain path.
+"""Losses read off logits a chunk at a time.
+
+Against the plain losses in float64, and against the engines' path over all logits at once.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ BETA = 0.3
 
 
 def problem(kind: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Hidden states and heads of policy and reference, targets, and a cotangent for each figure with zeros
-    among them.
+    """Hidden states and heads of policy and reference, targets, and a cotangent for each value.
 
-    The cotangents are any; where the figures are promised to enter together, those of a loss of BETA * kl -
-    logprobs at each position.
+    The cotangents are random, with zeros among them; where the values are promised to enter the loss
+    together, they are those of a loss of BETA * kl - logprobs at each position.
     """
     rng = np.random.default_rng(seed)
     draw = {
@@ -40,7 +40,7 @@ def problem(kind: str, seed: int = 0) -> dict[str, np.ndarray]:
     return {**draw, "target": rng.integers(0, V, N), "weights": weights}
 
 
-def figures_in_float64(p: dict[str, np.ndarray], kind: str, h: np.ndarray, w: np.ndarray) -> list[np.ndarray]:
+def values_in_float64(p: dict[str, np.ndarray], kind: str, h: np.ndarray, w: np.ndarray) -> list[np.ndarray]:
     z = h @ w.T
     first = token_logprobs(z, p["target"])
     if kind == "logprobs":
@@ -52,61 +52,63 @@ def figures_in_float64(p: dict[str, np.ndarray], kind: str, h: np.ndarray, w: np
 
 
 def truth(p: dict[str, np.ndarray], kind: str) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """The figures, and by central differences the gradients of their weighted sum with respect to h and w, in
-    float64.
+    """The values, and the gradients of their weighted sum with respect to h and w.
+
+    In float64, by central differences.
     """
 
     def total(h: np.ndarray, w: np.ndarray) -> float:
         return sum(
-            float(np.sum(f * g))
-            for f, g in zip(figures_in_float64(p, kind, h, w), p["weights"], strict=False)
+            float(np.sum(f * g)) for f, g in zip(values_in_float64(p, kind, h, w), p["weights"], strict=False)
         )
 
     gradients = []
     for name in ("h", "w"):
-        slope = np.zeros_like(p[name])
-        for at in np.ndindex(*slope.shape):
-            step = np.zeros_like(slope)
+        gradient = np.zeros_like(p[name])
+        for at in np.ndindex(*gradient.shape):
+            step = np.zeros_like(gradient)
             step[at] = 1e-5
             both = [total(**{"h": p["h"], "w": p["w"], name: p[name] + sign * step}) for sign in (1, -1)]
-            slope[at] = (both[0] - both[1]) / 2e-5
-        gradients.append(slope)
-    return figures_in_float64(p, kind, p["h"], p["w"]), gradients[0], gradients[1]
+            gradient[at] = (both[0] - both[1]) / 2e-5
+        gradients.append(gradient)
+    return values_in_float64(p, kind, p["h"], p["w"]), gradients[0], gradients[1]
 
 
-def way_round(kind: str) -> tuple[str, float | None]:
+def direction_and_beta(kind: str) -> tuple[str, float | None]:
     return kind.split()[1], BETA if kind.endswith("together") else None
 
 
 def mlx_results(
-    p: dict[str, np.ndarray], kind: str, trained: bool, steered: bool
+    p: dict[str, np.ndarray], kind: str, trained: bool, streamed: bool
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     import mlx.core as mx
 
     from mlx_posttrain.engines.mlx import fused as mlx_fused
 
     a = {name: mx.array(v.astype(np.int32 if name == "target" else np.float32)) for name, v in p.items()}
-    way = {"trained": trained, "training": trained or steered}
+    mode = {"trained": trained, "training": trained or streamed}
 
-    def figures(h, w):
+    def values(h, w):
         if kind == "logprobs":
-            return [mlx_fused.logprobs(h, w, a["target"], **way)]
+            return [mlx_fused.logprobs(h, w, a["target"], **mode)]
         if kind == "entropy":
-            return list(mlx_fused.logprobs_and_entropy(h, w, a["target"], **way))
+            return list(mlx_fused.logprobs_and_entropy(h, w, a["target"], **mode))
         return list(
-            mlx_fused.logprobs_and_kl(h, w, a["h_ref"], a["w_ref"], a["target"], *way_round(kind), **way)
+            mlx_fused.logprobs_and_kl(
+                h, w, a["h_ref"], a["w_ref"], a["target"], *direction_and_beta(kind), **mode
+            )
         )
 
     def total(h, w):
-        found = figures(h, w)
+        found = values(h, w)
         return sum(mx.sum(f * g) for f, g in zip(found, a["weights"], strict=False)), found
 
-    (_, found), slopes = mx.compile(mx.value_and_grad(total, argnums=(0, 1)))(a["h"], a["w"])
-    return [np.array(f) for f in found], *(np.array(s) for s in slopes)
+    (_, found), gradients = mx.compile(mx.value_and_grad(total, argnums=(0, 1)))(a["h"], a["w"])
+    return [np.array(f) for f in found], *(np.array(g) for g in gradients)
 
 
 def torch_results(
-    p: dict[str, np.ndarray], kind: str, trained: bool, steered: bool
+    p: dict[str, np.ndarray], kind: str, trained: bool, streamed: bool
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     import torch
 
@@ -119,7 +121,9 @@ def torch_results(
     elif kind == "entropy":
         found = list(torch_fused.logprobs_and_entropy(h, w, a["target"]))
     else:
-        found = list(torch_fused.logprobs_and_kl(h, w, a["h_ref"], a["w_ref"], a["target"], *way_round(kind)))
+        found = list(
+            torch_fused.logprobs_and_kl(h, w, a["h_ref"], a["w_ref"], a["target"], *direction_and_beta(kind))
+        )
     sum((f * g).sum() for f, g in zip(found, a["weights"], strict=False)).backward()
     assert (w.grad is not None) == trained
     return (
@@ -139,27 +143,29 @@ def near(found: np.ndarray, wanted: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_figures_and_gradients_equal_the_plain_losses_for_every_chunk(name, kind, monkeypatch):
+def test_values_and_gradients_equal_the_plain_losses_for_every_chunk(name, kind, monkeypatch):
     p = problem(kind)
     values, d_h, d_w = truth(p, kind)
-    for rows in range(1, N + 2):  # and of the vocabulary, 3 to 23 entries at a time
+    for rows in range(1, N + 2):  # positions to a chunk, and 3 to 23 entries of the vocabulary
         monkeypatch.setattr(fused, "CHUNK_BYTES", rows * V * 4 + 3)
         assert max(s.stop - s.start for s in fused.chunks(N, V)) <= 2 * rows
-        for trained, steered, kept in (
+        for trained, streamed, cached in (
             (True, False, 0),
             (True, False, 4),
             (True, False, N),
             (False, True, N),
             (False, False, N),
         ):
-            if name == "torch" and not (trained or steered):
-                continue  # torch sees for itself whether a gradient is wanted
-            monkeypatch.setattr(fused, "KEPT_BYTES", kept * V * 4)
-            assert (fused.kept(N, V) == N) == (kept == N) and fused.kept(N, V) <= kept
-            found, got_h, got_w = RESULTS[name](p, kind, trained, steered)
-            assert all(near(a, b) for a, b in zip(found, values, strict=True)), (rows, trained, steered, kept)
-            assert near(got_h, d_h), (rows, trained, steered, kept)
-            assert near(got_w, d_w if trained else np.zeros((V, D))), (rows, trained, steered, kept)
+            if name == "torch" and not (trained or streamed):
+                continue  # torch itself knows whether a gradient is wanted
+            monkeypatch.setattr(fused, "CACHED_BYTES", cached * V * 4)
+            positions = fused.cached_positions(N, V)
+            assert (positions == N) == (cached == N) and positions <= cached
+            found, got_h, got_w = RESULTS[name](p, kind, trained, streamed)
+            case = rows, trained, streamed, cached
+            assert all(near(a, b) for a, b in zip(found, values, strict=True)), case
+            assert near(got_h, d_h), case
+            assert near(got_w, d_w if trained else np.zeros((V, D))), case
 
 
 def test_chunks_cover_every_position_once_and_fit_the_budget():
@@ -177,15 +183,15 @@ def test_chunks_cover_every_position_once_and_fit_the_budget():
     assert fused.chunks(0, 50257) == []
 
 
-def test_slopes_are_kept_of_whole_chunks_as_long_as_they_fit():
-    assert fused.kept(576, 50257) == 576
-    assert fused.kept(4096, 50257) == 640
-    assert fused.kept(4096, 50257) * 50257 * 4 <= fused.KEPT_BYTES
-    assert fused.kept(64, 10**8) == 0  # not even the first chunk
+def test_gradients_are_cached_of_whole_chunks_that_fit():
+    assert fused.cached_positions(576, 50257) == 576
+    assert fused.cached_positions(4096, 50257) == 640
+    assert fused.cached_positions(4096, 50257) * 50257 * 4 <= fused.CACHED_BYTES
+    assert fused.cached_positions(64, 10**8) == 0  # not even the first chunk
 
 
 def test_equal_distributions_have_no_divergence_and_likely_tokens_no_positive_logprob():
-    """Logits of the size that GPT-2 gives, far from zero, and a distribution that is all on one token."""
+    """With logits as large as GPT-2's, far from zero, and a distribution with all its mass on one token."""
     z = np.array([[-140.0, -110.0, -112.0], [30.0, -900.0, -900.0]], np.float32)
     p, lse = fused.softmax(z)
     assert lse[:, 0] == pytest.approx(np.log(np.exp(z.astype(float) + 110).sum(1)) - 110, rel=1e-6)
@@ -196,7 +202,7 @@ def test_equal_distributions_have_no_divergence_and_likely_tokens_no_positive_lo
         fused.kl(z, p, lse, z, p, lse, "sideways")
 
 
-# Through a model
+# Through a model.
 
 
 @pytest.fixture(params=ENGINES)
@@ -233,8 +239,9 @@ def plain_kl_loss(direction: str):
 
 
 def bonus_loss(plain: bool):
-    """A policy gradient at temperature 0.7 with weights of both signs and an entropy bonus: the entropy's
-    gradient too.
+    """A policy gradient at temperature 0.7 with weights of both signs and an entropy bonus.
+
+    The bonus needs the entropy's gradient too.
     """
 
     def loss(model, batch: DeviceBatch):
@@ -257,15 +264,15 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize(("adapter", "kept"), [(None, 0), (None, 50), (None, 10**3), ("lora", 0)])
+@pytest.mark.parametrize(("adapter", "cached"), [(None, 0), (None, 50), (None, 10**3), ("lora", 0)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_steps_equal_those_of_the_plain_path(engine, random_gpt2, adapter, kept, loss, monkeypatch):
-    """Several chunks, two micro-batches, three steps, slopes kept of no, some and all positions.
+def test_steps_equal_those_of_the_plain_path(engine, random_gpt2, adapter, cached, loss, monkeypatch):
+    """Several chunks, two micro-batches, three steps, gradients cached of no, some and all positions.
 
     AdamW's eps is large, or rounding of tiny gradients would become whole steps.
     """
     monkeypatch.setattr(fused, "CHUNK_BYTES", 50 * 400 * 4)
-    monkeypatch.setattr(fused, "KEPT_BYTES", kept * 400 * 4)
+    monkeypatch.setattr(fused, "CACHED_BYTES", cached * 400 * 4)
     curves, weights = [], []
     for chosen in LOSSES[loss]:
         model = engine.load(random_gpt2)
@@ -284,12 +291,12 @@ def test_steps_equal_those_of_the_plain_path(engine, random_gpt2, adapter, kept,
         assert np.abs(weight - weights[1][name]).max() <= 1e-5, name
 
 
-def test_figures_of_a_model_equal_the_plain_ones_and_the_reference_stays(engine, random_gpt2):
+def test_values_of_a_model_equal_the_plain_ones_and_the_reference_stays(engine, random_gpt2):
     model = engine.load(random_gpt2)
     model.add_adapter(AdapterSpec(rank=4, alpha=8), seed=3)
     engine.trainer(model, AdamW()).step(sft.loss, [collate(rows(), 64)], 1e-2)
 
-    def found(m, b):
+    def read_off_chunks(m, b):
         logprobs, entropy, scores = m.policy_terms(b, 0.7)
         assert scores is None
         return {
@@ -299,7 +306,7 @@ def test_figures_of_a_model_equal_the_plain_ones_and_the_reference_stays(engine,
             "kl": m.logprobs_and_kl(b, "reverse")[1],
         }
 
-    def wanted(m, b):
+    def plain(m, b):
         reference = m.reference_logits(b)
         return {
             "logprobs": plain_logprobs(m, b, 0.7),
@@ -308,14 +315,14 @@ def test_figures_of_a_model_equal_the_plain_ones_and_the_reference_stays(engine,
             "kl": full_kl(m.logits(b), reference, "reverse"),
         }
 
-    ours, theirs = (model.apply(f, [collate(rows(), 64)])[0] for f in (found, wanted))
+    ours, theirs = (model.apply(f, [collate(rows(), 64)])[0] for f in (read_off_chunks, plain))
     for name, values in theirs.items():
         assert ours[name] == pytest.approx(values, abs=2e-5), name
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_gradient_is_formed_for_a_frozen_head(engine, random_gpt2, loss, monkeypatch):
-    """Without the function that forms it an adapter trains all the same, and a whole model does not."""
+    """Without the function that forms it an adapter still trains, and a whole model does not."""
     monkeypatch.setattr(f"mlx_posttrain.engines.{engine.name}.fused._head_gradient", None)
     batch = collate(rows(), 64)
     model = engine.load(random_gpt2)
@@ -325,7 +332,7 @@ def test_no_gradient_is_formed_for_a_frozen_head(engine, random_gpt2, loss, monk
     whole.keep_reference()
     with pytest.raises(TypeError, match="NoneType"):
         engine.trainer(whole, AdamW()).step(LOSSES[loss][0], [batch], 1e-3)
-    engine.seed(0)  # the broken step left MLX's random state half traced
+    engine.seed(0)  # the failed step left MLX's random state half traced
 
 
 def test_a_head_that_is_not_one_plain_matrix_takes_the_plain_path(engine, random_gpt2):
@@ -336,10 +343,10 @@ def test_a_head_that_is_not_one_plain_matrix_takes_the_plain_path(engine, random
     assert model._fused_head(model.net) is None
     assert model.token_logprobs([batch])[0] == pytest.approx(wanted, abs=1e-5)
     model.keep_reference()
-    figures = model.apply(
+    terms = model.apply(
         lambda m, b: dict(zip(("logprobs", "entropy"), m.policy_terms(b), strict=False)), [batch]
     )[0]
-    assert figures["logprobs"] == pytest.approx(wanted, abs=1e-5)
+    assert terms["logprobs"] == pytest.approx(wanted, abs=1e-5)
     assert model.evaluate(sft.kl_loss(0.1, "forward"), [batch])["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -353,14 +360,15 @@ def test_a_quantised_head_takes_the_plain_path(random_gpt2):
     assert np.isfinite(model.token_logprobs([collate(rows(), 64)])[0]).all()
 
 
-# Memory
+# Memory.
 
 
 @pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
 @pytest.mark.parametrize("trained", [True, False])
 def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch):
-    """MLX allocates for operations that are still queued: some twenty chunks are alive at once, however many
-    there are in all.
+    """MLX allocates for operations that are still queued.
+
+    Some twenty chunks are alive at once, however many there are in all.
     """
     import gc
 
@@ -369,7 +377,7 @@ def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch)
     from mlx_posttrain.engines.mlx import fused as mlx_fused
 
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
-    monkeypatch.setattr(fused, "KEPT_BYTES", 2**22)
+    monkeypatch.setattr(fused, "CACHED_BYTES", 2**22)
     monkeypatch.setattr(fused, "PANEL", 1)
     v, d = 16384, 16
 
@@ -394,7 +402,7 @@ def test_on_mlx_twice_the_positions_take_the_memory_of_one(trained, monkeypatch)
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
-def test_torch_lets_go_of_what_was_kept_when_it_was_used():
+def test_torch_frees_the_cached_gradients_once_they_are_used():
     """A training loop holds the last loss, and with it the graph, until the next forward pass is through."""
     import gc
     import weakref
@@ -410,15 +418,16 @@ def test_torch_lets_go_of_what_was_kept_when_it_was_used():
     )
     logprobs = torch_fused.logprobs(h, w, target)
     alive = [weakref.ref(o) for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (9, 30)]
-    assert alive  # the slopes
+    assert alive  # the cached gradients
     logprobs.sum().backward()
     assert [o for o in alive if o() is not None] == []
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
 def test_on_torch_a_tied_embedding_gets_one_gradient_made_in_place():
-    """Of both its uses, over two micro-batches, as autograd finds it; whatever was in ``grad`` before is
-    added to.
+    """The gradient of both its uses, over two micro-batches, equals autograd's.
+
+    It is added to what ``grad`` held before.
     """
     import torch
 
@@ -442,11 +451,11 @@ def test_on_torch_a_tied_embedding_gets_one_gradient_made_in_place():
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
-@pytest.mark.parametrize("kept", [0, 10**9])
-def test_torch_trains_all_weights_in_bfloat16(random_gpt2, kept, monkeypatch):
-    """Its gradients point where float32's do, whatever is kept."""
+@pytest.mark.parametrize("cached", [0, 10**9])
+def test_torch_trains_all_weights_in_bfloat16(random_gpt2, cached, monkeypatch):
+    """Its gradients point where float32's do, however many are cached."""
     monkeypatch.setattr(fused, "CHUNK_BYTES", 50 * 400 * 4)
-    monkeypatch.setattr(fused, "KEPT_BYTES", kept)
+    monkeypatch.setattr(fused, "CACHED_BYTES", cached)
     whole, half = (engines.get("torch").load(random_gpt2, dtype=dtype) for dtype in ("float32", "bfloat16"))
     whole.load_trained(random_gpt2)
     wanted, found = (model.gradient(sft.loss, [collate(rows(), 64)]) for model in (whole, half))
@@ -460,22 +469,22 @@ def test_torch_trains_all_weights_in_bfloat16(random_gpt2, kept, monkeypatch):
 def test_torch_embeds_in_place_where_the_embedding_trains_and_has_no_row_apart(random_gpt2, monkeypatch):
     import torch
 
-    from mlx_posttrain.engines.torch import engine as torch_engine
     from mlx_posttrain.engines.torch import fused as torch_fused
+    from mlx_posttrain.engines.torch import model as torch_model
 
-    seen, ours = [], torch_fused.embed
-    monkeypatch.setattr(torch_fused, "embed", lambda tokens, w: seen.append(1) or ours(tokens, w))
+    calls, ours = [], torch_fused.embed
+    monkeypatch.setattr(torch_fused, "embed", lambda tokens, w: calls.append(1) or ours(tokens, w))
     engine, batch = engines.get("torch"), collate(rows(), 64)
     model = engine.load(random_gpt2)
     model.token_logprobs([batch])
-    assert not seen
+    assert not calls
     engine.trainer(model, AdamW()).step(sft.loss, [batch], 1e-3)
-    assert len(seen) == 1
+    assert len(calls) == 1
     model.net.set_input_embeddings(torch.nn.Embedding(400, model.net.config.n_embd, padding_idx=3))
-    assert not torch_engine._embeds(model.net)  # whose row 3 has no gradient
+    assert not torch_model._embeds(model.net)  # row 3 has no gradient
     model.add_adapter(AdapterSpec(rank=4), seed=0)
     engine.trainer(model, AdamW()).step(sft.loss, [batch], 1e-3)
-    assert len(seen) == 1
+    assert len(calls) == 1
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
@@ -497,18 +506,18 @@ def test_torch_finds_the_weight_whatever_holds_on_to_saved_tensors():
 
 
 @pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
-def test_on_mlx_an_evaluation_keeps_nothing(random_gpt2, monkeypatch):
+def test_on_mlx_an_evaluation_caches_nothing(random_gpt2, monkeypatch):
     from mlx_posttrain.engines.mlx import fused as mlx_fused
 
-    kept, ours = [], fused.kept
-    monkeypatch.setattr(mlx_fused.fused, "kept", lambda *sizes: kept.append(1) or ours(*sizes))
+    calls, ours = [], fused.cached_positions
+    monkeypatch.setattr(mlx_fused.fused, "cached_positions", lambda *sizes: calls.append(1) or ours(*sizes))
     engine, batch = engines.get("mlx"), collate(rows(), 64)
     model = engine.load(random_gpt2)
     model.token_logprobs([batch])
     model.evaluate(sft.loss, [batch])
-    assert not kept
+    assert not calls
     engine.trainer(model, AdamW()).step(sft.loss, [batch], 1e-3)
-    assert kept
+    assert calls
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""Scalar heads: scores equal on both engines and in transformers, for full models and adapters, written and
-read back.
+"""Scalar heads: scores equal on both engines and in transformers.
+
+For full models and adapters, written and read back.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import pytest
 from mlx_posttrain import engines
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.base import AdamW, AdapterSpec, head_start
+from mlx_posttrain.engines.base import AdamW, AdapterSpec, initial_head
 from mlx_posttrain.errors import UserError
 
 ENGINES = engines.available()
 PAD = 0
 ROWS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 0], [20, 21, 22]]
-LAST = [3, 6, 2]  # of a row, its last token that is not PAD
+LAST = [3, 6, 2]  # position of each row's last token that is not PAD
 
 
 @pytest.fixture(params=ENGINES)
@@ -39,7 +40,7 @@ def scores(model) -> np.ndarray:
 
 
 def regress(model, b):
-    """Towards 1, -1, 2: any loss that moves trunk and head."""
+    """Squared error against the targets, a loss that moves trunk and head."""
     s = model.scores(b)
     target = s * 0 + b.weight * b.extra["target"]
     value = ((s - target) ** 2).sum() / b.total
@@ -50,7 +51,7 @@ def trained(engine, folder, adapter: bool, steps: int = 10):
     model = engine.load(folder)
     if adapter:
         model.add_adapter(AdapterSpec(rank=4, alpha=8.0), seed=3)
-    model.add_head(head_start(64, seed=5))
+    model.add_head(initial_head(64, seed=5))
     b = batch()
     b = Batch(b.tokens, b.index, b.target, b.weight, b.row, {"target": np.array([1, -1, 2], np.float32)}, 3.0)
     trainer = engine.trainer(model, AdamW(clip=None))
@@ -84,16 +85,16 @@ def test_scores_in_transformers_and_back(engine, adapter, random_gpt2, tmp_path)
     wanted = scores(model)
     model.save_classifier(tmp_path / "classifier", PAD)
     assert np.abs(theirs(tmp_path / "classifier", random_gpt2 if adapter else None) - wanted).max() < 1e-4
-    model.save(tmp_path / "checkpoint")  # a language model with its head beside it
+    model.save(tmp_path / "checkpoint")  # a language model, with the head in a file beside it
     for saved in ("classifier", "checkpoint"):
         for other in ENGINES:
             again = engines.get(other).load(random_gpt2)
             if adapter:
                 again.add_adapter(files.spec_of(tmp_path / saved), seed=0)
-            again.add_head(head_start(64, seed=9))
+            again.add_head(initial_head(64, seed=9))
             again.load_trained(tmp_path / saved)
             assert np.abs(scores(again) - wanted).max() < 1e-5
-    if not adapter:  # a classifier's folder opens with its head on
+    if not adapter:  # a classifier's folder is loaded with its head
         for other in ENGINES:
             opened = engines.get(other).load(tmp_path / "classifier")
             assert opened.has_head
@@ -110,9 +111,9 @@ def test_engines_train_heads_alike(adapter, random_gpt2):
 def test_a_zero_head_scores_zero_and_one_pass_gives_both(engine, random_gpt2):
     model = engine.load(random_gpt2)
     assert not model.has_head
-    model.add_head(head_start(64, None))
+    model.add_head(initial_head(64, None))
     assert np.array_equal(scores(model), np.zeros(3))
-    model.add_head(head_start(64, 1))
+    model.add_head(initial_head(64, 1))
     found = model.apply(
         lambda m, b: dict(zip(("logprobs", "entropy", "scores"), m.policy_terms(b), strict=True)), [batch()]
     )[0]
@@ -124,10 +125,10 @@ def test_adapter_freezes_all_but_itself_and_the_head(engine, random_gpt2):
     model = engine.load(random_gpt2)
     model.add_adapter(AdapterSpec(rank=4), seed=0)
     without = model.parameter_counts()[1]
-    model.add_head(head_start(64, 0))
+    model.add_head(initial_head(64, 0))
     assert model.parameter_counts()[1] == without + 64
     other = engine.load(random_gpt2)
-    other.add_head(head_start(64, 0))
+    other.add_head(initial_head(64, 0))
     other.add_adapter(AdapterSpec(rank=4), seed=0)
     assert other.parameter_counts()[1] == without + 64
 
@@ -139,7 +140,7 @@ def test_the_language_model_ignores_its_head(engine, random_gpt2, tmp_path):
     tokens = np.arange(3, 30)[None]
     plain = model.full_logits(tokens)
     model.keep_reference()
-    model.add_head(head_start(64, 2))
+    model.add_head(initial_head(64, 2))
     assert np.array_equal(model.full_logits(tokens), plain)
     model.save(tmp_path / "lm")
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lm", output_loading_info=True)
@@ -150,7 +151,7 @@ def test_the_language_model_ignores_its_head(engine, random_gpt2, tmp_path):
 
 def test_a_classifier_of_several_labels_is_refused(engine, random_gpt2, tmp_path):
     model = engine.load(random_gpt2)
-    model.add_head(head_start(64, 0))
+    model.add_head(initial_head(64, 0))
     model.save_classifier(tmp_path / "c", PAD)
     from safetensors.numpy import load_file, save_file
 
@@ -162,4 +163,4 @@ def test_a_classifier_of_several_labels_is_refused(engine, random_gpt2, tmp_path
     )
     with pytest.raises(UserError, match="one label"):
         engine.load(tmp_path / "c")
-    assert head_start(64, 0).std() == pytest.approx((1 / 65) ** 0.5, rel=0.3)
+    assert initial_head(64, 0).std() == pytest.approx((1 / 65) ** 0.5, rel=0.3)

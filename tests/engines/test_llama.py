@@ -1,5 +1,6 @@
-"""Another architecture through the same code: a random Llama, both engines, full and LoRA, save and
-reopen.
+"""Another architecture through the same code: a random Llama on both engines.
+
+Full training and LoRA, saved and reopened.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def test_engines_agree_and_reopen_each_others_runs(adapter, llama, rows_file, tm
 
 @pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
 def test_quantising_leaves_the_head_as_it_is(llama):
-    """A packed head would take the plain path, which forms the logits of all positions at once."""
+    """With a packed head the logits of all positions would be formed at once."""
     import mlx.nn as nn
 
     from mlx_posttrain.data.batches import collate

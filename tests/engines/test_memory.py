@@ -1,6 +1,4 @@
-"""What training keeps in memory: no second copy of weights and moments in the update, and nothing that
-grows.
-"""
+"""Memory of training: no second copy of weights and moments in the update, and nothing that grows."""
 
 import gc
 import subprocess
@@ -18,8 +16,9 @@ mx = pytest.importorskip("mlx.core")
 from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
 from mlx_posttrain.engines.base import AdamW  # noqa: E402
-from mlx_posttrain.engines.mlx import engine as engine_module  # noqa: E402
+from mlx_posttrain.engines.mlx import trainer as mlx_trainer  # noqa: E402
 from mlx_posttrain.engines.mlx.engine import MLXEngine  # noqa: E402
+from mlx_posttrain.engines.mlx.model import release_unused_buffers  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
 from mlx_posttrain.models.merge import base_folder  # noqa: E402
 
@@ -33,7 +32,7 @@ def batch(length: int, seed: int = 0, vocabulary: int = 4000) -> object:
 def test_updates_in_groups_equal_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (1, 2**40):
-        monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
+        monkeypatch.setattr(mlx_trainer, "UPDATE_BYTES", size)
         model = MLXEngine().load(base_folder("tiny"))
         trainer = MLXEngine().trainer(model, AdamW(weight_decay=0.1))
         for _ in range(3):
@@ -47,7 +46,7 @@ def test_the_update_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> Non
     peaks = []
     for size in (2**20, 2**40):
         gc.collect()  # a model and its compiled step refer to each other
-        monkeypatch.setattr(engine_module, "UPDATE_BYTES", size)
+        monkeypatch.setattr(mlx_trainer, "UPDATE_BYTES", size)
         model = MLXEngine().load(base_folder("tiny"))
         trainer = MLXEngine().trainer(model, AdamW())
         trainer.step(sft.loss, [batch(32)], 1e-3)
@@ -73,10 +72,10 @@ def test_a_step_waits_for_what_is_logged_alone(monkeypatch: pytest.MonkeyPatch, 
 
 
 def growth(random_gpt2: Path, after: Callable[[], object]) -> tuple[int, int]:
-    """Bytes by which what is held after a round of steps, and a round's peak, grow from the first ten rounds
-    to the last ten.
+    """Bytes by which memory after a round of steps, and a round's peak, grow.
 
-    A round is a step of each of three lengths on a small model; ``after`` is called after every step.
+    From the first ten rounds to the last ten. A round is a step of each of three lengths on a small model;
+    ``after`` is called after every step.
     """
     model = MLXEngine().load(random_gpt2)
     trainer = MLXEngine().trainer(model, AdamW())
@@ -95,7 +94,7 @@ def growth(random_gpt2: Path, after: Callable[[], object]) -> tuple[int, int]:
 def test_memory_stays_flat_over_many_steps(random_gpt2: Path) -> None:
     held, peak = growth(random_gpt2, lambda: None)
     assert held < 16 * 2**10
-    assert peak < 2**19  # the order of MLX's work, and so the peak, has some play
+    assert peak < 2**19  # the order of MLX's work varies a little, and with it the peak
 
 
 def test_a_kilobyte_kept_at_every_step_would_show(random_gpt2: Path) -> None:
@@ -116,13 +115,13 @@ def test_unused_buffers_are_given_back() -> None:
     before = mx.get_cache_memory()
     if before <= mx.get_active_memory():
         pytest.skip("this device keeps too few unused buffers to tell")
-    engine_module._tidy()
+    release_unused_buffers()
     assert mx.get_cache_memory() < before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot forget a peak")
 def test_a_process_peak_is_its_own_and_can_be_forgotten() -> None:
-    block = np.ones(2**26)  # half a gigabyte, in the parent
+    block = np.ones(2**26)  # half a gigabyte in the parent process
     code = "from mlx_posttrain.engines import process; print(process.process_peak())"
     child = int(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

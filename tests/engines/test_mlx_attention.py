@@ -24,7 +24,7 @@ def stock(qkv, heads):
 @pytest.mark.parametrize(
     ("rows", "length", "heads", "size"), [(1, 1, 1, 4), (2, 7, 3, 8), (3, 64, 2, 16), (1, 300, 4, 8)]
 )
-# the second: scores of hundreds, ahead of a row's largest too
+# With a scale of 12 scores are in the hundreds, and those of later positions can be a row's largest.
 @pytest.mark.parametrize("scale", [1.0, 12.0])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_values_and_gradients(rows, length, heads, size, scale, compiled):
@@ -52,8 +52,8 @@ def test_nothing_looks_ahead():
     changed[:, 5:] = 1e3
     a, b = (np.array(mlx_attention.causal(mx.array(v), 2)) for v in (x, changed))
     np.testing.assert_array_equal(a[:, :5], b[:, :5])
-    slope = mx.grad(lambda v: mlx_attention.causal(v, 2)[:, :5].sum())(mx.array(x))
-    assert np.array(slope)[:, 5:].any() == np.False_
+    gradient = mx.grad(lambda v: mlx_attention.causal(v, 2)[:, :5].sum())(mx.array(x))
+    assert np.array(gradient)[:, 5:].any() == np.False_
 
 
 @pytest.mark.skipif(not mlx_exp.is_scalar(), reason="mlx-lm's own stays here")
@@ -62,13 +62,15 @@ def test_a_model_uses_it_only_where_it_computes_the_same(monkeypatch):
     layers = [m for m in model.net.modules() if isinstance(m, Attention)]
     assert len(layers) == 6 and all(type(m) is mlx_attention.CausalAttention for m in layers)
     tokens = np.random.default_rng(0).integers(1, 4000, (3, 40))
-    used = []
-    own = mlx_attention.causal
-    monkeypatch.setattr(mlx_attention, "causal", lambda qkv, heads: (used.append(heads), own(qkv, heads))[1])
+    calls = []
+    ours = mlx_attention.causal
+    monkeypatch.setattr(
+        mlx_attention, "causal", lambda qkv, heads: (calls.append(heads), ours(qkv, heads))[1]
+    )
     fast = model.full_logits(tokens)
-    assert used == [6] * 6
+    assert calls == [6] * 6
     model.generate([[5, 6, 7], [8]], max_tokens=3, stop=None, temperature=0.0)
-    assert len(used) == 6  # decoding has a cache and padding to the left
+    assert len(calls) == 6  # decoding has a cache and padding on the left
     for m in layers:
         m.__class__ = Attention
     np.testing.assert_allclose(fast, model.full_logits(tokens), atol=2e-5)
@@ -78,7 +80,7 @@ def test_a_model_uses_it_only_where_it_computes_the_same(monkeypatch):
 
 @pytest.mark.parametrize("case", ["causal", "cached", "unmasked", "padded", "scaled"])
 def test_a_layer_computes_what_mlx_lms_own_does(case):
-    """In training nothing is cached and only what lies ahead is masked; all else is left to mlx-lm."""
+    """In training there is no cache and only later positions are masked; all else is left to mlx-lm."""
     from mlx_lm.models.cache import KVCache
     from mlx_lm.models.gpt2 import ModelArgs
 
@@ -104,7 +106,7 @@ def test_a_layer_computes_what_mlx_lms_own_does(case):
         cache = KVCache() if case == "cached" else None
         found.append(np.array(layer(x, mask, cache)))
         if cache is not None:
-            # a token more reads the cache
+            # One more token reads the cache.
             found[-1] = np.concatenate([found[-1], np.array(layer(x[:, :1], None, cache))], axis=1)
     np.testing.assert_allclose(found[1], found[0], atol=1e-6)
     assert mlx_attention.applies(layer, mask, cache) == (case == "causal")

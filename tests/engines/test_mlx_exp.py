@@ -10,11 +10,11 @@ pytest.importorskip("mlx.core")
 
 @pytest.fixture(autouse=True)
 def on_linux(monkeypatch):
-    """Tested wherever there is a CPU backend, also where the stock functions are used."""
+    """Test wherever there is a CPU backend, also where MLX's own functions would be used."""
     import mlx.core as mx
 
     if mx.default_device() != mx.Device(mx.cpu):
-        pytest.skip("the stock functions stay on the GPU")
+        pytest.skip("MLX's own functions stay on the GPU")
     monkeypatch.setattr("mlx_posttrain.engines.mlx.cpu.exp.sys.platform", "linux")
 
 

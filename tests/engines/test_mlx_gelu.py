@@ -24,14 +24,14 @@ def test_value_and_gradient():
     from mlx_posttrain.engines.mlx.cpu.gelu import gelu
 
     grid = np.concatenate([np.linspace(-30, 30, 60_001), [0.0, 1e-30, -1e-30, 1e4, -1e4]]).astype(np.float32)
-    value, slope = truth(grid.astype(np.float64))
+    value, derivative = truth(grid.astype(np.float64))
     x = mx.array(grid)
     scale = np.maximum(1, np.abs(value))
     assert (np.abs(np.array(gelu(x)) - value) / scale).max() < 1e-6
     found = np.array(mx.grad(lambda v: gelu(v).sum())(x))
-    assert np.abs(found - slope).max() < 2e-6
+    assert np.abs(found - derivative).max() < 2e-6
     compiled = np.array(mx.compile(mx.grad(lambda v: (3 * gelu(v)).sum()))(x))
-    assert np.abs(compiled - 3 * slope).max() < 6e-6
+    assert np.abs(compiled - 3 * derivative).max() < 6e-6
     stock = np.array(nn.gelu_approx(x))
     assert (np.abs(np.array(gelu(x)) - stock) / scale).max() < 1e-6
 
@@ -43,7 +43,7 @@ def test_a_model_uses_it_on_the_cpu_and_computes_the_same(random_gpt2):
     from mlx_posttrain import engines
 
     if mx.default_device() == mx.Device(mx.gpu):
-        pytest.skip("the stock function stays on the GPU")
+        pytest.skip("MLX's own function stays on the GPU")
     model = engines.get("mlx").load(random_gpt2)
     mlps = [m for m in model.net.modules() if isinstance(m, MLP)]
     assert len(mlps) == 2 and all(type(m) is not MLP for m in mlps)

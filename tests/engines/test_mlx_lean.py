@@ -27,18 +27,19 @@ def rows(count: int, length: int) -> list:
 
 
 def steps(above: float, adapter: bool, count: int = 3) -> tuple[list[dict], dict, float]:
-    """Metrics of a few optimizer steps with blocks that are lean from so many bytes on, the weights after
-    them, and the peak in GB.
+    """Metrics of a few optimizer steps, the weights after them, and the peak in GB.
+
+    above: bytes from which blocks are lean.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlx_lean, "LEAN_ABOVE", above)
-        if above == float("inf"):  # mlx-lm's own block, its attention too
+        if above == float("inf"):  # mlx-lm's own block, with its attention
             patch.setattr(mlx_attention, "use_in", lambda net: None)
         return _steps(adapter, count)
 
 
 def _steps(adapter: bool, count: int) -> tuple[list[dict], dict, float]:
-    gc.collect()  # what earlier tests left would count
+    gc.collect()  # arrays of earlier tests would count
     engine = MLXEngine()
     model = engine.load(base_folder("tiny"))
     if adapter:
@@ -52,7 +53,7 @@ def _steps(adapter: bool, count: int) -> tuple[list[dict], dict, float]:
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_same_figures_with_less_memory(adapter: bool) -> None:
+def test_same_metrics_with_less_memory(adapter: bool) -> None:
     stock, lean = steps(float("inf"), adapter), steps(0, adapter)
     for a, b in zip(stock[0], lean[0], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -64,15 +65,15 @@ def test_same_figures_with_less_memory(adapter: bool) -> None:
 
 
 def test_small_batches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    again: list[int] = []
+    calls: list[int] = []
     stock = mlx_lean._recomputed
-    monkeypatch.setattr(mlx_lean, "_recomputed", lambda *given: (again.append(1), stock(*given))[1])
+    monkeypatch.setattr(mlx_lean, "_recomputed", lambda *given: (calls.append(1), stock(*given))[1])
     size = base.block_bytes(8, 256, 192, 6)
     assert size < base.LEAN_ABOVE
     for above, recomputes in ((base.LEAN_ABOVE, False), (size - 1, True)):
         monkeypatch.setattr(mlx_lean, "LEAN_ABOVE", above)
         _steps(False, 1)
-        assert bool(again) is recomputes
+        assert bool(calls) is recomputes
 
 
 def test_blocks_are_lean_unless_an_adapter_drops_out() -> None:

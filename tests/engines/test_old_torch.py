@@ -19,7 +19,7 @@ def trained(folder) -> dict[str, np.ndarray]:
     model = engine.load(folder)
     trainer = engine.trainer(model, AdamW())
     batch = collate([Example((5, 6, 7, 8), (False, True, True, True))], model.context)
-    # a second one would show how rounding decides the sign of gradients that are zero
+    # One step only: after a second, rounding would have decided the sign of gradients that are zero.
     trainer.step(sft.loss, [batch], 1e-3)
     return dict(model.weights())
 

@@ -1,6 +1,4 @@
-"""Packed rows against padded ones: the same hidden states and gradients, whatever rows share, and fewer
-tokens read.
-"""
+"""Packed rows against padded ones: the same hidden states and gradients from fewer tokens."""
 
 import numpy as np
 import pytest
@@ -12,7 +10,8 @@ from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
 from mlx_posttrain.engines.base import AdamW, AdapterSpec  # noqa: E402
 from mlx_posttrain.engines.torch import packed as torch_packed  # noqa: E402
-from mlx_posttrain.engines.torch.engine import TorchEngine, _device_batch  # noqa: E402
+from mlx_posttrain.engines.torch.engine import TorchEngine  # noqa: E402
+from mlx_posttrain.engines.torch.model import to_device  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
 
 RNG = np.random.default_rng(0)
@@ -20,8 +19,8 @@ PROMPT, OTHER = (tuple(RNG.integers(1, 300, n).tolist()) for n in (9, 6))
 
 
 def row(prompt: tuple[int, ...], answer: int, *extra: int) -> Example:
-    said = (*extra, *RNG.integers(1, 300, answer).tolist())
-    return Example((*prompt, *said), (False,) * len(prompt) + (True,) * len(said))
+    completion = (*extra, *RNG.integers(1, 300, answer).tolist())
+    return Example((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
 
 
 SHARED = [row(PROMPT, 5), row(OTHER, 3), row(PROMPT, 17), row(PROMPT, 2), row(OTHER, 11)]
@@ -59,15 +58,16 @@ def model(request, random_gpt2):
 
 
 def outputs(model, batch, threshold: float):
-    """Hidden states at the batch's positions, and the gradients of a function of them, packed below a share
-    of the padded tokens.
+    """Hidden states at the batch's positions, and the gradients of a function of them.
+
+    threshold: share of the padded tokens below which rows are packed.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "WORTHWHILE", threshold)
         model.net.train()
-        hidden = model._hidden(model.net, _device_batch(batch, 1.0))
+        hidden = model._hidden(model.net, to_device(batch, 1.0))
         (torch.from_numpy(batch.weight)[:, None] * hidden**3).sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model._parameters() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in model.trained_parameters() if p.grad is not None}
         model.net.zero_grad()
     return hidden.detach(), gradients
 
@@ -88,7 +88,7 @@ def test_packed_rows_compute_what_padded_ones_do(model, rows):
 def test_a_prompt_is_read_once_and_padding_never():
     batch = collate(SHARED, None)
     packing = torch_packed.pack(batch.tokens, batch.index)
-    # Two prompts, and of each answer all but its last token, which predicts nothing that is trained.
+    # Two prompts, and each completion without its last token, which predicts nothing that is trained.
     assert packing.tokens.shape == (1, 9 + 6 + (4 + 2 + 16 + 1 + 10))
     for r, example in enumerate(SHARED):
         n = len(example.tokens) - 1
@@ -114,10 +114,10 @@ def test_rows_without_anything_to_gain_stay_as_they_are():
 def test_rows_share_no_dropout(random_gpt2, dropout, monkeypatch):
     model = TorchEngine().load(random_gpt2)
     model.add_adapter(AdapterSpec(rank=4, dropout=dropout), seed=0)
-    seen = []
-    monkeypatch.setattr(torch_packed, "pack", lambda tokens, index: seen.append(len(tokens)))
+    packed = []
+    monkeypatch.setattr(torch_packed, "pack", lambda tokens, index: packed.append(len(tokens)))
     batch = collate(SHARED, model.context)
     TorchEngine().trainer(model, AdamW()).step(sft.loss, [batch], 1e-3)
-    assert seen == ([] if dropout else [5])
-    model.token_logprobs([batch])  # no dropout where nothing is trained
-    assert len(seen) == (1 if dropout else 2)
+    assert packed == ([] if dropout else [5])
+    model.token_logprobs([batch])  # no dropout in evaluation mode
+    assert len(packed) == (1 if dropout else 2)

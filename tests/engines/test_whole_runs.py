@@ -1,6 +1,4 @@
-"""The same recipe and seed on both engines: the same rows in the same order, and losses that agree step by
-step.
-"""
+"""The same recipe and seed on both engines: the same rows in the same order, equal losses at every step."""
 
 from __future__ import annotations
 
@@ -47,8 +45,9 @@ def test_twenty_steps_agree(name, tmp_path, record_property):
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs mlx and torch")
 def test_reward_models_and_ppo_agree(random_gpt2, tmp_path):
-    """Pairs in the same order and losses that agree; then PPO against one of the two models: the same
-    answers, and figures that agree.
+    """Reward models: pairs in the same order and equal losses. PPO: the same completions and equal metrics.
+
+    Both engines' PPO runs use one of the two reward models.
     """
     pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
     rows = [
@@ -116,4 +115,4 @@ def test_reward_models_and_ppo_agree(random_gpt2, tmp_path):
             "policy/entropy_avg",
         ):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-3), (name, a["step"])
-    assert abs(ours[-1]["objective/kl"]) > 1e-3  # it has moved
+    assert abs(ours[-1]["objective/kl"]) > 1e-3  # the policy has moved

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain import cli, engines
-from mlx_posttrain.engines.base import head_start
+from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import comparison, measure, suite
 from mlx_posttrain.evaluate.comparison import Comparison, Measured, Values
@@ -215,7 +215,7 @@ def test_the_interval_of_wins_covers_the_rate_at_equal_length(gap, a, b):
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_a_reward_model_scores_answers(engine, random_gpt2, other_gpt2, questions_file, tmp_path):
     judge, tokenizer, _ = open_model(random_gpt2, engine)
-    judge.add_head(head_start(64, 0))
+    judge.add_head(initial_head(64, 0))
     judge.save_classifier(tmp_path / "judge", pad_id(judge.config, tokenizer))
     found = suite.compare(
         [str(random_gpt2), str(other_gpt2)],

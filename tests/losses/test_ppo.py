@@ -1,6 +1,4 @@
-"""The PPO objective: hand-worked numbers, what clipping and masking do to gradients, the reference figures of
-TRL 1.12.
-"""
+"""The PPO losses: hand-worked numbers, gradients under clipping and masking, reference values of TRL 1.12."""
 
 from __future__ import annotations
 
@@ -80,8 +78,8 @@ def test_policy_loss_by_hand(library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_value_loss_by_hand(library):
-    # old value 0, return 1, clip .2: a value of .5 is held at .2, whose error is larger; a value of -1 is
-    # worse than its held one
+    # Old value 0, return 1, clip .2: a value of .5 is held at .2, whose error is larger; a value of -1 is
+    # worse than the one that it is held at.
     values, old, returns = [0.5, -1.0, 0.1], array(library, [0.0] * 3), array(library, [1.0] * 3)
     mask = array(library, np.ones(3))
     found = ppo.clipped_value(array(library, values), old, returns, mask, 0.2)
@@ -131,7 +129,7 @@ def test_garbage_at_padding_reaches_nothing(library):
 def test_statistics_have_no_gradient(library):
     one, mask = array(library, [0.5, -0.5]), array(library, [1.0, 1.0])
     for name in ("ratio", "approx_kl", "clip_fraction"):
-        # the second term gives torch a graph to walk
+        # The second term gives torch a graph.
         found = gradient(
             library, lambda x, name=name: ppo.update_statistics(x, one, x, mask)[name] + 2.0 * x, [0.1, 0.2]
         )
@@ -148,8 +146,9 @@ def test_entropy(library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_good_answer_becomes_likelier(library):
-    """The sign, from the whole chain: one step along the negative gradient raises the log-probability of what
-    had a positive advantage.
+    """The sign, from the whole chain of functions.
+
+    One step along the negative gradient raises the log-probability of a token with a positive advantage.
     """
     logits = np.array([[0.3, -0.2, 0.1], [0.0, 0.5, -1.0]])
     old = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -175,8 +174,9 @@ def test_a_good_answer_becomes_likelier(library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_reference_figures(shared, library):
-    """Values and gradients of TRL 1.12's update. Its value loss runs over one slot more where a row is
-    padded, with a mask of its own.
+    """Values and gradients of TRL 1.12's update.
+
+    Its value loss covers one more position where a row is padded, with a mask of its own.
     """
     d = json.loads((shared / "oracle" / "ppo_step.json").read_text())
     config, inputs, wanted = d["config"], d["inputs"], d["outputs"]

@@ -33,7 +33,7 @@ def numbers(x) -> np.ndarray:
 def test_hand_worked(library):
     array = ARRAYS[library]
     chosen, rejected = array([1.0, 0.0, -50.0]), array([1.0, math.log(3), 50.0])
-    # equal scores: ln 2; a log-odds of -ln 3: sigma = 1/4; far wrong: the margin itself, without overflow
+    # Equal scores: ln 2; log-odds of -ln 3: sigma = 1/4; far wrong: the difference itself, without overflow.
     assert numbers(bradley_terry(chosen, rejected)) == pytest.approx(
         [math.log(2), math.log(4), 100.0], rel=1e-6
     )

@@ -53,7 +53,7 @@ def test_token_logprobs_by_hand(library):
 @pytest.mark.parametrize("library", ["numpy", "mlx", "torch"])
 def test_full_kl_by_hand_and_its_two_directions(library):
     logits, reference = arrays(library, LOGITS, REFERENCE)
-    # forward, KL(ref || policy): .25 log(.25/.5) + .5 log(.5/.25) + 0; reverse has the roles exchanged
+    # Forward, KL(ref || policy): .25 log(.25/.5) + .5 log(.5/.25) + 0; reverse exchanges the roles.
     forward = 0.25 * math.log(0.5) + 0.5 * math.log(2.0)
     reverse = 0.5 * math.log(2.0) + 0.25 * math.log(0.5)
     assert np.allclose(to_numpy(full_kl(logits, reference, "forward")), [forward, 0.0], atol=1e-6)
@@ -99,14 +99,15 @@ def test_full_kl_gradient_equals_finite_differences_and_leaves_the_reference_alo
 @pytest.mark.parametrize("library", ["numpy", "mlx", "torch"])
 def test_token_mean_divides_by_the_whole_step_and_ignores_padding(library):
     values, weights = arrays(library, np.array([1.0, 2.0, np.inf, 4.0]), np.array([1.0, 1.0, 0.0, 1.0]))
-    # two parts of one step of 10 trained tokens: 7/10, whatever stands at the padded position
+    # A part of a step of 10 trained tokens: 7/10, whatever the padded position holds.
     assert float(token_mean(values, weights, 10.0)) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("library", ["numpy", "mlx", "torch"])
 def test_reference_figures(library, shared):
-    """../shared/oracle: mean negative log-likelihood of completion tokens, value and gradient with respect to
-    their log-probs.
+    """Mean negative log-likelihood of completion tokens, and its gradient with respect to their log-probs.
+
+    The reference values are in ../shared/oracle.
     """
     oracle = json.loads((shared / "oracle" / "losses.json").read_text())
     (case,) = [c for c in oracle["cases"] if c["name"] == "sft/nll"]

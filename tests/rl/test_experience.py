@@ -10,7 +10,7 @@ import pytest
 
 from mlx_posttrain import engines
 from mlx_posttrain.data import batches, pairs
-from mlx_posttrain.engines.base import AdamW, head_start
+from mlx_posttrain.engines.base import AdamW, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rl.experience import Parties, experience, measure
 from mlx_posttrain.rl.rollouts import Completion, Prompt
@@ -158,9 +158,9 @@ def test_measured_figures_are_those_of_plain_logits(engine, kind, random_gpt2):
     policy.keep_reference()
     if kind == "separate":
         critic = library.load(random_gpt2)
-        critic.add_head(head_start(64, 3))
+        critic.add_head(initial_head(64, 3))
     else:
-        policy.add_head(head_start(64, 3))
+        policy.add_head(initial_head(64, 3))
     asked = answers([3, 1, 9, 4], seed=2)
     batch = batches.collate([a.example for a in asked], 64)
 

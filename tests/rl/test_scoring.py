@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain import engines
-from mlx_posttrain.engines.base import head_start
+from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods.pretrain import PretrainSection, make_model
 from mlx_posttrain.models.open import open_model
@@ -33,7 +33,7 @@ def wanted(prompts, completions, target):
 def classifier(folder: Path, target: Path, seed: int = 5) -> Path:
     """A reward model: the folder's language model with a random head, as a sequence classifier."""
     model = engines.get(ENGINES[0]).load(folder)
-    model.add_head(head_start(64, seed))
+    model.add_head(initial_head(64, seed))
     model.save_classifier(target, 0)
     return target
 

@@ -1,8 +1,9 @@
-"""Log-probabilities, entropies and divergences from hidden states, on MLX, a chunk of positions at a time.
-See fused.py.
+"""Log-probabilities, entropies and divergences from hidden states, a chunk of positions at a time, on MLX.
 
-Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's weight;
-target: [N] token ids.
+engines/fused.py says how, and what *streamed* and *cached* mean.
+
+Shapes: N positions, d hidden size, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's
+weight; target: [N] token ids.
 """
 
 from __future__ import annotations
@@ -19,44 +20,48 @@ from mlx_posttrain.engines.mlx.cpu.exp import exp_below, softmax_and_lse
 def logprobs(h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool) -> mx.array:
     """[N] log-probabilities of the targets.
 
-    trained: whether w has a gradient; training: whether one is about to be asked for, so that it is steered,
-    or slopes are kept for it: fused.py.
+    trained: whether w takes a gradient. training: whether a gradient is about to be asked for, so that it is
+    streamed (a frozen w) or cached (a trained one).
     """
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
         p, lse = softmax_and_lse(z)
         return [
-            _at(z, target) - lse,
+            _gather(z, target) - lse,
             lse,
-            *([w[target] - _times(p, w)] if training and not trained else []),
+            *([w[target] - _to_hidden(p, w)] if training and not trained else []),
         ], p
 
-    (value, lse, *slope), kept = _sweep(values, trained and training, w, h, target)
-    return _with_gradient(value, h, w, slope, fused.Fall(_softmax_of(lse), kept, target), trained)[:, 0]
+    (value, lse, *grad_h), cached = _map_chunks(values, trained and training, w, h, target)
+    neg_grad = fused.NegGrad(_softmax_from(lse), cached, target)
+    return _with_gradient(value, h, w, grad_h, neg_grad, trained)[:, 0]
 
 
 def logprobs_and_entropy(
     h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool
 ) -> tuple[mx.array, mx.array]:
-    """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports
-    them.
+    """[N] log-probabilities of the targets and [N] entropies.
+
+    The gradient of the entropies is recomputed, since PPO only reports them. trained, training: as in
+    :func:`logprobs`.
     """
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z = _logits(h, w)
         p, lse = softmax_and_lse(z)
-        found = [_at(z, target) - lse, fused.entropy(z, p, lse), lse]
-        return [*found, *([w[target] - _times(p, w)] if training and not trained else [])], p
+        outputs = [_gather(z, target) - lse, fused.entropy(z, p, lse), lse]
+        return [*outputs, *([w[target] - _to_hidden(p, w)] if training and not trained else [])], p
 
-    (value, entropy, lse, *slope), kept = _sweep(values, trained and training, w, h, target)
-    softmax = _softmax_of(lse)
+    (value, entropy, lse, *grad_h), cached = _map_chunks(values, trained and training, w, h, target)
+    softmax = _softmax_from(lse)
 
-    def fall_of_entropy(z: mx.array, rows: slice, part: slice) -> mx.array:
-        return -fused.entropy_slope(z, softmax(z, rows, part), lse[rows], entropy[rows])
+    def neg_grad_of_entropy(z: mx.array, rows: slice, part: slice) -> mx.array:
+        return -fused.entropy_grad(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
-    value = _with_gradient(value, h, w, slope, fused.Fall(softmax, kept, target), trained)
-    return value[:, 0], _with_gradient(entropy, h, w, [], fused.Fall(fall_of_entropy, []), trained)[:, 0]
+    value = _with_gradient(value, h, w, grad_h, fused.NegGrad(softmax, cached, target), trained)
+    entropy_neg_grad = fused.NegGrad(neg_grad_of_entropy, [])
+    return value[:, 0], _with_gradient(entropy, h, w, [], entropy_neg_grad, trained)[:, 0]
 
 
 def logprobs_and_kl(
@@ -71,98 +76,103 @@ def logprobs_and_kl(
     trained: bool,
     training: bool,
 ) -> tuple[mx.array, mx.array]:
-    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient
-    flows.
+    """[N] log-probabilities of the targets and [N] divergences from the reference.
 
-    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; the gradient then hangs on the
-    log-probabilities alone.
+    No gradient flows into the reference. beta: as in
+    :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl`; the log-probabilities alone then carry the
+    gradient of both. trained, training: as in :func:`logprobs`.
     """
 
     def values(h: mx.array, h_ref: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
         z, z_ref = _logits(h, w), _logits(h_ref, w_ref)
         (p, lse), (p_ref, lse_ref) = softmax_and_lse(z), softmax_and_lse(z_ref)
         kl = fused.kl(z, p, lse, z_ref, p_ref, lse_ref, direction)
-        found = [_at(z, target) - lse, kl, lse, lse_ref]
-        slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
-        fall = p if beta is None else p + beta * slope
+        outputs = [_gather(z, target) - lse, kl, lse, lse_ref]
+        kl_grad = fused.kl_grad(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
+        neg_grad = p if beta is None else p + beta * kl_grad
         if training and not trained:
-            found += [w[target] - _times(fall, w), *([_times(slope, w)] if beta is None else [])]
-        return found, fall
+            outputs += [w[target] - _to_hidden(neg_grad, w)]
+            outputs += [_to_hidden(kl_grad, w)] if beta is None else []
+        return outputs, neg_grad
 
-    (value, kl, lse, lse_ref, *slopes), kept = _sweep(values, trained and training, w, h, h_ref, target)
-    softmax = _softmax_of(lse)
+    (value, kl, lse, lse_ref, *grads_h), cached = _map_chunks(
+        values, trained and training, w, h, h_ref, target
+    )
+    softmax = _softmax_from(lse)
 
-    def fall_of_kl(z: mx.array, rows: slice, part: slice) -> mx.array:
+    def neg_grad_of_kl(z: mx.array, rows: slice, part: slice) -> mx.array:
         z_ref = _logits(h_ref[rows], w_ref[part])
-        p, p_ref = softmax(z, rows, part), _softmax_of(lse_ref)(z_ref, rows, part)
-        return -fused.kl_slope(z, p, lse[rows], z_ref, p_ref, lse_ref[rows], kl[rows], direction)
+        p, p_ref = softmax(z, rows, part), _softmax_from(lse_ref)(z_ref, rows, part)
+        return -fused.kl_grad(z, p, lse[rows], z_ref, p_ref, lse_ref[rows], kl[rows], direction)
 
-    def fall_of_both(z: mx.array, rows: slice, part: slice) -> mx.array:
-        return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
+    def neg_grad_of_both(z: mx.array, rows: slice, part: slice) -> mx.array:
+        return softmax(z, rows, part) - (beta or 0.0) * neg_grad_of_kl(z, rows, part)
 
-    value = _with_gradient(
-        value, h, w, slopes[:1], fused.Fall(softmax if beta is None else fall_of_both, kept, target), trained
-    )
-    divergence = (
-        _with_gradient(kl, h, w, slopes[1:], fused.Fall(fall_of_kl, []), trained) if beta is None else kl
-    )
-    return value[:, 0], divergence[:, 0]
+    neg_grad = fused.NegGrad(softmax if beta is None else neg_grad_of_both, cached, target)
+    value = _with_gradient(value, h, w, grads_h[:1], neg_grad, trained)
+    if beta is None:
+        kl_with_grad = _with_gradient(kl, h, w, grads_h[1:], fused.NegGrad(neg_grad_of_kl, []), trained)
+        return value[:, 0], kl_with_grad[:, 0]
+    return value[:, 0], kl[:, 0]
 
 
 def _logits(h: mx.array, w: mx.array) -> mx.array:
     return (h @ w.T).astype(mx.float32)
 
 
-def _times(slope: mx.array, w: mx.array) -> mx.array:
-    return slope.astype(w.dtype) @ w
+def _to_hidden(grad: mx.array, w: mx.array) -> mx.array:
+    """The gradient with respect to the hidden states, [n, d], from the one with respect to the logits."""
+    return grad.astype(w.dtype) @ w
 
 
-def _at(z: mx.array, target: mx.array) -> mx.array:
+def _gather(z: mx.array, target: mx.array) -> mx.array:
     return mx.take_along_axis(z, target[:, None], axis=-1)
 
 
-def _softmax_of(lse: mx.array) -> Callable[[mx.array, slice, slice], mx.array]:
+def _softmax_from(lse: mx.array) -> Callable[[mx.array, slice, slice], mx.array]:
     return lambda z, rows, _: exp_below(z, lse[rows])
 
 
-def _sweep(
-    function: Callable[..., tuple[list[mx.array], mx.array]], keep: bool, w: mx.array, *rows: mx.array
+def _map_chunks(
+    function: Callable[..., tuple[list[mx.array], mx.array]], cache: bool, w: mx.array, *rows: mx.array
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and
-    what is kept of it.
+    """Call ``function`` on chunks of ``rows``, without gradient.
+
+    Returns its arrays, joined along the positions, and the gradients to cache, one array for each of the
+    first chunks.
     """
     count = rows[0].shape[0]
-    most = fused.kept(count, w.shape[0]) if keep else 0
+    limit = fused.cached_positions(count, w.shape[0]) if cache else 0
     parts: list[list[mx.array]] = []
-    kept: list[mx.array] = []
+    cached: list[mx.array] = []
     for part in fused.chunks(count, w.shape[0]):
         chunk = [mx.stop_gradient(a[part]) for a in rows]
-        # MLX chooses its own order of work: without the dependency the logits of all chunks may be there at
+        # MLX chooses its own order of work: without this dependency it may hold the logits of all chunks at
         # once.
-        found, fall = function(*(mx.depends(chunk, parts[-1]) if parts else chunk))
-        parts.append(found)
-        if part.stop <= most:
-            kept.append(mx.stop_gradient(fall.astype(w.dtype)))
-    return [mx.stop_gradient(mx.concatenate(list(arrays))) for arrays in zip(*parts, strict=True)], kept
+        outputs, neg_grad = function(*(mx.depends(chunk, parts[-1]) if parts else chunk))
+        parts.append(outputs)
+        if part.stop <= limit:
+            cached.append(mx.stop_gradient(neg_grad.astype(w.dtype)))
+    return [mx.stop_gradient(mx.concatenate(list(arrays))) for arrays in zip(*parts, strict=True)], cached
 
 
 def _with_gradient(
-    value: mx.array, h: mx.array, w: mx.array, slope: list[mx.array], fall: fused.Fall, trained: bool
+    value: mx.array, h: mx.array, w: mx.array, grad_h: list[mx.array], neg_grad: fused.NegGrad, trained: bool
 ) -> mx.array:
-    """``value`` [N, 1] steered by its slope [N, d] where there is one, else with the gradient that ``fall``
-    says.
-    """
-    if slope:
+    """Give ``value`` [N, 1] its gradient: ``grad_h`` [N, d] where it was streamed, else from ``neg_grad``."""
+    if grad_h:
         # what is added is zero
-        return value + mx.sum((h - mx.stop_gradient(h)) * slope[0], axis=-1, keepdims=True)
-    return _attached(value, h, w, fall, trained)
+        return value + mx.sum((h - mx.stop_gradient(h)) * grad_h[0], axis=-1, keepdims=True)
+    return _attach_gradient(value, h, w, neg_grad, trained)
 
 
-def _attached(value: mx.array, h: mx.array, w: mx.array, fall: fused.Fall, trained: bool) -> mx.array:
-    """``value`` with its gradients with respect to h and, when ``trained``, w: from what was kept, and from
-    forming other logits again.
+def _attach_gradient(
+    value: mx.array, h: mx.array, w: mx.array, neg_grad: fused.NegGrad, trained: bool
+) -> mx.array:
+    """``value`` with its gradients with respect to h and, when ``trained``, w.
 
-    A part of the vocabulary at a time: each part of w's gradient is complete when it is made.
+    They come from what was cached and from other logits, formed again. The backward pass takes a part of the
+    vocabulary at a time, so that each part of w's gradient is complete when it is made.
     """
 
     @mx.custom_function
@@ -174,27 +184,27 @@ def _attached(value: mx.array, h: mx.array, w: mx.array, fall: fused.Fall, train
         h, w, value = primals
         g = cotangent.astype(h.dtype)
         weighted, d_h = -g * h, mx.zeros(h.shape, h.dtype)
-        rest = slice(sum(some.shape[0] for some in fall.kept), h.shape[0])
+        rest = slice(sum(chunk.shape[0] for chunk in neg_grad.cached), h.shape[0])
         d_w: list[mx.array] = []
         for part in fused.chunks(w.shape[0], h.shape[0]):
             hidden = mx.depends([h], [d_h, *d_w[-1:]])[0]
-            some = [kept[:, part] for kept in fall.kept]
+            rows = [chunk[:, part] for chunk in neg_grad.cached]
             if rest.start < rest.stop:
-                some.append(fall.at(_logits(hidden[rest], w[part]), rest, part).astype(w.dtype))
-            falls = mx.concatenate(some)
-            d_h = mx.addmm(d_h, falls, w[part])
+                rows.append(neg_grad.at(_logits(hidden[rest], w[part]), rest, part).astype(w.dtype))
+            neg_grads = mx.concatenate(rows)
+            d_h = mx.addmm(d_h, neg_grads, w[part])
             if trained:
-                d_w.append(_head_gradient(falls, weighted))
+                d_w.append(_head_gradient(neg_grads, weighted))
         d_head = mx.concatenate(d_w) if trained else mx.zeros_like(w)
         d_h = -g * d_h
-        if fall.target is not None:
-            d_h = d_h + g * w[fall.target]
-            d_head = d_head.at[fall.target].add(g * h) if trained else d_head
+        if neg_grad.target is not None:
+            d_h = d_h + g * w[neg_grad.target]
+            d_head = d_head.at[neg_grad.target].add(g * h) if trained else d_head
         return [d_h, d_head, mx.zeros_like(value)]
 
     attached: Any = attach(h, w, value)
     return attached
 
 
-def _head_gradient(fall: mx.array, weighted: mx.array) -> mx.array:
-    return fall.T @ weighted
+def _head_gradient(neg_grad: mx.array, weighted: mx.array) -> mx.array:
+    return neg_grad.T @ weighted

@@ -1,14 +1,14 @@
-"""A GPT-2 block that keeps less for the backward pass when that is much.
+"""A GPT-2 block that keeps less for the backward pass of large batches.
 
-Of a block's forward pass the backward pass needs most intermediate arrays: about 25 numbers per token and
-unit of width, and the attention weights, whose number grows with the square of the length. From
-``LEAN_ABOVE`` bytes on, the block keeps what is expensive to make again, the outputs of products with a
-weight and of attention (10 numbers), and computes the rest once more: layer norms, the activation, the
-attention weights. That is selective recomputation (Korthikanti et al. 2022, "Reducing Activation
-Recomputation in Large Transformer Models", section 5); unlike gradient checkpointing it repeats no product
-with a weight, since MLX never evaluates what nobody asks for. It costs a tenth of a step of GPT-2 124M and a
-quarter of one of the embedded model, which is why small batches are left alone. mlx-lm's own block is what is
-run otherwise, and the truth in tests/engines/test_mlx_lean.py.
+The backward pass of a block needs most intermediate arrays of its forward pass: about 25 numbers per token
+and unit of width, and the attention weights, whose number grows with the square of the length. From
+``LEAN_ABOVE`` bytes on, the block keeps what is expensive to compute again, the outputs of products with a
+weight and of attention (10 numbers), and recomputes the rest: layer norms, the activation, the attention
+weights. This is selective recomputation (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
+Transformer Models", section 5). Unlike gradient checkpointing it repeats no product with a weight, since MLX
+never evaluates an array that is not needed. It costs a tenth of a step of GPT-2 124M and a quarter of a step
+of the embedded model, which is why small batches are left alone. mlx-lm's own block runs otherwise, and is
+the reference in tests/engines/test_mlx_lean.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
 
 
 class LeanBlock(TransformerBlock):
-    """mlx-lm's block: the same numbers, fewer of them kept."""
+    """mlx-lm's block: the same numbers, of which fewer are kept."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         attn, mlp = self.attn, self.mlp
@@ -43,21 +43,23 @@ class LeanBlock(TransformerBlock):
 
     def _attended(self, qkv: mx.array, mask: Any) -> mx.array:
         attn = self.attn
-        if mlx_attention.applies(attn, mask, None):  # it keeps no weights as it is
+        if mlx_attention.applies(attn, mask, None):  # which keeps no attention weights anyway
             return mlx_attention.causal(qkv, attn.n_head)
         return _recomputed([], lambda qkv: _attention(qkv, attn.n_head, attn.scale, mask), qkv)
 
 
 def use_in(net: nn.Module) -> None:
-    """Let a GPT-2 train with lean blocks."""
+    """Make a GPT-2 train with lean blocks."""
     for layer in net.layers:
         if type(layer) is TransformerBlock:
             layer.__class__ = LeanBlock
 
 
 def undo(net: nn.Module) -> None:
-    """Put mlx-lm's own block back: dropout would draw another mask in the second computation, and whole
-    blocks may be recomputed instead.
+    """Put mlx-lm's own blocks back.
+
+    For dropout, which would draw another mask in the second computation, and where whole blocks are
+    recomputed instead.
     """
     for layer in net.layers:
         if type(layer) is LeanBlock:
@@ -67,9 +69,11 @@ def undo(net: nn.Module) -> None:
 def _recomputed(
     modules: Sequence[nn.Module], function: Callable[[mx.array], mx.array], x: mx.array
 ) -> mx.array:
+    """``function(x)``, computed again in the backward pass; modules: those whose parameters it uses."""
+
     def inner(parameters: list[Any], x: mx.array) -> mx.array:
-        for module, own in zip(modules, parameters, strict=True):
-            module.update(own)
+        for module, values in zip(modules, parameters, strict=True):
+            module.update(values)
         return function(x)
 
     return mx.checkpoint(inner)([m.trainable_parameters() for m in modules], x)

@@ -1,4 +1,4 @@
-"""Models for the MLX engine: read, quantise, recompute activations, merge into a quantised base."""
+"""Loading of MLX models: read, quantise, recompute activations, merge into a quantised base."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mlx_posttrain.errors import UserError
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.array]]:
+    """A folder's weights, without a scalar head, under mlx-lm's names."""
     weights = weight_files.load_weights(folder)
     weights.pop(files.HEAD, None)
     if config["model_type"] == "gpt2":
@@ -31,6 +32,11 @@ def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.arr
 def load(
     folder: Path, config: dict[str, Any], dtype: str, quantize: int | None, group_size: int
 ) -> nn.Module:
+    """A network from a folder, in ``dtype`` and, with ``quantize``, with linear layers of so many bits.
+
+    A quantised network is frozen. Raises UserError for a folder that cannot be loaded and for a group size
+    that does not divide a layer's width.
+    """
     from mlx_lm.utils import _get_classes, load_model
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -38,7 +44,7 @@ def load(
 
         class Adjusted(model_class):  # type: ignore[valid-type,misc]
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                # A classifier's head is put on afterwards; mlx-lm's GPT-2 does not know the `transformer.`
+                # A classifier's head is put on afterwards. mlx-lm's GPT-2 does not know the `transformer.`
                 # prefix that save_pretrained writes.
                 weights = {name: value for name, value in weights.items() if name != files.HEAD}
                 if config["model_type"] == "gpt2":
@@ -49,7 +55,7 @@ def load(
 
     settings: dict[str, Any] | None = None
     if files.is_classifier(config):
-        # its folder has no language-model head
+        # A classifier's folder has no language-model head.
         settings = config = {**config, "architectures": None, "tie_word_embeddings": True}
     if config["model_type"] == "gpt2":
         settings = weight_files.gpt2_config(config)
@@ -57,7 +63,7 @@ def load(
         net, _ = load_model(folder, model_config=settings, get_model_classes=classes)
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
-    # a config that contradicts its weights fails anywhere in a library that trusts it
+    # A config that contradicts its weights can fail anywhere in a library that trusts it.
     except Exception as error:
         raise UserError(
             f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -68,7 +74,7 @@ def load(
             mlx_gelu.use_in(net)
             mlx_attention.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
-    # of a quantised net the scales and what is not packed: its numbers are of that format too
+    # In a quantised network this sets the dtype of the scales and of all weights that are not packed.
     net.set_dtype(getattr(mx, dtype))
     if quantize and not quantised:
         bad = [p for p, m in net.named_modules() if _packs(p, m) and m.weight.shape[-1] % group_size]
@@ -82,9 +88,10 @@ def load(
 
 
 def _packs(path: str, module: nn.Module) -> bool:
-    """Whether quantising packs a layer: the linear ones that adapters stand on. Embeddings stay as they are
-    (Dettmers et al. 2023, section 3), and so do heads, as in bitsandbytes: a tied head is an embedding, and
-    of packed weights no logits can be formed a chunk at a time.
+    """Whether quantising shares_prefixes a layer: the linear layers that adapters stand on.
+
+    Embeddings stay as they are (Dettmers et al. 2023, section 3), and so do heads, as in bitsandbytes: a tied
+    head is an embedding, and packed weights cannot give logits a chunk at a time.
     """
     return isinstance(module, nn.Linear) and path not in ("lm_head", "score")
 
@@ -92,7 +99,7 @@ def _packs(path: str, module: nn.Module) -> bool:
 def checkpoint_blocks(net: nn.Module) -> None:
     """Recompute each transformer block in the backward pass, in training only (Chen et al. 2016).
 
-    Done per instance: mlx-lm's own helper patches the layer's class for the whole process, reference and
+    Done per instance: mlx-lm's own helper patches the layer's class for the whole process, the reference and
     generation included.
     """
 
@@ -118,10 +125,9 @@ def checkpoint_blocks(net: nn.Module) -> None:
 
 
 def dequantised_weights(folder: Path, bits: int | None, group_size: int) -> dict[str, mx.array]:
-    """A folder's weights after rounding to the quantisation grid and back: what a QLoRA adapter was trained
-    on.
+    """A folder's weights rounded to the quantisation grid and back: what a QLoRA adapter was trained on.
 
-    A folder that is quantised already has its own grid; ``bits`` and ``group_size`` are then not looked at.
+    A folder that is already quantised has its own grid; ``bits`` and ``group_size`` are then ignored.
     """
     from mlx_lm.utils import dequantize_model
 
@@ -130,10 +136,10 @@ def dequantised_weights(folder: Path, bits: int | None, group_size: int) -> dict
 
 
 def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, float]:
-    """Fuse an adapter into its quantised base, quantise again, write a folder for mlx-lm, and say what the
-    rounding cost.
+    """Fuse an adapter into its quantised base, quantise the result and write it as a folder for mlx-lm.
 
-    probe: [B, T] token ids. Returns what convert.merge.logit_drift does.
+    probe: [B, T] token ids on which the cost of rounding is measured. Returns that cost, as
+    convert.merge.logit_drift does.
     """
     from mlx_lm.utils import save_config
 
@@ -145,9 +151,9 @@ def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, f
     net.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in model.adapted()]))
     drift = merge.logit_drift(adapted, model.full_logits(probe), base)
     weight_files.save_weights(folder, dict(tree_flatten(net.parameters())), format="mlx")
-    # A folder that was quantised before may have another grid for some layers, and says so.
-    own = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
-    quantization = model.config.get("quantization") or own
+    # A folder that was already quantised may have other grids for some layers; its config names them.
+    grid = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
+    quantization = model.config.get("quantization") or grid
     config = (
         weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
     )

@@ -1,4 +1,4 @@
-"""The names for MLX arrays."""
+"""The namespace of ``mlx_posttrain.ops`` for MLX arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def log_softmax(x, axis=-1):
 
 
 def segment_sum(values, segments, count):
-    # A product with a 0/1 matrix instead of a scatter: exact alike on every device and in every order.
+    # A sum over a 0/1 matrix instead of a scatter: the same result on every device and in every order.
     member = segments[None, :] == mx.arange(count)[:, None]
     return mx.where(member, values[None, :], mx.zeros_like(values)[None, :]).sum(axis=1)
 

@@ -1,6 +1,4 @@
-"""Decoding on torch: transformers' models with a key/value cache that does not copy itself for every
-token.
-"""
+"""Decoding on torch: transformers' models, with a key/value cache that is not copied for every token."""
 
 from __future__ import annotations
 
@@ -16,55 +14,56 @@ from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.torch import fused as torch_fused
 
 
-class _Roomy(DynamicLayer):
-    """One layer's keys and values, [rows, heads, tokens, head]: views of arrays with room for more tokens.
+class _PreallocatedLayer(DynamicLayer):
+    """One layer's keys and values, [rows, heads, tokens, head]: views of buffers with room for more tokens.
 
-    transformers' own concatenates what it has with every new token: of a rollout of 32 rows on a CPU that was
-    half the time.
+    transformers' own layer concatenates the cache and each new token, which took half the time of a rollout
+    of 32 rows on a CPU.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._rooms: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         begin = self.get_seq_length()
         end = begin + key_states.shape[-2]
-        if not self._rooms or end > self._rooms[0].shape[-2]:
-            rooms = [
-                new.new_empty((*new.shape[:2], round_up(end, decoding.ROOM), new.shape[3]))
+        if not self._buffers or end > self._buffers[0].shape[-2]:
+            buffers = [
+                new.new_empty((*new.shape[:2], round_up(end, decoding.TORCH_CACHE_BLOCK), new.shape[3]))
                 for new in (key_states, value_states)
             ]
-            for room, old in zip(rooms, self._rooms, strict=False):
-                room[:, :, :begin] = old[:, :, :begin]
-            self._rooms = rooms
+            for buffer, old in zip(buffers, self._buffers, strict=False):
+                buffer[:, :, :begin] = old[:, :, :begin]
+            self._buffers = buffers
         self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
-        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, begin:end] = new
-        return self._show(end)
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin:end] = new
+        return self._set_views(end)
 
-    def _show(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+    def _set_views(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self._rooms:  # else a layer that has met no token
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self._buffers:  # else no token has come through this layer yet
             end = self.get_seq_length()
-            self._rooms = [change(room) for room in self._rooms]
-            self._show(end)
+            self._buffers = [change(buffer) for buffer in self._buffers]
+            self._set_views(end)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda room: room.repeat_interleave(repeats, dim=0))
+        self._change_rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._each(lambda room: room[indices])
+        self._change_rows(lambda buffer: buffer[indices])
 
 
 class TorchDecoder:
-    """A transformers model as a :class:`~mlx_posttrain.engines.decoding.Decoder`; head: [V, d], None where
-    logits are not just its products.
+    """A transformers model as a :class:`~mlx_posttrain.engines.decoding.Decoder`.
+
+    head: the head's weight [V, d]; None where the model's logits are more than products with it.
     """
 
     def __init__(self, net: Any, head: torch.Tensor | None):
@@ -98,7 +97,7 @@ class TorchDecoder:
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
             self.mask[row, longest - len(prompt) :] = 1
-        self.cache = Cache(layer_class_to_replicate=_Roomy)
+        self.cache = Cache(layer_class_to_replicate=_PreallocatedLayer)
         logits = self._forward(tokens, (self.mask.cumsum(1) - 1).clamp(min=0))
         if samples > 1:
             self.cache.batch_repeat_interleave(samples)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,496 +11,18 @@ import numpy as np
 import torch
 
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data.batches import Batch
-from mlx_posttrain.engines import decoding, files
-from mlx_posttrain.engines.base import (
-    REFERENCE_HIDDEN,
-    AdamW,
-    AdapterSpec,
-    DeviceBatch,
-    Generated,
-    Loss,
-    adapter_start,
-    check_fits,
-    device_batch,
-    match_targets,
-    micro_batch_totals,
-)
+from mlx_posttrain.engines import files
+from mlx_posttrain.engines.base import AdamW
 from mlx_posttrain.engines.process import forget_process_peak, process_peak
-from mlx_posttrain.engines.torch import fused as torch_fused
 from mlx_posttrain.engines.torch import packed as torch_packed
-from mlx_posttrain.engines.torch.decoding import TorchDecoder
+from mlx_posttrain.engines.torch.model import TorchModel, load_weights
+from mlx_posttrain.engines.torch.trainer import TorchTrainer
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.losses.policy import entropy
-from mlx_posttrain.losses.sft import full_kl, token_logprobs
-
-
-def _device_batch(batch: Batch, total: float) -> DeviceBatch:
-    def array(values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.long() if tensor.dtype == torch.int32 else tensor  # torch indexes with 64 bits
-
-    return device_batch(batch, total, array)
-
-
-class TorchModel:
-    """A transformers causal model; ``net`` is the bare model, ``peft`` the wrapper once an adapter is on."""
-
-    def __init__(self, net: Any, folder: Path, config: dict[str, Any]):
-        self.net = net
-        self.peft: Any = None
-        self.spec: AdapterSpec | None = None
-        self.folder = folder
-        self.base_name = str(folder)
-        self.config = config
-        self.context: int | None = getattr(net.config, "n_positions", None) or getattr(
-            net.config, "max_position_embeddings", None
-        )
-        self._reference: Any = None
-        self._split, self._embeds = _splits(net), _embeds(net)
-        head = files.read_head(folder)
-        if head is not None:
-            self.add_head(head)
-
-    @property
-    def shares_prefixes(self) -> bool:
-        return self._split and self.net.config._attn_implementation == torch_packed.ATTENTION
-
-    # the vocabulary of losses
-
-    def _logits(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
-        check_fits(batch.tokens.shape[1], self.context)
-        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask:
-        # see data/batches.py.
-        if not self._split:
-            return net(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[batch.index].float()
-        return net.get_output_embeddings()(self._hidden(net, batch)).float()
-
-    def _hidden(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
-        check_fits(batch.tokens.shape[1], self.context)
-        read = self._reader(net)
-        # dropout is each row's own
-        if self.shares_prefixes and not (net.training and self.spec is not None and self.spec.dropout):
-            return torch_packed.hidden(read, batch.tokens, batch.index)
-        return read(batch.tokens).flatten(0, 1)[batch.index]
-
-    def _reader(self, net: Any) -> Callable[..., torch.Tensor]:
-        """Of ids [B, T], and what else the backbone takes, its hidden states [B, T, d]."""
-        backbone = getattr(net, net.base_model_prefix)
-        layer = net.get_input_embeddings()
-        in_place = self._embeds and torch.is_grad_enabled() and layer.weight.requires_grad
-
-        def read(tokens: torch.Tensor, **more: Any) -> torch.Tensor:
-            ids = (
-                {"inputs_embeds": torch_fused.embed(tokens, layer.weight)}
-                if in_place
-                else {"input_ids": tokens}
-            )
-            return backbone(**ids, use_cache=False, **more).last_hidden_state
-
-        return read
-
-    def logits(self, batch: DeviceBatch) -> torch.Tensor:
-        return self._logits(self.net, batch)
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[Any]:
-        with torch.no_grad():
-            if self._reference is not None:
-                yield self._reference
-            elif self.peft is None:
-                raise RuntimeError("a reference needs keep_reference() first")
-            else:
-                with self.adapters_off():
-                    yield self.net
-
-    def reference_logits(self, batch: DeviceBatch) -> torch.Tensor:
-        with self._frozen() as net:
-            return self._logits(net, batch)
-
-    def _fused_head(self, net: Any) -> torch.Tensor | None:
-        """The head's weight [V, d]; None for a head that is not one plain matrix."""
-        layer = net.get_output_embeddings() if self._split else None
-        return layer.weight if type(layer) is torch.nn.Linear and layer.bias is None else None
-
-    def _logprobs(self, net: Any, batch: DeviceBatch, temperature: float) -> torch.Tensor:
-        weight = self._fused_head(net)
-        if weight is None:
-            return token_logprobs(self._logits(net, batch) / temperature, batch.target)
-        return torch_fused.logprobs(self._hidden(net, batch) / temperature, weight, batch.target)
-
-    def logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> torch.Tensor:
-        return self._logprobs(self.net, batch, temperature)
-
-    def reference_logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> torch.Tensor:
-        with self._frozen() as net:
-            return self._logprobs(net, batch, temperature)
-
-    def logprobs_and_kl(
-        self, batch: DeviceBatch, direction: str, beta: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = self._fused_head(self.net)
-        if weight is None:
-            logits = self.logits(batch)
-            return token_logprobs(logits, batch.target), full_kl(
-                logits, self.reference_logits(batch), direction
-            )
-        with self._frozen() as net:
-            frozen, kept = net.get_output_embeddings().weight, batch.extra.get(REFERENCE_HIDDEN)
-            hidden = self._hidden(net, batch) if kept is None else kept.to(frozen.dtype)
-        return torch_fused.logprobs_and_kl(
-            self._hidden(self.net, batch), weight, hidden, frozen, batch.target, direction, beta
-        )
-
-    @property
-    def reference_width(self) -> int | None:
-        weight = self._fused_head(self.net)
-        return None if weight is None else weight.shape[1]
-
-    def reference_hidden(self, batch: Batch) -> np.ndarray:
-        self.net.eval()
-        with self._frozen() as net:
-            return self._hidden(net, _device_batch(batch, 1.0)).float().numpy()
-
-    def policy_terms(
-        self, batch: DeviceBatch, temperature: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        weight = self._fused_head(self.net)
-        if weight is None:
-            logits = self.logits(batch) / temperature
-            return (
-                token_logprobs(logits, batch.target),
-                entropy(logits),
-                self.scores(batch) if self.has_head else None,
-            )
-        hidden = self._hidden(self.net, batch)
-        terms = torch_fused.logprobs_and_entropy(hidden / temperature, weight, batch.target)
-        return *terms, self.net.score(hidden)[:, 0].float() if self.has_head else None
-
-    def scores(self, batch: DeviceBatch) -> torch.Tensor:
-        return self.net.score(self._hidden(self.net, batch))[:, 0].float()
-
-    @torch.no_grad()
-    def full_logits(self, tokens: np.ndarray) -> np.ndarray:
-        check_fits(tokens.shape[1], self.context)
-        return (
-            self.net.eval()(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.float().numpy()
-        )
-
-    # around training
-
-    def parameter_counts(self) -> tuple[int, int]:
-        parameters = list(self.net.parameters())
-        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-    def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
-        from peft import LoraConfig, get_peft_model
-        from transformers.pytorch_utils import Conv1D
-
-        spec = spec.resolved(self.net.config.model_type)
-        match_targets(
-            [p for p, m in self.net.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)],
-            spec.targets or (),
-        )
-        try:
-            self.peft = get_peft_model(
-                self.net,
-                LoraConfig(
-                    r=spec.rank,
-                    lora_alpha=spec.alpha,
-                    lora_dropout=spec.dropout,
-                    use_rslora=spec.rslora,
-                    use_dora=spec.kind == "dora",  # type: ignore[arg-type]
-                    target_modules=list(spec.targets or ()),
-                    fan_in_fan_out=self.net.config.model_type == "gpt2",
-                    task_type="CAUSAL_LM",
-                    bias="none",
-                ),
-            )
-        except ValueError as error:
-            raise UserError(
-                f"adapter.targets {list(spec.targets or ())}: {str(error).splitlines()[0]}"
-            ) from None
-        self.spec = spec
-        if self.has_head:
-            self.net.score.requires_grad_(True)
-        layers = dict(self._adapted())
-        start = adapter_start(
-            {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}, spec.rank, seed
-        )
-        with torch.no_grad():
-            for path, layer in layers.items():
-                layer.lora_A["default"].weight.copy_(torch.from_numpy(start[path]))
-                layer.lora_B["default"].weight.zero_()
-
-    @property
-    def has_head(self) -> bool:
-        return hasattr(self.net, "score")
-
-    @torch.no_grad()
-    def add_head(self, weight: np.ndarray) -> None:
-        if self.has_head:  # the same parameter: an optimizer may know it
-            self.net.score.weight.copy_(torch.tensor(weight))
-            return
-        score = torch.nn.Linear(weight.shape[1], 1, bias=False)
-        score.weight = torch.nn.Parameter(torch.tensor(weight, dtype=torch.float32))
-        self.net.score = score
-
-    def _adapted(self) -> Iterator[tuple[str, Any]]:
-        from peft.tuners.lora import LoraLayer
-
-        return ((path, module) for path, module in self.net.named_modules() if isinstance(module, LoraLayer))
-
-    def keep_reference(self) -> None:
-        if self.peft is None:
-            self._reference = copy.deepcopy(self.net).requires_grad_(False).eval()
-
-    def adapters_off(self) -> contextlib.AbstractContextManager[Any]:
-        return self.peft.disable_adapter()
-
-    @torch.no_grad()
-    def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
-        self.net.eval()
-        totals = micro_batch_totals(batches)
-        sums: dict[str, float] = {}
-        for batch in batches:
-            value, metrics = loss(self, _device_batch(batch, totals[batch.term]))
-            for name, part in {**metrics, "loss": value}.items():
-                sums[name] = sums.get(name, 0.0) + float(part)
-        return sums
-
-    @torch.no_grad()
-    def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
-        self.net.eval()
-        return [self.logprobs(_device_batch(batch, 1.0)).numpy() for batch in batches]
-
-    @torch.no_grad()
-    def apply(
-        self, function: Callable[[Any, DeviceBatch], dict[str, torch.Tensor]], batches: Sequence[Batch]
-    ) -> list[dict[str, np.ndarray]]:
-        self.net.eval()
-        return [
-            {name: v.numpy() for name, v in function(self, _device_batch(batch, batch.count)).items()}
-            for batch in batches
-        ]
-
-    def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-        self.net.eval()
-        totals = micro_batch_totals(batches)
-        for batch in batches:
-            loss(self, _device_batch(batch, totals[batch.term]))[0].backward()
-        gradients = {
-            name: p.grad.float().numpy().copy() for name, p in self._parameters() if p.grad is not None
-        }
-        self.net.zero_grad(set_to_none=True)
-        return gradients
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        stop: int | None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        samples: int = 1,
-        seed: int = 0,
-        first_row: int = 0,
-        on_token: Callable[[int, int], None] | None = None,
-        forbidden: Sequence[int] = (),
-    ) -> list[Generated]:
-        # dropout off, and with it gradient checkpointing, which would silently empty the cache
-        self.net.eval()
-        return decoding.decode(
-            TorchDecoder(self.net, self._fused_head(self.net)),
-            prompts,
-            context=self.context,
-            max_tokens=max_tokens,
-            stop=stop,
-            temperature=temperature,
-            top_p=top_p,
-            samples=samples,
-            seed=seed,
-            first_row=first_row,
-            on_token=on_token,
-            forbidden=forbidden,
-        )
-
-    # files
-
-    def save(self, folder: Path) -> None:
-        if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name)
-        else:
-            files.save_model(
-                folder, {n: p.detach() for n, p in self._parameters() if n != files.HEAD}, self.folder
-            )
-        if self.has_head:
-            files.save_head(folder, self.head())
-
-    def save_classifier(self, folder: Path, pad: int) -> None:
-        if self.spec is not None:
-            files.save_adapter(
-                folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name, self.head()
-            )
-        else:
-            files.save_model(folder, {n: p.detach() for n, p in self._parameters()}, self.folder, pad)
-
-    def head(self) -> np.ndarray:
-        return self.net.score.weight.detach().float().numpy()
-
-    def load_trained(self, folder: Path) -> None:
-        if self.spec is not None:
-            modules = files.read_adapter(folder, [path for path, _ in self._adapted()])
-            with torch.no_grad():
-                for path, layer in self._adapted():
-                    layer.lora_A["default"].weight.copy_(torch.from_numpy(modules[path]["lora_a"]).T)
-                    layer.lora_B["default"].weight.copy_(torch.from_numpy(modules[path]["lora_b"]).T)
-                    if "m" in modules[path]:
-                        layer.lora_magnitude_vector["default"].weight.copy_(
-                            torch.from_numpy(modules[path]["m"])
-                        )
-        else:
-            _load_weights(self.net, folder, self.config)
-        head = files.read_head(folder)
-        if head is not None:
-            self.add_head(head)
-
-    def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
-        found = {}
-        for path, layer in self._adapted():
-            found[path] = {
-                "lora_a": layer.lora_A["default"].weight.detach().T.numpy(),
-                "lora_b": layer.lora_B["default"].weight.detach().T.numpy(),
-            }
-            if "default" in layer.lora_magnitude_vector:
-                found[path]["m"] = layer.lora_magnitude_vector["default"].weight.detach().numpy()
-        return found
-
-    def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, p) for name, p in self.net.named_parameters() if p.requires_grad)
-
-    def weights(self) -> Mapping[str, np.ndarray]:
-        return {name: p.detach().float().numpy().copy() for name, p in self._parameters()}
-
-
-@torch.no_grad()
-def _splits(net: Any) -> bool:
-    """Whether ``head(backbone(x))`` is what the model computes (some architectures scale or cap their
-    logits): asked, not assumed.
-    """
-    probe = torch.tensor([[1, 2, 3, 4]])
-    hidden = getattr(net, net.base_model_prefix)(input_ids=probe, use_cache=False).last_hidden_state
-    return torch.allclose(
-        net.get_output_embeddings()(hidden).float(), net(input_ids=probe).logits.float(), rtol=1e-4, atol=1e-4
-    )
-
-
-@torch.no_grad()
-def _embeds(net: Any) -> bool:
-    """Whether the model begins with nothing but its rows of one plain embedding, each of which has a
-    gradient: asked as well.
-    """
-    layer = net.get_input_embeddings()
-    if (
-        type(layer) is not torch.nn.Embedding
-        or layer.padding_idx is not None
-        or layer.max_norm is not None
-        or layer.scale_grad_by_freq
-    ):
-        return False
-    probe, backbone = torch.tensor([[1, 2, 3, 4]]), getattr(net, net.base_model_prefix)
-    # a library's backbone that takes no embeddings says so in its own way
-    with contextlib.suppress(Exception):
-        ours = backbone(inputs_embeds=layer(probe), use_cache=False).last_hidden_state
-        return torch.equal(ours, backbone(input_ids=probe, use_cache=False).last_hidden_state)
-    return False
-
-
-def _has_fused_adamw() -> bool:
-    """Whether this torch updates CPU parameters in one kernel; torch 2.2, the last one for Intel Macs,
-    refuses to.
-    """
-    try:
-        from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
-    except ImportError:
-        return False
-    return "cpu" in _get_fused_kernels_supported_devices()
-
-
-class TorchTrainer:
-    """torch.optim.AdamW over a model's trained parameters."""
-
-    compiled = 0
-
-    def __init__(self, model: TorchModel, settings: AdamW):
-        self.model = model
-        self.settings = settings
-        named = list(model._parameters())
-        self.names = [n for n, _ in named]
-        self.parameters = [p for _, p in named]
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            fused=_has_fused_adamw(),
-        )
-
-    def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
-        self.model.net.train()
-        totals = micro_batch_totals(batches)
-        sums: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            value, metrics = loss(self.model, _device_batch(batch, totals[batch.term]))
-            value.backward()
-            for name, part in {**metrics, "loss": value}.items():
-                sums[name] = sums.get(name, 0.0) + part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or float("inf"))
-        result = {name: float(part) for name, part in sums.items()} | {"grad_norm": float(norm)}
-        if not np.isfinite(result["loss"]) or not np.isfinite(result["grad_norm"]):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError(f"loss {result['loss']}, gradient norm {result['grad_norm']}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return result
-
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        state = {}
-        for name, p in zip(self.names, self.parameters, strict=True):
-            for key, value in self.optimizer.state.get(p, {}).items():
-                state[f"{name}:{key}"] = value.contiguous()
-        save_file(state, path)
-
-    def load(self, path: Path) -> None:
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-        strangers = sorted({key.rpartition(":")[0] for key in state} - set(self.names))
-        if strangers:
-            raise UserError(
-                f"{path}: its moments are of other parameters, for example {strangers[0]}: it "
-                "belongs to another run"
-            )
-        for name, p in zip(self.names, self.parameters, strict=True):
-            found = {
-                key.rpartition(":")[2]: value
-                for key, value in state.items()
-                if key.rpartition(":")[0] == name
-            }
-            if found:
-                self.optimizer.state[p] = found
 
 
 class TorchEngine:
+    """PyTorch on the CPU as an :class:`~mlx_posttrain.engines.base.Engine`."""
+
     name = "torch"
 
     def load(
@@ -530,7 +50,7 @@ class TorchEngine:
             net = self._net(folder, config, dtype)
         except UserError as error:
             raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
-        # a config that contradicts its weights fails anywhere in a library that trusts it
+        # A config that contradicts its weights can fail anywhere in a library that trusts it.
         except Exception as error:
             raise UserError(
                 f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -545,18 +65,17 @@ class TorchEngine:
         hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if files.is_classifier(config):
             hf.tie_word_embeddings = True  # its folder has no language-model head
-        for name in list(vars(hf)):  # dropout is the recipe's business: the same loss on both engines
+        for name in list(vars(hf)):  # dropout comes from the recipe only, so that the engines' losses agree
             if name.endswith(("_pdrop", "_dropout")) and isinstance(getattr(hf, name), float):
                 setattr(hf, name, 0.0)
         if config.get("model_type") == "gpt2":
-            if (
-                hf.activation_function == "gelu_new"
-            ):  # the same function as one operation: transformers' own keeps five arrays for its gradient
+            if hf.activation_function == "gelu_new":
+                # The same function as one operation; transformers' own keeps five arrays for its gradient.
                 hf.activation_function = "gelu_pytorch_tanh"
             net = AutoModelForCausalLM.from_config(
                 hf, attn_implementation=torch_packed.ATTENTION, dtype=getattr(torch, dtype)
             )
-            _load_weights(net, folder, config)
+            load_weights(net, folder, config)
         else:
             net = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -582,7 +101,7 @@ class TorchEngine:
             torch.set_rng_state(torch.from_numpy(np.ascontiguousarray(state["torch"])))
 
     def memory(self) -> dict[str, float]:
-        return {"peak_gb": process_peak() / 2**30}  # a CPU has one memory: the process's own
+        return {"peak_gb": process_peak() / 2**30}  # on a CPU, of the whole process
 
     def reset_memory(self) -> None:
         forget_process_peak()
@@ -592,24 +111,3 @@ class TorchEngine:
 
     def device(self) -> str:
         return f"CPU, {torch.get_num_threads()} threads"
-
-
-@torch.no_grad()
-def _load_weights(net: Any, folder: Path, config: dict[str, Any]) -> None:
-    found = files.torch_weights(folder, config)
-    parameters = dict(net.named_parameters())
-    for name in (
-        "lm_head.weight",
-        files.HEAD,
-    ):  # a classifier's folder has no language-model head; a scalar head may lie in a file of its own
-        if name in parameters and name not in found:
-            del parameters[name]
-    missing = sorted(set(parameters) - set(found))
-    if missing:
-        raise UserError(f"{folder}: {len(missing)} weights are missing, for example {missing[0]}")
-    for name, p in parameters.items():
-        if p.shape != found[name].shape:
-            raise UserError(
-                f"{folder}: {name} has shape {tuple(found[name].shape)}, the config says {tuple(p.shape)}"
-            )
-        p.copy_(found[name])

@@ -1,12 +1,13 @@
-"""Log-probabilities, entropies and divergences from hidden states, on torch, a chunk of positions at a time.
-See fused.py.
+"""Log-probabilities, entropies and divergences from hidden states, a chunk of positions at a time, on torch.
 
-Shapes: N positions, d width, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's weight;
-target: [N] token ids.
+engines/fused.py says how, and what *streamed* and *cached* mean.
 
-A weight of V rows has a gradient as large, and autograd would make it anew for every use in every
-micro-batch, for an embedding filled with zeros first, and add it to the others. Here what there is to add is
-added to ``w.grad`` in place: only ``Tensor.backward`` finds it.
+The gradient of a weight of V rows is as large as the weight. Autograd would allocate it again for every use
+in every micro-batch, for an embedding filled with zeros first, and add it to the others. Here contributions
+are added to ``w.grad`` in place, so only ``Tensor.backward`` finds them.
+
+Shapes: N positions, d hidden size, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's
+weight; target: [N] token ids.
 """
 
 from __future__ import annotations
@@ -23,43 +24,44 @@ Tensor = torch.Tensor
 
 def logprobs(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """[N] log-probabilities of the targets."""
-    steered, trained = _way(h, w)
+    streamed, trained = _gradient_mode(h, w)
 
-    def values(keep: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def values(cache: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
         z = logits(h, w)
         p, lse = fused.softmax(z)
         return [
-            _at(z, target) - lse,
+            _gather(z, target) - lse,
             lse,
-            *([w[target] - _times(p, w)] if steered else []),
-        ], p if keep else None
+            *([w[target] - _to_hidden(p, w)] if streamed else []),
+        ], p if cache else None
 
-    (value, lse, *slope), kept = _sweep(values, trained, w, h, target)
-    return _with_gradient(value, h, w, slope, fused.Fall(_softmax_of(lse), kept, target), trained)[:, 0]
+    (value, lse, *grad_h), cached = _map_chunks(values, trained, w, h, target)
+    neg_grad = fused.NegGrad(_softmax_from(lse), cached, target)
+    return _with_gradient(value, h, w, grad_h, neg_grad, trained)[:, 0]
 
 
 def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """[N] log-probabilities of the targets and [N] entropies, whose gradient is recomputed: PPO only reports
-    them.
-    """
-    steered, trained = _way(h, w)
+    """[N] log-probabilities of the targets and [N] entropies.
 
-    def values(keep: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    The gradient of the entropies is recomputed, since PPO only reports them.
+    """
+    streamed, trained = _gradient_mode(h, w)
+
+    def values(cache: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
         z = logits(h, w)
         p, lse = fused.softmax(z)
-        found = [_at(z, target) - lse, fused.entropy(z, p, lse), lse]
-        return [*found, *([w[target] - _times(p, w)] if steered else [])], p if keep else None
+        outputs = [_gather(z, target) - lse, fused.entropy(z, p, lse), lse]
+        return [*outputs, *([w[target] - _to_hidden(p, w)] if streamed else [])], p if cache else None
 
-    (value, entropy, lse, *slope), kept = _sweep(values, trained, w, h, target)
-    softmax = _softmax_of(lse)
+    (value, entropy, lse, *grad_h), cached = _map_chunks(values, trained, w, h, target)
+    softmax = _softmax_from(lse)
 
-    def fall_of_entropy(z: Tensor, rows: slice, part: slice) -> Tensor:
-        return -fused.entropy_slope(z, softmax(z, rows, part), lse[rows], entropy[rows])
+    def neg_grad_of_entropy(z: Tensor, rows: slice, part: slice) -> Tensor:
+        return -fused.entropy_grad(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
-    value = _with_gradient(value, h, w, slope, fused.Fall(softmax, kept, target), trained)
-    return value[:, 0], _with_gradient(
-        entropy, h, w, [], fused.Fall(fall_of_entropy, []), trained or steered
-    )[:, 0]
+    value = _with_gradient(value, h, w, grad_h, fused.NegGrad(softmax, cached, target), trained)
+    entropy_neg_grad = fused.NegGrad(neg_grad_of_entropy, [])
+    return value[:, 0], _with_gradient(entropy, h, w, [], entropy_neg_grad, trained or streamed)[:, 0]
 
 
 def logprobs_and_kl(
@@ -71,56 +73,57 @@ def logprobs_and_kl(
     direction: str,
     beta: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[N] log-probabilities of the targets and [N] divergences from the reference, into which no gradient
-    flows.
+    """[N] log-probabilities of the targets and [N] divergences from the reference.
 
-    beta: what :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl` says; the gradient then hangs on the
-    log-probabilities alone.
+    No gradient flows into the reference. beta: as in
+    :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl`; the log-probabilities alone then carry the
+    gradient of both.
     """
-    steered, trained = _way(h, w)
+    streamed, trained = _gradient_mode(h, w)
 
-    def values(keep: bool, h: Tensor, h_ref: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def values(cache: bool, h: Tensor, h_ref: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
         z, z_ref = logits(h, w), logits(h_ref, w_ref)
         (p, lse), (p_ref, lse_ref) = fused.softmax(z), fused.softmax(z_ref)
         kl = fused.kl(z, p, lse, z_ref, p_ref, lse_ref, direction)
-        found = [_at(z, target) - lse, kl, lse, lse_ref]
-        if not steered and (not keep or beta is None):
-            return found, p if keep else None
-        slope = fused.kl_slope(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
-        fall = p if beta is None else p + beta * slope
-        if steered:
-            found += [w[target] - _times(fall, w), *([_times(slope, w)] if beta is None else [])]
-        return found, fall if keep else None
+        outputs = [_gather(z, target) - lse, kl, lse, lse_ref]
+        if not streamed and (not cache or beta is None):
+            return outputs, p if cache else None
+        kl_grad = fused.kl_grad(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
+        neg_grad = p if beta is None else p + beta * kl_grad
+        if streamed:
+            outputs += [w[target] - _to_hidden(neg_grad, w)]
+            outputs += [_to_hidden(kl_grad, w)] if beta is None else []
+        return outputs, neg_grad if cache else None
 
-    (value, kl, lse, lse_ref, *slopes), kept = _sweep(values, trained, w, h, h_ref, target)
-    softmax = _softmax_of(lse)
+    (value, kl, lse, lse_ref, *grads_h), cached = _map_chunks(values, trained, w, h, h_ref, target)
+    softmax = _softmax_from(lse)
 
-    def fall_of_kl(z: Tensor, rows: slice, part: slice) -> Tensor:
+    def neg_grad_of_kl(z: Tensor, rows: slice, part: slice) -> Tensor:
         z_ref = logits(h_ref[rows], w_ref[part])
-        p, p_ref = softmax(z, rows, part), _softmax_of(lse_ref)(z_ref, rows, part)
-        return -fused.kl_slope(z, p, lse[rows], z_ref, p_ref, lse_ref[rows], kl[rows], direction)
+        p, p_ref = softmax(z, rows, part), _softmax_from(lse_ref)(z_ref, rows, part)
+        return -fused.kl_grad(z, p, lse[rows], z_ref, p_ref, lse_ref[rows], kl[rows], direction)
 
-    def fall_of_both(z: Tensor, rows: slice, part: slice) -> Tensor:
-        return softmax(z, rows, part) - (beta or 0.0) * fall_of_kl(z, rows, part)
+    def neg_grad_of_both(z: Tensor, rows: slice, part: slice) -> Tensor:
+        return softmax(z, rows, part) - (beta or 0.0) * neg_grad_of_kl(z, rows, part)
 
-    value = _with_gradient(
-        value, h, w, slopes[:1], fused.Fall(softmax if beta is None else fall_of_both, kept, target), trained
-    )
-    divergence = (
-        _with_gradient(kl, h, w, slopes[1:], fused.Fall(fall_of_kl, []), trained) if beta is None else kl
-    )
-    return value[:, 0], divergence[:, 0]
+    neg_grad = fused.NegGrad(softmax if beta is None else neg_grad_of_both, cached, target)
+    value = _with_gradient(value, h, w, grads_h[:1], neg_grad, trained)
+    if beta is None:
+        kl_with_grad = _with_gradient(kl, h, w, grads_h[1:], fused.NegGrad(neg_grad_of_kl, []), trained)
+        return value[:, 0], kl_with_grad[:, 0]
+    return value[:, 0], kl[:, 0]
 
 
 def embed(tokens: Tensor, w: Tensor) -> Tensor:
-    """[..., d] rows of the embedding ``w`` [V, d] for ids ``tokens`` [...], whose gradient is added to
-    ``w.grad`` in place.
+    """[..., d] rows of the embedding ``w`` [V, d] for ids ``tokens`` [...].
+
+    The gradient is added to ``w.grad`` in place.
     """
-    return _Embedded.apply(tokens, w)
+    return _Embedding.apply(tokens, w)
 
 
-def _way(h: Tensor, w: Tensor) -> tuple[bool, bool]:
-    """(steered, trained): which way to a gradient is taken, see fused.py; neither where none is wanted."""
+def _gradient_mode(h: Tensor, w: Tensor) -> tuple[bool, bool]:
+    """(streamed, trained): how the gradient is made, see engines/fused.py; neither where none is wanted."""
     wanted = torch.is_grad_enabled()
     return wanted and h.requires_grad and not w.requires_grad, wanted and w.requires_grad
 
@@ -132,98 +135,104 @@ def logits(h: Tensor, w: Tensor) -> Tensor:
     return (h @ w.T if len(h) > 2 * fused.PANEL else (w @ h.T).T.contiguous()).float()
 
 
-def _times(slope: Tensor, w: Tensor) -> Tensor:
-    return slope.to(w.dtype) @ w
+def _to_hidden(grad: Tensor, w: Tensor) -> Tensor:
+    """The gradient with respect to the hidden states, [n, d], from the one with respect to the logits."""
+    return grad.to(w.dtype) @ w
 
 
-def _at(z: Tensor, target: Tensor) -> Tensor:
+def _gather(z: Tensor, target: Tensor) -> Tensor:
     return z.gather(-1, target[:, None])
 
 
-def _softmax_of(lse: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
+def _softmax_from(lse: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
     return lambda z, rows, _: (z - lse[rows]).exp_()
 
 
 @torch.no_grad()
-def _sweep(
-    function: Callable[..., tuple[list[Tensor], Tensor | None]], keep: bool, w: Tensor, *rows: Tensor
+def _map_chunks(
+    function: Callable[..., tuple[list[Tensor], Tensor | None]], cache: bool, w: Tensor, *rows: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """``function`` over chunks of ``rows``, without gradient; its arrays, joined along the positions, and
-    what it would have kept.
+    """Call ``function`` on chunks of ``rows``, without gradient.
+
+    Returns its arrays, joined along the positions, and the gradients to cache, one array for each of the
+    first chunks.
 
     Nothing else that a chunk has allocated outlives it: a small array between two large ones keeps glibc
-    before 2.38 from putting the next chunk's logits where these were, and all chunks' logits would be there
-    at last.
+    before 2.38 from putting the next chunk's logits in the place of this one's, and in the end the logits of
+    all chunks would be held.
     """
     count = rows[0].shape[0]
-    most = fused.kept(count, w.shape[0]) if keep else 0
+    limit = fused.cached_positions(count, w.shape[0]) if cache else 0
     joined: list[Tensor] = []
-    kept: list[Tensor] = []
+    cached: list[Tensor] = []
     for part in fused.chunks(count, w.shape[0]):
-        found, fall = function(part.stop <= most, *(a[part] for a in rows))
-        joined = joined or [a.new_empty((count, *a.shape[1:])) for a in found]
-        for whole, a in zip(joined, found, strict=True):
-            whole[part] = a
-        if fall is not None:
-            kept.append(fall.to(w.dtype))
-        del found, a, fall
-    return joined, kept
+        outputs, neg_grad = function(part.stop <= limit, *(a[part] for a in rows))
+        joined = joined or [a.new_empty((count, *a.shape[1:])) for a in outputs]
+        for destination, a in zip(joined, outputs, strict=True):
+            destination[part] = a
+        if neg_grad is not None:
+            cached.append(neg_grad.to(w.dtype))
+        del outputs, a, neg_grad
+    return joined, cached
 
 
 def _with_gradient(
-    value: Tensor, h: Tensor, w: Tensor, slope: list[Tensor], fall: fused.Fall, attach: bool
+    value: Tensor, h: Tensor, w: Tensor, grad_h: list[Tensor], neg_grad: fused.NegGrad, attach: bool
 ) -> Tensor:
-    """``value`` [N, 1] steered by its slope [N, d] where there is one, or else, to ``attach``, with the
-    gradient that ``fall`` says.
+    """Give ``value`` [N, 1] its gradient: ``grad_h`` [N, d] where it was streamed, else from ``neg_grad``.
+
+    attach: whether there is a gradient to take from ``neg_grad``; without it ``value`` is returned as it is.
     """
-    if slope:
-        return value + ((h - h.detach()) * slope[0]).sum(-1, keepdim=True)  # what is added is zero
-    return _Attached.apply(value, h, w, fall) if attach else value
+    if grad_h:
+        return value + ((h - h.detach()) * grad_h[0]).sum(-1, keepdim=True)  # what is added is zero
+    return _AttachGradient.apply(value, h, w, neg_grad) if attach else value
 
 
-class _Attached(torch.autograd.Function):
-    """``value`` [N, 1] with its gradients with respect to h and, added in place, w: from what was kept, and
-    from forming other logits again.
+class _AttachGradient(torch.autograd.Function):
+    """``value`` [N, 1] with its gradients with respect to h and, added in place, w.
+
+    They come from what was cached and from other logits, formed again.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, h: Tensor, w: Tensor, fall: fused.Fall) -> Tensor:
+    def forward(ctx: Any, value: Tensor, h: Tensor, w: Tensor, neg_grad: fused.NegGrad) -> Tensor:
         ctx.save_for_backward(h)
-        # the weight itself: what saved_tensors gives may be a copy, and its gradient nobody's
-        ctx.w, ctx.fall = w, fall
+        # The weight itself: what saved_tensors returns may be a copy, whose gradient would be lost.
+        ctx.w, ctx.neg_grad = w, neg_grad
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (h,), w = ctx.saved_tensors, ctx.w
-        fall, ctx.fall = ctx.fall, None  # what was kept would stay for as long as anybody holds the value
+        # The cached gradients would otherwise live as long as anything refers to the value.
+        neg_grad, ctx.neg_grad = ctx.neg_grad, None
         g = g.to(h.dtype)
         d_h, weighted = torch.zeros_like(h), -g * h
-        d_w = _own_gradient(w) if w.requires_grad else None
+        d_w = _grad_buffer(w) if w.requires_grad else None
 
-        def add(some: Tensor, rows: slice, part: slice) -> None:
-            d_h[rows].addmm_(some, w[part])
+        def add(neg_grads: Tensor, rows: slice, part: slice) -> None:
+            d_h[rows].addmm_(neg_grads, w[part])
             if d_w is not None:
-                _head_gradient(d_w[part], some, weighted[rows])
+                _head_gradient(d_w[part], neg_grads, weighted[rows])
 
         begin = 0
-        while fall.kept:
-            some = fall.kept.pop(0)
-            add(some, slice(begin, begin + len(some)), slice(None))
-            begin += len(some)
-            del some
+        while neg_grad.cached:
+            chunk = neg_grad.cached.pop(0)
+            add(chunk, slice(begin, begin + len(chunk)), slice(None))
+            begin += len(chunk)
+            del chunk
         rest = slice(begin, len(h))
         for part in fused.chunks(w.shape[0], len(h) - begin) if begin < len(h) else []:
-            add(fall.at(logits(h[rest], w[part]), rest, part).to(w.dtype), rest, part)
+            add(neg_grad.at(logits(h[rest], w[part]), rest, part).to(w.dtype), rest, part)
         d_h *= -g
-        if fall.target is not None:
-            d_h += g * w[fall.target]
+        if neg_grad.target is not None:
+            d_h += g * w[neg_grad.target]
             if d_w is not None:
-                d_w.index_add_(0, fall.target, g * h)
+                d_w.index_add_(0, neg_grad.target, g * h)
         return None, d_h, None, None
 
 
-class _Embedded(torch.autograd.Function):
+class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, w: Tensor) -> Tensor:
         ctx.tokens, ctx.w = tokens, w
@@ -231,15 +240,15 @@ class _Embedded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
-        _own_gradient(ctx.w).index_add_(0, ctx.tokens.flatten(), g.flatten(0, -2))
+        _grad_buffer(ctx.w).index_add_(0, ctx.tokens.flatten(), g.flatten(0, -2))
         return None, None
 
 
-def _own_gradient(w: Tensor) -> Tensor:
+def _grad_buffer(w: Tensor) -> Tensor:
     if w.grad is None:
         w.grad = torch.zeros_like(w)
     return w.grad
 
 
-def _head_gradient(own: Tensor, fall: Tensor, weighted: Tensor) -> None:
-    own.addmm_(fall.T, weighted)
+def _head_gradient(d_w: Tensor, neg_grad: Tensor, weighted: Tensor) -> None:
+    d_w.addmm_(neg_grad.T, weighted)

@@ -1,4 +1,4 @@
-"""The names for torch tensors."""
+"""The namespace of ``mlx_posttrain.ops`` for torch tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reduce(function):
 
 def extreme(function):
     def pairwise(a, b):
-        # NumPy and MLX take a number on either side; torch wants two tensors.
+        # NumPy and MLX accept a number on either side; torch needs two tensors.
         like = a if isinstance(a, torch.Tensor) else b
         return function(torch.as_tensor(a, dtype=like.dtype), torch.as_tensor(b, dtype=like.dtype))
 

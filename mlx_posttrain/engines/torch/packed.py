@@ -1,13 +1,13 @@
-"""Rows of a batch in one piece, without padding, and what several of them begin with only once.
+"""Packed batches: rows in one piece, without padding, and with shared prefixes only once.
 
-Answers to one prompt begin with the same tokens, and so do the two sides of a pair. A causal model computes
-the same for the same beginning, so the shared part goes through every product with a weight once; attention
-alone still sees whole rows. Tokens behind the last position that anybody asks for are left out. Exact: the
-same numbers as from padded rows, but for the order of sums. Prefix sharing is known from inference (Juravsky
-et al. 2024, "Hydragen"); here gradients flow through it as well, and add up in the shared part.
+Completions of one prompt begin with the same tokens, and so do the two sides of a pair. A causal model
+computes the same for the same prefix, so the shared part goes through every product with a weight once; only
+attention works on whole rows. Tokens after the last position that is needed are left out. Exact: the same
+numbers as from padded rows, up to the order of sums. Prefix sharing is known from inference (Juravsky et al.
+2024, "Hydragen"); here gradients flow through it as well, and add up in the shared part.
 
-GPT-2 only: other models may put a mask of their own between attention and its rows.
-tests/engines/test_torch_packed.py holds it against padded rows.
+GPT-2 only: other models may put a mask of their own between attention and its rows. Padded rows are the
+reference in tests/engines/test_torch_packed.py.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from transformers.masking_utils import sdpa_mask
 
 from mlx_posttrain.data.batches import layout
 
-ATTENTION = "sdpa_packed"  # the name that transformers knows this file's attention by
+#: The name under which transformers finds this module's attention.
+ATTENTION = "sdpa_packed"
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where B rows of T tokens lie in one row of P.
+    """Where the tokens of B rows of T are in one packed row of P.
 
-    tokens, positions: [1, P] ids and places in their own row. place: [B, T] of each row's tokens in P, 0
-    behind a row's end. owner: [P] index into B * T, flattened, of one row's copy of a packed token.
+    tokens, positions: [1, P] ids, and positions within the original rows. place: [B, T] index into P of each
+    row's tokens, 0 after a row's end. owner: [P] index into B * T, flattened, of one row's copy of a packed
+    token.
     """
 
     tokens: torch.Tensor
@@ -42,7 +44,7 @@ class Packing:
 
 
 def pack(tokens: np.ndarray, index: np.ndarray) -> Packing | None:
-    """:func:`mlx_posttrain.data.batches.layout` of rows as tensors; None where packing would not pay."""
+    """:func:`mlx_posttrain.data.batches.layout` of rows as tensors; None where packing does not pay."""
     found = layout(tokens, index)
     if found is None:
         return None
@@ -54,18 +56,20 @@ def pack(tokens: np.ndarray, index: np.ndarray) -> Packing | None:
     )
 
 
-def hidden(read: Callable[..., torch.Tensor], tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[N, d] hidden states at ``index`` of [B, T] right-padded ``tokens``; ``read`` gives those of a GPT-2,
-    loaded with ``ATTENTION``, at all ids.
+def hidden(backbone: Callable[..., torch.Tensor], tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[N, d] hidden states at ``index`` of right-padded ``tokens`` [B, T].
+
+    backbone: gives the hidden states at all ids, of a GPT-2 loaded with ``ATTENTION``.
     """
     packing = pack(tokens.numpy(), index.numpy())
     if packing is None:
-        return read(tokens).flatten(0, 1)[index]
-    # a mask of four dimensions is taken for finished, and no [P, P] is made that nobody reads
-    made = torch.ones(1, 1, 1, 1)
-    found = read(packing.tokens, position_ids=packing.positions, attention_mask=made, packing=packing)[0]
-    width = tokens.shape[1]
-    return found[packing.place[index // width, index % width]]
+        return backbone(tokens).flatten(0, 1)[index]
+    # transformers takes a mask of four dimensions as it is, so no [P, P] mask is made, which nothing would
+    # read.
+    mask = torch.ones(1, 1, 1, 1)
+    states = backbone(packing.tokens, position_ids=packing.positions, attention_mask=mask, packing=packing)[0]
+    length = tokens.shape[1]
+    return states[packing.place[index // length, index % length]]
 
 
 def _attention(
@@ -77,8 +81,9 @@ def _attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention of packed rows: [1, heads, P, head] are spread out to [B, heads, T, head] and
-    gathered again.
+    """transformers' attention on packed rows.
+
+    [1, heads, P, head] are spread out to [B, heads, T, head], and the output is gathered again.
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -88,10 +93,10 @@ def _attention(
         spread = x[0].transpose(0, 1).flatten(1).index_select(0, flat)
         return spread.view(*packing.place.shape, *x.shape[1::2]).transpose(1, 2)
 
-    seen, _ = sdpa_attention_forward(
+    output, _ = sdpa_attention_forward(
         module, rows(query), rows(key), rows(value), None, **kwargs | {"is_causal": True}
     )
-    return seen.flatten(0, 1).index_select(0, packing.owner)[None], None
+    return output.flatten(0, 1).index_select(0, packing.owner)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)

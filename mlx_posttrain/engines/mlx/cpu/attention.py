@@ -1,11 +1,11 @@
-"""GPT-2's attention in training for MLX's CPU backend on Linux, whose softmax computes exp one element at a
-time.
+"""GPT-2's attention in training for MLX's CPU backend on Linux.
 
-There the softmax of attention takes as long as half of a block's products with weights. Here it uses the
-vectorised exp of ``mlx_exp``, and the backward pass makes the weights again from queries and keys instead of
-keeping them, whose number grows with the square of the length; of the row sums of P * dP it needs only those
-of O * dO (Dao et al. 2022, "FlashAttention", appendix B.2). Elsewhere, in decoding and under masks of padding
-mlx-lm's own stays. tests/engines/test_mlx_attention.py holds this one against it.
+That backend's softmax computes exp one element at a time and takes as long as half of a block's products with
+weights. This one uses the vectorised exp of engines/mlx/cpu/exp.py. Its backward pass recomputes the
+attention weights, whose number grows with the square of the length, from queries and keys instead of keeping
+them; in place of the row sums of P * dP it uses those of O * dO (Dao et al. 2022, "FlashAttention", appendix
+B.2). mlx-lm's own attention stays on other devices, in decoding and under padding masks, and is the reference
+in tests/engines/test_mlx_attention.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mlx_lm.models.gpt2 import Attention
 
 from mlx_posttrain.engines.mlx.cpu.exp import exp_below, is_scalar
 
-#: Added to a score that looks ahead: exp_below makes 0 of it.
-AHEAD = -1e9
+#: Added to the scores of later positions, for which exp_below then gives 0.
+MASKED = -1e9
 
 
 def split_heads(x: mx.array, heads: int) -> mx.array:
@@ -34,15 +34,16 @@ def join_heads(x: mx.array) -> mx.array:
 
 
 def _scores(q: mx.array, k: mx.array) -> mx.array:
-    """q k' with what looks ahead out of reach, [B, heads, T, T]."""
+    """q k' with later positions masked, [B, heads, T, T]."""
     length = q.shape[2]
-    ahead = mx.where(mx.tril(mx.ones((length, length))) > 0, 0.0, AHEAD)
-    return mx.addmm(ahead, q, k.swapaxes(-1, -2))
+    mask = mx.where(mx.tril(mx.ones((length, length))) > 0, 0.0, MASKED)
+    return mx.addmm(mask, q, k.swapaxes(-1, -2))
 
 
-def _less(a: mx.array, row: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-    """Factors whose product is a b' - row, with ``row`` [B, heads, T, 1] taken off every column: compiled,
-    MLX broadcasts slowly.
+def _minus_row(a: mx.array, row: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+    """Factors whose product is a b' - row, with ``row`` [B, heads, T, 1] subtracted from every column.
+
+    Compiled MLX broadcasts slowly, hence the subtraction within the product.
     """
     return mx.concatenate([a, -row], axis=-1), mx.concatenate([b, mx.ones((*b.shape[:-1], 1))], axis=-1)
 
@@ -50,15 +51,15 @@ def _less(a: mx.array, row: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
 @cache
 def _attention(heads: int) -> Any:
     def parts(qkv: mx.array) -> list[mx.array]:
-        # slices, since mx.compile (0.32) fails on a split of what an adapter has added to
+        # Slices, since mx.compile (0.32) fails on mx.split of an array that an adapter has added to.
         width = qkv.shape[-1] // 3
         q, k, v = (
             split_heads(qkv[..., begin : begin + width], heads) for begin in range(0, 3 * width, width)
         )
         return [q * q.shape[-1] ** -0.5, k, v]
 
+    # Returns the output and the log-sum-exp of every row of scores.
     @mx.custom_function
-    # what comes out, and log sum exp of every row of scores
     def attention(qkv: mx.array) -> tuple[mx.array, mx.array]:
         q, k, v = parts(qkv)
         scores = _scores(q, k)
@@ -71,8 +72,8 @@ def _attention(heads: int) -> Any:
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
         q, k, v = parts(primals[0] if isinstance(primals, list | tuple) else primals)
         d_o, o = split_heads(cotangents[0], heads), split_heads(outputs[0], heads)
-        p = exp_below(_scores(*_less(q, outputs[1], k)), mx.array(0.0))
-        a, b = _less(d_o, mx.sum(d_o * o, axis=-1, keepdims=True), v)
+        p = exp_below(_scores(*_minus_row(q, outputs[1], k)), mx.array(0.0))
+        a, b = _minus_row(d_o, mx.sum(d_o * o, axis=-1, keepdims=True), v)
         d_s = p * (a @ b.swapaxes(-1, -2))
         d_q, d_k, d_v = (d_s @ k) * q.shape[-1] ** -0.5, d_s.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ d_o
         return mx.concatenate([join_heads(d) for d in (d_q, d_k, d_v)], axis=-1)
@@ -83,16 +84,16 @@ def _attention(heads: int) -> Any:
 def causal(qkv: mx.array, heads: int) -> mx.array:
     """Causal self-attention scaled by d**-0.5 (Vaswani et al. 2017, equation 1), float32.
 
-    qkv: queries, keys and values of so many heads beside each other, [B, T, 3 * heads * d]. Returns [B, T,
-    heads * d]. The backward pass makes the weights again from queries, keys and each row's log sum exp (Dao
+    qkv: queries, keys and values of all heads, concatenated, [B, T, 3 * heads * d]. Returns [B, T, heads *
+    d]. The backward pass recomputes the attention weights from queries, keys and each row's log-sum-exp (Dao
     et al. 2022, algorithm 4, without its tiles).
     """
-    found: mx.array = _attention(heads)(qkv)[0]
-    return found
+    output: mx.array = _attention(heads)(qkv)[0]
+    return output
 
 
 class CausalAttention(Attention):
-    """mlx-lm's attention: the same numbers, sooner."""
+    """mlx-lm's attention: the same numbers, faster."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if not applies(self, mask, cache):
@@ -101,8 +102,9 @@ class CausalAttention(Attention):
 
 
 def applies(attention: Attention, mask: Any, cache: Any) -> bool:
-    """Whether ``causal`` is what this attention computes: no cache, nothing masked but what lies ahead, and a
-    scale of d**-0.5.
+    """Whether ``causal`` is what this attention computes.
+
+    That is: no cache, a mask of later positions only, and a scale of d**-0.5.
     """
     return (
         isinstance(attention, CausalAttention)
@@ -114,8 +116,9 @@ def applies(attention: Attention, mask: Any, cache: Any) -> bool:
 
 
 def use_in(net: nn.Module) -> None:
-    """Let a float32 GPT-2 attend so where MLX computes exp one element at a time; nothing else of the model
-    changes.
+    """Give a float32 GPT-2 this attention where MLX computes exp one element at a time.
+
+    Nothing else of the model changes.
     """
     if not is_scalar():
         return

@@ -1,11 +1,10 @@
 """Whether mx.compile works on this machine.
 
 On the CPU, MLX fuses operations by writing C++, running ``g++`` and loading the result from
-``$TMPDIR/mlx/<version>/cpu``. Without a g++ it runs the operations unfused, by itself. What it does not
-survive is a g++ that is there and fails (headers missing, disk full), a temporary folder that is missing,
-full or mounted noexec, or one that another user made. Every one of these raises in the middle of a training
-step, so it is tried here once, with a function of its own. On the GPU, Metal compiles, and no other program
-is needed.
+``$TMPDIR/mlx/<version>/cpu``. Without a g++ it runs the operations unfused by itself. It does not survive a
+g++ that exists and fails (headers missing, disk full), or a temporary folder that is missing, full, mounted
+noexec or made by another user. Each of these raises in the middle of a training step, so compiling is tried
+here once, on a small function. On the GPU Metal compiles, and no other program is needed.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from pathlib import Path
 
 @cache
 def compile_problem() -> str | None:
-    """Return why mx.compile cannot be used on MLX's default device, or None when it can. Costs up to 2 s once
-    per machine, then 1 ms.
+    """Why mx.compile cannot be used on MLX's default device, or None when it can.
+
+    Takes up to 2 s once per machine, then 1 ms.
     """
     try:
         import mlx.core as mx
@@ -29,7 +29,7 @@ def compile_problem() -> str | None:
         return f"mlx cannot be imported ({error})"
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if on_cpu and shutil.which("g++") is not None:
-        # the probe itself may be cached from an earlier run, new functions are not
+        # The compiled probe may be cached from an earlier run; new functions are not.
         folder = Path(os.environ.get("TMPDIR") or tempfile.gettempdir()) / "mlx"
         for part in (folder, folder / version("mlx"), folder / version("mlx") / "cpu"):
             if part.exists() and not os.access(part, os.W_OK | os.X_OK):
@@ -43,14 +43,12 @@ def compile_problem() -> str | None:
 
 
 def compile_works() -> bool:
-    """Say whether training steps may be compiled; the caller runs them uncompiled otherwise, with the same
-    results.
-    """
+    """Whether training steps may be compiled; uncompiled ones give the same results."""
     return compile_problem() is None
 
 
 def fuses() -> bool:
-    """Say whether compiled functions are really fused: on the CPU only with a g++."""
+    """Whether compiled functions are really fused: on the CPU only with a g++."""
     import mlx.core as mx
 
     return mx.default_device() != mx.Device(mx.cpu) or shutil.which("g++") is not None

@@ -1,9 +1,9 @@
 """GPT-2's activation for MLX's CPU backend, which computes tanh and exp one element at a time.
 
-Stock ``nn.gelu_approx`` takes nine times as long forward and seven times as long with its gradient on [1024,
-768] (two cores, compiled); it was 40 % of a training step of the embedded model. Here tanh is a ratio of
-polynomials, a few multiplications that the compiler vectorises. On the GPU the stock function stays.
-tests/engines/test_mlx_gelu.py holds this one against it.
+MLX's own ``nn.gelu_approx`` takes nine times as long forward and seven times as long with its gradient on
+[1024, 768] (two cores, compiled); it was 40 % of a training step of the embedded model. Here tanh is a ratio
+of polynomials, a few multiplications that the compiler vectorises. MLX's own function stays on the GPU, and
+is the reference in tests/engines/test_mlx_gelu.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _C = 0.044715
 def _tanh(x: mx.array) -> mx.array:
     """tanh to float32 accuracy (1.5e-7 absolute).
 
-    Lambert's continued fraction (1770) cut after seven terms is exact to 1e-9 on |x| < 9/4; the argument is
-    quartered to get there and tanh 2x = 2 tanh x / (1 + tanh^2 x) applied twice to come back. Beyond 9 tanh
-    is 1 in float32.
+    Lambert's continued fraction (1770), cut after seven terms, is exact to 1e-9 on |x| < 9/4. The argument is
+    quartered to get there, and tanh 2x = 2 tanh x / (1 + tanh^2 x) is applied twice to come back. Beyond 9
+    tanh is 1 in float32.
     """
     x = mx.clip(x, -9.0, 9.0) * 0.25
     s = x * x
@@ -55,7 +55,10 @@ def _gelu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> mx.array:
 
 
 def use_in(net: nn.Module) -> None:
-    """Let a float32 GPT-2's MLPs use it when MLX runs on the CPU; nothing else of the model changes."""
+    """Give the MLPs of a float32 GPT-2 this activation when MLX runs on the CPU.
+
+    Nothing else of the model changes.
+    """
     if mx.default_device() == mx.Device(mx.gpu):
         return
     from mlx_lm.models.gpt2 import MLP

@@ -1,0 +1,432 @@
+"""Models of the MLX engine: mlx-lm's networks and adapters behind the Model protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_posttrain.convert import adapters, gpt2
+from mlx_posttrain.data.batches import Batch
+from mlx_posttrain.engines import decoding, files
+from mlx_posttrain.engines.base import (
+    REFERENCE_HIDDEN,
+    AdapterSpec,
+    DeviceBatch,
+    Generated,
+    Loss,
+    check_fits,
+    device_batch,
+    initial_adapter,
+    match_targets,
+    micro_batch_totals,
+)
+from mlx_posttrain.engines.mlx import fused as mlx_fused
+from mlx_posttrain.engines.mlx import lean as mlx_lean
+from mlx_posttrain.engines.mlx import load as mlx_load
+from mlx_posttrain.engines.mlx.decoding import MLXDecoder
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.losses.policy import entropy
+from mlx_posttrain.losses.sft import full_kl, token_logprobs
+
+
+def to_device(batch: Batch, total: float) -> DeviceBatch:
+    """The batch as MLX arrays; total: see :class:`~mlx_posttrain.engines.base.DeviceBatch`."""
+    return device_batch(batch, total, mx.array)
+
+
+def release_unused_buffers() -> None:
+    """Return MLX's unused buffers to the system once they outweigh those in use.
+
+    With rows of many lengths they pile up.
+    """
+    if mx.get_cache_memory() > mx.get_active_memory():
+        mx.clear_cache()
+
+
+class MLXModel:
+    """An mlx-lm model.
+
+    Adapters are mlx-lm's LoRALinear and DoRALinear, in place of the layers they adapt. reload: reads the
+    network again, for a copy that serves as the reference.
+    """
+
+    def __init__(self, net: nn.Module, folder: Path, config: dict[str, Any], reload: Callable[[], nn.Module]):
+        self.net = net
+        self.folder = folder
+        self.base_name = str(folder)
+        self.config = config
+        self.context: int | None = config.get("n_positions") or config.get("max_position_embeddings")
+        self.spec: AdapterSpec | None = None
+        self._reload = reload
+        self._reference: nn.Module | None = None
+        self._split = _splits(net)
+        head = files.read_head(folder)
+        if head is not None:
+            self.add_head(head)
+
+    shares_prefixes = False  # mlx-lm's models count positions themselves
+
+    # The vocabulary of losses.
+
+    def _logits(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
+        check_fits(batch.tokens.shape[1], self.context)
+        # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask,
+        # see data/batches.py.
+        if not self._split:
+            return net(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
+        return _head(net, self._hidden(net, batch)).astype(mx.float32)
+
+    def _hidden(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
+        check_fits(batch.tokens.shape[1], self.context)
+        return net.model(batch.tokens).flatten(0, 1)[batch.index]
+
+    def logits(self, batch: DeviceBatch) -> mx.array:
+        return self._logits(self.net, batch)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[nn.Module]:
+        if self._reference is not None:
+            yield self._reference
+        elif self.spec is None:
+            raise RuntimeError("a reference needs keep_reference() first")
+        else:
+            with self.adapters_off():
+                yield self.net
+
+    def reference_logits(self, batch: DeviceBatch) -> mx.array:
+        with self._frozen() as net:
+            return mx.stop_gradient(self._logits(net, batch))
+
+    def _fused_head(self, net: nn.Module) -> tuple[mx.array, dict[str, bool]] | None:
+        """The head's weight [V, d] and how its gradient is made, as arguments of engines/mlx/fused.py.
+
+        None for a head that is not one plain matrix.
+        """
+        if not self._split:
+            return None
+        layer = _head_layer(net)
+        if type(layer) not in (nn.Linear, nn.Embedding) or "bias" in layer:
+            return None
+        return layer.weight, {"trained": "weight" in layer.trainable_parameters(), "training": net.training}
+
+    def _logprobs(self, net: nn.Module, batch: DeviceBatch, temperature: float) -> mx.array:
+        head = self._fused_head(net)
+        if head is None:
+            return token_logprobs(self._logits(net, batch) / temperature, batch.target)
+        return mlx_fused.logprobs(self._hidden(net, batch) / temperature, head[0], batch.target, **head[1])
+
+    def logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> mx.array:
+        return self._logprobs(self.net, batch, temperature)
+
+    def reference_logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> mx.array:
+        with self._frozen() as net:
+            return mx.stop_gradient(self._logprobs(net, batch, temperature))
+
+    def logprobs_and_kl(
+        self, batch: DeviceBatch, direction: str, beta: float | None = None
+    ) -> tuple[mx.array, mx.array]:
+        head = self._fused_head(self.net)
+        if head is None:
+            logits = self.logits(batch)
+            return token_logprobs(logits, batch.target), full_kl(
+                logits, self.reference_logits(batch), direction
+            )
+        with self._frozen() as net:
+            weight, cached = _head_layer(net).weight, batch.extra.get(REFERENCE_HIDDEN)
+            if cached is None:
+                hidden = mx.stop_gradient(self._hidden(net, batch))
+            else:
+                hidden = cached.astype(weight.dtype)
+        return mlx_fused.logprobs_and_kl(
+            self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, beta, **head[1]
+        )
+
+    @property
+    def reference_width(self) -> int | None:
+        head = self._fused_head(self.net)
+        return None if head is None else head[0].shape[1]
+
+    def reference_hidden(self, batch: Batch) -> np.ndarray:
+        self.net.eval()
+        with self._frozen() as net:
+            hidden = np.array(self._hidden(net, to_device(batch, 1.0)).astype(mx.float32))
+        release_unused_buffers()
+        return hidden
+
+    def policy_terms(
+        self, batch: DeviceBatch, temperature: float = 1.0
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        head = self._fused_head(self.net)
+        if head is None:
+            logits = self.logits(batch) / temperature
+            return (
+                token_logprobs(logits, batch.target),
+                entropy(logits),
+                self.scores(batch) if self.has_head else None,
+            )
+        hidden = self._hidden(self.net, batch)
+        terms = mlx_fused.logprobs_and_entropy(hidden / temperature, head[0], batch.target, **head[1])
+        return *terms, self.net.score(hidden)[:, 0].astype(mx.float32) if self.has_head else None
+
+    def scores(self, batch: DeviceBatch) -> mx.array:
+        return self.net.score(self._hidden(self.net, batch))[:, 0].astype(mx.float32)
+
+    def full_logits(self, tokens: np.ndarray) -> np.ndarray:
+        check_fits(tokens.shape[1], self.context)
+        return np.array(self.net.eval()(mx.array(tokens.astype(np.int32))).astype(mx.float32))
+
+    def adapted(self) -> list[tuple[str, nn.Module]]:
+        """The adapted layers and their paths in the network."""
+        return [(path, m) for path, m in self.net.named_modules() if hasattr(m, "lora_a")]
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        # A scale of 0 does not switch off DoRA, whose magnitude still acts: put the plain layers back
+        # instead.
+        layers = self.adapted()
+        self.net.update_modules(tree_unflatten([(path, m.linear) for path, m in layers]))
+        try:
+            yield
+        finally:
+            self.net.update_modules(tree_unflatten(layers))
+
+    # Around training.
+
+    def parameter_counts(self) -> tuple[int, int]:
+        # A quantised layer stores 32 / bits weights in one uint32, and scales and biases beside them.
+        packed = 0
+        for _, m in self.net.named_modules():
+            if hasattr(m, "bits") and hasattr(m, "scales"):
+                packed += (
+                    m.weight.size * 32 // m.bits
+                    - m.weight.size
+                    - m.scales.size
+                    - (m.biases.size if "biases" in m else 0)
+                )
+        total = sum(v.size for _, v in tree_flatten(self.net.parameters())) + packed
+        return total, sum(v.size for _, v in tree_flatten(self.net.trainable_parameters()))
+
+    def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
+        from mlx_lm.tuner.dora import DoRALinear
+        from mlx_lm.tuner.lora import LoRALinear
+
+        spec = spec.resolved(self.config["model_type"])
+        if spec.dropout and self.config["model_type"] == "gpt2":
+            mlx_lean.undo(self.net)
+        layer_type = DoRALinear if spec.kind == "dora" else LoRALinear
+        self.net.freeze()
+        linear = {
+            self._hf_path(p): (p, m)
+            for p, m in self.net.named_modules()
+            if isinstance(m, nn.Linear | nn.QuantizedLinear)
+        }
+        linear.pop("score", None)
+        chosen = [linear[path] for path in match_targets(list(linear), spec.targets or ())]
+        self.spec = spec
+        if self.has_head:
+            self.net.score.unfreeze()
+        layers = {
+            p: layer_type.from_base(m, r=spec.rank, dropout=spec.dropout, scale=spec.scale)
+            for p, m in sorted(chosen)
+        }
+        initial = initial_adapter(
+            {self._hf_path(p): m.lora_a.shape[:1] + m.lora_b.shape[1:] for p, m in layers.items()},
+            spec.rank,
+            seed,
+        )
+        for path, layer in layers.items():
+            layer.lora_a = mx.array(initial[self._hf_path(path)].T)
+            layer.linear.freeze()
+            if spec.kind == "dora":  # train the magnitude, as PEFT does
+                layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+        self.net.update_modules(tree_unflatten(list(layers.items())))
+        mx.eval(self.net.parameters())
+
+    @property
+    def has_head(self) -> bool:
+        return "score" in self.net
+
+    def add_head(self, weight: np.ndarray) -> None:
+        if not hasattr(self.net, "model"):
+            raise UserError(
+                f"{self.config['model_type']}: mlx-lm does not give this architecture's hidden states, so it "
+                "cannot have a scalar head"
+            )
+        score = nn.Linear(weight.shape[1], 1, bias=False)
+        score.weight = mx.array(weight)
+        self.net.score = score
+        mx.eval(score.parameters())
+
+    def _hf_path(self, path: str) -> str:
+        return adapters.hf_path(path, self.config["model_type"])
+
+    def keep_reference(self) -> None:
+        if self.spec is None:
+            reference = self._reload()
+            # Real copies: one array must not be both an input (the policy) and a constant (the reference) of
+            # a compiled function.
+            policy = {name: value for name, value in self.net.parameters().items() if name != "score"}
+            reference.update(tree_map(lambda v: v + mx.zeros((), v.dtype), policy))
+            mx.eval(reference.parameters())
+            self._reference = reference.freeze().eval()
+
+    def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
+        self.net.eval()
+        totals = micro_batch_totals(batches)
+        sums: dict[str, float] = {}
+        for batch in batches:
+            value, metrics = loss(self, to_device(batch, totals[batch.term]))
+            metrics = {**metrics, "loss": value}
+            mx.eval(metrics)
+            for name, part in metrics.items():
+                sums[name] = sums.get(name, 0.0) + part.item()
+        return sums
+
+    def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
+        self.net.eval()
+        return [np.array(self.logprobs(to_device(batch, 1.0))) for batch in batches]
+
+    def apply(
+        self, function: Callable[[Any, DeviceBatch], dict[str, mx.array]], batches: Sequence[Batch]
+    ) -> list[dict[str, np.ndarray]]:
+        self.net.eval()
+        return [
+            {name: np.array(v) for name, v in function(self, to_device(batch, batch.count)).items()}
+            for batch in batches
+        ]
+
+    def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+        self.net.eval()
+        totals = micro_batch_totals(batches)
+        parameters = self.net.trainable_parameters()
+
+        def value(parameters: Any, batch: DeviceBatch) -> mx.array:
+            self.net.update(parameters)
+            return loss(self, batch)[0]
+
+        gradients: Any = None
+        try:
+            for batch in batches:
+                part = mx.grad(value)(parameters, to_device(batch, totals[batch.term]))
+                gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+                mx.eval(gradients)
+        finally:
+            self.net.update(parameters)  # tracing leaves placeholders in the module
+        return {name: np.array(g.astype(mx.float32)) for name, g in tree_flatten(gradients)}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop: int | None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        samples: int = 1,
+        seed: int = 0,
+        first_row: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
+        forbidden: Sequence[int] = (),
+    ) -> list[Generated]:
+        self.net.eval()  # dropout off, and with it gradient checkpointing
+        release_unused_buffers()
+        return decoding.decode(
+            MLXDecoder(self.net, partial(_head, self.net) if self._split else None),
+            prompts,
+            context=self.context,
+            max_tokens=max_tokens,
+            stop=stop,
+            temperature=temperature,
+            top_p=top_p,
+            samples=samples,
+            seed=seed,
+            first_row=first_row,
+            on_token=on_token,
+            forbidden=forbidden,
+        )
+
+    # Files.
+
+    def save(self, folder: Path) -> None:
+        if self.spec is not None:
+            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.base_name)
+        else:
+            files.save_model(folder, {n: v for n, v in self._full().items() if n != files.HEAD}, self.folder)
+        if self.has_head:
+            files.save_head(folder, self.head())
+
+    def save_classifier(self, folder: Path, pad: int) -> None:
+        if self.spec is not None:
+            files.save_adapter(
+                folder, self._adapter(), self.spec, self.config["model_type"], self.base_name, self.head()
+            )
+        else:
+            files.save_model(folder, self._full(), self.folder, pad)
+
+    def _full(self) -> dict[str, mx.array]:
+        weights = dict(tree_flatten(self.net.parameters()))
+        return gpt2.mlx_to_hf(weights) if self.config["model_type"] == "gpt2" else weights
+
+    def head(self) -> np.ndarray:
+        return np.array(self.net.score.weight.astype(mx.float32))
+
+    def load_trained(self, folder: Path) -> None:
+        if self.spec is None:
+            weights = mlx_load.read_weights(folder, self.config)
+            current = dict(tree_flatten(self.net.parameters()))
+            # The head is read below, from whichever file holds it.
+            weights += [(files.HEAD, current[files.HEAD])] if self.has_head else []
+            self.net.load_weights(weights, strict=True)
+        else:
+            modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self.adapted()])
+            for path, layer in self.adapted():
+                for name, value in modules[self._hf_path(path)].items():
+                    setattr(layer, name, mx.array(np.ascontiguousarray(value)))
+        head = files.read_head(folder)
+        if head is not None:
+            self.add_head(head)
+        mx.eval(self.net.parameters())
+
+    def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
+        modules = {}
+        for path, layer in self.adapted():
+            names = ("lora_a", "lora_b", "m") if "m" in layer else ("lora_a", "lora_b")
+            modules[self._hf_path(path)] = {n: np.array(layer[n].astype(mx.float32)) for n in names}
+        return modules
+
+    def weights(self) -> Mapping[str, np.ndarray]:
+        trained = dict(tree_flatten(self.net.trainable_parameters()))
+        if self.spec is None and self.config["model_type"] == "gpt2":
+            trained = gpt2.mlx_to_hf(trained)
+        return {name: np.array(v.astype(mx.float32)) for name, v in trained.items()}
+
+
+def _head_layer(net: nn.Module) -> nn.Module:
+    if "lm_head" in net:
+        return net.lm_head
+    return net.model.wte if "wte" in net.model else net.model.embed_tokens
+
+
+def _head(net: nn.Module, hidden: mx.array) -> mx.array:
+    layer = _head_layer(net)
+    return layer(hidden) if "lm_head" in net else layer.as_linear(hidden)
+
+
+def _splits(net: nn.Module) -> bool:
+    """Whether the model computes ``head(backbone(x))``, found by trying it.
+
+    Some architectures scale or cap their logits.
+    """
+    probe = mx.array([[1, 2, 3, 4]])
+    try:
+        return bool(mx.allclose(_head(net, net.model(probe)), net(probe), rtol=1e-4, atol=1e-4).item())
+    except (AttributeError, TypeError, ValueError, KeyError):
+        return False
