@@ -21,8 +21,8 @@ STAGES = {"stages": {"a": {"recipe": "01_sft"}}, "method": "pipeline"}
 
 WRITER = """
 import sys
-from mlx_posttrain import recipe, runs
-run = runs.start(sys.argv[2], recipe.load(sys.argv[1], [f"output={sys.argv[2]}"]))
+from mlx_posttrain import config, runs
+run = runs.start(sys.argv[2], config.load(sys.argv[1], [f"output={sys.argv[2]}"]))
 print("writing", flush=True)
 sys.stdin.read()
 """

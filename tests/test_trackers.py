@@ -241,7 +241,7 @@ def test_wandb_is_called_as_it_should_be(fake_wandb, random_gpt2, rows_file, tmp
     site, calls = fake_wandb
     run = tmp_path / "run"
     (site / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('BREAK'):\n    from mlx_posttrain.engines import " + ENGINE + " as e\n"
+        f"import os\nif os.environ.get('BREAK'):\n    from mlx_posttrain.engines.{ENGINE} import engine as e\n"
         "    cls = next(v for k, v in vars(e).items() if k.endswith('Trainer') and hasattr(v, 'step') and "
         "v.__module__ == e.__name__)\n"
         "    step, count = cls.step, []\n    def broken(self, *a):\n        count.append(1)\n"
