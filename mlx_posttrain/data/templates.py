@@ -158,7 +158,7 @@ _EXACT = Template("{content}", "", system="{content}", after="")
 def _render_turns(turns: Sequence[Turn], template: Template | None, add_prompt: bool) -> list[Segment]:
     """Return the segments of the turns, with every answer marked as trained.
 
-    ``template`` None keeps the text of the turns exactly; ``add_prompt`` adds the mark before the next answer.
+    ``template`` None keeps the text of the turns exactly; ``add_prompt`` adds the mark before a next answer.
     """
     used = template or _EXACT
     segments: list[Segment] = []

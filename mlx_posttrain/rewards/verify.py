@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 from mlx_posttrain.data import tasks
-from mlx_posttrain.data.formats import END_THINK, THINK
+from mlx_posttrain.data.parsers import END_THINK, THINK
 from mlx_posttrain.rewards import ifeval
 
 LONGEST_TEXT = 8  # words: a longer reference text is one way of many to say it, not the answer
