@@ -255,7 +255,7 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Callbacks | None = None
             else f"{whole} holds a finished pipeline: choose another folder with output=DIR, or delete it"
         )
     if here is None:
-        here = runs.start(whole, recipe)  # type: ignore[arg-type]
+        here = runs.create(whole, recipe)  # type: ignore[arg-type]
     for number, (name, own) in enumerate(chosen.items(), 1):
         one = runs.Run(whole / name)
         say(
@@ -326,7 +326,7 @@ def _run_stage(
                 f"stage {name}: {what or f'interrupted: continue with --resume {whole}'}"
             ) from None
         # resumed by itself elsewhere: nothing is wrong with it that advice could mend
-        if isinstance(error, lock.InUse):
+        if isinstance(error, lock.RunInUse):
             raise UserError(f"stage {name}: {what}") from None
         if isinstance(error, UserError):
             raise UserError(f"stage {name}: {what}{_advice(name, one, whole, state)}") from None

@@ -123,7 +123,7 @@ def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, mo
     def stop(chosen, resume=False):
         calls.append((chosen.output, resume))
         if not resume:
-            runs.start(chosen.output, chosen).close()
+            runs.create(chosen.output, chosen).close()
         raise Interrupted(
             "stage sft: interrupted (SIGINT) after step 3; everything is saved: continue "
             f"with --resume {chosen.output}"
@@ -144,7 +144,7 @@ def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, mo
     (out / ("tiny-mlx" if name == "mlx" else "lora-peft")).mkdir()
     with pytest.raises(UserError, match="holds an earlier demo: delete it"):
         begun()
-    runs.start(tmp_path / "run", methods.load_recipe("01_sft")).close()
+    runs.create(tmp_path / "run", methods.load_recipe("01_sft")).close()
     with pytest.raises(UserError, match="holds another run"):
         begun(tmp_path / "run")
     (tmp_path / "mine").mkdir()

@@ -308,7 +308,7 @@ def test_a_library_that_multiplies_wrongly_is_refused():
 PROBE = """
     import mlx.core as mx
     mx.set_default_device(mx.cpu)
-    from mlx_posttrain.engines.compile_check import compile_problem, compile_works, fuses
+    from mlx_posttrain.engines.mlx.cpu.compile_check import compile_problem, compile_works, fuses
     print(compile_works(), fuses(), compile_problem(), sep="|")
 """
 

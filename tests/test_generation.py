@@ -10,6 +10,7 @@ import pytest
 
 from mlx_posttrain import generation
 from mlx_posttrain.engines import available
+from mlx_posttrain.generation.answer import _Printer
 
 
 def chat(model, text: str, *options: str) -> subprocess.CompletedProcess:
@@ -42,7 +43,7 @@ def test_the_printer_holds_back_half_a_character(random_gpt2, capsys):
     from mlx_posttrain.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(random_gpt2)
-    printer = generation._Printer(tokenizer)
+    printer = _Printer(tokenizer)
     pieces = []
     for token in tokenizer.encode("a né 猫", add_special_tokens=False):
         printer(0, token)

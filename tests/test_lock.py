@@ -1,5 +1,6 @@
-"""Two processes never write one run: the second is told which process has it; a process that died leaves it
-free.
+"""Two processes never write the same run.
+
+The second is told which process has it; a process that died leaves the run free.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ STAGES = {"stages": {"a": {"recipe": "01_sft"}}, "method": "pipeline"}
 
 WRITER = """
 import sys
-from mlx_posttrain import recipe, runs
-run = runs.start(sys.argv[2], methods.load_recipe(sys.argv[1], [f"output={sys.argv[2]}"]))
+from mlx_posttrain import methods, runs
+run = runs.create(sys.argv[2], methods.load_recipe(sys.argv[1], [f"output={sys.argv[2]}"]))
 print("writing", flush=True)
 sys.stdin.read()
 """
@@ -30,7 +31,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def writer(tmp_path):
-    """Start a process that writes a run in the folder; ended with the test."""
+    """Start a process that writes a run in the folder; it is killed when the test ends."""
     started = []
 
     def call(what: str, folder: Path) -> subprocess.Popen:
@@ -64,15 +65,15 @@ def test_a_run_in_progress_is_neither_resumed_nor_started_over(writer, tmp_path,
     for arguments in (["--resume", str(folder)], ["01_sft", "model=tiny", f"output={folder}"]):
         line = refused(capfd, "run", *arguments)
         assert f"{folder} is in use by process {process.pid}" in line and "--resume" not in line
-    assert (folder / "recipe.yaml").is_file()  # the refusal took nothing away
-    runs.reopen(folder)  # it can be read meanwhile
+    assert (folder / "recipe.yaml").is_file()  # the refusal removed nothing
+    runs.reopen(folder)  # reading stays possible
     process.send_signal(signal.SIGKILL)
     process.wait()
     run, _ = runs.reopen(folder, write=True)
     run.close()
     assert not (folder / lock.NAME).exists()
     with pytest.raises(UserError, match="holds an unfinished run: continue it with --resume"):
-        runs.start(folder, methods.load_recipe("01_sft"))
+        runs.create(folder, methods.load_recipe("01_sft"))
 
 
 def test_a_pipeline_in_progress_is_not_resumed(writer, tmp_path, capfd):
@@ -80,15 +81,15 @@ def test_a_pipeline_in_progress_is_not_resumed(writer, tmp_path, capfd):
     folder = tmp_path / "live"
     process = writer(str(tmp_path / "two.yaml"), folder)
     assert f"in use by process {process.pid}" in refused(capfd, "run", "--resume", str(folder))
-    with pytest.raises(lock.InUse):
+    with pytest.raises(lock.RunInUse):
         methods.run(methods.load_recipe(str(tmp_path / "two.yaml"), [f"output={folder}"]))
 
 
 def test_a_stage_that_another_process_resumed_is_left_alone(writer, tmp_path, capfd):
-    """No advice to delete it: nothing is wrong with it."""
+    """The error does not advise deleting it: nothing is wrong with it."""
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(STAGES))
     folder = tmp_path / "whole"
-    runs.start(folder, methods.load_recipe(str(tmp_path / "two.yaml"), [f"output={folder}"])).close()
+    runs.create(folder, methods.load_recipe(str(tmp_path / "two.yaml"), [f"output={folder}"])).close()
     process = writer("01_sft", folder / "a")
     line = refused(capfd, "run", "--resume", str(folder))
     assert (
@@ -99,16 +100,16 @@ def test_a_stage_that_another_process_resumed_is_left_alone(writer, tmp_path, ca
 
 
 def test_of_two_that_start_at_once_one_is_refused(writer, tmp_path, monkeypatch):
-    """Both have found the folder empty before either has written to it."""
+    """Both found the folder empty before either wrote to it."""
     folder = tmp_path / "live"
     writer("01_sft", folder)
     (folder / "recipe.yaml").unlink()
-    with pytest.raises(lock.InUse):
-        runs.start(folder, methods.load_recipe("01_sft"))
+    with pytest.raises(lock.RunInUse):
+        runs.create(folder, methods.load_recipe("01_sft"))
 
 
 def test_a_failed_run_can_be_resumed_in_the_same_process(tmp_path):
-    run = runs.start(tmp_path / "run", methods.load_recipe("01_sft"))
+    run = runs.create(tmp_path / "run", methods.load_recipe("01_sft"))
     again, _ = runs.reopen(run.folder, write=True)
     again.close()
     assert (run.folder / lock.NAME).is_file()  # the first still has it
@@ -117,8 +118,8 @@ def test_a_failed_run_can_be_resumed_in_the_same_process(tmp_path):
 
 
 def test_a_run_taken_away_leaves_no_lock(tmp_path):
-    run = runs.start(tmp_path / "run", methods.load_recipe("01_sft"))
+    run = runs.create(tmp_path / "run", methods.load_recipe("01_sft"))
     run.discard()
     assert not run.folder.exists()
-    run = runs.start(tmp_path / "run", methods.load_recipe("01_sft"))
+    run = runs.create(tmp_path / "run", methods.load_recipe("01_sft"))
     run.close()

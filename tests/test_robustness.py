@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_gone_past(damage, whole, unfinished, capfd):
     DAMAGE[damage](unfinished / "checkpoints" / "step-000006")
     resume(unfinished)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
-    assert "step-000006 is damaged" in line and line.endswith("going on from step-000004")
+    assert "step-000006 is damaged" in line and line.endswith("resuming from step-000004")
     assert records(unfinished) == records(whole) and weights(unfinished) == weights(whole)
     names = {p.name for p in (unfinished / "checkpoints").iterdir()}
     assert {"step-000004", "step-000006", "damaged-step-000006"} <= names

@@ -1,6 +1,4 @@
-"""What a run leaves describes itself: figures, template, base; a failed start leaves nothing of ours and all
-of yours.
-"""
+"""A finished run describes itself (metrics, template, base), and a failed start leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -41,8 +39,8 @@ def test_an_adapter_on_an_adapter_opens_on_the_merged_base(random_gpt2, rows_fil
     assert np.abs(first - second).max() < 1e-3
 
 
-def test_figures_are_those_of_the_weights_in_final(random_gpt2, rows_file, tmp_path, capfd):
-    """A learning rate that ruins the model: the best weights are the first, and everything says so."""
+def test_the_result_describes_the_weights_in_final(random_gpt2, rows_file, tmp_path, capfd):
+    """A learning rate that ruins the model: the best weights are the initial ones, and all records agree."""
     result = run(random_gpt2, rows_file, tmp_path / "run", "train.lr=1.0", "train.eval_every=1")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluations = [r["eval/loss"] for r in records if "eval/loss" in r]
@@ -52,7 +50,7 @@ def test_figures_are_those_of_the_weights_in_final(random_gpt2, rows_file, tmp_p
     assert "before training" in capfd.readouterr().err
 
 
-def test_rows_trained_as_they_stand_are_asked_as_they_stand(random_gpt2, tmp_path):
+def test_rows_trained_without_a_template_are_prompted_without_one(random_gpt2, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(json.dumps({"prompt": f"Repeat {i}:", "completion": f" {i}"}) + "\n" for i in range(12))

@@ -1,5 +1,6 @@
-"""`log`: what TensorBoard and Weights & Biases are given is what metrics.jsonl holds, each step once; without
-`log` nothing is.
+"""The recipe key ``log``: TensorBoard and Weights & Biases get what metrics.jsonl holds, each step once.
+
+Without ``log`` they get nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def settings(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
 
 
 def call(*arguments: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, with ``path`` before the installed packages."""
+    """Run the command line in its own process, with ``path`` before the installed packages."""
     before = os.pathsep.join(str(p) for p in (path, os.environ.get("PYTHONPATH")) if p)
     return subprocess.run(
         [sys.executable, "-m", "mlx_posttrain", "run", *arguments],
@@ -58,7 +59,7 @@ def call(*arguments: str, path: Path | None = None, **environment: str) -> subpr
 
 
 def expected(run: Path) -> dict[tuple[str, int], np.float32]:
-    """(name, step) -> value of every number in metrics.jsonl, as precise as TensorBoard keeps it."""
+    """Return {(name, step): value} of every number in metrics.jsonl, as precise as TensorBoard keeps it."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [((k, r["step"]), np.float32(v)) for r in records for k, v in r.items() if k != "step"]
     assert len(dict(found)) == len(found)
@@ -66,7 +67,7 @@ def expected(run: Path) -> dict[tuple[str, int], np.float32]:
 
 
 def events(folder: Path) -> list[Any]:
-    """Every whole event in a folder's files, in the order in which TensorBoard reads them."""
+    """Return every complete event in a folder's files, in the order in which TensorBoard reads them."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -82,8 +83,9 @@ def events(folder: Path) -> list[Any]:
 
 
 def shown(folder: Path) -> tuple[dict[tuple[str, int], np.float32], list[str]]:
-    """(scalars, texts) that TensorBoard shows: a start of a session drops the scalars that were there from
-    its step on.
+    """Return the (scalars, texts) that TensorBoard shows.
+
+    A session start drops the earlier scalars from its step on.
     """
     scalars: dict[tuple[str, int], np.float32] = {}
     texts: list[str] = []
@@ -100,7 +102,7 @@ def shown(folder: Path) -> tuple[dict[tuple[str, int], np.float32], list[str]]:
 
 
 def check_with_tensorboard(folder: Path, wanted: dict[tuple[str, int], np.float32]) -> None:
-    """The same with TensorBoard's own reader, where it is installed."""
+    """Check the same with TensorBoard's own reader, where it is installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -177,9 +179,7 @@ def test_a_killed_and_resumed_run_has_each_step_once(checkpoint, random_gpt2, ro
 
 @pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_package_is_one_line_and_leaves_nothing(name, package, random_gpt2, rows_file, tmp_path):
-    """Also where a folder of the package's name is about, as W&B leaves them: Python finds a package without
-    a file.
-    """
+    """Also where a folder has the package's name, as W&B leaves them: Python finds a namespace package."""
     hide = tmp_path / "site"
     hide.mkdir()
     (hide / "sitecustomize.py").write_text(
@@ -229,9 +229,7 @@ def init(**settings):
 
 @pytest.fixture
 def fake_wandb(tmp_path: Path) -> tuple[Path, Path]:
-    """(folder for the path, file of calls) of a module that records how it is called and answers as W&B
-    does.
-    """
+    """Return (folder for the path, file of calls) of a module that records its calls and answers like W&B."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").write_text(FAKE_WANDB)
     (tmp_path / "calls").touch()
@@ -239,11 +237,12 @@ def fake_wandb(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_wandb_is_called_as_it_should_be(fake_wandb, random_gpt2, rows_file, tmp_path):
-    """A fake W&B: started, broken off by a loss that is not finite after step 5, resumed."""
+    """A fake W&B: the run starts, stops at a non-finite loss after step 5, and is resumed."""
     site, calls = fake_wandb
     run = tmp_path / "run"
     (site / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('BREAK'):\n    from mlx_posttrain.engines import " + ENGINE + " as e\n"
+        "import os\nif os.environ.get('BREAK'):\n"
+        f"    from mlx_posttrain.engines.{ENGINE} import engine as e\n"
         "    cls = next(v for k, v in vars(e).items() if k.endswith('Trainer') and hasattr(v, 'step') and "
         "v.__module__ == e.__name__)\n"
         "    step, count = cls.step, []\n    def broken(self, *a):\n        count.append(1)\n"
@@ -301,7 +300,7 @@ def test_wandb_is_not_touched_without_log(fake_wandb, random_gpt2, rows_file, tm
 
 
 def test_wandb_offline(random_gpt2, rows_file, tmp_path):
-    """The real package, where it is installed: its own file holds every number of metrics.jsonl."""
+    """The real package, where installed: its own file holds every number of metrics.jsonl."""
     pytest.importorskip("wandb")
     run = tmp_path / "run"
     environment = {
@@ -319,7 +318,7 @@ def test_wandb_offline(random_gpt2, rows_file, tmp_path):
 
 
 def _history(file: Path) -> dict[tuple[str, int], np.float32]:
-    """(name, step) -> value of every record in W&B's own file: seven bytes, then LevelDB's log format."""
+    """Return {(name, step): value} of W&B's own file: seven bytes, then LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record = file.read_bytes(), 7, b""
@@ -339,8 +338,8 @@ def _history(file: Path) -> dict[tuple[str, int], np.float32]:
     return found
 
 
-def test_a_run_let_go_of_closes_its_trackers(random_gpt2, rows_file, tmp_path, monkeypatch):
-    """No loop says that it failed; the run is closed as unfinished when nothing holds it any more."""
+def test_a_garbage_collected_run_closes_its_trackers(random_gpt2, rows_file, tmp_path, monkeypatch):
+    """Loops do not report failure: the run is closed as unfinished when nothing refers to it any more."""
     closed: list[bool] = []
 
     class Recorder:

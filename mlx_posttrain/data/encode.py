@@ -1,9 +1,8 @@
-"""Conversations to token ids: each segment tokenised on its own, EOS after each answer, a mark on every
-trained token.
+"""Conversations to token ids, with a mark on every trained token.
 
-Text is tokenised as the tokenizer's own users would type it: a special token written out in a row
-(``<|endoftext|>``) becomes that token. Tokenizers that begin every text with BOS (Llama) get one BOS at the
-start of a row; GPT-2's does not and gets none.
+Each segment is tokenised on its own, and EOS follows each answer. A special token written out in a row's text
+(``<|endoftext|>``) becomes that token, as the tokenizer's users would expect. With tokenizers that begin
+every text with BOS (Llama), each row starts with one BOS; GPT-2's does not, and rows get none.
 """
 
 from __future__ import annotations
@@ -18,17 +17,18 @@ from mlx_posttrain.data.templates import Segment, TrainOn, check_name, choose, r
 from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.errors import UserError
 
-# rows tokenised at a time: enough to keep the tokenizer's threads busy, little enough not to hold all text
-# twice
+# Rows tokenised at a time: enough to keep the tokenizer's threads busy, few enough that the text is not held
+# in memory twice.
 CHUNK = 2048
 
 Truncate = Literal["response", "drop"]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What became of the rows: ``total`` is kept + dropped_no_target + dropped_long; a truncated row is also
-    kept.
+class EncodingReport:
+    """Counts of the rows that were kept, dropped and truncated, and of their tokens.
+
+    ``total`` is kept + dropped_no_target + dropped_long; a truncated row is also kept.
     """
 
     total: int = 0
@@ -53,7 +53,7 @@ class _Encoded(NamedTuple):
 
 
 def eos_id(tokenizer: Any) -> int:
-    """Return the id of the end-of-text token; UserError if the tokenizer has none."""
+    """Return the id of the end-of-text token. Raises UserError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no EOS token, so no answer could end; set eos_token in its "
@@ -80,17 +80,16 @@ def encode(
     train_on: TrainOn = "completion",
     truncate: Truncate = "response",
 ) -> Example | None:
-    """Return one conversation as an Example of at most ``max_length`` tokens, or None if no trained token is
-    left.
+    """Return one conversation as an Example, or None if no trained token is left.
 
-    ``truncate`` "response" cuts the end off a long row, which then has no EOS (it did not end there); "drop"
-    returns None for it.
+    The Example has at most ``max_length`` tokens. ``truncate`` "response" cuts off the end of a longer row,
+    which then has no EOS, because the answer did not end there; "drop" returns None for it.
     """
     _check(max_length, truncate)
-    whole = _assemble(
-        [render(conversation, template, tokenizer, train_on)], tokenizer, [_starts(conversation, template)]
+    encoded = _assemble(
+        [render(conversation, template, tokenizer, train_on)], tokenizer, [_adds_bos(conversation, template)]
     )[0]
-    example, _ = _fit(whole, max_length, truncate, conversation)
+    example, _ = _fit(encoded, max_length, truncate, conversation)
     return example
 
 
@@ -104,11 +103,11 @@ def encode_all(
     seed: int = 0,
     truncate: Truncate = "response",
     needed: bool = True,
-) -> tuple[list[Example], Report]:
-    """Return the Examples of all rows in order and a Report of what was dropped or cut.
+) -> tuple[list[Example], EncodingReport]:
+    """Return the Examples of all rows, in order, and an EncodingReport of what was dropped or truncated.
 
-    With several ``templates`` each row gets one by ``seed`` and its own text. Raises UserError if no row is
-    left of rows that are ``needed``.
+    With several ``templates``, the row's text and ``seed`` decide which one a row gets. Raises UserError if
+    no row is left and ``needed`` is True.
     """
     _check(max_length, truncate)
     for name in templates:
@@ -122,15 +121,15 @@ def encode_all(
         chunk = conversations[begin : begin + CHUNK]
         names = [choose(templates, c.turns, seed) for c in chunk]
         rendered = [render(c, name, tokenizer, train_on) for c, name in zip(chunk, names, strict=True)]
-        starts = [_starts(c, name) for c, name in zip(chunk, names, strict=True)]
-        for conversation, whole in zip(chunk, _assemble(rendered, tokenizer, starts), strict=True):
-            example, fate = _fit(whole, max_length, truncate, conversation)
+        add_bos = [_adds_bos(c, name) for c, name in zip(chunk, names, strict=True)]
+        for conversation, encoded in zip(chunk, _assemble(rendered, tokenizer, add_bos), strict=True):
+            example, outcome = _fit(encoded, max_length, truncate, conversation)
             if example is None:
-                dropped[fate] += 1
+                dropped[outcome] += 1
                 continue
-            truncated += fate == "truncated"
+            truncated += outcome == "truncated"
             examples.append(example)
-    report = Report(
+    report = EncodingReport(
         total=len(conversations),
         kept=len(examples),
         dropped_no_target=dropped["no_target"],
@@ -155,37 +154,37 @@ def encode_prompts(
     *,
     templated: bool = True,
 ) -> list[list[int]]:
-    """Return, for each list of turns, the ids that ask for the next answer: exactly a training row's ids
-    before that answer.
+    """Return the prompt ids for the next answer to each list of turns.
 
-    An empty prompt becomes EOS (or BOS), after which any text may begin. Raises UserError for a prompt longer
-    than ``max_length``.
+    They equal the ids before that answer in a training row. An empty prompt becomes EOS (or BOS), after which
+    any text may begin. Raises UserError for a prompt longer than ``max_length``.
     """
     segments = [render_prompt(turns, template, tokenizer, templated=templated) for turns in prompts]
-    start = template != "chat" or not templated
-    rows = [encoded.tokens for encoded in _assemble(segments, tokenizer, [start] * len(segments))]
+    add_bos = template != "chat" or not templated
+    rows = [encoded.tokens for encoded in _assemble(segments, tokenizer, [add_bos] * len(segments))]
     for number, row in enumerate(rows, 1):
         if max_length is not None and len(row) > max_length:
-            which = f"prompt {number} ({_opening(prompts[number - 1])})"
+            which = f"prompt {number} ({_excerpt(prompts[number - 1])})"
             raise UserError(f"{which} has {len(row)} tokens, more than the {max_length} that fit; shorten it")
     return [row or [eos_id(tokenizer)] for row in rows]
 
 
 def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = True) -> list[Example]:
-    """Return documents, each closed by EOS, cut into Examples of exactly ``length`` tokens, all but the first
-    of each trained.
+    """Return documents joined, with EOS after each, and cut into Examples of exactly ``length`` tokens.
 
-    For pre-training and perplexity. What is left at the end, less than one Example, is not used. Raises
-    UserError if that is all of texts that are ``needed``.
+    All tokens but the first of each Example are trained. For pre-training and perplexity. A remainder shorter
+    than one Example is not used. Raises UserError if there is no full Example and ``needed`` is True.
     """
     if length < 2:
-        raise UserError(f"length {length}: an example needs at least 2 tokens, one to see and one to predict")
-    start, end = bos_ids(tokenizer), eos_id(tokenizer)
+        raise UserError(
+            f"length {length}: an example needs at least 2 tokens, one as context and one to predict"
+        )
+    bos, eos = bos_ids(tokenizer), eos_id(tokenizer)
     parts: list[np.ndarray] = []
     texts = [text for text in texts if text.strip()]
     for begin in range(0, len(texts), CHUNK):
         for ids in _tokenise(tokenizer, texts[begin : begin + CHUNK]):
-            parts.append(np.array([*start, *ids, end], np.int32))
+            parts.append(np.array([*bos, *ids, eos], np.int32))
     stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     count = len(stream) // length
     if needed and not count:
@@ -200,51 +199,52 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = Tr
 def _check(max_length: int, truncate: str) -> None:
     if max_length < 2:
         raise UserError(
-            f"max_length {max_length}: a row needs at least 2 tokens, one to see and one to predict"
+            f"max_length {max_length}: a row needs at least 2 tokens, one as context and one to predict"
         )
     if truncate not in ("response", "drop"):
         raise UserError(f"truncate {truncate!r}: must be response or drop")
 
 
-def _starts(conversation: Conversation, template: str) -> bool:
-    """True where BOS is ours to add: a chat template writes its own."""
+def _adds_bos(conversation: Conversation, template: str) -> bool:
+    """Return whether BOS is added here: a chat template writes its own."""
     return template != "chat" or not conversation.templated
 
 
 def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    # verbose: no warning about texts beyond the model's length; cutting is done, and counted, here.
+    # verbose=False: no warning about texts longer than the model's context; they are truncated and counted
+    # here.
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, starts: Sequence[bool]) -> list[_Encoded]:
-    """Return each row's segments as one run of ids; every distinct text is tokenised once."""
-    end, bos = eos_id(tokenizer), bos_ids(tokenizer)
+def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, add_bos: Sequence[bool]) -> list[_Encoded]:
+    """Return the token ids of each row's segments, joined; every distinct text is tokenised once."""
+    eos, bos = eos_id(tokenizer), bos_ids(tokenizer)
     texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
-    known = dict(zip(texts, _tokenise(tokenizer, texts), strict=True))
+    text_ids = dict(zip(texts, _tokenise(tokenizer, texts), strict=True))
     encoded = []
-    for row, start in zip(rows, starts, strict=True):
-        tokens = list(bos) if start else []
+    for row, with_bos in zip(rows, add_bos, strict=True):
+        tokens = list(bos) if with_bos else []
         trained = [False] * len(tokens)
         for segment in row:
-            ids = known[segment.text]
+            ids = text_ids[segment.text]
             tokens += ids
             trained += [segment.trained] * len(ids)
             if segment.closes:
-                tokens.append(end)
+                tokens.append(eos)
                 trained.append(segment.trained)
         if trained:
-            trained[0] = False  # nothing comes before the first token to predict it from
+            trained[0] = False  # there is no context to predict the first token from
         encoded.append(_Encoded(tokens, trained))
     return encoded
 
 
 def _fit(
-    whole: _Encoded, max_length: int, truncate: Truncate, conversation: Conversation
+    encoded: _Encoded, max_length: int, truncate: Truncate, conversation: Conversation
 ) -> tuple[Example | None, str]:
-    """Return (the Example or None, what happened: "", "truncated", "long" or "no_target")."""
-    tokens, trained = whole
+    """Return (the Example or None, the outcome: "", "truncated", "long" or "no_target")."""
+    tokens, trained = encoded
     if not any(trained):
         return None, "no_target"
     long = len(tokens) > max_length
@@ -257,6 +257,7 @@ def _fit(
     ), "truncated" if long else ""
 
 
-def _opening(turns: Sequence[Turn]) -> str:
+def _excerpt(turns: Sequence[Turn]) -> str:
+    """Return the first 40 characters of the last turn, quoted."""
     text = " ".join(turns[-1].content.split())
     return repr(text[:40] + "..." if len(text) > 40 else text)

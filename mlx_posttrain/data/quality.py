@@ -1,9 +1,8 @@
-"""Which rows are worth imitating: length, completeness, boilerplate, language, duplicates, then a fixed
-number.
+"""Filters for the rows worth imitating: length, completeness, boilerplate, language, duplicates.
 
-The filters are those that instruction sets are commonly cleaned by (Alpaca-cleaned, LIMA, Zhou et al. 2023),
-each a function of one row that can be read and tested alone. They are heuristics: ``clean`` counts what each
-of them dropped, so look at the counts.
+They are the filters commonly used to clean instruction data (Alpaca-cleaned; LIMA, Zhou et al. 2023), each a
+function of one row that can be read and tested alone. ``clean`` applies them and then draws a fixed number of
+rows. They are heuristics: look at the counts of dropped rows that ``clean`` returns.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from mlx_posttrain.data.templates import stable_hash
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.errors import UserError
 
-# of a MinHash; the standard error of an estimated similarity is about 1/sqrt(128) = .09
+# Of a MinHash; the standard error of an estimated similarity is about 1/sqrt(128) = .09.
 PERMUTATIONS = 128
 SHINGLE = 5  # words
 
@@ -29,9 +28,9 @@ _CODE = re.compile(
     re.MULTILINE,
 )
 _URL = re.compile(r"(?:https?://|www\.)\S+")
-# a number or a closing mark ends an answer as well as a full stop does
+# A number or a closing mark ends an answer as well as a full stop does.
 _ENDS = tuple(".!?…:;。！？\"'”’»)]}>`*_~|=%$€£°0123456789")
-# the end of a letter: what follows its last full stop is a greeting, a name or a tag
+# The end of a letter: a greeting, a name or a tag follows its last full stop.
 _SIGNED = re.compile(
     r"\b(?:sincerely|regards|yours|faithfully|truly|love|wishes|luck|respect|thanks|cheers|admiration|anticipation)\b|^\s*(?:[-–—~#]|p\.?s\b)",
     re.IGNORECASE,
@@ -43,7 +42,7 @@ def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words that call for another one: an answer that stops here was cut off, however short it is.
+# Words that need a following word: an answer that stops at one was cut off, however short it is.
 _OPEN_WORDS = _set(
     "a an the and or but nor of with from into as than because if which whose while his "
     "their our your my very every"
@@ -57,7 +56,7 @@ _CANNOT = r"(?:can(?:not|['’]t| not)|(?:am|['’]m) (?:unable|not able))"
 _BOILERPLATE = re.compile(
     "|".join(
         (
-            rf"\bas an? {_AI}(?:,| I\b)",  # not "as an AI judge, ...", which plays a part
+            rf"\bas an? {_AI}(?:,| I\b)",  # but not "as an AI judge, ...", which plays a role
             r"\bas an? (?:large )?(?:ai )?language model\b|\bI(?: am|['’]m) (?:just |only )?an? (?:large "
             r")?(?:ai )?(?:language )?model\b",
             r"\bI(?: am|['’]m) ChatGPT\b|\b(?:trained|developed|created|made) by OpenAI\b|\bmy "
@@ -82,8 +81,8 @@ _REFUSAL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-# The commonest words of each language, without those that are English words as well (Italian "come", Dutch
-# "is", "I" for English).
+# The commonest words of each language, without ambiguous ones: those that are English words too (Italian
+# "come", Dutch "is"), and for English "I".
 STOPWORDS: dict[str, frozenset[str]] = {
     "en": _set(
         "the of and to is are was were that it for with this you be have from they which your can not by "
@@ -109,22 +108,20 @@ STOPWORDS: dict[str, frozenset[str]] = {
         "de het een en van dat niet te zijn voor met er aan ook naar bij om wordt deze werd heeft hij ze"
     ),
 }
-MIN_LANGUAGE_WORDS = 8  # fewer say too little about their language
+MIN_LANGUAGE_WORDS = 8  # fewer words do not tell the language
 
 
 def words(text: str, lower: bool = True) -> list[str]:
-    """Return the words of ``text``, in lower case unless told; an apostrophe inside a word does not divide
-    it.
-    """
+    """Return the words of ``text``, by default in lower case; an apostrophe does not divide a word."""
     return _WORD.findall(text.lower() if lower else text)
 
 
 def is_cut_off(answer: str) -> bool:
-    """True if an answer seems to stop in the middle.
+    """Return whether an answer seems to stop in the middle.
 
-    It does if a code block stays open, if it ends in a comma, a hyphen or a word that calls for another one,
-    or if it is prose of a dozen words or more and its last line has no closing mark. Lists, verse, code and
-    signed letters may end without one.
+    It does if a code block is still open, if it ends in a comma, a hyphen or a word that needs a following
+    word, or if it is prose of a dozen words or more and its last line has no closing mark. Lists, verse, code
+    and signed letters may end without one.
     """
     text = answer.rstrip()
     if not text:
@@ -151,83 +148,85 @@ def is_cut_off(answer: str) -> bool:
         return False
     if tail == last and len(names) <= 4 and all(word[0].isupper() for word in names):
         return False  # a name on a line of its own
-    if text[-1].lower() == text[-1].upper():  # a script without cases, whose stops are not listed above
+    if text[-1].lower() == text[-1].upper():  # a script without case, whose full stops are not in _ENDS
         return False
     if len(lines) > 1 and sum(line.rstrip().endswith(_ENDS) for line in lines[:-1]) * 2 <= len(lines) - 1:
-        return False  # the other lines end without a mark as well: verse or a plain list
+        return False  # the other lines have no closing mark either: verse or a plain list
     return last.count(",") * 4 < len(tokens)  # every fourth word followed by a comma: an enumeration
 
 
 def is_boilerplate(answer: str) -> bool:
-    """True if an answer speaks of being a language model, refuses, is a placeholder, or is nothing but
-    addresses.
+    """Return whether an answer is worthless as text to imitate.
+
+    It is if it mentions being a language model, refuses, is a placeholder, or contains only URLs.
     """
     return bool(_BOILERPLATE.search(answer) or _REFUSAL.search(answer) or not words(_URL.sub("", answer)))
 
 
 def is_language(text: str, language: str = "en") -> bool:
-    """True unless ``text`` is clearly in another language than ``language`` (a key of ``STOPWORDS``).
+    """Return False if ``text`` is clearly not in ``language`` (a key of ``STOPWORDS``).
 
-    Clearly means: more than a fifth of its letters are not Latin, or, for eight words and more, another
+    Clearly means: more than a fifth of its letters are not Latin, or, with eight words or more, another
     language's commonest words occur at least three times and more often than this one's. Short texts, names,
-    numbers and code say nothing and pass.
+    numbers and code are inconclusive and pass.
     """
     letters = [c for c in text if c.isalpha()]
-    # Latin with all its extensions ends at U+024F
+    # Latin with all its extensions ends at U+024F.
     if sum(ord(c) >= 0x250 for c in letters) * 5 > len(letters):
         return False
-    found = words(text)
-    if len(found) < MIN_LANGUAGE_WORDS:
+    tokens = words(text)
+    if len(tokens) < MIN_LANGUAGE_WORDS:
         return True
-    hits = {name: sum(word in common for word in found) for name, common in STOPWORDS.items()}
-    own = hits.pop(language)
+    hits = {name: sum(word in common for word in tokens) for name, common in STOPWORDS.items()}
+    this = hits.pop(language)
     other = max(hits.values())
-    return other < 3 or own >= other
+    return other < 3 or this >= other
 
 
 def normalised(text: str) -> str:
-    """Return ``text`` with case, punctuation and white space evened out; rows that agree in this are exact
-    duplicates.
+    """Return ``text`` without differences of case, punctuation and white space.
+
+    Rows whose normalised texts are equal are exact duplicates.
     """
     return " ".join(words(text))
 
 
 def shingles(text: str) -> set[bytes]:
-    """Return the runs of ``SHINGLE`` words in ``text`` (the whole of a shorter text)."""
-    found = words(text)
+    """Return all runs of ``SHINGLE`` words in ``text``, or all words of a shorter text as one."""
+    tokens = words(text)
     return {
-        " ".join(found[i : i + SHINGLE]).encode("utf-8", "surrogatepass")
-        for i in range(max(1, len(found) - SHINGLE + 1))
+        " ".join(tokens[i : i + SHINGLE]).encode("utf-8", "surrogatepass")
+        for i in range(max(1, len(tokens) - SHINGLE + 1))
     }
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.7, seed: int = 0) -> Iterator[bool]:
-    """Yield, for each text, whether an earlier one that was kept shares about ``threshold`` of its shingles
-    with it.
+    """Yield, for each text, whether it is a near duplicate of an earlier text that was kept.
 
-    MinHash with locality-sensitive hashing (Broder 1997; datasketch): near neighbours are found without
-    comparing all pairs, and each is then confirmed by the exact Jaccard similarity of the two sets.
+    A near duplicate has a Jaccard similarity of shingles of at least ``threshold``. MinHash with
+    locality-sensitive hashing (Broder 1997; datasketch) finds candidates without comparing all pairs, and may
+    miss some; each candidate is then confirmed by the exact similarity of the two sets.
     """
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     kept: dict[int, set[bytes]] = {}
-    # datasketch wants a seed above 0
+    # datasketch needs a seed above 0
     empty = MinHash(num_perm=PERMUTATIONS, seed=seed + 1, hashfunc=zlib.crc32)
     for number, text in enumerate(texts):
-        own = shingles(text)
+        current = shingles(text)
         sketch = empty.copy()
-        sketch.update_batch(own)
-        duplicate = any(_jaccard(own, kept[other]) >= threshold for other in index.query(sketch))
+        sketch.update_batch(current)
+        duplicate = any(_jaccard(current, kept[other]) >= threshold for other in index.query(sketch))
         if not duplicate:
             index.insert(number, sketch, check_duplication=False)
-            kept[number] = own
+            kept[number] = current
         yield duplicate
 
 
 def _jaccard(a: set[bytes], b: set[bytes]) -> float:
-    both = len(a & b)
-    return both / (len(a) + len(b) - both)
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared)
 
 
 def clean(
@@ -243,13 +242,13 @@ def clean(
     keep: int | None = 3000,
     seed: int = 0,
 ) -> tuple[list[Conversation], dict[str, int]]:
-    """Return the rows that pass every filter, in their order, and how many each filter dropped, in the order
-    they are applied.
+    """Return the rows that pass every filter, and how many rows each filter dropped.
 
-    ``min_words`` and ``max_words`` bound the last answer; ``complete``, ``boilerplate`` and ``exact`` switch
-    their filters; ``language`` and ``near`` (the similarity of near duplicates) take None to switch theirs
-    off; ``keep`` rows are drawn by ``seed``. The first of several duplicates stays. Raises UserError for a
-    setting out of range or if no row is left.
+    Rows keep their order; the filters are listed in the order they are applied. ``min_words`` and
+    ``max_words`` bound the last answer; ``complete``, ``boilerplate`` and ``exact`` switch their filters;
+    ``language`` and ``near`` (the similarity of near duplicates) switch theirs off with None; ``keep`` rows
+    are drawn by ``seed``. Of several duplicates the first stays. Raises UserError for a setting out of range
+    or if no row is left.
     """
     _check(min_words, max_words, language, near, keep)
     tests: list[tuple[str, Callable[[str, str], bool]]] = [
@@ -271,29 +270,29 @@ def clean(
         )
 
     drops = {name: 0 for name, _ in tests}
-    left: list[tuple[Conversation, str]] = []
+    kept: list[tuple[Conversation, str]] = []
     for conversation in conversations:
         prompt, answer = _split(conversation)
         failed = next((name for name, test in tests if test(prompt, answer)), None)
         if failed:
             drops[failed] += 1
         else:
-            left.append((conversation, f"{prompt}\n{answer}"))
+            kept.append((conversation, f"{prompt}\n{answer}"))
     if exact:
-        left, drops["duplicate"] = _without(left, _repeats([text for _, text in left]))
+        kept, drops["duplicate"] = _without(kept, _repeats([text for _, text in kept]))
     if near is not None:
-        left, drops["near duplicate"] = _without(
-            left, near_duplicates([text for _, text in left], near, seed)
+        kept, drops["near duplicate"] = _without(
+            kept, near_duplicates([text for _, text in kept], near, seed)
         )
     if keep is not None:
-        drops["over the number kept"] = max(0, len(left) - keep)
-        left = _draw(left, keep, seed)
-    if not left:
+        drops["over the number kept"] = max(0, len(kept) - keep)
+        kept = _draw(kept, keep, seed)
+    if not kept:
         raise UserError(
             "no row is left after cleaning "
             f"({', '.join(f'{name}: {n}' for name, n in drops.items() if n)}); loosen a filter"
         )
-    return [conversation for conversation, _ in left], drops
+    return [conversation for conversation, _ in kept], drops
 
 
 def _check(
@@ -312,28 +311,30 @@ def _check(
 
 
 def _split(conversation: Conversation) -> tuple[str, str]:
-    """Return (what was asked, the last answer)."""
+    """Return (text of all turns before the last, last answer)."""
     return "\n".join(turn.content for turn in conversation.turns[:-1]), conversation.turns[-1].content
 
 
 def _repeats(texts: Sequence[str]) -> Iterator[bool]:
-    seen: set[str] = set()
+    """Yield, for each text, whether its normalised form occurred before."""
+    earlier: set[str] = set()
     for text in texts:
         key = normalised(text)
-        yield key in seen
-        seen.add(key)
+        yield key in earlier
+        earlier.add(key)
 
 
 def _without(
-    rows: list[tuple[Conversation, str]], bad: Iterator[bool]
+    rows: list[tuple[Conversation, str]], drop: Iterator[bool]
 ) -> tuple[list[tuple[Conversation, str]], int]:
-    good = [row for row, is_bad in zip(rows, bad, strict=True) if not is_bad]
-    return good, len(rows) - len(good)
+    kept = [row for row, is_dropped in zip(rows, drop, strict=True) if not is_dropped]
+    return kept, len(rows) - len(kept)
 
 
 def _draw(rows: list[tuple[Conversation, str]], keep: int, seed: int) -> list[tuple[Conversation, str]]:
-    """Return ``keep`` rows in their order, drawn by each row's own text: a few rows more in the source leave
-    the draw as it was.
+    """Return ``keep`` rows in their order, drawn by each row's own text.
+
+    So a few more rows in the source hardly change the draw.
     """
     if len(rows) <= keep:
         return rows

@@ -1,14 +1,14 @@
 """The text around a conversation's turns, as segments that are trained or not.
 
-Each segment is tokenised on its own, so what stands at the boundary between prompt and answer is decided here
-once: a newline belongs to the prompt, a space belongs to the answer. GPT-2's byte-pair encoding writes a word
+Each segment is tokenised on its own, so the white space at the boundary between prompt and answer is decided
+here, once: a newline belongs to the prompt, a space to the answer. GPT-2's byte-pair encoding writes a word
 and the space before it as one token (" Paris"), so a prompt that ended in a space would be followed by tokens
-that hardly occur in ordinary text. For the formats whose mark ends in a colon the first token of an answer
-therefore carries a space; whoever decodes an answer strips it.
+that hardly occur in ordinary text. In the templates whose answer mark ends in a colon, the first token of an
+answer therefore carries a space, which must be stripped from a decoded answer.
 
-An answer is closed by EOS (``Segment.closes``), also in the history of a longer conversation, where it need
-not be trained: the tokens of a conversation do not depend on what is trained, and a model that is asked a
-second time sees what it saw in training.
+EOS follows every answer (``Segment.closes``), also in the history of a longer conversation, where it need not
+be trained. So the tokens of a conversation do not depend on what is trained, and in a second turn the model
+sees what it saw in training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ TrainOn = Literal["completion", "assistant", "all"]
 
 
 class Segment(NamedTuple):
-    """A piece of text that is tokenised by itself; ``closes`` says that EOS follows, trained if the segment
-    is.
+    """A piece of text that is tokenised on its own.
+
+    ``closes``: EOS follows, and is trained if the segment is.
     """
 
     text: str
@@ -37,8 +38,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """How each turn is written; ``lead`` is the white space with which every answer begins, ``after`` what
-    follows its EOS.
+    """The text of each turn.
+
+    ``lead`` is the white space before every answer, ``after`` what follows its EOS, ``opening`` what precedes
+    the first turn.
     """
 
     user: str
@@ -46,7 +49,7 @@ class Template:
     lead: str = ""
     system: str = "{content}\n\n"
     after: str = "\n\n"
-    opening: str = ""  # before the first turn
+    opening: str = ""
 
 
 _ALPACA = (
@@ -54,8 +57,8 @@ _ALPACA = (
     "the request.\n\n"
 )
 
-# In chatml EOS takes the place of the last <|im_end|>: GPT-2 has no such token, and an answer needs one end,
-# not two.
+# In chatml, EOS takes the place of <|im_end|> after an answer: GPT-2 has no such token, and an answer needs
+# one end mark, not two.
 TEMPLATES: dict[str, Template] = {
     "instruction": Template("### Instruction:\n{content}\n\n", "### Response:\n"),
     "plain": Template("Instruction: {content}\n\n", "Response:", lead=" "),
@@ -70,13 +73,13 @@ TEMPLATES: dict[str, Template] = {
     "alpaca": Template("### Instruction:\n{content}\n\n", "### Response:\n", opening=_ALPACA),
     "none": Template("{content}", "", lead=" ", after="\n"),
 }
-# the formats of multi-template instruction tuning
+# The templates of multi-template instruction tuning.
 FIVE = ("instruction", "plain", "chatml", "question", "dialogue")
 NAMES = (*TEMPLATES, "chat")
 
 
 def check_name(template: str) -> str:
-    """Return ``template`` if it is one; UserError names the nearest."""
+    """Return ``template`` if it exists. Raises UserError with the nearest name otherwise."""
     if template not in NAMES:
         raise UserError(
             f"unknown template {template!r}{nearest(template, list(NAMES))} (there are {', '.join(NAMES)})"
@@ -85,10 +88,9 @@ def check_name(template: str) -> str:
 
 
 def choose(templates: Sequence[str], key: object, seed: int) -> str:
-    """Return the template of the row that ``key`` (its turns, say) identifies.
+    """Return the template of the row that ``key`` (for example its turns) identifies.
 
-    It depends on the key and the seed alone: neither the order of the rows nor how many there are moves a row
-    to another template.
+    It depends on the key and the seed alone, not on the order or the number of rows.
     """
     if len(templates) == 1:
         return templates[0]
@@ -96,9 +98,7 @@ def choose(templates: Sequence[str], key: object, seed: int) -> str:
 
 
 def stable_hash(key: object, seed: int) -> int:
-    """Return 64 bits that depend on ``ascii(key)`` and ``seed`` only, the same on every machine and in every
-    process.
-    """
+    """Return a 64-bit hash of ``ascii(key)`` and ``seed``, the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(f"{seed}\0{key!a}".encode(), digest_size=8).digest(), "big")
 
 
@@ -108,12 +108,12 @@ def render(
     tokenizer: Any = None,
     train_on: TrainOn = "completion",
 ) -> list[Segment]:
-    """Return the conversation, which ends with an answer, as segments.
+    """Return the segments of a conversation that ends with an answer.
 
     ``train_on`` "completion" trains the last answer, "assistant" every answer, "all" everything. ``template``
     "chat" is the tokenizer's own chat template, "none" adds nothing. A conversation that is not ``templated``
-    keeps its text exactly. Raises UserError for an unknown template, or a chat template that does not write a
-    prompt the same way with and without its answer.
+    keeps its text exactly. Raises UserError for an unknown template, or for a chat template that writes a
+    prompt differently with and without its answer.
     """
     if train_on not in ("completion", "assistant", "all"):
         raise UserError(f"train_on {train_on!r}: must be completion, assistant or all")
@@ -121,10 +121,12 @@ def render(
     if not turns or turns[-1].role != "assistant":
         raise UserError("a conversation to train on must end with an assistant turn")
     if conversation.templated and check_name(template) == "chat":
-        segments = _chat(turns, tokenizer, asking=False, strict=train_on == "assistant")
+        segments = _render_chat(turns, tokenizer, add_prompt=False, strict=train_on == "assistant")
     else:
-        segments = _filled(turns, TEMPLATES[template] if conversation.templated else None, asking=False)
-    # it would train a bare EOS, to say nothing: such a row has no target
+        segments = _render_turns(
+            turns, TEMPLATES[template] if conversation.templated else None, add_prompt=False
+        )
+    # An empty answer would train the model to answer with EOS alone: such a row has no target.
     if not turns[-1].content.strip():
         return [s._replace(trained=False) for s in segments]
     last = len(segments) - 1
@@ -139,96 +141,97 @@ def render(
 def render_prompt(
     turns: Sequence[Turn], template: str = "instruction", tokenizer: Any = None, *, templated: bool = True
 ) -> list[Segment]:
-    """Return the untrained segments that ask for the next answer: exactly those before the answer in
-    ``render``.
-    """
+    """Return the prompt for the next answer: the segments before that answer in ``render``, untrained."""
     turns = tuple(turns)
     if not turns or turns[-1].role == "assistant":
         raise UserError("a prompt must end with a user turn")
     if templated and check_name(template) == "chat":
-        segments = _chat(turns, tokenizer, asking=True, strict=False)
+        segments = _render_chat(turns, tokenizer, add_prompt=True, strict=False)
     else:
-        segments = _filled(turns, TEMPLATES[template] if templated else None, asking=True)
+        segments = _render_turns(turns, TEMPLATES[template] if templated else None, add_prompt=True)
     return [s._replace(trained=False) for s in segments]
 
 
 _EXACT = Template("{content}", "", system="{content}", after="")
 
 
-def _filled(turns: Sequence[Turn], template: Template | None, asking: bool) -> list[Segment]:
-    """Return segments with every answer marked as trained; ``template`` None writes the turns exactly as they
-    stand.
+def _render_turns(turns: Sequence[Turn], template: Template | None, add_prompt: bool) -> list[Segment]:
+    """Return the segments of the turns, with every answer marked as trained.
+
+    ``template`` None keeps the text of the turns exactly; ``add_prompt`` adds the mark before a next answer.
     """
-    form = template or _EXACT
+    used = template or _EXACT
     segments: list[Segment] = []
-    pending = form.opening
+    pending = used.opening
     for role, content in turns:
         if template:
             content = content.strip()
         if role == "assistant":
-            segments += _unless_empty(pending + form.assistant)
-            segments.append(Segment(form.lead + content, bool(content), closes=True))
-            pending = form.after
+            segments += _prompt_segments(pending + used.assistant)
+            segments.append(Segment(used.lead + content, bool(content), closes=True))
+            pending = used.after
         elif role in ("user", "system"):
-            pending += (form.user if role == "user" else form.system).replace("{content}", content)
+            pending += (used.user if role == "user" else used.system).replace("{content}", content)
         else:
             raise UserError(f"unknown role {role!r} (there are system, user, assistant)")
-    if asking:
-        segments += _unless_empty(pending + form.assistant)
+    if add_prompt:
+        segments += _prompt_segments(pending + used.assistant)
     return segments
 
 
-def _unless_empty(text: str) -> list[Segment]:
+def _prompt_segments(text: str) -> list[Segment]:
     return [Segment(text, False)] if text else []
 
 
-def _chat(turns: Sequence[Turn], tokenizer: Any, asking: bool, strict: bool) -> list[Segment]:
-    """Return segments by rendering the chat template up to and after each answer; the difference is what the
-    answer is.
+def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict: bool) -> list[Segment]:
+    """Return the segments that the tokenizer's chat template gives.
 
-    Some templates rewrite earlier answers (drop their thoughts) once another turn follows. Then the history
-    is one untrained segment, or with ``strict`` a UserError, because those answers cannot be trained as they
-    will be seen.
+    The template is rendered up to and after each answer; the difference is the answer's text. Some templates
+    rewrite earlier answers (drop their thoughts) once another turn follows. Then the history is one untrained
+    segment or, with ``strict``, a UserError, because those answers cannot be trained in the form in which the
+    model will see them.
     """
     eos = tokenizer.eos_token if tokenizer is not None else None
     segments: list[Segment] = []
-    done = ""  # the text that the segments cover
-    ends = [i for i, turn in enumerate(turns) if turn.role == "assistant"] + ([len(turns)] if asking else [])
+    covered = ""  # the text of the segments so far
+    ends = [i for i, turn in enumerate(turns) if turn.role == "assistant"] + (
+        [len(turns)] if add_prompt else []
+    )
     for end in ends:
-        prompt = _apply(tokenizer, turns[:end], asking=True)
-        if not prompt.startswith(done):
+        prompt = _apply_chat_template(tokenizer, turns[:end], add_generation_prompt=True)
+        if not prompt.startswith(covered):
             if strict:
                 raise UserError(
                     "the chat template rewrites earlier answers, which train_on assistant would "
                     "train; use completion"
                 )
-            segments, done = [], ""
-        segments.append(Segment(prompt[len(done) :], False))
-        done = prompt
+            segments, covered = [], ""
+        segments.append(Segment(prompt[len(covered) :], False))
+        covered = prompt
         if end == len(turns):
             break
-        whole = _apply(tokenizer, turns[: end + 1], asking=False)
-        if not whole.startswith(prompt):
+        answered = _apply_chat_template(tokenizer, turns[: end + 1], add_generation_prompt=False)
+        if not answered.startswith(prompt):
             raise UserError(
                 "the tokenizer's chat template writes a prompt differently once it is answered "
-                f"({_difference(prompt, whole)}); "
+                f"({_difference(prompt, answered)}); "
                 f"choose another template ({', '.join(TEMPLATES)})"
             )
-        answer = whole[len(prompt) :]
-        cut = answer.rfind(eos) if eos else -1
-        # what follows the template's own EOS (often a newline) belongs to the next prompt
-        if eos and cut >= 0:
-            answer = answer[: cut + len(eos)]
-        # Where the template ends a turn by a mark of its own, EOS still has to end the last answer, or
+        answer = answered[len(prompt) :]
+        eos_at = answer.rfind(eos) if eos else -1
+        # What follows the template's own EOS (often a newline) belongs to the next prompt.
+        if eos and eos_at >= 0:
+            answer = answer[: eos_at + len(eos)]
+        # Where the template ends a turn with a mark of its own, EOS must still follow the last answer, or
         # generation would not stop.
         segments.append(
-            Segment(answer, bool(turns[end].content.strip()), closes=cut < 0 and end == len(turns) - 1)
+            Segment(answer, bool(turns[end].content.strip()), closes=eos_at < 0 and end == len(turns) - 1)
         )
-        done = prompt + answer
+        covered = prompt + answer
     return segments
 
 
-def _apply(tokenizer: Any, turns: Sequence[Turn], asking: bool) -> str:
+def _apply_chat_template(tokenizer: Any, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             "template chat: this tokenizer has no chat template; choose another template "
@@ -236,17 +239,19 @@ def _apply(tokenizer: Any, turns: Sequence[Turn], asking: bool) -> str:
         )
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
-    # jinja2.TemplateError and what templates raise themselves (no system role, roles must alternate)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    # jinja2.TemplateError, and errors that templates raise themselves (no system role, roles must alternate)
     except Exception as e:
         raise UserError(
             f"the tokenizer's chat template refuses the turns {[turn.role for turn in turns]}: {e}"
         ) from e
 
 
-def _difference(prompt: str, whole: str) -> str:
+def _difference(before: str, after: str) -> str:
     at = next(
-        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
-        min(len(prompt), len(whole)),
+        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+        min(len(before), len(after)),
     )
-    return f"{prompt[at : at + 20]!r} became {whole[at : at + 20]!r}"
+    return f"{before[at : at + 20]!r} became {after[at : at + 20]!r}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.data.formats import END_THINK, THINK
+from mlx_posttrain.data.parsers import END_THINK, THINK
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.evaluate import measure

@@ -77,7 +77,7 @@ def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, 
     recipe.engine = engine.name  # type: ignore[assignment]
     config.absolute_paths(recipe)
     folder = Path(recipe.output).expanduser()
-    one = rundirs.reopen(folder, write=True)[0] if resume else rundirs.start(folder, recipe)  # type: ignore[arg-type]
+    one = rundirs.reopen(folder, write=True)[0] if resume else rundirs.create(folder, recipe)  # type: ignore[arg-type]
     if resume and one.finished:
         raise UserError(f"{folder} is finished: there is nothing to resume")
     # 0, the default of both, leaves it to the other

@@ -1,10 +1,9 @@
-"""Reward functions: plain Python, ``f(prompts, completions, **columns) -> list[float | None]``, where None
-cannot be scored.
+"""Reward functions: plain Python, ``f(prompts, completions, **columns) -> list[float | None]``.
 
 ``prompts`` are the texts of the last user turns, ``completions`` the answers' texts without outer white
 space, and every other column of the data is passed by name if the function takes it (``**columns`` takes
-all). TRL's reward functions have the same shape, and may leave ``prompts`` out as they do there:
-``f(completions, **columns)``.
+all). A score of None means that the answer cannot be scored. TRL's reward functions have the same signature
+and, as there, may leave out ``prompts``: ``f(completions, **columns)``.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def checker(
     prompts: list[str], completions: list[str], checker: Sequence[Any] | None = None, **columns: Any
 ) -> list[float | None]:
-    """1 where the row's checker (embedded tasks) accepts the answer, else 0; None for a row without one."""
+    """Return 1 where the row's checker (embedded tasks) accepts the answer, else 0; None without one."""
     specs = checker or [None] * len(completions)
     return [
         None if spec is None else float(tasks.check({"checker": spec}, text))
@@ -47,14 +46,15 @@ def checker(
 def exact_answer(
     prompts: list[str], completions: list[str], answer: Sequence[Any] | None = None, **columns: Any
 ) -> list[float | None]:
-    """1 where the last number of the completion is the last one of the column ``answer`` (GSM8K's
-    convention), else 0; None without one.
+    """Return 1 where the last number of the completion equals that of the column ``answer``, else 0.
+
+    The score is None where ``answer`` has no number. Comparing last numbers is GSM8K's convention.
     """
-    found: list[float | None] = []
-    for text, wanted in zip(completions, answer or [None] * len(completions), strict=True):
-        right = last_number(str(wanted)) if wanted is not None else None
-        found.append(None if right is None else float(last_number(text) == right))
-    return found
+    scores: list[float | None] = []
+    for text, reference in zip(completions, answer or [None] * len(completions), strict=True):
+        right = last_number(str(reference)) if reference is not None else None
+        scores.append(None if right is None else float(last_number(text) == right))
+    return scores
 
 
 BUILT_IN: dict[str, RewardFunction] = {"checker": checker, "exact_answer": exact_answer}
@@ -71,10 +71,10 @@ def register(function: RewardFunction) -> str:
 
 
 def load(spec: str) -> RewardFunction:
-    """The function named by ``package.module:function``, ``path/to/file.py:function``, or one of BUILT_IN.
+    """Return the function of ``package.module:function``, ``path/to/file.py:function``, or of BUILT_IN.
 
-    Raises UserError, one line, for a missing file, module or function, one that cannot be called, and
-    whatever its file raises on import.
+    Raises a one-line UserError for a missing file, module or function, for an object that cannot be called,
+    and for any exception that the file raises on import.
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec]
@@ -119,7 +119,9 @@ def _module(where: str) -> ModuleType:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a script without a main guard may call sys.exit
-        raise UserError(f"reward function: {where} cannot be imported: {_place(error, str(path))}") from None
+        raise UserError(
+            f"reward function: {where} cannot be imported: {_describe(error, str(path))}"
+        ) from None
 
 
 def call(
@@ -129,28 +131,28 @@ def call(
     columns: Mapping[str, list[Any]],
     name: str,
 ) -> np.ndarray:
-    """The function's scores as float64 [R], nan for None.
+    """Return the function's scores as float64 [R], nan for None.
 
-    Raises UserError naming the function for a column that it needs and the rows lack, an exception inside it,
-    a result that is no list or has another length, and a score that is no finite number.
+    Raises UserError, with the function's name, for a column that it needs and the rows lack, an exception
+    inside it, a result that is not a list or has another length, and a score that is not a finite number.
     """
     positional, by_name = _arguments(function, prompts, completions, columns, name)
     try:
         returned = function(*positional, **by_name)
         iterable = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping)
-        found = list(returned) if iterable else None
+        values = list(returned) if iterable else None
     except Exception as error:
         code = getattr(inspect.unwrap(function), "__code__", None)
-        raise UserError(f"reward function {name}: {_place(error, code and code.co_filename)}") from None
-    if found is None:
+        raise UserError(f"reward function {name}: {_describe(error, code and code.co_filename)}") from None
+    if values is None:
         raise UserError(
             f"reward function {name}: it must return a list with a number or None per answer, "
             f"found {type(returned).__name__}"
         )
-    if len(found) != len(completions):
-        raise UserError(f"reward function {name}: {len(found)} scores for {len(completions)} answers")
-    scores = np.full(len(found), np.nan)
-    for i, value in enumerate(found):
+    if len(values) != len(completions):
+        raise UserError(f"reward function {name}: {len(values)} scores for {len(completions)} answers")
+    scores = np.full(len(values), np.nan)
+    for i, value in enumerate(values):
         if value is None:
             continue
         try:
@@ -178,8 +180,9 @@ def _arguments(
     columns: Mapping[str, list[Any]],
     name: str,
 ) -> tuple[list[list[str]], dict[str, list[Any]]]:
-    """What the function is called with, by position and by name; prompts and completions go by name where it
-    knows the latter.
+    """Return (positional arguments, arguments by name) for the function.
+
+    Prompts and completions are passed by name if the function has a parameter ``completions``.
     """
     try:
         parameters = inspect.signature(function).parameters
@@ -203,17 +206,18 @@ def _arguments(
     ]
     missing = next((n for n in needed if n not in offered), None)
     if missing is not None:
-        there = f"{nearest(missing, list(columns))} (there are {', '.join(columns) or 'none'})"
+        hint = f"{nearest(missing, list(columns))} (there are {', '.join(columns) or 'none'})"
         raise UserError(
-            f"reward function {name}: it needs the column {missing!r}, which the rows do not have{there}"
+            f"reward function {name}: it needs the column {missing!r}, which the rows do not have{hint}"
         )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return positional, {k: v for k, v in offered.items() if (takes_all or k in parameters) and k not in first}
 
 
-def _place(error: BaseException, file: str | None) -> str:
-    """The error in one line, with the innermost line of the user's ``file`` rather than of a library that it
-    calls.
+def _describe(error: BaseException, file: str | None) -> str:
+    """Return the error in one line, with the innermost line of the user's ``file``.
+
+    A line of a library that the file calls is named only where the file has none.
     """
     frames = [
         f
@@ -226,41 +230,42 @@ def _place(error: BaseException, file: str | None) -> str:
 
 
 def combine(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Weighted sum of several rewards' scores, [R]; a reward without a score for an answer adds nothing, and
-    nan stays where none has one.
+    """Return the weighted sum of several rewards' scores, [R].
+
+    A reward without a score for an answer adds nothing; an answer without any score gets nan.
     """
     stacked = np.stack(parts)
-    known = np.isfinite(stacked)
-    total = (np.where(known, stacked, 0.0) * np.asarray(weights, np.float64)[:, None]).sum(0)
-    return np.where(known.any(0), total, np.nan)
+    scored = np.isfinite(stacked)
+    total = (np.where(scored, stacked, 0.0) * np.asarray(weights, np.float64)[:, None]).sum(0)
+    return np.where(scored.any(0), total, np.nan)
 
 
 class Normaliser:
-    """(score - mean) / std of a reference's scores, so that one unit is one standard deviation of the answers
-    before training.
+    """(score - mean) / std, with the mean and std of a reference's scores.
 
-    Ziegler et al. 2019, section 2.2; Huang et al. 2024. The identity until ``fit``; a spread of 0, or below
-    what float32 scores resolve (a millionth of the largest), counts as 1.
+    So one unit is one standard deviation of the answers before training (Ziegler et al. 2019, section 2.2;
+    Huang et al. 2024). The identity until ``fit``. A standard deviation of 0, or below the resolution of
+    float32 scores (a millionth of the largest), counts as 1.
     """
 
     def __init__(self) -> None:
         self.mean, self.std = 0.0, 1.0
 
     def fit(self, scores: np.ndarray) -> None:
-        """Take mean and standard deviation over scores [R], those that are nan left out."""
-        known = scores[np.isfinite(scores)]
-        if len(known):
-            self.mean = float(known.mean())
-            std = float(known.std())
-            self.std = std if std > 1e-6 * float(np.abs(known).max()) else 1.0
+        """Set mean and standard deviation from scores [R], without those that are nan."""
+        finite = scores[np.isfinite(scores)]
+        if len(finite):
+            self.mean = float(finite.mean())
+            std = float(finite.std())
+            self.std = std if std > 1e-6 * float(np.abs(finite).max()) else 1.0
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         return (scores - self.mean) / self.std
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"mean": self.mean, "std": self.std}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Take it back."""
+        """Restore the state of a checkpoint."""
         self.mean, self.std = state["mean"], state["std"]

@@ -1,25 +1,27 @@
-"""Run directories: what a run leaves, who may write it, and where its figures are copied to."""
+"""Run directories: what a run writes, who may write it, and the trackers that get a copy of its metrics."""
 
 from mlx_posttrain.runs.directory import (
     Checkpoint,
     Run,
+    create,
     environment_info,
     is_run,
     read_jsonl,
     reopen,
     replace_folder,
-    start,
     write_text,
 )
+from mlx_posttrain.runs.lock import RunInUse
 
 __all__ = [
     "Checkpoint",
     "Run",
+    "RunInUse",
+    "create",
     "environment_info",
     "is_run",
     "read_jsonl",
     "reopen",
     "replace_folder",
-    "start",
     "write_text",
 ]

@@ -1,13 +1,16 @@
-"""A run directory: everything that happened, and everything needed to go on.
+"""A run directory: everything that happened, and everything needed to resume.
 
-recipe.yaml      the resolved recipe with versions and machine metrics.jsonl    one line per step or
-evaluation tensorboard/     its figures as event files, and in wandb/ W&B's, where the recipe's ``log`` asks
-for them samples.jsonl    texts written during training checkpoints/     step-N/ (trained weights, optimizer,
-random state, position); best-N/ (weights with the best evaluation);
-                 damaged-step-N/ (one that a resume found broken and went past)
+recipe.yaml      the resolved recipe with versions and machine
+metrics.jsonl    one line per step or evaluation
+tensorboard/     the metrics as event files, where the recipe's ``log`` asks for them
+wandb/           W&B's files, likewise
+samples.jsonl    texts written during training
+checkpoints/     step-N/ (trained weights, optimizer, random state, position);
+                 best-N/ (weights with the best evaluation);
+                 damaged-step-N/ (a broken checkpoint that a resume skipped)
 final/           a transformers model folder or a PEFT adapter folder
 card.md          what was done, for people
-.lock            there while a process writes the run (lock.py)
+.lock            present while a process writes the run (lock.py)
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from mlx_posttrain.runs.trackers import Tracker, close_all
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint: its folder, the state and the random states that were saved with it."""
+    """A complete checkpoint: its folder, and the state and random states saved with it."""
 
     folder: Path
     state: dict[str, Any]
@@ -49,7 +52,7 @@ class Checkpoint(NamedTuple):
 
 
 class Run:
-    """Handle on a run directory; create one with :func:`start` or :func:`reopen`."""
+    """Handle on a run directory, from :func:`create` or :func:`reopen`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -58,34 +61,38 @@ class Run:
         self.trackers: Sequence[Tracker] = ()
         self._release: Callable[[], object] = lambda: None
 
-    def hold(self) -> None:
-        """Be the only process that writes here, until :meth:`close`, or until the run is let go of. Raises
-        lock.InUse.
+    def lock(self) -> None:
+        """Keep other processes from writing here.
+
+        Lasts until :meth:`close`, or until the object is garbage collected. Raises RunInUse if another
+        process has the lock.
         """
         try:
-            self._release = weakref.finalize(self, lock.hold(self.folder))
+            self._release = weakref.finalize(self, lock.acquire(self.folder))
         except OSError as error:
             raise _cannot_write(self.folder / lock.NAME, error) from None
 
-    # what happened
+    # Records
 
     def track(self, trackers: Sequence[Tracker]) -> None:
-        """Give every record to ``trackers`` too, until :meth:`close`, or until the run is let go of because
-        it failed.
+        """Pass every record to ``trackers`` too.
+
+        Lasts until :meth:`close`, or until the run of a failed training is garbage collected.
         """
         self.trackers = trackers
-        # Every method has a loop of its own and may end anywhere in it; none has to think of this. At the end
-        # of the process the trackers' packages see to themselves.
+        # A finalizer, so that a training loop may fail anywhere without having to close them. At the end of
+        # the process the trackers' packages close themselves.
         weakref.finalize(self, close_all, trackers, finished=False).atexit = False
 
     def close(self) -> None:
-        """Close the trackers of a run that came to its end, and let others write to it."""
+        """Close the trackers of a finished run and release the lock."""
         close_all(self.trackers, finished=True)
         self._release()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record to metrics.jsonl. Floats are written in full so that runs can be compared
-        exactly.
+        """Append one record to metrics.jsonl.
+
+        Floats are written in full, so that runs can be compared exactly.
         """
         self._append("metrics.jsonl", record)
         try:
@@ -107,18 +114,19 @@ class Run:
             raise _cannot_write(path, error) from None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records of metrics.jsonl."""
+        """Return all records of metrics.jsonl."""
         return read_jsonl(self.folder / "metrics.jsonl")
 
     def write_recipe(self, recipe: Recipe, **facts: Any) -> None:
-        """Write the resolved recipe with the versions and machine it runs on, and ``facts`` that became known
-        since.
+        """Write recipe.yaml: the resolved recipe, the versions and machine it runs on, and ``facts``.
+
+        ``facts`` became known only after the recipe was resolved.
         """
         environment = {"environment": environment_info(), **facts}
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_text(self.folder / "recipe.yaml", text + "\n" + yaml.safe_dump(environment, sort_keys=False))
 
-    # checkpoints
+    # Checkpoints
 
     def save_checkpoint(
         self,
@@ -142,7 +150,7 @@ class Run:
             if state.get("best"):
                 files |= _sizes(self.checkpoints / state["best"], state["best"])
             (folder / "state.json").write_text(json.dumps({"step": step, **state, "files": files}))
-            # no record may be missing that a resume takes as written
+            # a resume relies on every record before the checkpoint
             for name in ("metrics.jsonl", "samples.jsonl"):
                 if (self.folder / name).is_file():
                     to_disk(self.folder / name)
@@ -150,47 +158,47 @@ class Run:
         replace_folder(target, fill)
         for old in self.list_checkpoints()[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-        # Every checkpoint that is kept keeps the best weights it knows, or it could not be gone back to.
-        wanted = set()
+        # A checkpoint without the best weights that it names cannot be resumed from.
+        referenced = set()
         for kept in self.list_checkpoints():
             with contextlib.suppress(_Damaged):
-                wanted.add(_read_state(kept).get("best"))
+                referenced.add(_read_state(kept).get("best"))
         for old in self.checkpoints.glob("best-*"):
-            if old.name not in wanted:
+            if old.name not in referenced:
                 shutil.rmtree(old, ignore_errors=True)
         return target
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, None where there is none; newer ones that are damaged are renamed, and
-        a line says so.
+        """Return the newest complete checkpoint, or None if there is none.
 
-        Whole means: every file of it and of the best weights that it names is there with the size it was
-        written with, and opens.
+        Complete means: each of its files, and of the best weights that it names, exists with the size it was
+        written with, and opens. Newer checkpoints that are damaged are renamed, and one printed line names
+        them.
         """
         for unfinished in self.checkpoints.glob(".*.tmp"):
             shutil.rmtree(unfinished, ignore_errors=True)
         damaged = []
-        found = None
+        newest = None
         for folder in reversed(self._step_folders()):
             try:
-                found = self._open(folder)
+                newest = self._open(folder)
                 break
             except _Damaged as error:
-                aside = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
+                renamed = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(renamed, ignore_errors=True)
                 with contextlib.suppress(OSError):
-                    folder.rename(aside)
-                damaged.append(f"{folder} is damaged ({error}) and now called {aside.name}")
+                    folder.rename(renamed)
+                damaged.append(f"{folder} is damaged ({error}) and was renamed to {renamed.name}")
         if damaged:
             say(
                 "; ".join(damaged)
                 + (
-                    f": going on from {found.folder.name}"
-                    if found
+                    f": resuming from {newest.folder.name}"
+                    if newest
                     else ": no other is left, so starting from step 0"
                 )
             )
-        return found
+        return newest
 
     def _open(self, folder: Path) -> Checkpoint:
         state = _read_state(folder)
@@ -214,21 +222,21 @@ class Run:
             raise _Damaged("random.npz cannot be read") from None
 
     def _step_folders(self) -> list[Path]:
-        # a millionth step has one digit more
+        # by length first: the millionth step has one more digit
         return sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name))
 
     def save_best(self, step: int, write: Callable[[Path], None]) -> str:
-        """Write the weights with the best evaluation so far to ``checkpoints/best-N``; returns that name."""
+        """Write the weights with the best evaluation so far to ``checkpoints/best-N``; return that name."""
         name = f"best-{step:06d}"
         replace_folder(self.checkpoints / name, write)
         return name
 
     def list_checkpoints(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
+        """Return the finished checkpoints, oldest first."""
         return [folder for folder in self._step_folders() if (folder / "state.json").is_file()]
 
     def truncate_logs(self, step: int) -> None:
-        """Drop records of steps after ``step``: a resumed run writes them again."""
+        """Drop the records of steps after ``step``: a resumed run writes them again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if path.is_file():
@@ -243,21 +251,23 @@ class Run:
         return self.final.is_dir()
 
     def discard(self) -> None:
-        """Take away a run in which nothing was trained, so that the next try does not find the folder in use;
-        other files stay.
+        """Remove a run in which nothing was trained, so that the next attempt finds the folder free.
+
+        Other files in the folder stay.
         """
         for name in ("recipe.yaml", lock.NAME):
             (self.folder / name).unlink(missing_ok=True)
-        # the model that pre-training makes to start from
+        # the untrained model that pre-training makes
         shutil.rmtree(self.folder / "start", ignore_errors=True)
         self._release()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
 
-def start(folder: str | Path, recipe: Recipe) -> Run:
-    """Create a run directory, for this process to write. Raises UserError when the folder holds anything: a
-    run never overwrites another.
+def create(folder: str | Path, recipe: Recipe) -> Run:
+    """Create a run directory and lock it for this process.
+
+    Raises UserError if the folder is not empty: a run never overwrites another.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(path.name != lock.NAME for path in folder.iterdir())):
@@ -274,15 +284,16 @@ def start(folder: str | Path, recipe: Recipe) -> Run:
     except OSError as error:
         raise UserError(f"output {folder} cannot be created: {error.strerror}") from None
     run = Run(folder)
-    run.hold()
+    run.lock()
     run.write_recipe(recipe)
     return run
 
 
 def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, Any]]:
-    """An existing run and its recipe as a mapping, for evaluation, and with ``write`` for ``--resume``.
+    """Return an existing run and its recipe as a mapping.
 
-    Raises UserError if it is not a run, or is to be written and another process writes it.
+    ``write`` locks the run, as ``--resume`` needs; reading alone does not. Raises UserError if the folder is
+    not a run, and RunInUse if it is to be locked and another process has the lock.
     """
     from mlx_posttrain.config import read_yaml
     from mlx_posttrain.key_names import present_names
@@ -292,19 +303,19 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
         raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
     run = Run(folder)
     if write:
-        run.hold()
+        run.lock()
     raw = read_yaml(folder / "recipe.yaml")
     raw.pop("environment", None)
     return run, present_names(raw)
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether ``folder`` is a run directory."""
+    """Return whether ``folder`` is a run directory."""
     return (Path(folder).expanduser() / "recipe.yaml").is_file()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file; a last line cut off by a crash is left out."""
+    """Return the records of a JSONL file; a last line cut off by a crash is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -323,18 +334,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder under a temporary name, then rename it to ``target``: neither a crash nor a power cut
-    leaves half of one.
+    """Fill a folder under a temporary name, then rename it to ``target``.
 
-    An existing ``target`` (the same step written again after a resume) is removed first. Raises UserError on
-    a full disk.
+    So neither a crash nor a power cut leaves half of one. An existing ``target`` (the same step written again
+    after a resume) is removed first. Raises UserError on a full disk.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
-        # The data before the name: file systems may write a rename earlier than what it names.
+        # Data before the name: file systems may write a rename earlier than the data of the renamed file.
         for folder, _, names in os.walk(temporary):
             for name in names:
                 to_disk(Path(folder, name))
@@ -376,7 +386,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _sizes(folder: Path, name: str) -> dict[str, int]:
-    """Bytes of every file in a folder, by its path from the folder's future parent."""
+    """Return the size in bytes of every file in a folder, by its path from the folder's future parent."""
     return {
         f"{name}/{p.relative_to(folder).as_posix()}": p.stat().st_size
         for p in sorted(folder.rglob("*"))
@@ -385,7 +395,7 @@ def _sizes(folder: Path, name: str) -> dict[str, int]:
 
 
 def environment_info() -> dict[str, Any]:
-    """Versions and machine, for recipe.yaml and reports."""
+    """Return versions and machine, for recipe.yaml and reports."""
     versions = {}
     for package in ("mlx-posttrain", "mlx", "mlx-lm", "torch", "transformers", "peft", "numpy", "datasets"):
         try:

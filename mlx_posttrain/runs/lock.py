@@ -1,4 +1,4 @@
-"""One writer at a time: a lock on a run directory, which ends with its process however that ends."""
+"""One writer at a time: a lock on a run directory that ends with its process, however the process ends."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from mlx_posttrain.errors import UserError
 
 NAME = ".lock"
 
-#: Device and inode of the lock files that this process has: a run that failed may still be referred to when
-#: it is resumed here.
-_own: set[tuple[int, int]] = set()
+#: Device and inode of the lock files that this process holds: a failed run may still be referenced when the
+#: same process resumes it.
+_held: set[tuple[int, int]] = set()
 
 
-class InUse(UserError):
-    """Another process writes the folder."""
+class RunInUse(UserError):
+    """Another process writes the run directory."""
 
 
-def hold(folder: Path) -> Callable[[], None]:
-    """Lock ``folder`` for this process; returns the function that gives it back.
+def acquire(folder: Path) -> Callable[[], None]:
+    """Lock ``folder`` for this process and return the function that releases it.
 
-    Raises InUse naming the process that has it, and OSError where the lock file cannot be written.
+    Where this process has the lock already, the returned function does nothing. Raises RunInUse, naming the
+    process that has the lock, and OSError if the lock file cannot be written.
     """
     path = folder / NAME
     while True:
@@ -35,22 +36,22 @@ def hold(folder: Path) -> Callable[[], None]:
         except BlockingIOError:
             owner = _owner(handle)
             os.close(handle)
-            if key in _own:
+            if key in _held:
                 return lambda: None
             raise _in_use(folder, owner) from None
-        except OSError:  # a network drive without locks: better an unguarded run than none
+        except OSError:  # a network drive without locks: better an unlocked run than none
             pass
         if _is_file(path, handle):
             break
-        os.close(handle)  # whoever had it took the file away between our opening and locking it
+        os.close(handle)  # the previous holder deleted the file between our open and our flock
     os.ftruncate(handle, 0)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
-    _own.add(key)
-    return lambda: _give_back(path, handle, key)
+    _held.add(key)
+    return lambda: _release(path, handle, key)
 
 
 def check(folder: Path) -> None:
-    """Raise InUse when another process writes ``folder``."""
+    """Raise RunInUse if another process writes ``folder``."""
     try:
         handle = os.open(folder / NAME, os.O_RDONLY)
     except OSError:
@@ -58,24 +59,24 @@ def check(folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        if _key(handle) not in _own:
+        if _key(handle) not in _held:
             raise _in_use(folder, _owner(handle)) from None
-    except OSError:  # no locks there, so none is held
+    except OSError:  # a drive without locks, so nothing is locked
         pass
     finally:
         os.close(handle)
 
 
-def _give_back(path: Path, handle: int, key: tuple[int, int]) -> None:
+def _release(path: Path, handle: int, key: tuple[int, int]) -> None:
     if _is_file(path, handle):
         with contextlib.suppress(OSError):
             path.unlink()
-    _own.discard(key)
+    _held.discard(key)
     os.close(handle)
 
 
 def _is_file(path: Path, handle: int) -> bool:
-    """Whether the opened file is still the one of that name."""
+    """Return whether the open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except OSError:
@@ -91,8 +92,8 @@ def _owner(handle: int) -> str:
     return os.pread(handle, 32, 0).decode("ascii", "replace")
 
 
-def _in_use(folder: Path, owner: str) -> InUse:
-    return InUse(
+def _in_use(folder: Path, owner: str) -> RunInUse:
+    return RunInUse(
         f"{folder} is in use by process {owner or 'unknown'}: wait until it ends, or stop it, "
         "before you start another"
     )

@@ -1,14 +1,14 @@
-"""A run's figures in TensorBoard and Weights & Biases, for recipes whose ``log`` names them.
+"""A run's metrics in TensorBoard and Weights & Biases, for recipes whose ``log`` names them.
 
-A tracker gets the resolved recipe once and every record of metrics.jsonl, which stays the truth: a tracker is
-a copy for the eye. It opens with the first record, so a start that fails leaves nothing of it. Nothing leaves
-the machine unless ``log`` names wandb.
+A tracker gets the resolved recipe once and every record of metrics.jsonl, which stays the primary record; a
+tracker holds a copy to look at. It opens with the first record, so that a run that fails to start leaves
+nothing in it. Nothing leaves the machine unless ``log`` names wandb.
 
-tensorboard      event files in RUN/tensorboard: ``tensorboard --logdir runs`` shows every run below ``runs``
-wandb            project mlx-posttrain, the run named as its folder; a resumed run goes on under the id in
-RUN/wandb/id.txt. W&B adds
-                 what it always does (machine, git commit, load), without the console; WANDB_MODE=offline
-                 keeps it all in RUN/wandb
+    tensorboard    event files in RUN/tensorboard: ``tensorboard --logdir runs`` shows every run below
+                   ``runs``
+    wandb          project mlx-posttrain, the run named after its folder; a resumed run continues under the id
+                   in RUN/wandb/id.txt. W&B adds what it always does (machine, git commit, load), without the
+                   console; WANDB_MODE=offline keeps everything in RUN/wandb
 """
 
 from __future__ import annotations
@@ -34,28 +34,30 @@ class Tracker(Protocol):
     """Where records go besides metrics.jsonl."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Take the numbers of one record, at its step."""
+        """Log the numbers of one record at its step."""
 
     def rewind(self, step: int) -> None:
-        """Forget what came after ``step``, -1 for everything: a resumed run logs it again."""
+        """Forget what came after ``step`` (-1: everything): a resumed run logs it again."""
 
     def close(self, finished: bool) -> None:
-        """Write what is left; ``finished`` tells whether the run came to its end. A second call does
-        nothing.
+        """Write what is buffered; ``finished`` is False for a run that failed.
+
+        A second call does nothing.
         """
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise UserError for a tracker that cannot be used here: its package is missing, or W&B has no account
-    to send to.
+    """Raise UserError for a tracker that cannot be used here.
+
+    Either its package is missing, or W&B has no account to send to.
     """
     for name in names:
         package = _PACKAGES[name]
-        found = importlib.util.find_spec(package)
-        # W&B itself leaves folders called wandb about, and Python takes those for packages without a file.
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec(package)
+        # W&B leaves folders called wandb behind, which Python takes for namespace packages (no origin).
+        if spec is None or spec.origin is None:
             raise UserError(
-                f"log names {name}, and its package is not installed: pip install {package}, or "
+                f"log names {name}, but its package is not installed: pip install {package}, or "
                 f"leave {name} out of log"
             )
     if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
@@ -66,7 +68,7 @@ def check(names: Sequence[str]) -> None:
 
 
 def make(names: Sequence[str], folder: Path, recipe: Recipe) -> list[Tracker]:
-    """The trackers of a run in ``folder``, each once."""
+    """Return the trackers of a run in ``folder``, each once."""
     kinds: dict[str, Callable[[Path, Recipe], Tracker]] = {
         "tensorboard": TensorBoard,
         "wandb": WeightsAndBiases,
@@ -89,7 +91,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files, one for each time that the run was started or resumed."""
+    """Event files, one for each start or resume of the run."""
 
     def __init__(self, folder: Path, recipe: Recipe):
         self.folder, self.recipe = folder / "tensorboard", recipe
@@ -106,7 +108,7 @@ class TensorBoard:
         self.writer.write_event(
             Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))
         )
-        # before the checkpoint of this step: a run killed after that is never asked for it again
+        # Before the checkpoint of this step is written: a resume from it does not log the step again.
         self.writer.flush()
 
     def _open(self) -> None:
@@ -115,12 +117,12 @@ class TensorBoard:
         from tensorboardX.summary import text
 
         self.folder.mkdir(exist_ok=True)
-        # Not SummaryWriter, whose thread dies of a full disk without a word. The number keeps files of one
+        # Not SummaryWriter, whose thread dies silently on a full disk. The number keeps files of the same
         # second apart and in order.
         number = sum(1 for _ in self.folder.glob("events.*"))
         self.writer = EventsWriter(str(self.folder / "events"), f".{number:04d}")
         now = time.time()
-        # TensorBoard drops what earlier files hold from this step on.
+        # At a START event TensorBoard drops what earlier files hold from this step on.
         self.writer.write_event(
             Event(wall_time=now, step=self.first, session_log=SessionLog(status=SessionLog.START))
         )
@@ -151,24 +153,24 @@ class WeightsAndBiases:
         with _wandb_errors():
             if self.run is None:
                 self._open()
-            # W&B takes back no step; those it has of a killed run are the same figures, because a resume is
-            # exact.
+            # W&B cannot rewind. The steps it already has of a killed run hold the same numbers, because a
+            # resume is exact.
             if record["step"] >= self.first:
                 self.run.log(_numbers(record), step=record["step"])
 
     def _open(self) -> None:
         import wandb
 
-        # Drawn and kept rather than made from the path: another run may be started in this folder when this
-        # one has been deleted.
-        known = self.folder / "wandb" / "id.txt"
-        if not known.is_file():
-            known.parent.mkdir(exist_ok=True)
-            known.write_text(secrets.token_hex(4), encoding="utf-8")
+        # Random and stored rather than derived from the path: after this run is deleted, another one may be
+        # started in the same folder.
+        id_file = self.folder / "wandb" / "id.txt"
+        if not id_file.is_file():
+            id_file.parent.mkdir(exist_ok=True)
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         self.run = wandb.init(
             project="mlx-posttrain",
             name=self.folder.resolve().name,
-            id=known.read_text(encoding="utf-8").strip(),
+            id=id_file.read_text(encoding="utf-8").strip(),
             dir=str(self.folder),
             config=self.recipe.model_dump(mode="json"),
             resume="allow",

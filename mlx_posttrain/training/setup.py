@@ -107,7 +107,7 @@ def open_run(recipe: Any, resume: bool) -> tuple[Engine, runs.Run]:
         if run.finished:
             raise UserError(f"{run.folder} is finished: there is nothing to resume")
     else:
-        run = runs.start(recipe.output, recipe)
+        run = runs.create(recipe.output, recipe)
     run.track(trackers.make(recipe.log, run.folder, recipe))
     return engine, run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 from huggingface_hub import ModelCard
 
-from mlx_posttrain.models.card import model_card
+from mlx_posttrain.convert.card import model_card
 
 INFO = {
     "name": "gpt2-alpaca-lora",

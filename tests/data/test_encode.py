@@ -1,18 +1,16 @@
-"""Token ids and masks, checked by hand with GPT-2's vocabulary where it is to be had and with a small one
-made here.
-"""
+"""Token ids and masks, checked by hand with GPT-2's vocabulary where available and with a small one."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_posttrain.data.encode import Report, bos_ids, encode, encode_all, encode_prompts, pack
+from mlx_posttrain.data.encode import EncodingReport, bos_ids, encode, encode_all, encode_prompts, pack
 from mlx_posttrain.data.templates import FIVE, TEMPLATES, render
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
 
-SAID = [
+TEXTS = [
     "### Instruction:\nWhat is the capital of France?\n\n### Response:\nParis is the capital of France.",
     "Question: What is two and two?\n\nAnswer: Four. Instruction: User: Assistant: Response:",
     "What is the weather like? It is fine.\n\n" * 3,
@@ -20,7 +18,7 @@ SAID = [
 
 
 def make_tokenizer(**special: Any) -> Any:
-    """A byte-level BPE of 400 entries, trained on a few sentences."""
+    """Return a byte-level BPE tokenizer of 400 entries, trained on a few sentences."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -30,7 +28,7 @@ def make_tokenizer(**special: Any) -> Any:
     names = ["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        SAID * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet)
+        TEXTS * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet)
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, **(special or {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"})
@@ -53,7 +51,7 @@ def gpt2() -> Any:
 
 
 def talk(*contents: str, **options: Any) -> Conversation:
-    """Turns that alternate and end with an answer."""
+    """Return a conversation of alternating turns that ends with an answer."""
     roles = ["user", "assistant"] * len(contents)
     return Conversation(tuple(Turn(r, c) for r, c in zip(roles[len(contents) % 2 :], contents)), **options)
 
@@ -74,7 +72,7 @@ def test_ids_of_gpt2(gpt2: Any) -> None:
     assert list(example.tokens) == [*prompt, 40313, EOS]
     assert list(example.trained) == [False] * len(prompt) + [True, True]
     assert example.extra == {"id": 3}
-    # where the mark ends in a colon, the answer is the word with its space, as in ordinary text
+    # After a mark that ends in a colon, the answer is the word with its space, as in ordinary text.
     example = encode(row, gpt2, template="question", max_length=64)
     assert example is not None
     assert list(example.tokens) == [24361, 25, 18435, 995, 198, 198, 33706, 25, 6342, EOS]
@@ -100,7 +98,7 @@ def test_exact_text(gpt2: Any) -> None:
     example = encode(talk("Hello", " world", templated=False), gpt2, template="instruction", max_length=9)
     assert example is not None
     assert (example.tokens, example.trained) == ((15496, 995, EOS), (False, True, True))
-    # a text row: everything but the first token
+    # a text row: everything but the first token is trained
     example = encode(talk("Hello world", templated=False), gpt2, max_length=9)
     assert example is not None
     assert (example.tokens, example.trained) == ((15496, 995, EOS), (False, True, True))
@@ -134,7 +132,7 @@ def test_report_counts(gpt2: Any) -> None:
         raw("Hello", "  "),
     ]
     examples, report = encode_all(rows, gpt2, max_length=5)
-    assert report == Report(
+    assert report == EncodingReport(
         total=4, kept=2, dropped_no_target=2, dropped_long=0, truncated=1, tokens=3 + 5, trained_tokens=2 + 4
     )
     assert [len(e.tokens) for e in examples] == [3, 5]
@@ -143,7 +141,7 @@ def test_report_counts(gpt2: Any) -> None:
         == "2 of 4 rows kept (2 without a trained token, 0 too long, 1 truncated), 8 tokens, 6 trained"
     )
     _, report = encode_all(rows, gpt2, max_length=5, truncate="drop")
-    assert report == Report(
+    assert report == EncodingReport(
         total=4, kept=1, dropped_no_target=1, dropped_long=2, truncated=0, tokens=3, trained_tokens=2
     )
     with pytest.raises(
@@ -203,7 +201,7 @@ def test_the_prompt_of_generation_is_the_prefix_of_training(
 
 
 def with_bos() -> Any:
-    """A tokenizer that begins every text with <s>, as Llama's does."""
+    """Return a tokenizer that begins every text with <s>, as Llama's does."""
     from tokenizers import processors
 
     tok = make_tokenizer(eos_token="<|endoftext|>", bos_token="<s>")
@@ -253,7 +251,7 @@ def test_chat_template_eos_once(tiny: Any) -> None:
     assert list(example.tokens[: len(prompt)]) == prompt
 
 
-def test_templates_go_by_row_not_by_place(tiny: Any) -> None:
+def test_the_template_depends_on_the_row_and_not_on_its_position(tiny: Any) -> None:
     rows = [talk(f"question {i}", "It is.") for i in range(60)]
     examples, _ = encode_all(rows, tiny, templates=FIVE, max_length=256, seed=1)
     few, _ = encode_all(rows[:7], tiny, templates=FIVE, max_length=256, seed=1)
@@ -293,7 +291,7 @@ def test_pack(gpt2: Any) -> None:
     rows = pack(["Hello world", " \n", "Hello", " world world world"], gpt2, 3)
     assert [r.tokens for r in rows] == [(15496, 995, EOS), (15496, EOS, 995), (995, 995, EOS)]
     assert {r.trained for r in rows} == {(False, True, True)}
-    # the rest is left over
+    # the remainder is not used
     assert [r.tokens for r in pack(["Hello world", "Hello"], gpt2, 4)] == [(15496, 995, EOS, 15496)]
     with pytest.raises(UserError, match="2 tokens in all, too few for one example of 8"):
         pack(["Hello"], gpt2, 8)

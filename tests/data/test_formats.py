@@ -1,4 +1,4 @@
-"""Rows to records: the format told by the columns, values that are odd, and what is dropped or refused."""
+"""Rows to records: formats detected by their columns, odd values, and rows that are dropped or refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,12 +52,12 @@ def test_detect(columns: list, expected: str) -> None:
     assert detect(reversed(columns)) == expected
 
 
-def test_unknown_columns_say_found_accepted_and_how_to_map() -> None:
-    said = fault(parse_rows, [{"query": "a", "reply": "b"}], source="x.jsonl")
-    assert said.startswith("x.jsonl: columns query, reply match no format")
-    assert "alpaca (instruction, output|response)" in said
-    assert "rename with data.columns" in said
-    assert accepted() in said
+def test_the_error_for_unknown_columns_lists_the_formats_and_how_to_map() -> None:
+    message = fault(parse_rows, [{"query": "a", "reply": "b"}], source="x.jsonl")
+    assert message.startswith("x.jsonl: columns query, reply match no format")
+    assert "alpaca (instruction, output|response)" in message
+    assert "rename with data.columns" in message
+    assert accepted() in message
 
 
 def test_alpaca() -> None:
@@ -98,7 +98,7 @@ def test_empty_rows_are_dropped_and_counted() -> None:
     )
 
 
-def test_prompt_completion_and_text_stand_as_they_are() -> None:
+def test_prompt_completion_and_text_are_kept_exactly() -> None:
     row = {"prompt": "The capital of France is", "completion": " Paris.\r\n", "n": 1}
     assert parse(row, "prompt_completion") == Conversation(
         (U(row["prompt"]), A(row["completion"])), templated=False, extra={"n": 1}
@@ -212,10 +212,10 @@ def test_columns_map() -> None:
         [{"question": "a", "answer": "q"}], columns={"question": "answer", "answer": "question"}
     )
     assert swapped[0].turns == (U("q"), A("a"))
-    said = fault(parse_rows, rows, columns={"instruction": "qery"})
+    message = fault(parse_rows, rows, columns={"instruction": "qery"})
     assert (
         "maps instruction to 'qery', which is not a column; did you mean 'query'? (there are query, output, "
-        "instruction)" in said
+        "instruction)" in message
     )
 
 
@@ -231,7 +231,7 @@ def test_named_formats() -> None:
     assert "unknown data format" in fault(parse, rows[0], "nothing")
 
 
-REAL = {  # rows, of which dropped
+REAL = {  # (type, rows, dropped rows)
     "instruct/short-tasks.jsonl": (Conversation, 1100, 0),
     "instruct/self-instruct-seed.jsonl": (Conversation, 175, 0),
     "preference/hh-helpful-base.jsonl": (Preference, 1200, 10),
@@ -275,4 +275,4 @@ def test_one_side_of_a_pair_can_be_imitated():
         "Hi",
         "Hello",
     ]
-    assert type(parse_rows(rows, source="x")[0][0]).__name__ == "Preference"  # never chosen by itself
+    assert type(parse_rows(rows, source="x")[0][0]).__name__ == "Preference"  # "chosen" is never detected

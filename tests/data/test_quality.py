@@ -1,4 +1,4 @@
-"""Each filter on rows whose fate is plain to see, and the whole on real data."""
+"""Each filter on rows that it clearly must keep or drop, and all filters on real data."""
 
 import random
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_language() -> None:
         "for i in range(10): print(i in x)",
         "20 miles per hour is about 32 kilometres per hour or so.",
         "déjà vu",
-        # two words decide nothing
+        # two stopwords are not enough
         "Ragu alla Bolognese, Spaghetti alla Carbonara, Risotto, Polenta, Lasagne",
     ):
         assert is_language(text)
@@ -137,7 +137,7 @@ def test_near_duplicates() -> None:
     words = [f"word{i}" for i in range(40)]
     base = " ".join(words)
     # 36 shingles; a changed last word changes 1 of them: 35 / 37; a changed middle word 5: 31 / 41 = .756;
-    # two of them 10: 26 / 46 = .565
+    # two changed middle words 10: 26 / 46 = .565
     near, middle, far = " ".join([*words[:-1], "x"]), words.copy(), words.copy()
     middle[20] = "x"
     far[10] = far[30] = "x"
@@ -146,7 +146,7 @@ def test_near_duplicates() -> None:
     assert list(near_duplicates([base, " ".join(middle)], threshold=0.7)) == [False, True]
     assert list(near_duplicates([base, " ".join(far)], threshold=0.7)) == [False, False]
     assert list(near_duplicates([base, " ".join(middle)], threshold=0.8)) == [False, False]
-    # the last is near the middle one, which was dropped, and not near the one that was kept
+    # the last is near the second, which was dropped, and not near the first, which was kept
     assert list(near_duplicates([base, " ".join(middle), " ".join([*middle[:10], "x", *middle[11:]])])) == [
         False,
         True,
@@ -173,7 +173,7 @@ def test_near_duplicates_against_all_pairs() -> None:
         if not duplicate:
             kept.append(s)
     found = list(near_duplicates(texts))
-    assert not any(f and not e for f, e in zip(found, expected))  # confirmed exactly: never a false alarm
+    assert not any(f and not e for f, e in zip(found, expected))  # confirmed exactly: no false positives
     assert sum(found) >= 0.95 * sum(expected) > 15
 
 
@@ -219,20 +219,20 @@ def test_the_number_kept_is_drawn_by_seed_and_row() -> None:
     assert {r.turns for r in clean(rows[::-1], keep=20, near=None)[0]} == {r.turns for r in kept}
     assert clean(rows, keep=20, near=None, seed=1)[0] != kept
     without = clean([r for r in rows if r is not kept[0]], keep=20, near=None)[0]
-    # one row less in the source changes one row
+    # one row less in the source changes one row of the draw
     assert {r.turns for r in kept[1:]} < {r.turns for r in without}
 
 
 def test_settings_out_of_range() -> None:
     rows = [row("q", "An answer that is fine.")]
-    for options, said in [
+    for options, message in [
         ({"min_words": 9, "max_words": 3}, "min_words 9 and max_words 3"),
         ({"language": "xx"}, "unknown language 'xx' .there are en, de"),
         ({"near": 0.0}, "near 0.0"),
         ({"keep": 0}, "keep 0"),
         ({"min_words": 99}, "no row is left after cleaning .too short: 1."),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             clean(rows, **options)  # type: ignore[arg-type]
 
 

@@ -1,5 +1,6 @@
-"""Rows from files, folders, the hub's cache and the embedded data; every foreseeable fault is one line that
-says where.
+"""Rows from files, folders, the hub's cache and the embedded data.
+
+Every foreseeable error is one line that names the place.
 """
 
 import gzip
@@ -27,7 +28,7 @@ def jsonl(rows: list) -> str:
 
 
 def fault(source: object, **options: object) -> str:
-    """The message of the UserError, which must be one line."""
+    """Return the message of the UserError, which must be one line."""
     with pytest.raises(UserError) as e:
         load_rows(str(source), **options)
     assert "\n" not in str(e.value)
@@ -74,11 +75,11 @@ def test_bom_crlf_blank_lines_and_line_separators(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", text)
     assert load_rows(path) == [{"text": "a\u2028b"}, {"text": "日本 \U0001f600"}]
     path = write(tmp_path / "a.csv", '\ufefftext,n\r\n"one, ""two""\nthree",007\r\n')
-    assert load_rows(path) == [{"text": 'one, "two"\nthree', "n": "007"}]  # values stay the text they are
+    assert load_rows(path) == [{"text": 'one, "two"\nthree', "n": "007"}]  # values stay text
     assert load_rows(write(tmp_path / "a.json", '\ufeff[{"text": null}]')) == [{"text": None}]
 
 
-def test_a_folder_is_read_by_the_splits_its_names_speak_of(tmp_path: Path) -> None:
+def test_a_folder_is_read_by_the_splits_in_its_file_names(tmp_path: Path) -> None:
     write(tmp_path / "x-train-0.jsonl", jsonl(ROWS[:2]))
     write(tmp_path / "x-train-1.jsonl", jsonl(ROWS[2:4]))
     write(tmp_path / "x-valid.jsonl", jsonl(ROWS[4:5]))
@@ -128,8 +129,8 @@ def test_faults_of_files(tmp_path: Path) -> None:
         ("a.csv", b"p,c\na,\xe9\n", "a.csv, line 2: not UTF-8"),
         ("a.parquet", "PAR?", "not a readable Parquet file"),
         ("a.jsonl.gz", "not gzip", "broken gzip file"),
-        # The time in gzip's header is fixed: the bytes name the test, and every worker of a parallel run must
-        # collect the same names.
+        # With a fixed time in gzip's header: the bytes are part of the test's name, and every worker of a
+        # parallel run must collect the same names.
         ("b.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-12], "broken gzip file"),
     ],
 )
@@ -153,7 +154,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fill(hub: Path, name: str, **splits: list) -> None:
-    """Lay a dataset into the hub cache the way `hf download` does."""
+    """Write a dataset into the hub cache as `hf download` does."""
     folder = hub / f"datasets--{name.replace('/', '--')}"
     commit = "0" * 40
     (folder / "refs").mkdir(parents=True)
@@ -171,18 +172,18 @@ def test_a_dataset_that_was_downloaded_is_read_offline(hub: Path, capfd: pytest.
         r["prompt"] for r in ROWS
     )
     assert "Generating" not in capfd.readouterr().err  # no progress bars into a log
-    said = fault("someone/pairs", split="dev")
-    assert "no split 'dev'" in said
-    assert "train" in said
+    message = fault("someone/pairs", split="dev")
+    assert "no split 'dev'" in message
+    assert "train" in message
 
 
-def test_a_dataset_that_is_not_there_says_how_to_get_it(hub: Path) -> None:
-    said = fault("yahma/alpaca-cleaned")
-    assert "`hf download --repo-type dataset yahma/alpaca-cleaned`" in said
-    assert "name a local file" in said
+def test_the_error_for_a_missing_dataset_tells_how_to_get_it(hub: Path) -> None:
+    message = fault("yahma/alpaca-cleaned")
+    assert "`hf download --repo-type dataset yahma/alpaca-cleaned`" in message
+    assert "name a local file" in message
 
 
-def test_an_online_fault_is_sorted_by_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_errors_are_classified_by_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     from mlx_posttrain.data import sources
@@ -211,7 +212,7 @@ def test_an_online_fault_is_sorted_by_what_it_says(monkeypatch: pytest.MonkeyPat
 # Embedded data
 
 
-def test_embedded_sources_hand_over_split_limit_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_sources_get_split_limit_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def rows(**options: object) -> list:

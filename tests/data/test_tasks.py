@@ -1,4 +1,4 @@
-"""The embedded tasks: what a row promises, what a checker must refuse, what no split may share."""
+"""The embedded tasks: properties of the rows, what a checker must refuse, what splits may not share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def by_family(some_rows):
     return groups
 
 
-# rows
+# Rows
 
 
 def test_default_sizes_and_columns(loaded):
@@ -56,7 +56,7 @@ def test_rows_are_short(loaded):
         assert len(row["output"].split()) <= (40 if row["family"] == "story" else 15), row
 
 
-def test_families_are_many_balanced_and_told(loaded):
+def test_families_are_many_balanced_and_described(loaded):
     assert 24 <= len(tasks.FAMILIES) <= 30 and all(tasks.FAMILIES.values())
     for split, some in loaded.items():
         counts = Counter(row["family"] for row in some)
@@ -111,17 +111,17 @@ def test_another_seed_gives_other_contents():
         (lambda: tasks.check({"kind": "lambda"}, "x"), ("'lambda'", "one_of")),
     ],
 )
-def test_bad_input_is_answered_with_what_is_accepted(call, names):
+def test_errors_name_what_is_accepted(call, names):
     with pytest.raises(UserError) as error:
         call()
     assert all(name in str(error.value) for name in names)
 
 
-# splits
+# Splits
 
 
 def texts(row):
-    """All the ways to ask for a row's content."""
+    """Return a row's content in every phrasing."""
     return {row.family.text(row.item, n) for n in range(len(row.family.train + row.family.held))}
 
 
@@ -151,9 +151,10 @@ def test_phrasing_asks_training_contents_in_unseen_words(registry):
         assert (row.family.name, row.phrasing) not in used and row.phrasing >= len(row.family.train)
 
 
-def test_a_key_stands_for_the_whole_content():
-    """Two draws with one key ask the same; otherwise a held-out content could return under another key's
-    text.
+def test_a_key_identifies_the_content():
+    """Two draws with one key have the same content.
+
+    Otherwise a held-out content could return under another key.
     """
     for registry in (_TASKS, _TRACES):
         asked = {}
@@ -162,7 +163,7 @@ def test_a_key_stands_for_the_whole_content():
             assert asked.setdefault((row.family.name, slots), row.item.key) == row.item.key
 
 
-# determinism and speed
+# Determinism and speed
 
 DIGEST = """
 import hashlib, json
@@ -171,7 +172,7 @@ kinds = (tasks.load, tasks.preferences, tasks.reasoning)
 made = [make(split, 700, 3) for make in kinds for split in ("train", "valid", "phrasing")]
 print(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest())
 """
-# Changes with every edit of the data, and with nothing else: another figure on another machine is a defect.
+# Changes with every edit of the data, and with nothing else: another hash on another machine is a defect.
 PINNED = "e6e0ac2260de8f393f96fa5eb952d865d88910f680c6987deb972d7959bb10c1"
 
 
@@ -192,7 +193,7 @@ def test_ten_thousand_rows_in_two_seconds():
     assert time.process_time() - started < 2
 
 
-# checkers
+# Checkers
 
 
 @pytest.mark.parametrize("seed", [0, 11])
@@ -214,7 +215,7 @@ def test_every_output_passes_its_own_checker(split, seed):
 
 
 def corrupted(row):
-    """Yield (what was done, text) for a row's right answer; none of the texts is a right answer."""
+    """Yield (kind of corruption, text) of a row's right answer; none of the texts is a right answer."""
     answer, words = row["output"], row["output"].split()
     yield "empty", ""
     yield "doubled", f"{answer} {answer}"
@@ -376,11 +377,11 @@ def test_equations():
     assert not checks.equations_hold("3 + 4 = 7. 7 - 2 = 6.")
 
 
-# answers worked out again
+# Answers computed independently
 
 
 def listed(text):
-    """The comma-separated list in an instruction and its input."""
+    """Return the comma-separated list in an instruction and its input."""
     return [
         word.strip(" ?.:")
         for word in re.search(
@@ -394,12 +395,12 @@ def listed(text):
 
 
 def last_words(text):
-    """The list with its first item's leading sentence removed."""
+    """Return the list, without the sentence before its first item."""
     return [listed(text)[0].split()[-1], *listed(text)[1:]]
 
 
 def total(expression):
-    """Add and take away from left to right."""
+    """Return the value of additions and subtractions, from left to right."""
     numbers = [int(n) for n in re.findall(r"\d+", expression)]
     result = numbers[0]
     for sign, n in zip(re.findall(r"[+-]", expression), numbers[1:], strict=True):
@@ -411,7 +412,7 @@ def sum_in(text):
     return total(re.search(r"\d+(?: [+-] \d+)+", text).group())
 
 
-# Each works the answer out from the text of the question.
+# Each computes the answer from the text of the question.
 SOLVERS = {
     "arithmetic": lambda text: str(sum_in(text)),
     "sort_numbers": lambda text: ", ".join(sorted(re.findall(r"\d+", text), key=int)),
@@ -441,7 +442,7 @@ def test_worked_steps_lead_to_the_right_total():
         assert row["output"].endswith(f"The answer is {asked}.")
 
 
-# preferences
+# Preferences
 
 
 @pytest.fixture(scope="module")
@@ -466,14 +467,14 @@ def test_preferences_keep_the_split(pairs, loaded):
         assert {row["prompt"] for row in some} == asked(loaded[split])
 
 
-def test_every_flaw_comes_in_every_family(pairs):
+def test_every_flaw_occurs_in_every_family(pairs):
     for family, some in by_family(pairs["train"]).items():
         counts = Counter(row["flaw"] for row in some)
         assert set(counts) == {"wrong", "beside the point", "rude", "cut off", "repetitive"}, family
         assert min(counts.values()) >= 10, (family, counts)
 
 
-def test_flaws_are_what_they_say(pairs):
+def test_flaws_match_their_names(pairs):
     cut = [row for row in pairs["train"] if row["flaw"] == "cut off"]
     assert sum(len(row["rejected"]) < len(row["chosen"]) for row in cut) > 0.7 * len(cut)
     for row in pairs["train"]:
@@ -505,7 +506,7 @@ def test_answers_beside_the_point_answer_another_question_or_repeat_this_one(pai
 
 
 def test_an_answer_beside_the_point_stays_in_its_split():
-    """Contents alternate between held out and not; a pair of either kind borrows only from its own."""
+    """Contents alternate between held out and not; a pair of either kind borrows only from the same kind."""
     items = {
         name: Item(name, {}, name, checks.literal(name), (f"no {name[:-1]}",))
         for name in (f"word{n}" for n in range(40))
@@ -544,8 +545,8 @@ def test_single_words_do_not_tell_the_better_answer(pairs):
     def words(text):
         return re.findall(r"\w+|[^\w\s]", text.lower())
 
-    known = {word for row in pairs["train"] for word in words(row["chosen"] + " " + row["rejected"])}
-    vocabulary = {word: n for n, word in enumerate(sorted(known))}
+    occurring = {word for row in pairs["train"] for word in words(row["chosen"] + " " + row["rejected"])}
+    vocabulary = {word: n for n, word in enumerate(sorted(occurring))}
 
     def counted(some):
         counts = numpy.zeros((len(some), len(vocabulary)), dtype=numpy.float32)
@@ -563,11 +564,11 @@ def test_single_words_do_not_tell_the_better_answer(pairs):
     assert 0.55 < (valid @ weights > 0).mean() < 0.80
 
 
-# reasoning
+# Reasoning
 
 
 def solve(row):
-    """Answer a reasoning question from its text alone."""
+    """Return the answer to a reasoning question, from its text alone."""
     text, family = row["question"], row["family"]
     if family == "long_sum":
         return str(sum_in(text))
@@ -645,7 +646,7 @@ def test_reasoning_sizes_and_no_duplicates():
         assert {row["family"] for row in some} == set(tasks.REASONING_FAMILIES)
 
 
-# questions
+# Questions
 
 
 def test_question_answers():
@@ -658,7 +659,7 @@ def test_question_answers():
     assert questions.question_answers()[0]["answer"] != "changed"
 
 
-def test_digest_is_of_the_rows_seen_here():
+def test_the_pinned_hash_is_of_these_rows():
     made = [
         make(split, 700, 3) for make in (tasks.load, tasks.preferences, tasks.reasoning) for split in SPLITS
     ]

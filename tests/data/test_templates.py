@@ -1,6 +1,4 @@
-"""The text of every template, what is trained of it, and that a prompt is the exact beginning of its training
-row.
-"""
+"""The text of every template, which parts are trained, and that a prompt is a prefix of its training row."""
 
 from collections import Counter
 from typing import Any
@@ -24,14 +22,14 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# A template like those of reasoning models: the thoughts of all but the last answer are left out.
+# A template like those of reasoning models: it drops the thoughts of all but the last answer.
 FORGETFUL = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}"
     "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}{{ '<end>' }}{% "
     "endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-# The prompt's mark differs from the one that stands before a given answer.
+# The mark before a generated answer differs from the one before a given answer.
 CHANGING = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt "
     "%}<ai>{% endif %}"
@@ -43,7 +41,7 @@ NO_SYSTEM = (
 
 
 def tokenizer(chat_template: str | None, eos: str = "<|im_end|>") -> Any:
-    """A byte-level tokenizer with nothing but the special tokens of ChatML: rendering needs no more."""
+    """Return a byte-level tokenizer with only the special tokens of ChatML: rendering needs no more."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +113,7 @@ def test_several_turns_and_system() -> None:
     assert all(s.trained for s in segments)
 
 
-def test_text_that_is_not_templated_stands_exactly() -> None:
+def test_text_that_is_not_templated_is_kept_exactly() -> None:
     exact = Conversation((Turn("user", " a {content} "), Turn("assistant", " b\r\n")), templated=False)
     assert render(exact, "instruction") == [
         Segment(" a {content} ", False),
@@ -150,7 +148,7 @@ def test_chat_template_with_its_own_eos() -> None:
     tok = tokenizer(CHATML)
     segments = render(Conversation(MANY), "chat", tok, train_on="assistant")
     whole = tok.apply_chat_template([t._asdict() for t in MANY], tokenize=False)
-    # its EOS ends the row: the newline after it is nobody's to predict
+    # its EOS ends the row: the newline after it is not predicted
     assert text(segments) + "\n" == whole
     assert [s.text for s in segments if s.trained] == [" Hello. \n<|im_end|>", "Bye.<|im_end|>"]
     assert not any(s.closes for s in segments)

@@ -1,4 +1,4 @@
-"""IFEval's rules, each at its boundaries and worked by hand."""
+"""IFEval's rules, each tested at its boundaries against results found by hand."""
 
 from __future__ import annotations
 
@@ -185,8 +185,8 @@ CASES = [
 def test_every_rule(instruction_id, kwargs, good, bad):
     assert [text for text in good if follows(instruction_id, kwargs, text) is not True] == []
     assert [text for text in bad if follows(instruction_id, kwargs, text) is not False] == []
-    assert follows(instruction_id, kwargs, " \n") is False  # nothing said, nothing followed
-    # whose rows hold every key
+    assert follows(instruction_id, kwargs, " \n") is False  # a blank text follows nothing
+    # the hub's rows hold every key
     hub = dict.fromkeys(["keyword", "num_words", "prompt_to_repeat", "letter"]) | kwargs
     assert follows(instruction_id, hub, good[0]) is True
 
@@ -208,7 +208,7 @@ def test_every_rule_has_a_case():
         ("It was etc. Then more.", 2),
         ("Is it no. Yes.", 2),
         ('a.com is one. "', 1),
-        ("1. First\n2. Second", 3),  # a list's numbers end sentences in Punkt too
+        ("1. First\n2. Second", 3),  # the numbers of a list end sentences, as in Punkt
         ("...", 1),
         ("", 0),
     ],
@@ -219,7 +219,7 @@ def test_sentences(text, count):
 
 def test_what_cannot_be_judged_and_what_is_wrong():
     assert follows("language:response_language", {"language": "de"}, "Ja.") is None
-    for instruction_id, kwargs, said in [
+    for instruction_id, kwargs, message in [
         (
             "punctuation:no_coma",
             {},
@@ -233,7 +233,7 @@ def test_what_cannot_be_judged_and_what_is_wrong():
         ("length_constraints:number_words", {"num_words": 3, "relation": "at most"}, "no relation 'at most'"),
         ("combination:repeat_prompt", None, "needs 'prompt_to_repeat', a text"),
     ]:
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=message) as error:
             follows(instruction_id, kwargs, "text")
         assert "\n" not in str(error.value)
     assert follows("combination:repeat_prompt", None, "Say hi. Hi", prompt="Say hi.") is True
@@ -244,7 +244,7 @@ def test_what_cannot_be_judged_and_what_is_wrong():
     assert (
         follows("combination:repeat_prompt", {"prompt_to_repeat": "Hi"}, "Say hi.", prompt="Say hi.") is False
     )
-    # 0 is a number of its own, and a table's float is a whole number
+    # 0 is not a missing value, and a table's float is a whole number
     assert follows("detectable_format:number_bullet_lists", {"num_bullets": 0}, "text") is True
     kwargs = {"num_paragraphs": 1.0, "nth_paragraph": 1.0, "first_word": "so"}
     assert follows("length_constraints:nth_paragraph_first_word", kwargs, "So.") is True
@@ -280,12 +280,12 @@ def test_strict_and_loose():
         and loose(row(COMMA), "a\nb\nBye,")
         and not loose(row(COMMA), "a\nb, c\nd")
     )
-    assert loose(row(COMMA), "a, b") is False  # taken off, nothing is left
+    assert loose(row(COMMA), "a, b") is False  # without its only line, no text is left
     end = row(("startend:end_checker", {"end_phrase": "The end"}))
     assert strict(end, "So *the end*") is False and loose(end, "So *the end*") is True
     assert loose(row(COMMA, WORDS), "a b c,\na b c") is False  # each line is too long
     assert loose(row(COMMA, WORDS), "Sure, a\nb") is True
-    # each in its own way, as in the reference
+    # each instruction may be followed by another of the texts, as in the reference
     assert loose(row(("change_case:english_lowercase", {}), COMMA), "A,\nb\nc,") is True
     with pytest.raises(UserError, match="2 instructions and 1 kwargs"):
         strict(both | {"kwargs": [{}]}, "a")
@@ -304,7 +304,7 @@ def test_accuracies():
         instruction_accuracy(rows, texts[:1])
 
 
-def test_outputs_that_run_on_take_no_time():
+def test_endless_outputs_take_no_time():
     start = time.perf_counter()
     for text in (
         "!" * 20_000,

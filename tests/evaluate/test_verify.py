@@ -1,5 +1,6 @@
-"""Verifiable answers: what an output commits to, and whether it is right, worked by hand and on every row of
-the shared data.
+"""Verifiable answers: an output's final answer, and whether it is right.
+
+Checked by hand and on every row of the shared data.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ GAME = {"numbers": [49, 27, 3], "target": 19}
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, answer",
     [
         (" 5 \n", "5"),
         ("<think>4</think>\n 5 ", "5"),
@@ -46,8 +47,8 @@ GAME = {"numbers": [49, 27, 3], "target": 19}
         ("", ""),
     ],
 )
-def test_what_an_output_commits_to(text, found):
-    assert final_answer(text) == found
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -95,8 +96,8 @@ def test_the_last_number(text, number):
 
 
 def test_long_numbers_stay_exact():
-    assert last_number("9007199254740993") != last_number("9007199254740992")  # one double for both
-    # int() refuses as many digits
+    assert last_number("9007199254740993") != last_number("9007199254740992")  # the same double
+    # more digits than int() accepts
     assert last_number("1" * 5000) == last_number("1" * 5000) != last_number("1" * 4999 + "2")
 
 
@@ -217,7 +218,7 @@ def test_numbers_and_texts(answer, text, right):
         ("49 - 27 - 3 = 19 = 19", False),
         ("49 - 27 - 3 =", False),
         ("49 - 27 - 3 = 1e999999999", False),
-        ("19", False),  # no given number
+        ("19", False),  # not one of the numbers
         ("19 = 19", False),
         ("49 - 27 - 2 - 1", False),
         ("49 - 27", False),
@@ -260,7 +261,7 @@ def test_countdown_is_exact_and_counts():
     assert verify({"numbers": [8, 3, 8, 3], "target": 24}, "8 / (3 - 8 / 3)")
     assert verify({"numbers": [2.5, 2], "target": 5.0}, "2.5 * 2 = 5")
     assert verify({"numbers": [2, 5], "target": -3}, "2 - 5 = -3")
-    assert not verify({"numbers": [7, 2], "target": 3}, "7 / 2")  # no whole division
+    assert not verify({"numbers": [7, 2], "target": 3}, "7 / 2")  # division is not rounded
     assert verify({"numbers": [0.1, 0.2], "target": 0.3}, "0.1 + 0.2")
 
 
@@ -282,7 +283,7 @@ def test_checker_and_ifeval():
     assert verify({"instruction_id_list": ids[2:], "kwargs": [{}], "answer": "5"}, "5") is True
 
 
-def test_outputs_that_run_on_take_no_time():
+def test_endless_outputs_take_no_time():
     start = time.perf_counter()
     for text in (
         "<answer>" * 50_000,
@@ -312,7 +313,7 @@ def test_every_shared_row_verifies_its_own_answer(shared, name, rule):
     assert rows and {kind(row) for row in rows} == {rule}
     assert [row for row in rows if not verify(row, row["answer"])] == []
     if rule == "number":
-        # a tenth more is wrong for the few that are rounded too
+        # a tenth more is also wrong for the few that are rounded
         wrong = [f"#### {last_number(final_answer(row['answer'])) * 11 / 10 + 1}" for row in rows]
     else:
         assert not any(0 in row["numbers"] for row in rows)
@@ -323,12 +324,12 @@ def test_every_shared_row_verifies_its_own_answer(shared, name, rule):
 
 
 def test_svamp_equations_give_the_answers_of_their_rows(shared):
-    # the equations are the data's own second opinion, worked out here and not by verify
+    # The equations are a second source of the data's answers, computed here and not by verify.
     apply = {"+": operator.add, "-": operator.sub, "*": operator.mul}
     wrong = []
     rows = _rows(shared, "svamp")
-    found = [re.fullmatch(r"\( (\S+) ([-+*]) (\S+) \)", row["equation"]) for row in rows]
-    for row, one in zip(rows, found, strict=True):
+    equations = [re.fullmatch(r"\( (\S+) ([-+*]) (\S+) \)", row["equation"]) for row in rows]
+    for row, one in zip(rows, equations, strict=True):
         if one and not verify(row, f"It is {apply[one[2]](float(one[1]), float(one[3])):,.1f}."):
             wrong.append(row)
-    assert sum(map(bool, found)) > 600 and wrong == []
+    assert sum(map(bool, equations)) > 600 and wrong == []

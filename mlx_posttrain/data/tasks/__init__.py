@@ -1,8 +1,8 @@
-"""The embedded tasks: short questions with checkable answers, made on the spot from word lists.
+"""The embedded tasks: short questions with checkable answers, generated from word lists.
 
 Splits: "train"; "valid", contents that no training row has, in the training phrasings; "phrasing", training
-contents in phrasings that no training row has. Everything follows from the seed, on every platform; what is
-held out does not depend on the seed.
+contents in phrasings that no training row has. The seed determines every row, on every platform; which
+contents and phrasings are held out does not depend on the seed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ REASONING_FAMILIES: dict[str, str] = {name: one.about for name, one in _TRACES.i
 def load(
     split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Make the task rows of a split, mixed evenly over families.
+    """Generate the task rows of a split, mixed evenly over families.
 
     Returns:
         Rows with instruction, input (may be empty), output, family, phrasing (its number) and checker (see
-        ``check``). Without ``limit`` 6,000 for "train" and 600 for the others, or all there are; with it the
-        first ``limit`` of the same order.
+        ``check``). Without ``limit``, 6,000 rows for "train" and 600 for the others, or as many as exist;
+        with it, the first ``limit`` rows of the same order.
 
     Raises:
         UserError: an unknown split or family, or a negative limit.
@@ -53,7 +53,7 @@ def load(
 def preferences(
     split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Make preference pairs over the same contents and phrasings as ``load``.
+    """Generate preference pairs over the same contents and phrasings as ``load``.
 
     Returns:
         Rows with prompt, chosen, rejected, family, flaw (see ``pairs.FLAWS``) and checker; sizes as ``load``.
@@ -72,7 +72,7 @@ def preferences(
 def reasoning(
     split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Make questions with a trace of true steps to the answer.
+    """Generate questions with a trace of true steps to the answer.
 
     Returns:
         Rows with question, thinking, answer, response (``<think>`` block, then the answer), checker, family

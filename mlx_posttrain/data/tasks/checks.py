@@ -1,9 +1,8 @@
-"""Whether an answer is right. A checker is plain data, ``{"kind": ..., ...}``, read by the handful of
-functions here.
+"""Checkers of answers, as plain data: ``{"kind": ..., ...}``.
 
-Every kind forgives case, outer white space, a final period and a polite frame (courtesy.py), and nothing
+Every kind ignores case, outer white space, a final period and a polite frame (courtesy.py), and nothing
 else: an answer that hedges, repeats itself or goes on after the answer is wrong. A ``<think>`` block before
-the answer is not looked at.
+the answer is ignored.
 """
 
 from __future__ import annotations
@@ -35,32 +34,33 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": oper
 _EQUATION = re.compile(r"(-?\d+)((?: [-+x] \d+)+) = (-?\d+)")
 
 
-# specs
+# Specs
 
 
 def one_of(*answers: str) -> dict[str, Any]:
-    """Spec: exactly one of these texts."""
+    """Return the spec of exactly one of these texts."""
     return {"kind": "one_of", "answers": list(answers)}
 
 
 def literal(text: str) -> dict[str, Any]:
-    """Spec: this text, capitals and marks included."""
+    """Return the spec of this text, with its capitals and punctuation."""
     return {"kind": "literal", "text": text}
 
 
 def in_order(*items: str) -> dict[str, Any]:
-    """Spec: these items in this order, between any separators."""
+    """Return the spec of these items in this order, with any separators."""
     return {"kind": "in_order", "items": list(items)}
 
 
 def number(value: int) -> dict[str, Any]:
-    """Spec: this whole number, in digits or as a word up to twelve."""
+    """Return the spec of this whole number, in digits or, up to twelve, as a word."""
     return {"kind": "number", "value": value}
 
 
 def worked(numbers: list[int], value: int) -> dict[str, Any]:
-    """Spec: this number, alone or after a chain of true equations that takes in ``numbers`` one after
-    another.
+    """Return the spec of this number, alone or after its derivation.
+
+    The derivation is a chain of true equations that uses ``numbers`` one after another.
     """
     return {"kind": "worked", "numbers": numbers, "value": value}
 
@@ -68,8 +68,10 @@ def worked(numbers: list[int], value: int) -> dict[str, Any]:
 def sentences(
     contains: list[str], *, most: int, least: int = 1, any_of: list[str] | None = None, ends: str = ".!?"
 ) -> dict[str, Any]:
-    """Spec: whole, unrepeated sentences of ``least`` to ``most`` words with every phrase of ``contains`` and
-    one of ``any_of``.
+    """Return the spec of complete, unrepeated sentences.
+
+    They have ``least`` to ``most`` words, contain every phrase of ``contains`` and one of ``any_of``, and end
+    with a mark of ``ends``.
     """
     return {
         "kind": "sentences",
@@ -81,11 +83,11 @@ def sentences(
     }
 
 
-# interpreting them
+# Checks
 
 
 def _plain(text: str) -> str:
-    """Return the text in lower case, with single spaces and no final mark."""
+    """Return the text in lower case, with single spaces and without a final mark."""
     return re.sub(r"[.!]$", "", " ".join(text.lower().split())).strip()
 
 
@@ -105,7 +107,7 @@ def _literal(spec: Mapping[str, Any], text: str) -> bool:
 
 def _in_order(spec: Mapping[str, Any], text: str) -> bool:
     if re.search(r"[?\"()=<>/]|[.!:;](?!\s*$)|(,|-|\band)\s*$", text):
-        return False  # more than a list, or one that breaks off
+        return False  # more than a list, or a list that breaks off
     return [word for word in _words(text) if word != "and"] == _words(" ".join(spec["items"]))
 
 
@@ -117,8 +119,8 @@ def _number(spec: Mapping[str, Any], text: str) -> bool:
 
 
 def _worked(spec: Mapping[str, Any], text: str) -> bool:
-    steps, found, last = text.lower().rpartition("the answer is")
-    if not found:
+    steps, mark, last = text.lower().rpartition("the answer is")
+    if not mark:
         return _number(spec, text)
     numbers: list[str] = []
     reached = None
@@ -162,10 +164,10 @@ KINDS: dict[str, Callable[[Mapping[str, Any], str], bool]] = {
 
 
 def check(row_or_spec: Mapping[str, Any], answer: str) -> bool:
-    """Check an answer against a row of ``load``, ``preferences`` or ``reasoning``, or against a checker spec
-    alone.
+    """Return whether an answer is right, without anything wrong or superfluous.
 
-    Returns whether the answer is right, and nothing but right.
+    Args:
+        row_or_spec: a row of ``load``, ``preferences`` or ``reasoning``, or a checker spec alone.
 
     Raises:
         UserError: the spec is of no known kind.

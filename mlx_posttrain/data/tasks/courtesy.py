@@ -1,6 +1,6 @@
-"""Polite and rude words around an answer: a polite frame is allowed by every checker, a rude one by none.
+"""Polite and rude phrases around an answer: every checker allows a polite frame, none a rude one.
 
-Both lists use much the same words, so that telling them apart takes reading and not only counting words.
+Both lists use much the same words, so that counting words does not tell them apart.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ RUDE_CLOSINGS = (
     "I am not glad you asked.",
 )
 
-# Openings that promise an answer: cut off after one of them, no answer is left.
+# Openings that promise an answer: a text cut off after one of them contains no answer.
 PROMISES = tuple(text for text in OPENINGS if text.endswith(":"))
 
 
 def _any_of(phrases: tuple[str, ...]) -> str:
-    """Return a pattern for any of the phrases, longest first, whatever stands for their last mark."""
+    """Return a pattern for any of the phrases, longest first, without their final mark."""
     return "|".join(re.escape(text.rstrip(".!:")) for text in sorted(phrases, key=len, reverse=True))
 
 
@@ -71,7 +71,7 @@ _RUDE = re.compile(rf"\b(?:{_any_of(RUDE_OPENINGS + RUDE_CLOSINGS)})\b", re.IGNO
 
 
 def frame(core: str, opening: str, closing: str) -> str:
-    """Put words before and after an answer; returns the whole text."""
+    """Return an answer with an opening before it and a closing after it."""
     gap = "\n" if "\n" in core else " "
     if closing and core[-1].isalnum():
         core += "."
@@ -79,7 +79,7 @@ def frame(core: str, opening: str, closing: str) -> str:
 
 
 def unframed(text: str) -> list[str]:
-    """Return the text as it is and without one polite opening, one polite closing, or both."""
+    """Return the text unchanged, and without one polite opening, one polite closing, or both."""
     shorter = _OPENING.sub("", text, count=1)
     return list(
         dict.fromkeys((text, shorter, _CLOSING.sub("", text, count=1), _CLOSING.sub("", shorter, count=1)))
@@ -87,5 +87,5 @@ def unframed(text: str) -> list[str]:
 
 
 def is_rude(text: str) -> bool:
-    """Return whether one of the rude phrases stands in the text."""
+    """Return whether the text contains one of the rude phrases."""
     return _RUDE.search(text) is not None

@@ -1,7 +1,7 @@
-"""What a family of tasks is, and how families become a balanced, seeded stream of rows.
+"""Families of tasks, and the balanced, seeded stream of rows that is made of them.
 
-A family draws contents (``Item``); its phrasings are templates over an item's slots. Which contents are held
-out depends on a checksum of the content alone, so no seed, limit or choice of families can move a held-out
+A family draws contents (``Item``); its phrasings are templates over an item's slots. A checksum of the
+content alone decides which contents are held out, so no seed, limit or choice of families can move a held-out
 content into the training split.
 """
 
@@ -23,10 +23,11 @@ MISSES_UNTIL_EXHAUSTED = 1500
 
 @dataclass(frozen=True)
 class Item:
-    """One content: what is asked (``slots``), the right ``answer``, how to check one, and plausible ``wrong``
-    answers.
+    """The content of one question.
 
-    ``key`` names the content for the split; two items with one key are the same content.
+    ``slots`` fill the phrasings; ``answer`` is right, ``checker`` checks any answer, and ``wrong`` answers
+    are plausible. ``key`` identifies the content when it is assigned to a split: two items with the same key
+    have the same content.
     """
 
     key: str
@@ -39,8 +40,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of task. Templates read ``"instruction | input"`` or just ``"instruction"``; ``held`` phrasings
-    are never trained.
+    """A kind of task.
+
+    Phrasings are templates of the form ``"instruction | input"`` or ``"instruction"``; those in ``held`` are
+    never trained.
     """
 
     name: str
@@ -50,12 +53,12 @@ class Family:
     draw: Callable[[random.Random], Item] = field(repr=False)
 
     def text(self, item: Item, phrasing: int) -> tuple[str, str]:
-        """Put an item into a phrasing; returns (instruction, input)."""
+        """Return (instruction, input) of an item in a phrasing."""
         instruction, _, given = (self.train + self.held)[phrasing].partition(" | ")
         return instruction.format(**item.slots), given.format(**item.slots)
 
     def held_out(self, item: Item) -> bool:
-        """Return whether an item's content is kept from training."""
+        """Return whether an item's content is held out from training."""
         return zlib.crc32(f"{self.name}/{item.key}".encode()) % HELD_OUT_ONE_IN == 0
 
 
@@ -70,43 +73,46 @@ class Row(NamedTuple):
 def family(
     about: str, *, train: Sequence[str], held: Sequence[str]
 ) -> Callable[[Callable[[random.Random], Item]], Family]:
-    """Turn a function that draws an item into a ``Family`` of the same name; returns the decorator."""
+    """Return a decorator that turns a function that draws an item into a ``Family`` of the same name."""
     return lambda draw: Family(draw.__name__, about, tuple(train), tuple(held), draw)
 
 
 def _rows_of(one: Family, split: str, seed: int) -> Iterator[Row]:
-    """Yield a family's rows: every content once while new ones turn up, then the same contents in their other
+    """Yield a family's rows.
+
+    Every content comes once, until the draws bring no new ones; then the same contents follow in their other
     phrasings.
     """
-    # "train" and "phrasing" share the stream, hence the contents
+    # "train" and "phrasing" share this generator, and so their contents.
     rng = random.Random(f"{seed}/{one.name}/content")
-    turn = random.Random(f"{seed}/{one.name}/{split}/phrasing")
+    phrasing_rng = random.Random(f"{seed}/{one.name}/{split}/phrasing")
     usable = (
         range(len(one.train))
         if split != "phrasing"
         else range(len(one.train), len(one.train) + len(one.held))
     )
-    seen: dict[str, tuple[Item, int]] = {}
+    drawn: dict[str, tuple[Item, int]] = {}
     misses = 0
     while misses < MISSES_UNTIL_EXHAUSTED:
         item = one.draw(rng)
-        if item.key in seen or one.held_out(item) != (split == "valid"):
+        if item.key in drawn or one.held_out(item) != (split == "valid"):
             misses += 1
             continue
         misses = 0
-        first = turn.randrange(len(usable))
-        seen[item.key] = item, first
+        first = phrasing_rng.randrange(len(usable))
+        drawn[item.key] = item, first
         yield Row(one, item, usable[first])
     for later in range(1, len(usable)):
-        for item, first in seen.values():
+        for item, first in drawn.values():
             yield Row(one, item, usable[(first + later) % len(usable)])
 
 
 def rows(
     catalogue: Mapping[str, Family], split: str, seed: int, families: Sequence[str] | None = None
 ) -> Iterator[Row]:
-    """Return the shuffled mix of a split, made as it is read: each round brings one row of every family that
-    still has some.
+    """Return an iterator over the shuffled rows of a split.
+
+    Each round has one row of every family that is not exhausted.
 
     Raises:
         UserError: an unknown split or family.
@@ -126,7 +132,7 @@ def rows(
 
 
 def _mixed(streams: dict[str, Iterator[Row]], order: random.Random) -> Iterator[Row]:
-    """Yield one row of every stream in a new order, again and again, until all are empty."""
+    """Yield rounds of one row from every stream, each in a new order, until all streams are exhausted."""
     while streams:
         round_ = list(streams)
         order.shuffle(round_)
@@ -139,7 +145,7 @@ def _mixed(streams: dict[str, Iterator[Row]], order: random.Random) -> Iterator[
 
 
 def size(split: str, limit: int | None) -> int:
-    """Return how many rows to take: ``limit``, or the split's default size.
+    """Return the number of rows to take: ``limit``, or the split's default size.
 
     Raises:
         UserError: a negative limit.

@@ -10,7 +10,7 @@ from mlx_posttrain.data.tasks.words import COLOURS, KINDS, NOUNS
 
 
 def shuffled(rng: random.Random, words: list[str]) -> list[str]:
-    """Return the words in another order."""
+    """Return the words in a different order."""
     while (other := rng.sample(words, len(words))) == words:
         pass
     return other
@@ -29,15 +29,15 @@ def shuffled(rng: random.Random, words: list[str]) -> list[str]:
 )
 def repeat_word(rng: random.Random) -> Item:
     word, times = rng.choice(NOUNS + COLOURS), rng.randint(2, 5)
-    said = [" ".join([word] * n) for n in range(times + 2)]
+    repeated = [" ".join([word] * n) for n in range(times + 2)]
     other = " ".join([rng.choice([noun for noun in NOUNS if noun != word])] * times)
     slots = {"word": word, "times": NUMBER_WORDS[times]}
     return Item(
         f"{word} {times}",
         slots,
-        said[times],
+        repeated[times],
         in_order(*[word] * times),
-        (said[times - 1], said[times + 1], other),
+        (repeated[times - 1], repeated[times + 1], other),
     )
 
 
@@ -168,9 +168,9 @@ def pick_kind(rng: random.Random) -> Item:
     held=("Does this list have the word {word}? | {words}", "Say yes or no. Is {word} in the list {words}?"),
 )
 def yes_no(rng: random.Random) -> Item:
-    words, there = rng.sample(NOUNS, rng.randint(2, 4)), rng.random() < 0.5
-    word = rng.choice(words) if there else rng.choice([noun for noun in NOUNS if noun not in words])
-    answers = ("yes", "no") if there else ("no", "yes")
+    words, present = rng.sample(NOUNS, rng.randint(2, 4)), rng.random() < 0.5
+    word = rng.choice(words) if present else rng.choice([noun for noun in NOUNS if noun not in words])
+    answers = ("yes", "no") if present else ("no", "yes")
     return Item(
         f"{word}: {' '.join(words)}",
         {"word": word, "words": ", ".join(words)},

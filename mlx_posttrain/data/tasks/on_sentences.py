@@ -1,6 +1,4 @@
-"""Families over sentences: changing one, finishing one, reading one, asking politely, telling a tiny
-story.
-"""
+"""Families over sentences: changing, finishing and reading one, asking politely, telling a tiny story."""
 
 from __future__ import annotations
 
@@ -201,14 +199,14 @@ def story(rng: random.Random) -> Item:
         rng.sample([word for word in ANIMALS if word[0] not in "aeiou"], 2),
         rng.sample(THINGS, 2),
     )
-    told = rng.choice(STORIES)
+    template = rng.choice(STORIES)
     slots = {"name": name, "animal": animal, "thing": thing}
     spec = sentences([name, animal, thing], least=8, most=32)
     wrong = tuple(
-        told.format(**{**slots, **change})
+        template.format(**{**slots, **change})
         for change in ({"name": stranger}, {"animal": another}, {"thing": something})
     )
-    return Item(f"{name} {animal} {thing}", slots, told.format(**slots), spec, wrong)
+    return Item(f"{name} {animal} {thing}", slots, template.format(**slots), spec, wrong)
 
 
 FAMILIES = (replace_word, quotes, past_tense, completion, reading, polite_request, story)

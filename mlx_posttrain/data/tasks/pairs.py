@@ -1,8 +1,8 @@
 """Preference pairs: a right, polite and complete answer against one with a single flaw.
 
-Either answer may stand in a polite frame of any length, and wrong, cut off and repeated answers are made of
-the right one's words, so that neither length nor single words give the better answer away. Answers beside the
-point are there for reinforcement learning: whatever fault no pair shows is what a policy learns to make.
+Either answer may have a polite frame of any length, and wrong, cut off and repetitive answers consist of the
+right answer's words, so that neither length nor single words give the better answer away. Answers beside the
+point are included for reinforcement learning: a policy learns to exploit any fault that no pair shows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx_posttrain.data.tasks.courtesy import (
 )
 from mlx_posttrain.data.tasks.family import Family, Row
 
-# flaw -> how often
+# flaw -> relative frequency
 FLAWS = {"wrong": 32, "beside the point": 20, "rude": 16, "cut off": 16, "repetitive": 16}
 
 
@@ -32,7 +32,7 @@ def _courtesy(
     openings: tuple[str, ...] = OPENINGS,
     closings: tuple[str, ...] = CLOSINGS,
 ) -> tuple[str, str]:
-    """Draw an opening, a closing (how often is given), or both."""
+    """Draw an opening, a closing (with the probability ``closing``), or both."""
     after = rng.choice(closings) if rng.random() < closing else ""
     return ("" if after and rng.random() < 0.5 else rng.choice(openings)), after
 
@@ -44,18 +44,19 @@ def _wrong(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
 
 
 def _beside(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
-    """Return words of the question, or the answer to another question of the same family or of any, mostly in
-    a polite frame.
+    """Return an answer beside the point, mostly in a polite frame.
+
+    It is words of the question, or the answer to another question of the same family or of any.
     """
-    how = rng.random()
-    if how < 0.3:
+    choice = rng.random()
+    if choice < 0.3:
         words = " ".join(row.family.text(row.item, row.phrasing)).split()
         first = rng.randrange(len(words))
         text = " ".join(words[first : first + rng.randint(1, 6)])
     else:
-        family = row.family if how < 0.7 else rng.choice(others)
+        family = row.family if choice < 0.7 else rng.choice(others)
         item = family.draw(rng)
-        # no answer crosses from one split to the other
+        # no answer moves from one split to the other
         while family.held_out(item) != row.family.held_out(row.item):
             item = family.draw(rng)
         text = item.answer
@@ -63,7 +64,7 @@ def _beside(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
 
 
 def _rude(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
-    """Return the right answer with rude words before it, after it, or both; one of the two may be polite."""
+    """Return the right answer with rude phrases before it, after it, or both; one of two may be polite."""
     opening, closing = _courtesy(rng, 0.5, RUDE_OPENINGS, RUDE_CLOSINGS)
     if opening and closing and rng.random() < 0.5:
         opening, closing = rng.choice(((rng.choice(OPENINGS), closing), (opening, rng.choice(CLOSINGS))))
@@ -71,7 +72,7 @@ def _rude(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
 
 
 def _cut_off(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
-    """Return an answer that breaks off: in the middle, in a word, or before it began."""
+    """Return an answer that breaks off between words, in a word, or before it begins."""
     item = row.item
     words = item.answer.split(" ")
     if len(words) > 1:
@@ -84,14 +85,14 @@ def _cut_off(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
 
 
 def _repetitive(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
-    """Return an answer that gets stuck: on one word, on the whole answer, or on its own politeness."""
+    """Return an answer that repeats one word, the whole answer, or its polite frame."""
     item = row.item
     opening, closing = _courtesy(rng, 0.6)
-    how, words = rng.random(), item.answer.split(" ")
-    if how < 0.5 and len(words) > 2:
+    choice, words = rng.random(), item.answer.split(" ")
+    if choice < 0.5 and len(words) > 2:
         at = rng.randint(1, len(words) - 2)
         return frame(" ".join(words[:at] + [words[at]] * (len(words) - at)), opening, "")
-    if how < 0.8:
+    if choice < 0.8:
         mark = " " if item.answer[-1] in ".?!" else rng.choice((" ", ", ", ". "))
         return frame(mark.join([item.answer] * rng.choice((2, 3, 3, 4))), opening, "")
     if opening and not closing:
@@ -109,9 +110,9 @@ _MAKERS = {
 
 
 def pair(row: Row, rng: random.Random, others: Sequence[Family]) -> dict[str, Any]:
-    """Make one preference row, ``others`` being the families whose answers may be beside its point.
+    """Return one preference row: prompt, chosen, rejected, family, flaw and the task's checker.
 
-    Returns prompt, chosen, rejected, family, flaw and the task's checker.
+    ``others`` are the families whose answers may be taken as answers beside the point.
     """
     item = row.item
     instruction, given = row.family.text(item, row.phrasing)
@@ -119,7 +120,7 @@ def pair(row: Row, rng: random.Random, others: Sequence[Family]) -> dict[str, An
     for _ in range(100):
         rejected = _MAKERS[flaw](rng, row, others)
         if not check(item.checker, rejected):
-            break  # by chance it may still be right, such as words cut off to another accepted form
+            break  # by chance it may be right, for example if it was cut off to another accepted form
     else:
         raise AssertionError(f"no {flaw} answer can be made from {item}")
     return {

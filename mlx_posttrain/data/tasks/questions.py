@@ -1,4 +1,4 @@
-"""Twenty-two questions with answers, for a first supervised run on a model that already knows English."""
+"""Twenty-two questions with answers, for a first supervised run of a model that already knows English."""
 
 from __future__ import annotations
 

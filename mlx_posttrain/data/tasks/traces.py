@@ -1,5 +1,6 @@
-"""Families of questions that are answered by thinking in small steps; each step is true, short and follows
-from the one before.
+"""Families of questions answered by thinking in small steps.
+
+Each step is true, short and follows from the one before.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ _ABOUT_A_TEXT = {
 }
 
 
-def _running(rng: random.Random, terms: int) -> tuple[list[int], str, int]:
-    """Draw numbers to add and take away; returns them (negative: taken away), one line per step, and the
-    total.
+def _running_sum(rng: random.Random, terms: int) -> tuple[list[int], str, int]:
+    """Draw numbers to add and take away.
+
+    Returns (numbers, negative where taken away; one line per step; total).
     """
     total, signed, lines = rng.randint(1, 9), [], []
     start = total
@@ -52,24 +54,24 @@ def _running(rng: random.Random, terms: int) -> tuple[list[int], str, int]:
     held=("Tell me what {sum} is.", "Please work this out step by step. | {sum}"),
 )
 def long_sum(rng: random.Random) -> Item:
-    numbers, lines, total = _running(rng, rng.randint(2, 4))
+    numbers, lines, total = _running_sum(rng, rng.randint(2, 4))
     asked = str(numbers[0]) + "".join(f" {'+' if n > 0 else '-'} {abs(n)}" for n in numbers[1:])
     return Item(asked, {"sum": asked}, str(total), number(total), thinking=lines)
 
 
 @family("a story with numbers", **_ABOUT_A_TEXT)
 def number_story(rng: random.Random) -> Item:
-    numbers, lines, total = _running(rng, rng.randint(2, 3))
+    numbers, lines, total = _running_sum(rng, rng.randint(2, 3))
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    told = [f"{name} has {numbers[0]} {plural(thing) if numbers[0] > 1 else thing}."]
+    story = [f"{name} has {numbers[0]} {plural(thing) if numbers[0] > 1 else thing}."]
     for n in numbers[1:]:
         verb = rng.choice(
             ("finds {} more", "gets {} more", "buys {} more")
             if n > 0
             else ("loses {}", "gives {} away", "breaks {}")
         )
-        told.append(f"{name} {verb.format(abs(n))}.")
-    slots = {"text": " ".join(told), "question": f"How many {plural(thing)} does {name} have now?"}
+        story.append(f"{name} {verb.format(abs(n))}.")
+    slots = {"text": " ".join(story), "question": f"How many {plural(thing)} does {name} have now?"}
     return Item(slots["text"], slots, str(total), number(total), thinking=lines)
 
 
@@ -165,17 +167,17 @@ def put_in_order(rng: random.Random) -> Item:
 def follow_moves(rng: random.Random) -> Item:
     (thing, other), places, name = rng.sample(THINGS, 2), rng.sample(PLACES, 4), rng.choice(NAMES)
     at = {thing: places[0], other: places[1]}
-    told, lines = (
+    story, lines = (
         [f"The {what} is in the {where}." for what, where in at.items()],
         [f"{what}: {where}" for what, where in at.items()],
     )
     for place in places[2 : 2 + rng.randint(1, 2)]:
         what = rng.choice((thing, other))
         at[what] = place
-        told.append(f"{name} takes the {what} to the {place}.")
+        story.append(f"{name} takes the {what} to the {place}.")
         lines.append(f"{what}: {place}")
     asked = rng.choice((thing, other))
-    slots = {"text": " ".join(told), "question": f"Where is the {asked} now?"}
+    slots = {"text": " ".join(story), "question": f"Where is the {asked} now?"}
     answers = (at[asked], f"the {at[asked]}", f"in the {at[asked]}")
     return Item(f"{slots['text']} {asked}", slots, at[asked], one_of(*answers), thinking="\n".join(lines))
 

@@ -1,5 +1,6 @@
-"""The vocabulary of the tasks: short, common words of children's books. Edit a list and every family that
-uses it follows.
+"""The vocabulary of the tasks: short, common words of children's books.
+
+Every family that uses a list follows an edit of it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BODY = _words("hand foot head nose ear eye mouth arm leg knee finger toe neck")
 VEHICLES = _words("car bus train boat ship bike cart truck plane wagon")
 FURNITURE = _words("chair table bed shelf desk sofa stool bench")
 
-# kind -> (its words, how "a dog is an animal" names it)
+# kind -> (its words, its name in "a dog is an animal")
 KINDS = {
     "animal": (ANIMALS, "an animal"),
     "colour": (COLOURS, "a colour"),
@@ -79,7 +80,7 @@ MORE_COUNTABLE = _words(
     "cloud song game name bird plant seed nut plate pot pan pen paper picture wheel horn tail wing nest egg"
 )
 
-# present, past, what may follow
+# present, past, possible continuations
 VERBS = (
     ("walk", "walked", "to the park|to school|home|in the garden"),
     ("play", "played", "in the garden|with a ball|at home|with the dog"),
@@ -138,7 +139,7 @@ OPPOSITES = (
 )
 OPPOSITES_PAIRS = tuple(tuple(pair.split()) for pair in OPPOSITES.split("|"))
 
-# From small to big; neighbours are too close to ask about.
+# From small to big; neighbours are too similar to compare.
 SIZES = _words("ant bee mouse frog duck cat sheep lion horse elephant whale hill mountain")
 
 RHYMES = (
