@@ -201,18 +201,18 @@ def export(
     ] = None,
 ) -> None:
     """Write a run for PEFT, transformers or mlx-lm, with a model card."""
-    from mlx_posttrain.models.export import export, is_export, push
+    from mlx_posttrain.models import export as module
 
     run = run.expanduser()
     target = (output or run / f"export-{to}").expanduser()
     # what an upload that failed left is uploaded as it is
-    if not (push and not force and is_export(target, run, to, merge)):
-        done = export(run, target, to, merged=merge, force=force)
+    if not (push and not force and module.is_export(target, run, to, merge)):
+        done = module.export(run, target, to, merged=merge, force=force)
         if "note" in done:
             typer.echo(done["note"])
     typer.echo(target)
     if push:
-        typer.echo(push(target, push))
+        typer.echo(module.push(target, push))
 
 
 @app.command("eval")

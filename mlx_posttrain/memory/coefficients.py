@@ -4,8 +4,8 @@ measured.
 MLX's are of the peaks of training steps, on its CPU backend, of small random GPT-2 and Llama models whose
 layers, widths, heads and lengths were changed one at a time, and for lean blocks, which are large ones, of
 GPT-2 124M. Torch's are of GPT-2 124M's process, and for gated blocks of the tensors that autograd saves, with
-the same allowance for what a process holds besides. tests/test_plan.py holds predictions against measured
-peaks.
+the same allowance for what a process holds besides. tests/memory/test_plan.py holds predictions against
+measured peaks.
 """
 
 from __future__ import annotations

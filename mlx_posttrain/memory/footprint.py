@@ -1,7 +1,7 @@
 """What one network in training holds, in GB by part, from its size and the shapes of its batches.
 
 Weights, gradients and moments are counted. What the backward pass keeps is reckoned by measured coefficients
-(activations.py); tests/test_plan.py holds the sums against runs.
+(activations.py); tests/memory/test_plan.py holds the sums against runs.
 """
 
 from __future__ import annotations

@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from mlx_posttrain.runs import lock
+from mlx_posttrain.config import Recipe
+from mlx_posttrain.console import say
 from mlx_posttrain.convert.files import drive_to_disk, to_disk, write_atomically
 from mlx_posttrain.convert.hub import check_tensors
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.console import say
-from mlx_posttrain.config import Recipe
+from mlx_posttrain.runs import lock
 from mlx_posttrain.runs.trackers import Tracker, close_all
 
 

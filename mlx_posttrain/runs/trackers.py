@@ -24,8 +24,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from mlx_posttrain.errors import UserError
 from mlx_posttrain.config import Recipe
+from mlx_posttrain.errors import UserError
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
