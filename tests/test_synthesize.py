@@ -11,7 +11,7 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import sources
-from mlx_posttrain.engines.base import Generated, head_start
+from mlx_posttrain.engines.base import Generated, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation import synthesize
 from mlx_posttrain.generation.synthesize import Settings
@@ -126,7 +126,7 @@ def test_what_is_deleted_is_made_anew_and_long_questions_are_left_out(tmp_path, 
 def test_a_reward_model_chooses_the_best(questions, tmp_path, random_gpt2, monkeypatch):
     monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
     judge, tokenizer, _ = open_model("tiny", ENGINE)
-    judge.add_head(head_start(judge.config["n_embd"], 0))
+    judge.add_head(initial_head(judge.config["n_embd"], 0))
     judge.save_classifier(tmp_path / "judge", pad_id(judge.config, tokenizer))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "judge" / name).is_file()

@@ -1,7 +1,7 @@
 """Memory of one network in training, in GB by part, from its size and the shapes of its batches.
 
 Weights, gradients and moments are counted. What the backward pass keeps is computed from measured
-coefficients (memory/coefficients.py). tests/test_plan.py compares the sums with runs.
+coefficients (memory/coefficients.py). tests/memory/test_plan.py compares the sums with runs.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class RolloutLearner:
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         parts = {
-            "prompts": self.data.train,
+            "training prompts": self.data.train,
             "held-out prompts": self.data.held_out,
             "ptx": self.data.ptx_examples,
         }

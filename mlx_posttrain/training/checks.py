@@ -143,7 +143,8 @@ def same_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]],
                 if old["rows"] != new
                 else f"{new} rows as before, with other content"
             )
+            what = part if part.endswith("prompts") else f"{part} rows"
             raise UserError(
-                f"the {part} rows are not those that {run.folder} began with ({how}): put the data back as "
+                f"the {what} are not those that {run.folder} began with ({how}): put the data back as "
                 "they were, or start anew with output=DIR"
             )

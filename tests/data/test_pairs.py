@@ -12,9 +12,10 @@ import pytest
 
 from mlx_posttrain.config import TrainSection
 from mlx_posttrain.data import pairs
+from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.data.encode import encode
-from mlx_posttrain.data.pairs import Pair, PairData, collate_pairs, collate_rows, encode_pairs, last_token
-from mlx_posttrain.data.types import Conversation, Preference, Turn
+from mlx_posttrain.data.pairs import PairCollator, collate_scores, encode_pairs, last_token
+from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
 
 QUESTION = (Turn("user", "What is two and two?"),)
@@ -35,13 +36,14 @@ def talk(exchanges: int, *, system: bool = False) -> tuple[Turn, ...]:
     return (*turns, Turn("user", "And what comes now?"))
 
 
-def ids(
+def side(
     tokenizer: Any,
     prompt: tuple[Turn, ...],
     answer: str,
     template: str = "instruction",
     templated: bool = True,
-) -> tuple[int, ...]:
+) -> Example:
+    """Prompt and answer as ids, the answer's marked."""
     example = encode(
         Conversation((*prompt, Turn("assistant", answer)), templated),
         tokenizer,
@@ -49,14 +51,15 @@ def ids(
         max_length=10_000,
     )
     assert example is not None
-    return example.tokens
+    return example
 
 
 def pair(number: int, prompt: int | None = None, length: int = 4, chosen: int = 1, rejected: int = 2) -> Pair:
-    """Rows of one length that begin with their prompt and end with their answer."""
+    """Rows of one length that begin with their prompt and end with their answer, one token each."""
     prompt = number if prompt is None else prompt
-    rows = [(prompt, *[3] * (length - 2), answer) for answer in (chosen, rejected)]
-    return Pair(rows[0], rows[1], prompt, Preference(QUESTION, str(chosen), str(rejected)))
+    marks = (False,) * (length - 1) + (True,)
+    sides = [Example((prompt, *[3] * (length - 2), answer), marks) for answer in (chosen, rejected)]
+    return Pair(sides[0], sides[1], prompt, Preference(QUESTION, str(chosen), str(rejected)))
 
 
 # rows to pairs
@@ -73,9 +76,12 @@ def test_a_side_has_the_tokens_of_its_conversation(tiny, template, templated):
     found, report = encode_pairs(rows, tiny, template=template, max_length=512)
     for row, made in zip(rows, found, strict=True):
         assert made.row is row
-        assert made.chosen == ids(tiny, row.prompt, "It is four.", template, templated)
-        assert made.rejected == ids(tiny, row.prompt, "It is five, I think.", template, templated)
-        assert made.chosen[-1] == made.rejected[-1] == tiny.eos_token_id
+        assert made.chosen == side(tiny, row.prompt, "It is four.", template, templated)
+        assert made.rejected == side(tiny, row.prompt, "It is five, I think.", template, templated)
+        assert made.chosen.tokens[-1] == made.rejected.tokens[-1] == tiny.eos_token_id
+        for example, text in ((made.chosen, "It is four."), (made.rejected, "It is five, I think.")):
+            answer = [t for t, trained in zip(example.tokens, example.trained, strict=True) if trained]
+            assert tiny.decode(answer[:-1]).strip() == text and answer[-1] == tiny.eos_token_id
     assert (report.total, report.kept, report.long, report.same, report.shortened) == (3, 3, 0, 0, 0)
 
 
@@ -131,8 +137,8 @@ def test_a_long_dialogue_loses_its_oldest_exchanges_and_no_more(tiny, system):
     row = Preference(whole, "Four.", "That would be five, unless it is six.")
     head = whole[: int(system)]
     rests = [head + whole[int(system) + 2 * i :] for i in range(7)]
-    sides = [(ids(tiny, rest, row.chosen), ids(tiny, rest, row.rejected)) for rest in rests]
-    lengths = [len(rejected) for _, rejected in sides]
+    sides = [(side(tiny, rest, row.chosen), side(tiny, rest, row.rejected)) for rest in rests]
+    lengths = [len(rejected.tokens) for _, rejected in sides]
     assert lengths == sorted(set(lengths), reverse=True)
     other = Preference(QUESTION, "4", "5")
     for length in range(lengths[-1] - 2, lengths[0] + 2):
@@ -215,7 +221,7 @@ def test_scores_are_read_where_transformers_reads_them(pad, rows):
     ).eval()
     longest = max(map(len, rows))
     theirs = torch.tensor([row + [pad or 0] * (longest - len(row)) for row in rows])
-    batch = collate_rows(rows, pad)
+    batch = collate_scores(rows, pad)
     with torch.no_grad():
         expected = model(theirs).logits[:, 0]
         everywhere = model.score(
@@ -229,24 +235,25 @@ def test_scores_are_read_where_transformers_reads_them(pad, rows):
 # batches
 
 
-def test_collate_rows_by_hand():
-    batch = collate_rows([[5, 6, 9], [7], [8, 9, 4, 9]], 9)
+def test_collate_scores_by_hand():
+    batch = collate_scores([[5, 6, 9], [7], [8, 9, 4, 9]], 9)
     assert batch.tokens.shape == (3, 8)
     assert batch.tokens[:, :5].tolist() == [[5, 6, 9, 0, 0], [7, 0, 0, 0, 0], [8, 9, 4, 9, 0]]
     assert not batch.tokens[:, 4:].any()
     assert batch.index.tolist() == [1, 8, 2 * 8 + 2]
     assert batch.row.tolist() == [0, 1, 2]
-    assert batch.weight.tolist() == [1.0, 1.0, 1.0] and batch.target.tolist() == [0, 0, 0]
+    assert batch.mask.tolist() == batch.weight.tolist() == [1.0, 1.0, 1.0]
+    assert batch.target.tolist() == [0, 0, 0]
     assert {a.dtype for a in (batch.tokens, batch.index, batch.target, batch.row)} == {np.dtype(np.int32)}
-    assert batch.weight.dtype == np.float32
+    assert batch.mask.dtype == batch.weight.dtype == np.float32
 
 
 def test_padding_stays_within_the_context():
-    assert collate_rows([[1] * 33], 9).tokens.shape == (1, 40)
-    batch = collate_rows([[1] * 33, [1] * 36], 9, 36)
+    assert collate_scores([[1] * 33], 9).tokens.shape == (1, 40)
+    batch = collate_scores([[1] * 33, [1] * 36], 9, 36)
     assert batch.tokens.shape == (2, 36) and batch.index.tolist() == [32, 71]
     with pytest.raises(ValueError, match="a row of 37 tokens does not fit a context of 36"):
-        collate_rows([[1] * 37], 9, 36)
+        collate_scores([[1] * 37], 9, 36)
 
 
 def test_a_row_of_several_pairs_stands_once():
@@ -256,13 +263,13 @@ def test_a_row_of_several_pairs_stands_once():
     ranked = [pair(0, 7, 4, 1, 2), pair(1, 7, 4, 1, 3), pair(2, 7, 4, 2, 3), pair(3, 8, 4, 1, 2)]
     margins = [0.5, 1.0, 0.0, 2.0]
     ranked = [Pair(p.chosen, p.rejected, p.prompt, p.row, m) for p, m in zip(ranked, margins, strict=True)]
-    batch = collate_pairs(ranked, None)
+    batch = PairCollator(None, None, score=True)(ranked, {})
     assert len(batch.tokens) == 5
     assert batch.extra["chosen"].tolist() == [0, 0, 1, 2]
     assert batch.extra["rejected"].tolist() == [1, 3, 3, 4]
     for i, p in enumerate(ranked):
         for name in ("chosen", "rejected"):
-            assert tuple(batch.tokens[batch.extra[name][i], :4].tolist()) == getattr(p, name)
+            assert tuple(batch.tokens[batch.extra[name][i], :4].tolist()) == getattr(p, name).tokens
     assert batch.extra["margin"].tolist() == margins and batch.extra["pair_weight"].tolist() == [1.0] * 4
     assert {name: a.dtype for name, a in batch.extra.items()} == {
         "chosen": np.int32,
@@ -273,6 +280,26 @@ def test_a_row_of_several_pairs_stands_once():
     assert batch.units == batch.count == 4.0  # a loss is averaged over pairs, not over the five rows
 
 
+def test_without_scores_every_answer_token_is_a_position():
+    """Answers of two and of one token to prompt 7, the first in two pairs: three rows, four positions."""
+    best, good, bad = (
+        Example((7, 7, *answer), (False, False) + (True,) * len(answer)) for answer in ((1, 2), (3,), (4,))
+    )
+    row = Preference(QUESTION, "", "")
+    collator = PairCollator(None, 8, score=False)
+    extra = {"ref_logprobs": {best: np.array([-1.0, -2.0]), good: np.array([-3.0]), bad: np.array([-4.0])}}
+    batch = collator([Pair(best, good, 7, row, 0.5), Pair(best, bad, 7, row)], extra)
+    assert batch.tokens.tolist() == [[7, 7, 1, 2, 0, 0, 0, 0], [7, 7, 3] + [0] * 5, [7, 7, 4] + [0] * 5]
+    assert batch.mask.tolist() == [1.0] * 4 + [0.0] * 60
+    assert batch.index[:4].tolist() == [1, 2, 8 + 1, 16 + 1] and batch.target[:4].tolist() == [1, 2, 3, 4]
+    assert batch.row[:4].tolist() == [0, 0, 1, 2]
+    assert (batch.extra["chosen"].tolist(), batch.extra["rejected"].tolist()) == ([0, 0], [1, 2])
+    assert batch.extra["margin"].tolist() == [0.5, 0.0] and batch.units == batch.count == 2.0
+    assert batch.extra["ref_logprobs"].tolist() == [-1.0, -2.0, -3.0, -4.0] + [0.0] * 60
+    with pytest.raises(ValueError, match="a row of 4 tokens does not fit a context of 3"):
+        PairCollator(None, 3, score=False)([Pair(best, good, 7, row)], {})
+
+
 # the order of an epoch
 
 
@@ -280,11 +307,12 @@ def settings(**changes: Any) -> TrainSection:
     return TrainSection(**{"batch_size": 8, **changes})
 
 
-def data(train: list[Pair], seed: int = 0, held_out: tuple[Pair, ...] = (), **changes: Any) -> PairData:
-    return PairData(train, held_out, settings(**changes), seed, None, None)
+def data(train: list[Pair], seed: int = 0, held_out: tuple[Pair, ...] = (), **changes: Any) -> Dataset:
+    collator = PairCollator(None, None, score=True)
+    return Dataset(train, held_out, collator, settings(**changes), seed, groups=[p.prompt for p in train])
 
 
-def epoch(made: PairData, number: int = 0) -> list[list[list[int]]]:
+def epoch(made: Dataset, number: int = 0) -> list[list[list[int]]]:
     return [made.rows(number * made.steps_per_epoch + i) for i in range(made.steps_per_epoch)]
 
 
@@ -305,7 +333,7 @@ def uneven(count: int = 60) -> list[Pair]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"batch_size": 1}, {"accumulate": 4}, {"token_budget": 256}, {"batch_size": 1000}]
+    "changes", [{}, {"batch_size": 1}, {"grad_accumulation": 4}, {"token_budget": 256}, {"batch_size": 1000}]
 )
 def test_every_pair_once_per_epoch_and_prompts_stay_together(changes):
     train = uneven()
@@ -335,7 +363,7 @@ def test_the_batch_size_counts_pairs():
 
 
 def test_one_pair_a_prompt_gives_steps_of_the_batch_size():
-    made = data([pair(i) for i in range(17)], batch_size=4, accumulate=2)
+    made = data([pair(i) for i in range(17)], batch_size=4, grad_accumulation=2)
     assert made.steps_per_epoch == made.steps == 3
     order = epoch(made)
     assert sorted(len(flat(step)) for step in order) == [1, 8, 8]
@@ -360,7 +388,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 def test_rows_of_similar_length_go_together():
     rng = np.random.default_rng(0)
     train = [pair(i, length=int(n)) for i, n in enumerate(rng.integers(4, 1000, 256))]
-    parts = [[len(train[i].chosen) for i in part] for step in epoch(data(train)) for part in step]
+    parts = [[len(train[i].chosen.tokens) for i in part] for step in epoch(data(train)) for part in step]
     padded, real = sum(len(p) * max(p) for p in parts), sum(map(sum, parts))
     assert padded < 1.05 * real  # batches at random: 1.8
 
@@ -397,9 +425,9 @@ def test_micro_batches_hold_their_pairs():
     for part, batch in zip(rows, made.micro_batches(rows), strict=True):
         assert batch.units == len(part)
         for i, chosen, rejected in zip(part, batch.extra["chosen"], batch.extra["rejected"], strict=True):
-            length = len(train[i].chosen)
-            assert tuple(batch.tokens[chosen, :length].tolist()) == train[i].chosen
-            assert tuple(batch.tokens[rejected, :length].tolist()) == train[i].rejected
+            length = len(train[i].chosen.tokens)
+            assert tuple(batch.tokens[chosen, :length].tolist()) == train[i].chosen.tokens
+            assert tuple(batch.tokens[rejected, :length].tolist()) == train[i].rejected.tokens
 
 
 def test_evaluation_holds_every_held_out_pair_once_within_the_budget():

@@ -9,8 +9,6 @@ import json
 import shlex
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +23,17 @@ from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import load_tokenizer
 from mlx_posttrain.rewards import scorer as scoring
 from mlx_posttrain.rl import rollouts
-from mlx_posttrain.rl.experience import Parties, experience, measure
+from mlx_posttrain.rl.actors import make_actors
+from mlx_posttrain.rl.experience import Actors, measure
+from mlx_posttrain.rl.learner import RolloutData, RolloutLearner
 from mlx_posttrain.rl.rollouts import Completion, Prompt
 from mlx_posttrain.runs import Run
+from tests import helpers
 
 ENGINES = engines.available()
 COUNT = (
     "def reward(prompts, completions, **columns):\n    return [float(c.count('e')) for c in completions]\n"
 )
-NO_CLOCK = ("seconds", "seconds/rollout", "peak_gb")
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,7 @@ def counting(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def reward_model(random_gpt2, tmp_path_factory) -> str:
     """A reward model on the policy's base, whose head is random."""
-    return classifier(random_gpt2, tmp_path_factory.mktemp("reward-model") / "model")
-
-
-def classifier(folder: Path, target: Path) -> str:
-    model = engines.get(ENGINES[0]).load(folder)
-    model.add_head(initial_head(64, 5))
-    model.save_classifier(target, 0)
-    return str(target)
+    return str(helpers.reward_model(random_gpt2, tmp_path_factory.mktemp("reward-model") / "model"))
 
 
 def ptx(rows: Path) -> str:
@@ -94,12 +87,8 @@ def run(*args, resume: bool = False):
     return methods.run(chosen, resume=resume), Run(Path(chosen.output))
 
 
-def records(run: Run) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in NO_CLOCK} for r in run.metrics()]
-
-
 def steps(run: Run) -> list[dict]:
-    return [r for r in records(run) if "episode" in r]
+    return [r for r in helpers.records(run.folder) if "episode" in r]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -143,7 +132,7 @@ def test_the_first_ratio_is_one(engine, more, random_gpt2, rows_file, counting, 
         "episode",
     ):
         assert np.isfinite(first[name])
-    samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
+    samples = helpers.read_jsonl(done.folder / "samples.jsonl")
     assert {"step", "prompt", "answer", "score"} <= set(samples[0])
 
 
@@ -192,13 +181,6 @@ def everything(reward_model: str, counting: str, rows: Path) -> list[str]:
     ]
 
 
-def final_weights(run: Run) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    (file,) = run.final.glob("*.safetensors")
-    return load_file(file)
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("what", ["full", "lora", "everything"])
 def test_resumes_to_the_same_figures(engine, what, random_gpt2, rows_file, counting, reward_model, tmp_path):
@@ -210,18 +192,18 @@ def test_resumes_to_the_same_figures(engine, what, random_gpt2, rows_file, count
     base = [f"engine={engine}", "train.steps=4", "train.save_every=2", "train.keep=9"]
     args = (random_gpt2, rows_file, counting, tmp_path / "run", *base, *more)
     _, whole = run(*args)
-    wanted, weights = records(whole), final_weights(whole)
+    wanted, weights = helpers.records(whole.folder), helpers.final_weights(whole.folder)
     shutil.rmtree(whole.final)
     shutil.rmtree(whole.checkpoints / "step-000004")
     run(*args, resume=True)
-    assert records(whole) == wanted and len(steps(whole)) == 4
-    again = final_weights(whole)
+    assert helpers.records(whole.folder) == wanted and len(steps(whole)) == 4
+    again = helpers.final_weights(whole.folder)
     assert set(again) == set(weights) and all(np.array_equal(again[name], weights[name]) for name in weights)
     if what == "everything":
         assert len({r["beta"] for r in steps(whole)}) == 4 and "eval/judge" in wanted[0]
 
 
-@pytest.mark.parametrize("what, part", [("prompts", "training"), ("ptx", "ptx")])
+@pytest.mark.parametrize("what, part", [("prompts", "training prompts"), ("ptx", "ptx rows")])
 def test_other_rows_are_not_resumed_on(what, part, random_gpt2, rows_file, counting, tmp_path):
     """A column that only reward functions see, and the texts beside, are data as much as the prompts."""
     mine = shutil.copy(rows_file, tmp_path / "mine.jsonl")
@@ -239,7 +221,7 @@ def test_other_rows_are_not_resumed_on(what, part, random_gpt2, rows_file, count
     shutil.rmtree(whole.final)
     shutil.rmtree(whole.checkpoints / "step-000002")
     Path(mine).write_text(Path(mine).read_text().replace('"output": "', '"output": "Changed: '))
-    with pytest.raises(UserError, match=f"the {part} rows are not those"):
+    with pytest.raises(UserError, match=f"the {part} are not those"):
         run(*args, resume=True)
 
 
@@ -256,25 +238,16 @@ def test_killed_and_resumed(random_gpt2, rows_file, counting, reward_model, tmp_
     file = tmp_path / "recipe.yaml"
     raw = load(random_gpt2, rows_file, counting, broken.folder, *more).model_dump(mode="json")
     file.write_text(json.dumps(raw))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_posttrain", "run", str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    end = time.monotonic() + 240
+    process = subprocess.Popen(helpers.command("run", file), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        while not (broken.checkpoints / "step-000002").is_dir():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end, "the run did not get that far"
-            time.sleep(0.01)
+        helpers.wait_for((broken.checkpoints / "step-000002").is_dir, process)
     finally:
         process.kill()
         process.communicate()
     assert not broken.finished and len(steps(broken)) < 6, "the kill came too late to prove anything"
     run(random_gpt2, rows_file, counting, broken.folder, *more, resume=True)
-    assert records(broken) == records(whole)
-    again, weights = final_weights(broken), final_weights(whole)
-    assert all(np.array_equal(again[name], weights[name]) for name in weights)
+    assert helpers.records(broken.folder) == helpers.records(whole.folder)
+    assert helpers.same_weights(broken.folder, whole.folder)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -289,7 +262,7 @@ def test_the_finished_model_says_what_it_said_in_training(engine, random_gpt2, r
         "train.gradient_checkpointing=true",
         "sample.count=6",
     )
-    samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
+    samples = helpers.read_jsonl(done.folder / "samples.jsonl")
     last = [s for s in samples if s["step"] == 3]
     model, tokenizer, _ = open_model(done.folder, engine)
     chosen = load(random_gpt2, rows_file, counting, tmp_path / "run")
@@ -333,36 +306,37 @@ def test_reference_and_critic_stand_apart(engine, random_gpt2, rows_file, counti
     policy, critic = library.load(random_gpt2), library.load(random_gpt2)
     policy.keep_reference()
     critic.add_head(initial_head(64, None))
-    parties = Parties(policy, critic, None, None, None)
-    seen = recorded(parties, chosen)
-    before = measure(parties, seen.answers, 1.0, chosen.train, 64)
+    actors = Actors(policy, critic, None, None, None)
+    given = recorded(actors, chosen)
+    before = measure(actors, given.completions, 1.0, chosen.train)
     trainers = library.trainer(policy, AdamW()), library.trainer(critic, AdamW())
     losses = ppo.policy_loss(chosen), ppo.value_loss(0.2)
-    batch = rollouts.with_figures([a.example for a in seen.answers], seen.figures, 64)
+    batch = rollouts.collate_stats([c.example for c in given.completions], given.stats, 64)
     start = {k: v.copy() for k, v in policy.weights().items()}
     trainers[1].step(losses[1], [batch], 1e-2)
     assert all(np.array_equal(v, start[k]) for k, v in policy.weights().items())
     assert np.abs(critic.head()).max() > 0
     trainers[0].step(losses[0], [batch], 1e-2)
     assert any(not np.array_equal(v, start[k]) for k, v in policy.weights().items())
-    after = measure(parties, seen.answers, 1.0, chosen.train, 64)
-    assert all(np.array_equal(a, b) for a, b in zip(before["reference"], after["reference"], strict=True))
-    assert any(not np.allclose(a, b, atol=1e-4) for a, b in zip(before["old"], after["old"], strict=True))
-    # The answers that were better than expected became likelier, the others less likely: the whole chain's
+    after = measure(actors, given.completions, 1.0, chosen.train)
+    pairs_of = {name: list(zip(before[name], after[name], strict=True)) for name in before}
+    assert all(np.array_equal(a, b) for a, b in pairs_of["ref_logprobs"])
+    assert any(not np.allclose(a, b, atol=1e-4) for a, b in pairs_of["old_logprobs"])
+    # Completions that were better than expected became likelier, the others less likely: the whole chain's
     # sign.
-    gain = np.concatenate(seen.figures["advantage"])
-    moved = np.concatenate(after["old"]) - np.concatenate(before["old"])
-    assert np.corrcoef(gain, moved)[0, 1] > 0.3
+    advantages = np.concatenate(given.stats["advantages"])
+    moved = np.concatenate(after["old_logprobs"]) - np.concatenate(before["old_logprobs"])
+    assert np.corrcoef(advantages, moved)[0, 1] > 0.3
 
 
-def recorded(parties: Parties, chosen):
-    """Fixed answers with fixed scores, as if sampled."""
+def recorded(actors: Actors, chosen):
+    """Fixed completions with fixed scores, as if sampled."""
     rng = np.random.default_rng(3)
-    answers = []
+    completions = []
     for i in range(8):
         tokens = tuple(int(t) for t in rng.integers(1, 380, 3 + i % 4))
         stopped = i % 3 > 0
-        answers.append(
+        completions.append(
             Completion(
                 Prompt(tuple(int(t) for t in rng.integers(1, 380, 4 + i)), "q", {}),
                 tokens + ((0,) if stopped else ()),
@@ -370,8 +344,14 @@ def recorded(parties: Parties, chosen):
                 "a",
             )
         )
-    figures = measure(parties, answers, 1.0, chosen.train, 64)
-    return experience(answers, rng.normal(size=8), figures, chosen.ppo, 1.0, 0.05)
+    stats = measure(actors, completions, 1.0, chosen.train)
+    return ppo.algorithm(chosen).experience(completions, rng.normal(size=8), stats, 0.05, 0.0)
+
+
+def learner_of(library, actors: Actors, chosen) -> RolloutLearner:
+    return RolloutLearner(
+        library, actors, ppo.algorithm(chosen), chosen, RolloutData(train=()), "logprobs", lambda row: None
+    )
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
@@ -385,6 +365,8 @@ def test_engines_agree_over_ten_updates(kind, random_gpt2, rows_file, counting, 
         f"critic.kind={kind}",
         "ppo.epochs=1",
         "train.grad_accumulation=8",
+        "train.eps=1e-8",
+        "train.max_grad_norm=1",
     )
     curves = []
     for name in ENGINES:
@@ -396,12 +378,10 @@ def test_engines_agree_over_ten_updates(kind, random_gpt2, rows_file, counting, 
             critic.add_head(initial_head(64, None))
         else:
             policy.add_head(initial_head(64, None))
-        parties = Parties(policy, critic, None, None, None)
-        trainers = library.trainer(policy, AdamW()), library.trainer(critic, AdamW()) if critic else None
-        seen = recorded(parties, chosen)
-        losses = ppo.policy_loss(chosen), ppo.value_loss(0.2)
-        records = [ppo.update(chosen, *trainers, seen, losses, 3e-4, step, 64) for step in range(10)]
-        curves.append(records)
+        actors = Actors(policy, critic, None, None, None)
+        given = recorded(actors, chosen)
+        learner = learner_of(library, actors, chosen)
+        curves.append([learner.update(given, step, 3e-4) for step in range(10)])
     for ours, theirs in zip(*curves, strict=True):
         assert ours["updates"] == 1
         for figure in (
@@ -509,17 +489,18 @@ def test_a_strong_penalty_keeps_the_policy_near(random_gpt2, rows_file, counting
 
 
 def test_rates_orders_and_texts_of_the_loop(random_gpt2, rows_file, counting, tmp_path, monkeypatch):
-    """What the loop hands to each step's updates: the scheduled rate, the step's number, the answers to the
-    step's prompts, the texts.
+    """What the loop hands to each step's updates: the scheduled rate, the step's number, the completions of
+    the step's prompts, the texts.
     """
-    given = []
-    real = ppo.update
+    handed = []
+    real = RolloutLearner.update
 
-    def recording(chosen, trainer, critic, seen, losses, lr, step, context, beside=(), shares_prefixes=False):
-        given.append((lr, step, [a.question.tokens for a in seen.answers], len(beside), critic is not None))
-        return real(chosen, trainer, critic, seen, losses, lr, step, context, beside, shares_prefixes)
+    def recording(self, experience, step, lr):
+        prompts = [c.prompt.tokens for c in experience.completions]
+        handed.append((lr, step, prompts, len(self.data.ptx_examples), self.actors.critic is not None))
+        return real(self, experience, step, lr)
 
-    monkeypatch.setattr(ppo, "update", recording)
+    monkeypatch.setattr(RolloutLearner, "update", recording)
     _, done = run(
         random_gpt2,
         rows_file,
@@ -532,16 +513,16 @@ def test_rates_orders_and_texts_of_the_loop(random_gpt2, rows_file, counting, tm
         ptx(rows_file),
     )
     assert (
-        [lr for lr, *_ in given]
+        [lr for lr, *_ in handed]
         == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
         == [r["lr"] for r in steps(done)]
     )
-    assert [step for _, step, *_ in given] == [0, 1, 2, 3]
-    asked = [[tokens[i : i + 2] for i in (0, 2, 4, 6)] for _, _, tokens, _, _ in given]
+    assert [step for _, step, *_ in handed] == [0, 1, 2, 3]
+    asked = [[tokens[i : i + 2] for i in (0, 2, 4, 6)] for _, _, tokens, _, _ in handed]
     assert all(a == b for step in asked for a, b in step)  # a prompt's samples stand together
     # four steps of four prompts, none twice in a pass
     assert len({pair[0] for step in asked for pair in step}) == 16
-    assert all(texts > 2 and critic for *_, texts, critic in given)
+    assert all(texts > 2 and critic for *_, texts, critic in handed)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -561,20 +542,22 @@ def test_a_copied_critic_starts_at_what_its_model_adds(
         f"reward=[{{function: {json.dumps(counting)}}}, {models}]",
     )
     library, tokenizer = engines.get(engine), load_tokenizer(random_gpt2)
-    scorer = scoring.Scorer(chosen.reward, library, tokenizer, "question")
     policy = library.load(random_gpt2)
-    parties = Parties(policy, ppo._critic(library, chosen, random_gpt2, policy), tokenizer, scorer, scorer)
     rng = np.random.default_rng(0)
     texts = [tuple(rng.integers(1, 380, 5 + i).tolist()) for i in range(6)]
-    answers = [Completion(Prompt(t[:3], "q", {}), t[3:], False, "eee"[i % 3 :]) for i, t in enumerate(texts)]
-    scorer.normalise_on(answers)
-    ppo._fit_critic(parties, ppo._critic_source(chosen))
-    values = (
-        parties.critic.apply(lambda m, b: {"v": m.scores(b)}, [pairs.collate_rows(texts, None, 64)])[0]["v"]
-        + parties.value_offset
+    sampled = [Completion(Prompt(t[:3], "q", {}), t[3:], False, "eee"[i % 3 :]) for i, t in enumerate(texts)]
+    prompts = [c.prompt for c in sampled]
+    actors, data = make_actors(
+        library, chosen, ppo.algorithm(chosen), "logprobs", random_gpt2, policy, tokenizer, (prompts, [])
     )
-    counted = np.array([a.text.count("e") for a in answers])
-    assert values == pytest.approx(scorer(answers) - counted, abs=2e-4)
+    actors.scorer.normalise_on(sampled)
+    data.calibrate_critic(actors)
+    values = (
+        actors.critic.apply(lambda m, b: {"v": m.scores(b)}, [pairs.collate_scores(texts, None, 64)])[0]["v"]
+        + actors.value_offset
+    )
+    counted = np.array([c.text.count("e") for c in sampled])
+    assert values == pytest.approx(actors.scorer(sampled) - counted, abs=2e-4)
     assert np.ptp(values) > 0.5
 
 
@@ -588,7 +571,7 @@ def test_a_short_reward_model_is_found_before_training(random_gpt2, rows_file, c
     save_file(
         {k: v[:24].copy() if "wpe" in k else v for k, v in load_file(file).items()}, file, {"format": "pt"}
     )
-    short = json.dumps(classifier(tmp_path / "short", tmp_path / "reward"))
+    short = json.dumps(str(helpers.reward_model(tmp_path / "short", tmp_path / "reward")))
     for more in ([f"reward=[{{model: {short}}}]"], [f"judge=[{{model: {short}}}]"]):
         with pytest.raises(
             UserError,
@@ -609,7 +592,7 @@ def test_without_held_out_prompts(random_gpt2, rows_file, counting, tmp_path, ca
         "train.steps=2",
         "sample.count=2",
     )
-    samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
+    samples = helpers.read_jsonl(done.folder / "samples.jsonl")
     assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2] and all(
         s["score"] == s["answer"].count("e") for s in samples
     )
@@ -621,7 +604,7 @@ def test_without_held_out_prompts(random_gpt2, rows_file, counting, tmp_path, ca
 
         compiles = compile_works()
     assert ("steps were compiled" in said) == compiles
-    assert not any("eval/kl" in r for r in records(done))
+    assert not any("eval/kl" in r for r in helpers.records(done.folder))
     run(
         random_gpt2,
         rows_file,
@@ -641,7 +624,7 @@ def test_the_shown_functions_and_command(root, random_gpt2, tmp_path, monkeypatc
     shown = (root / "docs" / "rlhf.md").read_text()
     (tmp_path / "my_rewards.py").write_text(shown.split("```python")[1].split("```")[0])
     rows = [{"prompt": f"Say number {i}.", "target": "e" if i % 2 else None} for i in range(30)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    helpers.write_jsonl(tmp_path / "prompts.jsonl", rows)
     monkeypatch.chdir(tmp_path)
     header = (root / "recipes" / "07_ppo.yaml").read_text().splitlines()
     command = next(line for line in header if "prompts.jsonl" in line).lstrip("# ")
@@ -690,7 +673,8 @@ def test_an_early_stop_on_kl(random_gpt2, rows_file, counting, tmp_path):
         ("kl.target=3", "belong to kl.controller=adaptive"),
         ("kl.horizon=3", "belong to kl.controller=adaptive"),
         ("rollout={missing_eos_score: -1, missing_eos_penalty: 2}", "give one of the two"),
-        ("ppo.clp=1", "did you mean 'ppo.clip_range'"),
+        ("ppo.clip_rnge=1", "did you mean 'ppo.clip_range'"),
+        ("ppo.clip=1", "unknown key 'ppo.clip'; did you mean 'ppo.clip_range'"),
         ("train.epochs=2", "unknown key 'train.epochs'"),
         ("reward=[]", "reward"),
     ],

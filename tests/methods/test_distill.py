@@ -11,11 +11,16 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import formats, tasks
-from mlx_posttrain.data.types import Conversation, Turn
+from mlx_posttrain.data.dataset import Dataset, RowCollator
+from mlx_posttrain.data.read import ModelFacts
+from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.methods import distill
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.runs import Run
+from mlx_posttrain.training.setup import Session
+from tests.helpers import read_jsonl
 
 ENGINES = engines.available()
 
@@ -134,7 +139,7 @@ def test_a_run_ends_with_a_report_and_a_merged_model(engine, tmp_path, capsys):
     assert (
         report["questions"] == 6 and report["accuracy"][0] == result["accuracy"] and "base_accuracy" in report
     )
-    answers = [json.loads(line) for line in (run.folder / "answers.jsonl").read_text().splitlines()]
+    answers = read_jsonl(run.folder / "answers.jsonl")
     assert len(answers) == 6 and all(a["at_once"].startswith("<think>\n\n</think>") for a in answers)
     merged = engines.get(engine).load(run.folder / "merged")
     trained, tokenizer, _ = open_model(run.folder, engine)
@@ -209,20 +214,25 @@ def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, 
         for more in (0, 5)
     ]
     asked = [len(tokenizer.encode(row.turns[0].content)) for row in rows]
-    distill = methods.get("distill")
-    distill.judge(chosen, Run(tmp_path), student, tokenizer, rows, kept=0.5)
+
+    def report(chosen, train: int) -> None:
+        """The report of a run in which so many of two rows were short enough to be trained on."""
+        examples = [Example((1, 2), (False, True))] * train
+        collator = RowCollator(student.context)
+        dataset = Dataset(examples, [], collator, chosen.train, 0, train_rows=rows, held_out_rows=rows)
+        facts = ModelFacts(tokenizer, student.context, student.config)
+        library, method = engines.get(ENGINES[0]), methods.get("distill")
+        distill.report(
+            Session(method, chosen, library, Run(tmp_path), False, random_gpt2, student, facts, dataset)
+        )
+
+    report(chosen, 1)
     begun = len(tokenizer.encode(" " + reasoning.AT_ONCE))
     assert found[""].output_tokens.tolist() == [64 - n for n in asked] and not found[""].ended.any()
     assert found[reasoning.AT_ONCE].output_tokens.tolist() == [64 - n - begun for n in asked]
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["questions"] == 2 and figures["kept"] == 0.5 and figures["ended"][0] == 0
-    distill.judge(
-        load(tmp_path, "think.base=false", "think.max_tokens=7", "data.template=none"),
-        Run(tmp_path),
-        student,
-        tokenizer,
-        rows,
-    )
+    report(load(tmp_path, "think.base=false", "think.max_tokens=7", "data.template=none"), 2)
     assert found[""].output_tokens.tolist() == [7, 7]
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mlx_posttrain import engines
-from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods.pretrain import PretrainSection, make_model
 from mlx_posttrain.models.open import open_model
@@ -19,6 +18,7 @@ from mlx_posttrain.rewards import scorer as scoring
 from mlx_posttrain.rewards.scorer import RewardEntry, Scorer
 from mlx_posttrain.rl import rollouts
 from mlx_posttrain.rl.rollouts import Completion, Prompt
+from tests import helpers
 
 ENGINES = engines.available()
 FUNCTIONS = """
@@ -30,17 +30,9 @@ def wanted(prompts, completions, target):
 """
 
 
-def classifier(folder: Path, target: Path, seed: int = 5) -> Path:
-    """A reward model: the folder's language model with a random head, as a sequence classifier."""
-    model = engines.get(ENGINES[0]).load(folder)
-    model.add_head(initial_head(64, seed))
-    model.save_classifier(target, 0)
-    return target
-
-
 @pytest.fixture(scope="module")
 def reward_model(random_gpt2, tmp_path_factory) -> Path:
-    return classifier(random_gpt2, tmp_path_factory.mktemp("reward") / "model")
+    return helpers.reward_model(random_gpt2, tmp_path_factory.mktemp("reward") / "model")
 
 
 @pytest.fixture
@@ -104,7 +96,7 @@ def test_a_reward_model_reads_prompt_and_answer(reward_model, random_gpt2):
     alone = scorer([{"model": str(reward_model), "normalise": False, "weight": 2.0}], random_gpt2)
     asked = answers()
     model, _, _ = open_model(reward_model, ENGINES[0], scores=True)
-    each = [float(scoring.score_rows(model, [(*a.question.tokens, *a.tokens)], 0)[0]) for a in asked]
+    each = [float(scoring.score_rows(model, [(*a.prompt.tokens, *a.tokens)], 0)[0]) for a in asked]
     assert alone.parts(asked)[0] == pytest.approx(each, abs=1e-5)
     assert alone(asked) == pytest.approx(2 * np.array(each), abs=1e-5)
     assert alone.parts(asked)[0] != pytest.approx(
@@ -164,7 +156,7 @@ def test_another_vocabulary_is_refused(random_gpt2, tmp_path):
         seed=1,
     )
     with pytest.raises(UserError, match="its tokenizer is not the policy's"):
-        scorer([{"model": str(classifier(tmp_path / "other", tmp_path / "reward"))}], random_gpt2)
+        scorer([{"model": str(helpers.reward_model(tmp_path / "other", tmp_path / "reward"))}], random_gpt2)
 
 
 def sampled(folder: Path, **settings) -> list[Completion]:
@@ -185,7 +177,8 @@ def sampled(folder: Path, **settings) -> list[Completion]:
 def test_sampled_answers_stand_in_order_and_end_with_the_stop_token(random_gpt2):
     free = sampled(random_gpt2)
     tokenizer = load_tokenizer(random_gpt2)
-    assert [a.question.text for a in free] == ["q0", "q0", "q1", "q1", "q2", "q2"]
+    assert [a.prompt.text for a in free] == ["q0", "q0", "q1", "q1", "q2", "q2"]
+    assert [a.group for a in free] == [0, 0, 1, 1, 2, 2]
     assert len({a.tokens for a in free}) == 6
     assert all(
         len(a.tokens) == 6 and not a.stopped and a.text == tokenizer.decode(a.tokens).strip() for a in free
@@ -198,6 +191,8 @@ def test_sampled_answers_stand_in_order_and_end_with_the_stop_token(random_gpt2)
         # the stop token is trained on and not shown
         said = after.tokens[:-1] if after.stopped else after.tokens
         assert after.text == tokenizer.decode(said).strip()
+        assert len(after.logprobs) == len(after.tokens) and max(after.logprobs) < 0
+        assert after.logprobs == pytest.approx(before.logprobs[:cut], abs=1e-5)
     assert ended[3].stopped
     assert [a.tokens for a in sampled(random_gpt2, seed=5)] != [a.tokens for a in free]
     # Cold answers are those of the greedy path, whatever the seed.

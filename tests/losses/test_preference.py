@@ -5,44 +5,25 @@ from __future__ import annotations
 import json
 import math
 
-import numpy as np
 import pytest
 
-from mlx_posttrain.losses.preference import bradley_terry, centring
-
-ARRAYS = {"numpy": np.asarray}
-try:
-    import mlx.core as mx
-
-    ARRAYS["mlx"] = lambda x: mx.array(np.asarray(x, np.float32))
-except ImportError:
-    pass
-try:
-    import torch
-
-    ARRAYS["torch"] = lambda x: torch.tensor(np.asarray(x, np.float64))
-except ImportError:
-    pass
+from mlx_posttrain.losses.preference import bradley_terry, centering
+from tests.helpers import array, libraries, numbers
 
 
-def numbers(x) -> np.ndarray:
-    return x.numpy() if hasattr(x, "numpy") else np.array(x)
-
-
-@pytest.mark.parametrize("library", ARRAYS)
+@pytest.mark.parametrize("library", libraries())
 def test_hand_worked(library):
-    array = ARRAYS[library]
-    chosen, rejected = array([1.0, 0.0, -50.0]), array([1.0, math.log(3), 50.0])
-    # Equal scores: ln 2; log-odds of -ln 3: sigma = 1/4; far wrong: the difference itself, without overflow.
+    chosen, rejected = array(library, [1.0, 0.0, -50.0]), array(library, [1.0, math.log(3), 50.0])
+    # equal scores: ln 2; a log-odds of -ln 3: sigma = 1/4; far wrong: the margin itself, without overflow
     assert numbers(bradley_terry(chosen, rejected)) == pytest.approx(
         [math.log(2), math.log(4), 100.0], rel=1e-6
     )
     assert numbers(bradley_terry(chosen, rejected, margin=math.log(3)))[0] == pytest.approx(
         math.log(4), rel=1e-6
     )
-    each = numbers(bradley_terry(chosen, rejected, margin=array([math.log(3), 0.0, -100.0])))
+    each = numbers(bradley_terry(chosen, rejected, margin=array(library, [math.log(3), 0.0, -100.0])))
     assert each == pytest.approx([math.log(4), math.log(4), math.log(2)], rel=1e-6)
-    assert numbers(centring(chosen, rejected)) == pytest.approx([4.0, math.log(3) ** 2, 0.0], abs=1e-5)
+    assert numbers(centering(chosen, rejected)) == pytest.approx([4.0, math.log(3) ** 2, 0.0], abs=1e-5)
 
 
 def test_gradient_is_minus_the_chance_of_being_wrong():
@@ -62,7 +43,7 @@ def test_reference_figures(shared):
         scores = torch.tensor(found["inputs"]["rewards"], dtype=torch.float64, requires_grad=True)
         chosen, rejected = scores[:3], scores[3:]
         loss = (
-            bradley_terry(chosen, rejected) + case["args"].get("center", 0.0) * centring(chosen, rejected)
+            bradley_terry(chosen, rejected) + case["args"].get("center", 0.0) * centering(chosen, rejected)
         ).mean()
         loss.backward()
         assert loss.item() == pytest.approx(case["loss"], rel=1e-9)

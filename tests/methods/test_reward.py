@@ -13,7 +13,8 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import pairs
-from mlx_posttrain.data.types import Preference
+from mlx_posttrain.data.types import Example, Pair, Preference
+from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import reward
 from mlx_posttrain.models.export import export
@@ -21,9 +22,9 @@ from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import pad_id
 from mlx_posttrain.rewards.scorer import score_rows
 from mlx_posttrain.runs import Run
+from tests.helpers import read_jsonl, records, write_jsonl
 
 ENGINES = engines.available()
-NO_CLOCK = ("seconds", "peak_gb")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,12 @@ def kind_rows(tmp_path_factory) -> Path:
     """
     rng = np.random.default_rng(0)
     words = ["cat", "dog", "king", "apples", "gold"]
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    with path.open("w") as f:
-        for i in range(240):
-            a, b = rng.choice(words, 2)
-            sides = f"{a} moon {b} hill", f"{a} hill {b} moon"
-            f.write(json.dumps({"prompt": f"Say {i % 60}.", "chosen": sides[0], "rejected": sides[1]}) + "\n")
-    return path
+    rows = []
+    for i in range(240):
+        a, b = rng.choice(words, 2)
+        sides = f"{a} moon {b} hill", f"{a} hill {b} moon"
+        rows.append({"prompt": f"Say {i % 60}.", "chosen": sides[0], "rejected": sides[1]})
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
 
 
 def load(model, rows, output, *overrides: str):
@@ -63,8 +63,8 @@ def load(model, rows, output, *overrides: str):
     )
 
 
-def losses(run: Run) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in NO_CLOCK} for r in run.metrics() if "lr" in r]
+def losses(folder: Path) -> list[dict]:
+    return [r for r in records(folder) if "lr" in r]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -98,13 +98,7 @@ def test_an_order_of_words_is_learned_and_reported(engine, random_gpt2, kind_row
 def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    wide = tmp_path / "margins.jsonl"
-    wide.write_text(
-        "".join(
-            json.dumps({**json.loads(line), "margin": 3.0}) + "\n"
-            for line in Path(kind_rows).read_text().splitlines()
-        )
-    )
+    wide = write_jsonl(tmp_path / "margins.jsonl", ({**row, "margin": 3.0} for row in read_jsonl(kind_rows)))
     for engine in ENGINES:
         methods.run(
             load(
@@ -115,7 +109,7 @@ def test_engines_agree_and_the_export_scores_alike(more, random_gpt2, kind_rows,
                 *more,
             )
         )
-    curves = [[r["nll"] for r in losses(Run(tmp_path / e))] for e in ENGINES]
+    curves = [[r["nll"] for r in losses(tmp_path / e)] for e in ENGINES]
     # at a difference of 0 the loss is log(1 + e^3) = 3.05, not ln 2
     assert (curves[0][0] > 2) is ("margin" in str(more))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
@@ -166,11 +160,11 @@ def test_resumes_to_the_same_figures(engine, more, random_gpt2, kind_rows, tmp_p
     )
     methods.run(load(*args))
     run = Run(tmp_path / "run")
-    wanted = losses(run)
+    wanted = losses(run.folder)
     shutil.rmtree(run.final)
     shutil.rmtree(run.checkpoints / "step-000006")
     methods.run(load(*args), resume=True)
-    assert losses(run) == wanted and len(wanted) == 6
+    assert losses(run.folder) == wanted and len(wanted) == 6
 
 
 def test_ppo_takes_a_lora_reward_model_and_its_critic(random_gpt2, kind_rows, tmp_path):
@@ -205,12 +199,11 @@ def test_ppo_takes_a_lora_reward_model_and_its_critic(random_gpt2, kind_rows, tm
 def test_loss_on_the_batch_is_the_formula(random_gpt2):
     engine = engines.get(ENGINES[0])
     model = engine.load(random_gpt2)
-    from mlx_posttrain.engines.base import initial_head
-
     model.add_head(initial_head(64, 1))
     row = Preference((), "a", "b")
     a, b, c = (5, 6, 7, 0), (5, 6, 8, 9, 0), (5, 6, 10, 0)
-    batch = pairs.collate_pairs([pairs.Pair(a, b, 0, row, 0.3), pairs.Pair(c, b, 0, row)], pad=0)
+    x, y, z = (Example(tokens, (False, False) + (True,) * (len(tokens) - 2)) for tokens in (a, b, c))
+    batch = pairs.PairCollator(0, None, score=True)([Pair(x, y, 0, row, 0.3), Pair(z, y, 0, row)], {})
     s = dict(zip("abc", score_rows(model, [a, b, c], 0), strict=True))
     wanted = np.log1p(np.exp(-(s["a"] - s["b"] - 0.3))) + np.log1p(np.exp(-(s["c"] - s["b"])))
     centred = (s["a"] + s["b"]) ** 2 + (s["c"] + s["b"]) ** 2

@@ -9,52 +9,10 @@ import numpy as np
 import pytest
 
 from mlx_posttrain.losses import policy as ppo
-from mlx_posttrain.losses.sft import token_mean
+from mlx_posttrain.losses.sft import token_logprobs, token_mean
+from tests.helpers import array, gradient, indices, libraries, numbers
 
-LIBRARIES = ["numpy"]
-try:
-    import mlx.core as mx
-
-    LIBRARIES.append("mlx")
-except ImportError:
-    pass
-try:
-    import torch
-
-    LIBRARIES.append("torch")
-except ImportError:
-    pass
-
-
-def array(library: str, x):
-    if library == "mlx":
-        return mx.array(np.asarray(x, np.float32))
-    if library == "torch":
-        return torch.tensor(np.asarray(x, np.float64))
-    return np.asarray(x, np.float64)
-
-
-def numbers(x) -> np.ndarray:
-    return x.numpy() if hasattr(x, "numpy") else np.array(x)
-
-
-def gradient(library: str, function, x) -> np.ndarray:
-    """d sum(function(x)) / dx, by central differences where the library has no gradients."""
-    if library == "mlx":
-        return np.array(mx.grad(lambda v: function(v).sum())(array("mlx", x)))
-    if library == "torch":
-        v = array("torch", x).requires_grad_()
-        function(v).sum().backward()
-        return v.grad.numpy()
-    x = np.asarray(x, np.float64)
-    found = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        step = np.zeros_like(x)
-        step[i] = 1e-6
-        found[i] = (function(x + step).sum() - function(x - step).sum()) / 2e-6
-    return found
-
-
+LIBRARIES = libraries()
 RATIOS = [1.0, 1.5, 0.5, 1.5, 0.5]
 GAINS = [2.0, 2.0, 2.0, -2.0, -2.0]
 
@@ -155,10 +113,7 @@ def test_a_good_answer_becomes_likelier(library):
     target = np.array([2, 0])
 
     def loss(x):
-        from mlx_posttrain.losses.sft import token_logprobs
-
-        ids = mx.array(target) if library == "mlx" else torch.tensor(target) if library == "torch" else target
-        logprobs = token_logprobs(x, ids)
+        logprobs = token_logprobs(x, indices(library, target))
         return ppo.clipped_policy(
             logprobs,
             array(library, old[[0, 1], target]),
