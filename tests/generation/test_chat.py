@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from mlx_posttrain import generation
+from mlx_posttrain import load
 from mlx_posttrain.engines import available
-from mlx_posttrain.generation.answer import _Printer
+from mlx_posttrain.generation.chat import _Printer
+from mlx_posttrain.generation.model import template_for
 
 
 def chat(model, text: str, *options: str) -> subprocess.CompletedProcess:
@@ -27,7 +28,7 @@ def test_chat_answers_each_line_and_ends_with_the_input(random_gpt2):
     done = chat(random_gpt2, "The cat\nA dog\n/new\nThe cat\n", "--temperature", "0")
     assert done.returncode == 0, done.stderr
     answers = done.stdout.split("\n")
-    (alone,) = generation.answer(str(random_gpt2), ["The cat"], max_tokens=6)
+    (alone,) = load(str(random_gpt2)).answers(["The cat"], max_tokens=6)
     assert done.stdout.count("\n") >= 3
     # and after /new the same question gets the same answer again
     assert answers[0].strip() == alone["answer"]
@@ -70,9 +71,9 @@ def test_a_runs_own_template_is_used(engine, random_gpt2, rows_file, tmp_path):
     )
     methods.run(chosen)
     model, tokenizer, source = open_model(tmp_path / "run", engine)
-    assert generation.template_for(source, tokenizer, None) == ("question", True)
-    assert generation.template_for(source, tokenizer, "none")[1] is False
-    (answer,) = generation.answer(str(tmp_path / "run"), ["What?"], engine=engine, max_tokens=5)
+    assert template_for(source, tokenizer, None) == ("question", True)
+    assert template_for(source, tokenizer, "none")[1] is False
+    (answer,) = load(str(tmp_path / "run"), engine).answers(["What?"], max_tokens=5)
     ids = tokenizer.encode("Question: What?\n\nAnswer:", add_special_tokens=False)
     (direct,) = model.generate([ids], max_tokens=5, stop=tokenizer.eos_token_id)
     assert answer["answer"] == tokenizer.decode(direct.tokens).strip()

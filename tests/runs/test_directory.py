@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, generation, methods
+from mlx_posttrain import engines, load, methods
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.generation.model import template_for
 from mlx_posttrain.models.open import open_model
 
 ENGINE = engines.available()[0]
@@ -57,8 +58,8 @@ def test_rows_trained_without_a_template_are_prompted_without_one(random_gpt2, t
     )
     run(random_gpt2, rows, tmp_path / "run")
     model, tokenizer, source = open_model(tmp_path / "run", ENGINE)
-    assert generation.template_for(source, tokenizer, None)[1] is False
-    (answer,) = generation.answer(str(tmp_path / "run"), ["Repeat 3:"], engine=ENGINE, max_tokens=4)
+    assert template_for(source, tokenizer, None)[1] is False
+    (answer,) = load(str(tmp_path / "run"), ENGINE).answers(["Repeat 3:"], max_tokens=4)
     (direct,) = model.generate(
         [tokenizer.encode("Repeat 3:", add_special_tokens=False)], max_tokens=4, stop=tokenizer.eos_token_id
     )
