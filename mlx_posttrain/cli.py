@@ -486,16 +486,16 @@ def bench(
         return [name.strip() for name in text.split(",")]
 
     output = output.expanduser()
-    with render.claimed(output):
+    with render.reserve_folder(output):
         result = module.bench(
             model,
             names(what),
             None if engines is None else names(engines),
-            peers=peers,
+            baselines=peers,
             units=units,
             shape=module.Shape(rows, length, batch_size),
         )
-        typer.echo(render.block(result))
+        typer.echo(render.markdown(result))
         typer.echo(f"{output}: {', '.join(render.write(result, output))}", err=True)
 
 

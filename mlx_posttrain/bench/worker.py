@@ -1,100 +1,32 @@
-"""One engine doing one kind of work in a process of its own, a unit whenever the benchmark says go.
+"""One engine doing one kind of work in its own process, one unit whenever the benchmark sends "go".
 
     python -m mlx_posttrain.bench.worker '{"engine": "mlx-cpu", "what": "sft", ...}'
 
-In its own process an engine has its own threads and its own memory, and while others work it waits on a pipe.
-One JSON line says that it is ready, one what each unit took, and one, at the end, what it used.
+In its own process an engine has its own threads and memory, and it waits on a pipe while others work. It
+writes one JSON line when it is ready, one per unit with what that took, and a last one with the memory it
+used.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.bench.material import Shape, rows
+from mlx_posttrain.bench import baselines, scaling
+from mlx_posttrain.bench.harness import ROLLOUT, Gate, learning_rate, open_engine, prompts
+from mlx_posttrain.bench.inputs import Shape, rows
 from mlx_posttrain.data.types import Example
-from mlx_posttrain.engines.process import process_peak
-from mlx_posttrain.errors import UserError
-
-ROLLOUT = {"prompts": 4, "samples": 8, "max_tokens": 64}
 
 
-def learning_rate(what: str) -> float:
-    """Small enough that losses stay comparable, large enough that a few steps move them: an adapter, which
-    begins at zero, needs more.
-    """
-    return 3e-4 if what.endswith("lora") else 1e-5
+def untrained_losses(model: Any, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
+    """(summed negative log-likelihood in nats, number of trained tokens) of each row.
 
-
-class Gate:
-    """The worker's end of the pipe: ``open`` waits for the next unit and starts the clock, ``report`` stops
-    it.
-    """
-
-    def __init__(self, peak: Callable[[], float] | None = None):
-        self.peak = peak
-        self._out = sys.stdout
-        sys.stdout = sys.stderr  # whatever a library prints must not get between the lines
-        self._said_ready = False
-
-    def open(self) -> bool:
-        """Wait; False when there is nothing more to do."""
-        if not self._said_ready:
-            self._say(ready=True)
-            self._said_ready = True
-        going = sys.stdin.readline().strip() == "go"
-        self._begun = time.perf_counter()
-        return going
-
-    def report(self, **figures: Any) -> None:
-        """The unit's figures; everything it computed must be done."""
-        self._say(seconds=time.perf_counter() - self._begun, **figures)
-
-    def close(self, **figures: Any) -> None:
-        """What was used in all: ``peak_gb`` by the library's own account, ``process_gb`` of the whole
-        process.
-        """
-        whole = process_peak() / 2**30
-        self._say(peak_gb=self.peak() if self.peak else whole, process_gb=whole, **figures)
-
-    def fail(self, error: Exception) -> None:
-        """What went wrong, in one line."""
-        first = (str(error).splitlines() or [""])[0]
-        self._say(error=first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
-
-    def _say(self, **record: Any) -> None:
-        print(json.dumps(record), file=self._out, flush=True)
-
-
-def use_device(name: str) -> None:
-    """Let MLX compute on the device of ``mlx-gpu`` or ``mlx-cpu``. Raises UserError where it is not there."""
-    import mlx.core as mx
-
-    device = mx.Device(mx.gpu if name == "mlx-gpu" else mx.cpu)
-    if not mx.is_available(device):
-        raise UserError(f"{name}: this machine has no such device")
-    mx.set_default_device(device)
-
-
-def open_engine(name: str) -> Any:
-    """``mlx-gpu``, ``mlx-cpu`` or ``torch-cpu``. Raises UserError where it is not there."""
-    from mlx_posttrain import engines
-
-    engine = engines.get(name.partition("-")[0])
-    if engine.name == "mlx":
-        use_device(name)
-    return engine
-
-
-def untrained(model: Any, examples: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
-    """Of each row the summed negative log-likelihood of its trained tokens, and their number: what a peer's
-    first loss is held against.
+    A baseline's loss before its first update is compared with these.
     """
     from mlx_posttrain.data import batches
 
@@ -107,8 +39,9 @@ def untrained(model: Any, examples: Sequence[Example], batch_size: int) -> list[
 
 
 def train(spec: dict[str, Any], gate: Gate) -> None:
-    """A pass over the rows: sft, kl (all weights), lora, kl-lora (rank 16) or reward (neighbouring rows as
-    pairs).
+    """One pass over the rows per unit, for the kinds of work that train on them.
+
+    These are sft and kl (all weights), lora and kl-lora (rank 16), and reward (neighbouring rows as pairs).
     """
     from mlx_posttrain.config import TrainSection
     from mlx_posttrain.data import pairs
@@ -143,7 +76,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     if what.startswith("kl"):
         model.keep_reference()
         loss = sft.kl_loss(0.1, "forward")
-    first = {"rows": untrained(model, examples, shape.batch_size)} if spec.get("peers") else {}
+    first = {"rows": untrained_losses(model, examples, shape.batch_size)} if spec.get("baselines") else {}
     trainer = engine.trainer(model, AdamW())
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
@@ -163,21 +96,14 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     )
 
 
-def prompts(vocabulary: int) -> list[list[int]]:
-    """Prompts to decode from: the first tokens of the benchmark's rows."""
-    return [
-        list(e.tokens[: sum(not t for t in e.trained)])
-        for e in rows(Shape(rows=ROLLOUT["prompts"]), vocabulary)
-    ]
-
-
 def generate(spec: dict[str, Any], gate: Gate) -> None:
-    """Sample 8 answers of 64 tokens to each of 4 prompts, in one decode batch or (``generate-single``) row by
-    row.
+    """Sample 8 answers of 64 tokens to each of 4 prompts.
+
+    ``generate`` decodes them in one batch, ``generate-single`` row by row.
     """
     engine = open_engine(spec["engine"])
     model = engine.load(Path(spec["folder"]))
-    asked, samples = prompts(model.config["vocab_size"]), ROLLOUT["samples"]
+    prompt_rows, samples = prompts(model.config["vocab_size"]), ROLLOUT["samples"]
     settings: dict[str, Any] = {
         "max_tokens": ROLLOUT["max_tokens"],
         "stop": None,
@@ -188,11 +114,11 @@ def generate(spec: dict[str, Any], gate: Gate) -> None:
     engine.reset_memory()
     while gate.open():
         if spec["what"] == "generate":
-            answers = model.generate(asked, samples=samples, **settings)
+            answers = model.generate(prompt_rows, samples=samples, **settings)
         else:
             answers = [
                 model.generate([p], first_row=i * samples + s, **settings)[0]
-                for i, p in enumerate(asked)
+                for i, p in enumerate(prompt_rows)
                 for s in range(samples)
             ]
         logprobs = [p for a in answers for p in a.logprobs]
@@ -201,8 +127,10 @@ def generate(spec: dict[str, Any], gate: Gate) -> None:
 
 
 def ppo(spec: dict[str, Any], gate: Gate) -> None:
-    """One iteration: 32 answers of 64 tokens, scored by a reward model, and 2 epochs of updates of a policy
-    and a separate critic.
+    """One PPO iteration per unit.
+
+    It samples 32 answers of 64 tokens, scores them with a reward model, and updates a policy and a separate
+    critic for 2 epochs.
     """
     from mlx_posttrain.engines.base import AdamW
     from mlx_posttrain.methods import ppo as method
@@ -239,7 +167,7 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
     settings = AdamW(eps=1e-5, clip=0.5)
     trainers = engine.trainer(policy, settings), engine.trainer(parties.critic, settings)
     losses = method.policy_loss(recipe), method.value_loss(0.2)
-    asked = [Question(tuple(p), "", {}) for p in prompts(policy.config["vocab_size"])]
+    questions = [Question(tuple(p), "", {}) for p in prompts(policy.config["vocab_size"])]
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
     step, first = 0, {}
@@ -247,7 +175,7 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
         answers = rollouts.sample(
             policy,
             tokenizer,
-            asked,
+            questions,
             samples=ROLLOUT["samples"],
             max_tokens=ROLLOUT["max_tokens"],
             temperature=1.0,
@@ -264,8 +192,8 @@ def ppo(spec: dict[str, Any], gate: Gate) -> None:
         tokens = sum(len(a.tokens) for a in answers)
         entropy = seen.statistics["objective/entropy"] * len(answers) / tokens
         if step == 0:
-            told = (("kl", "kl"), ("score", "scores"), ("score_std", "scores_std"))
-            first = {"entropy": entropy, **{name: seen.statistics[f"objective/{key}"] for name, key in told}}
+            keys = (("kl", "kl"), ("score", "scores"), ("score_std", "scores_std"))
+            first = {"entropy": entropy, **{name: seen.statistics[f"objective/{key}"] for name, key in keys}}
         step += 1
         gate.report(loss=entropy, rows=len(answers), tokens=tokens)
     gate.close(device=engine.device(), first=first)
@@ -280,17 +208,15 @@ WORK = {
     "ppo": ppo,
     "generate": generate,
     "generate-single": generate,
+    "scaling": scaling.train,
 }
 
 
 def main() -> None:
-    """Do what the first argument says, as JSON; a failure is one line too."""
+    """Do the work that the first argument describes as JSON; a failure is written as one line too."""
     spec, gate = json.loads(sys.argv[1]), Gate()
     try:
-        from mlx_posttrain.bench import peers, scaling
-
-        other = peers.WORK.get(peers.peer(spec["engine"]))
-        work = other or {**WORK, "scaling": scaling.work}[spec["what"]]
+        work = baselines.TRAINERS.get(baselines.baseline_name(spec["engine"])) or WORK[spec["what"]]
         work(spec, gate)
     except Exception as error:
         gate.fail(error)
