@@ -114,26 +114,26 @@ def judge(
                 "asked"
             )
         return {}
-    thinking = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room)
-    at_once = reasoning.think(
-        student, tokenizer, rows, template=template, max_tokens=room, begin=reasoning.AT_ONCE
+    thinking = reasoning.measure_reasoning(student, tokenizer, rows, template=template, max_tokens=room)
+    at_once = reasoning.measure_reasoning(
+        student, tokenizer, rows, template=template, max_tokens=room, prefix=reasoning.EMPTY_THOUGHT
     )
     base = None
     if recipe.think.base and recipe.adapter is not None:
         with student.adapters_off():
-            base = reasoning.think(student, tokenizer, rows, template=template, max_tokens=room)
+            base = reasoning.measure_reasoning(student, tokenizer, rows, template=template, max_tokens=room)
     elif recipe.think.base:
         start = engines.get(recipe.engine).load(base_folder(recipe.model))
-        base = reasoning.think(start, tokenizer, rows, template=template, max_tokens=room)
-    figures = reasoning.summary(thinking, at_once, base, kept)
+        base = reasoning.measure_reasoning(start, tokenizer, rows, template=template, max_tokens=room)
+    figures = reasoning.summarize(thinking, at_once, base, kept)
     records = [
         {
             "question": row.turns[-2].content,
             "wanted": row.extra.get("answer"),
             "thinking": thinking.texts[i],
-            "right": bool(thinking.right[i]),
+            "right": bool(thinking.correct[i]),
             "at_once": at_once.texts[i],
-            "right_at_once": bool(at_once.right[i]),
+            "right_at_once": bool(at_once.correct[i]),
         }
         for i, row in enumerate(rows)
     ]
@@ -141,7 +141,7 @@ def judge(
     runs.write_text(
         run.folder / "answers.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     )
-    say("\n".join(reasoning.lines(figures)))
+    say("\n".join(reasoning.summary_lines(figures)))
     return {name: figures[name].mean for name in ("accuracy", "accuracy_at_once", "format_rate")}
 
 
@@ -157,7 +157,7 @@ def _fitting(
             [row.turns[:-1] for row in rows], tokenizer, template, templated=rows[0].templated
         )
     ]
-    begun = len(tokenizer(reasoning.AT_ONCE, add_special_tokens=False)["input_ids"])
+    begun = len(tokenizer(reasoning.EMPTY_THOUGHT, add_special_tokens=False)["input_ids"])
     kept = [row for row, length in zip(rows, lengths, strict=True) if length + begun + LEAST_ROOM <= context]
     if len(kept) < len(rows):
         say(

@@ -185,11 +185,13 @@ def run(recipe: Recipe, resume: bool = False) -> dict[str, float]:
 
 def judge(
     model: Model, held_out: Sequence[pairs.Pair], train: Sequence[Preference], pad: int, seed: int
-) -> preference.PreferenceReport:
+) -> preference.PreferenceStats:
     """Score held-out pairs and compare with what length and words alone would say."""
     rows = [side for pair in held_out for side in (pair.chosen, pair.rejected)]
     scores = score_rows(model, rows, pad)
-    return preference.report(scores[::2], scores[1::2], [pair.row for pair in held_out], train, seed)
+    return preference.compare_with_baselines(
+        scores[::2], scores[1::2], [pair.row for pair in held_out], train, seed
+    )
 
 
 def shower(
