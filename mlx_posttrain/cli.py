@@ -300,7 +300,7 @@ def report(
     from mlx_posttrain.evaluate import analyze as module
     from mlx_posttrain.evaluate import findings as kinds
     from mlx_posttrain.evaluate import report as pages
-    from mlx_posttrain.evaluate.suite import labels_of
+    from mlx_posttrain.evaluate.suite import model_labels
     from mlx_posttrain.runs import reopen
 
     names, suite = _suite(runs)
@@ -308,7 +308,7 @@ def report(
     pages.check_target(output)
     if logs_only:
         curve = kinds.overfitting(
-            {label: reopen(n)[0].metrics() for n, label in zip(names, labels_of(names), strict=True)}
+            {label: reopen(n)[0].metrics() for n, label in zip(names, model_labels(names), strict=True)}
         )
         _page(output, names, None, [curve] if curve else [])
     else:
@@ -357,19 +357,19 @@ def _compare(
         page = page.expanduser()
         pages.check_target(page)
     names = [_home(name) for name in names]
-    names, labels = analyze.with_base(names, module.labels_of(names))
+    names, labels = analyze.add_base(names, module.model_labels(names))
     found = module.compare(names, suite, engine, labels)
     typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else table(found))
     if page:
-        findings = analyze.of_comparison(found, analyze.logs_of(names, labels))
+        findings = analyze.comparison_findings(found, analyze.read_logs(names, labels))
         typer.echo(pages.write(page, names, labels, found, findings), err=True)
 
 
 def _page(path: Path, names: list[str], comparison: Any, findings: list[Any]) -> None:
     from mlx_posttrain.evaluate import report as module
-    from mlx_posttrain.evaluate.suite import labels_of
+    from mlx_posttrain.evaluate.suite import model_labels
 
-    typer.echo(module.write(path, names, labels_of(names), comparison, findings), err=True)
+    typer.echo(module.write(path, names, model_labels(names), comparison, findings), err=True)
 
 
 @app.command()
@@ -448,7 +448,7 @@ def bench(
         ),
     ] = "gpt2",
     what: Annotated[
-        str, typer.Option(help="of sft, lora, kl, kl-lora, reward, ppo, generate, generate-single, scaling")
+        str, typer.Option(help="kinds of work, separated by commas; an unknown one lists them all")
     ] = "sft,lora,kl,generate",
     engines: Annotated[
         str | None, typer.Option(help="of mlx-gpu, mlx-cpu, torch-cpu; default: what this machine has")
@@ -482,16 +482,16 @@ def bench(
         return [name.strip() for name in text.split(",")]
 
     output = output.expanduser()
-    with render.claimed(output):
+    with render.reserve_folder(output):
         result = module.bench(
             model,
             names(what),
             None if engines is None else names(engines),
-            peers=peers,
+            baselines=peers,
             units=units,
             shape=module.Shape(rows, length, batch_size),
         )
-        typer.echo(render.block(result))
+        typer.echo(render.markdown(result))
         typer.echo(f"{output}: {', '.join(render.write(result, output))}", err=True)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark: real processes that take turns, ratios that are refused, and what is written."""
+"""The benchmark: real processes that take turns, ratios that are refused, and the files it writes."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_posttrain import bench, engines
-from mlx_posttrain.bench import comparison, peers, render, scaling, work, worker
-from mlx_posttrain.bench.material import Shape, model_folder, reward_folder, rows
+from mlx_posttrain.bench import baselines, comparison, flops, harness, inputs, render, scaling, worker
+from mlx_posttrain.bench.inputs import Shape, model_folder, reward_folder, rows
 from mlx_posttrain.cli import app
 from mlx_posttrain.convert import hub
 from mlx_posttrain.errors import UserError
@@ -29,7 +29,7 @@ def timing(engine: str, seconds: list[float], losses: list[float], **more: Any) 
     )
 
 
-# of three rows the summed loss and the trained tokens: 86 / 25 = 3.44 in all
+# summed loss and trained tokens of three rows: 86 / 25 = 3.44 together
 ROWS = [(30.0, 10), (44.0, 11), (12.0, 4)]
 
 
@@ -37,140 +37,153 @@ def ours(**more: Any) -> bench.Timing:
     return timing("torch-cpu", [1.0, 2.0], [3.4, 3.3], first={"rows": ROWS}, **more)
 
 
-def peer(loss: float = 74 / 21, tokens: int = 21, losses: tuple[float, float] = (3.41, 3.32)) -> bench.Timing:
-    """A trainer whose first batch are the first two rows."""
+def baseline(
+    loss: float = 74 / 21, tokens: int = 21, losses: tuple[float, float] = (3.41, 3.32)
+) -> bench.Timing:
+    """Another trainer, whose first batch holds the first two rows."""
     first = {"rows": [1, 0], "loss": loss, "tokens": tokens}
     return timing("trl-cpu", [3.0, 4.0], list(losses), against="torch-cpu", version="1.16.0", first=first)
 
 
+def small_rollout(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
+    """Set the sizes of rollouts for every module that uses them."""
+    for key, size in sizes.items():
+        monkeypatch.setitem(harness.ROLLOUT, key, size)
+
+
 def test_ratio_is_the_median_of_pairs() -> None:
-    found = [
+    timings = [
         timing("mlx-cpu", [1.0, 2.0, 4.0], [3.0] * 3),
         timing("torch-cpu", [2.0, 2.0, 12.0], [3.0] * 3, against="mlx-cpu"),
     ]
-    comparison.compare(found)
-    assert found[0].ratio is None and found[1].ratio == (2.0, 1.0, 3.0) and found[1].disagreement == 0
+    comparison.compare(timings)
+    assert timings[0].ratio is None and timings[1].ratio == (2.0, 1.0, 3.0) and timings[1].disagreement == 0
 
 
-def test_every_engine_is_compared_with_its_own_kind() -> None:
-    """Another library's or device's engine as the base would make a peer look fast or slow for what is not
-    its doing.
-    """
-    found = [timing("mlx-cpu", [10.0, 10.0], [3.4, 3.3]), ours(against="mlx-cpu"), peer()]
-    comparison.compare(found)
-    assert found[2].ratio == (2.5, 2.0, 3.0)
-    text = render.table({"timings": [vars(t) for t in found]})
+def test_a_baseline_is_compared_with_our_engine_on_its_library() -> None:
+    """Against another library's engine a baseline would look fast or slow for the wrong reason."""
+    timings = [timing("mlx-cpu", [10.0, 10.0], [3.4, 3.3]), ours(against="mlx-cpu"), baseline()]
+    comparison.compare(timings)
+    assert timings[2].ratio == (2.5, 2.0, 3.0)
+    text = render.table({"timings": [vars(t) for t in timings]})
     assert "2.50 [2.00, 3.00] of torch-cpu" in text and "0.15 [0.10, 0.20] of mlx-cpu" in text
 
 
-def test_peers_are_measured_on_the_device_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: True)
-    assert peers.beside(["mlx-cpu"]) == {"mlx-lm-cpu": "mlx-cpu"}
-    both = peers.beside(["mlx-gpu", "mlx-cpu", "torch-cpu"])
+def test_baselines_are_timed_on_the_chosen_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: True)
+    assert baselines.installed(["mlx-cpu"]) == {"mlx-lm-cpu": "mlx-cpu"}
+    both = baselines.installed(["mlx-gpu", "mlx-cpu", "torch-cpu"])
     assert both == {
         "mlx-lm-gpu": "mlx-gpu",
         "mlx-lm-cpu": "mlx-cpu",
         "transformers-cpu": "torch-cpu",
         "trl-cpu": "torch-cpu",
     }
-    assert {peers.peer(name) for name in both} == set(peers.PEERS) == set(peers.WORK)
+    assert (
+        {baselines.baseline_name(name) for name in both}
+        == set(baselines.BASELINES)
+        == set(baselines.TRAINERS)
+    )
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "mismatch"),
     [
-        (peer(), None),
-        (peer(tokens=60), "its first batch trains 60 tokens, ours of the same rows 21"),  # prompts too
-        (peer(loss=74 / 21 * 1.002), "losses before training differ by 0.20%"),
-        (peer(losses=(3.44, 3.44)), "its loss fell 0.00 times as far as ours"),  # nothing is trained
-        (peer(losses=(3.0, 2.9)), "its loss fell 3.86 times as far as ours"),
+        (baseline(), None),
+        # it trains on prompts
+        (baseline(tokens=60), "its first batch trains 60 tokens, ours 21 on the same rows"),
+        (baseline(loss=74 / 21 * 1.002), "losses before training differ by 0.20%"),
+        # it trains nothing
+        (baseline(losses=(3.44, 3.44)), "its loss fell 0.00 times as far as ours"),
+        (baseline(losses=(3.0, 2.9)), "its loss fell 3.86 times as far as ours"),
     ],
 )
-def test_a_peer_must_begin_alike_and_learn_alike(other: bench.Timing, said: str | None) -> None:
-    found = [ours(), other]
-    comparison.compare(found)
-    assert other.mismatch == said and (other.ratio is None) == (said is not None)
-    if said:
-        assert said in render._ratio(vars(other))
+def test_a_baseline_must_start_and_learn_alike(other: bench.Timing, mismatch: str | None) -> None:
+    comparison.compare([ours(), other])
+    assert other.mismatch == mismatch and (other.ratio is None) == (mismatch is not None)
+    if mismatch:
+        assert mismatch in render._ratio(vars(other))
 
 
 @pytest.mark.parametrize(
-    ("first", "entropy", "said"),
+    ("first", "entropy", "mismatch"),
     [
         ({"kl": 0.0, "score": 0.1}, 10.7, None),
-        ({"kl": 0.4, "score": 0.1}, 10.7, "trl-cpu's first divergence from the reference is 0.400, not 0"),
+        ({"kl": 0.4, "score": 0.1}, 10.7, "trl-cpu's first KL from the reference is 0.400, not 0"),
         (
             {"kl": 0.0, "score": 3.1},
             10.7,
-            "mean scores of the first rollout differ: 3.100, and 0.000 +- 0.500",
+            "mean scores of the first rollout differ: 3.100 against 0.000 +- 0.500",
         ),
         ({"kl": 0.0, "score": 0.1}, 9.0, "entropies differ by 15.9%"),
     ],
 )
-def test_a_peers_first_rollout_is_of_the_same_policy_and_scorer(
-    first: dict[str, float], entropy: float, said: str | None
+def test_a_baselines_first_rollout_is_of_the_same_policy_and_scorer(
+    first: dict[str, float], entropy: float, mismatch: str | None
 ) -> None:
     base = timing("torch-cpu", [1.0], [10.7], what="ppo", first={"kl": 0.0, "score": 0.0, "score_std": 1.0})
     other = timing(
         "trl-cpu", [2.0], [entropy], what="ppo", against="torch-cpu", version="1.12.0", first=first
     )
     comparison.compare([base, other])
-    assert other.mismatch == said
+    assert other.mismatch == mismatch
 
 
 @pytest.mark.parametrize(
-    ("first", "entropy", "said"),
+    ("first", "entropy", "mismatch"),
     [
-        ({}, 4.47, None),  # after the first update each engine draws from a policy of its own
+        ({}, 4.47, None),  # after the first update each engine samples from its own policy
         ({"entropy": 4.46}, 4.42, "entropies of the first rollout differ by 0.68%"),
-        ({"score": 3.1}, 4.42, "mean scores of the first rollout differ: 3.100, and 0.000 +- 0.500"),
+        ({"score": 3.1}, 4.42, "mean scores of the first rollout differ: 3.100 against 0.000 +- 0.500"),
         ({}, 4.0, "entropies differ by 9.5%"),
     ],
 )
-def test_our_engines_draw_the_first_answers_alike(
-    first: dict[str, float], entropy: float, said: str | None
+def test_our_engines_sample_the_same_first_answers(
+    first: dict[str, float], entropy: float, mismatch: str | None
 ) -> None:
     same = {"kl": 0.0, "score": 0.0, "score_std": 1.0, "entropy": 4.43}
     base = timing("mlx-cpu", [1.0], [4.42], what="ppo", first=same)
     other = timing("torch-cpu", [2.0], [entropy], what="ppo", against="mlx-cpu", first={**same, **first})
     comparison.compare([base, other])
-    assert other.mismatch == said
+    assert other.mismatch == mismatch
 
 
 def test_no_ratio_where_losses_disagree() -> None:
-    found = [timing("mlx-cpu", [1.0], [3.0]), timing("torch-cpu", [2.0], [3.006], against="mlx-cpu")]
-    comparison.compare(found)
-    assert found[1].ratio is None and found[1].disagreement == pytest.approx(0.002)
-    assert "no ratio: losses differ by 0.20%" in render._ratio(vars(found[1]))
+    timings = [timing("mlx-cpu", [1.0], [3.0]), timing("torch-cpu", [2.0], [3.006], against="mlx-cpu")]
+    comparison.compare(timings)
+    assert timings[1].ratio is None and timings[1].disagreement == pytest.approx(0.002)
+    assert "no ratio: losses differ by 0.20%" in render._ratio(vars(timings[1]))
 
 
 def test_no_ratio_where_a_loss_is_not_finite() -> None:
-    found = [
+    timings = [
         timing("mlx-cpu", [1.0, 1.0], [3.0, 3.0]),
         timing("torch-cpu", [2.0, 2.0], [3.0, float("nan")], against="mlx-cpu"),
     ]
-    comparison.compare(found)
+    comparison.compare(timings)
     assert (
-        found[1].ratio is None
-        and "not finite" in (found[1].error or "")
-        and not found[1].losses
-        and found[0].error is None
+        timings[1].ratio is None
+        and "not finite" in (timings[1].error or "")
+        and not timings[1].losses
+        and timings[0].error is None
     )
     failed = [timing("mlx-cpu", [1.0], [float("inf")]), timing("torch-cpu", [2.0], [3.0], against="mlx-cpu")]
     comparison.compare(failed)
     assert failed[1].ratio is None and failed[1].mismatch == "mlx-cpu failed"
 
 
-def test_what_a_kind_of_work_takes_over_another() -> None:
+def test_cost_of_one_kind_of_work_relative_to_another() -> None:
     def done(what: str, seconds: list[float], peak: float) -> bench.Timing:
         return timing("mlx-cpu", seconds, [3.0], what=what, peak_gb=peak)
 
-    found = [
+    timings = [
         done("sft", [2.0, 2.0, 4.0], 2.0),
         done("kl", [2.8, 3.0, 3.0], 3.0),
         done("lora", [1.0, 1.2, 1.4], 1.0),
     ]
-    kl, lora = comparison.relations([*found, timing("mlx-lm-cpu", [9.0], [3.0], what="lora", version="1")])
+    kl, lora = comparison.relative_costs(
+        [*timings, timing("mlx-lm-cpu", [9.0], [3.0], what="lora", version="1")]
+    )
     assert (kl["what"], kl["over"], kl["time"], kl["memory"]) == ("kl", "sft", (1.5, 0.7, 1.5), 1.5)
     assert (lora["what"], lora["over"], lora["time"], lora["memory"]) == (
         "lora",
@@ -178,26 +191,28 @@ def test_what_a_kind_of_work_takes_over_another() -> None:
         (0.6, 0.25, 0.7),
         0.5,
     )
-    assert render._relation(kl) == "kl / sft on mlx-cpu: 1.50 [0.70, 1.50] of the time, 1.50 of the memory"
+    assert (
+        render._relation(kl) == "kl / sft on mlx-cpu: 1.50 [0.70, 1.50] times the time, 1.50 times the memory"
+    )
 
 
-def test_nothing_is_told_in_terms_of_work_that_was_not_the_same() -> None:
+def test_no_relative_cost_of_work_that_differed() -> None:
     def done(engine: str, what: str, loss: float, **more: Any) -> bench.Timing:
         return timing(engine, [2.0], [loss], what=what, peak_gb=1.0, **more)
 
     alone = [done("mlx-cpu", "generate", 3.0), done("mlx-cpu", "generate-single", 3.001)]
-    assert [r["over"] for r in comparison.relations(alone)] == ["generate"]
-    assert comparison.relations([alone[0], done("mlx-cpu", "generate-single", 3.1)]) == []
-    found = [
+    assert [r["over"] for r in comparison.relative_costs(alone)] == ["generate"]
+    assert comparison.relative_costs([alone[0], done("mlx-cpu", "generate-single", 3.1)]) == []
+    timings = [
         done("mlx-cpu", "sft", 3.0),
         done("torch-cpu", "sft", 3.2, against="mlx-cpu"),
         done("torch-cpu", "lora", 3.0),
     ]
-    comparison.compare(found[:2])
-    assert comparison.relations(found) == []
+    comparison.compare(timings[:2])
+    assert comparison.relative_costs(timings) == []
 
 
-def test_what_is_collected_is_shown() -> None:
+def test_the_table_shows_what_was_collected() -> None:
     t = vars(ours()) | {
         "steps": 4,
         "shapes": 3,
@@ -209,7 +224,9 @@ def test_what_is_collected_is_shown() -> None:
     (row,) = render.table({"timings": [t]}).splitlines()[2:]
     shown = dict(zip(render.COLUMNS, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
     assert (
-        shown["seconds a step"] == "0.375" and shown["shapes"] == "3" and shown["losses differ"] == "0.0015%"
+        shown["seconds per step"] == "0.375"
+        and shown["shapes"] == "3"
+        and shown["losses differ"] == "0.0015%"
     )
     assert shown["of product peak"] == "50%"
     result = {
@@ -220,12 +237,12 @@ def test_what_is_collected_is_shown() -> None:
         "units": 2,
         "relations": [],
         "scaling": {},
-        "timings": [t, vars(peer())],
+        "timings": [t, vars(baseline())],
     }
-    assert "- trl: 1.16.0" in render.block(result)
+    assert "- trl: 1.16.0" in render.markdown(result)
 
 
-def test_rows_are_the_same_everywhere_and_as_long_as_said() -> None:
+def test_rows_are_reproducible_and_of_the_stated_length() -> None:
     shape = Shape(rows=64)
     assert rows(shape, 4096) == rows(shape, 4096)
     prompts, answers = zip(
@@ -235,7 +252,7 @@ def test_rows_are_the_same_everywhere_and_as_long_as_said() -> None:
     assert {len(e.tokens) for e in rows(Shape(rows=4, length=40), 4096)} == {40}
 
 
-def test_operations_by_hand() -> None:
+def test_training_flops_by_hand() -> None:
     tiny = Size(
         1,
         2,
@@ -248,13 +265,13 @@ def test_operations_by_hand() -> None:
     )
     shape = Shape(rows=1, length=8)  # 1 prompt token, 7 trained
     attention = 2 * 2 * 2 * 64 / 2
-    assert work.training_flops(tiny, "sft", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 3 * attention
-    assert work.training_flops(tiny, "kl-lora", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
-    # its head is one number a row
-    assert work.training_flops(tiny, "reward", shape) == 6 * 12 * 4 * 8 + 3 * attention
+    assert flops.training_flops(tiny, "sft", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 3 * attention
+    assert flops.training_flops(tiny, "kl-lora", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
+    # a reward model's head is one number per row
+    assert flops.training_flops(tiny, "reward", shape) == 6 * 12 * 4 * 8 + 3 * attention
 
 
-def test_operations_of_ppo_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ppo_flops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Size(
         1,
         2,
@@ -265,31 +282,31 @@ def test_operations_of_ppo_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "gpt2",
         {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)},
     )
-    monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 1, "samples": 2, "max_tokens": 4})
-    monkeypatch.setattr(worker, "prompts", lambda vocabulary: [[1, 2, 3]])
-    # one answer forward: 3 + 4 tokens, 4 of them with logits
+    small_rollout(monkeypatch, prompts=1, samples=2, max_tokens=4)
+    monkeypatch.setattr(flops, "prompts", lambda vocabulary: [[1, 2, 3]])
+    # a forward pass of one answer: 3 + 4 tokens, 4 of them with logits
     body, attention, head = 2 * 48 * 7, 2 * 2 * 2 * 49 / 2, 2 * 2 * 10 * 4
-    decoding = 2 * (2 * 48 * 4 + attention + head) + 2 * 48 * 3  # the prompt is read once for both
-    assert work.ppo_flops(tiny) == decoding + 2 * (4 * (body + attention) + 2 * head) + 2 * 2 * (
+    decoding = 2 * (2 * 48 * 4 + attention + head) + 2 * 48 * 3  # both samples share one pass over the prompt
+    assert flops.ppo_flops(tiny) == decoding + 2 * (4 * (body + attention) + 2 * head) + 2 * 2 * (
         6 * (body + attention) + 3 * head
     )
 
 
 def test_decoding_row_by_row_reads_the_weights_for_every_row() -> None:
     tiny = Size(1, 2, 8, 1, 10, 32, "gpt2", {}, file_bytes=1000)
-    assert work.decode_bytes(tiny) == 64_000 and work.decode_bytes(tiny, 32) == 32 * 64_000
+    assert flops.decode_bytes(tiny) == 64_000 and flops.decode_bytes(tiny, 32) == 32 * 64_000
 
 
-def test_lines_of_scaling() -> None:
+def test_scaling_in_markdown() -> None:
     seconds = {
         case: 0.1 * case.rows * case.length / 1024 + 1e-4 * case.rows * case.trained
         for case in scaling.cases(256)
     }
-    found = {
+    result = {
         "cases": [{**case._asdict(), "seconds": [s]} for case, s in seconds.items()],
         "loss": [{"positions": 1024, "vocabulary": 8192, "mb": 50.0, "logits_mb": 32.0}],
     }
-    text = "\n".join(scaling.lines("mlx-cpu", found))
+    text = "\n".join(scaling.markdown_lines("mlx-cpu", result))
     assert "4 times the rows: 4.00 times the time" in text
     assert (
         "0.12, 0.50 and 0.88 of the tokens trained: 0.59, 0.80 and 1 of the time (on a straight line 0.80 "
@@ -300,18 +317,18 @@ def test_lines_of_scaling() -> None:
 
 
 @pytest.mark.parametrize("engine", engines.available())
-def test_the_loss_knows_neither_positions_nor_vocabulary(
+def test_memory_of_the_loss_depends_on_neither_positions_nor_vocabulary(
     engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_posttrain.engines import fused
 
     if engine == "torch" and sys.platform != "linux":
-        pytest.skip("other systems cannot forget a process's peak")
+        pytest.skip("other systems cannot reset a process's peak")
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
-    monkeypatch.setattr(fused, "CACHED_BYTES", 2**22)
-    monkeypatch.setattr(fused, "PANEL", 1)  # which may take twice the budget
-    scaling.loss_peak(engine, 256, 4096)  # what a library sets up when it is first used
-    # Three times: torch's is the process's, and whether a heap has holes differs from call to call.
+    monkeypatch.setattr(fused, "KEPT_BYTES", 2**22)
+    monkeypatch.setattr(fused, "PANEL", 1)  # a panel may take twice the budget
+    scaling.loss_peak(engine, 256, 4096)  # warm-up: a library allocates when it is first used
+    # Three times: torch's peak is the process's, and the heap's fragmentation differs between calls.
     small, large = (
         max(scaling.loss_peak(engine, *sizes) for _ in range(3)) for sizes in ((512, 4096), (2048, 16384))
     )
@@ -320,7 +337,7 @@ def test_the_loss_knows_neither_positions_nor_vocabulary(
 
 @pytest.mark.slow
 def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
-    have = bench.here()
+    have = bench.available_engines()
     done = CliRunner().invoke(
         app,
         [
@@ -345,10 +362,10 @@ def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
         assert t["error"] is None and len(t["seconds"]) == 2 and min(t["seconds"]) > 0 and t["peak_gb"] > 0
     if len(have) > 1:
         assert timings["sft", have[1]]["ratio"] is not None, timings["sft", have[1]]["disagreement"]
-        # the same answers, sampled from the same numbers
+        # the same answers, sampled with the same random numbers
         assert timings["generate", have[1]]["disagreement"] < 5e-3
     again = CliRunner().invoke(app, ["bench", "--model", "tiny", "--output", str(tmp_path / "out")])
-    assert "holds a benchmark already" in str(again.exception)  # and nothing was measured for it
+    assert "holds a benchmark already" in str(again.exception)  # before anything is measured
     text = (tmp_path / "out" / "bench.md").read_text()
     assert "- chip: " in text and "| sft | " in text
     assert timings["sft", have[0]]["steps"] == 2 and timings["sft", have[0]]["shapes"] >= 1
@@ -360,7 +377,7 @@ def test_other_kinds_of_work_on_the_embedded_model() -> None:
     result = bench.bench(
         "tiny", ["kl", "kl-lora", "reward", "ppo"], units=1, shape=Shape(rows=8, batch_size=4)
     )
-    assert len(result["timings"]) == 4 * len(bench.here())
+    assert len(result["timings"]) == 4 * len(bench.available_engines())
     for t in result["timings"]:
         assert t["error"] is None and t["mismatch"] is None, (
             t["what"],
@@ -370,58 +387,60 @@ def test_other_kinds_of_work_on_the_embedded_model() -> None:
         )
 
 
-@pytest.mark.parametrize("engine", bench.here())
-def test_answers_one_at_a_time_are_those_of_a_batch(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", bench.available_engines())
+def test_answers_sampled_one_at_a_time_equal_those_of_a_batch(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Gate:
         def __init__(self) -> None:
             self.units = iter([True, False])
-            self.told: dict[str, float] = {}
+            self.stats: dict[str, float] = {}
 
         def open(self) -> bool:
             return next(self.units)
 
-        def report(self, **figures: float) -> None:
-            self.told = figures
+        def report(self, **stats: float) -> None:
+            self.stats = stats
 
-        def close(self, **figures: float) -> None:
+        def close(self, **stats: float) -> None:
             pass
 
-    monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 2, "samples": 3, "max_tokens": 5})
-    told = []
+    small_rollout(monkeypatch, prompts=2, samples=3, max_tokens=5)
+    reported = []
     for what in ("generate", "generate-single"):
         gate = Gate()
         worker.generate({"engine": engine, "what": what, "folder": str(base_folder("tiny"))}, gate)  # type: ignore[arg-type]
-        told.append(gate.told)
-    assert told[0]["rows"] == 6 and told[0]["tokens"] == 30
-    assert told[1] == pytest.approx(told[0], rel=1e-5)
+        reported.append(gate.stats)
+    assert reported[0]["rows"] == 6 and reported[0]["tokens"] == 30
+    assert reported[1] == pytest.approx(reported[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("what", ["sft", "ppo", "scaling"])
-def test_a_unit_ends_when_its_work_is_done(
+def test_a_unit_ends_when_its_update_has_finished(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLX returns from a step while its update still runs."""
     mlx = pytest.importorskip("mlx_posttrain.engines.mlx.engine")
-    happened = []
+    events = []
 
     class OneUnit:
         peak = None
 
         def open(self) -> bool:
-            return "unit" not in happened
+            return "unit" not in events
 
-        def report(self, **figures: Any) -> None:
-            happened.append("unit")
+        def report(self, **stats: Any) -> None:
+            events.append("unit")
 
-        def close(self, **figures: Any) -> None:
+        def close(self, **stats: Any) -> None:
             pass
 
     step, synchronize = mlx.MLXTrainer.step, mlx.MLXEngine.synchronize
-    monkeypatch.setattr(mlx.MLXTrainer, "step", lambda *a: (happened.append("step"), step(*a))[1])
+    monkeypatch.setattr(mlx.MLXTrainer, "step", lambda *a: (events.append("step"), step(*a))[1])
     monkeypatch.setattr(
-        mlx.MLXEngine, "synchronize", lambda self: (happened.append("wait"), synchronize(self))[1]
+        mlx.MLXEngine, "synchronize", lambda self: (events.append("wait"), synchronize(self))[1]
     )
-    monkeypatch.setattr(worker, "ROLLOUT", {"prompts": 1, "samples": 2, "max_tokens": 4})
+    small_rollout(monkeypatch, prompts=1, samples=2, max_tokens=4)
     monkeypatch.setattr(scaling, "cases", lambda context: [scaling.Case(1, 8, 4)])
     monkeypatch.setattr(scaling, "loss_peak", lambda *a: 0.0)
     folder = str(base_folder("tiny"))
@@ -433,25 +452,25 @@ def test_a_unit_ends_when_its_work_is_done(
     }
     if what == "ppo":
         spec["reward"] = str(reward_folder(Path(folder), tmp_path))
-    (scaling.work if what == "scaling" else worker.WORK[what])(spec, OneUnit())
-    assert happened.count("step") >= 1 and happened[-2:] == ["wait", "unit"]
+    worker.WORK[what](spec, OneUnit())
+    assert events.count("step") >= 1 and events[-2:] == ["wait", "unit"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["sft", "lora"])
-def test_installed_peers_do_the_same_work(what: str) -> None:
-    """Real trainers on the embedded model: their losses before training are ours, and fall as ours do.
+def test_installed_baselines_do_the_same_work(what: str) -> None:
+    """Real trainers on the embedded model: their losses before training equal ours, and fall as ours do.
 
-    One batch holds all rows, so that nobody's order of rows plays a part.
+    One batch holds all rows, so that the order of rows plays no part.
     """
-    result = bench.bench("tiny", [what], peers=True, units=2, shape=Shape(rows=8))
-    found = [t for t in result["timings"] if t["engine"] not in bench.ENGINES]
+    result = bench.bench("tiny", [what], baselines=True, units=2, shape=Shape(rows=8))
+    others = [t for t in result["timings"] if t["engine"] not in bench.ENGINES]
     assert (
-        {peers.peer(t["engine"]) for t in found}
-        == {peers.peer(name) for name in peers.beside(bench.here())}
+        {baselines.baseline_name(t["engine"]) for t in others}
+        == {baselines.baseline_name(name) for name in baselines.installed(bench.available_engines())}
         != set()
     )
-    for t in found:
+    for t in others:
         assert t["error"] is None and t["mismatch"] is None and t["ratio"], (
             t["engine"],
             t["error"],
@@ -459,26 +478,27 @@ def test_installed_peers_do_the_same_work(what: str) -> None:
         )
         assert (
             t["disagreement"] < 1e-4
-            and t["against"].partition("-")[0] == peers.PEERS[peers.peer(t["engine"])].engine
+            and t["against"].partition("-")[0]
+            == baselines.BASELINES[baselines.baseline_name(t["engine"])].engine
         )
 
 
 @pytest.mark.slow
 def test_scaling_of_the_embedded_model(tmp_path: Path) -> None:
-    result = bench.bench("tiny", ["scaling"], [bench.here()[0]], units=1)
-    (found,) = result["scaling"].values()
+    result = bench.bench("tiny", ["scaling"], [bench.available_engines()[0]], units=1)
+    (scaled,) = result["scaling"].values()
     assert (
-        len(found["cases"]) == 8
-        and all(len(c["seconds"]) == 2 for c in found["cases"])
-        and len(found["loss"]) == 4
+        len(scaled["cases"]) == 8
+        and all(len(c["seconds"]) == 2 for c in scaled["cases"])
+        and len(scaled["loss"]) == 4
     )
-    assert "times the rows" in render.block(result)
+    assert "times the rows" in render.markdown(result)
     render.write(result, tmp_path)
     assert (tmp_path / "bench.json").is_file()
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_processes_with_a_word(tmp_path: Path) -> None:
+def test_ctrl_c_ends_all_processes_with_a_message(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -493,33 +513,39 @@ def test_ctrl_c_ends_all_processes_with_a_word(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "out"),
     ]
-    # A shell without job control has the processes of its background ignore Ctrl-C, and so would ours.
+    # A shell without job control makes background processes ignore Ctrl-C, and ours would inherit that.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen
     )
     assert process.stderr is not None
-    assert "unit 1 of 500" in process.stderr.readline()  # both engines are open and have warmed up
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
+    assert "unit 1 of 500" in process.stderr.readline()  # both engines are open and warmed up
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 2 and rest.strip().splitlines()[-1] == "mlx-posttrain: interrupted"
     assert not (tmp_path / "out" / "bench.json").exists()
 
 
 @pytest.mark.slow
-def test_a_worker_that_fails_is_a_line() -> None:
-    (found,) = bench._take_turns(
-        [{"engine": bench.here()[0], "what": "sft", "folder": "/nowhere", "shape": vars(Shape())}], 1
+def test_a_worker_that_fails_is_reported_in_its_timing() -> None:
+    (failed,) = bench._take_turns(
+        [
+            {
+                "engine": bench.available_engines()[0],
+                "what": "sft",
+                "folder": "/nowhere",
+                "shape": vars(Shape()),
+            }
+        ],
+        1,
     )
-    assert found.error and "nowhere" in found.error
-    assert "nowhere" in render.table({"timings": [vars(found)]})
+    assert failed.error and "nowhere" in failed.error
+    assert "nowhere" in render.table({"timings": [vars(failed)]})
 
 
 @pytest.mark.slow
 def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_posttrain.bench import material
-
-    monkeypatch.setitem(material.SIZES, "gpt2", (1, 2, 8))
+    monkeypatch.setitem(inputs.SIZES, "gpt2", (1, 2, 8))
     folder = model_folder("gpt2", tmp_path)
     hub.check_folder(folder)
     model = engines.get("auto").load(folder)
@@ -527,7 +553,7 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--what", "sfd"], "sfd"),
         (["--engines", "cuda"], "mlx-gpu, mlx-cpu, torch-cpu"),
@@ -541,12 +567,12 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
             "sft takes rows of 600 tokens, and tiny reads 512 at most: give a shorter --length",
         ),
         (["--what", "reward", "--rows", "9", "--batch-size", "3"], "give an even number"),
-        (["--what", "ppo", "--rows", "10", "--batch-size", "5"], "give a number that divides them"),
+        (["--what", "ppo", "--rows", "10", "--batch-size", "5"], "give a number that divides 32"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "--output", str(tmp_path / "new" / "bench"), *arguments])
-    assert isinstance(done.exception, UserError) and said in str(done.exception)
+    assert isinstance(done.exception, UserError) and message in str(done.exception)
     assert not (tmp_path / "new").exists()
 
 
@@ -566,25 +592,25 @@ def test_prompts_and_answers_must_fit_the_model(tmp_path: Path, random_gpt2: Pat
         )
 
 
-def test_what_nobody_finished_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One engine that fails is a line; where all do there is nothing to tell, and a folder that was there
-    before stays.
-    """
+def test_it_is_an_error_where_no_engine_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine that fails is a line of the result; all of them are an error, which keeps an old folder."""
     monkeypatch.setattr(bench, "measure_peaks", lambda name: {"gflops": 1.0, "gb_per_s": 1.0})
     monkeypatch.setattr(
         bench,
         "_take_turns",
         lambda specs, units: [bench.Timing(s["engine"], s["what"], error="out of memory") for s in specs],
     )
-    monkeypatch.setattr(bench, "_scaling", lambda spec, units: {"error": "no room"})
-    for what, said in (("sft,lora", "out of memory"), ("scaling", "no room")):
+    monkeypatch.setattr(bench, "_time_scaling", lambda spec, units: {"error": "no room"})
+    for what, message in (("sft,lora", "out of memory"), ("scaling", "no room")):
         done = CliRunner().invoke(
             app, ["bench", "--model", "tiny", "--what", what, "--output", str(tmp_path)]
         )
-        assert isinstance(done.exception, UserError) and f"no engine finished: {said}" in str(done.exception)
+        assert isinstance(done.exception, UserError) and f"no engine finished: {message}" in str(
+            done.exception
+        )
     assert tmp_path.exists() and not list(tmp_path.iterdir())
     cases = [{**case._asdict(), "seconds": [1.0]} for case in scaling.cases(512)]
-    monkeypatch.setattr(bench, "_scaling", lambda spec, units: {"cases": cases, "loss": []})
+    monkeypatch.setattr(bench, "_time_scaling", lambda spec, units: {"cases": cases, "loss": []})
     done = CliRunner().invoke(
         app, ["bench", "--model", "tiny", "--what", "sft,scaling", "--output", str(tmp_path)]
     )

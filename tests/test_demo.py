@@ -60,7 +60,7 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
         "right answers",
         "base-text",
         "repetition",
-        "wanted",
+        "expected",
         "PEFT",
         "mlx-posttrain run 03_lora",
         "before",

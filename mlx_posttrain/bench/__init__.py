@@ -1,9 +1,9 @@
-"""Engines, and other trainers, timed on the same work: `mlx-posttrain bench`.
+"""Time engines, and other trainers, on the same work: `mlx-posttrain bench`.
 
-Every engine works in a process of its own (worker.py) and all are open at once; they take turns, one unit of
-work at a time in alternating order, so that whatever else the machine does falls on all of them. The first
-unit is warm-up: it compiles. A ratio is the median of the ratios of units that were done beside each other,
-with the smallest and the largest; it is left out where the work was not the same (comparison.py).
+Every engine runs in its own process (worker.py). All processes are open at once and take turns, one unit of
+work at a time in alternating order, so that other load on the machine affects all of them alike. The first
+unit is a warm-up, in which engines compile. A ratio is the median of the ratios of units timed next to each
+other, given with the smallest and the largest; there is none where the work differed (comparison.py).
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_posttrain.bench.comparison import Timing, compare, relations
-from mlx_posttrain.bench.material import SIZES, Shape, model_folder, reward_folder, rows
+from mlx_posttrain.bench.baselines import BASELINES, baseline_name, installed
+from mlx_posttrain.bench.comparison import Timing, compare, relative_costs
+from mlx_posttrain.bench.flops import decode_bytes, ppo_flops, training_flops
+from mlx_posttrain.bench.harness import ROLLOUT, prompts
+from mlx_posttrain.bench.inputs import SIZES, Shape, model_folder, reward_folder, rows
+from mlx_posttrain.bench.kinds import kind_names, training_kinds
+from mlx_posttrain.bench.scaling import ROWS as SCALING_ROWS
 from mlx_posttrain.console import say
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan
 
 ENGINES = ("mlx-gpu", "mlx-cpu", "torch-cpu")
-WHAT = ("sft", "lora", "kl", "kl-lora", "reward", "ppo", "generate", "generate-single", "scaling")
 
 
 class _Worker:
-    """The driver's end of a worker's pipe."""
+    """The benchmark's end of the pipe to a worker."""
 
     def __init__(self, spec: dict[str, Any]):
         command = [sys.executable, "-m", "mlx_posttrain.bench.worker", json.dumps(spec)]
@@ -39,23 +43,25 @@ class _Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
+        """The worker's next record, or ``error`` with the last line it logged where it has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if line:
             return json.loads(line)
         self.log.seek(0)
-        said = self.log.read().strip().splitlines()
-        return {"error": said[-1] if said else f"ended with exit code {self.process.wait()}"}
+        logged = self.log.read().strip().splitlines()
+        return {"error": logged[-1] if logged else f"ended with exit code {self.process.wait()}"}
 
-    def ask(self, word: str) -> dict[str, Any]:
+    def send(self, command: str) -> dict[str, Any]:
+        """Send a command and return the worker's answer."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said last tells why
-            self.process.stdin.write(word + "\n")
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its last record or log line says why
+            self.process.stdin.write(command + "\n")
             self.process.stdin.flush()
-        return self.hear()
+        return self.receive()
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self.process.kill()
         self.process.wait()
 
@@ -65,81 +71,83 @@ def bench(
     what: Sequence[str] = ("sft", "lora", "kl", "generate"),
     engines: Sequence[str] | None = None,
     *,
-    peers: bool = False,
+    baselines: bool = False,
     units: int = 3,
     shape: Shape | None = None,
 ) -> dict[str, Any]:
-    """Time ``engines`` (by default all that are here) at each kind of work; returns timings, this machine's
-    peaks, and its description.
+    """Time engines at each kind of work; returns timings, the machine's peaks and its description.
 
-    peers: also other trainers that are installed, each beside the engine of ours on its library and device.
-    units: timed units after the warm-up; a unit is a pass over the rows, one PPO iteration, one batch of
-    answers, or of ``scaling`` two steps of every case. Raises UserError for an unknown kind of work or
-    engine, for a model that cannot be had, and for rows that it does not read; an engine that fails is a line
-    of the result, unless none has finished anything, which is a UserError too.
+    what: kinds of work, see kinds.py. engines: of ``ENGINES``, by default all that this machine can run.
+    baselines: also time other trainers that are installed, each against our engine on the same library and
+    device. units: timed units after the warm-up; a unit is one pass over the rows, one PPO iteration, one
+    batch of answers, or for ``scaling`` two steps of every case. Raises UserError for an unknown kind of work
+    or engine, for a model that cannot be found, and for rows longer than it reads. An engine that fails is
+    reported in its timing; where none finished anything, that is a UserError too.
     """
     shape = shape or Shape()
-    engines = list(engines or here())
-    for key, names, known in (("--what", what, WHAT), ("--engines", engines, ENGINES)):
+    engines = list(engines or available_engines())
+    for key, names, known in (("--what", what, kind_names()), ("--engines", engines, ENGINES)):
         if not names or any(name not in known or names.count(name) > 1 for name in names):
             raise UserError(
                 f"{key} {','.join(names)!r}: give one or more of {', '.join(known)}, once each, "
-                "with commas between"
+                "separated by commas"
             )
-    if peers and shape.rows % shape.batch_size:
+    if baselines and shape.rows % shape.batch_size:
         raise UserError(
-            f"--rows {shape.rows} is no multiple of --batch-size {shape.batch_size}: a peer "
-            "would leave the rest out"
+            f"--rows {shape.rows} is no multiple of --batch-size {shape.batch_size}: other trainers "
+            "would drop the remaining rows"
         )
-    if "reward" in what and shape.rows % 2:
+    training = {name: kind for name, kind in training_kinds().items() if name in what}
+    for name, kind in training.items():
+        if kind.method.collator is not None and shape.rows % 2:
+            raise UserError(
+                f"--rows {shape.rows}: {name} is trained on pairs of rows, so give an even number"
+            )
+        if kind.on_rollouts and 32 % shape.batch_size:
+            raise UserError(
+                f"--batch-size {shape.batch_size}: an iteration of {name} has 32 answers; give a "
+                "number that divides 32"
+            )
+    extra = installed(engines) if baselines else {}
+    if baselines and not extra:
         raise UserError(
-            f"--rows {shape.rows}: a reward model is trained on pairs of rows, so give an even number"
-        )
-    if "ppo" in what and 32 % shape.batch_size:
-        raise UserError(
-            f"--batch-size {shape.batch_size}: an iteration of ppo has 32 answers; give a "
-            "number that divides them"
-        )
-    from mlx_posttrain.bench import peers as others
-
-    extra = others.beside(engines) if peers else {}
-    if peers and not extra:
-        raise UserError(
-            f"--peers: none of {', '.join(others.PEERS)} is installed that runs on {', '.join(engines)}"
+            f"--peers: none of {', '.join(BASELINES)} is installed and runs on {', '.join(engines)}"
         )
     timings: list[Timing] = []
     scaled: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mlx-posttrain-bench-") as scratch:
         folder = model_folder(model, Path(scratch))
-        of = plan.size(folder)
-        _check_context(model, of, what, shape)
-        machine, peaks = describe(), {name: measure_peaks(name) for name in engines}
+        size = plan.size(folder)
+        _check_context(model, size, what, shape)
+        machine, peaks = describe_machine(), {name: measure_peaks(name) for name in engines}
         spec: dict[str, Any] = {"folder": str(folder), "shape": asdict(shape)}
-        if "ppo" in what:
+        if any(kind.on_rollouts for kind in training.values()):
             spec["reward"] = str(reward_folder(folder, Path(scratch)))
         for kind in what:
             if kind == "scaling":
-                scaled = {name: _scaling({**spec, "engine": name, "what": kind}, units) for name in engines}
+                scaled = {
+                    name: _time_scaling({**spec, "engine": name, "what": kind}, units) for name in engines
+                }
                 continue
             against: dict[str, str | None] = {
                 name: engines[0] if name != engines[0] else None for name in engines
             }
             against |= {
-                name: ours for name, ours in extra.items() if kind in others.PEERS[others.peer(name)].can
+                name: ours for name, ours in extra.items() if kind in BASELINES[baseline_name(name)].kinds
             }
-            given = [
-                {**spec, "engine": name, "what": kind, "against": base, "peers": bool(extra)}
+            specs = [
+                {**spec, "engine": name, "what": kind, "against": base, "baselines": bool(extra)}
                 for name, base in against.items()
             ]
-            found = _take_turns(given, units)
-            compare(found)
-            for t in found:
+            timed = _take_turns(specs, units)
+            compare(timed)
+            for t in timed:
                 if t.error is None and t.engine in peaks:
-                    _shares(t, of, shape, peaks[t.engine])
-            timings += found
-    failed = [t.error for t in timings] + [found.get("error") for found in scaled.values()]
-    if all(failed):
-        raise UserError(f"no engine finished: {failed[0]}")
+                    _add_peak_shares(t, size, shape, peaks[t.engine])
+            timings += timed
+    errors = [t.error for t in timings] + [result.get("error") for result in scaled.values()]
+    if all(errors):
+        raise UserError(f"no engine finished: {errors[0]}")
     return {
         "model": f"{model}, random weights" if model in SIZES else model,
         "shape": asdict(shape),
@@ -147,134 +155,141 @@ def bench(
         "machine": machine,
         "peaks": peaks,
         "timings": [asdict(t) for t in timings],
-        "relations": relations(timings),
+        "relations": relative_costs(timings),
         "scaling": scaled,
     }
 
 
-def _check_context(model: str, of: plan.Size, what: Sequence[str], shape: Shape) -> None:
-    """Raise UserError for rows, or prompts with their answers, that the model does not read; of scaling's
-    longer cases such are left out.
-    """
-    from mlx_posttrain.bench.scaling import ROWS
-    from mlx_posttrain.bench.worker import ROLLOUT, prompts
+def _check_context(model: str, size: plan.Size, what: Sequence[str], shape: Shape) -> None:
+    """Raise UserError where rows, or prompts with their answers, are longer than the model's context.
 
-    asked = max(map(len, prompts(of.vocabulary))) + ROLLOUT["max_tokens"]
-    longest = max(len(e.tokens) for e in rows(shape, of.vocabulary))
-    # whatever --length says
-    own = {"scaling": ROWS[0].length, "ppo": asked, "generate": asked, "generate-single": asked}
+    The longer cases of scaling are not checked, because those that do not fit are left out.
+    """
+    decoded = max(map(len, prompts(size.vocabulary))) + ROLLOUT["max_tokens"]
+    longest = max(len(e.tokens) for e in rows(shape, size.vocabulary))
+    # kinds of work whose rows do not depend on --length
+    fixed = {
+        "scaling": SCALING_ROWS[0].length,
+        "ppo": decoded,
+        "generate": decoded,
+        "generate-single": decoded,
+    }
     for kind in what:
-        tokens = own.get(kind, longest)
-        if of.context is not None and tokens > of.context:
-            hint = "leave it out of --what" if kind in own else "give a shorter --length"
+        tokens = fixed.get(kind, longest)
+        if size.context is not None and tokens > size.context:
+            hint = "leave it out of --what" if kind in fixed else "give a shorter --length"
             raise UserError(
-                f"{kind} takes rows of {tokens} tokens, and {model} reads {of.context} at most: {hint}"
+                f"{kind} takes rows of {tokens} tokens, and {model} reads {size.context} at most: {hint}"
             )
 
 
-def here() -> list[str]:
+def available_engines() -> list[str]:
     """The engines that this machine can run."""
     from mlx_posttrain import engines
 
-    found = []
+    names = []
     if "mlx" in engines.available():
         import mlx.core as mx
 
-        found = ["mlx-gpu"] if mx.is_available(mx.Device(mx.gpu)) else ["mlx-cpu"]
-    return found + (["torch-cpu"] if "torch" in engines.available() else [])
+        names = ["mlx-gpu"] if mx.is_available(mx.Device(mx.gpu)) else ["mlx-cpu"]
+    return names + (["torch-cpu"] if "torch" in engines.available() else [])
 
 
 def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
+    """Time one kind of work on several engines, one unit each in turn, in alternating order."""
     timings = [Timing(spec["engine"], spec["what"], spec.get("against")) for spec in specs]
     workers = [_Worker(spec) for spec in specs]
     try:
         for t, w in zip(timings, workers, strict=True):
-            t.error = w.hear().get("error")
+            t.error = w.receive().get("error")
         for unit in range(units + 1):
             pairs = list(zip(timings, workers, strict=True))
             for t, w in pairs if unit % 2 else reversed(pairs):
                 if t.error is not None:
                     continue
-                heard = w.ask("go")
-                t.error = heard.get("error")
+                record = w.send("go")
+                t.error = record.get("error")
                 if t.error is None and unit:
-                    t.seconds.append(heard["seconds"])
-                    t.losses.append(heard["loss"])
-                    t.rows, t.tokens, t.steps = heard["rows"], heard["tokens"], heard.get("steps")
-                    say(f"{t.what} {t.engine}, unit {unit} of {units}: {heard['seconds']:.2f} s")
+                    t.seconds.append(record["seconds"])
+                    t.losses.append(record["loss"])
+                    t.rows, t.tokens, t.steps = record["rows"], record["tokens"], record.get("steps")
+                    say(f"{t.what} {t.engine}, unit {unit} of {units}: {record['seconds']:.2f} s")
         for t, w in zip(timings, workers, strict=True):
             if t.error is None:
-                heard = w.ask("end")
-                t.error = heard.get("error")
+                record = w.send("end")
+                t.error = record.get("error")
                 if t.error is not None:
                     continue
-                t.peak_gb, t.process_gb, t.device = heard["peak_gb"], heard["process_gb"], heard["device"]
+                t.peak_gb, t.process_gb, t.device = record["peak_gb"], record["process_gb"], record["device"]
                 t.shapes, t.version, t.first = (
-                    heard.get("shapes"),
-                    heard.get("version", ""),
-                    heard.get("first", {}),
+                    record.get("shapes"),
+                    record.get("version", ""),
+                    record.get("first", {}),
                 )
     finally:
         for w in workers:
-            w.end()
+            w.kill()
     return timings
 
 
-def _scaling(spec: dict[str, Any], units: int) -> dict[str, Any]:
-    """Seconds of every case in all units after the warm-up, and the memory of the loss (scaling.py);
-    ``error`` where the engine failed.
+def _time_scaling(spec: dict[str, Any], units: int) -> dict[str, Any]:
+    """Seconds of every case of scaling.py in all units after the warm-up, and the memory of the loss.
+
+    Returns ``error`` where the engine failed.
     """
     worker = _Worker(spec)
     try:
-        heard = worker.hear()
+        record = worker.receive()
         cases: list[dict[str, Any]] = []
         for unit in range(units + 1):
-            heard = heard if "error" in heard else worker.ask("go")
-            if "error" not in heard and unit:
-                cases += heard["cases"]
-                say(f"scaling {spec['engine']}, unit {unit} of {units}: {heard['seconds']:.2f} s")
-        heard = heard if "error" in heard else worker.ask("end")
+            record = record if "error" in record else worker.send("go")
+            if "error" not in record and unit:
+                cases += record["cases"]
+                say(f"scaling {spec['engine']}, unit {unit} of {units}: {record['seconds']:.2f} s")
+        record = record if "error" in record else worker.send("end")
     finally:
-        worker.end()
-    if "error" in heard:
-        return {"error": heard["error"]}
+        worker.kill()
+    if "error" in record:
+        return {"error": record["error"]}
     seconds: dict[tuple[int, int, int], list[float]] = {}
     for c in cases:
         seconds.setdefault((c["rows"], c["length"], c["trained"]), []).extend(c["seconds"])
-    found = [{"rows": r, "length": n, "trained": t, "seconds": s} for (r, n, t), s in seconds.items()]
-    return {"cases": found, "loss": heard["loss"]}
+    merged = [{"rows": r, "length": n, "trained": t, "seconds": s} for (r, n, t), s in seconds.items()]
+    return {"cases": merged, "loss": record["loss"]}
 
 
-def _shares(t: Timing, of: plan.Size, shape: Shape, peaks: dict[str, float]) -> None:
-    """What part of the machine's own peaks the useful work took: products for training, reading the weights
-    for decoding.
+def _add_peak_shares(t: Timing, size: plan.Size, shape: Shape, peaks: dict[str, float]) -> None:
+    """Fill in the share of the machine's peaks that the necessary work reached.
+
+    That is arithmetic for training, and reading the weights for decoding.
     """
-    from mlx_posttrain.bench.work import decode_bytes, ppo_flops, training_flops
-
     seconds = statistics.median(t.seconds)
     if t.what.startswith("generate"):
         t.bandwidth_share = (
-            decode_bytes(of, 1 if t.what == "generate" else int(t.rows)) / seconds / 1e9 / peaks["gb_per_s"]
+            decode_bytes(size, 1 if t.what == "generate" else int(t.rows)) / seconds / 1e9 / peaks["gb_per_s"]
         )
     else:
-        flops = ppo_flops(of) if t.what == "ppo" else training_flops(of, t.what, shape)
+        kind = training_kinds()[t.what]
+        flops = ppo_flops(size) if kind.on_rollouts else training_flops(size, kind, shape)
         t.flops_share = flops / seconds / 1e9 / peaks["gflops"]
 
 
 def measure_peaks(engine: str) -> dict[str, float]:
-    """This machine's own peaks on an engine's device: ``gflops`` of float32 products, ``gb_per_s`` read by a
-    sum, in a process of its own.
+    """This machine's peaks on an engine's device, measured in a separate process.
+
+    ``gflops`` is that of float32 matrix products, in GFLOP/s; ``gb_per_s`` that of reading memory for a sum,
+    in GB/s. Raises UserError where the engine cannot be opened.
     """
-    code = f"import json; from mlx_posttrain.bench.work import peaks; print(json.dumps(peaks({engine!r})))"
+    code = f"import json; from mlx_posttrain.bench.flops import peaks; print(json.dumps(peaks({engine!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-        raise UserError(f"--engines {engine}: {said.rpartition(': ')[2]}")
+        last = (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]
+        raise UserError(f"--engines {engine}: {last.rpartition(': ')[2]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def describe() -> dict[str, str]:
-    """Chip, memory and versions, for whoever reads the figures elsewhere."""
+def describe_machine() -> dict[str, str]:
+    """Chip, memory and versions, for readers of the timings elsewhere."""
     from mlx_posttrain import doctor
 
     wanted = (
@@ -290,7 +305,7 @@ def describe() -> dict[str, str]:
         "transformers",
         "MLX's BLAS",
     )
-    found = {c.name: c.value for c in doctor.collect() if c.name in wanted}
-    found["Python"] = found.get("Python", "").split(" (")[0]
-    found["memory"] = found.get("memory", "").split(",")[0]
-    return found
+    facts = {c.name: c.value for c in doctor.collect() if c.name in wanted}
+    facts["Python"] = facts.get("Python", "").split(" (")[0]
+    facts["memory"] = facts.get("memory", "").split(",")[0]
+    return facts

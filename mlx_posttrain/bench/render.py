@@ -9,26 +9,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_posttrain.bench import peers, scaling
+from mlx_posttrain.bench import scaling
+from mlx_posttrain.bench.baselines import baseline_name
 from mlx_posttrain.convert.files import write_atomically
 from mlx_posttrain.errors import UserError
 
 NOTE = (
-    "Time against: median, least and most of the ratios of units done beside each other. Losses differ: the "
-    "largest difference of a unit's loss; "
-    "of a peer in training of the loss of its first batch before any update, and how far its loss fell over "
-    "the units as a share of how far "
-    "ours did. Peak GB: of mlx and mlx-lm the arrays, of the others the whole process. Of product peak: the "
-    "products that the work asks for, "
-    "padding and recomputation not counted. Of read peak: reading every weight once for each token of a "
-    "decode batch, a sum on all cores being 1."
+    "Time against: median, smallest and largest ratio of units timed next to each other. Losses differ: the "
+    "largest relative difference between losses of a unit; for another trainer, that between losses of its "
+    "first batch before any update, and how far its loss fell over the units relative to ours. Peak GB: the "
+    "arrays of mlx and mlx-lm, the whole process of the others. Of product peak: the matrix products that "
+    "the work requires, without padding and recomputation. Of read peak: reading every weight once per token "
+    "of a decode batch, where 1 is the rate of a sum on all cores."
 )
 
 COLUMNS = (
     "work",
     "engine",
-    "seconds a unit",
-    "seconds a step",
+    "seconds per unit",
+    "seconds per step",
     "shapes",
     "rows/s",
     "trained tokens/s",
@@ -41,7 +40,7 @@ COLUMNS = (
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: a line for each engine at each kind of work."""
+    """A Markdown table with a line for each engine at each kind of work."""
     lines = [_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
     for t in result["timings"]:
         if t["error"]:
@@ -92,11 +91,14 @@ def _agreement(t: Mapping[str, Any]) -> str:
 
 def _relation(r: Mapping[str, Any]) -> str:
     time = "{:.2f} [{:.2f}, {:.2f}]".format(*r["time"])
-    return f"{r['what']} / {r['over']} on {r['engine']}: {time} of the time, {r['memory']:.2f} of the memory"
+    return (
+        f"{r['what']} / {r['over']} on {r['engine']}: {time} times the time, "
+        f"{r['memory']:.2f} times the memory"
+    )
 
 
-def block(result: Mapping[str, Any]) -> str:
-    """Machine, versions and table in Markdown, for pasting."""
+def markdown(result: Mapping[str, Any]) -> str:
+    """Machine, versions, table and notes in Markdown, to paste into an issue."""
     shape = result["shape"]
     rows = f"{shape['rows']} rows of " + (
         f"{shape['length']} tokens" if shape["length"] else "20 to 60 and 10 to 200 tokens"
@@ -110,7 +112,7 @@ def block(result: Mapping[str, Any]) -> str:
         f"{rows}, batch {shape['batch_size']}, {result['units']} units after a warm-up",
         f"measured peaks: {peaks}",
     ]
-    versions = {peers.peer(t["engine"]): t["version"] for t in result["timings"] if t["version"]}
+    versions = {baseline_name(t["engine"]): t["version"] for t in result["timings"] if t["version"]}
     facts += [f"{name}: {version}" for name, version in versions.items() if name not in result["machine"]]
     text = [f"- {fact}" for fact in facts]
     if result["timings"]:
@@ -118,63 +120,67 @@ def block(result: Mapping[str, Any]) -> str:
     if result["relations"]:
         text += [
             "",
-            "Not in turns, so with the extremes of all units:",
+            "Not timed in turns, so the ranges are the extremes of all units:",
             "",
             *(f"- {_relation(r)}" for r in result["relations"]),
         ]
-    for engine, found in result["scaling"].items():
+    for engine, scaled in result["scaling"].items():
         text += (
-            ["", f"- {engine}: {found['error']}"] if "error" in found else ["", *scaling.lines(engine, found)]
+            ["", f"- {engine}: {scaled['error']}"]
+            if "error" in scaled
+            else ["", *scaling.markdown_lines(engine, scaled)]
         )
     return "\n".join(text) + "\n"
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Make the folder before anything is measured for it; where that fails, it is not left behind.
+def reserve_folder(folder: Path) -> Iterator[None]:
+    """Create the folder before anything is measured, and remove it again if the measurement fails.
 
-    Raises UserError when it cannot be made, or holds a benchmark already.
+    Raises UserError where it cannot be created, or holds a benchmark already.
     """
     if (folder / "bench.json").exists():
         raise UserError(f"--output {folder} holds a benchmark already: give another folder, or delete it")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {folder}: cannot be made: {error.strerror}") from None
+        raise UserError(f"--output {folder}: cannot be created: {error.strerror}") from None
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # something is in it
-            for path in made:
+        with contextlib.suppress(OSError):  # it is not empty
+            for path in created:
                 path.rmdir()
         raise
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[str]:
-    """``bench.json``, ``bench.md`` and, of trained or sampled tokens, ``bench.svg`` and ``bench.png`` in a
-    folder; returns their names.
+    """Write a benchmark's files into a folder and return their names.
 
-    Raises UserError when it cannot be written.
+    They are ``bench.json``, ``bench.md`` and, where an engine finished, ``bench.svg`` and ``bench.png`` with
+    its trained or sampled tokens per second. Raises UserError where they cannot be written.
     """
     try:
         write_atomically(
             folder / "bench.json",
             lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"),
         )
-        write_atomically(folder / "bench.md", lambda path: path.write_text(block(result), encoding="utf-8"))
+        write_atomically(
+            folder / "bench.md", lambda path: path.write_text(markdown(result), encoding="utf-8")
+        )
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
-    worked = [t for t in result["timings"] if not t["error"]]
-    if worked:
+    finished = [t for t in result["timings"] if not t["error"]]
+    if finished:
         from mlx_posttrain.evaluate import charts
 
         def rates(t: Mapping[str, Any]) -> tuple[float, float, float]:
-            middle, least, most = statistics.median(t["seconds"]), min(t["seconds"]), max(t["seconds"])
-            return t["tokens"] / middle, t["tokens"] / most, t["tokens"] / least
+            median, smallest, largest = statistics.median(t["seconds"]), min(t["seconds"]), max(t["seconds"])
+            return t["tokens"] / median, t["tokens"] / largest, t["tokens"] / smallest
 
-        figures = {f"{t['what']} {t['engine']}": rates(t) for t in worked}
+        bars = {f"{t['what']} {t['engine']}": rates(t) for t in finished}
         charts.save(
-            charts.bars(figures, y="trained or sampled tokens/s", title=str(result["model"])), folder, "bench"
+            charts.bars(bars, y="trained or sampled tokens/s", title=str(result["model"])), folder, "bench"
         )
-    return ["bench.json", "bench.md", *(["bench.svg", "bench.png"] if worked else [])]
+    return ["bench.json", "bench.md", *(["bench.svg", "bench.png"] if finished else [])]

@@ -1,9 +1,8 @@
-"""What a step costs against its rows, their length and their trained tokens, and what the memory of the loss
-depends on.
+"""How the time of a step grows with its rows, and what the memory of the loss depends on.
 
-A step should take a time that grows with the tokens read and, for the head and the loss, with the trained
-tokens, on a straight line; longer rows of the same number of tokens cost attention more. The loss should take
-a memory that knows neither the number of positions nor the vocabulary, since logits exist a chunk at a time
+The time of a step should grow linearly with the tokens it reads and, for the head and the loss, with the
+trained tokens; the same number of tokens in longer rows costs more attention. The memory of the loss should
+depend neither on the number of positions nor on the vocabulary, because logits exist one chunk at a time
 (engines/fused.py).
 """
 
@@ -17,35 +16,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.bench.worker import Gate, learning_rate, open_engine
+from mlx_posttrain.bench.harness import Gate, learning_rate, open_engine
 from mlx_posttrain.data.types import Example
 
 MB = 2**20
 
 
 class Case(NamedTuple):
-    """A batch: rows, tokens of each, and how many of those are trained."""
+    """Size of a batch: its rows, the tokens of each row, and how many of those are trained."""
 
     rows: int
     length: int
     trained: int
 
 
-#: More rows; the same tokens in longer rows; fewer of them trained.
+#: Batches of more rows, of the same tokens in longer rows, and of more trained tokens.
 ROWS = (Case(4, 64, 56), Case(8, 64, 56), Case(16, 64, 56))
 LENGTHS = (Case(16, 64, 56), Case(8, 128, 112), Case(4, 256, 224), Case(2, 512, 448))
 TRAINED = (Case(16, 64, 8), Case(16, 64, 32), Case(16, 64, 56))
-#: Positions and vocabularies whose loss is measured alone, on hidden states of this width.
+#: Positions and vocabularies of the losses that are measured alone, and the width of their hidden states.
 POSITIONS, VOCABULARIES, WIDTH = (1024, 4096), (8192, 50257), 64
 
 
 def cases(context: int | None) -> list[Case]:
-    """The distinct ones that fit a model's context."""
+    """The distinct cases that fit a model's context."""
     return [c for c in dict.fromkeys((*ROWS, *LENGTHS, *TRAINED)) if context is None or c.length <= context]
 
 
 def batch(case: Case, vocabulary: int, context: int | None) -> Any:
-    """Rows of random tokens whose last ones are trained."""
+    """Rows of random tokens, of which the last ``case.trained`` are trained."""
     from mlx_posttrain.data.batches import collate
 
     tokens = np.random.default_rng(0).integers(0, vocabulary, (case.rows, case.length))
@@ -53,9 +52,10 @@ def batch(case: Case, vocabulary: int, context: int | None) -> Any:
     return collate([Example(tuple(row.tolist()), trained) for row in tokens], context)
 
 
-def work(spec: dict[str, Any], gate: Gate) -> None:
-    """A unit is a full training step of every case, forth and then back; at the end what the loss alone
-    takes.
+def train(spec: dict[str, Any], gate: Gate) -> None:
+    """One full training step of every case per unit, first to last and then back, and the loss's memory.
+
+    The memory of the loss alone is measured after the last unit.
     """
     from mlx_posttrain.engines.base import AdamW
     from mlx_posttrain.methods import sft
@@ -63,18 +63,20 @@ def work(spec: dict[str, Any], gate: Gate) -> None:
     engine = open_engine(spec["engine"])
     model = engine.load(Path(spec["folder"]))
     trainer = engine.trainer(model, AdamW())
-    known = [(case, batch(case, model.config["vocab_size"], model.context)) for case in cases(model.context)]
+    batches = [
+        (case, batch(case, model.config["vocab_size"], model.context)) for case in cases(model.context)
+    ]
     while gate.open():
-        seconds: list[list[float]] = [[] for _ in known]
+        seconds: list[list[float]] = [[] for _ in batches]
         loss = 0.0
-        for i in (*range(len(known)), *reversed(range(len(known)))):
+        for i in (*range(len(batches)), *reversed(range(len(batches)))):
             begun = time.perf_counter()
-            loss = trainer.step(sft.loss, [known[i][1]], learning_rate("sft"))["loss"]
+            loss = trainer.step(sft.loss, [batches[i][1]], learning_rate(adapter=False))["loss"]
             engine.synchronize()
             seconds[i].append(time.perf_counter() - begun)
-        tokens = 2 * sum(case.rows * case.trained for case, _ in known)
-        found = [{**case._asdict(), "seconds": s} for (case, _), s in zip(known, seconds, strict=True)]
-        gate.report(loss=loss, rows=2 * sum(case.rows for case, _ in known), tokens=tokens, cases=found)
+        tokens = 2 * sum(case.rows * case.trained for case, _ in batches)
+        timed = [{**case._asdict(), "seconds": s} for (case, _), s in zip(batches, seconds, strict=True)]
+        gate.report(loss=loss, rows=2 * sum(case.rows for case, _ in batches), tokens=tokens, cases=timed)
     del model, trainer
     peaks = [
         {"positions": n, "vocabulary": v, "mb": loss_peak(engine.name, n, v), "logits_mb": 4 * n * v / MB}
@@ -85,14 +87,15 @@ def work(spec: dict[str, Any], gate: Gate) -> None:
 
 
 def loss_peak(engine: str, positions: int, vocabulary: int) -> float:
-    """MB that a loss and its gradient take at their peak beside hidden states, a trained head, and the
-    gradients of both.
+    """Peak memory in MB of a loss and its gradient.
+
+    Not counted are the hidden states, the trained head, and the gradients of both.
     """
     rng = np.random.default_rng(0)
     h, w = (rng.standard_normal((n, WIDTH)).astype(np.float32) for n in (positions, vocabulary))
     target = rng.integers(0, vocabulary, positions)
-    taken = _mlx_peak(h, w, target) if engine == "mlx" else _torch_peak(h, w, target)
-    return (taken - h.nbytes - w.nbytes) / MB
+    peak = _mlx_peak(h, w, target) if engine == "mlx" else _torch_peak(h, w, target)
+    return (peak - h.nbytes - w.nbytes) / MB
 
 
 def _mlx_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
@@ -105,11 +108,11 @@ def _mlx_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
     def loss(h: mx.array, w: mx.array) -> mx.array:
         return -mx.sum(mlx_fused.logprobs(h, w, targets, trained=True, training=True))
 
-    given = mx.array(h), mx.array(w)
-    mx.eval(given, targets)
+    inputs = mx.array(h), mx.array(w)
+    mx.eval(inputs, targets)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(mx.compile(mx.value_and_grad(loss, argnums=(0, 1)))(*given))
+    mx.eval(mx.compile(mx.value_and_grad(loss, argnums=(0, 1)))(*inputs))
     return mx.get_peak_memory() - before
 
 
@@ -126,55 +129,56 @@ def _torch_peak(h: np.ndarray, w: np.ndarray, target: np.ndarray) -> int:
     return process.process_peak() - before
 
 
-def lines(engine: str, found: Mapping[str, Any]) -> list[str]:
-    """What was found on one engine, in Markdown. found: ``cases`` with the seconds of all units, and
-    ``loss``.
+def markdown_lines(engine: str, result: Mapping[str, Any]) -> list[str]:
+    """The result of one engine in Markdown.
+
+    result: ``cases``, each with its seconds in all units, and ``loss``, the memory of the loss by size.
     """
-    seconds = {Case(c["rows"], c["length"], c["trained"]): c["seconds"] for c in found["cases"]}
-    middle = {case: statistics.median(s) for case, s in seconds.items()}
+    seconds = {Case(c["rows"], c["length"], c["trained"]): c["seconds"] for c in result["cases"]}
+    median = {case: statistics.median(s) for case, s in seconds.items()}
     text = [
-        f"| {engine}: rows x length | trained tokens | seconds a step | microseconds a token read |",
+        f"| {engine}: rows x length | trained tokens | seconds per step | microseconds per token read |",
         "|---|---|---|---|",
     ]
     for case, s in seconds.items():
-        spread = f"{middle[case]:.4f} [{min(s):.4f}, {max(s):.4f}]"
+        spread = f"{median[case]:.4f} [{min(s):.4f}, {max(s):.4f}]"
         read = case.rows * case.length
         text.append(
             f"| {case.rows} x {case.length} | {case.rows * case.trained} | {spread} | "
-            f"{1e6 * middle[case] / read:.0f} |"
+            f"{1e6 * median[case] / read:.0f} |"
         )
-    text += ["", f"- {_rows(middle)}", f"- {_trained(middle)}", f"- {_lengths(middle)}", ""]
+    text += ["", f"- {_rows_line(median)}", f"- {_trained_line(median)}", f"- {_lengths_line(median)}", ""]
     text += [f"| {engine}: positions | vocabulary | MB of the loss | MB of all logits |", "|---|---|---|---|"]
     return text + [
         f"| {p['positions']} | {p['vocabulary']} | {p['mb']:.0f} | {p['logits_mb']:.0f} |"
-        for p in found["loss"]
+        for p in result["loss"]
     ]
 
 
-def _rows(middle: Mapping[Case, float]) -> str:
+def _rows_line(median: Mapping[Case, float]) -> str:
     first, last = ROWS[0], ROWS[-1]
-    return f"{last.rows / first.rows:.0f} times the rows: {middle[last] / middle[first]:.2f} times the time"
+    return f"{last.rows / first.rows:.0f} times the rows: {median[last] / median[first]:.2f} times the time"
 
 
-def _trained(middle: Mapping[Case, float]) -> str:
-    few, some, all_ = TRAINED
-    straight = middle[few] + (middle[all_] - middle[few]) * (some.trained - few.trained) / (
-        all_.trained - few.trained
+def _trained_line(median: Mapping[Case, float]) -> str:
+    few, some, most = TRAINED
+    linear = median[few] + (median[most] - median[few]) * (some.trained - few.trained) / (
+        most.trained - few.trained
     )
     shares = (
         f"{few.trained / few.length:.2f}, {some.trained / some.length:.2f} and "
-        f"{all_.trained / all_.length:.2f} of the tokens trained"
+        f"{most.trained / most.length:.2f} of the tokens trained"
     )
     return (
-        f"{shares}: {middle[few] / middle[all_]:.2f}, {middle[some] / middle[all_]:.2f} and 1 of the time "
-        f"(on a straight line {straight / middle[all_]:.2f} in the middle)"
+        f"{shares}: {median[few] / median[most]:.2f}, {median[some] / median[most]:.2f} and 1 of the time "
+        f"(on a straight line {linear / median[most]:.2f} in the middle)"
     )
 
 
-def _lengths(middle: Mapping[Case, float]) -> str:
-    known: Sequence[Case] = [case for case in LENGTHS if case in middle]
-    first, last = known[0], known[-1]
+def _lengths_line(median: Mapping[Case, float]) -> str:
+    fitting: Sequence[Case] = [case for case in LENGTHS if case in median]
+    first, last = fitting[0], fitting[-1]
     return (
         f"the same tokens in rows {last.length / first.length:.0f} times as long: "
-        f"{middle[last] / middle[first]:.2f} times the time"
+        f"{median[last] / median[first]:.2f} times the time"
     )

@@ -1,6 +1,4 @@
-"""Measure what the findings are drawn from (evaluate/findings.py): models, weights, training rows and logs of
-any set of runs.
-"""
+"""Measure what findings are drawn from: models, weights, training rows and logs of any set of runs."""
 
 from __future__ import annotations
 
@@ -22,26 +20,27 @@ from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import ceilings, charts, findings, measure
+from mlx_posttrain.evaluate import charts, completions, findings, likelihood
 from mlx_posttrain.evaluate.comparison import Comparison
 from mlx_posttrain.evaluate.findings import Finding
-from mlx_posttrain.evaluate.suite import SuiteSection, base_texts, compare, text_loss
-from mlx_posttrain.evaluate.suite import labels_of as suite_labels
+from mlx_posttrain.evaluate.saturation import check_saturation
+from mlx_posttrain.evaluate.suite import SuiteSection, compare, model_labels, read_base_texts, text_loss
 from mlx_posttrain.methods import METHODS, sft
 from mlx_posttrain.models.merge import write_merged
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import last_language_model, locate, saves_language_model
 
-ROWS = 96  # training rows read for a distribution's shift
-GRADIENT_ROWS = 64  # and for the gradients of templates
-PARTS = 16  # that those rows are cut into for gradients
-ANSWER = 48  # tokens of the answers that are decoded with the cache and without
-# of a gradient that are kept: cosines over a random half million are those over all to about .0014
-COORDINATES = 500_000
+SHIFT_ROWS = 96  # training rows read for the shift of the data
+GRADIENT_ROWS = 64  # training rows read for the gradients of templates
+GRADIENT_PARTS = 16  # parts that those rows are divided into
+CACHE_TOKENS = 48  # tokens of the answers that are decoded with the cache and without
+# coordinates of a gradient that are kept: cosines over a random half million equal those over all to about
+# .0014
+MAX_COORDINATES = 500_000
 
 
-def root(name: str | Path) -> str:
-    """The model that a run's first ancestor started from; a name that is no run is its own root."""
+def starting_model(name: str | Path) -> str:
+    """The model that a run's first ancestor started from; a name that is no run is returned as it is."""
     while runs.is_run(name):
         recipe = runs.reopen(name)[1]
         if "stages" in recipe:
@@ -56,24 +55,23 @@ def root(name: str | Path) -> str:
     return str(name)
 
 
-def writes_text(name: str | Path) -> bool:
+def is_language_model(name: str | Path) -> bool:
     """Whether a run is a language model rather than a reward model."""
     final = Path(name) / "final"
     return not (runs.is_run(name) and final.is_dir()) or saves_language_model(final)
 
 
-def with_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names and labels with the model that the first run started from, called ``base``, unless it is there
-    already.
+def add_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names and labels with the model that the first run started from, labelled ``base``, unless present.
 
-    It comes last, because the first is what the others are compared with; a single run is compared with it.
-    It is left out with a line where it is no longer to be found, and where no run is named.
+    It comes last, because the others are compared with the first; a single run is compared with the base. It
+    is left out where no run is named and, with a message, where it can no longer be found.
     """
     first = next((name for name in names if runs.is_run(name)), None)
     if first is None or "base" in labels:
         return list(names), list(labels)
     try:
-        base = root(first)
+        base = starting_model(first)
         place = locate(base)
     except UserError as error:
         say(f"the base is left out: {error}")
@@ -83,22 +81,25 @@ def with_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], l
     return ([base, *names], ["base", *labels]) if len(names) == 1 else ([*names, base], [*labels, "base"])
 
 
-def of_comparison(comparison: Comparison, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
-    """What a comparison and the runs' logs show without a further look at any model. logs: {label: records of
-    metrics.jsonl}.
+def comparison_findings(
+    comparison: Comparison, logs: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Finding]:
+    """Findings from a comparison and the runs' logs, for which no model is loaded.
+
+    logs: {label: records of metrics.jsonl}.
     """
-    found = [
+    results = [
         findings.forgetting(comparison),
         findings.repetition(comparison),
-        ceilings.finding(comparison),
+        check_saturation(comparison),
         findings.overfitting(logs),
         findings.loss_and_quality(comparison),
     ]
-    return [f for f in found if f is not None]
+    return [finding for finding in results if finding is not None]
 
 
-def logs_of(names: Sequence[str], labels: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The records of the runs among ``names``, by label."""
+def read_logs(names: Sequence[str], labels: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Records of metrics.jsonl of the runs among ``names``, by label."""
     return {
         label: runs.Run(Path(name)).metrics()
         for name, label in zip(names, labels, strict=True)
@@ -115,113 +116,115 @@ def analyze(
     labels: Sequence[str] | None = None,
     not_asked: Sequence[str] = (),
 ) -> tuple[Comparison, list[Finding]]:
-    """Compare every run with the model that it started from, or all with ``base``, and say what it shows.
+    """Compare every run with the model that it started from, or all with ``base``, and derive the findings.
 
-    A model that is no run is compared with what the first run started from. Runs of reward models, and those
-    whose label is among ``not_asked``, take part with their curves only. Raises UserError where no run is
-    left to ask.
+    A model that is no run is compared with the model that the first run started from. Of reward models, and
+    of runs whose label is in ``not_asked``, only the training curves are used. Raises UserError where no
+    other run is left.
     """
     names = [str(name) for name in names]
-    labels = list(labels) if labels else suite_labels(names)
-    writers = [
+    labels = list(labels) if labels else model_labels(names)
+    compared = [
         (n, label)
         for n, label in zip(names, labels, strict=True)
-        if writes_text(n) and label not in not_asked
+        if is_language_model(n) and label not in not_asked
     ]
-    if not writers:
-        left = " but those of not_asked" if any(writes_text(n) for n in names) else ""
+    if not compared:
+        left = " but those of not_asked" if any(is_language_model(n) for n in names) else ""
         raise UserError(f"none of these runs{left} writes text: give a run of a language model")
-    first = root(next((n for n, _ in writers if runs.is_run(n)), writers[0][0]))
-    starts = {label: base or (root(n) if runs.is_run(n) else first) for n, label in writers}
+    first = starting_model(next((n for n, _ in compared if runs.is_run(n)), compared[0][0]))
+    starts = {label: base or (starting_model(n) if runs.is_run(n) else first) for n, label in compared}
     bases = {
         start: "base" if not place else f"base of {next(label for label in starts if starts[label] == start)}"
         for place, start in enumerate(dict.fromkeys(starts.values()))
     }
-    charts.NAMED.set((*bases.values(), *labels))
-    places = [*range(len(bases)), *(list(bases).index(starts[label]) for _, label in writers)]
+    charts.SERIES_ORDER.set((*bases.values(), *labels))
+    places = [*range(len(bases)), *(list(bases).index(starts[label]) for _, label in compared)]
     comparison = compare(
-        [*bases, *(n for n, _ in writers)],
+        [*bases, *(n for n, _ in compared)],
         suite,
         engine,
-        [*bases.values(), *(label for _, label in writers)],
+        [*bases.values(), *(label for _, label in compared)],
         places,
     )
-    found: list[Finding | None] = [*of_comparison(comparison, logs_of(names, labels))]
-    found.append(findings.drift({label: drift(starts[label], n) for n, label in writers}))
-    trained: dict[str, str] = {}
-    for n, label in writers:
+    results: list[Finding | None] = [*comparison_findings(comparison, read_logs(names, labels))]
+    results.append(findings.drift({label: weight_changes(starts[label], n) for n, label in compared}))
+    supervised: dict[str, str] = {}
+    for n, label in compared:
         try:
             if _training_rows(n):
-                trained[label] = n
-        except UserError as error:  # a file that is gone costs its finding, not the whole analysis
+                supervised[label] = n
+        except UserError as error:  # a missing file must cost its finding only, not the analysis
             say(f"the training rows of {label} are left out: {error}")
-    found += at_the_start(trained, starts, suite, engine)
-    if trained:
+    results += starting_model_findings(supervised, starts, suite, engine)
+    if supervised:
         try:
-            found.append(empty_cache(*next(iter(trained.items())), engine, suite.seed))
+            results.append(compare_decoding(*next(iter(supervised.items())), engine, suite.seed))
         except UserError as error:  # a question that fills the context
             say(f"decoding without a cache is left out: {error}")
-    return comparison, [f for f in found if f is not None]
+    return comparison, [finding for finding in results if finding is not None]
 
 
-def at_the_start(
-    trained: Mapping[str, str], starts: Mapping[str, str], suite: SuiteSection, engine: str
+def starting_model_findings(
+    supervised: Mapping[str, str], starts: Mapping[str, str], suite: SuiteSection, engine: str
 ) -> list[Finding | None]:
-    """What runs' training rows are to the models that the runs started from: foreign or not, and the first
-    run's in different templates.
+    """Findings from runs' training rows under the models that the runs started from.
 
-    trained: {label: run} with training rows that can be read; starts: {label: the model it started from}.
+    These are whether the rows are foreign, and whether templates interfere on the rows of the first run.
+    supervised: {label: run} with training rows that can be read; starts: {label: the model it started from}.
     """
-    texts, _ = base_texts(suite)
-    seen: dict[str, measure.RowLoss] = {}
-    plain: dict[str, measure.RowLoss] = {}
-    pulls: Finding | None = None
-    for start in dict.fromkeys(starts[label] for label in trained):
+    texts, _ = read_base_texts(suite)
+    training: dict[str, likelihood.RowLoss] = {}
+    plain: dict[str, likelihood.RowLoss] = {}
+    interference: Finding | None = None
+    for start in dict.fromkeys(starts[label] for label in supervised):
         model, tokenizer, source = open_model(start, engine)
         if texts:
-            own = text_loss(model, tokenizer, texts, suite)
-            under = {
-                label: _under(model, tokenizer, n) for label, n in trained.items() if starts[label] == start
+            text = text_loss(model, tokenizer, texts, suite)
+            losses = {
+                label: _training_loss(model, tokenizer, n)
+                for label, n in supervised.items()
+                if starts[label] == start
             }
-            seen |= {label: loss for label, loss in under.items() if len(loss.nll)}
-            plain |= dict.fromkeys(under, own)
-        first = next(iter(trained))
+            training |= {label: loss for label, loss in losses.items() if len(loss.nll)}
+            plain |= dict.fromkeys(losses, text)
+        first = next(iter(supervised))
         if starts[first] == start and source.quantize is None:
             try:
-                pulls = interference(
-                    model, tokenizer, _training_rows(trained[first])[:GRADIENT_ROWS], suite.seed
+                interference = template_interference(
+                    model, tokenizer, _training_rows(supervised[first])[:GRADIENT_ROWS], suite.seed
                 )
             except UserError as error:
                 say(f"template interference is left out: {error}")
         del model
         gc.collect()
-    return [findings.shift(seen, plain, suite.seed), pulls]
+    return [findings.data_shift(training, plain, suite.seed), interference]
 
 
-def empty_cache(label: str, name: str, engine: str, seed: int = 0) -> Finding:
-    """Decode a supervised run's own questions with the key/value cache and without: see
-    :func:`findings.empty_cache`.
+def compare_decoding(label: str, name: str, engine: str, seed: int = 0) -> Finding:
+    """Decode a supervised run's training questions with the key/value cache and without.
+
+    See :func:`findings.empty_cache`.
     """
     model, tokenizer, source = open_model(name, engine)
-    how: dict[str, Any] = {"template": source.template, "max_tokens": ANSWER}
+    options: dict[str, Any] = {"template": source.template, "max_tokens": CACHE_TOKENS}
     rows = _training_rows(name)[:GRADIENT_ROWS]
-    proper = [a.tokens for a in measure.answers(model, tokenizer, rows, **how)]
-    faulty = measure.answers_without_cache(model, tokenizer, rows, **how)
+    cached = [a.tokens for a in completions.generate_answers(model, tokenizer, rows, **options)]
+    uncached = completions.generate_without_cache(model, tokenizer, rows, **options)
     del model
     gc.collect()
-    return findings.empty_cache(label, proper, faulty, seed)
+    return findings.empty_cache(label, cached, uncached, seed)
 
 
-def drift(base: str, name: str) -> dict[str, float]:
-    """|W - W0| / |W0| of every matrix that two models share, by its path in Hugging Face's names; an adapter
-    counts as merged.
+def weight_changes(base: str, name: str) -> dict[str, float]:
+    """|W - W0| / |W0| of every matrix that two models share, by its path in Hugging Face's names.
 
-    A quantised run is left out ({}): its base is rounded, which is no drift. Nothing is written into a run's
-    folder.
+    An adapter counts as merged. A quantised run gives {}: its base is rounded, which is not drift. Nothing is
+    written into a run's folder.
     """
     if locate(name).quantize:
         return {}
-    before, after = (_whole(n) for n in (base, name))
+    before, after = (_merged_weights(n) for n in (base, name))
     changed = {}
     for path, weight in after.items():
         start = before.get(path)
@@ -235,17 +238,18 @@ def drift(base: str, name: str) -> dict[str, float]:
     return changed
 
 
-def _whole(name: str) -> dict[str, np.ndarray]:
-    """All matrices of a model, those of an adapter merged into its base."""
+def _merged_weights(name: str) -> dict[str, np.ndarray]:
+    """All weights of a model; an adapter is merged into its base."""
     source = locate(name)
     if source.adapter is None:
-        return _matrices(source.folder)
+        return _read_weights(source.folder)
     with tempfile.TemporaryDirectory() as scratch:
         write_merged(source, Path(scratch))
-        return _matrices(Path(scratch))
+        return _read_weights(Path(scratch))
 
 
-def _matrices(folder: Path) -> dict[str, np.ndarray]:
+def _read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """The float32 weights in a folder, by Hugging Face's names."""
     config = hub.check_config(folder)
     weights: dict[str, Any] = {}
     for file in files.weight_files(folder):
@@ -258,19 +262,20 @@ def _matrices(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _training_rows(name: str) -> list[Conversation]:
-    """The first training rows of a supervised run, [] for anything else."""
+    """The first templated training rows of a supervised run, at most SHIFT_ROWS; [] for anything else."""
     recipe = runs.reopen(name)[1] if runs.is_run(name) else {}
     method = METHODS.get(str(recipe.get("method")))
     if method is None or method.dataset is not row_dataset:
         return []
     data = DataSection(**recipe["data"])
     rows = read_conversations(
-        data, split=data.split, limit=min(ROWS, data.limit or ROWS), seed=recipe.get("seed", 0)
+        data, split=data.split, limit=min(SHIFT_ROWS, data.limit or SHIFT_ROWS), seed=recipe.get("seed", 0)
     )
     return [row for row in rows if row.templated]
 
 
-def _under(model: Model, tokenizer: Any, name: str) -> measure.RowLoss:
+def _training_loss(model: Model, tokenizer: Any, name: str) -> likelihood.RowLoss:
+    """Loss of a run's training rows under a model; without rows where none fits the model's context."""
     data = runs.reopen(name)[1]["data"]
     names = [data["template"]] if isinstance(data["template"], str) else data["template"]
     length = min(data["max_length"], model.context or data["max_length"])
@@ -278,40 +283,40 @@ def _under(model: Model, tokenizer: Any, name: str) -> measure.RowLoss:
         examples, _ = encode.encode_all(_training_rows(name), tokenizer, templates=names, max_length=length)
     except UserError:  # none of them fits the base's context
         examples = []
-    return measure.response_loss(model, examples)
+    return likelihood.response_loss(model, examples)
 
 
-def interference(
+def template_interference(
     model: Model,
     tokenizer: Any,
     rows: Sequence[Conversation],
     seed: int = 0,
     names: Sequence[str] = templates.FIVE,
 ) -> Finding:
-    """Whether the gradients of the supervised loss in different templates pull against one another: see
-    :func:`findings.interference`.
+    """Whether the gradients of the supervised loss conflict between templates.
 
-    Raises UserError for fewer than two rows a part.
+    See :func:`findings.interference`. Raises UserError for fewer than two rows per part.
     """
-    if len(rows) < 2 * PARTS:
+    if len(rows) < 2 * GRADIENT_PARTS:
         raise UserError(
-            f"{len(rows)} training rows are too few to compare gradients on; it takes {2 * PARTS}"
+            f"{len(rows)} training rows are too few to compare gradients; at least {2 * GRADIENT_PARTS} are "
+            "needed"
         )
-    say(f"gradients of {len(names)} templates on {len(rows)} rows")
+    say(f"computing gradients of {len(names)} templates on {len(rows)} rows")
     order = np.random.default_rng([seed, 0x9A27]).permutation(len(rows))
-    parts = [[rows[i] for i in part] for part in np.array_split(order, PARTS)]
+    parts = [[rows[i] for i in part] for part in np.array_split(order, GRADIENT_PARTS)]
     return findings.interference(names, gradient_products(model, tokenizer, parts, names, seed), seed)
 
 
 def gradient_products(
     model: Model, tokenizer: Any, parts: Sequence[Sequence[Conversation]], names: Sequence[str], seed: int = 0
 ) -> np.ndarray:
-    """[n, P, n, P] inner products of gradients: entry [i, p, j, q] of template i on part p with template j on
-    part q.
+    """[n, P, n, P] inner products of the gradients of n templates on P parts of the rows.
 
-    A part's gradient is that of its trained tokens' summed loss, so that those of parts add up to that of
-    their rows. At most COORDINATES coordinates, the same random ones for all, are kept. Rows that do not fit
-    256 tokens or the context are cut or dropped as in training.
+    Entry [i, p, j, q] is that of template i on part p with template j on part q. A part's gradient is that of
+    its trained tokens' summed loss, so that the gradients of parts add up to that of their rows. At most
+    MAX_COORDINATES coordinates are kept, the same random ones for all. Rows that do not fit 256 tokens or the
+    context are truncated or dropped as in training.
     """
     rng = np.random.default_rng([seed, 0xC002])
     chosen: np.ndarray | None = None
@@ -322,14 +327,14 @@ def gradient_products(
                 part, tokenizer, templates=[name], max_length=min(256, model.context or 256)
             )
             gradient = model.gradient(sft.loss, [batches.collate(examples, model.context)])
-            whole = np.concatenate([gradient[key].ravel() for key in sorted(gradient)])
+            vector = np.concatenate([gradient[key].ravel() for key in sorted(gradient)])
             if chosen is None:
                 chosen = (
-                    rng.choice(len(whole), COORDINATES, replace=False)
-                    if len(whole) > COORDINATES
-                    else np.arange(len(whole))
+                    rng.choice(len(vector), MAX_COORDINATES, replace=False)
+                    if len(vector) > MAX_COORDINATES
+                    else np.arange(len(vector))
                 )
-            # the loss is a mean over tokens
-            flat.append(whole[chosen] * np.float32(report.trained_tokens))
+            # the loss is a mean over tokens, and gradients of sums add up
+            flat.append(vector[chosen] * np.float32(report.trained_tokens))
     stacked = np.stack(flat)
     return (stacked @ stacked.T).astype(np.float64).reshape(len(names), len(parts), len(names), len(parts))

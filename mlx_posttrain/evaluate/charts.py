@@ -1,8 +1,8 @@
-"""The charts of a report, drawn by matplotlib: each is a function from plain numbers to a figure.
+"""Charts of a report, drawn with matplotlib: each is a function from plain numbers to a figure.
 
 A figure goes into the page as SVG whose ink is ``currentColor``, so that it follows the page's light or dark
-scheme, and beside it to a folder as SVG and PNG on white. Colours are Okabe and Ito's (2008) and two more,
-told apart by people who see few colours; lines differ in dash as well.
+scheme, and into a folder next to the page as SVG and PNG on white. Six colours are Okabe and Ito's (2008),
+which people with colour vision deficiency can tell apart; lines differ in dash as well.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _INK = "#010203"  # stands for currentColor until the SVG is written
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
 
-#: Names whose place is their colour in every chart of a report; others come after them.
-NAMED: ContextVar[tuple[str, ...]] = ContextVar("NAMED", default=())
+#: Series that keep their colour in every chart of a report, in the order of the colours; others follow them.
+SERIES_ORDER: ContextVar[tuple[str, ...]] = ContextVar("SERIES_ORDER", default=())
 
 
-def style(name: str, number: int) -> dict[str, Any]:
-    """Colour and dash of the series called ``name``, the ``number``-th of its chart."""
-    known = NAMED.get()
+def series_style(name: str, number: int) -> dict[str, Any]:
+    """Colour and dash of the series called ``name``, which is number ``number`` of its chart."""
+    known = SERIES_ORDER.get()
     place = known.index(name) if name in known else len(known) + number
-    # the second round of colours has other dashes than the first
+    # when colours repeat, the dashes differ
     dash = place // 2 + place // len(COLOURS)
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]}
 
 
-def _axes(columns: int = 1, width: float = 4.6, height: float = 3.0, **more: Any) -> tuple[Any, list[Any]]:
+def _axes(columns: int = 1, width: float = 4.6, height: float = 3.0, **options: Any) -> tuple[Any, list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,54 +74,53 @@ def _axes(columns: int = 1, width: float = 4.6, height: float = 3.0, **more: Any
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **more)
+    axes = figure.subplots(1, columns, squeeze=False, **options)
     return figure, list(axes[0])
 
 
 def curves(
     series: Mapping[str, Curve], *, x: str, y: str, title: str = "", points: Mapping[str, Curve] | None = None
 ) -> Any:
-    """Lines over steps, one a name; ``points`` are drawn as marks in the line's colour (evaluations beside
-    training).
+    """One line per name.
+
+    points: series drawn as marks in the colour of the line of the same name, such as evaluations.
     """
     figure, (axis,) = _axes(width=5.2)
     for number, (name, (xs, ys)) in enumerate(series.items()):
-        axis.plot(xs, ys, label=name, linewidth=1.4, **style(name, number))
+        axis.plot(xs, ys, label=name, linewidth=1.4, **series_style(name, number))
         if points and name in points:
-            axis.plot(*points[name], "o", markersize=4, color=style(name, number)["color"])
+            axis.plot(*points[name], "o", markersize=4, color=series_style(name, number)["color"])
     axis.set(xlabel=x, ylabel=y, title=title)
     axis.legend()
     return figure
 
 
 def bars(
-    figures: Mapping[str, tuple[float, float, float]],
+    intervals: Mapping[str, tuple[float, float, float]],
     *,
     y: str,
     title: str = "",
     ceiling: float | None = None,
     log: bool = False,
 ) -> Any:
-    """One bar a name with its interval (mean, low, high); ``ceiling`` is drawn as a line."""
-    # All charts of a page are as wide on it: a wide figure's text would be small there.
-    figure, (axis,) = _axes(width=min(max(3.6, 0.75 * len(figures) + 1.6), max(5.2, 0.4 * len(figures))))
-    for number, (name, (mean, low, high)) in enumerate(figures.items()):
+    """One bar per name with its interval (mean, low, high); ``ceiling`` is drawn as a line."""
+    count = len(intervals)
+    # All charts have the same width on the page, where the text of a wide figure would be small.
+    figure, (axis,) = _axes(width=min(max(3.6, 0.75 * count + 1.6), max(5.2, 0.4 * count)))
+    for number, (name, (mean, low, high)) in enumerate(intervals.items()):
         axis.bar(
             number,
             mean,
-            color=style(name, number)["color"],
+            color=series_style(name, number)["color"],
             width=0.7,
             yerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
             ecolor=_INK,
             capsize=3,
         )
-    # a path as a name would leave no room for bars
-    shown = [name if len(name) <= 20 else "…" + name[-19:] for name in figures]
+    # a name as long as a path would leave no room for bars
+    labels = [name if len(name) <= 20 else "…" + name[-19:] for name in intervals]
     axis.set_xticks(
-        range(len(figures)),
-        shown,
-        rotation=25 if len(figures) > 4 else 0,
-        ha="right" if len(figures) > 4 else "center",
+        range(count), labels, rotation=25 if count > 4 else 0, ha="right" if count > 4 else "center"
     )
     if ceiling is not None:
         axis.axhline(ceiling, linestyle=":", linewidth=1, color=_INK)
@@ -132,7 +131,7 @@ def bars(
         from matplotlib.ticker import FuncFormatter
 
         axis.set_yscale("log")
-        # Plain numbers, of the minor ones twos and fives: matplotlib's own are formulae.
+        # plain numbers, and of the minor ticks only 2 and 5: matplotlib's default labels are formulae
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(
             FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[:3] in ("2.0", "5.0") else "")
@@ -142,17 +141,19 @@ def bars(
 
 
 def scatter(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", path: bool = False) -> Any:
-    """Points, one set a name; with ``path`` joined in order, the last one larger: a run's way through reward
-    and KL.
+    """One set of points per name.
+
+    path: join the points of a name in their order and draw the last one larger, such as a run's path through
+    KL and reward.
     """
     figure, (axis,) = _axes(width=5.2)
     for number, (name, (xs, ys)) in enumerate(series.items()):
-        look = style(name, number)
+        line_style = series_style(name, number)
         if path:
-            axis.plot(xs, ys, linewidth=1.2, marker="o", markersize=3, label=name, **look)
-            axis.plot(xs[-1:], ys[-1:], "o", markersize=8, color=look["color"])
+            axis.plot(xs, ys, linewidth=1.2, marker="o", markersize=3, label=name, **line_style)
+            axis.plot(xs[-1:], ys[-1:], "o", markersize=8, color=line_style["color"])
         else:
-            axis.plot(xs, ys, "o", markersize=7, label=name, color=look["color"])
+            axis.plot(xs, ys, "o", markersize=7, label=name, color=line_style["color"])
             for a, b in zip(xs, ys, strict=True):
                 axis.annotate(name, (a, b), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set(xlabel=x, ylabel=y, title=title)
@@ -170,7 +171,7 @@ def heatmap(
     low: float = -1.0,
     high: float = 1.0,
 ) -> Any:
-    """A matrix of numbers, written into its cells."""
+    """A matrix as colours, with its numbers written into the cells."""
     figure, (axis,) = _axes(width=0.75 * len(columns) + 1.8, height=0.5 * len(rows) + 1.4)
     image = axis.imshow(values, vmin=low, vmax=high, cmap="PuOr_r", aspect="auto")
     axis.set_xticks(range(len(columns)), list(columns), rotation=30, ha="right")
@@ -192,9 +193,10 @@ def heatmap(
     return figure
 
 
-def _settle(figure: Any) -> None:
-    """Lay a finished figure out, once: matplotlib would do it anew for every file, which takes as long as
-    drawing.
+def _fix_layout(figure: Any) -> None:
+    """Lay a finished figure out once.
+
+    matplotlib would repeat it for every file, which takes as long as drawing.
     """
     if engine := figure.get_layout_engine():
         engine.execute(figure)
@@ -203,13 +205,13 @@ def _settle(figure: Any) -> None:
 
 def svg(figure: Any) -> str:
     """The figure as an ``<svg>`` element for a page: no XML header, no fixed size, ink in currentColor."""
-    _settle(figure)
+    _fix_layout(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # Ids are unique within a figure only, and a page has many: a clip path of another figure would cut this
-    # one.
+    # Ids are unique within a figure only, and a page has many figures: without a prefix one figure's clip
+    # path would cut another.
     salt = format(zlib.crc32(text.encode()), "08x")
     text = re.sub(r'\bid="([^"]+)"', rf'id="{salt}-\1"', text)
     text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>{salt}-", text)
@@ -224,8 +226,8 @@ def svg(figure: Any) -> str:
 
 def save(figure: Any, folder: Path, name: str) -> None:
     """Write NAME.svg and NAME.png on white into a folder, ink in black."""
-    _settle(figure)
+    _fix_layout(figure)
     folder.mkdir(parents=True, exist_ok=True)
     for ending in ("svg", "png"):
-        more: dict[str, Any] = {"metadata": {"Date": None}} if ending == "svg" else {}
-        figure.savefig(folder / f"{name}.{ending}", dpi=150, facecolor="white", **more)
+        options: dict[str, Any] = {"metadata": {"Date": None}} if ending == "svg" else {}
+        figure.savefig(folder / f"{name}.{ending}", dpi=150, facecolor="white", **options)

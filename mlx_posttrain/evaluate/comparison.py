@@ -1,8 +1,8 @@
-"""What several models did on one suite: their figures, the differences between them, and the table of both.
+"""Results of several models on one suite: their metrics, the differences between them, and a table of both.
 
-Every figure is a mean of values per row, which stay, so that a difference between two models is drawn over
-the same rows (metrics.paired_bootstrap). What a figure's ceiling is, and which way is better, stands beside
-it in ``METRICS``.
+Every metric is a mean of values per row. The values are kept, so that the difference between two models is
+drawn over the same rows (metrics.paired_bootstrap). ``METRICS`` says of each metric which way is better and
+what its ceiling is.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, holm, paired_bootstrap, share, sign_flip
+from mlx_posttrain.evaluate.metrics import Interval, bootstrap, holm, paired_bootstrap, proportion, sign_flip
 
-# below this many rows a percentile interval is too narrow to call a difference beyond chance
+# with fewer rows a percentile interval is too narrow to call a difference significant
 MIN_ROWS = 20
 LEVEL = 0.05
 
-#: What "beyond chance" means, for whoever reads a table.
-BEYOND_CHANCE = (
-    "p < .05 by a sign-flip test over the rows, after Holm's correction for the models that a "
-    "figure is compared for"
+#: What "beyond chance" means, for readers of a table.
+SIGNIFICANCE_NOTE = (
+    "p < .05 in a sign-flip test over the rows, with Holm's correction for the number of models compared"
 )
 
-#: Figures per token, which mean nothing across tokenizers.
+#: Metrics per token, which cannot be compared across tokenizers.
 PER_TOKEN = (
     "response_loss",
     "perplexity",
@@ -39,21 +38,21 @@ PER_TOKEN = (
 
 
 class Metric(NamedTuple):
-    """A figure: how it is written, which way is better, and what is the best that can be had."""
+    """How a metric is called and written, which way is better, and its best possible value."""
 
     label: str
-    form: str
+    format: str
     better: Literal["higher", "lower", "neither"]
     ceiling: str
-    about: str
-    # monotone, laid on mean and bounds: exp makes a loss a perplexity
-    of: Callable[[float], float] | None = None
-    even: float | None = None  # what the figure is held against where the baseline has none
+    description: str
+    # monotone, applied to mean and bounds: exp makes a loss a perplexity
+    transform: Callable[[float], float] | None = None
+    null_value: float | None = None  # what the metric is compared with where the baseline has none
 
     @property
-    def share(self) -> bool:
-        """Whether it is a share, which are the figures written in per cent."""
-        return self.form.endswith("%}")
+    def is_proportion(self) -> bool:
+        """Whether it is a proportion; those are the metrics written in per cent."""
+        return self.format.endswith("%}")
 
 
 METRICS: dict[str, Metric] = {
@@ -62,14 +61,14 @@ METRICS: dict[str, Metric] = {
         "{:.1%}",
         "higher",
         "100 %",
-        "greedy answers that the row's rule accepts; contents no run was trained on",
+        "greedy answers that the row's rule accepts, on held-out contents",
     ),
     "accuracy_phrasing": Metric(
         "right, unseen phrasing",
         "{:.1%}",
         "higher",
         "100 %",
-        "the same for known contents in words no run was trained on",
+        "the same on known contents in held-out phrasings",
     ),
     "accuracy_sampled": Metric(
         "right answers, sampled",
@@ -78,7 +77,9 @@ METRICS: dict[str, Metric] = {
         "100 %",
         "mean over several sampled answers to each question",
     ),
-    "response_loss": Metric("response loss", "{:.3f}", "lower", "0", "nats per token of the wanted answers"),
+    "response_loss": Metric(
+        "response loss", "{:.3f}", "lower", "0", "nats per token of the expected answers"
+    ),
     "perplexity": Metric(
         "base-text perplexity",
         "{:.1f}",
@@ -95,28 +96,31 @@ METRICS: dict[str, Metric] = {
         "KL(baseline || model) on plain text, nats per token",
     ),
     "last_word": Metric(
-        "last word", "{:.1%}", "higher", "100 %", "texts whose last word greedy decoding finds"
+        "last word", "{:.1%}", "higher", "100 %", "texts whose last word greedy decoding predicts"
     ),
     "last_word_perplexity": Metric(
-        "last-word perplexity", "{:.1f}", "lower", "1", "exp of the last word's mean cost", math.exp
+        "last-word perplexity",
+        "{:.1f}",
+        "lower",
+        "1",
+        "exp of the last word's mean negative log-likelihood",
+        math.exp,
     ),
     "seq_rep_4": Metric(
         "repetition",
         "{:.3f}",
         "lower",
         "0",
-        "seq-rep-4 of greedy continuations, all of "
-        "one length, the end of text forbidden: share "
-        "of 4-grams that came before",
+        "share of repeated 4-grams (seq-rep-4) in greedy continuations of equal length, "
+        "with the end of text forbidden",
     ),
     "distinct_2": Metric(
         "distinct-2",
         "{:.3f}",
         "higher",
         "1",
-        "share of different 2-grams in all greedy "
-        "continuations together: low as well where "
-        "a model says one thing of everything",
+        "share of distinct 2-grams in all greedy continuations together: also low where a model "
+        "says the same about everything",
     ),
     "diversity": Metric(
         "diversity", "{:.3f}", "higher", "1", "product of 1 - seq-rep-n, n = 2..4, of greedy continuations"
@@ -126,10 +130,10 @@ METRICS: dict[str, Metric] = {
         "{:.3f}",
         "lower",
         "0",
-        "seq-rep-4 of sampled continuations, mean over those of a text",
+        "seq-rep-4 of sampled continuations, averaged over those of a text",
     ),
     "distinct_2_sampled": Metric(
-        "distinct-2, sampled", "{:.3f}", "higher", "1", "the same of sampled continuations"
+        "distinct-2, sampled", "{:.3f}", "higher", "1", "the same for sampled continuations"
     ),
     "diversity_sampled": Metric(
         "diversity, sampled", "{:.3f}", "higher", "1", "diversity of sampled continuations"
@@ -149,86 +153,86 @@ METRICS: dict[str, Metric] = {
         "{:+.2f}",
         "higher",
         "none",
-        "the reward model's score of the greedy answers; an empty one has the lowest that any answer got",
+        "the reward model's score of the greedy answers; an empty one gets the lowest score of any answer",
     ),
     "wins": Metric(
         "wins, length-controlled",
         "{:.1%}",
         "higher",
         "100 %; baseline 50 %",
-        "share of answers that the reward model prefers to the baseline's, were both of one "
-        "length; an empty one loses; against 50 %",
-        even=0.5,
+        "share of answers that the reward model prefers to the baseline's, at equal length; an empty "
+        "one loses; compared with 50 %",
+        null_value=0.5,
     ),
 }
 
 
 class Values(NamedTuple):
-    """One model's values of a metric, [R] each; the figure is their weighted mean."""
+    """One model's values of a metric and their weights, [R] each; the metric is their weighted mean."""
 
     rows: np.ndarray
     weights: np.ndarray | None = None
 
 
 @dataclass
-class Measured:
-    """What one model did."""
+class ModelResult:
+    """What one model did on the suite."""
 
     name: str
     path: str
     values: dict[str, Values] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)  # greedy, one per question
-    # greedy, one per base text, those that repetition is measured on
-    continuations: list[list[int]] = field(default_factory=list)
-    template: str = ""  # in which it was asked
-    origin: int = 0  # place in the comparison of the model that it is compared with
+    continuations: list[list[int]] = field(default_factory=list)  # greedy, one per base text
+    template: str = ""  # of its prompts
+    baseline_index: int = 0  # place in the comparison of the model that it is compared with
     seed: int = 0  # of its intervals
 
-    def figure(self, metric: str) -> Interval:
-        """Mean and 95 % interval: by metrics.share for a share, by the bootstrap for anything else."""
+    def interval(self, metric: str) -> Interval:
+        """Mean and 95 % interval, by metrics.proportion for a proportion and else by the bootstrap."""
         rows, weights = self.values[metric]
-        if METRICS[metric].share:
-            return share(rows, weights=weights, seed=self.seed)
-        return bootstrap(rows, weights=weights, of=METRICS[metric].of, seed=self.seed)
+        if METRICS[metric].is_proportion:
+            return proportion(rows, weights=weights, seed=self.seed)
+        return bootstrap(rows, weights=weights, transform=METRICS[metric].transform, seed=self.seed)
 
 
 @dataclass
 class Comparison:
-    """Several models on one suite, each compared with its baseline: the first of them, or the one that its
-    ``origin`` names.
+    """Several models on one suite, each compared with its baseline.
+
+    The baseline is the first model, or the one at the model's ``baseline_index``.
     """
 
     suite: dict[str, Any]
     template: str  # the suite's: one for all, or own
-    models: list[Measured]
-    questions: list[dict[str, Any]]  # prompt, wanted, family, and the row that the answer's rule reads
-    # places of the models that differ, by metric
-    _sure: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
+    models: list[ModelResult]
+    questions: list[dict[str, Any]]  # prompt, expected answer, family, and the row that the rule reads
+    # places of the models that differ significantly, by metric
+    _significant: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def seed(self) -> int:
-        """The suite's, which fixes intervals and tests."""
+        """The suite's seed, which fixes intervals and tests."""
         return int(self.suite.get("seed", 0))
 
     @property
-    def compared_with(self) -> str:
-        """In words, what differences are taken from."""
+    def baseline_label(self) -> str:
+        """What the models are compared with, in words."""
         return (
             self.models[0].name
-            if all(m.origin == 0 for m in self.models)
+            if all(m.baseline_index == 0 for m in self.models)
             else "the model that each started from"
         )
 
-    def baseline(self, model: Measured) -> Measured:
-        """What a model is compared with: itself where it is a baseline."""
-        return self.models[model.origin]
+    def baseline(self, model: ModelResult) -> ModelResult:
+        """The model that ``model`` is compared with; itself where it is a baseline."""
+        return self.models[model.baseline_index]
 
     def metrics(self) -> list[str]:
-        """Names of what was measured, in the order of ``METRICS``."""
+        """Names of the metrics that any model has, in the order of ``METRICS``."""
         return [name for name in METRICS if any(name in m.values for m in self.models)]
 
-    def asked(self) -> str:
-        """In words, in which templates the models were asked."""
+    def templates_label(self) -> str:
+        """The templates of the models' prompts, in words."""
         names: dict[str, list[str]] = {}
         for m in self.models:
             names.setdefault(m.template, []).append(m.name)
@@ -236,58 +240,61 @@ class Comparison:
             return f"all in the template {self.models[0].template!r}"
         return (
             "each in its own template ("
-            + "; ".join(f"{', '.join(who)}: {template}" for template, who in names.items())
+            + "; ".join(f"{', '.join(users)}: {template}" for template, users in names.items())
             + ")"
         )
 
-    def _pair(self, metric: str, model: Measured) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
-        """(rows, the baseline's rows, weights); None where no row has both, or where texts were read in other
-        windows.
+    def _pair(
+        self, metric: str, model: ModelResult
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
+        """(rows, the baseline's rows, weights).
+
+        None where no row has both, or where the two models read base text in different windows.
         """
-        base, even = self.baseline(model), METRICS[metric].even
+        base, null_value = self.baseline(model), METRICS[metric].null_value
         if model is base or metric not in model.values:
             return None
         rows = model.values[metric].rows
-        theirs = base.values.get(metric) if even is None else Values(np.full(len(rows), even))
-        if theirs is None or rows.shape != theirs.rows.shape or not np.isfinite(rows - theirs.rows).any():
+        other = base.values.get(metric) if null_value is None else Values(np.full(len(rows), null_value))
+        if other is None or rows.shape != other.rows.shape or not np.isfinite(rows - other.rows).any():
             return None
-        return rows, theirs.rows, theirs.weights
+        return rows, other.rows, other.weights
 
-    def rows(self, metric: str, model: Measured) -> int:
-        """Over how many rows a model is compared with its baseline."""
+    def paired_rows(self, metric: str, model: ModelResult) -> int:
+        """Number of rows over which a model is compared with its baseline."""
         pair = self._pair(metric, model)
         return 0 if pair is None else int(np.isfinite(pair[0] - pair[1]).sum())
 
-    def difference(self, metric: str, model: Measured) -> Interval | None:
-        """``model`` minus its baseline over the same rows, in the unit of the rows (nats where the figure is
-        a perplexity).
+    def difference(self, metric: str, model: ModelResult) -> Interval | None:
+        """``model`` minus its baseline over the same rows; None where there is nothing to compare.
 
-        Of a metric that the baseline cannot have, wins, what the figure has above ``even``.
+        It is in the unit of the rows, which is nats for a perplexity. For a metric that the baseline cannot
+        have (wins) it is the metric minus its ``null_value``.
         """
-        pair, even = self._pair(metric, model), METRICS[metric].even
+        pair, null_value = self._pair(metric, model), METRICS[metric].null_value
         if pair is None:
             return None
-        if even is not None:
-            return Interval(*(bound - even for bound in model.figure(metric)))
+        if null_value is not None:
+            return Interval(*(bound - null_value for bound in model.interval(metric)))
         return paired_bootstrap(pair[0], pair[1], weights=pair[2], seed=self.seed)
 
-    def sure(self, metric: str, model: Measured) -> bool:
-        """Whether the difference to the baseline is beyond chance.
+    def is_significant(self, metric: str, model: ModelResult) -> bool:
+        """Whether the difference from the baseline is beyond chance.
 
-        It is where metrics.sign_flip rejects chance at LEVEL after Holm's correction over all models compared
-        in this metric over at least MIN_ROWS rows, and 0 lies outside the 95 % interval of the difference, so
-        that a figure and its mark never contradict each other. In a metric in which no model differs from its
-        baseline, one comparison in twenty marks any.
+        That is so where metrics.sign_flip rejects chance at LEVEL, with Holm's correction over all models
+        compared in this metric over at least MIN_ROWS rows, and 0 lies outside the 95 % interval of the
+        difference, so that an interval and its mark never contradict each other. Where no model differs from
+        its baseline, one comparison in twenty marks any.
         """
-        if metric not in self._sure:
-            self._sure[metric] = self._beyond_chance(metric)
-        return any(self.models[place] is model for place in self._sure[metric])
+        if metric not in self._significant:
+            self._significant[metric] = self._significant_models(metric)
+        return any(self.models[place] is model for place in self._significant[metric])
 
-    def _beyond_chance(self, metric: str) -> list[int]:
+    def _significant_models(self, metric: str) -> list[int]:
         pairs = [
             (place, self._pair(metric, m))
             for place, m in enumerate(self.models)
-            if self.rows(metric, m) >= MIN_ROWS
+            if self.paired_rows(metric, m) >= MIN_ROWS
         ]
         p_values = [
             sign_flip(pair[0], pair[1], weights=pair[2], seed=self.seed)
@@ -297,22 +304,22 @@ class Comparison:
         places = [
             place for (place, _), rejected in zip(pairs, holm(p_values, LEVEL), strict=True) if rejected
         ]
-        gaps = {place: self.difference(metric, self.models[place]) for place in places}
-        return [place for place, d in gaps.items() if d is not None and (d.low > 0 or d.high < 0)]
+        differences = {place: self.difference(metric, self.models[place]) for place in places}
+        return [place for place, d in differences.items() if d is not None and (d.low > 0 or d.high < 0)]
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures with intervals and differences, for comparison.json."""
+        """All metrics with intervals and differences, for comparison.json."""
         return {
             "suite": self.suite,
             "template": self.template,
             "baseline": self.models[0].name,
-            "beyond_chance": BEYOND_CHANCE,
+            "beyond_chance": SIGNIFICANCE_NOTE,
             "metrics": {
                 name: {
                     "label": METRICS[name].label,
                     "better": METRICS[name].better,
                     "ceiling": METRICS[name].ceiling,
-                    "about": METRICS[name].about,
+                    "about": METRICS[name].description,
                 }
                 for name in self.metrics()
             },
@@ -322,39 +329,39 @@ class Comparison:
                     "path": m.path,
                     "template": m.template,
                     "baseline": self.baseline(m).name,
-                    "figures": {name: m.figure(name)._asdict() for name in m.values},
+                    "figures": {name: m.interval(name)._asdict() for name in m.values},
                     "minus_baseline": {
                         name: d._asdict() for name in m.values if (d := self.difference(name, m)) is not None
                     },
-                    "beyond_chance": [name for name in m.values if self.sure(name, m)],
+                    "beyond_chance": [name for name in m.values if self.is_significant(name, m)],
                 }
                 for m in self.models
             ],
         }
 
-    def cell(self, metric: str, model: Measured) -> str:
-        """A figure with its interval as text; '-' where it was not measured."""
+    def cell(self, metric: str, model: ModelResult) -> str:
+        """A metric with its interval as text; '-' where it was not measured."""
         if metric not in model.values:
             return "-"
-        form, value = METRICS[metric].form, model.figure(metric)
+        form, value = METRICS[metric].format, model.interval(metric)
         return f"{form.format(value.mean)} [{form.format(value.low)}, {form.format(value.high)}]"
 
-    def sentence(self, metric: str, model: Measured) -> str | None:
-        """In words, what the difference to the baseline says; None for the baseline itself."""
+    def difference_label(self, metric: str, model: ModelResult) -> str | None:
+        """The difference from the baseline in words; None where there is nothing to compare."""
         d = self.difference(metric, model)
         if d is None:
             return None
-        unit = "nats" if METRICS[metric].of else ""
-        form = (
-            "{:+.3f}" if METRICS[metric].of else METRICS[metric].form.replace("{:", "{:+").replace("++", "+")
-        )
-        sure = "" if self.sure(metric, model) else ": no difference that these rows can show"
-        return f"{form.format(d.mean)} [{form.format(d.low)}, {form.format(d.high)}] {unit}".strip() + sure
+        nats = METRICS[metric].transform is not None
+        form = "{:+.3f}" if nats else METRICS[metric].format.replace("{:", "{:+").replace("++", "+")
+        note = "" if self.is_significant(metric, model) else ": no difference beyond chance"
+        bounds = f"{form.format(d.mean)} [{form.format(d.low)}, {form.format(d.high)}]"
+        return f"{bounds} nats{note}" if nats else f"{bounds}{note}"
 
 
 def table(comparison: Comparison) -> str:
-    """The comparison for a terminal: one line a model, one column a figure, in as many tables as the width
-    asks for.
+    """The comparison for a terminal: one line per model and one column per metric.
+
+    Columns that do not fit the terminal's width go into further tables.
     """
     from rich.console import Console
     from rich.table import Table
@@ -364,16 +371,12 @@ def table(comparison: Comparison) -> str:
     console = Console(width=None if Console().is_terminal else 120)
     label = max(len("best possible"), *(len(m.name) for m in comparison.models))
     fitting = max(1, (console.width - label - 4) // 18)
-    said = [
-        f"{len(comparison.questions)} questions, {comparison.asked()}, greedy; 95 % intervals, each "
-        "figure's own"
-        + (
-            f"\n* differs from {comparison.compared_with} beyond chance: {BEYOND_CHANCE}"
-            if len(comparison.models) > 1
-            else ""
-        )
+    header = [
+        f"{len(comparison.questions)} questions, {comparison.templates_label()}, greedy; with 95 % intervals"
     ]
-    said = [textwrap.fill(line, console.width) for line in "\n".join(said).splitlines()]
+    if len(comparison.models) > 1:
+        header.append(f"* differs from {comparison.baseline_label} beyond chance: {SIGNIFICANCE_NOTE}")
+    text = [textwrap.fill(line, console.width) for line in header]
     for begin in range(0, len(names), fitting):
         grid = Table()
         grid.add_column("", no_wrap=True)
@@ -381,7 +384,7 @@ def table(comparison: Comparison) -> str:
             grid.add_column(METRICS[name].label, justify="right")
         for model in comparison.models:
             grid.add_row(
-                model.name, *(_short(comparison, name, model) for name in names[begin : begin + fitting])
+                model.name, *(_table_cell(comparison, name, model) for name in names[begin : begin + fitting])
             )
         grid.add_section()
         grid.add_row(
@@ -391,13 +394,13 @@ def table(comparison: Comparison) -> str:
         )
         with console.capture() as captured:
             console.print(grid)
-        said.append(captured.get())
-    return "\n".join(said)
+        text.append(captured.get())
+    return "\n".join(text)
 
 
-def _short(comparison: Comparison, metric: str, model: Measured) -> str:
+def _table_cell(comparison: Comparison, metric: str, model: ModelResult) -> str:
     value, _, interval = comparison.cell(metric, model).partition(" ")
     low, _, high = interval.strip("[]").replace("%", "").partition(", ")
-    return f"{value}{'*' if comparison.sure(metric, model) else ''}\n" + (
+    return f"{value}{'*' if comparison.is_significant(metric, model) else ''}\n" + (
         f"{low} to {high}" if interval else ""
     )

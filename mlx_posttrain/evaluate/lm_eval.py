@@ -5,11 +5,11 @@
 
     lm_eval.simple_evaluate(model=MLXPosttrainLM("runs/sft"), tasks=["hellaswag"])
 
-With ``apply_chat_template=True`` questions are put as the run was trained to be asked. Once this module is
-imported, the harness also knows the name: ``simple_evaluate(model="mlx-posttrain",
-model_args="pretrained=runs/sft,engine=mlx", ...)``. Figures are those of the harness's own ``hf`` model, but
-for texts whose likelihood is asked with ``loglikelihood_rolling`` where a tokenizer begins texts with a BOS:
-there BOS stands before the text once and is not scored, as in measure.base_text_loss.
+With ``apply_chat_template=True`` questions use the template that the run was trained with. Importing this
+module also registers its name with the harness: ``simple_evaluate(model="mlx-posttrain",
+model_args="pretrained=runs/sft,engine=mlx", ...)``. Results equal those of the harness's own ``hf`` model,
+except for ``loglikelihood_rolling`` where a tokenizer begins texts with a BOS: here BOS comes before the text
+once and is not scored, as in likelihood.base_text_loss.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ from mlx_posttrain.data import encode, templates
 from mlx_posttrain.data.batches import by_length
 from mlx_posttrain.data.types import Turn
 from mlx_posttrain.engines import decoding
-from mlx_posttrain.engines.base import DeviceBatch, Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import measure
+from mlx_posttrain.evaluate import likelihood
 from mlx_posttrain.generation.model import template_for
-from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.ops import ops
 
 try:
     from lm_eval.api.instance import Instance
@@ -40,21 +37,21 @@ try:
 except ImportError:
     raise UserError("lm-evaluation-harness is not installed: pip install lm-eval") from None
 
-_UNBOUNDED = 2048  # window of a model that names no longest sequence, the harness's own choice
-# the harness's names for one setting, first wins
+_UNBOUNDED = 2048  # window of a model that states no longest sequence, as in the harness
+# the harness's names for one setting; the first wins
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = ("until", "do_sample", "temperature", "top_p", *_LENGTHS)
-# changes nothing with these values
+# settings that have no effect with these values
 _NEUTRAL = {"top_k": (0, None), "num_beams": (1,), "repetition_penalty": (1.0,)}
 
 
 @register_model("mlx-posttrain")
 class MLXPosttrainLM(TemplateLM):
-    """A model as the harness sees it: log-likelihoods of texts, and continuations.
+    """A model behind the harness's interface: log-likelihoods of texts, and continuations.
 
-    pretrained: anything that names a model, see loading.py. batch_size: most rows scored at once; long rows
-    go fewer together. max_length: longest sequence in tokens, by default the model's context. max_gen_toks:
-    length of continuations whose task names none.
+    pretrained: anything that names a model, see models/source.py. batch_size: number of rows scored at once
+    at most, and fewer where they are long. max_length: longest sequence in tokens, by default the model's
+    context. max_gen_toks: length of continuations where the task states none.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class MLXPosttrainLM(TemplateLM):
         self.max_length = int(max_length or longest)
         if self.model.context is not None and self.max_length > self.model.context:
             raise UserError(
-                f"max_length={self.max_length} is beyond the model's context of {self.model.context}"
+                f"max_length={self.max_length} is longer than the model's context of {self.model.context}"
             )
 
     # text and tokens
@@ -88,13 +85,14 @@ class MLXPosttrainLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it: BOS, or EOS where the tokenizer has none."""
+        """The token before a text without a context: BOS, or EOS where the tokenizer has none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; by default with the tokenizer's own special tokens, unless the text begins with BOS
-        already.
+        """Token ids of a text.
+
+        By default they include the tokenizer's special tokens, unless the text already begins with BOS.
         """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
@@ -117,30 +115,30 @@ class MLXPosttrainLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return turns as the run was trained to see them, up to where its answer begins, or into an answer
-        that is to be gone on with.
+        """The turns in the template that the run was trained with, up to where the answer begins.
+
+        Without ``add_generation_prompt`` the last turn is the beginning of an answer that is to be continued.
         """
         turns = [Turn(m["role"], m["content"]) for m in chat_history]  # type: ignore[arg-type]
-        begun = "" if add_generation_prompt else turns.pop().content
+        prefix = "" if add_generation_prompt else turns.pop().content
         template, templated = template_for(self.source, self.tokenizer, None)
         segments = templates.render_prompt(turns, template, self.tokenizer, templated=templated)
         lead = (
             templates.TEMPLATES[template].lead
-            if begun and templated and template in templates.TEMPLATES
+            if prefix and templated and template in templates.TEMPLATES
             else ""
         )
-        return "".join(s.text + self.tokenizer.eos_token * s.closes for s in segments) + lead + begun
+        return "".join(s.text + self.tokenizer.eos_token * s.closes for s in segments) + lead + prefix
 
     # likelihood
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether each of its tokens is the likeliest) of (texts,
-        context, continuation).
+        """(log-probability of the continuation, whether each of its tokens is the most likely one).
 
-        The context's beginning is cut off where both do not fit. Raises UserError for a continuation that
-        does not fit by itself.
+        requests: (texts, context, continuation) each. The beginning of the context is cut off where both do
+        not fit. Raises UserError for a continuation that does not fit by itself.
         """
         rows = []
         for _, context, continuation in requests:
@@ -151,26 +149,29 @@ class MLXPosttrainLM(TemplateLM):
             sequence = np.array([*context, *continuation][-(self.max_length + 1) :], np.int32)
             inputs, targets = sequence[:-1], sequence[1:]
             rows.append((inputs, targets, np.arange(len(targets)) >= len(targets) - len(continuation)))
-        found = [(0.0, True)] * len(rows)
-        for group in by_length([len(inputs) for inputs, _, _ in rows], self.batch_size, measure.TOKEN_BUDGET):
+        results = [(0.0, True)] * len(rows)
+        for group in by_length(
+            [len(inputs) for inputs, _, _ in rows], self.batch_size, likelihood.TOKEN_BUDGET
+        ):
             scored = [i for i in group if rows[i][2].any()]
             if not scored:
                 continue
-            batch = measure._batch([rows[i] for i in scored], self.model.context)
-            (values,) = self.model.apply(_target_and_top, [batch])
+            batch = likelihood.make_batch([rows[i] for i in scored], self.model.context)
+            (values,) = self.model.apply(likelihood.target_and_top, [batch])
             real = batch.weight > 0
-            sums = np.bincount(batch.row[real], values["logprob"][real].astype(np.float64), len(scored))
+            sums = np.bincount(batch.row[real], values["logprobs"][real].astype(np.float64), len(scored))
             misses = np.bincount(batch.row[real], values["top"][real] != batch.target[real], len(scored))
             for i, total, missed in zip(scored, sums.tolist(), misses.tolist(), strict=True):
-                found[i] = (total, missed == 0)
-        for (texts, _, _), answer in zip(requests, found, strict=True):
+                results[i] = (total, missed == 0)
+        for (texts, _, _), result in zip(requests, results, strict=True):
             if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return found
+                self.cache_hook.add_partial("loglikelihood", texts, result)
+        return results
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text. Windows as the harness prescribes: disjoint, but the last one
-        begins early enough to be full.
+        """Log-likelihood of each text.
+
+        Windows are those of the harness: disjoint, but the last one begins early enough to be full.
         """
         parts, owner = [], []
         for number, request in enumerate(requests):
@@ -190,11 +191,11 @@ class MLXPosttrainLM(TemplateLM):
     # continuations
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return continuations of each context, cut before the first of its ``until`` strings.
+        """A continuation of each context, cut before the first of its ``until`` strings.
 
-        The context's beginning is cut off where it leaves no room for the answer. A sampled text depends on
-        ``seed`` and on the requests. Raises UserError for a setting that decoding here does not have, or an
-        answer as long as the whole context.
+        The beginning of a context is cut off where it leaves no room for the answer. A sampled text depends
+        on ``seed`` and on the requests. Raises UserError for a setting that decoding here does not support,
+        or an answer as long as the model's context.
         """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -230,7 +231,7 @@ class MLXPosttrainLM(TemplateLM):
         unknown = {k: v for k, v in settings.items() if k not in _SAMPLING and v not in _NEUTRAL.get(k, ())}
         if unknown:
             raise UserError(
-                f"the task's generation_kwargs ask for {unknown}, which decoding here does not have: "
+                f"the task's generation_kwargs set {unknown}, which decoding here does not support: "
                 "override them in gen_kwargs"
             )
         lengths = [settings[name] for name in _LENGTHS if settings.get(name) is not None]
@@ -238,8 +239,7 @@ class MLXPosttrainLM(TemplateLM):
         if not 1 <= max_tokens < self.max_length:
             raise UserError(
                 f"max_gen_toks={max_tokens} must lie between 1 and {self.max_length - 1}, as the model's "
-                f"window is {self.max_length} tokens: "
-                f"override it with gen_kwargs"
+                f"window is {self.max_length} tokens: override it with gen_kwargs"
             )
         temperature = float(settings.get("temperature") or 0.0)
         if settings.get("do_sample") is False:
@@ -247,12 +247,8 @@ class MLXPosttrainLM(TemplateLM):
         return max_tokens, temperature, float(settings.get("top_p") or 1.0)
 
 
-def _target_and_top(model: Model, batch: DeviceBatch) -> dict[str, Any]:
-    logits = model.logits(batch)
-    return {"logprob": token_logprobs(logits, batch.target), "top": ops(logits).argmax(logits, axis=-1)}
-
-
 def _cut(text: str, until: Iterable[str]) -> str:
+    """The text before the first occurrence of any of the strings."""
     for mark in until:
         text = text.split(mark, 1)[0] if mark else text
     return text

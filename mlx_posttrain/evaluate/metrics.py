@@ -1,9 +1,7 @@
-"""What is counted on tokens and rows, as pure functions: repetition, diversity, perplexity, intervals, and
-tests of differences.
+"""Metrics of tokens and rows as pure functions: repetition, perplexity, intervals and significance tests.
 
 A row that has no value (a continuation too short for one n-gram, a row without a trained token) is nan, never
-0 or 1, and every mean and interval leaves it out. Infinite values are errors: no interval could be drawn
-around them.
+0 or 1, and every mean and interval leaves it out. Infinite values are errors, because they have no interval.
 """
 
 from __future__ import annotations
@@ -16,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# numbers drawn at a time by the bootstrap, so that its memory does not grow with the rows
+# numbers drawn at a time by the bootstrap, so that its memory does not grow with the number of rows
 CHUNK = 1_000_000
-FLIPS = 10_000  # patterns of signs that a difference is held against: the least p-value is one in so many
+FLIPS = 10_000  # sign patterns drawn by sign_flip, which bound the smallest p-value
 
 
 class Interval(NamedTuple):
@@ -45,39 +43,39 @@ def seq_rep_n(tokens: Sequence[Hashable], n: int = 4) -> float:
 
 
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int = 2) -> float:
-    """Share of different n-grams among all n-grams of all sequences: unique / total.
+    """Share of distinct n-grams among all n-grams of all sequences: unique / total.
 
-    sequences: token lists; an n-gram never reaches from one into the next. Returns nan where all are shorter
-    than n. Range 1 / total to 1 (ceiling: every n-gram new). It falls as text grows, whatever the model:
-    compare equal numbers of equally long sequences. Raises ValueError for n < 1. Source: Li et al. 2016, "A
-    Diversity-Promoting Objective Function for Neural Conversation Models", which divides by the number of
-    tokens; dividing by the number of n-grams, as is usual since, makes 1 the ceiling for every n.
+    sequences: token lists; n-grams do not span sequences. Returns nan where all are shorter than n. Range
+    1 / total to 1 (ceiling: no n-gram occurs twice). It falls as text grows, whatever the model: compare
+    equal numbers of equally long sequences. Raises ValueError for n < 1. Source: Li et al. 2016, "A
+    Diversity-Promoting Objective Function for Neural Conversation Models". They divide by the number of
+    tokens; dividing by the number of n-grams, as has become usual, makes 1 the ceiling for every n.
     """
     grams = [gram for tokens in sequences for gram in _ngrams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def distinct_by_text(texts: Sequence[Sequence[Sequence[Hashable]]], n: int = 2) -> np.ndarray:
-    """[R] values, one per text, whose mean is ``distinct_n`` of all continuations of all R texts together, so
-    that intervals can be had.
+    """[R] values, one per text, whose mean is ``distinct_n`` of all texts, so that it has an interval.
 
-    texts: the continuations of each text, one or more. The values are a jackknife's: text r's is the whole
-    plus R - 1 times the difference between the mean of the figures without one text and the figure without r,
-    low for a text that says what the others say. Drawing texts with replacement would not do, because a text
-    drawn twice repeats itself whatever the model. Their spread is a little too wide rather than too narrow
-    (Efron & Stein 1981, "The Jackknife Estimate of Variance"). nan for a text without an n-gram, and for all
-    where fewer than two have one. Raises ValueError for n < 1.
+    texts: the continuations of each of R texts, one or more. The values are jackknife pseudovalues: that of
+    text r is the overall value plus R - 1 times the difference between the mean of all leave-one-out values
+    and the one without r, which is low for a text that says what the others say. Drawing texts with
+    replacement would not work, because a text drawn twice repeats itself whatever the model. The spread of
+    the values is rather too wide than too narrow (Efron & Stein 1981, "The Jackknife Estimate of Variance").
+    nan for a text without an n-gram, and for all texts where fewer than two have one. Raises ValueError for
+    n < 1.
     """
     grams = [[gram for tokens in text for gram in _ngrams(tokens, n)] for text in texts]
-    spread = Counter(gram for found in grams for gram in set(found))  # in how many texts each occurs
-    sizes = np.array([len(found) for found in grams], np.int64)
+    texts_with = Counter(gram for text in grams for gram in set(text))
+    sizes = np.array([len(text) for text in grams], np.int64)
     kept = sizes > 0
     values = np.full(len(grams), np.nan)
     if kept.sum() < 2:
         return values
-    own = np.array([sum(spread[gram] == 1 for gram in set(found)) for found in grams], np.int64)
-    without = ((len(spread) - own) / (sizes.sum() - sizes))[kept]
-    values[kept] = len(spread) / sizes.sum() + (kept.sum() - 1) * (without.mean() - without)
+    only_here = np.array([sum(texts_with[gram] == 1 for gram in set(text)) for text in grams], np.int64)
+    leave_one_out = ((len(texts_with) - only_here) / (sizes.sum() - sizes))[kept]
+    values[kept] = len(texts_with) / sizes.sum() + (kept.sum() - 1) * (leave_one_out.mean() - leave_one_out)
     return values
 
 
@@ -86,8 +84,8 @@ def diversity(tokens: Sequence[Hashable]) -> float:
 
     tokens: the T tokens of the continuation. Returns nan where T < 4. Range just above 0 (a loop) to 1
     (ceiling: nothing repeated). Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation".
-    Their figures count words and pool the n-grams of all texts before the product; this one has a value per
-    continuation, so that intervals can be had.
+    They count words and pool the n-grams of all texts before taking the product; here every continuation has
+    a value, so that their mean has an interval.
     """
     return math.prod(1.0 - seq_rep_n(tokens, n) for n in (2, 3, 4))
 
@@ -103,11 +101,11 @@ def _ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
 
 
 def perplexity(nll_sum: Any, tokens: Any) -> float:
-    """exp of the mean negative log-likelihood per token.
+    """Exponential of the mean negative log-likelihood per token.
 
     nll_sum: nats, a number or an array of parts; tokens: how many tokens they cover, a number or an array of
     the same parts. Range 1 (every token certain) upwards without a ceiling; a uniform guess over V tokens has
-    V; inf where the exponential overflows. Every token counts once, whichever text it stands in. Raises
+    V; inf where the exponential overflows. Every token counts once, whichever text it is in. Raises
     ValueError where there is no token. Source: Jelinek et al. 1977, "Perplexity - a measure of the difficulty
     of speech recognition tasks".
     """
@@ -125,8 +123,9 @@ def perplexity(nll_sum: Any, tokens: Any) -> float:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of two [R] arrays, -1 to 1; 0 where one of them does not vary or is empty, so
-    that it can be written as JSON.
+    """Pearson's correlation of two [R] arrays, -1 to 1.
+
+    It is 0, not nan, where an array is empty or constant, so that it can be written as JSON.
     """
     return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
@@ -141,27 +140,27 @@ def bootstrap(
     samples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
-    of: Callable[..., Any] | None = None,
+    transform: Callable[..., Any] | None = None,
 ) -> Interval:
     """Mean of the values and its percentile-bootstrap interval.
 
     values: [R], one per row; weights: [R], zero or more, for a weighted mean (nll / tokens weighted by tokens
-    is the loss per token); of: a monotone function laid on mean and bounds (``np.exp`` makes a loss a
-    perplexity). Rows are drawn with replacement, weight and value together, ``samples`` times. Rows whose
+    is the loss per token); transform: a monotone function applied to mean and bounds (``np.exp`` makes a loss
+    a perplexity). Rows are drawn with replacement, weight and value together, ``samples`` times. Rows whose
     value is nan or whose weight is 0 are left out.
 
-    The interval lies within the values' own range. One value, or values all equal, give a point: rows that do
-    not differ say nothing about their spread (a share of right answers has ``share``). Below about 20 rows
-    the interval is too narrow. Raises ValueError where no value is left, for infinite values, negative
-    weights, samples < 1 or a level outside 0 to 1. Source: Efron 1979, "Bootstrap Methods: Another Look at
-    the Jackknife"; Efron & Tibshirani 1993, chapter 13.
+    The interval lies within the range of the values. A single value, or values that are all equal, give a
+    point, because rows that do not differ say nothing about their spread (for a share of right answers use
+    ``proportion``). Below about 20 rows the interval is too narrow. Raises ValueError where no value is left,
+    for infinite values, negative weights, samples < 1 or a level outside 0 to 1. Source: Efron 1979,
+    "Bootstrap Methods: Another Look at the Jackknife"; Efron & Tibshirani 1993, chapter 13.
     """
     if samples < 1 or not 0 < level < 1:
         raise ValueError(
             f"samples {samples}, level {level}: there must be at least one sample, and a level "
             "between 0 and 1"
         )
-    rows, weight = _kept(values, weights)
+    rows, weight = _valid_rows(values, weights)
     if not len(rows):
         raise ValueError("there is no value to average")
     rng = np.random.default_rng(seed)
@@ -172,25 +171,27 @@ def bootstrap(
         means[begin : begin + step] = np.average(rows[drawn], axis=1, weights=weight[drawn])
     mean = float(np.average(rows, weights=weight))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    # Sums of many equal numbers in another order differ in the last bit: a point stays a point.
+    # sums of equal numbers in another order differ in the last bit, which must not widen a point
     low, high = (mean, mean) if np.ptp(rows) == 0 else (float(low), float(high))
-    return Interval(*(float(of(x)) for x in (mean, low, high))) if of else Interval(mean, low, high)
+    if transform:
+        return Interval(*(float(transform(x)) for x in (mean, low, high)))
+    return Interval(mean, low, high)
 
 
-def share(
+def proportion(
     values: Any, *, weights: Any = None, samples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Mean of values that is a share, 0 to 1, and an interval that stays there and is no point where no row
-    or every row is right.
+    """Mean of values that is a proportion, 0 to 1, and an interval within that range.
 
-    values: [R], each 0 or 1, a mean of such, or an influence value around their mean; weights, samples, seed,
-    level, rows left out and errors as ``bootstrap``. Where every value is 0 or 1 and counts alike the bounds
-    are Wilson's (1927, eq. 5): of none right among R the upper one is about 4 / (R + 4). Elsewhere the rows
-    are drawn as in ``bootstrap``, and the bounds are those of the log odds, to which the values are carried
-    over by the slope at their mean (Efron & Tibshirani 1993, section 13.7, on choosing the scale).
+    The interval is not a point where no row or every row is right. values: [R], each 0 or 1, a mean of such
+    values, or an influence value around their mean; weights, samples, seed, level, rows left out and errors
+    as ``bootstrap``. Where every value is 0 or 1 and all weights are equal the bounds are Wilson's (1927, eq.
+    5): with none right among R the upper one is about 4 / (R + 4). Otherwise rows are drawn as in
+    ``bootstrap``, and the bounds are those of the log odds, linearised at the mean (Efron & Tibshirani 1993,
+    section 13.7, on choosing the scale).
     """
     plain = bootstrap(values, weights=weights, samples=samples, seed=seed, level=level)
-    rows, weight = _kept(values, weights)
+    rows, weight = _valid_rows(values, weights)
     mean, count = plain.mean, len(rows)
     if np.isin(rows, (0.0, 1.0)).all() and np.ptp(weight) == 0:
         z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
@@ -202,14 +203,14 @@ def share(
 
     def bound(value: float) -> float:
         shift = (mean - value) / (mean * (1.0 - mean))
-        # beyond, a bound is 0 to all its digits
+        # beyond 500 the bound is 0 to all its digits
         return 1.0 / (1.0 + (1.0 - mean) / mean * math.exp(min(shift, 500.0)))
 
     return Interval(mean, bound(plain.low), bound(plain.high))
 
 
-def _kept(values: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return values and weights of the rows that have both, as float64; errors as ``bootstrap``."""
+def _valid_rows(values: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Values and weights of the rows that have both, as float64; errors as ``bootstrap``."""
     rows = np.asarray(values, np.float64)
     weight = np.ones(rows.shape) if weights is None else np.asarray(weights, np.float64)
     if rows.ndim != 1 or rows.shape != weight.shape:
@@ -225,49 +226,49 @@ def _kept(values: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
 def paired_bootstrap(
     a: Any, b: Any, *, weights: Any = None, samples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Mean of a - b over the same rows and its interval; 0 outside the interval is a difference at that
-    level.
+    """Mean of a - b over the same rows, and its interval.
 
-    a, b: [R], two models' values row by row; weights: [R], shared by both. Rows are drawn as pairs, so what
-    makes a row hard for both cancels, and the interval is far narrower than two separate ones would suggest.
-    A row that is nan on either side is left out. Range: that of the values' differences; with 0/1 scores -1
-    to 1, and the ceiling of a - b is 1 - mean(b). Raises ValueError as ``bootstrap``, and where a and b
-    differ in shape. Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004, "Statistical Significance Tests
-    for Machine Translation Evaluation".
+    An interval without 0 is a difference at that level. a, b: [R], two models' values row by row; weights:
+    [R], shared by both. Rows are drawn as pairs, so that what makes a row hard for both cancels, and the
+    interval is far narrower than two separate ones would suggest. A row that is nan on either side is left
+    out. Range: that of the values' differences; with 0/1 scores -1 to 1, and the ceiling of a - b is 1 -
+    mean(b). Raises ValueError as ``bootstrap``, and where a and b differ in shape. Source: Efron & Tibshirani
+    1993, chapter 13; Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation".
     """
-    return bootstrap(_gaps(a, b), weights=weights, samples=samples, seed=seed, level=level)
+    return bootstrap(_differences(a, b), weights=weights, samples=samples, seed=seed, level=level)
 
 
-def _gaps(a: Any, b: Any) -> np.ndarray:
+def _differences(a: Any, b: Any) -> np.ndarray:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
         raise ValueError(f"{a.shape} and {b.shape}: a pair needs a value on both sides")
     if np.any(np.isinf(a)) or np.any(np.isinf(b)):
-        # before inf - inf turns it into a nan that would be left out
+        # inf - inf would be nan, and nan rows are left out
         raise ValueError("an infinite value has no interval")
     return a - b
 
 
-def jackknife(whole: Any, without: Any, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) around a figure of P disjoint parts of the data: [...] each, Student's interval with P - 1
-    degrees of freedom.
+def jackknife(estimate: Any, leave_one_out: Any, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) bounds, [...] each, around an estimate from P disjoint parts of the data.
 
-    whole: [...] the figure (or figures) of all parts; without: [P, ...] the same without part p, which must
-    be a smooth function of means over parts. Raises ValueError for fewer than two parts. Source: Tukey 1958,
-    "Bias and Confidence in Not Quite Large Samples"; Efron & Tibshirani 1993, chapter 11.
+    estimate: [...] one or several estimates from all parts; leave_one_out: [P, ...] the same without part p.
+    The estimate must be a smooth function of means over parts. The interval is Student's with P - 1 degrees
+    of freedom. Raises ValueError for fewer than two parts. Source: Tukey 1958, "Bias and Confidence in Not
+    Quite Large Samples"; Efron & Tibshirani 1993, chapter 11.
     """
-    without = np.asarray(without, np.float64)
-    if len(without) < 2:
-        raise ValueError(f"{len(without)} part: a jackknife leaves out one of several")
-    error = np.sqrt(((without - without.mean(0)) ** 2).sum(0) * (len(without) - 1) / len(without))
-    reach = student_quantile((1 + level) / 2, len(without) - 1) * error
-    return np.asarray(whole) - reach, np.asarray(whole) + reach
+    values = np.asarray(leave_one_out, np.float64)
+    parts = len(values)
+    if parts < 2:
+        raise ValueError(f"{parts} part: a jackknife leaves out one of several")
+    error = np.sqrt(((values - values.mean(0)) ** 2).sum(0) * (parts - 1) / parts)
+    reach = student_quantile((1 + level) / 2, parts - 1) * error
+    return np.asarray(estimate) - reach, np.asarray(estimate) + reach
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t with ``freedom`` degrees of freedom: exact for 1 and 2, else read off the
-    normal one, to 1 % from 7 on.
+    """Quantile of Student's t distribution with ``freedom`` degrees of freedom.
 
+    It is exact for 1 and 2 and otherwise an approximation by the normal quantile, within 1 % from 7 on.
     Below that it is a little too large, which makes intervals wide. Source: Wallace 1959, "Bounds on Normal
     Approximations to Student's and the Chi-Square Distributions", solved for t.
     """
@@ -279,23 +280,23 @@ def student_quantile(probability: float, freedom: int) -> float:
     return math.copysign(math.sqrt(freedom * math.expm1(z * z / freedom)), z)
 
 
-# tests of differences
+# significance tests
 
 
 def sign_flip(a: Any, b: Any, *, weights: Any = None, flips: int = FLIPS, seed: int = 0) -> float:
-    """p-value, two-sided, of "each row's difference a - b might as well have been b - a": two models that
-    differ by chance alone.
+    """Two-sided p-value of a sign-flip test of the differences a - b.
 
-    a, b, weights: as ``paired_bootstrap``. The signs of the rows' differences are drawn anew ``flips`` times,
-    and the p-value is the share of draws whose weighted sum is at least as far from 0 as the one observed,
-    which counts among them; so it is never below 1 / (flips + 1). With 0/1 values it is McNemar's test, exact
-    for any number of rows, where a bootstrap interval around two or three rows that differ is too narrow. 1
-    where no row differs or there is none. Raises ValueError as ``paired_bootstrap``. Source: Fisher 1935,
-    "The Design of Experiments", section 21; Yeh 2000, "More accurate tests for the statistical significance
-    of result differences".
+    The null hypothesis is that two models differ by chance alone: each row's a - b might as well have been b
+    - a. a, b, weights: as ``paired_bootstrap``. The signs of the rows' differences are redrawn ``flips``
+    times, and the p-value is the share of draws whose weighted sum is at least as far from 0 as the observed
+    one. The observed one counts among them, so the p-value is at least 1 / (flips + 1). With 0/1 values this
+    is McNemar's test, exact for any number of rows, where a bootstrap interval around two or three rows that
+    differ is too narrow. 1 where no row differs or there is none. Raises ValueError as ``paired_bootstrap``.
+    Source: Fisher 1935, "The Design of Experiments", section 21; Yeh 2000, "More accurate tests for the
+    statistical significance of result differences".
     """
-    gaps, weight = _kept(_gaps(a, b), weights)
-    parts = (gaps * weight)[gaps != 0]
+    differences, weight = _valid_rows(_differences(a, b), weights)
+    parts = (differences * weight)[differences != 0]
     if not len(parts):
         return 1.0
     rng = np.random.default_rng(seed)
@@ -309,12 +310,11 @@ def sign_flip(a: Any, b: Any, *, weights: Any = None, flips: int = FLIPS, seed: 
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which of several hypotheses are rejected so that, at most once in 1 / ``level`` such families, a true
-    one is among them.
+    """Which of K hypotheses are rejected when the family-wise error rate is at most ``level``.
 
-    p_values: [K], whatever depends on what. The least is held against level / K, the next against level / (K
-    - 1), and so on until one fails. Source: Holm 1979, "A Simple Sequentially Rejective Multiple Test
-    Procedure".
+    p_values: [K], which may depend on each other in any way. The smallest is compared with level / K, the
+    next with level / (K - 1), and so on until one fails. Source: Holm 1979, "A Simple Sequentially Rejective
+    Multiple Test Procedure".
     """
     rejected = [False] * len(p_values)
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):

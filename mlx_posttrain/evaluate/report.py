@@ -1,9 +1,8 @@
-"""A set of runs as one HTML file that needs no network: findings, the table of stages, charts, samples,
-recipes.
+"""A report on runs as one HTML file that needs no network: findings, a table, charts, samples and recipes.
 
-The page follows the reader's light or dark scheme and prints. Charts stand in it as SVG, and beside it in
-``NAME-charts/`` as SVG and PNG; its figures are in ``NAME-comparison.json`` and ``NAME-findings.json``, NAME
-being the page's, so that one folder holds many reports.
+The page follows the reader's light or dark scheme and can be printed. Its charts are part of the page as SVG,
+and are also written to ``NAME-charts/`` as SVG and PNG; its numbers are in ``NAME-comparison.json`` and
+``NAME-findings.json``. NAME is the page's, so that one folder can hold several reports.
 """
 
 from __future__ import annotations
@@ -17,30 +16,29 @@ from typing import Any
 from mlx_posttrain import runs
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import charts
-from mlx_posttrain.evaluate.comparison import BEYOND_CHANCE, METRICS, Comparison, table
+from mlx_posttrain.evaluate.comparison import METRICS, SIGNIFICANCE_NOTE, Comparison, table
 from mlx_posttrain.evaluate.findings import Finding
-from mlx_posttrain.evaluate.suite import judged_texts
+from mlx_posttrain.evaluate.suite import check_greedy_answers
 
 CAPTIONS = {
-    "perplexity": "How well each model still predicts plain text; a lower bar forgot less. The scale is "
-    "logarithmic.",
+    "perplexity": "How well each model still predicts plain text: the lower the bar, the less was forgotten. "
+    "The scale is logarithmic.",
     "kl": "How far each model's next-token distribution is from the base's on plain text; 0 is unchanged.",
-    "drift": "How far the matrices of each layer moved, as a share of their own size.",
-    "shift": "How surprising each run's training answers are to the base, beside plain text.",
-    "loops": "Share of greedy continuations that have begun to repeat one block for good, by position.",
-    "interference": "Entries off the diagonal compare two templates on different rows; the diagonal, two "
-    "halves of the rows in one template.",
+    "drift": "How far the matrices of each layer moved, relative to their norm.",
+    "shift": "Perplexity of each run's training answers under the base, compared with plain text.",
+    "loops": "Share of greedy continuations that repeat one block from here to their end, by position.",
+    "interference": "Entries off the diagonal compare two templates on different rows; the diagonal compares "
+    "two halves of the rows in one template.",
     "curves": "Training loss as lines, held-out loss as dots.",
     "loss_quality": "Each model's response loss against its right answers, both on held-out rows.",
-    "reward_kl": "Each PPO run's way: mean score against the KL from its start. The large dot is the end.",
+    "reward_kl": "Path of each PPO run: mean score against the KL from its start. The large dot is the end.",
     "reward": "Mean score of each step's answers.",
     "accuracy": "Right answers on held-out questions.",
-    "ceiling": "A score that no text can bring to 1; the line is what text has in which nothing occurs "
-    "twice.",
-    "reasoning": "Right answers of each distilled run: after thinking, made to answer at once, and of the "
-    "model before training.",
+    "ceiling": "A score that no text can bring to 1; the line is that of text in which nothing occurs twice.",
+    "reasoning": "Right answers of each distilled run: after thinking, when made to answer at once, and of "
+    "the model before training.",
     "cache": "One model's answers, decoded with the key/value cache and with an empty one.",
-    "gain": "Paired gains with 95 % intervals: each pair, over questions, and over seeds.",
+    "gain": "Paired gains with 95 % intervals: of each pair, over questions, and over seeds.",
 }
 SAMPLES = 8
 
@@ -52,30 +50,34 @@ def write(
     comparison: Comparison | None,
     findings: Sequence[Finding],
 ) -> Path:
-    """Write the page and its charts; returns the page's path.
+    """Write the page, its charts and its numbers; returns the page's path.
 
-    names, labels: the runs and what to call them; comparison, findings: as evaluate/analyze.py makes them, or
-    None and nothing for a page of logs alone. Raises UserError where it cannot be written.
+    names, labels: the runs and their labels; comparison, findings: those of analyze.py, or None and an empty
+    list for a page of logs alone. Raises UserError where it cannot be written.
     """
     import jinja2
 
-    known = [(label, Path(name)) for name, label in zip(names, labels, strict=True) if runs.is_run(name)]
+    folders = [(label, Path(name)) for name, label in zip(names, labels, strict=True) if runs.is_run(name)]
     drawn: dict[str, Any] = {}
     if comparison is not None and "accuracy" in comparison.metrics():
-        figures = {m.name: m.figure("accuracy") for m in comparison.models if "accuracy" in m.values}
+        accuracy = {m.name: m.interval("accuracy") for m in comparison.models if "accuracy" in m.values}
         drawn["accuracy"] = charts.bars(
-            figures, y="right answers", title="Right answers, unseen content", ceiling=1.0
+            accuracy, y="right answers", title="Right answers, held-out contents", ceiling=1.0
         )
-    thoughts = {label: _report(folder) for label, folder in known if "format_rate" in _report(folder)}
-    drawn |= reward_charts(known) | reasoning_charts(thoughts)
+    thoughts = {
+        label: _read_report(folder) for label, folder in folders if "format_rate" in _read_report(folder)
+    }
+    drawn |= reward_charts(folders) | reasoning_charts(thoughts)
     for finding in findings:
         drawn |= finding.charts
-    folder = path.parent / f"{path.stem}-charts"
+    chart_folder = path.parent / f"{path.stem}-charts"
     for name, figure in drawn.items():
-        charts.save(figure, folder, name)
-    found = [_run(label, folder) for label, folder in known]
+        charts.save(figure, chart_folder, name)
+    run_sections = [_run(label, folder) for label, folder in folders]
     rewards = [
-        _reward(label, _report(folder)) for label, folder in known if "bag_of_words" in _report(folder)
+        _reward_row(label, _read_report(folder))
+        for label, folder in folders
+        if "bag_of_words" in _read_report(folder)
     ]
     sections = [
         ("findings", "Findings", findings),
@@ -84,7 +86,7 @@ def write(
         ("samples", "Samples", comparison),
         ("thoughts", "Reasoning", thoughts),
         ("rewards", "Reward models", rewards),
-        ("runs", "Runs", found),
+        ("runs", "Runs", run_sections),
     ]
     source = (resources.files("mlx_posttrain.evaluate") / "report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(
@@ -95,19 +97,19 @@ def write(
         if len(labels) <= 4
         else f"Post-training report: {len(labels)} runs",
         machine=_machine(),
-        sections=[(key, name) for key, name, there in sections if there],
+        sections=[(key, name) for key, name, content in sections if content],
         findings=list(findings),
         table=_table(comparison),
         questions=len(comparison.questions) if comparison else 0,
-        asked=comparison.asked() if comparison else "",
-        baseline=comparison.compared_with if comparison else "",
-        beyond_chance=BEYOND_CHANCE,
-        judge=judge_note(comparison) if comparison else "",
+        templates=comparison.templates_label() if comparison else "",
+        baseline=comparison.baseline_label if comparison else "",
+        significance=SIGNIFICANCE_NOTE,
+        reward_model=reward_model_note(comparison) if comparison else "",
         models=[m.name for m in comparison.models] if comparison else [],
         samples=_samples(comparison),
-        thoughts=[_thinking(label, figures) for label, figures in thoughts.items()],
+        thoughts=[_reasoning_row(label, stats) for label, stats in thoughts.items()],
         rewards=rewards,
-        runs=found,
+        runs=run_sections,
         charts=[
             {"name": name, "svg": charts.svg(figure), "caption": _caption(name)}
             for name, figure in drawn.items()
@@ -129,7 +131,7 @@ def write(
 
 
 def check_target(path: Path) -> None:
-    """Raise UserError where no page can be written: before measuring, not after."""
+    """Raise UserError where no page can be written, so that nothing is measured in vain."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / f".{path.name}.tmp").write_bytes(b"")
@@ -138,52 +140,54 @@ def check_target(path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def text(comparison: Comparison, findings: Sequence[Finding], samples: int = 3) -> str:
-    """The same for a terminal: the table, a few questions with every model's answer, the findings."""
-    said = [table(comparison), *filter(None, [judge_note(comparison)]), "The same questions, answered:"]
+def format_text(comparison: Comparison, findings: Sequence[Finding], samples: int = 3) -> str:
+    """The report for a terminal: the table, ``samples`` questions with every model's answer, the findings."""
+    lines = [
+        table(comparison),
+        *filter(None, [reward_model_note(comparison)]),
+        "The same questions, answered by each:",
+    ]
     for sample in _samples(comparison)[:samples]:
-        said += [
+        lines += [
             "",
             "  " + " ".join(sample["prompt"].split()),
-            f"    {'wanted':10} {' '.join(sample['wanted'].split())}",
+            f"    {'expected':10} {' '.join(sample['expected'].split())}",
         ]
         for model, answer in zip(comparison.models, sample["answers"], strict=True):
-            said.append(
+            lines.append(
                 f"    {model.name:10} "
                 f"{' '.join(answer['text'].split())[:90]}{'   (right)' if answer['right'] else ''}"
             )
-    said += ["", *(f"{f.question} {f.verdict[0].upper()}{f.verdict[1:]}. {f.sentence}" for f in findings)]
-    return "\n".join(said)
+    lines += ["", *(f"{f.question} {f.verdict[0].upper()}{f.verdict[1:]}. {f.sentence}" for f in findings)]
+    return "\n".join(lines)
 
 
-def reward_charts(known: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """Score against KL, and score over steps, of the PPO runs among ``(label, folder)``; nothing where there
-    is none.
-    """
-    way, rising = {}, {}
-    for label, folder in known:
+def reward_charts(folders: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """Score against KL and over steps, of the PPO runs among (label, folder); {} where there are none."""
+    path, curve = {}, {}
+    for label, folder in folders:
         records = [r for r in runs.Run(folder).metrics() if "objective/scores" in r]
         if len(records) < 2:
             continue
         score = [r["objective/scores"] for r in records]
-        rising[label] = ([r["step"] for r in records], score)
-        way[label] = ([r["objective/kl"] for r in records], score)
-    if not way:
+        curve[label] = ([r["step"] for r in records], score)
+        path[label] = ([r["objective/kl"] for r in records], score)
+    if not path:
         return {}
     return {
         "reward_kl": charts.scatter(
-            way, x="KL from the start, nats an answer", y="score", title="Reward against KL", path=True
+            path, x="KL from the start, nats per answer", y="score", title="Reward against KL", path=True
         ),
-        "reward": charts.curves(rising, x="step", y="score", title="Reward during PPO"),
+        "reward": charts.curves(curve, x="step", y="score", title="Reward during PPO"),
     }
 
 
 def reasoning_charts(thoughts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Right answers of distilled runs, from their ``report.json`` by label; nothing where there is none."""
+    """Right answers of distilled runs; thoughts: their ``report.json`` by label."""
     bars: dict[str, Any] = {}
-    for label, figures in thoughts.items():
-        bars |= {f"{label}, thinking": figures["accuracy"], f"{label}, at once": figures["accuracy_at_once"]}
-        bars |= {f"{label}, before": figures["base_accuracy"]} if "base_accuracy" in figures else {}
+    for label, stats in thoughts.items():
+        bars |= {f"{label}, thinking": stats["accuracy"], f"{label}, at once": stats["accuracy_at_once"]}
+        bars |= {f"{label}, before": stats["base_accuracy"]} if "base_accuracy" in stats else {}
     return (
         {"reasoning": charts.bars(bars, y="right answers", title="With a thought and without", ceiling=1.0)}
         if bars
@@ -191,10 +195,8 @@ def reasoning_charts(thoughts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     )
 
 
-def judge_note(comparison: Comparison) -> str:
-    """Whose scores and wins the table shows, and which runs were trained on that very reward model; ""
-    without one.
-    """
+def reward_model_note(comparison: Comparison) -> str:
+    """Which reward model gave the scores and wins, and which runs were trained on it; "" without one."""
     reward = comparison.suite.get("reward")
     if not reward:
         return ""
@@ -216,9 +218,9 @@ def judge_note(comparison: Comparison) -> str:
         )
     who = " and ".join(trained)
     return (
-        f"Scores and wins are those of the reward model {name}, which {who} was trained to please: of {who} "
-        "they show how far that went, "
-        "not how good the answers are. A reward model made of other pairs would be a judge (suite.reward)."
+        f"Scores and wins are those of the reward model {name}, on which {who} was trained: for {who} they "
+        "show how far that training went, not how good the answers are. A reward model trained on other "
+        "pairs would be independent (suite.reward)."
     )
 
 
@@ -235,9 +237,9 @@ def _table(comparison: Comparison | None) -> list[dict[str, Any]]:
             value, _, interval = comparison.cell(name, model).partition(" [")
             d = comparison.difference(name, model)
             tone = ""
-            if d is not None and comparison.sure(name, model) and metric.better != "neither":
+            if d is not None and comparison.is_significant(name, model) and metric.better != "neither":
                 tone = "good" if (d.mean > 0) == (metric.better == "higher") else "bad"
-            change = (comparison.sentence(name, model) or "").partition(": no difference")[0]
+            change = (comparison.difference_label(name, model) or "").partition(": no difference")[0]
             cells.append(
                 {
                     "value": value,
@@ -246,12 +248,19 @@ def _table(comparison: Comparison | None) -> list[dict[str, Any]]:
                     "tone": tone,
                 }
             )
-        rows.append({"label": metric.label, "about": metric.about, "ceiling": metric.ceiling, "cells": cells})
+        rows.append(
+            {
+                "label": metric.label,
+                "description": metric.description,
+                "ceiling": metric.ceiling,
+                "cells": cells,
+            }
+        )
     return rows
 
 
 def _samples(comparison: Comparison | None) -> list[dict[str, Any]]:
-    """The first question of each family, families spread over the list."""
+    """The first questions of at most SAMPLES families, spread evenly over the list."""
     if comparison is None:
         return []
     first: dict[str, int] = {}
@@ -259,48 +268,46 @@ def _samples(comparison: Comparison | None) -> list[dict[str, Any]]:
         first.setdefault(question["family"] or str(i), i)
     chosen = sorted(first.values())
     chosen = chosen[:: max(1, len(chosen) // SAMPLES)][:SAMPLES]
-    right = judged_texts(comparison)
+    correct = check_greedy_answers(comparison)
     return [
         {
-            "prompt": _shown(comparison.questions[i]["prompt"]),
-            "wanted": _shown(comparison.questions[i]["wanted"]),
+            "prompt": _shorten(comparison.questions[i]["prompt"]),
+            "expected": _shorten(comparison.questions[i]["expected"]),
             "answers": [
-                {"text": _shown(m.answers[i]), "right": right[m.name][i] == 1} for m in comparison.models
+                {"text": _shorten(m.answers[i]), "right": correct[m.name][i] == 1} for m in comparison.models
             ],
         }
         for i in chosen
     ]
 
 
-def _shown(text: str, most: int = 600) -> str:
-    """A text for a table's cell; of a long one beginning and end, because a thought's answer stands at its
-    end.
-    """
+def _shorten(text: str, most: int = 600) -> str:
+    """A text for a table's cell; a long one keeps its end too, because an answer follows its thought."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    """What a run says of itself in ``report.json``, {} without one."""
+def _read_report(folder: Path) -> dict[str, Any]:
+    """A run's ``report.json``, {} without one."""
     path = folder / "report.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _share(value: Sequence[float] | None) -> str:
+def _percent(value: Sequence[float] | None) -> str:
     return "-" if value is None else f"{value[0]:.1%} [{value[1]:.0%}, {value[2]:.0%}]"
 
 
-def _reward(label: str, report: Mapping[str, Any]) -> dict[str, str]:
+def _reward_row(label: str, report: Mapping[str, Any]) -> dict[str, str]:
     return {
         "name": label,
-        "accuracy": _share(report["accuracy"]),
-        "longer": _share(report["longer"]),
-        "words": _share(report["bag_of_words"]),
+        "accuracy": _percent(report["accuracy"]),
+        "longer": _percent(report["longer"]),
+        "words": _percent(report["bag_of_words"]),
         "loss": f"{report['mean_training_loss']:.4f}",
     }
 
 
-def _thinking(label: str, report: Mapping[str, Any]) -> dict[str, str]:
-    """A distilled run's row of the page's table; figures as evaluate/reasoning.py, summary."""
+def _reasoning_row(label: str, report: Mapping[str, Any]) -> dict[str, str]:
+    """A distilled run's row of the page's table; report: the result of reasoning.summarize."""
     trace, kept, wrong = (
         report.get("trace_tokens"),
         report.get("kept"),
@@ -309,16 +316,16 @@ def _thinking(label: str, report: Mapping[str, Any]) -> dict[str, str]:
     return {
         "name": label,
         "questions": str(report["questions"]),
-        "accuracy": _share(report["accuracy"]),
-        "at_once": _share(report["accuracy_at_once"]),
-        "worth": _share(report["thinking_minus_at_once"]),
-        "base": _share(report.get("base_accuracy")),
-        "gain": _share(report.get("gain")),
-        "form": _share(report["format_rate"]),
-        "ended": _share(report.get("ended")),
+        "accuracy": _percent(report["accuracy"]),
+        "at_once": _percent(report["accuracy_at_once"]),
+        "worth": _percent(report["thinking_minus_at_once"]),
+        "base": _percent(report.get("base_accuracy")),
+        "gain": _percent(report.get("gain")),
+        "form": _percent(report["format_rate"]),
+        "ended": _percent(report.get("ended")),
         "tokens": f"{trace[0]:.0f} [{trace[1]:.0f}, {trace[2]:.0f}]" if trace else "-",
         "steps": f"{report['steps']:.1f}",
-        "look": f"{report['shape_score']:.2f}" + ("" if wrong is None else f" ({wrong:.2f})"),
+        "shape": f"{report['shape_score']:.2f}" + ("" if wrong is None else f" ({wrong:.2f})"),
         "kept": "-" if kept is None else f"{kept:.1%}",
     }
 
@@ -327,21 +334,21 @@ def _run(label: str, folder: Path) -> dict[str, Any]:
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     raw = runs.reopen(folder)[1]
     result = folder / "result.json"
-    figures = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    said = runs.read_jsonl(folder / "samples.jsonl")
-    steps = sorted({r["step"] for r in said})
-    shown = [r for r in said if r["step"] in (steps[:1] + steps[-1:])] if steps else []
+    stats = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    samples = runs.read_jsonl(folder / "samples.jsonl")
+    steps = sorted({r["step"] for r in samples})
+    shown = [r for r in samples if r["step"] in (steps[:1] + steps[-1:])] if steps else []
     return {
         "name": label,
         "method": raw.get("method", ""),
         "description": raw.get("description", ""),
         "recipe": recipe,
-        "figures": ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, int | float)),
+        "stats": ", ".join(f"{k} {v:.4g}" for k, v in stats.items() if isinstance(v, int | float)),
         "texts": [
             {
                 "step": r["step"],
-                "prompt": _shown(str(r.get("prompt", ""))),
-                "answer": _shown(str(r.get("answer", r.get("chosen", "")))),
+                "prompt": _shorten(str(r.get("prompt", ""))),
+                "answer": _shorten(str(r.get("answer", r.get("chosen", "")))),
             }
             for r in shown
         ],

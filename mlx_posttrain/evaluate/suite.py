@@ -1,8 +1,7 @@
-"""One set of questions, texts and settings for every model, and what each of them did with it: the comparison
-of stages.
+"""Comparison of models on one suite of questions, texts and settings.
 
-Every model meets the same rows and the same decoding, each asked as it was trained to be (evaluate/ask.py).
-What comes out is a comparison.Comparison.
+Every model gets the same rows and the same decoding, each prompted as it was trained (prompting.py). The
+result is a comparison.Comparison.
 """
 
 from __future__ import annotations
@@ -22,20 +21,24 @@ from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import ask, measure
-from mlx_posttrain.evaluate.comparison import PER_TOKEN, Comparison, Measured, Values
+from mlx_posttrain.evaluate import completions, likelihood
+from mlx_posttrain.evaluate.comparison import PER_TOKEN, Comparison, ModelResult, Values
 from mlx_posttrain.evaluate.metrics import distinct_by_text, diversity, seq_rep_n
-from mlx_posttrain.evaluate.preference import length_controlled_wins
+from mlx_posttrain.evaluate.prompting import (
+    OWN_TEMPLATE,
+    PromptSettings,
+    most_common_template,
+    prompt_settings,
+    with_system,
+)
+from mlx_posttrain.evaluate.reward_scoring import add_reward_metrics, score_answers
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.source import Source, locate
-from mlx_posttrain.models.tokenizer import pad_id
+from mlx_posttrain.models.source import locate
 from mlx_posttrain.rewards import verify
 
 
 class SuiteSection(config.Section):
-    """What models are compared on. Every key may be set on the command line of ``compare`` and ``eval`` as
-    well.
-    """
+    """What models are compared on; ``compare`` and ``eval`` take every key on the command line too."""
 
     rows: str = Field(
         "embedded/tasks",
@@ -45,51 +48,55 @@ class SuiteSection(config.Section):
         None, description="split of the questions; null: the held-out one of embedded data, else `train`"
     )
     config: str | None = Field(None, description="configuration name of a Hugging Face data set of questions")
-    format: str = Field("auto", description="shape of a question's row, as data.format")
+    format: str = Field("auto", description="format of the questions' rows, as data.format")
     columns: dict[str, str] = Field(
         default_factory=dict, description="our column name: the file's column name"
     )
     families: list[str] | None = Field(None, description="kinds of embedded questions to take; null: all")
-    limit: int = Field(160, ge=1, description="ask this many questions, and with `phrasings` as many again")
+    limit: int = Field(160, ge=1, description="number of questions, and with `phrasings` as many again")
     phrasings: bool = Field(
-        True, description="with embedded/tasks: ask known contents in unseen words as well"
+        True, description="with embedded/tasks: also ask known contents in held-out phrasings"
     )
     template: str = Field(
-        ask.OWN,
-        description="own: each as it was trained, a model that is no run as most of the runs; or one for all",
+        OWN_TEMPLATE,
+        description="one for all models, or own: each run's own, and for other models that of most runs",
     )
     max_tokens: int = Field(64, ge=1, description="longest answer in tokens")
     think_tokens: int | None = Field(
-        None, ge=1, description="that of a distilled run, thought and answer; null: its longest training row"
+        None,
+        ge=1,
+        description="longest thought and answer of a distilled run; null: its longest training row",
     )
     samples: int = Field(
-        4, ge=0, description="sampled answers and continuations beside each greedy one; 0: none"
+        4, ge=0, description="sampled answers and continuations in addition to each greedy one; 0: none"
     )
-    temperature: float = Field(0.7, gt=0, description="temperature of what is sampled")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of what is sampled")
+    temperature: float = Field(0.7, gt=0, description="temperature of sampling")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling (top-p)")
     texts: str | None = Field(
         "embedded", description="base text: `embedded`, or a file with a column text; null: none"
     )
     text_config: str | None = Field(
         None, description="configuration name of a Hugging Face data set of base texts"
     )
-    text_split: str = Field("train", description="its split, or that of a folder's file")
+    text_split: str = Field("train", description="split of that data set, or of a folder's files")
     text_limit: int | None = Field(100, ge=1, description="read at most this many base texts; null: all")
     join: bool = Field(
         False,
         description="read the base texts as one, with blank lines between: WikiText's on the hub are lines",
     )
     window: int | None = Field(
-        None, ge=1, description="tokens a model reads base text in at a time; null: its context, at most 512"
+        None,
+        ge=1,
+        description="tokens of base text that a model reads at a time; null: its context, at most 512",
     )
     stride: int | None = Field(None, ge=1, description="tokens from one window to the next; null: the window")
     last_words: str | None = Field(
-        None, description="a file with a column text whose last word is to be guessed (LAMBADA); null: none"
+        None, description="a file with a column text whose last word is to be predicted (LAMBADA); null: none"
     )
     opening_words: int = Field(
         12,
         ge=1,
-        description="words of each base text (of the first 200) that are continued, to see what repeats",
+        description="words of each base text (of the first 200) that are continued to measure repetition",
     )
     continuation: int = Field(64, ge=8, description="tokens of each continuation")
     reward: str | None = Field(
@@ -98,12 +105,11 @@ class SuiteSection(config.Section):
     seed: int = Field(
         0,
         ge=0,
-        description="fixes what is sampled, and what intervals, tests and an analysis draw; greedy "
-        "text draws nothing",
+        description="fixes sampling, intervals, tests and analyses; greedy text does not depend on it",
     )
 
 
-OPENINGS = 200  # base texts that are continued at most
+MAX_OPENINGS = 200  # base texts that are continued at most
 
 
 def compare(
@@ -111,86 +117,96 @@ def compare(
     suite: SuiteSection,
     engine: str = "auto",
     labels: Sequence[str] | None = None,
-    origins: Sequence[int] | None = None,
+    baselines: Sequence[int] | None = None,
 ) -> Comparison:
-    """Measure every model on the suite; differences, the KL and wins are against the first, or where given
-    the one at ``origins``.
+    """Measure every model on the suite.
 
-    names: whatever ``loading.locate`` knows; origins: for each model the place of the one that it is compared
-    with, itself or an earlier one. Raises UserError for unknown models or rows, and for models that do not
-    share a tokenizer where a figure compares tokens.
+    names: anything that ``models.source.locate`` knows. Differences, the KL and wins are against the first
+    model or, with ``baselines``, against the one at the place given for each model: itself or an earlier one.
+    Raises UserError for unknown models or rows, and where models that do not share a tokenizer would be
+    compared token by token.
     """
-    origins = list(origins) if origins else [0] * len(names)
-    labels = list(labels) if labels else labels_of(names)
-    located = [locate(name) for name in names]
-    ways = ask.ways(
-        located, template=suite.template, max_tokens=suite.max_tokens, think_tokens=suite.think_tokens
+    baselines = list(baselines) if baselines else [0] * len(names)
+    labels = list(labels) if labels else model_labels(names)
+    sources_of_models = [locate(name) for name in names]
+    settings = prompt_settings(
+        sources_of_models,
+        template=suite.template,
+        max_tokens=suite.max_tokens,
+        think_tokens=suite.think_tokens,
     )
     questions = read_questions(suite)
-    texts, lines = base_texts(suite)
-    openings = measure.openings(lines, suite.opening_words)[:OPENINGS]
-    words = read_texts(suite.last_words, None) if suite.last_words else []
-    judge = open_model(suite.reward, engine, scores=True) if suite.reward else None
+    texts, lines = read_base_texts(suite)
+    openings = completions.first_words(lines, suite.opening_words)[:MAX_OPENINGS]
+    last_word_texts = read_texts(suite.last_words, None) if suite.last_words else []
+    reward_model = open_model(suite.reward, engine, scores=True) if suite.reward else None
     kept: dict[int, Model] = {}  # models that later ones are compared with
-    found: list[Measured] = []
+    results: list[ModelResult] = []
     scores: list[tuple[np.ndarray, np.ndarray]] = []
-    for place, (name, label, way) in enumerate(zip(names, labels, ways, strict=True)):
+    for place, (name, label, prompting) in enumerate(zip(names, labels, settings, strict=True)):
         say(f"measuring {label}")
         model, tokenizer, _ = open_model(name, engine)
-        one = Measured(label, str(name), template=way.template, origin=origins[place], seed=suite.seed)
-        _ask(one, model, tokenizer, questions, suite, way)
-        _read(one, model, tokenizer, texts, openings, suite)
+        baseline = baselines[place]
+        result = ModelResult(
+            label, str(name), template=prompting.template, baseline_index=baseline, seed=suite.seed
+        )
+        _measure_answers(result, model, tokenizer, questions, suite, prompting)
+        _measure_texts(result, model, tokenizer, texts, openings, suite)
         if place == 0:
             vocabulary = tokenizer.get_vocab()
         elif tokenizer.get_vocab() != vocabulary:
-            say(f"{label} has another tokenizer than {labels[0]}: figures per token are left out")
-            one.values = {k: v for k, v in one.values.items() if k not in PER_TOKEN}
-        elif origins[place] != place and "perplexity" in found[origins[place]].values:
-            how: dict[str, Any] = {
-                "window": suite.window,
-                "stride": suite.stride,
-                "by_window": len(texts) == 1,
-            }
-            kl = measure.base_text_kl(kept[origins[place]], model, tokenizer, texts, **how)
-            one.values["kl"] = Values(kl.per_token, kl.tokens)
-        if words:
-            right, nll = measure.last_words(model, tokenizer, words)
-            one.values |= {"last_word": Values(right), "last_word_perplexity": Values(nll)}
-        if judge is not None:
-            scores.append(_score(judge, questions, one.answers, ask.usual_template(located)))
-        found.append(one)
-        if place in origins[place + 1 :]:
+            say(f"{label} has another tokenizer than {labels[0]}: metrics per token are left out")
+            result.values = {k: v for k, v in result.values.items() if k not in PER_TOKEN}
+        elif baseline != place and "perplexity" in results[baseline].values:
+            kl = likelihood.base_text_kl(
+                kept[baseline],
+                model,
+                tokenizer,
+                texts,
+                window=suite.window,
+                stride=suite.stride,
+                by_window=len(texts) == 1,
+            )
+            result.values["kl"] = Values(kl.per_token, kl.tokens)
+        if last_word_texts:
+            correct, nll = likelihood.last_words(model, tokenizer, last_word_texts)
+            result.values |= {"last_word": Values(correct), "last_word_perplexity": Values(nll)}
+        if reward_model is not None:
+            template = most_common_template(sources_of_models)
+            scores.append(score_answers(reward_model, questions, result.answers, template))
+        results.append(result)
+        if place in baselines[place + 1 :]:
             kept[place] = model
-        kept = {p: m for p, m in kept.items() if p in origins[place + 1 :]}
+        kept = {p: m for p, m in kept.items() if p in baselines[place + 1 :]}
         del model
-        gc.collect()  # a model in a reference cycle would lie beside the next one
-    if judge is not None:
-        _rank(found, scores)
-    for one in found:  # no row with a value: nothing to average
-        one.values = {name: values for name, values in one.values.items() if np.isfinite(values.rows).any()}
-    asked = [
+        gc.collect()  # a model in a reference cycle would take memory next to the following one
+    if reward_model is not None:
+        add_reward_metrics(results, scores)
+    for result in results:  # a metric without a value in any row has no mean
+        result.values = {k: v for k, v in result.values.items() if np.isfinite(v.rows).any()}
+    rows = [
         {
             "prompt": q.turns[-2].content,
-            "wanted": q.turns[-1].content,
+            "expected": q.turns[-1].content,
             "family": str(q.extra.get("family", "")),
             "rule": q.extra,
         }
         for q in questions
     ]
-    return Comparison(suite.model_dump(mode="json"), suite.template, found, asked)
+    return Comparison(suite.model_dump(mode="json"), suite.template, results, rows)
 
 
 def read_questions(suite: SuiteSection) -> list[Conversation]:
-    """The suite's questions, held out in content first, then, if asked for, in phrasing;
-    ``extra["held_out"]`` says which.
+    """The suite's questions: first those with held-out contents, then with held-out phrasings if wanted.
 
-    A row without an answer gets an empty one. Raises UserError as sources.load_rows and formats.parse_rows.
+    ``extra["held_out"]`` is "content" or "phrasing". A row without an answer gets an empty one. Raises
+    UserError as sources.load_rows and formats.parse_rows, and for rows that are no questions.
     """
     generated = suite.rows in sources.GENERATED
     splits = ["content"]
     if suite.phrasings and suite.rows == "embedded/tasks" and suite.split is None:
         splits.append("phrasing")
-    found: list[Conversation] = []
+    questions: list[Conversation] = []
     for held_out in splits:
         split = suite.split or ("phrasing" if held_out == "phrasing" else "valid" if generated else "train")
         rows = sources.load_rows(
@@ -204,24 +220,25 @@ def read_questions(suite: SuiteSection) -> list[Conversation]:
         for row in parsed:
             if not isinstance(row, Conversation):
                 raise UserError(
-                    f"{suite.rows}: questions have one answer or none; these rows have two (set "
+                    f"{suite.rows}: questions have one answer or none, but these rows have two (set "
                     "suite.format=chosen)"
                 )
             turns = row.turns if row.turns[-1].role == "assistant" else (*row.turns, Turn("assistant", ""))
             if len(turns) < 2:
                 raise UserError(
-                    f"{suite.rows}: these rows are plain text and ask nothing; read them with suite.texts"
+                    f"{suite.rows}: these rows are plain text without questions; read them with suite.texts"
                 )
             extra = {**row.extra, "held_out": held_out}
             if turns[-1].content:
                 extra.setdefault("answer", turns[-1].content)
-            found.append(Conversation(turns, row.templated, extra))
-    return found
+            questions.append(Conversation(turns, row.templated, extra))
+    return questions
 
 
-def base_texts(suite: SuiteSection) -> tuple[list[str], list[str]]:
-    """(texts whose loss is read, texts that are continued): the same, or with ``suite.join`` one text and its
-    lines.
+def read_base_texts(suite: SuiteSection) -> tuple[list[str], list[str]]:
+    """(texts whose loss is measured, texts that are continued).
+
+    They are the same or, with ``suite.join``, one text and its lines.
     """
     if suite.texts is None:
         return [], []
@@ -234,13 +251,13 @@ def base_texts(suite: SuiteSection) -> tuple[list[str], list[str]]:
 def read_texts(
     source: str, limit: int | None, *, split: str = "train", config: str | None = None, empty: bool = False
 ) -> list[str]:
-    """Base texts: the embedded ones, or the column ``text`` of a file or data set; rows without text only
-    with ``empty``.
+    """Base texts: the embedded ones, or the column ``text`` of a file or data set.
 
-    Raises UserError for other rows, and where no row has any text.
+    empty: also return rows whose text is blank. Raises UserError where there is no such column, and where no
+    row has any text.
     """
     if source == "embedded":
-        return measure.base_text()[:limit]
+        return likelihood.embedded_texts()[:limit]
     rows = sources.load_rows(source, split=split, config=config, limit=limit)
     if not rows or not any("text" in row for row in rows):
         raise UserError(
@@ -257,36 +274,37 @@ def read_texts(
     return texts
 
 
-def labels_of(names: Sequence[str]) -> list[str]:
-    """Short names that differ: the last part of each path, or the whole where two end alike."""
+def model_labels(names: Sequence[str]) -> list[str]:
+    """Short names that differ: the last part of each path, or the full path where two end alike."""
     short = [Path(name).name or str(name) for name in names]
-    twice = {s for s, count in Counter(short).items() if count > 1}
-    return [str(name) if s in twice else s for name, s in zip(names, short, strict=True)]
+    repeated = {s for s, count in Counter(short).items() if count > 1}
+    return [str(name) if s in repeated else s for name, s in zip(names, short, strict=True)]
 
 
-def _ask(
-    one: Measured,
+def _measure_answers(
+    result: ModelResult,
     model: Model,
     tokenizer: Any,
     questions: Sequence[Conversation],
     suite: SuiteSection,
-    way: ask.Way,
+    prompting: PromptSettings,
 ) -> None:
-    # A model that was trained with a system prompt is used with it, and is asked with it.
-    questions = [ask.with_system(q, way.system) for q in questions]
+    """Fill in a model's greedy answers and the metrics of its answers."""
+    # a model that was trained with a system prompt is prompted with it
+    questions = [with_system(q, prompting.system) for q in questions]
     held_out = np.array([q.extra["held_out"] for q in questions])
-    how: dict[str, Any] = {"template": way.template, "max_tokens": way.max_tokens}
-    found = measure.answers(model, tokenizer, questions, **how)
-    one.answers = [a.text for a in found]
-    one.values["ended"] = Values(np.array([a.stopped for a in found], np.float64))
-    one.values["length"] = Values(np.array([len(a.tokens) for a in found], np.float64))
-    right = judged(questions, one.answers)
-    for key, which in (("accuracy", "content"), ("accuracy_phrasing", "phrasing")):
-        if np.isfinite(right[held_out == which]).any():
-            one.values[key] = Values(right[held_out == which])
+    options: dict[str, Any] = {"template": prompting.template, "max_tokens": prompting.max_tokens}
+    greedy = completions.generate_answers(model, tokenizer, questions, **options)
+    result.answers = [a.text for a in greedy]
+    result.values["ended"] = Values(np.array([a.stopped for a in greedy], np.float64))
+    result.values["length"] = Values(np.array([len(a.tokens) for a in greedy], np.float64))
+    correct = check_answers(questions, result.answers)
+    for metric, kind in (("accuracy", "content"), ("accuracy_phrasing", "phrasing")):
+        if np.isfinite(correct[held_out == kind]).any():
+            result.values[metric] = Values(correct[held_out == kind])
     unseen = [q for q in questions if q.extra["held_out"] == "content"]
     if suite.samples:
-        sampled = measure.answers(
+        sampled = completions.generate_answers(
             model,
             tokenizer,
             unseen,
@@ -294,76 +312,80 @@ def _ask(
             temperature=suite.temperature,
             top_p=suite.top_p,
             seed=suite.seed,
-            **how,
+            **options,
         )
-        each = {
-            "accuracy_sampled": judged(
+        by_sample = {
+            "accuracy_sampled": check_answers(
                 [q for q in unseen for _ in range(suite.samples)], [a.text for a in sampled]
             ),
             "ended_sampled": np.array([a.stopped for a in sampled], np.float64),
             "length_sampled": np.array([len(a.tokens) for a in sampled], np.float64),
         }
-        one.values |= {
-            name: Values(values.reshape(len(unseen), suite.samples).mean(1)) for name, values in each.items()
+        result.values |= {
+            name: Values(values.reshape(len(unseen), suite.samples).mean(1))
+            for name, values in by_sample.items()
         }
     answered = [q for q in unseen if q.turns[-1].content]
     if answered:
         examples = [
-            encode.encode(q, tokenizer, template=way.template, max_length=model.context or 2048)
+            encode.encode(q, tokenizer, template=prompting.template, max_length=model.context or 2048)
             for q in answered
         ]
         fitting = [i for i, e in enumerate(examples) if e is not None]
-        loss = measure.response_loss(model, [e for e in examples if e is not None])
-        # A row that another model's prompt leaves room for keeps its place: differences are drawn row by row.
+        loss = likelihood.response_loss(model, [e for e in examples if e is not None])
+        # Rows that do not fit stay in place as nan, because models are compared row by row and the prompt of
+        # another model may leave room for them.
         rows, tokens = np.full(len(answered), np.nan), np.zeros(len(answered), np.int64)
         rows[fitting], tokens[fitting] = loss.per_token, loss.tokens
-        one.values["response_loss"] = Values(rows, tokens)
+        result.values["response_loss"] = Values(rows, tokens)
 
 
-def judged(questions: Sequence[Conversation], answers: Sequence[str]) -> np.ndarray:
-    """1 for each answer that its row's rule accepts, 0 for each other, nan for a row without a rule: [R]
-    float64.
+def check_answers(questions: Sequence[Conversation], answers: Sequence[str]) -> np.ndarray:
+    """1 for each answer that its row's rule accepts, 0 for each other: [R] float64.
+
+    nan for a row without a rule.
     """
-    return _verdicts([q.extra for q in questions], answers)
+    return _check([q.extra for q in questions], answers)
 
 
-def judged_texts(comparison: Comparison) -> dict[str, np.ndarray]:
-    """The same for each model's greedy answers, by its name: [questions] float64."""
+def check_greedy_answers(comparison: Comparison) -> dict[str, np.ndarray]:
+    """``check_answers`` of each model's greedy answers, by the model's name: [questions] float64."""
     rules = [q["rule"] for q in comparison.questions]
-    return {m.name: _verdicts(rules, m.answers) for m in comparison.models}
+    return {m.name: _check(rules, m.answers) for m in comparison.models}
 
 
-def _verdicts(rules: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.ndarray:
+def _check(rules: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.ndarray:
     verdicts = [verify.verify(rule, text) for rule, text in zip(rules, answers, strict=True)]
     return np.array([np.nan if v is None else float(v) for v in verdicts])
 
 
-def text_loss(model: Model, tokenizer: Any, texts: Sequence[str], suite: SuiteSection) -> measure.RowLoss:
-    """Loss of base texts as the suite reads them, of each text, or where there is one, of each of its
-    windows.
-    """
-    return measure.base_text_loss(
+def text_loss(model: Model, tokenizer: Any, texts: Sequence[str], suite: SuiteSection) -> likelihood.RowLoss:
+    """Loss of each base text in the suite's windows, or of each window where there is a single text."""
+    return likelihood.base_text_loss(
         model, tokenizer, texts, window=suite.window, stride=suite.stride, by_window=len(texts) == 1
     )
 
 
-def _read(
-    one: Measured,
+def _measure_texts(
+    result: ModelResult,
     model: Model,
     tokenizer: Any,
     texts: Sequence[str],
     openings: Sequence[str],
     suite: SuiteSection,
 ) -> None:
+    """Fill in a model's perplexity of base texts, and its continuations with their repetition."""
     if texts:
         loss = text_loss(model, tokenizer, texts, suite)
-        one.values["perplexity"] = Values(loss.per_token, loss.tokens)
+        result.values["perplexity"] = Values(loss.per_token, loss.tokens)
     if not openings:
         return
-    one.continuations = measure.continuations(model, tokenizer, openings, max_tokens=suite.continuation)
-    one.values |= _repetition(one.continuations, len(openings), "")
+    result.continuations = completions.generate_continuations(
+        model, tokenizer, openings, max_tokens=suite.continuation
+    )
+    result.values |= _repetition_metrics(result.continuations, len(openings), "")
     if suite.samples:
-        sampled = measure.continuations(
+        sampled = completions.generate_continuations(
             model,
             tokenizer,
             openings,
@@ -373,78 +395,22 @@ def _read(
             samples=suite.samples,
             seed=suite.seed,
         )
-        one.values |= _repetition(sampled, len(openings), "_sampled")
+        result.values |= _repetition_metrics(sampled, len(openings), "_sampled")
 
 
-def _repetition(continuations: Sequence[Sequence[int]], texts: int, how: str) -> dict[str, Values]:
-    """Measures of repetition by their names with ``how`` behind; a text's value is the mean over its
-    continuations, or its part in all.
+def _repetition_metrics(continuations: Sequence[Sequence[int]], texts: int, suffix: str) -> dict[str, Values]:
+    """Metrics of repetition, one value per text, by name and suffix.
+
+    A text's value is the mean over its continuations or, for distinct_2, its contribution to that of all.
     """
-    each = len(continuations) // texts
-    of_text = [continuations[begin : begin + each] for begin in range(0, len(continuations), each)]
+    count = len(continuations) // texts
+    by_text = [continuations[begin : begin + count] for begin in range(0, len(continuations), count)]
     return {
-        f"seq_rep_4{how}": Values(
-            np.array([np.mean([seq_rep_n(tokens) for tokens in text]) for text in of_text])
+        f"seq_rep_4{suffix}": Values(
+            np.array([np.mean([seq_rep_n(tokens) for tokens in text]) for text in by_text])
         ),
-        f"distinct_2{how}": Values(distinct_by_text(of_text)),
-        f"diversity{how}": Values(
-            np.array([np.mean([diversity(tokens) for tokens in text]) for text in of_text])
+        f"distinct_2{suffix}": Values(distinct_by_text(by_text)),
+        f"diversity{suffix}": Values(
+            np.array([np.mean([diversity(tokens) for tokens in text]) for text in by_text])
         ),
     }
-
-
-def _score(
-    judge: tuple[Model, Any, Source], questions: Sequence[Conversation], answers: Sequence[str], template: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """The reward model's scores of the answers and how many of its tokens it read of each, [R] each.
-
-    A thought is not read: the judge was made of answers. What leaves nothing to read scores -inf, and nan
-    what does not fit the judge's context.
-    """
-    from mlx_posttrain.data.pairs import encode_answers
-    from mlx_posttrain.rewards.scorer import score_rows
-
-    model, tokenizer, source = judge
-    said = [verify.after_thought(answer) for answer in answers]
-    rows = encode_answers(
-        [q.turns[:-1] for q in questions], said, tokenizer, source.template or template, model.context
-    )
-    scores = np.array([np.nan if text.strip() else -np.inf for text in said])
-    known = [i for i, row in enumerate(rows) if row is not None]
-    scores[known] = score_rows(
-        model, [row for row in rows if row is not None], pad_id(model.config, tokenizer)
-    )
-    return scores, np.array(
-        [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in said],
-        np.float64,
-    )
-
-
-def _rank(found: Sequence[Measured], scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Fill in scores and wins from each model's scores and lengths; says of how many answers there was
-    nothing to read.
-
-    Leaving such answers out would reward a model for saying nothing: they lose, and have the lowest score
-    that any answer of any model got.
-    """
-    lowest = min(
-        (float(own[np.isfinite(own)].min()) for own, _ in scores if np.isfinite(own).any()), default=np.nan
-    )
-    for place, (one, (own, lengths)) in enumerate(zip(found, scores, strict=True)):
-        empty = np.isneginf(own)
-        if empty.any():
-            say(
-                f"{one.name}: {empty.sum()} of {len(own)} answers are empty; they count as lost, and with "
-                "the lowest score of all answers"
-            )
-        one.values["score"] = Values(np.where(empty, lowest, own))
-        if one.origin != place:
-            theirs, other_lengths = scores[one.origin]
-            won = length_controlled_wins(own, theirs, lengths, other_lengths)
-            one.values["wins"] = Values(won)
-            if np.isnan(won).all() and np.isfinite(own).any():
-                gap = lengths.mean() - other_lengths.mean()
-                say(
-                    f"{one.name}: no win rate against {found[one.origin].name}: lengths are too far apart "
-                    f"to compare at one ({gap:+.1f} tokens)"
-                )

@@ -156,7 +156,7 @@ def synthesize(
             fate = [None if c.stopped else "not ended" for c in drawn]
             if settings.thoughts:
                 fate = [
-                    f or (None if reasoning.thought_of(t) else "no thought")
+                    f or (None if reasoning.split_thought(t) else "no thought")
                     for f, t in zip(fate, texts, strict=True)
                 ]
             scores = None
@@ -254,7 +254,7 @@ def _chosen(
 
 
 def _row(row: Conversation, text: str, provenance: dict[str, Any]) -> dict[str, Any]:
-    thought = reasoning.thought_of(text)
+    thought = reasoning.split_thought(text)
     question = _question(row)[-1].content
     parts = {"thinking": thought[0], "answer": thought[1]} if thought else {"answer": text}
     rule: dict[str, Any] = {

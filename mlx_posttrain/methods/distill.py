@@ -88,24 +88,24 @@ def report(session: Session) -> dict[str, Any]:
                 "asked"
             )
         return {}
-    thinking = reasoning.think(student, tokenizer, rows, **ask)
-    at_once = reasoning.think(student, tokenizer, rows, **ask, begin=reasoning.AT_ONCE)
+    thinking = reasoning.measure_reasoning(student, tokenizer, rows, **ask)
+    at_once = reasoning.measure_reasoning(student, tokenizer, rows, **ask, prefix=reasoning.EMPTY_THOUGHT)
     base = None
     if recipe.think.base and recipe.adapter is not None:
         with student.adapters_off():
-            base = reasoning.think(student, tokenizer, rows, **ask)
+            base = reasoning.measure_reasoning(student, tokenizer, rows, **ask)
     elif recipe.think.base:
-        base = reasoning.think(session.engine.load(session.folder), tokenizer, rows, **ask)
+        base = reasoning.measure_reasoning(session.engine.load(session.folder), tokenizer, rows, **ask)
     kept = len(dataset.train) / len(dataset.train_rows)  # the others were too long
-    figures = reasoning.summary(thinking, at_once, base, kept)
+    figures = reasoning.summarize(thinking, at_once, base, kept)
     records = [
         {
             "question": row.turns[-2].content,
             "wanted": row.extra.get("answer"),
             "thinking": thinking.texts[i],
-            "right": bool(thinking.right[i]),
+            "right": bool(thinking.correct[i]),
             "at_once": at_once.texts[i],
-            "right_at_once": bool(at_once.right[i]),
+            "right_at_once": bool(at_once.correct[i]),
         }
         for i, row in enumerate(rows)
     ]
@@ -113,7 +113,7 @@ def report(session: Session) -> dict[str, Any]:
     runs.write_text(folder / "report.json", json.dumps(figures, indent=2) + "\n")
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     runs.write_text(folder / "answers.jsonl", lines)
-    say("\n".join(reasoning.lines(figures)))
+    say("\n".join(reasoning.summary_lines(figures)))
     return {name: figures[name].mean for name in ("accuracy", "accuracy_at_once", "format_rate")}
 
 
@@ -136,7 +136,7 @@ def _fitting(
             [row.turns[:-1] for row in rows], tokenizer, template, templated=rows[0].templated
         )
     ]
-    begun = len(tokenizer(reasoning.AT_ONCE, add_special_tokens=False)["input_ids"])
+    begun = len(tokenizer(reasoning.EMPTY_THOUGHT, add_special_tokens=False)["input_ids"])
     kept = [row for row, length in zip(rows, lengths, strict=True) if length + begun + LEAST_ROOM <= context]
     if len(kept) < len(rows):
         say(

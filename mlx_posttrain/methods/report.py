@@ -70,7 +70,7 @@ def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, 
 
     Raises UserError as compare; a resumed report starts over.
     """
-    from mlx_posttrain.evaluate import analyze, gains, report
+    from mlx_posttrain.evaluate import analyze, paired_runs, report
 
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
@@ -91,15 +91,15 @@ def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, 
             labels=list(recipe.runs),
             not_asked=recipe.not_asked,
         )
-    found = [*gains.findings(comparison, recipe.gains), *found]
-    said = report.text(comparison, found)
+    found = [*paired_runs.compare_all_pairs(comparison, recipe.gains), *found]
+    said = report.format_text(comparison, found)
 
     def fill(final: Path) -> None:
         report.write(final / "report.html", list(recipe.runs.values()), list(recipe.runs), comparison, found)
         (final / "report.txt").write_text(said + "\n", encoding="utf-8")
 
     result = {
-        f"{m.name}/{name}": m.figure(name).mean
+        f"{m.name}/{name}": m.interval(name).mean
         for m in comparison.models
         for name in ("accuracy", "perplexity")
         if name in m.values

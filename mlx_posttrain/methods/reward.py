@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from mlx_posttrain import config, runs
 from mlx_posttrain.console import say
 from mlx_posttrain.data.dataset import Dataset
+from mlx_posttrain.data.pairs import PairCollator
 from mlx_posttrain.data.read import ModelFacts, pair_dataset
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
 from mlx_posttrain.evaluate import preference
@@ -101,7 +102,9 @@ def report(session: Session) -> dict[str, Any]:
     scores = score_rows(session.model, rows, session.facts.pad)
     held_out = [pair.row for pair in pairs]
     seed = session.recipe.seed
-    judged = preference.report(scores[::2], scores[1::2], held_out, session.dataset.train_rows, seed)
+    judged = preference.compare_with_baselines(
+        scores[::2], scores[1::2], held_out, session.dataset.train_rows, seed
+    )
     text = json.dumps(judged.to_dict() | metrics, indent=2) + "\n"
     runs.write_text(session.run.folder / "report.json", text)
     say(
@@ -116,6 +119,7 @@ METHOD = Method(
     summary="a reward model from preference pairs",
     Recipe=Recipe,
     dataset=dataset,
+    collator=lambda recipe, facts: PairCollator(facts.pad, facts.context, score=True),
     loss=lambda recipe: pair_loss(recipe.reward.centering),
     saves=lambda recipe: "classifier",
     samples=samples.pair_scores,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_posttrain.config import Section
-from mlx_posttrain.data.dataset import Dataset
+from mlx_posttrain.data.dataset import Collator, Dataset
 from mlx_posttrain.data.read import ModelFacts
 from mlx_posttrain.engines.base import Loss
 
@@ -61,6 +61,7 @@ class Method:
     A method on rows gives ``dataset`` and ``loss``; one on rollouts ``algorithm``.
 
     dataset: the recipe's items, and how they are collated.
+    collator: how items are collated, for the benchmark's own rows; None: as examples.
     loss: what is minimised, ``loss(model, batch) -> (scalar, metrics)``.
     algorithm: see :class:`Algorithm`; the recipe is a rl.config.RolloutRecipe.
     reference: what it needs of the model as it was before training.
@@ -78,6 +79,7 @@ class Method:
     summary: str
     Recipe: type[Section]
     dataset: Callable[[Any, ModelFacts], Dataset] | None = None
+    collator: Callable[[Any, ModelFacts], Collator] | None = None
     loss: Callable[[Any], Loss] | None = None
     algorithm: Callable[[Any], Algorithm] | None = None
     reference: Callable[[Any], Reference] = lambda recipe: None

@@ -1,6 +1,4 @@
-"""The analysis of real runs: every figure recomputed without it, each run against its own start, and nothing
-left behind.
-"""
+"""The analysis of real runs: its numbers recomputed, each run against the model it started from."""
 
 from __future__ import annotations
 
@@ -14,7 +12,8 @@ from mlx_posttrain import engines, methods
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.types import Conversation, Turn
-from mlx_posttrain.evaluate import analyze, findings, measure
+from mlx_posttrain.evaluate import analyze, likelihood
+from mlx_posttrain.evaluate.findings.training import half_cosines
 from mlx_posttrain.evaluate.suite import SuiteSection
 from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.methods import sft
@@ -39,9 +38,7 @@ def conversations() -> list[Conversation]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradient_products_are_those_of_gradients_over_all_rows(engine, random_gpt2):
-    """Parts add up: the sums over parts give the cosine of two gradients of one batch of all rows, and a part
-    is the gradient of its own.
-    """
+    """Gradients of parts add up to that of all rows, and a part's gradient is that of its rows."""
     model, tokenizer, _ = open_model(random_gpt2, engine)
     rows, names = conversations(), ["question", "plain"]
     parts = [rows[:3], rows[3:4], rows[4:]]
@@ -62,24 +59,24 @@ def test_gradient_products_are_those_of_gradients_over_all_rows(engine, random_g
     assert products[0, 1, 1, 2] == pytest.approx(
         gradient("question", parts[1]) @ gradient("plain", parts[2]), rel=1e-3
     )
-    whole = np.ones((1, 3))
-    assert findings.half_cosines(products, whole, whole)[0, 1] == pytest.approx(
+    every_part = np.ones((1, 3))
+    assert half_cosines(products, every_part, every_part)[0, 1] == pytest.approx(
         a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-4
     )
 
 
-def test_a_part_of_the_coordinates_has_nearly_the_same_cosines(random_gpt2, monkeypatch):
+def test_a_sample_of_the_coordinates_has_nearly_the_same_cosines(random_gpt2, monkeypatch):
     model, tokenizer, _ = open_model(random_gpt2, ENGINES[0])
     parts = [conversations()[:4], conversations()[4:]]
-    whole = np.ones((1, 2))
-    full = findings.half_cosines(
-        analyze.gradient_products(model, tokenizer, parts, ["question", "plain"]), whole, whole
+    every_part = np.ones((1, 2))
+    full = half_cosines(
+        analyze.gradient_products(model, tokenizer, parts, ["question", "plain"]), every_part, every_part
     )
-    monkeypatch.setattr(analyze, "COORDINATES", 30_000)
-    some = findings.half_cosines(
-        analyze.gradient_products(model, tokenizer, parts, ["question", "plain"]), whole, whole
+    monkeypatch.setattr(analyze, "MAX_COORDINATES", 30_000)
+    sampled = half_cosines(
+        analyze.gradient_products(model, tokenizer, parts, ["question", "plain"]), every_part, every_part
     )
-    assert some == pytest.approx(full, abs=0.05) and not np.array_equal(some, full)
+    assert sampled == pytest.approx(full, abs=0.05) and not np.array_equal(sampled, full)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +107,9 @@ def two_runs(tmp_path_factory, random_gpt2) -> dict[str, str]:
     return {name: str(folder / name) for name in ("lora", "full")}
 
 
-def test_training_rows_under_the_start_are_scored_as_by_full_passes(two_runs, random_gpt2):
+def test_training_rows_under_the_starting_model_are_scored_as_by_full_passes(two_runs, random_gpt2):
     model, tokenizer, _ = open_model(random_gpt2, ENGINES[0])
-    loss = analyze._under(model, tokenizer, two_runs["full"])
+    loss = analyze._training_loss(model, tokenizer, two_runs["full"])
     rows = analyze._training_rows(two_runs["full"])
     assert len(loss.nll) == len(rows) == 40
     for row, nll, tokens in list(zip(rows, loss.nll, loss.tokens, strict=True))[:5]:
@@ -122,16 +119,16 @@ def test_training_rows_under_the_start_are_scored_as_by_full_passes(two_runs, ra
         assert tokens == trained[1:].sum() and nll == pytest.approx(-log_p[trained[1:]].sum(), rel=1e-4)
 
 
-def test_every_run_is_held_against_its_own_start_and_nothing_is_left_in_its_folder(
+def test_every_run_is_compared_with_its_starting_model_and_its_folder_is_unchanged(
     two_runs, random_gpt2, monkeypatch
 ):
     monkeypatch.setattr(analyze, "GRADIENT_ROWS", 8)  # too few for gradients, which have their own test
-    held: dict[str, tuple[str, str]] = {}
-    drift = analyze.drift
+    compared: dict[str, tuple[str, str]] = {}
+    weight_changes = analyze.weight_changes
     monkeypatch.setattr(
         analyze,
-        "drift",
-        lambda base, name: held.setdefault(Path(name).name, (base, name)) and drift(base, name),
+        "weight_changes",
+        lambda base, name: compared.setdefault(Path(name).name, (base, name)) and weight_changes(base, name),
     )
     before = {name: sorted(p.name for p in Path(path).iterdir()) for name, path in two_runs.items()}
     suite = SuiteSection(
@@ -145,13 +142,13 @@ def test_every_run_is_held_against_its_own_start_and_nothing_is_left_in_its_fold
         "base",
         "base of full",
     ]
-    assert held["lora"][0] == "tiny" and Path(held["full"][0]).resolve() == random_gpt2.resolve()
-    told = {f.question: f for f in found}
-    shift = told["Are the training data foreign to the base?"].figures
+    assert compared["lora"][0] == "tiny" and Path(compared["full"][0]).resolve() == random_gpt2.resolve()
+    by_question = {f.question: f for f in found}
+    shift = by_question["Are the training data foreign to the base?"].stats
     for name, start in (("lora", "tiny"), ("full", random_gpt2)):
         model, tokenizer, _ = open_model(start, ENGINES[0])
-        plain = measure.base_text_loss(model, tokenizer, measure.base_text()[:3])
+        plain = likelihood.base_text_loss(model, tokenizer, likelihood.embedded_texts()[:3])
         assert shift["base_text"][name].mean == pytest.approx(np.exp(plain.mean), rel=1e-6)
-    assert set(told["Did the weights move, and where?"].figures["mean"]) == {"lora", "full"}
+    assert set(by_question["Did the weights move, and where?"].stats["mean"]) == {"lora", "full"}
     assert before == {name: sorted(p.name for p in Path(path).iterdir()) for name, path in two_runs.items()}
     assert not (Path(two_runs["lora"]) / "merged").exists()

@@ -1,6 +1,4 @@
-"""lm-evaluation-harness on our models: against its own model for transformers, against plain arithmetic, and
-on a whole task offline.
-"""
+"""lm-evaluation-harness on our models: against its model for transformers, by hand, and on tasks offline."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from lm_eval.api.instance import Instance
 from mlx_posttrain import engines
 from mlx_posttrain.convert import hub
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import measure
+from mlx_posttrain.evaluate import likelihood
 from mlx_posttrain.evaluate.lm_eval import MLXPosttrainLM
 
 CONTEXT = 64
@@ -63,8 +61,8 @@ def hf() -> Any:
     folder = hub.resolve("tiny")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Its cache takes requests for one whose tokens are the same but for the last, wherever the context ends:
-    # PAIRS has such.
+    # Its cache treats requests as equal whose tokens differ in the last one only, wherever the context ends;
+    # PAIRS has such requests.
     return HFLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -84,9 +82,7 @@ def test_likelihoods_are_those_of_the_harness(lm, hf):
 
 
 def test_likelihood_by_hand(lm):
-    """The softmax over the whole vocabulary, position by position; the greedy continuation is greedy, and
-    another word is not.
-    """
+    """Log-softmax over the vocabulary by position; a greedy continuation is reported as greedy."""
     tokenizer, model = lm.tokenizer, lm.model
     context = tokenizer.encode("Once upon a")
     (answer,) = model.generate([context], max_tokens=4, stop=None)
@@ -106,16 +102,16 @@ def test_likelihood_by_hand(lm):
 
 
 def test_the_order_of_requests_and_their_batches_do_not_matter(lm):
-    whole = lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
-    turned = lm.loglikelihood(requests("loglikelihood", PAIRS[::-1]), disable_tqdm=True)[::-1]
+    together = lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    reversed_order = lm.loglikelihood(requests("loglikelihood", PAIRS[::-1]), disable_tqdm=True)[::-1]
     alone = [lm.loglikelihood(requests("loglikelihood", [pair]), disable_tqdm=True)[0] for pair in PAIRS]
-    for other in (turned, alone):
-        assert np.allclose([a[0] for a in whole], [b[0] for b in other], rtol=1e-5, atol=1e-4)
-        assert [a[1] for a in whole] == [b[1] for b in other]
+    for other in (reversed_order, alone):
+        assert np.allclose([a[0] for a in together], [b[0] for b in other], rtol=1e-5, atol=1e-4)
+        assert [a[1] for a in together] == [b[1] for b in other]
 
 
 def test_rolling(lm, hf):
-    texts = measure.base_text()[:3]
+    texts = likelihood.embedded_texts()[:3]
     short = " ".join(texts[0].split()[:30])
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in [*texts, short, ""]]))
     assert np.allclose(
@@ -124,10 +120,10 @@ def test_rolling(lm, hf):
         rtol=1e-5,
     )
     assert len(lm.tok_encode(texts[0])) > CONTEXT >= len(lm.tok_encode(short)), (
-        "one text of several windows, one of one"
+        "one text of several windows, and one of a single window"
     )
     assert found[3] == pytest.approx(
-        -measure.base_text_loss(lm.model, lm.tokenizer, [short], window=CONTEXT).nll[0], rel=1e-5
+        -likelihood.base_text_loss(lm.model, lm.tokenizer, [short], window=CONTEXT).nll[0], rel=1e-5
     )
     assert found[4] == 0.0
 
@@ -135,18 +131,17 @@ def test_rolling(lm, hf):
 def test_continuations(lm, hf):
     settings = [
         {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
-        # greedy all the same
+        # greedy in spite of the temperature
         {"until": ["\n"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.7},
         {"until": [" the", ","], "max_gen_toks": 20},
         {"until": ".", "max_new_tokens": 6, "temperature": 0.0},
     ]
     contexts = ["Once upon a time", "The cat sat on the mat and", "word " * 200 + "\nThe dog", "A"]
-    asked = requests("generate_until", [(c, dict(s)) for s in settings for c in contexts])
-    found = lm.generate_until(asked)
+    found = lm.generate_until(requests("generate_until", [(c, dict(s)) for s in settings for c in contexts]))
     assert found[:4] == found[4:8]
     assert not any(mark in text for text in found[8:12] for mark in (" the", ","))
     assert len(set(found)) > 4
-    # One row at a time: the harness pads a batch on the left without telling GPT-2's positions, so its own
+    # One row at a time: the harness pads a batch on the left without shifting GPT-2's positions, so that its
     # texts depend on the batch.
     theirs = [
         hf.generate_until([r], disable_tqdm=True)[0]
@@ -164,9 +159,9 @@ def test_sampling(lm):
         "top_p": 0.9,
         "top_k": 0,
     }
-    asked = requests("generate_until", [("Once upon a time", settings)] * 4 + [("", settings)])
-    found = lm.generate_until(asked)
-    assert len(set(found)) > 2 and found == lm.generate_until(asked)
+    repeated = requests("generate_until", [("Once upon a time", settings)] * 4 + [("", settings)])
+    found = lm.generate_until(repeated)
+    assert len(set(found)) > 2 and found == lm.generate_until(repeated)
 
 
 @pytest.mark.parametrize(
@@ -177,33 +172,33 @@ def test_sampling(lm):
         ({"max_gen_toks": 0}, "max_gen_toks"),
     ],
 )
-def test_what_decoding_does_not_have_is_refused(lm, settings, words):
+def test_unsupported_decoding_settings_are_refused(lm, settings, words):
     with pytest.raises(UserError, match=words):
         lm.generate_until(requests("generate_until", [("Once", settings)]))
 
 
-def test_settings_that_cannot_be(lm):
+def test_impossible_lengths_are_refused(lm):
     with pytest.raises(UserError, match="context"):
         MLXPosttrainLM("tiny", engine=engines.available()[0], max_length=10_000)
     with pytest.raises(UserError, match="does not fit"):
         lm.loglikelihood(requests("loglikelihood", [("a", " word" * 200)]), disable_tqdm=True)
 
 
-def test_questions_are_put_as_in_training(lm):
+def test_questions_use_the_template_of_training(lm):
     history = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "Name a colour."},
     ]
     assert lm.apply_chat_template(history) == "HiHello<|endoftext|>Name a colour.", (
-        "a plain model takes turns as they stand"
+        "a plain model takes turns as they are"
     )
     assert lm.chat_template(False) is None and lm.chat_template(True)
     begun = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "It is"}]
     assert lm.apply_chat_template(begun, add_generation_prompt=False) == "Name a colour.It is"
 
 
-def test_a_run_is_asked_in_its_own_template(random_gpt2, rows_file, tmp_path):
+def test_a_run_is_prompted_in_its_own_template(random_gpt2, rows_file, tmp_path):
     from mlx_posttrain import methods
 
     settings = [
@@ -234,7 +229,7 @@ def test_a_run_is_asked_in_its_own_template(random_gpt2, rows_file, tmp_path):
 
 
 def task(folder: Path, name: str, rows: list[dict], **settings: Any) -> dict[str, Any]:
-    """A task over a local file; nothing is looked up on the net."""
+    """A task over a local file, which needs no network."""
     data = folder / f"{name}.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -257,7 +252,7 @@ def test_the_harness_knows_it_by_name():
 
 
 def test_whole_tasks_offline(lm, tmp_path):
-    """Multiple choice, perplexity and continuations through the harness's own front door."""
+    """Multiple choice, perplexity and continuations through ``lm_eval.simple_evaluate``."""
     import lm_eval
 
     stories = [
@@ -279,7 +274,7 @@ def test_whole_tasks_offline(lm, tmp_path):
     texts = task(
         tmp_path,
         "texts",
-        [{"text": t} for t in measure.base_text()[:2]],
+        [{"text": t} for t in likelihood.embedded_texts()[:2]],
         output_type="loglikelihood_rolling",
         doc_to_text="",
         doc_to_target="{{text}}",
@@ -306,9 +301,11 @@ def test_whole_tasks_offline(lm, tmp_path):
         )
         assert np.allclose(row, [d[0] for d in direct], atol=1e-4)
     nll = -np.sum(
-        lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in measure.base_text()[:2]]))
+        lm.loglikelihood_rolling(
+            requests("loglikelihood_rolling", [(t,) for t in likelihood.embedded_texts()[:2]])
+        )
     )
-    size = sum(len(t.encode()) for t in measure.base_text()[:2])
+    size = sum(len(t.encode()) for t in likelihood.embedded_texts()[:2])
     assert found["results"]["texts"]["bits_per_byte,none"] == pytest.approx(nll / size / np.log(2), rel=1e-5)
     (sample,) = found["samples"]["repeat"]
     assert (

@@ -1,4 +1,4 @@
-"""Metrics against numbers worked by hand, and the intervals against data whose truth is known."""
+"""Metrics against numbers worked by hand, and intervals against data whose distribution is known."""
 
 import math
 
@@ -15,8 +15,8 @@ from mlx_posttrain.evaluate.metrics import (
     jackknife,
     paired_bootstrap,
     perplexity,
+    proportion,
     seq_rep_n,
-    share,
     sign_flip,
     student_quantile,
 )
@@ -55,10 +55,8 @@ def test_distinct_n_never_crosses_from_one_sequence_to_the_next():
     assert math.isnan(distinct_n([], 2))
 
 
-def test_distinct_n_of_all_texts_together_sees_what_repetition_cannot():
-    """A model that says one fresh sentence of everything: no continuation repeats itself, and all say the
-    same.
-    """
+def test_distinct_n_of_all_texts_shows_what_repetition_cannot():
+    """A model that gives every text the same continuation, which does not repeat itself."""
     same = [[list(range(20))]] * 10
     assert distinct_by_text(same).mean() == pytest.approx(1 / 10)
     assert [seq_rep_n(text[0], 2) for text in same] == [0.0] * 10
@@ -72,7 +70,7 @@ def test_distinct_by_text_by_hand():
     assert values.mean() == pytest.approx(5 / 6)
     mean = (1 + 1 + 3 / 4) / 3
     assert values == pytest.approx([5 / 6 + 2 * (mean - w) for w in (1, 1, 3 / 4)])
-    # A text's continuations count together, and a text that is too short has no value.
+    # continuations of one text count together, and a text that is too short has no value
     both = distinct_by_text([[[1, 2, 3], [1, 2, 4]], [[5, 6, 7], [8]], [[9]]])
     assert math.isnan(both[2]) and np.nanmean(both) == pytest.approx(5 / 6)
     assert np.isnan(distinct_by_text([[[1, 2, 3]], [[1]]])).all() and distinct_by_text([]).shape == (0,)
@@ -80,7 +78,7 @@ def test_distinct_by_text_by_hand():
         distinct_by_text([[[1, 2]], [[3, 4]]], 0)
 
 
-def test_the_interval_of_distinct_n_covers_what_as_many_other_texts_give():
+def test_the_interval_of_distinct_n_covers_the_mean_of_other_texts():
     rng = np.random.default_rng(2)
 
     def texts() -> list[list[list[int]]]:
@@ -113,7 +111,7 @@ def test_n_below_one_is_an_error(function):
 def test_perplexity():
     assert perplexity(0.0, 3) == 1.0
     assert perplexity(2 * math.log(8), 2) == pytest.approx(8)
-    # 4 nats over 1 token and 0 over 3: every token counts once, not every text.
+    # 4 nats over 1 token and 0 over 3: every token counts once, not every text
     assert perplexity(np.array([4.0, 0.0]), np.array([1, 3])) == pytest.approx(math.e)
     assert perplexity(1e6, 1) == math.inf
     for empty in (0, np.array([])):
@@ -125,7 +123,7 @@ def test_perplexity():
 
 
 def test_bootstrap_of_two_values_by_hand():
-    """Means of two draws from {0, 1} are 0, 1/2, 1 with chances 1/4, 1/2, 1/4."""
+    """Means of two draws from {0, 1} are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
     assert bootstrap([0.0, 1.0]) == Interval(0.5, 0.0, 1.0)
     assert bootstrap([0.0, 1.0], level=0.4) == Interval(0.5, 0.5, 0.5)
 
@@ -148,7 +146,7 @@ def test_bootstrap_is_a_function_of_its_seed():
 @pytest.mark.parametrize(
     "draw, truth", [(lambda rng: rng.normal(1, 3, 60), 1.0), (lambda rng: rng.random(60) < 0.3, 0.3)]
 )
-def test_the_interval_covers_the_truth_as_often_as_it_says(draw, truth):
+def test_the_interval_covers_the_truth_as_often_as_stated(draw, truth):
     rng = np.random.default_rng(7)
     hits = [
         low <= truth <= high
@@ -173,22 +171,23 @@ def test_the_paired_interval_covers_the_difference_and_is_far_narrower():
 
 
 def test_weights_make_a_loss_per_token():
-    """Two rows of 1 token at 4 nats, two of 3 tokens at 0: 8 nats over 8 tokens, and draws keep value and
-    weight together.
+    """Two rows of 1 token at 4 nats and two of 3 tokens at 0 have 8 nats over 8 tokens.
+
+    Draws keep a row's value and weight together.
     """
     loss, tokens = np.array([4.0, 0.0, 4.0, 0.0]), np.array([1, 3, 1, 3])
     assert bootstrap(loss, weights=tokens).mean == 1.0
-    assert bootstrap(loss, weights=tokens, of=np.exp).mean == pytest.approx(math.e)
-    assert bootstrap(loss, weights=tokens).high == 4.0  # all four draws are short rows with chance 1/16
+    assert bootstrap(loss, weights=tokens, transform=np.exp).mean == pytest.approx(math.e)
+    assert bootstrap(loss, weights=tokens).high == 4.0  # all four draws are short rows with probability 1/16
     assert paired_bootstrap(loss, loss - 1, weights=tokens) == Interval(1.0, 1.0, 1.0)
-    # Two draws from 0 (weight 1) and 2 (weight 3) have means 0, 6/4, 2 with chances 1/4, 1/2, 1/4.
+    # two draws from 0 (weight 1) and 2 (weight 3) have means 0, 6/4, 2 with probabilities 1/4, 1/2, 1/4
     assert bootstrap([0.0, 2.0], weights=[1, 3], level=0.4) == Interval(1.5, 1.5, 1.5)
     rng = np.random.default_rng(5)
     hits = []
     for i in range(300):
         tokens = rng.integers(1, 20, 80)
         loss = 2.0 + rng.normal(0, 1, 80) / np.sqrt(tokens)
-        _, low, high = bootstrap(loss, weights=tokens, samples=300, seed=i, of=np.exp)
+        _, low, high = bootstrap(loss, weights=tokens, samples=300, seed=i, transform=np.exp)
         hits.append(low <= math.exp(2.0) <= high)
     assert 0.90 <= np.mean(hits) <= 0.98
 
@@ -203,7 +202,7 @@ def test_nan_rows_are_left_out():
     values = [1.0, math.nan, 3.0, 5.0]
     assert bootstrap(values) == bootstrap([1.0, 3.0, 5.0])
     assert bootstrap([1.0, 3.0, 5.0, 99.0], weights=[1, 1, 1, 0]) == bootstrap([1.0, 3.0, 5.0])
-    # A row that one side lacks is no pair: rows 0 and 3 remain.
+    # rows without a value on both sides are left out: rows 0 and 3 remain
     assert paired_bootstrap([1.0, math.nan, 3.0, 5.0], [0.0, 0.0, math.nan, 1.0]).mean == 2.5
 
 
@@ -224,24 +223,24 @@ def test_nan_rows_are_left_out():
         (lambda: bootstrap([1.0], level=1.0), "between 0 and 1"),
     ],
 )
-def test_what_has_no_interval_is_an_error(call, words):
+def test_values_without_an_interval_are_errors(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
 
-def test_memory_does_not_change_the_result(monkeypatch):
+def test_drawing_in_chunks_does_not_change_the_result(monkeypatch):
     from mlx_posttrain.evaluate import metrics
 
-    whole, p = (
+    at_once, p = (
         bootstrap(np.arange(50.0), samples=500),
         sign_flip(np.arange(50.0), np.full(50, 20.0), flips=500),
     )
     monkeypatch.setattr(metrics, "CHUNK", 120)  # two samples at a time
-    assert bootstrap(np.arange(50.0), samples=500) == whole
+    assert bootstrap(np.arange(50.0), samples=500) == at_once
     assert sign_flip(np.arange(50.0), np.full(50, 20.0), flips=500) == pytest.approx(p, abs=0.05)
 
 
-# shares
+# proportions
 
 
 @pytest.mark.parametrize(
@@ -255,31 +254,33 @@ def test_memory_does_not_change_the_result(monkeypatch):
     ],
 )
 def test_wilsons_bounds(right, rows, low, high):
-    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3; the last
-    by symmetry.
+    """Against published bounds.
+
+    Source: Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3; the
+    last case by symmetry.
     """
-    found = share([1.0] * right + [0.0] * (rows - right))
+    found = proportion([1.0] * right + [0.0] * (rows - right))
     assert found == pytest.approx((right / rows, low, high), abs=6e-5)
 
 
-def test_a_share_that_is_no_count_stays_between_0_and_1_and_covers_the_truth():
-    means = share([0.0, 0.25, 0.5, 1.0] * 10)
+def test_a_proportion_of_means_stays_between_0_and_1_and_covers_the_truth():
+    means = proportion([0.0, 0.25, 0.5, 1.0] * 10)
     assert means.mean == 0.4375 and 0 < means.low < means.mean < means.high < 1
-    beyond = share(np.array([1.4, 0.9, 1.1, 0.4] * 6))  # influence values may lie outside
+    beyond = proportion(np.array([1.4, 0.9, 1.1, 0.4] * 6))  # influence values may lie outside
     assert beyond.mean == pytest.approx(0.95) and beyond.high < 1
-    assert share([0.25] * 9) == (0.25, 0.25, 0.25) and share([0.0, math.nan, 1.0]).mean == 0.5
-    # rows that count differently: no count to speak of
-    assert share([0.0] * 9, weights=range(1, 10)) == (0, 0, 0)
+    assert proportion([0.25] * 9) == (0.25, 0.25, 0.25) and proportion([0.0, math.nan, 1.0]).mean == 0.5
+    # with unequal weights there is no count
+    assert proportion([0.0] * 9, weights=range(1, 10)) == (0, 0, 0)
     rng = np.random.default_rng(3)
     hits = []
     for i in range(300):  # means of four sampled answers, few of them right
-        _, low, high = share(rng.binomial(4, rng.beta(0.2, 3.0, 60)) / 4, samples=300, seed=i)
+        _, low, high = proportion(rng.binomial(4, rng.beta(0.2, 3.0, 60)) / 4, samples=300, seed=i)
         hits.append(low <= 0.2 / 3.2 <= high)
     assert 0.90 <= np.mean(hits) <= 0.99
-    near = share([1.0] * 9999 + [0.5])  # bounds of a slope this steep are finite
+    near = proportion([1.0] * 9999 + [0.5])  # the bounds are finite even for so steep a slope
     assert 0.999 < near.low < near.mean < near.high < 1
     with pytest.raises(ValueError, match="no value"):
-        share([])
+        proportion([])
 
 
 # jackknife
@@ -312,11 +313,11 @@ def test_the_jackknife_of_a_mean_is_students_interval():
         jackknife(1.0, [1.0])
 
 
-# tests of differences
+# significance tests
 
 
 def test_sign_flips_are_mcnemars_test():
-    """k rows differ, all one way: 2 / 2^k, however many rows do not."""
+    """Where k rows differ, all in one direction, p is 2 / 2^k, however many rows do not differ."""
     for k in (1, 3, 5, 8):
         a = np.array([1.0] * k + [0.0] * 50)
         assert sign_flip(a, np.zeros(50 + k), flips=40_000) == pytest.approx(2 / 2**k, rel=0.15)
@@ -335,14 +336,15 @@ def test_sign_flips_are_mcnemars_test():
         sign_flip([math.inf], [math.inf])
 
 
-def test_equal_models_pass_the_sign_flip_test_as_often_as_it_says():
+def test_the_sign_flip_test_has_the_stated_error_rate():
     rng = np.random.default_rng(11)
     p_values = [
         sign_flip(rng.exponential(1, 40), rng.exponential(1, 40), weights=rng.integers(1, 9, 40), flips=500)
         for _ in range(400)
     ]
     assert 0.03 <= np.mean(np.array(p_values) <= 0.05) <= 0.075
-    # Far apart, and three rows of a hundred that differ, which a percentile interval takes for a difference.
+    # Models far apart, and few rows of a hundred that differ, which a percentile interval takes for a
+    # difference.
     assert sign_flip(rng.normal(1, 1, 40), rng.normal(0, 1, 40)) < 0.01
     few = np.array([1.0] * 4 + [0.0] * 96)
     assert paired_bootstrap(few, np.zeros(100)).low > 0 and sign_flip(few, np.zeros(100)) > 0.1

@@ -1,6 +1,4 @@
-"""The report of real runs: complete, self-contained, the same numbers as its JSON, and a page that a browser
-shows without a complaint.
-"""
+"""The report of real runs: complete, self-contained, consistent with its JSON, and shown by a browser."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ import pytest
 from mlx_posttrain import cli, config, engines, methods
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluate import charts, report
-from mlx_posttrain.evaluate.comparison import Comparison, Measured
+from mlx_posttrain.evaluate.comparison import Comparison, ModelResult
 
 ENGINE = engines.available()[0]
 BROWSER = next(
@@ -34,9 +32,7 @@ SUITE = [
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory) -> Path:
-    """Two supervised runs, full and LoRA, a distilled one, and a report of them, made through the command
-    line.
-    """
+    """Two supervised runs, full and LoRA, a distilled run, and a report on them from the command line."""
     folder = tmp_path_factory.mktemp("journey")
     for name, more in (("sft", []), ("lora", ["adapter.rank=4"])):
         chosen = methods.load_recipe(
@@ -84,7 +80,7 @@ def journey(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_page_is_whole_and_needs_no_network(journey):
+def test_the_page_is_complete_and_needs_no_network(journey):
     page = (journey / "report.html").read_text()
     assert (
         not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page)
@@ -114,12 +110,12 @@ def test_the_page_is_whole_and_needs_no_network(journey):
 
 
 def test_many_runs_are_told_apart():
-    charts.NAMED.set(names := tuple(f"run {i}" for i in range(20)))
-    looks = [tuple(charts.style(name, 0).values()) for name in names]
-    assert len(set(looks)) == 20 and len({colour for colour, _ in looks[:10]}) == 10
+    charts.SERIES_ORDER.set(names := tuple(f"run {i}" for i in range(20)))
+    styles = [tuple(charts.series_style(name, 0).values()) for name in names]
+    assert len(set(styles)) == 20 and len({colour for colour, _ in styles[:10]}) == 10
 
 
-def test_the_page_says_what_the_json_says(journey):
+def test_the_page_has_the_numbers_of_the_json(journey):
     page = (journey / "report.html").read_text()
     numbers = json.loads((journey / "report-comparison.json").read_text())
     assert [m["name"] for m in numbers["models"]] == ["base", "sft", "lora", "distilled"]
@@ -128,10 +124,10 @@ def test_the_page_says_what_the_json_says(journey):
         assert f"{model['figures']['accuracy']['mean']:.1%}" in page
     findings = json.loads((journey / "report-findings.json").read_text())
     assert {f["verdict"] for f in findings} <= {"yes", "no", "cannot say"} and len(findings) == 9
-    assert "where the cache is left empty" in page and "Was a score full before anything was trained?" in page
+    assert "where the cache is left empty" in page and "Was a score at its ceiling before training?" in page
 
 
-def test_the_page_shows_what_thinking_is_worth(journey):
+def test_the_page_shows_the_gain_from_thinking(journey):
     page = (journey / "report.html").read_text()
     figures = json.loads((journey / "distilled" / "report.json").read_text())
     section = page[page.index('<h2 id="thoughts">') :].partition("<h2 id=")[2]
@@ -148,7 +144,7 @@ def test_the_page_shows_what_thinking_is_worth(journey):
         and f"{figures['kept']:.1%}" in section
         and figures["kept"] < 1
     )
-    assert "keyword score of this project's origin, for comparison only" in section
+    assert "keyword score, for comparison only" in section
     assert (journey / "report-charts" / "reasoning.svg").is_file()
 
 
@@ -181,8 +177,8 @@ def test_a_browser_shows_it(journey, scheme, tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_what_is_folded_is_printed(journey, tmp_path):
-    """A printed page has no one to unfold a recipe: it takes as many sheets as with all of it unfolded."""
+def test_folded_sections_are_printed(journey, tmp_path):
+    """Nobody can unfold a recipe on paper: the page prints as many sheets as with everything unfolded."""
     sheets = {}
     page = (journey / "report.html").read_text()
     for name, text in (("folded", page), ("unfolded", page.replace("<details>", "<details open>"))):
@@ -244,17 +240,15 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     chosen.runs["thinks"], chosen.not_asked = str(journey / "distilled"), ["thinks"]
     result = methods.run(chosen)
     numbers = json.loads((tmp_path / "report" / "final" / "report-comparison.json").read_text())
-    # what is not asked is shown all the same
+    # runs of not_asked are shown all the same
     assert [m["name"] for m in numbers["models"]] == ["base", "full", "low rank"]
     page = (tmp_path / "report" / "final" / "report.html").read_text()
     assert "right after thinking" in page and "<b>thinks</b>" in page
     assert (tmp_path / "report" / "final" / "report.html").is_file() and "low rank/accuracy" in result
 
 
-def test_reports_of_one_folder_keep_their_figures_apart(journey, tmp_path):
-    """Also what compare writes: the findings that need no further model, the curves, and the base though
-    nobody named it.
-    """
+def test_reports_in_one_folder_keep_their_files_apart(journey, tmp_path):
+    """``compare`` writes the findings that need no further model, the curves, and the unnamed base."""
     for name in ("sft", "lora"):
         target = str(tmp_path / f"{name}.html")
         cli.app(
@@ -270,7 +264,7 @@ def test_reports_of_one_folder_keep_their_figures_apart(journey, tmp_path):
         assert asked == {
             "Was base text forgotten?",
             "Did tuning make the model repeat itself?",
-            "Was a score full before anything was trained?",
+            "Was a score at its ceiling before training?",
             "Did a run learn its rows by heart?",
             "Can a model with a lower loss be the worse one?",
         }
@@ -279,7 +273,7 @@ def test_reports_of_one_folder_keep_their_figures_apart(journey, tmp_path):
 
 
 def test_the_python_of_the_documentation_runs(journey, root, tmp_path, monkeypatch, capsys):
-    """As it stands in recipes/README.md, on the runs of this module and on fewer rows."""
+    """The code of recipes/README.md, on the runs of this module and with fewer rows."""
     text = (root / "recipes" / "README.md").read_text().partition("From Python:\n")[2]
     code = textwrap.dedent(re.match(r"(?:    .*\n|\n)+", text)[0])
     assert code.count("runs/demo/") == 3 and code.count("limit=80, samples=4") == 1
@@ -301,23 +295,23 @@ def test_one_run_is_compared_with_its_base(journey, capsys):
     ]
 
 
-def test_a_report_says_whether_its_judge_was_a_teacher(tmp_path):
+def test_a_report_says_which_runs_were_trained_on_its_reward_model(tmp_path):
     for name, reward in (("ppo", "reward"), ("other", "elsewhere")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(
             f"method: ppo\nreward: [{{model: {tmp_path / reward}}}, {{function: checker}}]\n"
         )
-    models = [Measured(name, str(tmp_path / name)) for name in ("ppo", "other")]
-    note = report.judge_note(Comparison({"reward": str(tmp_path / "reward")}, "own", models, []))
-    assert "which ppo was trained to please" in note and "other was" not in note
-    assert "none of these runs was trained" in report.judge_note(
+    models = [ModelResult(name, str(tmp_path / name)) for name in ("ppo", "other")]
+    note = report.reward_model_note(Comparison({"reward": str(tmp_path / "reward")}, "own", models, []))
+    assert "on which ppo was trained" in note and "other was" not in note
+    assert "none of these runs was trained" in report.reward_model_note(
         Comparison({"reward": str(tmp_path / "judge")}, "own", models, [])
     )
-    assert report.judge_note(Comparison({"reward": None}, "own", models, [])) == ""
+    assert report.reward_model_note(Comparison({"reward": None}, "own", models, [])) == ""
 
 
 @pytest.mark.parametrize(("asked", "used"), [({}, 3), ({"seed": 7}, 7)])
-def test_a_report_draws_by_the_seed_it_was_given(asked, used, journey, tmp_path, monkeypatch):
+def test_a_report_uses_its_seed(asked, used, journey, tmp_path, monkeypatch):
     seen = []
 
     def stop(names, suite, *rest, **more):
@@ -338,7 +332,7 @@ def test_a_report_draws_by_the_seed_it_was_given(asked, used, journey, tmp_path,
 
 
 def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys):
-    """Too few rows for one finding cost that finding; two folders of one name stay two models."""
+    """Too few rows cost only their finding, and two folders of one name remain two models."""
     rows = tmp_path / "five.jsonl"
     rows.write_text(
         "".join(

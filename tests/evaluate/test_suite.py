@@ -1,6 +1,4 @@
-"""The comparison of models: every figure against its definition, differences over the same rows, errors in
-one line.
-"""
+"""The comparison of models: metrics against their definitions, paired differences, and errors in one line."""
 
 from __future__ import annotations
 
@@ -13,10 +11,11 @@ import pytest
 from mlx_posttrain import cli, engines
 from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import comparison, measure, suite
-from mlx_posttrain.evaluate.comparison import Comparison, Measured, Values
-from mlx_posttrain.evaluate.metrics import distinct_n, perplexity, share
+from mlx_posttrain.evaluate import comparison, likelihood, suite
+from mlx_posttrain.evaluate.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluate.metrics import distinct_n, perplexity, proportion
 from mlx_posttrain.evaluate.preference import length_controlled_wins
+from mlx_posttrain.evaluate.reward_scoring import add_reward_metrics
 from mlx_posttrain.evaluate.suite import SuiteSection
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import pad_id
@@ -38,7 +37,7 @@ def texts_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_gpt2(random_gpt2, tmp_path_factory) -> Path:
-    """The random GPT-2 with its weights moved a little: same tokenizer, another model."""
+    """The random GPT-2 with slightly changed weights: same tokenizer, another model."""
     import shutil
 
     from safetensors.numpy import load_file, save_file
@@ -73,7 +72,7 @@ def small(rows: Path, **more) -> SuiteSection:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_figures_are_what_they_say_and_a_model_equals_itself(
+def test_metrics_have_their_definitions_and_a_model_equals_itself(
     engine, random_gpt2, other_gpt2, texts_file, questions_file
 ):
     settings = small(questions_file, texts=str(texts_file), last_words=str(texts_file), samples=2)
@@ -87,62 +86,63 @@ def test_figures_are_what_they_say_and_a_model_equals_itself(
         "wins",
     }
     model, tokenizer, _ = open_model(random_gpt2, engine)
-    loss = measure.base_text_loss(model, tokenizer, TEXTS)
-    assert a.figure("perplexity").mean == pytest.approx(perplexity(*loss), rel=1e-9)
+    loss = likelihood.base_text_loss(model, tokenizer, TEXTS)
+    assert a.interval("perplexity").mean == pytest.approx(perplexity(*loss), rel=1e-9)
     for name in found.metrics():
-        if name == "kl":  # of the base itself: zero but for rounding
-            assert abs(again.figure("kl").mean) < 1e-6 < b.figure("kl").mean and "kl" not in a.values
+        if name == "kl":  # of the base itself: zero except for rounding
+            assert abs(again.interval("kl").mean) < 1e-6 < b.interval("kl").mean and "kl" not in a.values
             continue
         assert found.difference(name, again) == (0, 0, 0), name
-    gap = found.difference("perplexity", b)
-    assert gap.mean == pytest.approx(
-        np.log(b.figure("perplexity").mean) - np.log(a.figure("perplexity").mean), abs=1e-9
+    difference = found.difference("perplexity", b)
+    assert difference.mean == pytest.approx(
+        np.log(b.interval("perplexity").mean) - np.log(a.interval("perplexity").mean), abs=1e-9
     )
     pooled = distinct_n(a.continuations, 2)
     assert (
-        a.figure("distinct_2").mean == pytest.approx(pooled)
+        a.interval("distinct_2").mean == pytest.approx(pooled)
         and len({len(tokens) for tokens in a.continuations}) == 1
     )
     text = comparison.table(found)
-    # a long one is wrapped
+    # long labels are wrapped
     assert all(word in text for name in found.metrics() for word in comparison.METRICS[name].label.split())
     assert "differs from a beyond chance: p < .05" in text and "Holm" in text
     assert max(map(len, text.splitlines())) <= 120
     numbers = json.loads(json.dumps(found.to_dict()))
     assert (
-        numbers["baseline"] == "a" and numbers["models"][1]["minus_baseline"]["perplexity"]["low"] <= gap.mean
+        numbers["baseline"] == "a"
+        and numbers["models"][1]["minus_baseline"]["perplexity"]["low"] <= difference.mean
     )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_kl_and_last_words_equal_their_definitions(engine, random_gpt2, other_gpt2):
     (p, tokenizer, _), (q, _, _) = (open_model(f, engine) for f in (random_gpt2, other_gpt2))
-    kl = measure.base_text_kl(p, q, tokenizer, TEXTS[:2])
+    kl = likelihood.base_text_kl(p, q, tokenizer, TEXTS[:2])
     eos = tokenizer.eos_token_id
     for i, text in enumerate(TEXTS[:2]):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         a, b = (_log_softmax(m.full_logits(np.array([[eos, *ids[:-1]]]))[0]) for m in (p, q))
         assert kl.tokens[i] == len(ids)
         assert kl.nll[i] == pytest.approx((np.exp(a) * (a - b)).sum(), rel=1e-3, abs=1e-5)
-    right, nll = measure.last_words(p, tokenizer, TEXTS)
+    right, nll = likelihood.last_words(p, tokenizer, TEXTS)
     for i, text in enumerate(TEXTS):
         before, _, word = text.rpartition(" ")
         start, last = tokenizer(before)["input_ids"], tokenizer(" " + word)["input_ids"]
         log_p = _log_softmax(p.full_logits(np.array([[*start, *last[:-1]]]))[0])[len(start) - 1 :]
         assert nll[i] == pytest.approx(-sum(log_p[k, t] for k, t in enumerate(last)), rel=1e-4)
         assert right[i] == float(all(log_p[k].argmax() == t for k, t in enumerate(last)))
-    # Of a text beyond the context the end is read.
+    # of a text longer than the context the end is read
     long = "The moon and the hill and " * 40 + TEXTS[0]
     ids = tokenizer(long)["input_ids"]
     last = tokenizer(" " + TEXTS[0].rpartition(" ")[2])["input_ids"]
     log_p = _log_softmax(p.full_logits(np.array([ids[-p.context - 1 : -1]]))[0])
-    found = measure.last_words(p, tokenizer, [long, TEXTS[1]])[1]
+    found = likelihood.last_words(p, tokenizer, [long, TEXTS[1]])[1]
     assert len(ids) > p.context and found[0] == pytest.approx(
         -sum(log_p[k - len(last), t] for k, t in enumerate(last)), rel=1e-4
     )
     assert found[1] == pytest.approx(nll[1], rel=1e-4)
     with pytest.raises(UserError, match="no word before"):
-        measure.last_words(p, tokenizer, ["alone"])
+        likelihood.last_words(p, tokenizer, ["alone"])
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -155,7 +155,7 @@ def test_length_controlled_wins_take_the_length_out():
     rng = np.random.default_rng(0)
     n = 4000
     others = rng.integers(5, 60, n).astype(float)
-    # a judge that likes length alone: 1 win in 2 for answers of one length, whatever the longer ones win
+    # a reward model of length alone: half of all wins at equal length, however often longer answers win
     for more in (4, 12):
         lengths = others + rng.normal(more, 15, n)
         scores = 0.1 * (lengths - others) + rng.logistic(size=n)
@@ -163,16 +163,16 @@ def test_length_controlled_wins_take_the_length_out():
         assert length_controlled_wins(scores, np.zeros(n), lengths, others).mean() == pytest.approx(
             0.5, abs=0.04
         )
-    # Always longer by as much, or hardly ever as short: nothing can tell length from worth.
+    # always longer, or hardly ever as short: length and quality cannot be separated
     assert np.isnan(length_controlled_wins(scores, np.zeros(n), others + 20, others)).all()
     assert np.isnan(length_controlled_wins(scores, np.zeros(n), others + rng.normal(20, 15, n), others)).all()
-    # Equal lengths: the plain share of wins, a tie a half, and rows without a score stay out.
+    # at equal lengths: the share of wins, where a tie is half a win and rows without a score are left out
     plain = length_controlled_wins(
         np.array([1.0, 2, 0, np.nan]), np.array([0.0, 0, 0, 0]), np.ones(4), np.ones(4)
     )
     assert np.isnan(plain[3]) and np.nanmean(plain) == pytest.approx(2.5 / 3, abs=1e-6)
-    # Winning everything is no failure of the fit, and nine rows are no certainty.
-    won = share(length_controlled_wins(np.ones(9), np.zeros(9), np.arange(9.0) - 4, np.zeros(9)))
+    # winning every row does not break the fit, and nine rows leave an interval
+    won = proportion(length_controlled_wins(np.ones(9), np.zeros(9), np.arange(9.0) - 4, np.zeros(9)))
     assert won.mean == 1.0 and won.low == pytest.approx(0.70, abs=0.01)
 
 
@@ -197,8 +197,9 @@ def test_an_empty_answer_loses_whatever_its_length():
 
 @pytest.mark.parametrize("gap, a, b", [(0.0, 0.0, 0.5), (0.5, 1.5, 0.5), (0.9, 0.0, 1.0)])
 def test_the_interval_of_wins_covers_the_rate_at_equal_length(gap, a, b):
-    """Rows whose wins follow the model, ``gap`` standard deviations longer on average; taking b as known
-    covers 91, 86 and 75 %.
+    """Wins follow the logistic model, and answers are ``gap`` standard deviations longer on average.
+
+    Intervals that take b as known would cover 91, 86 and 75 %.
     """
     rng = np.random.default_rng(6)
     rate, hits = 1 / (1 + np.exp(-a)), []
@@ -207,19 +208,19 @@ def test_the_interval_of_wins_covers_the_rate_at_equal_length(gap, a, b):
         won = (rng.random(80) < 1 / (1 + np.exp(-a - b * longer))).astype(float)
         values = length_controlled_wins(won, np.full(80, 0.5), longer, np.zeros(80))
         if np.isfinite(values).all():
-            _, low, high = share(values, samples=300, seed=len(hits))
+            _, low, high = proportion(values, samples=300, seed=len(hits))
             hits.append(low <= rate <= high)
     assert 0.92 <= np.mean(hits) <= 0.98  # nominal .95; 300 trials have a standard error of .013
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_a_reward_model_scores_answers(engine, random_gpt2, other_gpt2, questions_file, tmp_path):
-    judge, tokenizer, _ = open_model(random_gpt2, engine)
-    judge.add_head(initial_head(64, 0))
-    judge.save_classifier(tmp_path / "judge", pad_id(judge.config, tokenizer))
+    reward_model, tokenizer, _ = open_model(random_gpt2, engine)
+    reward_model.add_head(initial_head(64, 0))
+    reward_model.save_classifier(tmp_path / "reward", pad_id(reward_model.config, tokenizer))
     found = suite.compare(
         [str(random_gpt2), str(other_gpt2)],
-        small(questions_file, texts=None, reward=str(tmp_path / "judge")),
+        small(questions_file, texts=None, reward=str(tmp_path / "reward")),
         engine,
         ["a", "b"],
     )
@@ -229,9 +230,9 @@ def test_a_reward_model_scores_answers(engine, random_gpt2, other_gpt2, question
     assert "wins" not in found.models[0].values and len(found.models[1].values["wins"].rows) == 6
 
 
-def test_answers_without_a_word_have_the_lowest_score_and_lose(capsys):
-    a, b = Measured("a", "a"), Measured("b", "b")
-    suite._rank(
+def test_empty_answers_get_the_lowest_score_and_lose(capsys):
+    a, b = ModelResult("a", "a"), ModelResult("b", "b")
+    add_reward_metrics(
         [a, b],
         [
             (np.array([1.0, 3.0, -np.inf]), np.array([4.0, 4, 0])),
@@ -240,18 +241,18 @@ def test_answers_without_a_word_have_the_lowest_score_and_lose(capsys):
     )
     assert a.values["score"].rows.tolist() == [1, 3, 1] and b.values["score"].rows.tolist() == [2, 1, 1]
     assert b.values["wins"].rows.tolist() == [1.0, 0.0, 0.5] and "wins" not in a.values
-    assert "a: 1 of 3 answers are empty" in (said := capsys.readouterr().err) and "b: 2 of 3" in said
+    assert "a: 1 of 3 answers are empty" in (printed := capsys.readouterr().err) and "b: 2 of 3" in printed
 
 
-def test_a_win_rate_that_lengths_forbid_is_said_to_be_missing(capsys):
-    a, b = Measured("a", "a"), Measured("b", "b")
+def test_a_win_rate_that_lengths_prevent_is_reported_as_missing(capsys):
+    a, b = ModelResult("a", "a"), ModelResult("b", "b")
     scores = np.arange(6.0)
-    suite._rank(
+    add_reward_metrics(
         [a, b],
         [(scores, np.array([40.0, 39, 40, 40, 38, 40])), (scores[::-1], np.array([4.0, 5, 4, 4, 4, 6]))],
     )
     assert (
-        "b: no win rate against a: lengths are too far apart to compare at one (-35.0 tokens)"
+        "b: no win rate against a: lengths differ too much for a comparison at equal length (-35.0 tokens)"
         in capsys.readouterr().err
     )
 
@@ -259,15 +260,18 @@ def test_a_win_rate_that_lengths_forbid_is_said_to_be_missing(capsys):
 def test_labels_templates_and_questions(tmp_path):
     embedded = suite.read_questions(SuiteSection(limit=6))
     assert [q.extra["held_out"] for q in embedded] == ["content"] * 6 + ["phrasing"] * 6
-    assert suite.judged(embedded, [q.turns[-1].content for q in embedded]).tolist() == [1.0] * 12
-    assert suite.labels_of(["runs/a/sft", "runs/b/sft", "tiny"]) == ["runs/a/sft", "runs/b/sft", "tiny"]
-    assert suite.labels_of(["runs/a/sft", "x/lora"]) == ["sft", "lora"]
+    assert suite.check_answers(embedded, [q.turns[-1].content for q in embedded]).tolist() == [1.0] * 12
+    assert suite.model_labels(["runs/a/sft", "runs/b/sft", "tiny"]) == ["runs/a/sft", "runs/b/sft", "tiny"]
+    assert suite.model_labels(["runs/a/sft", "x/lora"]) == ["sft", "lora"]
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"question": "2 + 3?", "answer": "2 + 3 = 5 #### 5"}) + "\n")
     (question,) = suite.read_questions(SuiteSection(rows=str(path)))
-    assert suite.judged([question], ["It is 5."])[0] == 1 and suite.judged([question], ["6"])[0] == 0
+    assert (
+        suite.check_answers([question], ["It is 5."])[0] == 1
+        and suite.check_answers([question], ["6"])[0] == 0
+    )
     path.write_text(json.dumps({"text": "plain"}) + "\n")
-    with pytest.raises(UserError, match="ask nothing"):
+    with pytest.raises(UserError, match="without questions"):
         suite.read_questions(SuiteSection(rows=str(path)))
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
     with pytest.raises(UserError, match="have two"):
@@ -275,48 +279,50 @@ def test_labels_templates_and_questions(tmp_path):
 
 
 def test_few_rows_show_no_difference():
-    """One row makes a point of an interval, and a point is never beside 0 by chance."""
-    for rows, sure in ((1, False), (comparison.MIN_ROWS - 1, False), (comparison.MIN_ROWS, True)):
-        a, b = (Measured(n, n, {"accuracy": Values(np.full(rows, v))}) for n, v in (("a", 0.0), ("b", 1.0)))
+    """A single row makes an interval a point, which would always exclude 0."""
+    for rows, significant in ((1, False), (comparison.MIN_ROWS - 1, False), (comparison.MIN_ROWS, True)):
+        a, b = (
+            ModelResult(n, n, {"accuracy": Values(np.full(rows, v))}) for n, v in (("a", 0.0), ("b", 1.0))
+        )
         made = Comparison({}, "question", [a, b], [])
         assert (
-            made.sure("accuracy", b) is sure
-            and (": no difference" in made.sentence("accuracy", b)) is not sure
+            made.is_significant("accuracy", b) is significant
+            and (": no difference" in made.difference_label("accuracy", b)) is not significant
         )
 
 
 def test_of_many_equal_models_hardly_any_is_marked():
-    """Of 100 tables of nine models that differ by chance, 5 should mark one; with each difference judged
-    alone it would be 30.
-    """
+    """Of 100 tables of nine models that differ by chance, 5 should mark one; uncorrected it is 30."""
     rng = np.random.default_rng(5)
     marked, alone = 0, 0
     for seed in range(60):
-        models = [Measured(str(i), str(i), {"response_loss": Values(rng.normal(size=40))}) for i in range(9)]
+        models = [
+            ModelResult(str(i), str(i), {"response_loss": Values(rng.normal(size=40))}) for i in range(9)
+        ]
         made = Comparison({"seed": seed}, "question", models, [])
-        marked += any(made.sure("response_loss", m) for m in models)
+        marked += any(made.is_significant("response_loss", m) for m in models)
         alone += any(
             d.low > 0 or d.high < 0 for m in models[1:] if (d := made.difference("response_loss", m))
         )
     assert marked <= 7 and alone >= 12
 
 
-def test_wins_are_held_against_a_half():
+def test_wins_are_compared_with_a_half():
     rng = np.random.default_rng(0)
-    base = Measured("base", "base", {"score": Values(np.zeros(80))})
-    for won, sure in ((0.5, False), (0.8, True)):
+    base = ModelResult("base", "base", {"score": Values(np.zeros(80))})
+    for won, significant in ((0.5, False), (0.8, True)):
         wins = (np.arange(80) < 80 * won).astype(float)
-        model = Measured("b", "b", {"wins": Values(rng.permutation(wins))})
+        model = ModelResult("b", "b", {"wins": Values(rng.permutation(wins))})
         made = Comparison({}, "question", [base, model], [])
         assert (
             made.difference("wins", model).mean == pytest.approx(won - 0.5)
-            and made.sure("wins", model) is sure
+            and made.is_significant("wins", model) is significant
         )
-        assert made.sentence("wins", model).startswith("+30.0% [" if sure else "+0.0% [")
+        assert made.difference_label("wins", model).startswith("+30.0% [" if significant else "+0.0% [")
 
 
 def test_shares_have_wilsons_bounds_and_intervals_follow_the_seed():
-    none = Measured("a", "a", {"accuracy": Values(np.zeros(40)), "seq_rep_4": Values(np.zeros(40))})
+    none = ModelResult("a", "a", {"accuracy": Values(np.zeros(40)), "seq_rep_4": Values(np.zeros(40))})
     made = Comparison({}, "question", [none], [])
     assert (
         made.cell("accuracy", none) == "0.0% [0.0%, 8.8%]"
@@ -326,11 +332,12 @@ def test_shares_have_wilsons_bounds_and_intervals_follow_the_seed():
     drawn = set()
     for seed in (0, 0, 1):
         a, b = (
-            Measured(n, n, {"response_loss": Values(r)}, seed=seed) for n, r in zip("ab", rows, strict=True)
+            ModelResult(n, n, {"response_loss": Values(r)}, seed=seed)
+            for n, r in zip("ab", rows, strict=True)
         )
         drawn.add(
             (
-                a.figure("response_loss"),
+                a.interval("response_loss"),
                 Comparison({"seed": seed}, "question", [a, b], []).difference("response_loss", b),
             )
         )
@@ -338,14 +345,16 @@ def test_shares_have_wilsons_bounds_and_intervals_follow_the_seed():
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
-def test_models_are_compared_with_their_origins(engine, random_gpt2, other_gpt2, texts_file, questions_file):
+def test_models_are_compared_with_their_baselines(
+    engine, random_gpt2, other_gpt2, texts_file, questions_file
+):
     settings = small(questions_file, texts=str(texts_file), samples=0, seed=3)
     found = suite.compare(
         [str(random_gpt2), str(other_gpt2), str(other_gpt2)], settings, engine, ["a", "b", "b2"], [0, 1, 1]
     )
     a, b, again = found.models
     assert found.baseline(again) is b and found.baseline(b) is b and {m.seed for m in found.models} == {3}
-    assert "kl" not in a.values and "kl" not in b.values and abs(again.figure("kl").mean) < 1e-6
+    assert "kl" not in a.values and "kl" not in b.values and abs(again.interval("kl").mean) < 1e-6
     assert found.difference("perplexity", b) is None and found.difference("perplexity", again) == (0, 0, 0)
     assert [m["baseline"] for m in found.to_dict()["models"]] == ["a", "b", "b"]
     assert "the model that each started from" in comparison.table(found)
@@ -361,16 +370,16 @@ def test_lines_are_read_as_one_text_with_an_interval_over_its_windows(
     settings = small(questions_file, texts=str(path), join=True, text_limit=None, window=16, samples=0)
     found = suite.compare([str(random_gpt2), str(random_gpt2)], settings, engine, ["a", "b"])
     model, tokenizer, _ = open_model(random_gpt2, engine)
-    whole = measure.base_text_loss(model, tokenizer, ["\n\n".join(lines)], window=16)
+    joined = likelihood.base_text_loss(model, tokenizer, ["\n\n".join(lines)], window=16)
     a, b = found.models
-    assert a.figure("perplexity").mean == pytest.approx(perplexity(*whole), rel=1e-9)
-    assert len(a.values["perplexity"].rows) == len(b.values["kl"].rows) == -(-whole.tokens[0] // 16) > 3
-    assert a.figure("perplexity").low < a.figure("perplexity").mean < a.figure("perplexity").high
-    assert len(a.continuations) == 3  # of the lines that are long enough, not of the whole
+    assert a.interval("perplexity").mean == pytest.approx(perplexity(*joined), rel=1e-9)
+    assert len(a.values["perplexity"].rows) == len(b.values["kl"].rows) == -(-joined.tokens[0] // 16) > 3
+    assert a.interval("perplexity").low < a.interval("perplexity").mean < a.interval("perplexity").high
+    assert len(a.continuations) == 3  # of the lines that are long enough, not of the joined text
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
-def test_another_tokenizer_has_no_figures_per_token(engine, random_gpt2, questions_file, texts_file, capsys):
+def test_another_tokenizer_has_no_metrics_per_token(engine, random_gpt2, questions_file, texts_file, capsys):
     found = suite.compare([str(random_gpt2), "tiny"], small(questions_file, texts=str(texts_file)), engine)
     assert (
         not set(comparison.PER_TOKEN) & set(found.models[1].values)
@@ -380,7 +389,7 @@ def test_another_tokenizer_has_no_figures_per_token(engine, random_gpt2, questio
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["compare", "tiny", "limt=3"], "did you mean 'limit'"),
         (["compare", "tiny", "limit=0"], "limit"),
@@ -393,10 +402,10 @@ def test_another_tokenizer_has_no_figures_per_token(engine, random_gpt2, questio
         (["report", "tiny", "--logs-only"], "not a run"),
     ],
 )
-def test_mistakes_give_one_line(arguments, said, capsys, tmp_path, monkeypatch):
+def test_mistakes_give_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [a.replace("{here}", __file__) for a in arguments]
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     captured = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and said in captured[-1] and captured[-1].startswith("mlx-posttrain: ")
+    assert stop.value.code == 2 and message in captured[-1] and captured[-1].startswith("mlx-posttrain: ")

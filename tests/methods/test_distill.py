@@ -26,7 +26,7 @@ ENGINES = engines.available()
 
 
 def test_what_is_a_thought():
-    assert reasoning.thought_of("<think>\n1 + 2 = 3\n</think>\n3") == ("1 + 2 = 3", "3")
+    assert reasoning.split_thought("<think>\n1 + 2 = 3\n</think>\n3") == ("1 + 2 = 3", "3")
     for bad in (
         "3",
         "<think>a",
@@ -36,9 +36,9 @@ def test_what_is_a_thought():
         "<think>a</think><think>b</think>3",
         "<think>a</think>3</think>",
     ):
-        assert reasoning.thought_of(bad) is None, bad
-    assert reasoning.steps_of("<think>\n1 + 2 = 3\n\n3 + 4 = 7\n</think>\n7") == 2
-    assert reasoning.steps_of("7") == 0
+        assert reasoning.split_thought(bad) is None, bad
+    assert reasoning.count_steps("<think>\n1 + 2 = 3\n\n3 + 4 = 7\n</think>\n7") == 2
+    assert reasoning.count_steps("7") == 0
     full = "<think>\nFirst, 1 + 2 = 3 because so.\nCheck: it is right.\nSo the answer is 3\n</think>\n3"
     assert reasoning.shape_score(full) == 1.0 and reasoning.shape_score("3") == 0.0
     # The look of a thought says nothing of its truth.
@@ -46,9 +46,9 @@ def test_what_is_a_thought():
 
 
 def test_a_trace_is_the_thought_alone():
-    assert reasoning.trace_of("<think>\n1 + 2 = 3\n</think>\n3") == "1 + 2 = 3"
-    assert reasoning.trace_of("<think>1 + 2 = ") == "1 + 2 ="  # cut off
-    assert reasoning.trace_of("3") == reasoning.trace_of("<think>\n\n</think>\n3") == ""
+    assert reasoning.extract_trace("<think>\n1 + 2 = 3\n</think>\n3") == "1 + 2 = 3"
+    assert reasoning.extract_trace("<think>1 + 2 = ") == "1 + 2 ="  # cut off
+    assert reasoning.extract_trace("3") == reasoning.extract_trace("<think>\n\n</think>\n3") == ""
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_shared_reasoning_files_are_read(shared):
             load_rows(str(shared / "data" / "reasoning" / f"{name}.jsonl")), format=format
         )
         assert len(found) + sum(dropped.values()) == count and sum(dropped.values()) <= 2, (name, dropped)
-        assert all(reasoning.thought_of(c.turns[-1].content) for c in found), name
+        assert all(reasoning.split_thought(c.turns[-1].content) for c in found), name
         if name != "thinking-traces":
             assert all(verify.verify(c.extra, c.turns[-1].content) for c in found), name
 
@@ -156,13 +156,13 @@ def test_the_base_that_is_asked_is_the_model_before_training(
     engine, adapter, random_gpt2, tmp_path, monkeypatch
 ):
     """With an adapter it is the same weights without it, and nothing is loaded again."""
-    asked, think = [], reasoning.think
+    asked, think = [], reasoning.measure_reasoning
 
     def spy(*arguments, **more):
         asked.append(think(*arguments, **more))
         return asked[-1]
 
-    monkeypatch.setattr(reasoning, "think", spy)
+    monkeypatch.setattr(reasoning, "measure_reasoning", spy)
     library, loaded = engines.get(engine), []
     load_weights = type(library).load
     monkeypatch.setattr(
@@ -196,13 +196,13 @@ def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, 
     answered is left out.
     """
     found = {}
-    think = reasoning.think
+    think = reasoning.measure_reasoning
 
     def spy(*arguments, **more):
-        found[more.get("begin", "")] = think(*arguments, **more)
-        return found[more.get("begin", "")]
+        found[more.get("prefix", "")] = think(*arguments, **more)
+        return found[more.get("prefix", "")]
 
-    monkeypatch.setattr(reasoning, "think", spy)
+    monkeypatch.setattr(reasoning, "measure_reasoning", spy)
     # nothing ends by itself
     monkeypatch.setattr("mlx_posttrain.data.encode.eos_id", lambda tokenizer: 10**6)
     student, tokenizer, _ = open_model(random_gpt2, ENGINES[0])

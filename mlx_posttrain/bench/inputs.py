@@ -1,6 +1,4 @@
-"""What a benchmark works on: a model folder, perhaps of random weights, and rows like those of an instruction
-set.
-"""
+"""Inputs of a benchmark: a model folder, perhaps with random weights, and instruction-like rows."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ VOCABULARY, CONTEXT = 50257, 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """The rows of a benchmark: ``length`` tokens each, or where it is None prompts of 20 to 60 and answers of
-    10 to 200 tokens.
+    """Number and size of a benchmark's rows.
+
+    Every row has ``length`` tokens, or where that is None a prompt of 20 to 60 and an answer of 10 to 200.
     """
 
     rows: int = 32
@@ -38,8 +37,9 @@ class Shape:
 
 
 def rows(shape: Shape, vocabulary: int, seed: int = 0) -> list[Example]:
-    """Rows of random tokens, common ones more often (Zipf), with their answers trained; the same in every
-    process.
+    """Rows of random tokens with their answers trained, the same in every process.
+
+    Token frequencies follow Zipf's law.
     """
     rng = np.random.default_rng([seed, 0xBE7C4])
     found = []
@@ -54,10 +54,10 @@ def rows(shape: Shape, vocabulary: int, seed: int = 0) -> list[Example]:
 
 
 def model_folder(name: str, scratch: Path) -> Path:
-    """The folder of a model: a named size with random weights, made in ``scratch``, or what ``name`` means
-    elsewhere.
+    """The folder of a model.
 
-    Raises UserError as loading does.
+    A name of ``SIZES`` gets random weights, written to ``scratch``; any other name means what it means to
+    every other command. Raises UserError as loading does.
     """
     if name not in SIZES or Path(name).exists():
         from mlx_posttrain.models.merge import base_folder
@@ -67,20 +67,22 @@ def model_folder(name: str, scratch: Path) -> Path:
 
     from mlx_posttrain.methods.pretrain import PretrainSection, gpt2_config, random_weights
 
-    layers, heads, wide = SIZES[name]
-    size = PretrainSection(vocab_size=VOCABULARY, layers=layers, heads=heads, width=wide, context=CONTEXT)
+    layers, heads, model_width = SIZES[name]
+    size = PretrainSection(
+        vocab_size=VOCABULARY, layers=layers, heads=heads, width=model_width, context=CONTEXT
+    )
     folder = scratch / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(
         json.dumps(gpt2_config(VOCABULARY, size, eos=VOCABULARY - 1), indent=2) + "\n"
     )
     save_file(random_weights(VOCABULARY, size, 0), folder / "model.safetensors", metadata={"format": "pt"})
-    _numbered_words(folder)
+    _write_tokenizer(folder)
     return folder
 
 
-def _numbered_words(folder: Path) -> None:
-    """A tokenizer whose words are the numbers of its tokens: random weights have no other."""
+def _write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose words are its token numbers, because random weights come with none."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     end = "<|endoftext|>"
@@ -102,7 +104,7 @@ def _numbered_words(folder: Path) -> None:
 
 
 def reward_folder(folder: Path, scratch: Path) -> Path:
-    """A reward model of the same weights with a random head, as a sequence classifier.
+    """Write a reward model with the same weights and a random head, as a sequence classifier.
 
     Raises UserError for an architecture whose classifier is not GPT-2's.
     """
@@ -116,11 +118,11 @@ def reward_folder(folder: Path, scratch: Path) -> Path:
         )
     target = scratch / "reward"
     target.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {
+    tensors: dict[str, Any] = {
         f"transformer.{name.removeprefix('transformer.')}": np.array(value)
         for name, value in weights.load_weights(folder).items()
         if not name.startswith("lm_head")  # a copy of the embedding
     }
-    found[files.HEAD] = initial_head(hidden_size(config), 0)
-    files.save_model(target, found, folder, pad=config["eos_token_id"])
+    tensors[files.HEAD] = initial_head(hidden_size(config), 0)
+    files.save_model(target, tensors, folder, pad=config["eos_token_id"])
     return target

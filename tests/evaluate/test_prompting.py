@@ -1,4 +1,4 @@
-"""Each model is asked as it was trained to be, and with the room its thoughts had in training."""
+"""Each model is prompted as it was trained, with as many tokens as its thoughts had in training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data.types import Conversation, Turn
-from mlx_posttrain.evaluate import ask, measure, suite
+from mlx_posttrain.evaluate import completions, prompting, suite
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import Source
 
@@ -31,10 +31,10 @@ DISTILLED = run("chatml", "distill", system="Think first.")
 
 
 def test_every_run_has_its_own_template_and_the_base_that_of_most():
-    found = ask.ways(
+    settings = prompting.prompt_settings(
         [BASE, SFT, run("instruction"), MANY, PPO, DISTILLED, run("question", pack=True)], max_tokens=40
     )
-    assert [way.template for way in found] == [
+    assert [s.template for s in settings] == [
         "instruction",
         "instruction",
         "instruction",
@@ -43,38 +43,41 @@ def test_every_run_has_its_own_template_and_the_base_that_of_most():
         "chatml",
         "none",
     ]
-    assert [way.system for way in found] == [None] * 5 + ["Think first.", None]
-    assert ask.ways([BASE], max_tokens=40)[0].template == "instruction"
+    assert [s.system for s in settings] == [None] * 5 + ["Think first.", None]
+    assert prompting.prompt_settings([BASE], max_tokens=40)[0].template == "instruction"
 
 
-def test_one_template_for_all_is_said(capsys):
-    found = ask.ways([BASE, SFT, PPO], template="question", max_tokens=40)
-    assert {way.template for way in found} == {"question"}
+def test_one_template_for_all_is_reported(capsys):
+    settings = prompting.prompt_settings([BASE, SFT, PPO], template="question", max_tokens=40)
+    assert {s.template for s in settings} == {"question"}
     assert "some runs were trained with dialogue, instruction" in capsys.readouterr().err
-    ask.ways([BASE, SFT], template="instruction", max_tokens=40)
+    prompting.prompt_settings([BASE, SFT], template="instruction", max_tokens=40)
     assert not capsys.readouterr().err
 
 
-def test_thoughts_have_the_room_of_the_longest_training_row():
-    assert [way.max_tokens for way in ask.ways([BASE, SFT, DISTILLED], max_tokens=40)] == [40, 40, 900]
-    assert [way.max_tokens for way in ask.ways([BASE, SFT, DISTILLED], max_tokens=40, think_tokens=300)] == [
+def test_thoughts_may_be_as_long_as_the_longest_training_row():
+    assert [s.max_tokens for s in prompting.prompt_settings([BASE, SFT, DISTILLED], max_tokens=40)] == [
         40,
         40,
-        300,
+        900,
     ]
+    assert [
+        s.max_tokens
+        for s in prompting.prompt_settings([BASE, SFT, DISTILLED], max_tokens=40, think_tokens=300)
+    ] == [40, 40, 300]
 
 
-def test_a_system_prompt_is_given_once_and_only_in_a_template():
+def test_a_system_prompt_is_added_once_and_only_in_a_template():
     turns = (Turn("user", "q"), Turn("assistant", "a"))
-    assert ask.with_system(Conversation(turns), "s").turns == (Turn("system", "s"), *turns)
-    assert ask.with_system(Conversation(turns), None).turns == turns
-    assert ask.with_system(Conversation(turns, templated=False), "s").turns == turns
-    own = (Turn("system", "own"), *turns)
-    assert ask.with_system(Conversation(own), "s").turns == own
+    assert prompting.with_system(Conversation(turns), "s").turns == (Turn("system", "s"), *turns)
+    assert prompting.with_system(Conversation(turns), None).turns == turns
+    assert prompting.with_system(Conversation(turns, templated=False), "s").turns == turns
+    with_own = (Turn("system", "own"), *turns)
+    assert prompting.with_system(Conversation(with_own), "s").turns == with_own
 
 
 @pytest.mark.parametrize("engine", engines.available()[:1])
-def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(
+def test_a_comparison_prompts_each_model_in_its_own_template(
     engine, random_gpt2, rows_file, tmp_path, monkeypatch
 ):
     made = {
@@ -113,27 +116,28 @@ def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(
     questions.write_text(
         "".join(json.dumps({"question": f"Say {w}.", "answer": w}) + "\n" for w in ("cat", "dog", "hen"))
     )
-    asked = []
-    answers = measure.answers
+    calls = []
+    generate_answers = completions.generate_answers
 
-    def spy(model, tokenizer, rows, **how):
-        asked.append((how["template"], how["max_tokens"], rows[0].turns[0].role, how.get("samples", 1)))
-        return answers(model, tokenizer, rows, **how)
+    def spy(model, tokenizer, rows, **options):
+        first_role = rows[0].turns[0].role
+        calls.append((options["template"], options["max_tokens"], first_role, options.get("samples", 1)))
+        return generate_answers(model, tokenizer, rows, **options)
 
-    monkeypatch.setattr(measure, "answers", spy)
+    monkeypatch.setattr(completions, "generate_answers", spy)
     settings = suite.SuiteSection(rows=str(questions), texts=None, max_tokens=6, samples=3)
-    found = suite.compare(
+    compared = suite.compare(
         [str(random_gpt2), *(str(tmp_path / name) for name in made)], settings, engine, ["gpt2", *made]
     )
     plain, thinking = ("plain", 6, "user"), ("dialogue", 60, "system")
-    assert asked == [(*way, samples) for way in (plain, plain, thinking) for samples in (1, 3)]
-    assert found.asked().startswith(
-        f"each in its own template ({found.models[0].name}, sft: plain; distilled: dialogue)"
+    assert calls == [(*prompt, samples) for prompt in (plain, plain, thinking) for samples in (1, 3)]
+    assert compared.templates_label().startswith(
+        f"each in its own template ({compared.models[0].name}, sft: plain; distilled: dialogue)"
     )
-    # The sampled figures are means over the samples of each question.
+    # sampled metrics are means over the samples of each question
     model, tokenizer, _ = open_model(tmp_path / "sft", engine)
     rows = suite.read_questions(settings)
-    drawn = answers(
+    sampled = generate_answers(
         model,
         tokenizer,
         rows,
@@ -145,7 +149,7 @@ def test_a_comparison_asks_each_in_its_own_way_greedy_and_sampled(
     )
     ended, length = (
         np.array(values, float).reshape(3, 3).mean(1)
-        for values in ([a.stopped for a in drawn], [len(a.tokens) for a in drawn])
+        for values in ([a.stopped for a in sampled], [len(a.tokens) for a in sampled])
     )
-    assert found.models[1].values["ended_sampled"].rows.tolist() == ended.tolist()
-    assert found.models[1].values["length_sampled"].rows.tolist() == length.tolist()
+    assert compared.models[1].values["ended_sampled"].rows.tolist() == ended.tolist()
+    assert compared.models[1].values["length_sampled"].rows.tolist() == length.tolist()

@@ -1,9 +1,8 @@
-"""The same rows through other trainers that are installed: mlx-lm's, transformers', and TRL's for supervised
-training and PPO.
+"""Other trainers on the same rows: mlx-lm's, transformers', and TRL's for supervised training and PPO.
 
-Each has its own defaults. What is set: the batch size, the learning rate, float32, no dropout,
-completion-only loss. Batches, padding and averages are theirs. Of the first batch it is noted which rows it
-holds, how many tokens it trains and what its loss is before any update.
+Each trainer keeps its own defaults, batches, padding and averages; only the batch size, the learning rate,
+float32, no dropout and completion-only loss are set. Recorded of its first batch are the rows it holds, the
+number of tokens it trains, and its loss before any update.
 """
 
 from __future__ import annotations
@@ -17,56 +16,60 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_posttrain.bench.material import Shape, rows
-from mlx_posttrain.bench.worker import ROLLOUT, Gate, learning_rate, prompts, use_device
+from mlx_posttrain.bench.harness import ROLLOUT, Gate, learning_rate, prompts, use_device
+from mlx_posttrain.bench.inputs import Shape, rows
+from mlx_posttrain.bench.kinds import training_kinds
 from mlx_posttrain.data.types import Example
 
 
-class Peer(NamedTuple):
-    """Another trainer: the engine of ours whose library it uses, the packages it needs, and what it can
-    do.
-    """
+class Baseline(NamedTuple):
+    """Another trainer: the library it shares with one of our engines, its packages, and its kinds of work."""
 
     engine: str
     packages: tuple[str, ...]
-    can: tuple[str, ...]
+    kinds: tuple[str, ...]
 
 
-PEERS = {
-    "mlx-lm": Peer("mlx", ("mlx_lm",), ("sft", "lora")),
-    "transformers": Peer("torch", ("torch", "accelerate", "peft"), ("sft", "lora")),
-    "trl": Peer("torch", ("trl", "accelerate", "peft"), ("sft", "lora", "ppo")),
+BASELINES = {
+    "mlx-lm": Baseline("mlx", ("mlx_lm",), ("sft", "lora")),
+    "transformers": Baseline("torch", ("torch", "accelerate", "peft"), ("sft", "lora")),
+    "trl": Baseline("torch", ("trl", "accelerate", "peft"), ("sft", "lora", "ppo")),
 }
 
 
-def beside(engines: Sequence[str]) -> dict[str, str]:
-    """The installed peers on the devices of ``engines``, each with the engine it is compared with:
-    ``mlx-lm-cpu`` with ``mlx-cpu``.
+def installed(engines: Sequence[str]) -> dict[str, str]:
+    """The installed baselines on the devices of ``engines``, each with the engine it is compared with.
+
+    For example ``{"mlx-lm-cpu": "mlx-cpu"}``.
     """
-    found: dict[str, str] = {}
-    for name, peer in PEERS.items():
-        if all(importlib.util.find_spec(package) for package in peer.packages):
-            found |= {f"{name}-{e.rpartition('-')[2]}": e for e in engines if e.startswith(f"{peer.engine}-")}
-    return found
+    pairs: dict[str, str] = {}
+    for name, baseline in BASELINES.items():
+        if all(importlib.util.find_spec(package) for package in baseline.packages):
+            pairs |= {
+                f"{name}-{e.rpartition('-')[2]}": e for e in engines if e.startswith(f"{baseline.engine}-")
+            }
+    return pairs
 
 
-def peer(name: str) -> str:
-    """Its name without the device: one of ``PEERS`` for what ``beside`` names."""
+def baseline_name(name: str) -> str:
+    """The key in ``BASELINES`` of a name that ``installed`` returns: the name without its device."""
     return name.rpartition("-")[0]
 
 
 class _Finished(Exception):
-    """Raised inside a peer's loop to leave it."""
+    """Raised inside a trainer's loop to leave it."""
 
 
-def _in(batch: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[int]:
-    """The numbers of the rows that a padded batch begins with."""
+def _row_numbers(batch: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[int]:
+    """Which of ``examples`` the rows of a padded batch begin with."""
     return [i for row in batch for i, e in enumerate(examples) if tuple(row[: len(e.tokens)]) == e.tokens]
 
 
 def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
-    """mlx-lm's own loop; its ``full`` trains the blocks only, its LoRA is put on every block's attention and
-    MLP projections as ours is.
+    """mlx-lm's training loop.
+
+    Its ``full`` trains the blocks only. Its LoRA is put on the attention and MLP projections of every block,
+    as ours is.
     """
     from mlx_posttrain.convert import hub, weights
     from mlx_posttrain.engines.mlx.cpu import blas
@@ -83,8 +86,8 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     use_device(spec["against"])
     folder, shape = Path(spec["folder"]), Shape(**spec["shape"])
     with tempfile.TemporaryDirectory() as scratch:
-        # It knows GPT-2's weights without the prefix that transformers saves, and trains in the format of the
-        # file.
+        # It expects GPT-2's weights without the prefix that transformers saves, and trains in the
+        # file's dtype.
         if hub.check_config(folder)["model_type"] == "gpt2":
             weights.convert(folder, folder := Path(scratch) / "model", dtype="float32")
         net, config = load_model(folder)
@@ -106,24 +109,25 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     tokens = float(sum(sum(e.trained) for e in examples))
     steps = len(data) // shape.batch_size
     first: dict[str, Any] = {}
-    # of each step, and by how many tokens: its own mean is one of batches, ours one of tokens
+    # loss and trained tokens of each step: mlx-lm averages over batches, we average over tokens
     losses: list[tuple[float, float]] = []
 
-    def batches(*given: Any, **named: Any) -> Iterator[Any]:
-        """Its batches; the loss of a row ends with the row, where mlx-lm's own goes on to the padding token
-        after it.
+    def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        """mlx-lm's batches, with the loss of a row ending at its last token.
+
+        Its own loss includes the padding token after that.
         """
-        for batch, spans in trainer.iterate_batches(*given, **named):
+        for batch, spans in trainer.iterate_batches(*args, **kwargs):
             if not first:
-                first["rows"] = _in(np.array(batch).tolist(), examples)
+                first["rows"] = _row_numbers(np.array(batch).tolist(), examples)
             yield batch, spans - mx.array([0, 1])
 
-    class Pace(TrainingCallback):
-        seen = 0.0
+    class UnitCallback(TrainingCallback):
+        trained_tokens = 0.0
 
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
-            losses.append((info["train_loss"], info["trained_tokens"] - self.seen))
-            self.seen = info["trained_tokens"]
+            losses.append((info["train_loss"], info["trained_tokens"] - self.trained_tokens))
+            self.trained_tokens = info["trained_tokens"]
             if "loss" not in first:
                 first.update(loss=losses[0][0], tokens=losses[0][1])
             if len(losses) == steps:
@@ -149,18 +153,20 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
             )
             with contextlib.suppress(_Finished):
                 # Its recipes leave Adam's bias correction off, which makes the first steps three times as
-                # long: losses would part.
+                # large: the losses would diverge.
                 adam = optim.AdamW(
-                    learning_rate=learning_rate(spec["what"]), weight_decay=0.0, bias_correction=True
+                    learning_rate=learning_rate(training_kinds()[spec["what"]].adapter),
+                    weight_decay=0.0,
+                    bias_correction=True,
                 )
                 trainer.train(
-                    net, adam, data, args=settings, iterate_batches=batches, training_callback=Pace()
+                    net, adam, data, args=settings, iterate_batches=batches, training_callback=UnitCallback()
                 )
     gate.close(device=spec["against"], version=importlib.metadata.version("mlx-lm"), first=first)
 
 
 def trl(spec: dict[str, Any], gate: Gate) -> None:
-    """TRL's SFTTrainer, or the PPOTrainer of releases that still have one."""
+    """TRL's SFTTrainer, or its PPOTrainer in releases that still have one."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     if spec["what"] == "ppo":
         return _trl_ppo(spec, gate)
@@ -171,21 +177,21 @@ def trl(spec: dict[str, Any], gate: Gate) -> None:
         adapter: Any,
         tokenizer: Any,
         common: dict[str, Any],
-        watched: Callable[[type], type],
-        **given: Any,
+        recorded: Callable[[type], type],
+        **kwargs: Any,
     ) -> Any:
-        own = {
+        options = {
             "max_length": None,
             "completion_only_loss": True,
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "packing": False,
         }
-        return watched(SFTTrainer)(
+        return recorded(SFTTrainer)(
             model=net,
-            args=SFTConfig(**common, **own),
+            args=SFTConfig(**common, **options),
             processing_class=tokenizer,
             peft_config=adapter,
-            **given,
+            **kwargs,
         )
 
     return _supervised(spec, gate, "trl", make)
@@ -201,22 +207,22 @@ def transformers(spec: dict[str, Any], gate: Gate) -> None:
         adapter: Any,
         tokenizer: Any,
         common: dict[str, Any],
-        watched: Callable[[type], type],
-        **given: Any,
+        recorded: Callable[[type], type],
+        **kwargs: Any,
     ) -> Any:
         net = net if adapter is None else get_peft_model(net, adapter)
-        return watched(Trainer)(
+        return recorded(Trainer)(
             model=net,
             args=TrainingArguments(**common),
             data_collator=DataCollatorForSeq2Seq(tokenizer),
-            **given,
+            **kwargs,
         )
 
     return _supervised(spec, gate, "transformers", make)
 
 
 def _common(scratch: str, batch_size: int, rate: float) -> dict[str, Any]:
-    """What every trainer of the transformers family is told."""
+    """Arguments of every trainer that builds on transformers."""
     os.environ.setdefault("WANDB_DISABLED", "true")
     return {
         "output_dir": scratch,
@@ -232,46 +238,51 @@ def _common(scratch: str, batch_size: int, rate: float) -> dict[str, Any]:
     }
 
 
-def _pace(gate: Gate, figures: Callable[[dict[str, float]], dict[str, float] | None]) -> Any:
-    """A callback for which each line of the trainer's log is a unit; ``figures`` makes the unit's of it, None
-    where it is another line.
+def _unit_callback(gate: Gate, stats: Callable[[dict[str, float]], dict[str, float] | None]) -> Any:
+    """A callback that ends a unit at every logged record of the trainer that ``stats`` accepts.
+
+    stats: returns the unit's stats for a record of the log, or None for a record that ends no unit.
     """
     from transformers import TrainerCallback
 
-    class Pace(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-            found = figures(logs or {})
-            if found is not None:
-                gate.report(**found)
+    class UnitCallback(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            unit = stats(logs or {})
+            if unit is not None:
+                gate.report(**unit)
                 if not gate.open():
                     raise _Finished
 
-    return Pace()
+    return UnitCallback()
 
 
-def _watched(
-    trainer: Any, examples: Sequence[Example], first: dict[str, Any], seen: list[tuple[float, int]]
+def _recorded(
+    trainer: Any, examples: Sequence[Example], first: dict[str, Any], losses: list[tuple[float, int]]
 ) -> Any:
-    """The trainer's class, which notes its first batch in ``first``, and every batch's loss and trained
-    tokens in ``seen``.
+    """The trainer's class, recording its first batch and the loss of every batch.
+
+    first: gets the first batch's rows, trained tokens and loss. losses: gets every batch's (loss, trained
+    tokens).
     """
 
-    class Watched(trainer):
-        def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+    class Recorded(trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             rows, tokens = inputs["input_ids"].tolist(), int((inputs["labels"] != -100).sum())
-            found = super().compute_loss(model, inputs, *given, **named)
-            loss = float(found[0] if isinstance(found, tuple) else found)
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            loss = float(result[0] if isinstance(result, tuple) else result)
             if not first:
-                first.update(rows=_in(rows, examples), tokens=tokens, loss=loss)
-            seen.append((loss, tokens))
-            return found
+                first.update(rows=_row_numbers(rows, examples), tokens=tokens, loss=loss)
+            losses.append((loss, tokens))
+            return result
 
-    return Watched
+    return Recorded
 
 
 def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[..., Any]) -> None:
-    """Supervised training by a trainer that ``make`` makes of a model, an adapter's settings or None, a
-    tokenizer and arguments.
+    """Supervised training by the trainer that ``make`` returns.
+
+    make: is called with a model, an adapter's settings or None, a tokenizer, the common arguments, a function
+    that makes a trainer's class record its losses, and what else the trainer takes.
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -302,28 +313,28 @@ def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[.
     tokens = float(sum(sum(e.trained) for e in examples))
     steps = len(examples) // shape.batch_size
     first: dict[str, Any] = {}
-    seen: list[tuple[float, int]] = []
+    losses: list[tuple[float, int]] = []
 
-    def figures(logs: dict[str, float]) -> dict[str, float] | None:
+    def unit_stats(logs: dict[str, float]) -> dict[str, float] | None:
         if "loss" not in logs:
             return None
         # The log has the mean of the batches' means, which depends on the order of the rows; ours is the mean
         # over tokens.
-        mean = sum(loss * count for loss, count in seen) / sum(count for _, count in seen)
-        seen.clear()
+        mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+        losses.clear()
         return {"loss": mean, "rows": len(examples), "tokens": tokens, "steps": steps}
 
     with tempfile.TemporaryDirectory() as scratch:
-        common = _common(scratch, shape.batch_size, learning_rate(spec["what"]))
+        common = _common(scratch, shape.batch_size, learning_rate(training_kinds()[spec["what"]].adapter))
         common |= {"lr_scheduler_type": "constant", "max_steps": 10**6, "logging_steps": steps}
         trainer = make(
             net,
             adapter,
             tokenizer,
             common,
-            lambda kind: _watched(kind, examples, first, seen),
+            lambda trainer_class: _recorded(trainer_class, examples, first, losses),
             train_dataset=data,
-            callbacks=[_pace(gate, figures)],
+            callbacks=[_unit_callback(gate, unit_stats)],
         )
         if gate.open():
             with contextlib.suppress(_Finished):
@@ -332,25 +343,26 @@ def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[.
 
 
 def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
+    """TRL's PPOTrainer, one iteration per unit."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     batch_size = spec["shape"]["batch_size"]
-    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    policy, reference = (AutoModelForCausalLM.from_pretrained(spec["folder"], **off) for _ in range(2))
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    policy, reference = (AutoModelForCausalLM.from_pretrained(spec["folder"], **no_dropout) for _ in range(2))
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(spec["reward"], num_labels=1, **off)
+        AutoModelForSequenceClassification.from_pretrained(spec["reward"], num_labels=1, **no_dropout)
         for _ in range(2)
     )
     tokenizer = AutoTokenizer.from_pretrained(spec["folder"], padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     count = ROLLOUT["prompts"] * ROLLOUT["samples"]
-    asked = [p for p in prompts(policy.config.vocab_size) for _ in range(ROLLOUT["samples"])]
-    data = Dataset.from_dict({"input_ids": asked})
+    repeated = [p for p in prompts(policy.config.vocab_size) for _ in range(ROLLOUT["samples"])]
+    data = Dataset.from_dict({"input_ids": repeated})
     first: dict[str, Any] = {}
 
-    def figures(logs: dict[str, float]) -> dict[str, float] | None:
+    def unit_stats(logs: dict[str, float]) -> dict[str, float] | None:
         if "objective/entropy" not in logs:
             return None
         if not first:
@@ -363,7 +375,7 @@ def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         settings = PPOConfig(
-            **_common(scratch, batch_size, learning_rate("ppo")),
+            **_common(scratch, batch_size, learning_rate(adapter=False)),
             gradient_accumulation_steps=max(1, count // batch_size),
             num_ppo_epochs=2,
             num_mini_batches=1,
@@ -381,7 +393,7 @@ def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
             reward_model=reward,
             value_model=value,
             train_dataset=data,
-            callbacks=[_pace(gate, figures)],
+            callbacks=[_unit_callback(gate, unit_stats)],
         )
         if gate.open():
             with contextlib.suppress(_Finished):
@@ -389,4 +401,4 @@ def _trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
     gate.close(device="CPU", version=importlib.metadata.version("trl"), first=first)
 
 
-WORK = {"mlx-lm": mlx_lm, "transformers": transformers, "trl": trl}
+TRAINERS = {"mlx-lm": mlx_lm, "transformers": transformers, "trl": trl}

@@ -1,0 +1,101 @@
+"""The least arithmetic and memory traffic of a unit of work, and this machine's peaks of both."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+from mlx_posttrain.bench.harness import ROLLOUT, open_engine, prompts
+from mlx_posttrain.bench.inputs import Shape, rows
+from mlx_posttrain.bench.kinds import Kind
+from mlx_posttrain.memory.model_size import Size
+
+
+def training_flops(size: Size, kind: Kind, shape: Shape) -> float:
+    """Floating-point operations in the matrix products of one pass over the rows.
+
+    Each weight costs 2 per token forward, 2 for the gradient of its input and, where it is trained, 2 for its
+    own gradient (Kaplan et al. 2020, section 2.1). Attention grows with the square of the length and is
+    halved because it is causal. The head counts at trained positions only. The reference's forward pass is
+    included; padding and recomputation are not.
+    """
+    per_token = sum(map(math.prod, size.linear.values()))
+    factor = 4 if kind.adapter else 6
+    reference = 2 if kind.reference_pass else 0
+    total = 0.0
+    for e in rows(shape, size.vocabulary):
+        # a reward model's head is one number a row
+        length, trained = len(e.tokens), 0 if kind.scores else sum(e.trained)
+        total += (factor + reference) * (per_token * length + size.width * size.vocabulary * trained) + (
+            3 + reference / 2
+        ) * _attention(size, length)
+    return total
+
+
+def _attention(size: Size, length: int) -> float:
+    """Operations of one row's attention in a forward pass, halved because it is causal."""
+    return 2 * 2 * size.layers * size.width * length**2 / 2
+
+
+def ppo_flops(size: Size) -> float:
+    """Floating-point operations of one PPO iteration of the benchmark, with answers of full length.
+
+    Counted are decoding with a cache, which reads each prompt once; one pass of policy, reference, critic and
+    reward model over all answers; and two epochs of policy and critic. The vocabulary's head counts in
+    decoding, in the passes of policy and reference, and in the policy's epochs.
+    """
+    samples, generated = ROLLOUT["samples"], ROLLOUT["max_tokens"]
+    per_token = 2 * sum(map(math.prod, size.linear.values()))
+    head = 2 * size.width * size.vocabulary * generated
+    total = 0.0
+    for prompt in map(len, prompts(size.vocabulary)):
+        attention = _attention(size, prompt + generated)
+        forward = per_token * (prompt + generated) + attention
+        decoding = per_token * (generated + prompt / samples) + attention + head
+        scoring, training = 4 * forward + 2 * head, 2 * (2 * 3 * forward + 3 * head)
+        total += samples * (decoding + scoring + training)
+    return total
+
+
+def decode_bytes(size: Size, batches: int = 1) -> float:
+    """Bytes of weights that decoding reads: all of them per token of each of ``batches`` decode batches."""
+    return float(size.file_bytes * ROLLOUT["max_tokens"] * batches)
+
+
+def peaks(engine: str, seconds: float = 0.5) -> dict[str, float]:
+    """This machine's peaks on an engine's device.
+
+    ``gflops`` is that of the fastest float32 matrix product, in GFLOP/s; ``gb_per_s`` the highest rate, in
+    GB/s, at which all cores together read and sum half a gigabyte.
+    """
+    from mlx_posttrain.doctor import measure_gflops
+
+    name = open_engine(engine).name
+    rate = max(measure_gflops(name, n, seconds) for n in (1024, 2048))
+    if name == "mlx":
+        import mlx.core as mx
+
+        # on a CPU a stream has one thread, so each core gets a stream and a part
+        device = mx.default_device()
+        cores = (os.cpu_count() or 1) if engine == "mlx-cpu" else 1
+        parts = [(mx.ones((2**27 // cores,)), mx.new_stream(device)) for _ in range(cores)]
+        mx.eval([values for values, _ in parts])
+
+        def read() -> None:
+            mx.eval([mx.sum(values, stream=stream) for values, stream in parts])
+    else:
+        import torch
+
+        tensor = torch.ones(2**27)
+
+        def read() -> None:
+            tensor.sum().item()
+
+    read()
+    best = float("inf")
+    for _ in range(5):
+        begun = time.perf_counter()
+        read()
+        best = min(best, time.perf_counter() - begun)
+    return {"gflops": rate, "gb_per_s": 2**29 / best / 1e9}

@@ -1,0 +1,102 @@
+"""What all kinds of timed work share: the pipe to the benchmark, opening an engine, and fixed settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mlx_posttrain.bench.inputs import Shape, rows
+from mlx_posttrain.engines.process import process_peak
+from mlx_posttrain.errors import UserError
+
+#: Sizes of the rollouts that are decoded: prompts, samples per prompt, and tokens per sample.
+ROLLOUT = {"prompts": 4, "samples": 8, "max_tokens": 64}
+
+
+def learning_rate(adapter: bool) -> float:
+    """Learning rate of a kind of work.
+
+    It is small enough for losses to stay comparable and large enough for a few steps to change them. An
+    adapter starts at zero and needs a larger one.
+    """
+    return 3e-4 if adapter else 1e-5
+
+
+def prompts(vocabulary: int) -> list[list[int]]:
+    """Prompts to decode from: the prompt tokens of the first ``ROLLOUT["prompts"]`` rows."""
+    return [
+        list(e.tokens[: sum(not t for t in e.trained)])
+        for e in rows(Shape(rows=ROLLOUT["prompts"]), vocabulary)
+    ]
+
+
+class Gate:
+    """The worker's end of the pipe to the benchmark.
+
+    ``open`` waits for the next unit and starts the clock, ``report`` stops it. peak: a function that returns
+    the library's peak memory in GB; without one the peak of the process is reported.
+    """
+
+    def __init__(self, peak: Callable[[], float] | None = None):
+        self.peak = peak
+        self._out = sys.stdout
+        sys.stdout = sys.stderr  # what libraries print must not mix with the records
+        self._sent_ready = False
+
+    def open(self) -> bool:
+        """Wait for the next unit; False when there is none."""
+        if not self._sent_ready:
+            self._send(ready=True)
+            self._sent_ready = True
+        go = sys.stdin.readline().strip() == "go"
+        self._begun = time.perf_counter()
+        return go
+
+    def report(self, **stats: Any) -> None:
+        """Send the unit's seconds and stats; everything it computed must be done."""
+        self._send(seconds=time.perf_counter() - self._begun, **stats)
+
+    def close(self, **stats: Any) -> None:
+        """Send the memory used by all units, and stats.
+
+        ``peak_gb`` is the library's own count, ``process_gb`` the peak of the whole process.
+        """
+        process = process_peak() / 2**30
+        self._send(peak_gb=self.peak() if self.peak else process, process_gb=process, **stats)
+
+    def fail(self, error: Exception) -> None:
+        """Send what went wrong, in one line."""
+        first = (str(error).splitlines() or [""])[0]
+        self._send(error=first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
+
+    def _send(self, **record: Any) -> None:
+        print(json.dumps(record), file=self._out, flush=True)
+
+
+def use_device(name: str) -> None:
+    """Make MLX compute on the device of ``mlx-gpu`` or ``mlx-cpu``.
+
+    Raises UserError where this machine does not have it.
+    """
+    import mlx.core as mx
+
+    device = mx.Device(mx.gpu if name == "mlx-gpu" else mx.cpu)
+    if not mx.is_available(device):
+        raise UserError(f"{name}: this machine has no such device")
+    mx.set_default_device(device)
+
+
+def open_engine(name: str) -> Any:
+    """The engine called ``mlx-gpu``, ``mlx-cpu`` or ``torch-cpu``.
+
+    Raises UserError where its library or its device is missing.
+    """
+    from mlx_posttrain import engines
+
+    engine = engines.get(name.partition("-")[0])
+    if engine.name == "mlx":
+        use_device(name)
+    return engine

@@ -1,0 +1,81 @@
+"""The kinds of work that can be timed: those that methods name, and decoding and scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_posttrain.bench.harness import ROLLOUT
+from mlx_posttrain.methods import METHODS
+from mlx_posttrain.training.method import Method
+
+#: What is timed besides methods.
+OTHER = ("generate", "generate-single", "scaling")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A method, and the keys of a recipe that make what is timed."""
+
+    method: Method
+    keys: Mapping[str, Any]
+
+    @property
+    def on_rollouts(self) -> bool:
+        """Whether a unit is an iteration on rollouts, instead of a pass over rows."""
+        return self.method.trains_on == "rollouts"
+
+    @property
+    def adapter(self) -> bool:
+        """Whether an adapter is trained."""
+        return "adapter" in self.keys
+
+    @property
+    def reference_pass(self) -> bool:
+        """Whether each step runs a frozen reference too."""
+        return not self.on_rollouts and self.method.reference(self._bare()) == "distribution"
+
+    @property
+    def scores(self) -> bool:
+        """Whether what is trained is one number a row, on pairs of rows."""
+        return self.method.saves(self._bare()) == "classifier"
+
+    def _bare(self) -> Any:
+        return self.recipe("tiny", "auto", 8, None)
+
+    def recipe(self, model: str | Path, engine: str, batch_size: int, reward: str | None) -> Any:
+        """The recipe of a unit. reward: the reward model of a method on rollouts."""
+        data = {"source": "embedded/tasks", "template": "none"}
+        keys: dict[str, Any] = {
+            "method": self.method.name,
+            "model": str(model),
+            "engine": engine,
+            "data": data,
+        }
+        if self.on_rollouts:
+            answers = ROLLOUT["prompts"] * ROLLOUT["samples"]
+            accumulation = max(1, answers // batch_size)
+            keys["train"] = {"batch_size": batch_size, "grad_accumulation": accumulation}
+            keys["rollout"] = {**ROLLOUT, "missing_eos_penalty": None}
+            keys["reward"] = [{"model": reward or "tiny"}]
+        else:
+            keys["train"] = {"batch_size": batch_size}
+        return self.method.Recipe.model_validate({**keys, **self.keys})
+
+
+def training_kinds() -> dict[str, Kind]:
+    """The kinds of training that methods name."""
+    return {name: Kind(m, keys) for m in METHODS.values() for name, keys in m.bench.items()}
+
+
+def kind_names() -> tuple[str, ...]:
+    """Every kind of work."""
+    return (*training_kinds(), *OTHER)
+
+
+def on_rollouts(what: str) -> bool:
+    """Whether a kind of work is an iteration on rollouts."""
+    kind = training_kinds().get(what)
+    return kind is not None and kind.on_rollouts

@@ -1,0 +1,27 @@
+"""What runs show: each finding is a sentence with its numbers, charts, and a verdict.
+
+The questions are those that people ask after fine-tuning: what was forgotten, where the weights moved, how
+foreign the training data are, where greedy decoding loops, whether templates interfere, whether a run
+overfits, and whether a lower loss makes a better model.
+
+A finding about several models or pairs asks several questions at once. Where it tests them it uses
+metrics.sign_flip with Holm's correction, so that of twenty reports in which nothing differs one says "yes";
+where it draws intervals, they allow for the number of questions.
+"""
+
+from mlx_posttrain.evaluate.findings.base import Finding, Verdict
+from mlx_posttrain.evaluate.findings.behaviour import empty_cache, forgetting, loss_and_quality, repetition
+from mlx_posttrain.evaluate.findings.training import data_shift, drift, interference, overfitting
+
+__all__ = [
+    "Finding",
+    "Verdict",
+    "data_shift",
+    "drift",
+    "empty_cache",
+    "forgetting",
+    "interference",
+    "loss_and_quality",
+    "overfitting",
+    "repetition",
+]
