@@ -3,8 +3,8 @@
 MLX's come from peaks of training steps on its CPU backend: of small random GPT-2 and Llama models whose
 layers, widths, heads and lengths were changed one at a time and, for lean blocks, which are large ones, of
 GPT-2 124M. Torch's come from the process of GPT-2 124M and, for gated blocks, from the tensors that autograd
-saves, with the same allowance for what else a process holds. tests/memory/test_plan.py compares predictions with
-measured peaks.
+saves, with the same allowance for what else a process holds. tests/memory/test_plan.py compares predictions
+with measured peaks.
 """
 
 from __future__ import annotations
