@@ -134,8 +134,9 @@ class Model(Protocol):
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether rows of one batch that begin alike share that part's work, so that batches are best made of
-        such rows.
+        """Whether the rows of a batch share the work of common prefixes.
+
+        Batches are then best made of rows that begin alike.
         """
 
     # The vocabulary of losses: N trained positions, V vocabulary entries.

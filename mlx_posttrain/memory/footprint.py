@@ -120,7 +120,7 @@ class Training:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether rows are packed into one: engines/torch_packed.py."""
+        """Whether rows are packed into one, with shared prefixes: engines/torch/packed.py."""
         return (
             self.engine == "torch" and self.size.model_type == "gpt2" and not (self.adapter and self.dropout)
         )

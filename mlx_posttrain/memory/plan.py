@@ -215,8 +215,9 @@ def _changed(recipe: Any, section: str, **values: Any) -> Any:
 
 
 def print_plan(make: Callable[[], Plan]) -> None:
-    """Print what a run will take before it starts. Whatever goes wrong in planning is no reason not to
-    train.
+    """Print what a run will need before it starts.
+
+    Nothing that goes wrong in planning keeps the run from training.
     """
     try:
         say(make().line())
@@ -228,12 +229,12 @@ def print_plan(make: Callable[[], Plan]) -> None:
         say(f"memory: not planned, by a defect of the planner ({type(error).__name__} at {place}: {error})")
 
 
-#: Of a recipe, what it needs of the model as it was before training; see training/method.py.
+#: What a recipe needs of the model as it was before training; see training/method.py.
 ReferenceOf = Callable[[Any], str | None]
 
 
 def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: ReferenceOf) -> Plan:
-    """The plan of a run on a dataset. reference: Method.reference."""
+    """The plan of a run on a dataset; reference: Method.reference."""
     shares_prefixes = _training(recipe, engine, of).shares_prefixes
     known: list[Shape] = []
     trained = read = steps = most = 0.0
@@ -325,8 +326,10 @@ def cache(of: Size, positions: int, dtype: str) -> float:
 
 
 class PromptLengths(NamedTuple):
-    """Tokens of prompts: of the longest in training, of those completed ahead of training, of held-out
-    ones.
+    """Lengths of prompts in tokens.
+
+    longest: of the longest in training. ahead: of those that are completed before training. held_out: of the
+    held-out ones.
     """
 
     longest: int

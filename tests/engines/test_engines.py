@@ -167,7 +167,7 @@ def _reference_logprobs(model, batch):
     from mlx_posttrain.losses.sft import token_logprobs, token_mean
 
     def loss(m, b):
-        value = token_mean(token_logprobs(m.reference_logits(b), b.target), b.weight, b.total)
+        value = token_mean(token_logprobs(m.reference_logits(b), b.target), b.mask, b.total)
         return value, {}
 
     return model.evaluate(loss, [batch])["loss"]

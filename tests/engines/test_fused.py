@@ -223,7 +223,7 @@ def plain_logprobs(model, batch: DeviceBatch, temperature: float = 1.0):
 
 
 def plain_loss(model, batch: DeviceBatch):
-    nll = token_mean(-plain_logprobs(model, batch), batch.weight, batch.total)
+    nll = token_mean(-plain_logprobs(model, batch), batch.mask, batch.total)
     return nll, {"nll": nll}
 
 
@@ -231,7 +231,7 @@ def plain_kl_loss(direction: str):
     def loss(model, batch: DeviceBatch):
         nll, _ = plain_loss(model, batch)
         kl = token_mean(
-            full_kl(model.logits(batch), model.reference_logits(batch), direction), batch.weight, batch.total
+            full_kl(model.logits(batch), model.reference_logits(batch), direction), batch.mask, batch.total
         )
         return nll + 0.3 * kl, {"nll": nll, "kl": kl}
 
@@ -250,8 +250,8 @@ def bonus_loss(plain: bool):
         else:
             logprobs, entropy, _ = model.policy_terms(batch, 0.7)
         sign = (batch.target % 2) * 2.0 - 1.0
-        value = token_mean(-sign * logprobs - 0.1 * entropy, batch.weight, batch.total)
-        return value, {"entropy": token_mean(entropy, batch.weight, batch.total)}
+        value = token_mean(-sign * logprobs - 0.1 * entropy, batch.mask, batch.total)
+        return value, {"entropy": token_mean(entropy, batch.mask, batch.total)}
 
     return loss
 

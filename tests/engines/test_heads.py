@@ -5,6 +5,8 @@ For full models and adapters, written and read back.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,8 +32,9 @@ def batch() -> Batch:
     for r, row in enumerate(ROWS):
         tokens[r, : len(row)] = row
     index = np.array([r * 32 + last for r, last in enumerate(LAST)], np.int32)
+    ones = np.ones(3, np.float32)
     return Batch(
-        tokens, index, np.zeros(3, np.int32), np.ones(3, np.float32), np.arange(3, dtype=np.int32), units=3.0
+        tokens, index, np.zeros(3, np.int32), np.arange(3, dtype=np.int32), mask=ones, weight=ones, units=3.0
     )
 
 
@@ -52,8 +55,7 @@ def trained(engine, folder, adapter: bool, steps: int = 10):
     if adapter:
         model.add_adapter(AdapterSpec(rank=4, alpha=8.0), seed=3)
     model.add_head(initial_head(64, seed=5))
-    b = batch()
-    b = Batch(b.tokens, b.index, b.target, b.weight, b.row, {"target": np.array([1, -1, 2], np.float32)}, 3.0)
+    b = replace(batch(), extra={"target": np.array([1, -1, 2], np.float32)})
     trainer = engine.trainer(model, AdamW(clip=None))
     return model, [trainer.step(regress, [b], 3e-4)["loss"] for _ in range(steps)]
 

@@ -66,7 +66,7 @@ def outputs(model, batch, threshold: float):
         patch.setattr(batches, "WORTHWHILE", threshold)
         model.net.train()
         hidden = model._hidden(model.net, to_device(batch, 1.0))
-        (torch.from_numpy(batch.weight)[:, None] * hidden**3).sum().backward()
+        (torch.from_numpy(batch.mask)[:, None] * hidden**3).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.trained_parameters() if p.grad is not None}
         model.net.zero_grad()
     return hidden.detach(), gradients
