@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain import engines
-from mlx_posttrain.cli import main
+from tests.helpers import cli, write_jsonl
 
 ENGINES = engines.available()
 
@@ -30,11 +30,7 @@ def run(random_gpt2, rows_file, tmp_path, capfd, monkeypatch):
             "train.steps=2",
             "sample.count=0",
         ]
-        code = 0
-        try:
-            main(["run", recipe, *base, *overrides])
-        except SystemExit as exit:
-            code = exit.code or 0
+        code = cli("run", recipe, *base, *overrides)
         captured = capfd.readouterr()
         return SimpleNamespace(
             code=code,
@@ -104,7 +100,7 @@ def test_rows_without_a_trained_token_are_dropped_and_counted(run, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"instruction": "Say a word.", "output": f"word {i}"} for i in range(12)]
     rows.append({"instruction": "very long " * 80, "output": "cut away"})
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_jsonl(path, rows)
     result = run(f"data.source={path}", "data.holdout=0", "data.max_length=48")
     assert result.code == 0
     assert "12 of 13 rows kept (1 without a trained token" in result.err
@@ -134,31 +130,12 @@ def test_a_full_disk_is_found_before_training(run, monkeypatch, tmp_path):
 
 
 def test_generate_prints_answers_and_refuses_long_prompts(random_gpt2, capfd):
-    main_ok(
-        [
-            "generate",
-            str(random_gpt2),
-            "--prompt",
-            "The cat",
-            "--prompt",
-            "A dog",
-            "--max-tokens",
-            "5",
-            "--json",
-        ]
-    )
+    prompts = ["--prompt", "The cat", "--prompt", "A dog"]
+    assert cli("generate", str(random_gpt2), *prompts, "--max-tokens", "5", "--json") == 0
     answers = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [a["prompt"] for a in answers] == ["The cat", "A dog"] and all(a["tokens"] <= 5 for a in answers)
-    with pytest.raises(SystemExit) as exit:
-        main(["generate", str(random_gpt2), "--prompt", "word " * 200])
-    assert exit.value.code == 2 and "tokens" in capfd.readouterr().err
-
-
-def main_ok(arguments: list[str]) -> None:
-    try:
-        main(arguments)
-    except SystemExit as exit:
-        assert not exit.code
+    assert cli("generate", str(random_gpt2), "--prompt", "word " * 200) == 2
+    assert "tokens" in capfd.readouterr().err
 
 
 def processor_seconds(*arguments: str) -> float:
@@ -198,7 +175,7 @@ def test_help_and_recipe_errors_answer_at_once():
 
 
 def test_every_key_is_described(capfd):
-    main_ok(["keys", "sft"])
+    assert cli("keys", "sft") == 0
     lines = capfd.readouterr().out.splitlines()
     assert all(len(line.split()) > 2 for line in lines) and any(
         line.startswith("train.lr ") for line in lines

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from mlx_posttrain import demo, engines, methods, runs
 from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.export import export
+from tests.helpers import command, records, run_recipe
 
 
 @pytest.mark.slow
@@ -23,11 +24,7 @@ from mlx_posttrain.models.export import export
 def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     out = tmp_path / "demo"
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=1600,
-        cwd=tmp_path,
+        command("demo", "--output", out), capture_output=True, text=True, timeout=1600, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     comparison = json.loads((out / "report" / "final" / "report-comparison.json").read_text())
@@ -50,8 +47,7 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     # not trained on.
     report = json.loads((out / "reward" / "report.json").read_text())
     assert report["accuracy"][0] > max(report["bag_of_words"][0], report["longer"][0]) + 0.05
-    records = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    scores = [r["eval/score"] for r in records if "eval/score" in r]
+    scores = [r["eval/score"] for r in records(out / "ppo") if "eval/score" in r]
     assert scores[-1] > scores[0] + 0.15
     # Thinking is learned: its form, and what it is good for.
     thinking = json.loads((out / "distill" / "report.json").read_text())
@@ -79,12 +75,7 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     ):
         assert words in page, words
     assert "Loading weights" not in done.stderr and "FutureWarning" not in done.stderr
-    again = subprocess.run(
-        [sys.executable, "-m", "mlx_posttrain", "demo", "--output", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    again = subprocess.run(command("demo", "--output", out), capture_output=True, text=True, timeout=60)
     assert again.returncode == 2 and "earlier demo" in again.stderr
 
 
@@ -92,12 +83,8 @@ def test_reading_an_adapter_through_peft_makes_no_noise(tmp_path, capfd):
     """Bars and a warning that nobody at the terminal could act on; any other warning still comes through."""
     pytest.importorskip("peft")
     run = tmp_path / "run"
-    methods.run(
-        methods.load_recipe(
-            "demo_lora",
-            [f"output={run}", "data.limit=16", "data.eval_limit=4", "train.steps=1", "sample.count=0"],
-        )
-    )
+    small = ["data.limit=16", "data.eval_limit=4", "train.steps=1", "sample.count=0"]
+    run_recipe("demo_lora", f"output={run}", *small)
     export(run, tmp_path / "peft", "peft")
     capfd.readouterr()
     with warnings.catch_warnings(record=True) as seen:
@@ -113,14 +100,13 @@ def test_reading_an_adapter_through_peft_makes_no_noise(tmp_path, capfd):
 def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, monkeypatch):
     """Only what is done with the pipeline: the demo itself takes minutes."""
     calls = []
-    pipeline = methods.get("pipeline")
     out, name = tmp_path / "demo", engines.available()[0]
 
     def begun(folder: Path = out, seed: int = 0, engine: str = name) -> None:
         chosen = methods.load_recipe("demo", [f"output={folder}", f"engine={engine}", f"seed={seed}"])
         demo._run(folder, chosen, engine)
 
-    def stop(chosen, resume=False):
+    def stop(chosen, resume, callbacks):
         calls.append((chosen.output, resume))
         if not resume:
             runs.create(chosen.output, chosen).close()
@@ -129,7 +115,7 @@ def test_an_unfinished_demo_goes_on_and_any_other_folder_is_refused(tmp_path, mo
             f"with --resume {chosen.output}"
         )
 
-    monkeypatch.setattr(pipeline, "run", stop)
+    monkeypatch.setitem(methods.METHODS, "pipeline", replace(methods.get("pipeline"), run=stop))
     for resumed in (False, True):
         with pytest.raises(Interrupted, match=r"continue with the same `mlx-posttrain demo`$"):
             demo.demo(out, name)

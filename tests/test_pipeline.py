@@ -9,18 +9,19 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mlx_posttrain import engines, methods, pipeline
-from mlx_posttrain.cli import main
 from mlx_posttrain.console import Interrupted
+from mlx_posttrain.data import read
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.models.source import last_language_model, locate
 from mlx_posttrain.runs import Run
+from mlx_posttrain.training import setup
+from tests.helpers import cli, command, records, refused, run_recipe, wait_for
 
 ENGINE = engines.available()[0]
 
@@ -64,28 +65,7 @@ def three(random_gpt2, rows_file, tmp_path, monkeypatch) -> Path:
 
 
 def run(path: Path, output: Path, *overrides: str) -> dict:
-    return methods.run(methods.load_recipe(str(path), [f"output={output}", *overrides]))
-
-
-def resume(output: Path) -> None:
-    try:
-        main(["run", "--resume", str(output)])
-    except SystemExit as done:  # how the command line ends when all is well
-        assert not done.code
-
-
-def refused(capfd, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as exit:
-        main([*arguments])
-    assert exit.value.code == 2
-    errors = capfd.readouterr().err
-    assert "Traceback" not in errors
-    return errors.strip().splitlines()[-1]
-
-
-def records(folder: Path) -> list[dict]:
-    """Everything in metrics.jsonl but clock and memory."""
-    return [{k: v for k, v in r.items() if k not in ("seconds", "peak_gb")} for r in Run(folder).metrics()]
+    return run_recipe(str(path), f"output={output}", *overrides)
 
 
 def states(output: Path) -> list[str]:
@@ -117,7 +97,7 @@ def test_the_second_stage_starts_where_the_first_ended(tmp_path, capfd):
         },
     )
     output = tmp_path / "out"
-    main_ok(["run", str(path), f"output={output}"])
+    assert cli("run", str(path), f"output={output}") == 0
     shown = capfd.readouterr()
     assert shown.out.strip() == str(output)
     tuned, adapted = (json.loads((output / name / "result.json").read_text()) for name in ("tune", "adapt"))
@@ -138,13 +118,6 @@ def test_the_second_stage_starts_where_the_first_ended(tmp_path, capfd):
     table = shown.err.strip().splitlines()[-3:]
     assert table[0].split() == ["stage", "method", "seconds", "figures"]
     assert table[2].startswith("adapt") and f"loss {adapted['loss']:.4g}" in table[2]
-
-
-def main_ok(arguments: list[str]) -> None:
-    try:
-        main(arguments)
-    except SystemExit as exit:
-        assert not exit.code
 
 
 def test_a_stage_is_an_ordinary_run(three, tmp_path):
@@ -281,7 +254,7 @@ def test_mistakes_are_found_before_anything_runs(overrides, words, three, tmp_pa
 
 
 def test_every_key_is_described(capfd):
-    main_ok(["keys", "pipeline"])
+    assert cli("keys", "pipeline") == 0
     lines = capfd.readouterr().out.splitlines()
     assert all(len(line.split()) > 3 for line in lines)
     assert {line.split()[0] for line in lines} >= {
@@ -304,24 +277,14 @@ def start():
     begun: list[subprocess.Popen] = []
 
     def call(*arguments: str, **options) -> subprocess.Popen:
-        command = [sys.executable, "-m", "mlx_posttrain", "run", *arguments]
-        begun.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        begun.append(subprocess.Popen(command("run", *arguments), **pipes, **options))
         return begun[-1]
 
     yield call
     for process in begun:
         process.kill()
         process.communicate()
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "the pipeline did not get that far"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(
@@ -381,10 +344,7 @@ def test_ctrl_c_says_how_to_resume_the_pipeline(number, three, start, tmp_path):
 
 def test_ctrl_c_while_a_stage_loads(three, tmp_path, monkeypatch):
     """Outside the training loop no handler waits for the end of a step."""
-    from mlx_posttrain.models import open
-    from mlx_posttrain.models.tokenizer import load_tokenizer
-
-    real, calls = load_tokenizer, []
+    real, calls = read.load_tokenizer, []
 
     def once_interrupted(folder):
         calls.append(folder)
@@ -392,12 +352,12 @@ def test_ctrl_c_while_a_stage_loads(three, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(folder)
 
-    monkeypatch.setattr(open, "load_tokenizer", once_interrupted)
+    monkeypatch.setattr(read, "load_tokenizer", once_interrupted)
     output = tmp_path / "out"
     with pytest.raises(Interrupted, match=f"stage b: .*--resume {output}$"):
         run(three, output)
     assert states(output) == ["finished", "interrupted", "waiting"]
-    resume(output)
+    assert cli("run", "--resume", str(output)) == 0
     assert states(output) == ["finished"] * 3 and (output / "c" / "final").is_dir()
 
 
@@ -407,7 +367,7 @@ def test_killed_when_the_last_stage_was_done_but_not_noted(three, tmp_path, capf
     kept = json.loads((output / "pipeline.json").read_text())
     half = {**kept, "c": {"state": "running", "seconds": 0.0, "result": None}}
     (output / "pipeline.json").write_text(json.dumps(half))
-    resume(output)
+    assert cli("run", "--resume", str(output)) == 0
     assert json.loads((output / "pipeline.json").read_text())["c"] == {**kept["c"], "seconds": 0.0}
 
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
@@ -426,7 +386,7 @@ def test_killed_while_a_stages_recipe_was_written(three, tmp_path):
     (output / "c").mkdir()
     (output / "c" / ".tmp-123-recipe.yaml").write_text("method: s")
     (output / "pipeline.json").unlink()
-    resume(output)
+    assert cli("run", "--resume", str(output)) == 0
     assert states(output) == ["finished"] * 3 and not (output / "c" / ".tmp-123-recipe.yaml").exists()
 
 
@@ -452,25 +412,23 @@ def test_a_later_stage_that_cannot_start_can_be_corrected(three, tmp_path, capfd
     raw = yaml.safe_load(text)
     raw["stages"]["b"]["set"]["data"]["source"] = str(tmp_path / "rows.jsonl")
     (output / "recipe.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
-    resume(output)
+    assert cli("run", "--resume", str(output)) == 0
     assert states(output) == ["finished"] * 3
 
 
 def test_a_stage_that_fails_says_how_to_go_on(three, tmp_path, monkeypatch, capfd):
     """The loss of the second stage turns infinite: its folder stays, and the advice names the pipeline."""
-    from mlx_posttrain.methods import sft
+    real, calls = setup.train, []
 
-    real, calls = sft.run, []
-
-    def failing(own, resume=False):
+    def failing(method, own, resume=False, callbacks=None):
         calls.append((own.output, resume))
         if len(calls) == 2:
             Run(Path(own.output)).folder.mkdir()
             (Path(own.output) / "recipe.yaml").write_text(yaml.safe_dump(own.model_dump(mode="json")))
             raise UserError("step 3: the loss is inf")
-        return real(own, resume=resume)
+        return real(method, own, resume, callbacks)
 
-    monkeypatch.setattr(sft, "run", failing)
+    monkeypatch.setattr(setup, "train", failing)
     output = tmp_path / "out"
     with pytest.raises(
         UserError,
@@ -478,7 +436,7 @@ def test_a_stage_that_fails_says_how_to_go_on(three, tmp_path, monkeypatch, capf
         rf"{output} \(.*delete {output / 'b'}",
     ):
         run(three, output)
-    resume(output)
+    assert cli("run", "--resume", str(output)) == 0
     assert calls[2:] == [(str(output / "b"), True), (str(output / "c"), False)]
 
 
@@ -501,21 +459,43 @@ def test_a_pipelines_own_recipe_can_be_run_again(three, tmp_path):
     assert own["a"].data.source == str(tmp_path / "rows.jsonl")
 
 
-def test_the_last_stage_that_writes_text_is_the_pipelines_model(tmp_path):
-    def made(methods: list[str], done: int) -> Path:
-        names = [f"s{i}" for i in range(len(methods))]
-        stages = {name: {"recipe": {"method": method}} for name, method in zip(names, methods, strict=True)}
-        (tmp_path / "recipe.yaml").write_text(
-            yaml.safe_dump({"method": "pipeline", "stages": stages}, sort_keys=False)
-        )
-        for i, name in enumerate(names):
-            shutil.rmtree(tmp_path / name, ignore_errors=True)
-            (tmp_path / name / ("final" if i < done else "checkpoints")).mkdir(parents=True)
-        return tmp_path
+SAVED = {  # what stages leave in final/
+    "full": ("config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+    "lora": ("adapter_config.json", {"task_type": "CAUSAL_LM"}),
+    "reward": ("config.json", {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}),
+    "reward lora": ("adapter_config.json", {"task_type": "SEQ_CLS"}),
+    "report": ("report.html", {}),
+}
 
-    assert pipeline.language_model(made(["sft", "reward", "ppo"], 3)) == tmp_path / "s2"
-    assert pipeline.language_model(made(["sft", "sft", "reward"], 3)) == tmp_path / "s1"
+
+def test_the_last_stage_that_writes_text_is_the_pipelines_model(tmp_path):
+    """Whatever methods made the stages: what they saved says what they are."""
+
+    def found(kinds: list[str], done: int) -> Path:
+        names = [f"s{i}" for i in range(len(kinds))]
+        for i, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            folder = tmp_path / name / ("final" if i < done else "checkpoints")
+            folder.mkdir(parents=True)
+            file, content = SAVED[kind]
+            (folder / file).write_text(json.dumps(content))
+        return last_language_model(tmp_path, names)
+
+    assert found(["full", "reward", "full"], 3) == tmp_path / "s2"
+    assert found(["full", "full", "reward"], 3) == tmp_path / "s1"
+    assert found(["full", "reward", "lora"], 3) == tmp_path / "s2"
+    assert found(["full", "lora", "reward lora", "report"], 4) == tmp_path / "s1"
     with pytest.raises(UserError, match=rf"unfinished.*--resume.*finished stage: {tmp_path / 's0'}$"):
-        pipeline.language_model(made(["sft", "reward", "ppo"], 2))
+        found(["full", "reward", "full"], 2)
     with pytest.raises(UserError, match=f"reward models: {tmp_path / 's0'}$"):
-        pipeline.language_model(made(["reward"], 1))
+        found(["reward"], 1)
+
+
+def test_a_pipelines_folder_is_located(three, tmp_path):
+    run(three, tmp_path / "out")
+    source = locate(tmp_path / "out")
+    assert source.folder == tmp_path / "out" / "c" / "final" and source.adapter is None
+    assert source.recipe["model"] == str(tmp_path / "out" / "b")
+    shutil.rmtree(tmp_path / "out" / "c" / "final")
+    with pytest.raises(UserError, match=rf"unfinished.*stage: .*{tmp_path / 'out' / 'b'}$"):
+        locate(tmp_path / "out")

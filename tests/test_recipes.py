@@ -12,8 +12,8 @@ import pytest
 
 from mlx_posttrain import config, engines, methods
 from mlx_posttrain.convert import hub
-from mlx_posttrain.memory import plan
 from mlx_posttrain.rewards import functions
+from tests.helpers import read_jsonl, records, write_jsonl
 
 SHIPPED = sorted(config.shipped())
 DEFAULTS: dict[str, dict] = {
@@ -162,7 +162,7 @@ def test_runs_on_the_tiny_model(name, engine, tmp_path):
     chosen = methods.load_recipe(name, [*SMALL[method], f"output={tmp_path / 'run'}", f"engine={engine}"])
     result = methods.run(chosen)
     assert 0 <= result["accuracy"] <= 1 if method == "ppo" else 0 < result["loss"] < 20
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert samples and {"step", *SHOWN[method]} <= set(samples[0])
     assert (tmp_path / "run" / "card.md").read_text().startswith("---")
 
@@ -250,11 +250,7 @@ def test_the_journey_in_one_command(tmp_path):
     # Each is asked as it was trained, and judged by a reward model that trained none of them.
     assert [m["template"] for m in numbers["models"]] == ["instruction"] * 5 + ["dialogue", "chatml"]
     assert "judge, on which none of these runs was trained" in page
-    assert any("judge" in key for record in _records(tmp_path / "run" / "ppo") for key in record)
-
-
-def _records(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("judge" in key for record in records(tmp_path / "run" / "ppo") for key in record)
 
 
 def test_the_trade_off_compares_like_with_like():
@@ -343,16 +339,14 @@ def test_runs_on_local_files(name, random_gpt2, shared, tmp_path):
 @pytest.mark.parametrize("engine", engines.available())
 def test_pretraining_learns_from_random_weights(engine, tmp_path):
     """Twenty sentences, a few dozen steps: the loss falls far below that of guessing."""
-    texts = tmp_path / "texts.jsonl"
     sentences = [
         f"the {a} {b} sees the {c}."
         for a in ("big", "small")
         for b in ("cat", "dog", "cow")
         for c in ("moon", "sun", "hill")
     ]
-    texts.write_text(
-        "".join(json.dumps({"text": " ".join(sentences[i:] + sentences[:i])}) + "\n" for i in range(18))
-    )
+    rows = ({"text": " ".join(sentences[i:] + sentences[:i])} for i in range(18))
+    texts = write_jsonl(tmp_path / "texts.jsonl", rows)
     chosen = methods.load_recipe(
         "00_pretrain_tiny",
         [
@@ -373,7 +367,7 @@ def test_pretraining_learns_from_random_weights(engine, tmp_path):
         ],
     )
     result = methods.run(chosen)
-    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["eval/loss"]
+    first = records(tmp_path / "run")[0]["eval/loss"]
     assert first == pytest.approx(5.7, abs=0.2)  # ln 300
     assert result["loss"] < 1.5
 
@@ -399,7 +393,7 @@ def offline() -> list[list[str]]:
 @pytest.mark.parametrize("words", offline(), ids=lambda words: words[0])
 def test_offline_commands_find_their_model_and_data(words):
     chosen = methods.load_recipe(words[0], words[1:])
-    (found,) = plan.of_recipe(chosen)
+    (found,) = methods.plan(chosen)
     for entry in chosen.reward if words[0] == "07_ppo" else []:
         functions.load(entry.function)
     assert found.steps and found.parameters < 4e6

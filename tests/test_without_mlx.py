@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_posttrain import engines
+from tests.helpers import run_recipe
 
 pytestmark = pytest.mark.skipif("torch" not in engines.available(), reason="needs torch")
 WITHOUT = (
@@ -98,23 +99,18 @@ def test_another_architecture_needs_mlx(random_gpt2, tmp_path):
 
 def test_a_qlora_run_is_exported_as_far_as_that_goes(random_gpt2, rows_file, tmp_path):
     pytest.importorskip("mlx_lm")
-    from mlx_posttrain import methods
-
     run = tmp_path / "run"
-    chosen = methods.load_recipe(
+    run_recipe(
         "01_sft",
-        [
-            f"model={random_gpt2}",
-            f"data.source={rows_file}",
-            f"output={run}",
-            "engine=mlx",
-            "train.steps=1",
-            "sample.count=0",
-            "adapter.rank=2",
-            "adapter.quantize=4",
-        ],
+        f"model={random_gpt2}",
+        f"data.source={rows_file}",
+        f"output={run}",
+        "engine=mlx",
+        "train.steps=1",
+        "sample.count=0",
+        "adapter.rank=2",
+        "adapter.quantize=4",
     )
-    methods.run(chosen)
     refused(command("export", run, "--to", "hf", "--merge"), "dequantising needs MLX")
     refused(command("export", run, "--to", "mlx-lm", "--merge"), "merging into a quantised base needs MLX")
     done = command("export", run, "--to", "peft")

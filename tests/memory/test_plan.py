@@ -6,7 +6,6 @@ import gc
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +17,21 @@ from typer.testing import CliRunner
 from mlx_posttrain import engines, methods
 from mlx_posttrain.cli import app
 from mlx_posttrain.data.batches import collate
-from mlx_posttrain.data.dataset import Data
-from mlx_posttrain.data.pairs import Pair, PairData
-from mlx_posttrain.data.types import Example, Preference
+from mlx_posttrain.data.dataset import Dataset, RowCollator
+from mlx_posttrain.data.pairs import PairCollator
+from mlx_posttrain.data.types import Example, Pair, Preference
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.engines.base import REFERENCE_HIDDEN, AdamW, AdapterSpec
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan
-from mlx_posttrain.methods import sft
+from mlx_posttrain.memory.footprint import Shape, Training, distinct, shapes
+from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, size
+from mlx_posttrain.methods import ppo, sft
 from mlx_posttrain.models.merge import base_folder
+from tests.helpers import command, read_jsonl, run_recipe
 
 
-def gpt2() -> plan.Size:
+def gpt2() -> Size:
     """GPT-2 124M without its weights."""
     d = 768
     tensors: dict[str, tuple[int, ...]] = {
@@ -47,22 +49,22 @@ def gpt2() -> plan.Size:
         ):
             tensors |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
         tensors |= {f"h.{i}.{ln}.{part}": (d,) for ln in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    return plan.Size(12, d, 4 * d, 12, 50257, 1024, "gpt2", tensors)
+    return Size(12, d, 4 * d, 12, 50257, 1024, "gpt2", tensors)
 
 
 def test_counts_of_gpt2() -> None:
     assert gpt2().parameters == 124_439_808
-    assert plan.adapter_parameters(gpt2(), AdapterSpec(rank=16)) == 1_622_016
+    assert adapter_parameters(gpt2(), AdapterSpec(rank=16)) == 1_622_016
     # DoRA: one magnitude for each output of c_attn (2304), attention's c_proj (768) and the MLP's (768), in
     # 12 blocks
-    assert plan.adapter_parameters(gpt2(), AdapterSpec(kind="dora", rank=16)) == 1_622_016 + 12 * (
+    assert adapter_parameters(gpt2(), AdapterSpec(kind="dora", rank=16)) == 1_622_016 + 12 * (
         2304 + 768 + 768
     )
 
 
 def test_parts_by_hand() -> None:
-    batch = plan.Shape(4, 128, 256)
-    full = plan.Training("mlx", gpt2(), 124_439_808, False, batches=[batch])
+    batch = Shape(4, 128, 256)
+    full = Training("mlx", gpt2(), 124_439_808, False, batches=[batch])
     assert full.weights() == pytest.approx(124_439_808 * 4 / 2**30)
     assert full.optimizer() == 2 * full.weights() == 2 * full.gradients()
     assert full.reference_copy() == 0 and replace(full, reference=True).reference_copy() == full.weights()
@@ -73,7 +75,7 @@ def test_parts_by_hand() -> None:
     four_bits = replace(lora, bits=4)
     packed = 12 * 12 * 768**2  # the linear layers
     assert lora.weights() - four_bits.weights() == pytest.approx(packed * (4 - 0.5 - 0.125) / 2**30)
-    half = replace(full, batches=[plan.Shape(2, 128, 128)])
+    half = replace(full, batches=[Shape(2, 128, 128)])
     assert half.activations(half.batches[0]) == pytest.approx(full.activations(batch) / 2)
     assert replace(full, checkpointing=True, engine="torch").activations(batch) < full.activations(batch) / 2
 
@@ -82,16 +84,16 @@ def test_checkpointed_blocks_are_never_lean() -> None:
     """Recomputing whole blocks takes the lean ones off: a larger batch keeps more, also beyond the bound from
     which blocks are lean.
     """
-    one = plan.Training("mlx", gpt2(), 124_439_808, False, batches=[], checkpointing=True)
-    sizes = [one.activations(plan.Shape(rows, 256, 64)) for rows in range(1, 13)]
+    one = Training("mlx", gpt2(), 124_439_808, False, batches=[], checkpointing=True)
+    sizes = [one.activations(Shape(rows, 256, 64)) for rows in range(1, 13)]
     assert sizes == sorted(sizes) and sizes[-1] == pytest.approx(12 * sizes[0])
 
 
 def test_logits_do_not_grow_with_the_batch() -> None:
     for engine in ("mlx", "torch"):
-        training = plan.Training(engine, gpt2(), 124_439_808, False)
+        training = Training(engine, gpt2(), 124_439_808, False)
         many, few = (
-            training.logits(plan.Shape(rows, length, n))
+            training.logits(Shape(rows, length, n))
             for rows, length, n in ((64, 1024, 60_000), (8, 128, 1024))
         )
         assert many == pytest.approx(few, rel=0.1) and many < 0.35
@@ -106,12 +108,10 @@ def test_rows_that_torch_packs_are_counted_once() -> None:
         Example((*prompt, *range(first, first + n)), (False,) * 10 + (True,) * n)
         for first, n in ((20, 4), (40, 6))
     ]
-    (padded,), (packed,) = (
-        plan.shapes([collate(rows)], shares_prefixes) for shares_prefixes in (False, True)
-    )
-    assert padded == plan.Shape(2, 16, 64) and packed == plan.Shape(2, 16, 64, 18)
-    assert plan.distinct([padded, packed, plan.Shape(2, 16, 64, 17)]) == [padded]
-    full = plan.Training("torch", gpt2(), 124_439_808, False)
+    (padded,), (packed,) = (shapes([collate(rows)], shares_prefixes) for shares_prefixes in (False, True))
+    assert padded == Shape(2, 16, 64) and packed == Shape(2, 16, 64, 18)
+    assert distinct([padded, packed, Shape(2, 16, 64, 17)]) == [padded]
+    full = Training("torch", gpt2(), 124_439_808, False)
     assert (
         full.shares_prefixes
         and not replace(full, engine="mlx").shares_prefixes
@@ -121,12 +121,12 @@ def test_rows_that_torch_packs_are_counted_once() -> None:
     assert full.forward(packed) < full.forward(padded)
     assert full.activations(packed) < full.activations(padded)
     # as many tokens, but queries, keys, values and what attention returns are there for padded rows too
-    assert full.activations(plan.Shape(1, 18, 64)) < full.activations(packed)
+    assert full.activations(Shape(1, 18, 64)) < full.activations(packed)
 
 
 def test_torch_adds_the_gradients_of_micro_batches_in_place() -> None:
-    one = plan.Training("torch", gpt2(), 124_439_808, False, batches=[plan.Shape(1, 32, 64)])
-    several = replace(one, accumulate=True)
+    one = Training("torch", gpt2(), 124_439_808, False, batches=[Shape(1, 32, 64)])
+    several = replace(one, grad_accumulation=True)
     assert several.gradients() == one.gradients() and several.head() == 0 < one.head()
     assert dict(several.phases())["as the backward pass begins"]["gradients"] == several.gradients()
     assert replace(several, engine="mlx").gradients() == 2 * one.gradients()
@@ -134,13 +134,10 @@ def test_torch_adds_the_gradients_of_micro_batches_in_place() -> None:
 
 def test_the_peak_is_the_largest_moment() -> None:
     small = plan.peak(
-        "run", plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(1, 32, 64)]), 1, (1, 1)
+        "run", Training("mlx", gpt2(), 124_439_808, False, batches=[Shape(1, 32, 64)]), 1, (1, 1)
     )
     large = plan.peak(
-        "run",
-        plan.Training("mlx", gpt2(), 124_439_808, False, batches=[plan.Shape(8, 1024, 4096)]),
-        1,
-        (1, 1),
+        "run", Training("mlx", gpt2(), 124_439_808, False, batches=[Shape(8, 1024, 4096)]), 1, (1, 1)
     )
     assert small.phase == "in the update" and large.phase == "as the backward pass begins"
     assert large.total_gb == pytest.approx(sum(large.parts.values())) and large.total_gb > 2 * small.total_gb
@@ -185,11 +182,11 @@ def test_advice_keeps_its_promises(
     """Whoever follows it is told the peak that it promised, but for rows that fall into other batches."""
     monkeypatch.setitem(plan.PROGRAM, "torch", 0.0)  # beside which the embedded model is nothing
     given = [f"engine={engine}", *given]
-    (found,) = plan.of_recipe(methods.load_recipe(recipe, given))
+    (found,) = methods.plan(methods.load_recipe(recipe, given))
     advice = [overrides(less) for less in found.advice]
     assert said <= {change for changes, _ in advice for change in changes}, found.advice
     for changes, gb in advice:
-        (then,) = plan.of_recipe(methods.load_recipe(recipe, [*given, *changes]))
+        (then,) = methods.plan(methods.load_recipe(recipe, [*given, *changes]))
         assert then.total_gb < found.total_gb and then.total_gb < 1.15 * gb + 0.01, changes
         if "max_length" not in changes[0]:  # of rows without a trained token left nothing is trained
             assert then.total_gb > gb / 1.15 - 0.01, changes
@@ -205,13 +202,13 @@ def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(
     recipe: str, too_long: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["model=tiny", "data.limit=600", f"data.too_long={too_long}"]
-    (found,) = plan.of_recipe(methods.load_recipe(recipe, given))
+    (found,) = methods.plan(methods.load_recipe(recipe, given))
     (less,) = [less for less in found.advice if "max_length" in less]
     counts = {fate: int(n) for fate, n in re.findall(r"(cuts|drops) (\d+)", less)}
     rows = int(less.partition(" of ")[2].split()[0])
     assert counts["drops"] <= 0.1 * rows and ("cuts" in counts) == (too_long == "cut")
     capsys.readouterr()
-    plan.of_recipe(methods.load_recipe(recipe, [*given, less.split(",")[0]]))
+    methods.plan(methods.load_recipe(recipe, [*given, less.split(",")[0]]))
     kept, untrained, long, truncated = map(
         int,
         re.search(
@@ -232,7 +229,8 @@ def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
     rows = [Example((1,) * 100, (False,) * 99 + (True,))] * 10
 
     def shorter(rows: list[Example], *given: str) -> tuple[int, str] | None:
-        return plan._shorter(methods.load_recipe("demo_sft", list(given)), Data(rows, [], settings, 0, 512))
+        made = Dataset(rows, [], RowCollator(512), settings, 0)
+        return plan._shorter(methods.load_recipe("demo_sft", list(given)), made)
 
     # the answer is the last token
     assert shorter(rows, "data.too_long=drop") is None and shorter(rows) is None
@@ -243,27 +241,29 @@ def test_no_length_is_advised_that_most_rows_would_not_survive() -> None:
     )
     assert shorter([*early[1:], *rows[:1]]) == (56, "data.max_length=56, which cuts 9 and drops 1 of 10 rows")
     row = Preference(prompt=(), chosen="", rejected="")
+
     # a long dialogue may do without its oldest turns
-    known = [Pair((1,) * n, (1,) * 20, i, row) for i, n in enumerate((30,) * 9 + (100,))]
-    assert plan._shorter(
-        methods.load_recipe("demo_reward", ["model=tiny"]), PairData(known, [], settings, 0, 512, pad=0)
-    ) == (56, "data.max_length=56, which shortens or drops 1 of 10 pairs")
+    def side(length: int) -> Example:
+        return Example((1,) * length, (False,) * (length - 1) + (True,))
+
+    known = [Pair(side(n), side(20), i, row) for i, n in enumerate((30,) * 9 + (100,))]
+    pairs = Dataset(known, [], PairCollator(0, 512, score=True), settings, 0)
+    assert plan._shorter(methods.load_recipe("demo_reward", ["model=tiny"]), pairs) == (
+        56,
+        "data.max_length=56, which shortens or drops 1 of 10 pairs",
+    )
     packed = methods.load_recipe("00_pretrain_tiny", [])
-    assert packed.data.pack and plan._shorter(
-        packed, Data([Example((1,) * 100, (True,) * 100)] * 3, [], settings, 0, 512)
-    ) == (56, "data.max_length=56")
+    texts = Dataset([Example((1,) * 100, (True,) * 100)] * 3, [], RowCollator(512), settings, 0)
+    assert packed.data.pack and plan._shorter(packed, texts) == (56, "data.max_length=56")
 
 
 def test_fewer_rows_are_fewer_only_where_rows_were_the_limit() -> None:
-    full, short = plan.Shape(16, 64, 512), plan.Shape(4, 200, 320)
+    full, short = Shape(16, 64, 512), Shape(4, 200, 320)
     # a budget of tokens holds the other down
-    assert plan._at_most([full, short], 16, 8, None) == [short, plan.Shape(8, 64, 256)]
+    assert plan._at_most([full, short], 16, 8, None) == [short, Shape(8, 64, 256)]
     assert plan._at_most([short], 16, 8, None) == [short] and plan._at_most([full], 16, 16, None) == [full]
-    assert plan._at_most([plan.Shape(8, 64, 64)], 4, 2, None) == [plan.Shape(4, 64, 32)]  # four pairs
-    assert (
-        plan._at_most([short], 16, 16, 96) == [plan.Shape(4, 96, 154)]
-        and plan._at_most([], 16, 8, None) == []
-    )
+    assert plan._at_most([Shape(8, 64, 64)], 4, 2, None) == [Shape(4, 64, 32)]  # four pairs
+    assert plan._at_most([short], 16, 16, 96) == [Shape(4, 96, 154)] and plan._at_most([], 16, 8, None) == []
 
 
 def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch
         raise UserError("adapter.targets: no layer is called q_proj")
 
     monkeypatch.setattr(plan, "adapter_parameters", missing)
-    (found,) = plan.of_recipe(methods.load_recipe("demo_sft", ["data.limit=64"]))
+    (found,) = methods.plan(methods.load_recipe("demo_sft", ["data.limit=64"]))
     assert found.advice and not any("adapter" in less for less in found.advice)
     assert plan._fits_groups(gpt2(), 64) and not plan._fits_groups(gpt2(), 512)
 
@@ -311,14 +311,14 @@ def test_prediction_of_an_evaluation_on_mlx(
     folder = base_folder("tiny")
     model = engines.get("mlx").load(folder)
     batch = collate([Example((5,) * length, (False,) * (length - trained) + (True,) * trained)] * rows, 512)
-    training = plan.Training(
+    training = Training(
         "mlx",
-        plan.size(folder),
+        size(folder),
         0,
         True,
         divergence=loss != "sft",
         beside=loss == "kl",
-        evaluations=plan.shapes([batch]),
+        evaluations=shapes([batch]),
     )
     model.keep_reference()
     if loss == "kl of kept states":
@@ -352,7 +352,7 @@ def test_prediction_of_a_rollout_on_mlx(
     }
     taken = mlx_taken(lambda: list(decoding.in_batches(model, [[5] * length] * prompts, **settings)))
     phases = plan._rollout(
-        plan.Training("mlx", plan.size(folder), 0, True), [length] * prompts, samples, tokens, budget
+        Training("mlx", size(folder), 0, True), [length] * prompts, samples, tokens, budget
     )
     assert most(phases, "rollout") == pytest.approx(taken, rel=0.1)
 
@@ -372,7 +372,7 @@ def test_prompts_that_are_answered_once_count(monkeypatch: pytest.MonkeyPatch) -
     none = ["data.limit=1", "data.eval_limit=1"]
     for engine in engines.available():
         (alone,), (held_out,), (normalised,) = (
-            plan.of_recipe(methods.load_recipe("demo_ppo", [*given, f"engine={engine}", *more]))
+            methods.plan(methods.load_recipe("demo_ppo", [*given, f"engine={engine}", *more]))
             for more in (none, ["data.limit=1"], ["data.limit=256", *none[1:]])
         )
         assert (
@@ -394,22 +394,24 @@ def test_held_out_answers_are_measured_at_their_own_length(engine: str) -> None:
         "demo_ppo",
         ["model=tiny", "reward=[{function: checker}]", "rollout.prompts=1", "rollout.token_budget=512"],
     )
-    of = plan.size(base_folder("tiny"))
+    of = size(base_folder("tiny"))
     alone, short, long = (
-        plan._ppo(recipe, engine, of, plan.PromptLengths(10, [10], held_out), []).total_gb
+        plan._rollouts(
+            recipe, engine, of, plan.PromptLengths(10, [10], held_out), [], ppo.algorithm(recipe), "logprobs"
+        ).total_gb
         for held_out in ([], [10] * 64, [400] * 64)
     )
     rows = recipe.train.batch_size * 4
     packed = rows * (400 + recipe.rollout.max_tokens) if engine == "torch" else None
-    training = plan.Training(engine, of, of.parameters, False, reference=True)
-    read = training.forward(plan.Shape(rows, 440, 0, packed))
+    training = Training(engine, of, of.parameters, False, reference=True)
+    read = training.forward(Shape(rows, 440, 0, packed))
     assert long == pytest.approx(plan.PROGRAM[engine] + 2 * training.weights() + training.optimizer() + read)
     assert alone < short < long
 
 
 def test_shorter_answers_are_no_advice_where_longer_prompts_would_follow() -> None:
     for length, offered in ((472, True), (473, False)):
-        (found,) = plan.of_recipe(
+        (found,) = methods.plan(
             methods.load_recipe(
                 "demo_ppo",
                 ["model=tiny", "reward=[{function: checker}]", f"data.max_length={length}", "data.limit=64"],
@@ -435,12 +437,12 @@ def test_the_reference_reads_training_rows_once_where_their_states_are_kept(
     monkeypatch.setattr(plan, "peak", lambda *given: (seen.extend(given[-1]), peak(*given))[1])
     for epochs in (1, 2):
         seen.clear()
-        (found,) = plan.of_recipe(
+        (found,) = methods.plan(
             methods.load_recipe("06_kl_sft", [*given, f"train.epochs={epochs}", "engine=auto"])
         )
         assert bool(seen) == (epochs == 2)
-    training = plan.Training(found.engine, plan.size(base_folder("tiny")), 0, True)
-    read = [training.forward(plan.Shape(16, length, 0)) for length in range(8, 129, 8)]
+    training = Training(found.engine, size(base_folder("tiny")), 0, True)
+    read = [training.forward(Shape(16, length, 0)) for length in range(8, 129, 8)]
     assert max(parts["activations"] for _, parts in seen) in read and {name for name, _ in seen} == {
         "as the reference's states are computed"
     }
@@ -452,7 +454,7 @@ def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     found = {}
     for gb in (64, 0.01):
         monkeypatch.setattr(process, "memory", lambda gb=gb: (int(gb * 2**30), 0))
-        (found[gb],) = plan.of_recipe(methods.load_recipe("demo_sft", ["data.limit=64"]))
+        (found[gb],) = methods.plan(methods.load_recipe("demo_sft", ["data.limit=64"]))
     assert "may not fit" not in found[64].line()
     line = found[0.01].line()
     assert (
@@ -509,21 +511,21 @@ def llama_folder(folder: Path, tied: bool) -> Path:
 
 
 def test_grouped_queries_and_gates_are_read_from_the_files(tmp_path: Path) -> None:
-    of = plan.size(llama_folder(tmp_path / "untied", tied=False))
+    of = size(llama_folder(tmp_path / "untied", tied=False))
     assert of.key_width == 32 and of.gated and not of.tied and of.inner == 256
     assert (
         plan.cache(of, 100, "float32") == 2 * plan.cache(of, 100, "bfloat16") == 2 * 3 * 32 * 100 * 4 / 2**30
     )
-    tied = plan.size(llama_folder(tmp_path / "tied", tied=True))
+    tied = size(llama_folder(tmp_path / "tied", tied=True))
     assert tied.tied and of.parameters - tied.parameters == 512 * 96
-    gpt = plan.size(base_folder("tiny"))
+    gpt = size(base_folder("tiny"))
     assert gpt.key_width == gpt.width and not gpt.gated and gpt.tied
 
 
 def test_half_the_bytes_in_bfloat16(tmp_path: Path) -> None:
-    batch = plan.Shape(4, 128, 256)
-    of = plan.size(llama_folder(tmp_path / "llama", tied=True))
-    full = plan.Training("mlx", of, of.parameters, False, batches=[batch], reference=True)
+    batch = Shape(4, 128, 256)
+    of = size(llama_folder(tmp_path / "llama", tied=True))
+    full = Training("mlx", of, of.parameters, False, batches=[batch], reference=True)
     half = replace(full, dtype="bfloat16")
     for part in ("activations", "forward"):
         assert getattr(half, part)(batch) == getattr(full, part)(batch) / 2
@@ -539,10 +541,10 @@ def test_half_the_bytes_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_what_dora_keeps_by_hand() -> None:
-    batch = plan.Shape(4, 128, 256)
-    layers = plan.adapted(gpt2(), AdapterSpec(kind="dora", rank=16))
+    batch = Shape(4, 128, 256)
+    layers = adapted(gpt2(), AdapterSpec(kind="dora", rank=16))
     assert len(layers) == 36 and layers[:3] == [(768, 2304), (768, 768), (3072, 768)]
-    lora = plan.Training("mlx", gpt2(), 1_622_016, True, batches=[batch], adapted=layers)
+    lora = Training("mlx", gpt2(), 1_622_016, True, batches=[batch], adapted=layers)
     dora = replace(lora, dora=True)
     outputs = 12 * (2304 + 768 + 768) * 4 * 128
     assert dora.activations(batch) - lora.activations(batch) == pytest.approx(4 * outputs / 2**30)
@@ -553,22 +555,22 @@ def test_what_dora_keeps_by_hand() -> None:
 
 
 def test_a_quantised_head_has_all_logits() -> None:
-    batch = plan.Shape(16, 512, 8192)
+    batch = Shape(16, 512, 8192)
     untied = replace(gpt2(), tensors={**gpt2().tensors, "lm_head.weight": (50257, 768)})
-    lora = plan.Training("mlx", untied, 1_622_016, True)
+    lora = Training("mlx", untied, 1_622_016, True)
     assert lora.logits(batch) < 0.3 and replace(lora, bits=4).logits(batch) > 4 * 8192 * 50257 / 2**30
     # an embedding is not quantised, so neither is a tied head
     assert replace(lora, bits=4, size=gpt2()).logits(batch) < 0.3
 
 
 def test_a_guess_is_called_one() -> None:
-    known = plan.Training("mlx", gpt2(), 1, True)
+    known = Training("mlx", gpt2(), 1, True)
     llama = replace(known, size=replace(gpt2(), model_type="llama"))
     assert known.sure and replace(known, dora=True).sure and llama.sure
     other = replace(known, size=replace(gpt2(), model_type="qwen3"))
     for guess in (other, replace(llama, engine="torch"), replace(known, engine="torch", dora=True)):
         assert not guess.sure
-        assert "a guess" in plan.peak("run", replace(guess, batches=[plan.Shape(1, 8, 8)]), 1, (1, 1)).text()
+        assert "a guess" in plan.peak("run", replace(guess, batches=[Shape(1, 8, 8)]), 1, (1, 1)).text()
 
 
 def measured(
@@ -587,12 +589,12 @@ def measured(
         group_size=32,
         gradient_checkpointing=more.get("checkpointing", False),
     )
-    of = plan.size(folder)
-    training = plan.Training("mlx", of, of.parameters, False, dtype, bits, 32, **more)
+    of = size(folder)
+    training = Training("mlx", of, of.parameters, False, dtype, bits, 32, **more)
     if mode != "full":
         spec = AdapterSpec(kind=mode.lstrip("q"), rank=8)
         model.add_adapter(spec, seed=0)
-        trained, layers = plan.adapter_parameters(of, spec), plan.adapted(of, spec)
+        trained, layers = adapter_parameters(of, spec), adapted(of, spec)
         training = replace(training, trained=trained, adapter=True, adapted=layers, dora=spec.kind == "dora")
     assert (
         of.parameters + (training.trained if training.adapter else 0),
@@ -608,7 +610,7 @@ def measured(
     trainer.step(sft.loss, [batch], 1e-4)
     engine.reset_memory()
     trainer.step(sft.loss, [batch], 1e-4)
-    predicted = plan.peak("run", replace(training, batches=plan.shapes([batch])), 1, (1, 1)).total_gb
+    predicted = plan.peak("run", replace(training, batches=shapes([batch])), 1, (1, 1)).total_gb
     return predicted, engine.memory()["peak_gb"]
 
 
@@ -680,22 +682,12 @@ def test_every_run_says_it_first_and_comes_near(
     recipe: str, given: list[str], engine: str, tmp_path: Path
 ) -> None:
     """A real run of either engine, in a process of its own, as torch's memory is the process's."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlx_posttrain",
-        "run",
-        recipe,
-        f"engine={engine}",
-        *given,
-        f"output={tmp_path / 'run'}",
-        "sample.count=0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    settings = [f"engine={engine}", *given, f"output={tmp_path / 'run'}", "sample.count=0"]
+    done = subprocess.run(command("run", recipe, *settings), capture_output=True, text=True, check=True)
     lines = done.stderr.splitlines()
     (told,) = [i for i, line in enumerate(lines) if line.startswith("memory: about ")]
     assert told < min(i for i, line in enumerate(lines) if "step 0" in line)
-    measured = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     peak = max(m["peak_gb"] for m in measured if "peak_gb" in m)
     assert float(lines[told].split()[2]) == pytest.approx(peak, rel=0.2), lines[told]
 
@@ -705,18 +697,18 @@ def test_quantised_folders_count_what_they_stand_for(tmp_path: Path) -> None:
     from mlx_posttrain.convert.weights import convert
 
     convert("tiny", tmp_path / "q4", to="mlx", quantize=4)
-    of = plan.size(tmp_path / "q4")
+    of = size(tmp_path / "q4")
     model = engines.get("mlx").load(tmp_path / "q4")
     model.add_adapter(AdapterSpec(rank=4), seed=0)
-    trained = plan.adapter_parameters(of, AdapterSpec(rank=4))
+    trained = adapter_parameters(of, AdapterSpec(rank=4))
     assert (of.parameters + trained, trained) == model.parameter_counts()
-    training = plan.Training("mlx", of, trained, True)
-    assert training.weights() < 0.5 * replace(training, size=plan.size(base_folder("tiny"))).weights()
+    training = Training("mlx", of, trained, True)
+    assert training.weights() < 0.5 * replace(training, size=size(base_folder("tiny"))).weights()
 
 
 def test_targets_that_match_nothing_are_an_error_here_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no layer is called q_proj"):
-        plan.of_recipe(methods.load_recipe("demo_lora", ["adapter.targets=[q_proj]", "data.limit=16"]))
+        methods.plan(methods.load_recipe("demo_lora", ["adapter.targets=[q_proj]", "data.limit=16"]))
 
 
 def test_an_adapter_to_start_from_decides_its_own_size(tmp_path: Path) -> None:
@@ -724,7 +716,7 @@ def test_an_adapter_to_start_from_decides_its_own_size(tmp_path: Path) -> None:
     model = engine.load(base_folder("tiny"))
     model.add_adapter(AdapterSpec(rank=3), seed=0)
     model.save(tmp_path / "adapter")
-    (found,) = plan.of_recipe(
+    (found,) = methods.plan(
         methods.load_recipe(
             "demo_lora", [f"adapter.path={tmp_path / 'adapter'}", "adapter.rank=32", "data.limit=16"]
         )
@@ -736,8 +728,44 @@ def test_a_size_that_cannot_be_told_stops_no_run(capsys: pytest.CaptureFixture[s
     def fail() -> plan.Plan:
         raise UserError("config.json names no width")
 
-    plan.tell(fail)
+    plan.print_plan(fail)
     assert "memory: not planned: config.json names no width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyError, RecursionError, AssertionError])
+def test_a_defect_of_the_planner_stops_no_run(
+    error: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that says where; what ends a program is not held up."""
+
+    def fail() -> plan.Plan:
+        raise error("of the planner")
+
+    line = fail.__code__.co_firstlineno + 1
+    plan.print_plan(fail)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("memory: not planned, by a defect of the planner (")
+    assert f"{error.__name__} at test_plan.py:{line}: " in said and "of the planner" in said
+
+    def interrupt() -> plan.Plan:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan.print_plan(interrupt)
+
+
+def test_a_run_goes_on_without_its_plan(
+    random_gpt2: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan, "peak", lambda *given: 1 // 0)
+    small = ["train.steps=1", "sample.count=0", "data.holdout=6"]
+    given = [f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", *small]
+    assert run_recipe("01_sft", *given)["loss"] > 0
+    assert "memory: not planned, by a defect of the planner (ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_command_line_and_pipeline(tmp_path: Path) -> None:
@@ -754,7 +782,7 @@ stages:
     set: {model: "{sft}", reward: [{model: "{reward}"}], critic.kind: separate, data.limit: 64}
 """
     (tmp_path / "all.yaml").write_text(stages)
-    plans = plan.of_recipe(methods.load_recipe(str(tmp_path / "all.yaml"), [f"output={tmp_path / 'out'}"]))
+    plans = methods.plan(methods.load_recipe(str(tmp_path / "all.yaml"), [f"output={tmp_path / 'out'}"]))
     # models that are yet to be made have the size of what they start from
     assert [p.name for p in plans] == ["sft", "reward", "ppo"]
     assert plans[2].parts["critic"] > 0 and plans[2].parts["reward"] > 0
@@ -764,4 +792,4 @@ stages:
 def test_a_report_trains_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("method: report\nruns: {a: tiny}\n")
     with pytest.raises(UserError, match="trains nothing"):
-        plan.of_recipe(methods.load_recipe(str(tmp_path / "r.yaml")))
+        methods.plan(methods.load_recipe(str(tmp_path / "r.yaml")))

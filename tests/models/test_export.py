@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_posttrain import cli, engines, methods
+from mlx_posttrain import engines
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models import export as export_module
 from mlx_posttrain.models.export import export, push
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
+from tests.helpers import cli, read_jsonl, run_recipe
 
 ENGINES = engines.available()
 TOKENS = np.arange(3, 51)[None].repeat(2, 0)
@@ -51,8 +52,7 @@ def runs(random_gpt2, rows_file, tmp_path_factory):
                 *adapter,
                 *more,
             ]
-            chosen = methods.load_recipe("01_sft", overrides)
-            methods.run(chosen)
+            run_recipe("01_sft", *overrides)
             made[engine, kind] = output
         return made[engine, kind]
 
@@ -161,7 +161,7 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
     assert source.quantize == 4
     packed = [m for m in model.net.modules() if isinstance(m, nn.QuantizedLinear)]
     assert len(packed) == 8 and all(m.bits == 4 for m in packed)  # 4 matrices in each of 2 blocks
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_jsonl(run / "metrics.jsonl")
     assert records[-1]["eval/loss"] < records[0]["eval/loss"]
     total, trained = model.parameter_counts()
     plain, _, _ = open_model(random_gpt2, "mlx")
@@ -220,20 +220,17 @@ def test_an_adapter_made_by_peft_is_a_starting_point(engine, random_gpt2, rows_f
     theirs.save_pretrained(tmp_path / "adapter")
     opened, _, _ = open_model(tmp_path / "adapter", engine)  # its base is named in its config
     assert np.abs(opened.full_logits(TOKENS) - transformers_logits(theirs)).max() < 1e-4
-    chosen = methods.load_recipe(
+    run_recipe(
         "01_sft",
-        [
-            f"model={random_gpt2}",
-            f"data.source={rows_file}",
-            f"output={tmp_path / 'run'}",
-            f"engine={engine}",
-            "train.steps=1",
-            "train.lr=1e-9",
-            "sample.count=0",
-            f"adapter.path={tmp_path / 'adapter'}",
-        ],
+        f"model={random_gpt2}",
+        f"data.source={rows_file}",
+        f"output={tmp_path / 'run'}",
+        f"engine={engine}",
+        "train.steps=1",
+        "train.lr=1e-9",
+        "sample.count=0",
+        f"adapter.path={tmp_path / 'adapter'}",
     )
-    methods.run(chosen)
     continued, _, _ = open_model(tmp_path / "run", engine)
     assert np.abs(continued.full_logits(TOKENS) - transformers_logits(theirs)).max() < 1e-4
 
@@ -250,19 +247,16 @@ def test_a_run_made_by_one_engine_opens_on_the_other(runs):
 def test_a_run_is_a_new_runs_model(runs, rows_file, tmp_path):
     """Also an adapter run, which is merged once, beside its final/."""
     first = runs(ENGINES[0], "lora")
-    chosen = methods.load_recipe(
+    run_recipe(
         "01_sft",
-        [
-            f"model={first}",
-            f"data.source={rows_file}",
-            f"output={tmp_path / 'second'}",
-            f"engine={ENGINES[0]}",
-            "train.steps=1",
-            "train.lr=1e-9",
-            "sample.count=0",
-        ],
+        f"model={first}",
+        f"data.source={rows_file}",
+        f"output={tmp_path / 'second'}",
+        f"engine={ENGINES[0]}",
+        "train.steps=1",
+        "train.lr=1e-9",
+        "sample.count=0",
     )
-    methods.run(chosen)
     assert locate(tmp_path / "second").adapter is None
     ours, theirs = (open_model(r, ENGINES[0])[0].full_logits(TOKENS) for r in (first, tmp_path / "second"))
     assert np.abs(ours - theirs).max() < 1e-4
@@ -338,11 +332,7 @@ def test_an_upload_that_failed_is_tried_again(runs, tmp_path, monkeypatch, capfd
         ["export", full, "--to", "hf", *command[2:]],
         [*command, "--to", "mlx-lm"],
     ):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-        said = capfd.readouterr()
-        outcome.append(
-            (ended.value.code, "url of out" in said.out, "no network" in said.err, "not empty" in said.err)
-        )
+        code, said = cli(*arguments), capfd.readouterr()
+        outcome.append((code, "url of out" in said.out, "no network" in said.err, "not empty" in said.err))
     refused = (2, False, False, True)
     assert outcome == [(2, False, True, False), (0, True, False, False), refused, refused]

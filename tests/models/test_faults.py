@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_posttrain import cli, engines
+from mlx_posttrain import engines
 from mlx_posttrain.convert import gpt2, hub
 from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.open import open_model
+from tests.helpers import cli, command, refused
 
 ENGINES = engines.available()
 
@@ -187,43 +187,32 @@ def test_decoding_in_parts_gives_the_texts_of_one_batch(engine, budget, random_g
     assert calls == {1: [1] * 15, 2 * 256: [2, 1] * 5, 4 * 256: [3] * 5, 7 * 256: [6, 6, 3]}[budget]
 
 
-def one_line(arguments: list[str], capfd) -> str:
-    """The last line on standard error of a command that must end with exit code 2 and without a traceback."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    error = capfd.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in error
-    return error.strip().splitlines()[-1]
-
-
 def test_a_file_of_prompts_that_is_no_text(random_gpt2, tmp_path, capfd):
     (tmp_path / "prompts").write_bytes(b"The cat\n\xff\xfe\x00")
-    assert "prompts: not UTF-8 text (byte 9); give a text file" in one_line(
-        ["generate", str(random_gpt2), "--file", str(tmp_path / "prompts")], capfd
+    assert "prompts: not UTF-8 text (byte 9); give a text file" in refused(
+        capfd, "generate", str(random_gpt2), "--file", str(tmp_path / "prompts")
     )
 
 
 def test_a_line_is_what_ends_in_a_newline(random_gpt2, tmp_path, capfd):
     """A byte-order mark is no text, and Unicode's other separators stand inside a prompt."""
     (tmp_path / "prompts").write_bytes("\ufeffThe cat\r\n\n A\u2028dog\n".encode())
-    with pytest.raises(SystemExit):
-        cli.main(
-            ["generate", str(random_gpt2), "--file", str(tmp_path / "prompts"), "--max-tokens", "2", "--json"]
-        )
+    file = str(tmp_path / "prompts")
+    assert cli("generate", str(random_gpt2), "--file", file, "--max-tokens", "2", "--json") == 0
     assert [json.loads(line)["prompt"] for line in capfd.readouterr().out.split("\n")[:-1]] == [
         "The cat",
         " A\u2028dog",
     ]
 
 
-@pytest.mark.parametrize("command", [["generate", "tiny", "--prompt", "x"], ["chat", "tiny"], ["demo"]])
-def test_a_seed_below_zero(command, capfd):
-    assert "--seed" in one_line([*command, "--seed", "-1"], capfd)
+@pytest.mark.parametrize("given", [["generate", "tiny", "--prompt", "x"], ["chat", "tiny"], ["demo"]])
+def test_a_seed_below_zero(given, capfd):
+    assert "--seed" in refused(capfd, *given, "--seed", "-1")
 
 
 def test_a_demo_into_a_file(tmp_path, capfd):
     (tmp_path / "taken").write_text("mine")
-    assert "is a file" in one_line(["demo", "--output", str(tmp_path / "taken")], capfd)
+    assert "is a file" in refused(capfd, "demo", "--output", str(tmp_path / "taken"))
     assert (tmp_path / "taken").read_text() == "mine"
 
 
@@ -231,19 +220,7 @@ def test_a_demo_into_a_file(tmp_path, capfd):
 def test_a_chat_outlives_a_question_that_is_too_long(engine, random_gpt2):
     asked = b"The cat\n" + b"The cat sat on the mat. " * 40 + b"\n\xff\xfe\nThe cat\n"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mlx_posttrain",
-            "chat",
-            str(random_gpt2),
-            "--max-tokens",
-            "3",
-            "--temperature",
-            "0",
-            "--engine",
-            engine,
-        ],
+        command("chat", random_gpt2, "--max-tokens", 3, "--temperature", 0, "--engine", engine),
         input=asked,
         capture_output=True,
         timeout=300,
@@ -261,8 +238,8 @@ def test_a_config_that_contradicts_its_weights_is_one_line(engine, random_gpt2, 
         shutil.copytree(random_gpt2, folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
-        said = one_line(
-            ["generate", str(folder), "--prompt", "Hi", "--max-tokens", "2", "--engine", engine], capfd
+        said = refused(
+            capfd, "generate", str(folder), "--prompt", "Hi", "--max-tokens", "2", "--engine", engine
         )
         assert str(folder) in said or "config" in said, (key, said)
 
@@ -272,7 +249,7 @@ def test_a_folder_without_a_tokenizer(random_gpt2, tmp_path, capfd):
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(random_gpt2 / name, folder / name)
-    assert "has no tokenizer" in one_line(["generate", str(folder), "--prompt", "Hi"], capfd)
+    assert "has no tokenizer" in refused(capfd, "generate", str(folder), "--prompt", "Hi")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -286,7 +263,8 @@ def test_moments_of_another_run_are_refused(engine, random_gpt2, tmp_path):
     for model, trainer in ((full, full_trainer), (adapted, adapter_trainer)):
         tokens = np.array([[1, 2, 3, 4]], np.int32)
         index = np.arange(3, dtype=np.int32)
-        batch = Batch(tokens, index, tokens[0, 1:], np.ones(3, np.float32), np.zeros(3, np.int32))
+        ones = np.ones(3, np.float32)
+        batch = Batch(tokens, index, tokens[0, 1:], np.zeros(3, np.int32), ones, ones)
         trainer.step(_nll, [batch], 1e-3)
         del model
     full_trainer.save(tmp_path / "full.safetensors")

@@ -10,33 +10,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_posttrain import cli, engines, methods
+from mlx_posttrain import engines
 from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.export import export, is_export
 from mlx_posttrain.models.open import open_model
+from tests.helpers import cli, run_recipe
 
 pytestmark = pytest.mark.skipif("mlx" not in engines.available(), reason="needs mlx")
 TOKENS = np.arange(3, 51)[None].repeat(2, 0)
 
 
 def train(model: Path, rows: Path, output: Path, *more: str) -> Path:
-    chosen = methods.load_recipe(
+    run_recipe(
         "01_sft",
-        [
-            f"model={model}",
-            f"data.source={rows}",
-            f"output={output}",
-            "engine=mlx",
-            "train.steps=6",
-            "train.lr=2e-2",
-            "sample.count=0",
-            "adapter.rank=4",
-            "adapter.alpha=16",
-            *more,
-        ],
+        f"model={model}",
+        f"data.source={rows}",
+        f"output={output}",
+        "engine=mlx",
+        "train.steps=6",
+        "train.lr=2e-2",
+        "sample.count=0",
+        "adapter.rank=4",
+        "adapter.alpha=16",
+        *more,
     )
-    methods.run(chosen)
     return output
 
 
@@ -83,8 +81,7 @@ def test_and_is_a_new_runs_model(tuned, rows_file, tmp_path, capfd):
 def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_path, capfd):
     """The exported adapter is loaded there by others, where it says something else than in training."""
     run = train(random_gpt2, rows_file, tmp_path / "run", "adapter.quantize=4")
-    with pytest.raises(SystemExit):
-        cli.main(["export", str(run), "--output", str(tmp_path / "peft")])
+    assert cli("export", str(run), "--output", str(tmp_path / "peft")) == 0
     assert (said := capfd.readouterr().out.splitlines()[0]) in (tmp_path / "peft" / "README.md").read_text()
     drift = export(run, tmp_path / "adapters", "mlx-lm")["drift"]
     assert (

@@ -11,37 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import config as recipe
-from mlx_posttrain import engines, generation, methods, runs
-from mlx_posttrain.cli import main
+from mlx_posttrain import config, engines, generation, runs
 from mlx_posttrain.convert import weights
+from mlx_posttrain.data import read
 from mlx_posttrain.data.read import read_rows, split_rows
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.models import open
 from mlx_posttrain.models.export import export
 from mlx_posttrain.models.merge import base_folder
+from tests.helpers import cli, refused, run_recipe, write_jsonl
 
 ENGINES = engines.available()
 SHORT = [f"engine={ENGINES[0]}", "train.steps=1", "sample.count=0"]
-
-
-def run(name: str, *overrides: str) -> dict:
-    chosen = methods.load_recipe(name, list(overrides))
-    return methods.run(chosen)
-
-
-def refused(capfd, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as exit:
-        main([*arguments])
-    assert exit.value.code == 2
-    return capfd.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def lora(random_gpt2, rows_file, tmp_path_factory) -> Path:
     """A finished adapter run."""
     folder = tmp_path_factory.mktemp("lora") / "03_lora"
-    run(
+    run_recipe(
         "01_sft",
         f"model={random_gpt2}",
         f"data.source={rows_file}",
@@ -75,10 +62,10 @@ def test_an_interrupted_start_can_be_repeated(random_gpt2, rows_file, tmp_path, 
 
     settings = [f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", *SHORT]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(open, "load_tokenizer", interrupt)
-        run("01_sft", *settings)
+        patch.setattr(read, "load_tokenizer", interrupt)
+        run_recipe("01_sft", *settings)
     assert not (tmp_path / "run").exists()
-    run("01_sft", *settings)
+    run_recipe("01_sft", *settings)
 
 
 def test_an_interrupted_pretraining_takes_its_first_model_away_too(tmp_path, monkeypatch):
@@ -86,10 +73,8 @@ def test_an_interrupted_pretraining_takes_its_first_model_away_too(tmp_path, mon
         assert (tmp_path / "run" / "start" / "model.safetensors").is_file()
         raise KeyboardInterrupt
 
-    (tmp_path / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": f"The cat sat on mat {i}."}) + "\n" for i in range(20))
-    )
-    monkeypatch.setattr(open, "load_tokenizer", interrupt)
+    write_jsonl(tmp_path / "texts.jsonl", ({"text": f"The cat sat on mat {i}."} for i in range(20)))
+    monkeypatch.setattr(read, "load_tokenizer", interrupt)
     small = [
         "pretrain.vocab_size=300",
         "pretrain.layers=1",
@@ -98,7 +83,7 @@ def test_an_interrupted_pretraining_takes_its_first_model_away_too(tmp_path, mon
         "pretrain.context=64",
     ]
     with pytest.raises(KeyboardInterrupt):
-        run(
+        run_recipe(
             "00_pretrain_tiny",
             f"data.source={tmp_path / 'texts.jsonl'}",
             f"output={tmp_path / 'run'}",
@@ -119,9 +104,9 @@ def test_a_refused_quantised_model_leaves_the_folder_free(random_gpt2, rows_file
         "engine=mlx",
     ]
     with pytest.raises(UserError, match="add an adapter"):
-        run("01_sft", *settings)
+        run_recipe("01_sft", *settings)
     assert not (tmp_path / "run").exists()
-    run("01_sft", *settings, "adapter.rank=2")
+    run_recipe("01_sft", *settings, "adapter.rank=2")
 
 
 # adapters on the hub
@@ -134,7 +119,7 @@ def test_an_adapter_is_found_by_its_hub_id(cached, lora, rows_file, tmp_path):
         for name in (lora, "me/lora")
     )
     assert [a["answer"] for a in here] == [a["answer"] for a in there]
-    run(
+    run_recipe(
         "01_sft",
         "model=me/base",
         "adapter.path=me/lora",
@@ -161,12 +146,11 @@ def test_held_out_rows_that_are_all_too_long_do_not_stop_a_run(random_gpt2, tmp_
     from mlx_posttrain.data.types import Conversation, Turn
 
     rows = [{"instruction": f"Say {i}.", "output": "yes"} for i in range(30)]
-    data = recipe.DataSection(source="rows.jsonl", holdout=1)
+    data = config.DataSection(source="rows.jsonl", holdout=1)
     everything = [Conversation((Turn("user", str(i)), Turn("assistant", "yes"))) for i in range(30)]
     _, (aside,) = split_rows(data, 1, lambda *_, **__: list(everything))
     rows[int(aside.turns[0].content)]["instruction"] = "a very long question " * 80
-    source = tmp_path / "rows.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings = [
         f"model={random_gpt2}",
         f"data.source={source}",
@@ -175,29 +159,24 @@ def test_held_out_rows_that_are_all_too_long_do_not_stop_a_run(random_gpt2, tmp_
         "seed=1",
         *SHORT,
     ]
-    run("01_sft", *settings, "data.holdout=1")
+    run_recipe("01_sft", *settings, "data.holdout=1")
     said = capfd.readouterr().err
     assert said.count("held-out rows: none of them can be used") == 1 and "training rows: 29 of 29" in said
     with pytest.raises(UserError, match="no row left to train on"):
-        run("01_sft", *settings, "data.holdout=0", "data.max_length=8", f"output={tmp_path / 'other'}")
+        run_recipe("01_sft", *settings, "data.holdout=0", "data.max_length=8", f"output={tmp_path / 'other'}")
 
 
 def test_a_mistyped_column_of_ours_is_refused_and_a_foreign_one_is_named(random_gpt2, tmp_path, capfd):
-    source = tmp_path / "rows.jsonl"
-    source.write_text(
-        "".join(
-            json.dumps({"instruction": f"Say {i}.", "input": "x", "output": "yes", "points": 1}) + "\n"
-            for i in range(9)
-        )
-    )
+    rows = [{"instruction": f"Say {i}.", "input": "x", "output": "yes", "points": 1} for i in range(9)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings = [f"model={random_gpt2}", f"data.source={source}", f"output={tmp_path / 'run'}", *SHORT]
     with pytest.raises(
         UserError,
         match=r"data.columns names 'inptu', which no format reads; did you mean "
         r"'input'",
     ):
-        run("01_sft", *settings, "data.columns={inptu: input}")
-    run("01_sft", *settings, "data.columns={weight: points}")
+        run_recipe("01_sft", *settings, "data.columns={inptu: input}")
+    run_recipe("01_sft", *settings, "data.columns={weight: points}")
     assert capfd.readouterr().err.count("data.columns: no format reads weight;") == 1
 
 
@@ -205,7 +184,7 @@ def test_a_configuration_that_a_file_does_not_have_is_not_used_in_silence(tmp_pa
     """No error: a shipped recipe may name the one of its own data set, and be given another source."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     for source in (str(tmp_path / "rows.jsonl"), "embedded/tasks"):
-        read_rows(recipe.DataSection(source=source, config="main"), split="train", limit=1, seed=0)
+        read_rows(config.DataSection(source=source, config="main"), split="train", limit=1, seed=0)
         assert (
             f"data.config=main is not used: only data sets on the hub have configurations, and {source} is "
             "none" in capfd.readouterr().err
@@ -222,11 +201,9 @@ def test_a_tilde_is_the_home_folder(random_gpt2, rows_file, tmp_path, monkeypatc
     shutil.copytree(random_gpt2, tmp_path / "model")
     shutil.copy(rows_file, tmp_path / "rows.jsonl")
     common = ["model=~/model", "data.source=~/rows.jsonl", *SHORT]
-    run("01_sft", *common, "output=~/a", "adapter.rank=2")
-    run("01_sft", *common, "output=~/b", "adapter.path=~/a")
-    with pytest.raises(SystemExit) as done:
-        main(["export", "~/b", "--output", "~/exported"])
-    assert not done.value.code
+    run_recipe("01_sft", *common, "output=~/a", "adapter.rank=2")
+    run_recipe("01_sft", *common, "output=~/b", "adapter.path=~/a")
+    assert cli("export", "~/b", "--output", "~/exported") == 0
     assert (tmp_path / "b" / "final").is_dir() and (tmp_path / "exported" / "adapter_config.json").is_file()
     assert runs.is_run("~/a") and not list(Path().iterdir())
 
@@ -251,6 +228,8 @@ def test_an_unknown_engine_is_not_one_to_install(name, words):
 
 
 def test_a_full_run_has_nothing_to_merge(random_gpt2, rows_file, tmp_path):
-    run("01_sft", f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", *SHORT)
+    run_recipe(
+        "01_sft", f"model={random_gpt2}", f"data.source={rows_file}", f"output={tmp_path / 'run'}", *SHORT
+    )
     with pytest.raises(UserError, match="no adapter to merge: leave out --merge"):
         export(tmp_path / "run", tmp_path / "out", "hf", merged=True)

@@ -9,21 +9,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from mlx_posttrain import engines, methods, runs
+from mlx_posttrain import engines
 from mlx_posttrain.console import Interrupted, interruptible
+from tests.helpers import command, records, resume_run, run_recipe, same_weights, wait_for
 
 ENGINES = engines.available()
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "mlx_posttrain", *arguments]
 
 
 def settings(model: Path, rows: Path, output: Path, engine: str, *more: str) -> list[str]:
@@ -47,27 +41,6 @@ def settings(model: Path, rows: Path, output: Path, engine: str, *more: str) -> 
     ]
 
 
-def losses(run: Path) -> list[tuple]:
-    """What a step is judged by: everything in metrics.jsonl but clock and memory."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple((k, v) for k, v in r.items() if k not in ("seconds", "peak_gb")) for r in records]
-
-
-def weights(run: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    (file,) = (run / "final").glob("*.safetensors")
-    return load_file(file)
-
-
-def wait_for(condition, process, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "the run did not get that far"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "adapter",
@@ -89,7 +62,7 @@ def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt
     wait_for(lambda: (broken / "checkpoints" / "step-000006").is_dir(), process)
     process.kill()  # kill -9: no handler runs
     process.wait()
-    killed_after = len(losses(broken))
+    killed_after = len(records(broken))
     assert not (broken / "final").exists()
 
     done = subprocess.run(
@@ -97,10 +70,9 @@ def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt
     )
     assert done.returncode == 0, done.stderr
     assert ("hidden states are computed once and kept" in done.stderr) == ("kl.beta=0.3" in adapter)
-    assert killed_after < len(losses(whole)), "the kill came too late to prove anything"
-    assert losses(broken) == losses(whole)
-    for name, value in weights(whole).items():
-        assert np.array_equal(value, weights(broken)[name]), name
+    assert killed_after < len(records(whole)), "the kill came too late to prove anything"
+    assert records(broken) == records(whole)
+    assert same_weights(broken, whole)
 
     again = subprocess.run(
         command("run", "--resume", str(broken)), capture_output=True, text=True, timeout=120
@@ -134,8 +106,7 @@ def test_every_kind_of_training_resumes(engine, kind, random_gpt2, rows_file, tm
             "sample.count=0",
             *more,
         )[2:]
-        chosen = methods.load_recipe("01_sft", overrides)
-        methods.run(chosen)
+        run_recipe("01_sft", *overrides)
         return output
 
     if "{adapter}" in KINDS[kind][0]:
@@ -146,12 +117,9 @@ def test_every_kind_of_training_resumes(engine, kind, random_gpt2, rows_file, tm
     broken = shutil.copytree(whole, tmp_path / "broken")
     shutil.rmtree(broken / "final")
     shutil.rmtree(broken / "checkpoints" / "step-000005")
-    _, raw = runs.reopen(broken)
-    methods.run(methods.parse_recipe(raw | {"output": str(broken)}, "recipe.yaml"), resume=True)
-    assert [dict(r)["step"] for r in losses(broken)] == [0, 1, 2, 3, 4, 5, 5] and losses(broken) == losses(
-        whole
-    )
-    assert all(np.array_equal(value, weights(broken)[name]) for name, value in weights(whole).items())
+    resume_run(broken)
+    assert [r["step"] for r in records(broken)] == [0, 1, 2, 3, 4, 5, 5]
+    assert records(broken) == records(whole) and same_weights(broken, whole)
 
 
 def test_ctrl_c_that_also_kills_the_compiler_of_mlx(tmp_path):
@@ -185,7 +153,7 @@ def test_killed_before_the_first_checkpoint(engine, random_gpt2, rows_file, tmp_
         pytest.skip("the run was over before the kill")
     done = subprocess.run(command("run", "--resume", str(run)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    steps = [dict(r)["step"] for r in losses(run) if "loss" in dict(r)]
+    steps = [r["step"] for r in records(run) if "loss" in r]
     assert steps == list(range(1, 15))
 
 
@@ -209,13 +177,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(engine, number, random_gpt2, rows_fi
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses(run)) > 3, process)
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len(records(run)) > 3, process)
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert f"--resume {run}" in errors.splitlines()[-1] and "Traceback" not in errors
     (checkpoint,) = (run / "checkpoints").glob("step-*")
-    assert json.loads((checkpoint / "state.json").read_text())["step"] == dict(losses(run)[-1])["step"]
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == records(run)[-1]["step"]
 
 
 def test_a_second_run_never_overwrites_the_first(random_gpt2, rows_file, tmp_path):

@@ -8,14 +8,14 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines, methods, runs
+from mlx_posttrain import engines, runs
 from mlx_posttrain.errors import UserError
+from tests.helpers import command, read_jsonl, records, resume_run, run_recipe, write_jsonl
 
 ENGINES = engines.available()
 
@@ -40,20 +40,7 @@ def settings(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
 
 
 def train(*overrides: str) -> dict:
-    chosen = methods.load_recipe("01_sft", list(overrides))
-    return methods.run(chosen)
-
-
-def resume(folder: Path) -> dict:
-    _, raw = runs.reopen(folder)
-    chosen = methods.parse_recipe(raw | {"output": str(folder)}, "recipe.yaml")
-    return methods.run(chosen, resume=True)
-
-
-def records(folder: Path) -> list[dict]:
-    """metrics.jsonl without clock and memory."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_gb")} for line in lines]
+    return run_recipe("01_sft", *overrides)
 
 
 def weights(folder: Path) -> bytes:
@@ -105,7 +92,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_gone_past(damage, whole, unfinished, capfd):
     DAMAGE[damage](unfinished / "checkpoints" / "step-000006")
-    resume(unfinished)
+    resume_run(unfinished)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
     assert "step-000006 is damaged" in line and line.endswith("resuming from step-000004")
     assert records(unfinished) == records(whole) and weights(unfinished) == weights(whole)
@@ -118,7 +105,7 @@ def test_a_damaged_checkpoint_is_gone_past(damage, whole, unfinished, capfd):
 def test_without_a_whole_checkpoint_it_starts_over(whole, unfinished, capfd):
     for checkpoint in (unfinished / "checkpoints").glob("step-*"):
         half(checkpoint / "optimizer.safetensors")
-    resume(unfinished)
+    resume_run(unfinished)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
     assert line.count("is damaged") == 3 and line.endswith("starting from step 0")
     assert records(unfinished) == records(whole) and weights(unfinished) == weights(whole)
@@ -129,7 +116,7 @@ def test_lost_best_weights_count_as_damage(whole, unfinished, capfd):
     best = json.loads((unfinished / "checkpoints" / "step-000006" / "state.json").read_text())["best"]
     assert best == "best-000006"
     shutil.rmtree(unfinished / "checkpoints" / best)
-    resume(unfinished)
+    resume_run(unfinished)
     assert "best-000006/config.json is missing" in capfd.readouterr().err
     assert weights(unfinished) == weights(whole)
 
@@ -139,10 +126,10 @@ def test_the_first_evaluation_is_not_written_twice(whole, unfinished):
     shutil.rmtree(unfinished / "checkpoints")
     lines = (unfinished / "metrics.jsonl").read_text().splitlines(keepends=True)
     (unfinished / "metrics.jsonl").write_text("".join(lines[:2]) + '{"step": 2, "lo')
-    resume(unfinished)
+    resume_run(unfinished)
     assert records(unfinished) == records(whole)
     assert [r["step"] for r in records(unfinished) if "eval/loss" in r] == [0, 2, 4, 6]
-    samples = [json.loads(line)["step"] for line in (unfinished / "samples.jsonl").read_text().splitlines()]
+    samples = [row["step"] for row in read_jsonl(unfinished / "samples.jsonl")]
     assert samples == [0, 2, 4, 6]
 
 
@@ -217,8 +204,8 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(engine, random_gpt2,
     size = (run / "checkpoints" / "step-000004" / "weights" / "model.safetensors").stat().st_size
     assert (run / "checkpoints" / "step-000004" / "optimizer.safetensors").stat().st_size > 1.5 * size
     before = {p: p.read_bytes() for p in (run / "checkpoints" / "step-000004").rglob("*") if p.is_file()}
-    command = [sys.executable, "-m", "mlx_posttrain", "run", "--resume", str(run)]
-    limited = ["bash", "-c", f'ulimit -f {size * 5 // 4 // 1024}; exec "$@"', "-", *command]
+    again = command("run", "--resume", run)
+    limited = ["bash", "-c", f'ulimit -f {size * 5 // 4 // 1024}; exec "$@"', "-", *again]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert (
@@ -227,7 +214,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(engine, random_gpt2,
     )
     assert {p: p.read_bytes() for p in before} == before
     assert not list((run / "checkpoints").glob(".*")), "half a checkpoint is left"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(again, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert records(run) == records(whole) and weights(run) == weights(whole)
 
@@ -275,19 +262,18 @@ def test_other_training_rows_are_refused(random_gpt2, rows_file, tmp_path):
     ):
         rows.write_text("".join(changed))
         with pytest.raises(UserError, match=words):
-            resume(run)
+            resume_run(run)
         assert (run / "metrics.jsonl").read_bytes() == log and not list(
             (run / "checkpoints").glob("damaged*")
         )
     rows.write_text("".join(lines))
-    resume(run)
+    resume_run(run)
 
 
 def test_other_held_out_rows_are_refused(random_gpt2, tmp_path):
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(
-            "".join(json.dumps({"instruction": f"{split} {i}", "output": "yes"}) + "\n" for i in range(8))
-        )
+        rows = ({"instruction": f"{split} {i}", "output": "yes"} for i in range(8))
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
     run = tmp_path / "run"
     train(*settings(random_gpt2, tmp_path, run, "data.eval_split=test", "train.steps=2"))
     shutil.rmtree(run / "final")
@@ -297,7 +283,7 @@ def test_other_held_out_rows_are_refused(random_gpt2, tmp_path):
         match=r"the held-out rows are not those .* \(8 rows as before, with other "
         r"content\)",
     ):
-        resume(run)
+        resume_run(run)
 
 
 # weights that blow up

@@ -1,0 +1,107 @@
+"""A key that a recipe does not have is answered with the one here: of another tool's name, or the nearest."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from mlx_posttrain import config, methods, runs
+from mlx_posttrain.errors import UserError
+
+EVERY_METHOD = {
+    name: [key for key, _, _ in config.describe(methods.get(name).Recipe)] for name in methods.METHODS
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "theirs", "ours"),
+    [
+        # transformers and TRL
+        ("01_sft", "learning_rate", "train.lr"),
+        ("01_sft", "per_device_train_batch_size", "train.batch_size"),
+        ("01_sft", "gradient_accumulation_steps", "train.grad_accumulation"),
+        ("01_sft", "num_train_epochs", "train.epochs"),
+        ("01_sft", "max_steps", "train.steps"),
+        ("01_sft", "max_grad_norm", "train.max_grad_norm"),
+        ("01_sft", "lr_scheduler_type", "train.schedule"),
+        ("01_sft", "warmup_ratio", "train.warmup"),
+        ("01_sft", "output_dir", "output"),
+        ("01_sft", "model_name_or_path", "model"),
+        ("01_sft", "dataset_name", "data.source"),
+        ("01_sft", "max_seq_length", "data.max_length"),
+        ("01_sft", "report_to", "log"),
+        ("07_reward", "center_rewards_coefficient", "reward.centering"),
+        ("07_ppo", "num_ppo_epochs", "ppo.epochs"),
+        ("07_ppo", "cliprange_value", "ppo.clip_range_value"),
+        ("07_ppo", "kl_coef", "kl.beta"),
+        ("07_ppo", "response_length", "rollout.max_tokens"),
+        # PEFT, axolotl, mlx-lm
+        ("03_lora", "lora_r", "adapter.rank"),
+        ("03_lora", "lora_alpha", "adapter.alpha"),
+        ("03_lora", "lora_dropout", "adapter.dropout"),
+        ("03_lora", "load_in_4bit", "adapter.quantize"),
+        ("03_lora", "use_dora", "adapter.kind"),
+        ("01_sft", "iters", "train.steps"),
+        ("01_sft", "micro_batch_size", "train.batch_size"),
+        ("01_sft", "grad_checkpoint", "train.gradient_checkpointing"),
+        # the same in the section where it is looked for
+        ("01_sft", "train.learning_rate", "train.lr"),
+        ("01_sft", "data.max_seq_length", "data.max_length"),
+        ("03_lora", "adapter.r", "adapter.rank"),
+        ("03_lora", "adapter.target_modules", "adapter.targets"),
+        # what they were called here once; of two sections the one that was written
+        ("01_sft", "train.clip", "train.max_grad_norm"),
+        ("07_ppo", "train.clip", "train.max_grad_norm"),
+        ("07_ppo", "ppo.clip", "ppo.clip_range"),
+        ("07_ppo", "ppo.value_clip", "ppo.clip_range_value"),
+        ("01_sft", "train.accumulate", "train.grad_accumulation"),
+        ("07_reward", "reward.centring", "reward.centering"),
+        # a key of ours in the wrong place, and a mistyped one
+        ("01_sft", "lr", "train.lr"),
+        ("01_sft", "max_length", "data.max_length"),
+        ("01_sft", "train.batchsize", "train.batch_size"),
+    ],
+)
+def test_another_name_is_answered_with_ours(recipe, theirs, ours):
+    with pytest.raises(UserError) as caught:
+        methods.load_recipe(recipe, ["adapter={}" if recipe == "03_lora" else "seed=0", f"{theirs}=1"])
+    assert str(caught.value) == f"{recipe}.yaml: unknown key '{theirs}'; did you mean '{ours}'?"
+
+
+@pytest.mark.parametrize(
+    ("method", "theirs"), [("sft", "cliprange"), ("pretrain", "lora_r"), ("reward", "kl_coef")]
+)
+def test_a_key_that_the_method_lacks_is_not_offered(method, theirs):
+    keys = EVERY_METHOD[method]
+    offered = [ours for ours, names in config.OTHER_NAMES.items() if theirs in names.split()]
+    assert offered and not set(offered) & set(keys)
+    raw = {"method": method, "data": {"source": "x"}, theirs: 1}
+    with pytest.raises(UserError) as caught:
+        methods.parse_recipe(raw, "r.yaml")
+    assert f"unknown key '{theirs}'" in str(caught.value)
+    assert not any(f"'{ours}'" in str(caught.value) for ours in offered)
+
+
+def test_every_name_that_is_offered_is_one():
+    known = {key for keys in EVERY_METHOD.values() for key in keys}
+    assert set(config.OTHER_NAMES) <= known and set(config.RENAMED.values()) <= known
+    assert not set(config.RENAMED) & known
+
+
+def test_a_run_with_former_names_is_read(tmp_path):
+    """Of its own keys and, in a pipeline, of its stages'."""
+    old = {"method": "ppo", "train": {"clip": 0.5, "accumulate": 4}, "ppo": {"clip": 0.1, "value_clip": None}}
+    new = {
+        "method": "ppo",
+        "train": {"max_grad_norm": 0.5, "grad_accumulation": 4},
+        "ppo": {"clip_range": 0.1, "clip_range_value": None},
+    }
+    stages = {"ppo": {"recipe": old, "set": {"train.clip": 1.0, "reward": {"centring": 0.01}}}}
+    found = {"ppo": {"recipe": new, "set": {"train.max_grad_norm": 1.0, "reward": {"centering": 0.01}}}}
+    for number, (before, after) in enumerate(
+        ((old, new), ({"method": "pipeline", "stages": stages}, {"method": "pipeline", "stages": found}))
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(before))
+        assert runs.reopen(folder)[1] == after
