@@ -3,8 +3,8 @@
 
 Rejection sampling (Yuan et al. 2023, "Scaling Relationship on Learning Mathematical Reasoning"; DeepSeek-AI
 2025, section 2.3.3): sample n candidates to each question, keep those that the row's own rule accepts
-(evaluate/verify.py), or, where a reward model judges, the best one of the n; drop near duplicates among what
-is kept of one question. Every row says where it comes from.
+(evaluation/verify.py), or, where a reward model judges, the best one of the n; drop near duplicates among
+what is kept of one question. Every row says where it comes from.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain import __version__, runs
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data import encode, formats, quality, sources
 from mlx_posttrain.data.pairs import encode_answers
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.evaluation import reasoning
 from mlx_posttrain.generation.model import template_for
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import Source
@@ -117,7 +117,7 @@ def synthesize(
     # what is written of a question, which may be asked more than once
     known: defaultdict[str, list[str]] = defaultdict(list)
     if begin:
-        say(f"{output}: going on after {begin} questions")
+        log(f"{output}: going on after {begin} questions")
         for earlier in runs.read_jsonl(output):
             known[quality.normalised(earlier["question"])].append(earlier["response"])
     for first in range(begin, len(rows), CHUNK):
@@ -184,7 +184,7 @@ def synthesize(
                 )
             told.update("kept" if f is None else f for f in fate)
         _append(output, written, {"stamp": stamp, "questions": done})
-        say(f"{done} of {len(rows)} questions, {told['kept']} candidates kept")
+        log(f"{done} of {len(rows)} questions, {told['kept']} candidates kept")
     told["written"] = sum(1 for _ in output.open(encoding="utf-8")) if output.is_file() else 0
     return told
 
@@ -196,10 +196,10 @@ def formats_of(prompts: str, format: str, limit: int | None, seed: int) -> Itera
     rows = sources.load_rows(prompts, limit=limit, seed=seed)
     parsed, dropped = formats.parse_rows(rows, format=format, source=prompts)
     for reason, count in dropped.items():
-        say(f"{prompts}: {count} rows dropped: {reason}")
+        log(f"{prompts}: {count} rows dropped: {reason}")
     for row in parsed:
         if isinstance(row, Conversation) and sum(turn.role == "user" for turn in row.turns) > 1:
-            say(f"{prompts}: a question with a dialogue before it is left out")
+            log(f"{prompts}: a question with a dialogue before it is left out")
             continue
         if not isinstance(row, Conversation) or not _question(row):
             raise UserError(

@@ -15,7 +15,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, holm, paired_bootstrap, proportion, sign_flip
+from mlx_posttrain.evaluation.metrics import (
+    Interval,
+    bootstrap,
+    holm,
+    paired_bootstrap,
+    proportion,
+    sign_flip,
+)
 
 # with fewer rows a percentile interval is too narrow to call a difference significant
 MIN_ROWS = 20
@@ -306,6 +313,10 @@ class Comparison:
         ]
         differences = {place: self.difference(metric, self.models[place]) for place in places}
         return [place for place, d in differences.items() if d is not None and (d.low > 0 or d.high < 0)]
+
+    def table(self) -> str:
+        """The comparison as text; see :func:`table`."""
+        return table(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All metrics with intervals and differences, for comparison.json."""

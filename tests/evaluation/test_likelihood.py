@@ -16,8 +16,8 @@ from mlx_posttrain.data import encode
 from mlx_posttrain.data.batches import Batch, collate
 from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import likelihood
-from mlx_posttrain.evaluate.metrics import bootstrap, perplexity
+from mlx_posttrain.evaluation import likelihood
+from mlx_posttrain.evaluation.metrics import bootstrap, perplexity
 from mlx_posttrain.ops import ops
 
 CONTEXT = 64
