@@ -7,22 +7,18 @@ same held-out rows in one report; then one adapter exported for PEFT and the bas
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mlx_posttrain import config, engines, methods, runs
 from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.models.export import export
-from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.runs import lock, read_jsonl
 
@@ -156,41 +152,8 @@ def _peft_check(run: Path, adapter: Path) -> str:
     """
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
         return " (Install torch and peft to reload it here.)"
-    difference = peft_difference(run, adapter)
+    from mlx_posttrain.engines.torch.peft_check import peft_difference
+
+    model = LoadedModel(run)
+    difference = peft_difference(model.model, locate(run).folder, adapter)
     return f" Reloaded by PEFT, its logits differ from the run's own by at most {difference:.1e}."
-
-
-def peft_difference(run: Path, adapter: Path) -> float:
-    """Largest absolute difference between a run's logits and those of base plus exported adapter in
-    transformers and PEFT.
-    """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model, _, _ = open_model(run)
-    with _without_loading_noise():
-        base = AutoModelForCausalLM.from_pretrained(locate(run).folder, dtype=torch.float32)
-        theirs = PeftModel.from_pretrained(base, adapter).eval()
-    tokens = np.random.default_rng(0).integers(0, model.config["vocab_size"], (2, 48))
-    with torch.no_grad():
-        wanted = theirs(input_ids=torch.from_numpy(tokens)).logits.numpy()
-    return float(np.abs(model.full_logits(tokens) - wanted).max())
-
-
-@contextlib.contextmanager
-def _without_loading_noise() -> Iterator[None]:
-    """Without transformers' bars of loaded weights, and its warning that PEFT asks by a name it has given up:
-    nobody here can act on either.
-    """
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
