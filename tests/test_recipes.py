@@ -12,6 +12,7 @@ import pytest
 
 from mlx_posttrain import config, engines, methods
 from mlx_posttrain.convert import hub
+from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.rewards import functions
 from tests.helpers import read_jsonl, records, write_jsonl
 
@@ -193,10 +194,9 @@ def test_rlhf_in_one_command(tmp_path):
     results = methods.run(chosen)
     assert list(results) == ["sft", "reward", "ppo"]
     assert all((tmp_path / "run" / stage / "final").is_dir() for stage in tiny)
-    from mlx_posttrain.generation import answer
-
     for folder in ("run/ppo", "run"):  # a pipeline answers as its last language model
-        assert next(iter(answer(str(tmp_path / folder), ["Hello"], max_tokens=3)))["tokens"] <= 3
+        (answer,) = LoadedModel(tmp_path / folder).answers(["Hello"], max_tokens=3)
+        assert answer["tokens"] <= 3
 
 
 @pytest.mark.slow
