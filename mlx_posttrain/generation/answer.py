@@ -1,4 +1,4 @@
-"""Answers from a model: a batch of prompts, or a conversation that streams."""
+"""Answers from a model, to a batch of prompts or in a chat that streams."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from mlx_posttrain.models.source import Source
 
 
 def template_for(source: Source, tokenizer: Any, template: str | None) -> tuple[str, bool]:
-    """(template, whether to apply it): what was asked for, a run's own, a chat model's own, or the plain
-    text.
+    """Return (template, whether to apply it).
+
+    The template is the one given, the run's, the chat model's own, or none, in this order of precedence.
     """
     chosen = template or source.template or ("chat" if getattr(tokenizer, "chat_template", None) else "none")
     return ("instruction", False) if chosen == "none" else (chosen, True)
@@ -36,18 +37,17 @@ def answer(
     samples: int = 1,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """``samples`` answers to each prompt: {"prompt", "answer", "tokens", "stopped"} in order, as each decode
-    batch ends.
+    """Yield ``samples`` answers to each prompt, in order, as each decoded batch ends.
 
-    ``stopped`` tells whether the answer ended by itself. Raises UserError for an unknown model or a prompt
-    beyond the context.
+    An answer is {"prompt", "answer", "tokens", "stopped"}, with the number of tokens and whether the answer
+    ended by itself. Raises UserError for an unknown model, and for a prompt longer than the context.
     """
     model, tokenizer, source = open_model(name, engine)
     chosen, templated = template_for(source, tokenizer, template)
-    room = model.context - 1 if model.context else None
-    before = (Turn("system", source.system),) if source.system and templated else ()
+    longest = model.context - 1 if model.context else None
+    system = (Turn("system", source.system),) if source.system and templated else ()
     ids = encode.encode_prompts(
-        [(*before, Turn("user", p)) for p in prompts], tokenizer, chosen, room, templated=templated
+        [(*system, Turn("user", p)) for p in prompts], tokenizer, chosen, longest, templated=templated
     )
     completions = decoding.in_batches(
         model,
@@ -76,15 +76,15 @@ def chat(
 ) -> None:
     """Read lines from standard input and stream answers to standard output until the input ends.
 
-    A line that leaves no room for an answer in the model's context is refused, and the chat goes on.
+    A line that leaves no room for an answer in the model's context is refused, and the chat continues.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no text must not end a chat
+        sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 must not end a chat
     model, tokenizer, source = open_model(name, engine)
     chosen, templated = template_for(source, tokenizer, template)
-    before = (Turn("system", source.system),) if source.system and templated else ()
+    system = (Turn("system", source.system),) if source.system and templated else ()
     turns: list[Turn] = []
-    asked = 0
+    answered = 0
     while True:
         try:
             line = input("you> " if sys.stdin.isatty() else "").strip()
@@ -96,8 +96,8 @@ def chat(
             turns = []
             continue
         try:
-            turns, ids = _fitting(
-                before, [*turns, Turn("user", line)], tokenizer, chosen, templated, model.context, max_tokens
+            turns, ids = _fit(
+                system, [*turns, Turn("user", line)], tokenizer, chosen, templated, model.context, max_tokens
             )
         except UserError as error:
             say(f"mlx-posttrain: {error}")
@@ -109,16 +109,16 @@ def chat(
             stop=encode.eos_id(tokenizer),
             temperature=temperature,
             top_p=top_p,
-            seed=seed + asked,
+            seed=seed + answered,
             on_token=printer,
         )[0]
-        asked += 1
+        answered += 1
         printer.finish()
         turns.append(Turn("assistant", tokenizer.decode(completion.tokens).strip()))
 
 
-def _fitting(
-    before: tuple[Turn, ...],
+def _fit(
+    system: tuple[Turn, ...],
     turns: list[Turn],
     tokenizer: Any,
     template: str,
@@ -126,33 +126,34 @@ def _fitting(
     context: int | None,
     max_tokens: int,
 ) -> tuple[list[Turn], list[int]]:
-    """What is remembered of a conversation after ``before``, which is never forgotten, and its token ids.
-    Raises UserError when the last question does not fit by itself.
+    """Return (the turns that fit into the context, their token ids with ``system`` before them).
+
+    The oldest exchanges of a long conversation are dropped, the system turn never. Raises UserError if the
+    last question does not fit by itself.
     """
-    # A long conversation forgets its oldest exchange first.
     while True:
         limit = context - 1 if context and len(turns) == 1 else None
-        ids = encode.encode_prompts([(*before, *turns)], tokenizer, template, limit, templated=templated)[0]
+        ids = encode.encode_prompts([(*system, *turns)], tokenizer, template, limit, templated=templated)[0]
         if context is None or len(turns) == 1 or len(ids) + min(max_tokens, context // 2) <= context:
             return turns, ids
         turns = turns[2:]
 
 
 class _Printer:
-    """Prints tokens as text arrives; a character whose bytes are not all there yet waits."""
+    """Prints tokens as they arrive, each character once all of its bytes are known."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
-        self.shown = ""
+        self.printed = ""
 
     def __call__(self, row: int, token: int) -> None:
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens).lstrip()
         if not text.endswith("\ufffd"):
-            sys.stdout.write(text[len(self.shown) :])
+            sys.stdout.write(text[len(self.printed) :])
             sys.stdout.flush()
-            self.shown = text
+            self.printed = text
 
     def finish(self) -> None:
         print(flush=True)
