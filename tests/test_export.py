@@ -189,7 +189,7 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
         in (tmp_path / "forced" / "README.md").read_text()
     )
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(export_module, "MAX_LOST", drift["lost"] / 2)
+    monkey.setattr("mlx_posttrain.models.export.MAX_LOST", drift["lost"] / 2)
     with pytest.raises(UserError, match=r"4-bit base would lose .* --force"):
         export(run, tmp_path / "refused", "mlx-lm", merged=True)
     monkey.undo()
