@@ -31,7 +31,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
 
     Raises UserError if ``output`` is in use.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     name = engines.get(engine).name
     chosen = config.load("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
     try:
@@ -55,7 +55,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
             f"The base is in {convert('tiny', output / 'tiny-mlx', to='mlx').path}, in the format of mlx-lm."
         )
     print(
-        f"\n{time.monotonic() - begun:.0f} s in all. Open the report in a browser:\n"
+        f"\n{time.monotonic() - started:.0f} s in all. Open the report in a browser:\n"
         f"  {(report / 'report.html').absolute()}\n"
         "Then:\n"
         f"  mlx-posttrain chat {output}/sft\n"
@@ -83,9 +83,9 @@ def _run(output: Path, chosen: config.Recipe, engine: str) -> None:
         what = "an earlier demo" if last.exists() else "another run"
         raise UserError(f"{output} holds {what}: delete it, or choose another folder with --output")
     if (raw["engine"], raw["seed"]) != (engine, chosen.seed):
-        begun = f"--engine {raw['engine']} --seed {raw['seed']}"
+        options = f"--engine {raw['engine']} --seed {raw['seed']}"
         raise UserError(
-            f"{output} holds an unfinished demo: continue it with {begun}, delete it, or choose "
+            f"{output} holds an unfinished demo: continue it with {options}, delete it, or choose "
             "another folder with --output"
         )
     if not all(runs.Run(output / stage).finished for stage in raw["stages"]):

@@ -95,7 +95,7 @@ def export(
 def is_export(folder: Path, run: str | Path, to: str, merged: bool) -> bool:
     """Return whether ``folder`` holds the export that :func:`export` writes with these arguments.
 
-    The card, which is written last, tells.
+    It compares the card, which is written last.
     """
     card_file = folder / "README.md"
     return card_file.is_file() and card_file.read_text(encoding="utf-8").startswith(
