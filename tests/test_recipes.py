@@ -12,7 +12,6 @@ import pytest
 
 from mlx_posttrain import config, engines, methods
 from mlx_posttrain.convert import hub
-from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.rewards import functions
 from tests.helpers import read_jsonl, records, write_jsonl
 

@@ -66,7 +66,7 @@ def max_answer_tokens(source: Source, max_tokens: int, think_tokens: int | None)
 
     Where ``think_tokens`` is None, a thought as long as those a run was trained on is never cut off.
     """
-    if source.recipe is None or source.recipe.get("method") != "distill":
+    if source.recipe is None or "think" not in source.recipe:
         return max_tokens
     return think_tokens or int(source.recipe["data"]["max_length"])
 

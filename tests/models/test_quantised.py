@@ -85,8 +85,8 @@ def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_pat
     assert (said := capfd.readouterr().out.splitlines()[0]) in (tmp_path / "peft" / "README.md").read_text()
     drift = export(run, tmp_path / "adapters", "mlx-lm")["drift"]
     assert (
-        f"trained on a base quantised to 4 bits; on the base as it is, {drift['lost']:.1%} of the adapter's "
-        "effect" in said
+        "trained on a base quantised to 4 bits; on the unquantised base, "
+        f"{drift['lost']:.1%} of the adapter's effect" in said
     )
     theirs, ours = open_model(tmp_path / "peft", "mlx")[0], open_model(run, "mlx")[0]
     probe = np.random.default_rng(0).integers(0, ours.config["vocab_size"], (4, 32))
