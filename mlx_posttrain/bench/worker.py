@@ -41,9 +41,7 @@ def untrained_losses(model: Any, examples: Sequence[Example], batch_size: int) -
 
 
 def train(spec: dict[str, Any], gate: Gate) -> None:
-    """One pass over the rows per unit, or over neighbouring rows as pairs, of a method that trains on
-    them.
-    """
+    """One pass over the rows, or over neighbouring rows as pairs, per unit."""
     from mlx_posttrain.data.dataset import Dataset, RowCollator
     from mlx_posttrain.data.read import model_facts
     from mlx_posttrain.data.types import Pair, Preference
@@ -122,9 +120,7 @@ def generate(spec: dict[str, Any], gate: Gate) -> None:
 
 
 def roll_out(spec: dict[str, Any], gate: Gate) -> None:
-    """One iteration on rollouts per unit: 32 answers of 64 tokens, scored by a reward model, and the
-    updates.
-    """
+    """One iteration on rollouts per unit: 32 answers of 64 tokens, scores, and the updates."""
     from mlx_posttrain.models.tokenizer import load_tokenizer
     from mlx_posttrain.rl.actors import make_actors
     from mlx_posttrain.rl.learner import RolloutLearner

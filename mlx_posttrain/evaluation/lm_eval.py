@@ -107,9 +107,7 @@ class MLXPosttrainLM(TemplateLM):
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The name of the template that ``apply_chat_template`` fills in; None when the harness wants
-        none.
-        """
+        """Name of the template that ``apply_chat_template`` fills in; None if the harness wants none."""
         return template_for(self.source, self.tokenizer, None)[0] if chat_template else None
 
     def apply_chat_template(
