@@ -1,7 +1,7 @@
-"""LoRA and DoRA adapters between PEFT's files and mlx-lm's modules.
+"""LoRA and DoRA adapters, converted between PEFT's files and mlx-lm's modules.
 
-PEFT keeps `lora_A.weight` (r, in), `lora_B.weight` (out, r) and, for DoRA, `lora_magnitude_vector` (out,),
-whatever the layout of the base weight. mlx-lm keeps `lora_a` (in, r), `lora_b` (r, out) and `m` (out,).
+PEFT has `lora_A.weight` (r, in), `lora_B.weight` (out, r) and, for DoRA, `lora_magnitude_vector` (out,),
+whatever the layout of the base weight. mlx-lm has `lora_a` (in, r), `lora_b` (r, out) and `m` (out,).
 Sources: `peft/tuners/lora/layer.py`, `peft/tuners/lora/model.py`, `mlx_lm/tuner/lora.py`,
 `mlx_lm/tuner/dora.py`.
 """
@@ -28,15 +28,15 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD = "score.weight"  # of a sequence classifier
 
-# The magnitude's key has no ".weight" in files; PEFT adds it on loading. An adapter name may remain in keys
-# of a raw state dict.
+# In files the magnitude's key has no ".weight"; PEFT adds it when loading. Keys of a raw state dict may
+# contain an adapter name.
 _KEY = re.compile(
     r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.(?!weight$)[^.]+)?(\.weight)?$"
 )
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 
-# First values that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) move part
-# of the base into the adapter, so that the adapter is meaningless beside the original base.
+# Initialisations that leave the base weights unchanged. The others (pissa, olora, corda, loftq, lora_ga) move
+# part of the base into the adapter, so that the adapter is meaningless on the original base.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Options of PEFT's LoRA that add parameters or change the formula.
 UNSUPPORTED = (
@@ -56,8 +56,10 @@ UNSUPPORTED = (
 
 
 def hf_path(module: str, model_type: str = "gpt2") -> str:
-    """Return the transformers path of an mlx-lm module: GPT-2's `model.h.0.attn.c_attn` is
-    `transformer.h.0.attn.c_attn`, others stay.
+    """Return the transformers path of an mlx-lm module.
+
+    GPT-2's `model.h.0.attn.c_attn` becomes `transformer.h.0.attn.c_attn`; paths of other architectures are
+    returned unchanged.
     """
     return (
         "transformer." + module.removeprefix("model.")
@@ -67,27 +69,30 @@ def hf_path(module: str, model_type: str = "gpt2") -> str:
 
 
 def mlx_path(module: str, model_type: str = "gpt2") -> str:
-    """Return the mlx-lm path of a transformers module, with or without GPT-2's `transformer.`; other
-    architectures stay.
+    """Return the mlx-lm path of a transformers module, with or without GPT-2's `transformer.`.
+
+    Paths of other architectures are returned unchanged.
     """
     bare = module.removeprefix("transformer.")
     return f"model.{bare}" if model_type == "gpt2" and bare.startswith("h.") else module
 
 
 def peft_to_mlx(tensors: Mapping[str, Any], model_type: str = "gpt2") -> Modules:
-    """Return PEFT tensors as {mlx-lm module path: {"lora_a": (in, r), "lora_b": (r, out), "m": (out,) with
-    DoRA}}.
+    """Return PEFT's tensors as mlx-lm modules by path.
+
+    Returns:
+        {mlx-lm module path: {"lora_a": (in, r), "lora_b": (r, out), and with DoRA "m": (out,)}}.
 
     Raises:
         UserError: a tensor that is not a LoRA or DoRA matrix of a linear layer, or a module with a part
-        missing or of a wrong shape.
+            missing or of a wrong shape.
     """
     modules: Modules = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key.removeprefix(PREFIX))
         if match is None:
             raise UserError(
-                f"the adapter holds {key}, which is no LoRA or DoRA matrix of a linear layer; "
+                f"the adapter holds {key}, which is not a LoRA or DoRA matrix of a linear layer; "
                 "such adapters are not supported"
             )
         part = _PARTS[match["part"]]
@@ -99,8 +104,10 @@ def peft_to_mlx(tensors: Mapping[str, Any], model_type: str = "gpt2") -> Modules
 
 
 def mlx_to_peft(modules: Mapping[str, Module], model_type: str = "gpt2") -> dict[str, Any]:
-    """Return mlx-lm modules as PEFT's tensors by key: `base_model.model.<path>.lora_A.weight` (r, in),
-    `.lora_B.weight` (out, r) and so on.
+    """Return mlx-lm modules as PEFT's tensors by key.
+
+    The keys are `base_model.model.<path>.lora_A.weight` (r, in), `.lora_B.weight` (out, r) and, with DoRA,
+    `.lora_magnitude_vector` (out,).
 
     Raises:
         UserError: a module with a part missing or of a wrong shape.
@@ -117,15 +124,17 @@ def mlx_to_peft(modules: Mapping[str, Module], model_type: str = "gpt2") -> dict
 
 
 def rank_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") -> int:
-    """Return the rank that a PEFT config gives a module (an mlx-lm or transformers path), `rank_pattern`
-    included.
+    """Return the rank that a PEFT config gives a module, including `rank_pattern`.
+
+    `module` is an mlx-lm or transformers path.
     """
     return int(_by_pattern(config.get("rank_pattern"), hf_path(module, model_type), config["r"]))
 
 
 def scale_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") -> float:
-    """Return the factor on B A for a module: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732),
-    patterns included.
+    """Return the factor on B A for a module: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732).
+
+    `rank_pattern` and `alpha_pattern` are included.
     """
     rank = rank_of(config, module, model_type)
     alpha = float(_by_pattern(config.get("alpha_pattern"), hf_path(module, model_type), config["lora_alpha"]))
@@ -148,18 +157,17 @@ def save_adapter(
     model_type: str = "gpt2",
     head: Any | None = None,
 ) -> None:
-    """Write PEFT's adapter_config.json and adapter_model.safetensors (float32) for mlx-lm modules of NumPy,
-    MLX or torch arrays.
+    """Write mlx-lm modules as PEFT's adapter_config.json and adapter_model.safetensors (float32).
 
-    With `head` (1, width) the task type is SEQ_CLS and the head, trained in full, is among the tensors.
-
-    `targets` are module name endings as PEFT matches them, a regular expression, or None for the modules' own
-    full paths. `fan_in_fan_out` is True for GPT-2's Conv1D, False elsewhere. The config is written last: a
-    half-written folder is no adapter.
+    The modules hold NumPy, MLX or torch arrays. With `head` (1, width) the task type is SEQ_CLS, and the
+    head, trained in full, is among the tensors. `targets` are module name endings as PEFT matches them, a
+    regular expression, or None for the full paths of the modules. `fan_in_fan_out` is True for GPT-2's
+    Conv1D, else False. The config is written last, so that a half-written folder is not an adapter.
 
     Raises:
-        UserError: not enough disk space, a module with parts missing. ValueError: `targets`, `rank` or `dora`
-        contradict the modules, so that PEFT would ignore tensors or make new ones.
+        UserError: not enough disk space, or a module with parts missing.
+        ValueError: `targets`, `rank` or `dora` contradict the modules, so that PEFT would ignore tensors or
+            make new ones.
     """
     from safetensors.numpy import save
 
@@ -176,7 +184,7 @@ def save_adapter(
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": sorted(hf_path(m, model_type) for m in modules)
         if targets is None
-        else _as_listed(targets),
+        else _sorted_targets(targets),
         "use_rslora": rslora,
         "use_dora": dora,
         "init_lora_weights": True,
@@ -197,15 +205,15 @@ def save_adapter(
 
 
 def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any], Modules]:
-    """Return a PEFT LoRA or DoRA adapter folder's config and its modules in mlx-lm's layout, as NumPy float32
-    arrays.
+    """Return (config, modules) of a PEFT LoRA or DoRA adapter folder.
 
-    Ranks and scales that differ by module (`rank_pattern`, `alpha_pattern`) are supported: ask `rank_of` and
-    `scale_of`. A classifier's head is left out: engines/files.py reads it.
+    The modules are in mlx-lm's layout, as NumPy float32 arrays. Ranks and scales may differ between modules
+    (`rank_pattern`, `alpha_pattern`): use `rank_of` and `scale_of`. A classifier's head is left out;
+    engines/files.py reads it.
 
     Raises:
-        UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly; the
-        message names what it is.
+        UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly, which the
+            message names.
     """
     check_folder(folder, "adapter")
     config = read_json(folder / CONFIG)
@@ -226,7 +234,7 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
                 f"{where}: {key} is not supported; merge the adapter with PEFT "
                 "(merge_and_unload) and start from that model"
             )
-    # PEFT itself lists both for SEQ_CLS
+    # For SEQ_CLS, PEFT itself lists both.
     if config.get("modules_to_save") not in (None, [], ["score"], ["classifier", "score"]):
         raise UserError(
             f"{where}: modules_to_save is not supported; merge the adapter with PEFT (merge_and_unload) and "
@@ -254,15 +262,14 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
 def to_mlx_lm(
     folder: Path, modules: Mapping[str, Module], config: Mapping[str, Any], model_type: str = "gpt2"
 ) -> None:
-    """Write an adapters folder that `mlx_lm.load(model, adapter_path=folder)` loads; `config` is PEFT's, as
-    `read_adapter` returns it.
+    """Write an adapter folder that `mlx_lm.load(model, adapter_path=folder)` loads.
 
-    mlx-lm has one rank and one scale for all modules: smaller ranks are padded with zeros and other scales
-    move into `lora_b`, which leaves every product as it was. Modules are listed by full path, so the file
-    does not depend on the model's number of layers.
+    `config` is PEFT's, as `read_adapter` returns it. mlx-lm has one rank and one scale for all modules:
+    smaller ranks are padded with zeros and other scales are folded into `lora_b`, which leaves every product
+    unchanged. Modules are listed by full path, so the file does not depend on the model's number of layers.
 
     Raises:
-        UserError: not enough disk space, no module, a module with parts missing.
+        UserError: not enough disk space, no module, or a module with parts missing.
     """
     import numpy as np
     from safetensors.numpy import save
@@ -275,9 +282,9 @@ def to_mlx_lm(
     for path, module in modules.items():
         _check_module(path, module)
         a, b = to_float32(module["lora_a"]), to_float32(module["lora_b"])
-        own = scale_of(config, path, model_type)
-        if own != scale:
-            b = b * np.float32(own / scale)
+        module_scale = scale_of(config, path, model_type)
+        if module_scale != scale:
+            b = b * np.float32(module_scale / scale)
         missing = rank - a.shape[1]
         tensors[f"{path}.lora_a"] = np.pad(a, ((0, 0), (0, missing)))
         tensors[f"{path}.lora_b"] = np.pad(b, ((0, missing), (0, 0)))
@@ -302,12 +309,12 @@ def to_mlx_lm(
     write_json(folder / CONFIG, written)
 
 
-def _as_listed(targets: Sequence[str] | str) -> list[str] | str:
+def _sorted_targets(targets: Sequence[str] | str) -> list[str] | str:
     return targets if isinstance(targets, str) else sorted(targets)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Sort key under which layer 2 comes before layer 10; files keep their tensors in no useful order."""
+    """Return a sort key that puts layer 2 before layer 10; the order in files is arbitrary."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in path.split(".")]
 
 
@@ -317,7 +324,7 @@ def _layers(modules: Mapping[str, Module]) -> int:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """Look a module up as PEFT's get_pattern_key does: the first pattern that matches the end of the path."""
+    """Return the value of the first pattern that matches the end of the path, as PEFT's get_pattern_key."""
     return next(
         (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)),
         default,
@@ -348,16 +355,18 @@ def _check_against_config(
         if rank != expected:
             raise error(f"{path} has rank {rank}, but the config says {expected}")
         if bool(config.get("use_dora")) != ("m" in module):
-            found = "has a" if "m" in module else "lacks the"
+            state = "has a" if "m" in module else "lacks the"
             raise error(
-                f"{path} {found} magnitude vector, but the config says use_dora "
+                f"{path} {state} magnitude vector, but the config says use_dora "
                 f"{bool(config.get('use_dora'))}"
             )
 
 
 def _check_targets(modules: Mapping[str, Module], targets: Sequence[str] | str, model_type: str) -> None:
-    """PEFT drops tensors of modules that no target matches and makes fresh adapters for targets without
-    tensors, both quietly.
+    """Raise ValueError if the targets miss a module or, in a GPT-2, match one without an adapter.
+
+    PEFT silently drops tensors of modules that no target matches, and silently makes new adapters for
+    matched modules without tensors.
     """
     if targets == "all-linear":
         return

@@ -1,4 +1,4 @@
-"""NumPy, MLX and torch arrays in and out of NumPy, and safetensors files read without either framework."""
+"""Conversion of MLX and torch arrays to and from NumPy, and safetensors files read with NumPy alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def library(array: Any) -> str:
 
 
 def to_float32(array: Any) -> Any:
-    """Return a floating array of any library as a NumPy float32 array of the same shape; fp16 and bf16 widen
-    exactly.
+    """Return a floating array of any library as NumPy float32 of the same shape.
+
+    fp16 and bf16 widen exactly.
     """
     import numpy as np
 
@@ -33,7 +34,7 @@ def to_float32(array: Any) -> Any:
 
 
 def require_mlx(purpose: str) -> None:
-    """Raise UserError where MLX is not installed, naming what needs it."""
+    """Raise UserError if MLX is not installed, naming the purpose that needs it."""
     try:
         import mlx.core  # noqa: F401
         import mlx_lm  # noqa: F401
@@ -45,7 +46,7 @@ def require_mlx(purpose: str) -> None:
 
 
 def like(value: Any, reference: Any) -> Any:
-    """Return a NumPy array as the library and type of `reference`."""
+    """Return a NumPy array as an array of the library and type of `reference`."""
     kind = library(reference)
     if kind == "mlx":
         import mlx.core as mx
@@ -57,16 +58,17 @@ def like(value: Any, reference: Any) -> Any:
         return torch.from_numpy(value.copy()).to(reference.dtype)
     import numpy as np
 
-    with np.errstate(over="ignore"):  # silent infinities, as in the other two
+    with np.errstate(over="ignore"):  # overflow gives inf without a warning, as in the other libraries
         return value.astype(reference.dtype)
 
 
 def read_float32(path: Path) -> dict[str, Any]:
-    """Return a safetensors file's floating tensors as NumPy float32, whichever framework is installed (NumPy
-    alone has no bf16).
+    """Return a safetensors file's floating tensors as NumPy float32, without MLX or torch.
+
+    NumPy has no bf16, so that type is widened here.
 
     Raises:
-        UserError: the file is missing, damaged, or holds a type that is not F64, F32, F16 or BF16.
+        UserError: the file is missing or damaged, or holds a type that is not F64, F32, F16 or BF16.
     """
     import numpy as np
     from safetensors import SafetensorError, deserialize
@@ -85,7 +87,7 @@ def read_float32(path: Path) -> dict[str, Any]:
                 f"{path}: {name} has type {tensor['dtype']}; only F32, F16, BF16 and F64 are read"
             )
         if kind == "bfloat16":
-            # bf16 is the upper half of a float32.
+            # A bf16 is the upper half of a float32.
             value = (np.frombuffer(tensor["data"], dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
             value = np.frombuffer(tensor["data"], dtype=kind).astype(np.float32)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# A hub id, and not a file ("data/rows.jsonl") or something embedded ("tiny", "embedded/tasks").
+# A hub id, but not a file ("data/rows.jsonl") or embedded data ("tiny", "embedded/tasks").
 _HUB_ID = re.compile(r"^(?!tiny$|embedded/)(?!.*\.(jsonl?|csv|parquet|txt)$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -25,7 +25,7 @@ def model_card(info: Mapping[str, Any]) -> str:
     sections = [
         f"---\n{_front_matter(info)}\n---",
         f"# {info['name']}",
-        _what(info),
+        _summary(info),
         _section("Data", info.get("data") or _list(info.get("datasets")) or "Not recorded."),
         _section("Method", info.get("method") or "Not recorded."),
         _section("Figures", info.get("figures") or "Not measured."),
@@ -37,8 +37,7 @@ def model_card(info: Mapping[str, Any]) -> str:
             "Limitations",
             info.get("limitations")
             or "A small language model: it states false things with confidence, repeats what its training "
-            "data holds, and has not been "
-            "tested for safety.",
+            "data contains, and has not been tested for safety.",
         )
     )
     if info.get("versions"):
@@ -47,8 +46,9 @@ def model_card(info: Mapping[str, Any]) -> str:
 
 
 def _front_matter(info: Mapping[str, Any]) -> str:
-    """Return the YAML block; names that are not hub ids are left out, as the hub refuses a card with local
-    paths.
+    """Return the YAML block, without names that are not hub ids.
+
+    The hub refuses a card with local paths.
     """
     from huggingface_hub import ModelCardData
 
@@ -66,7 +66,7 @@ def _front_matter(info: Mapping[str, Any]) -> str:
     return data.to_yaml().strip()
 
 
-def _what(info: Mapping[str, Any]) -> str:
+def _summary(info: Mapping[str, Any]) -> str:
     lines = [str(info["description"])] if info.get("description") else []
     if info.get("base_model"):
         kind = "An adapter for" if info.get("library_name") == "peft" else "Trained from"
@@ -104,7 +104,7 @@ def _table(rows: list[Mapping[str, Any]]) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a figure as text: four significant digits for floats, thousands separated in whole numbers."""
+    """Return a figure as text: floats with four significant digits, integers with thousands separators."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

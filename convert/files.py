@@ -1,6 +1,4 @@
-"""Small file helpers of the converters: JSON with clear errors, atomic writes, free disk space, tokenizer
-files.
-"""
+"""File helpers: JSON with clear errors, atomic writes, free disk space, tokenizer files."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 
-# Class names that only transformers 5 knows; 4.57 stops with "Tokenizer class ... does not exist".
+# Class names that only transformers 5 knows; 4.57 fails with "Tokenizer class ... does not exist".
 TRANSFORMERS_5_TOKENIZERS = (
     "TokenizersBackend",
     "PythonBackend",
@@ -44,8 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        UserError: the file is missing, is not valid JSON (line and column are named) or does not hold an
-        object.
+        UserError: the file is missing, is not valid JSON (with line and column), or does not hold an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -65,17 +62,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's own list of names, is on the disk and not only in memory that a power
-    cut empties.
+    """Wait until a file, or a folder's list of names, is on the disk and safe from a power cut.
 
     Raises:
-        OSError: the data of a file could not be written after all (a full or failing disk).
+        OSError: the data of a file could not be written (a full or failing disk).
     """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        # some file systems cannot do it for folders, and then their renames need no help
+        # some file systems cannot sync folders, and their renames need no sync
         if not path.is_dir():
             raise
     finally:
@@ -83,26 +79,28 @@ def to_disk(path: Path) -> None:
 
 
 def drive_to_disk(path: Path) -> None:
-    """On macOS, where fsync leaves data in the drive's own memory, empty that memory too; elsewhere `to_disk`
-    has done so already.
+    """Empty the drive's own cache on macOS, where fsync leaves data in it.
+
+    Elsewhere `to_disk` has emptied it already.
     """
     if sys.platform == "darwin":
         import fcntl
 
         handle = os.open(path, os.O_RDONLY)
         try:
-            with suppress(OSError):  # network drives do not know it
+            with suppress(OSError):  # not supported by network drives
                 fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
         finally:
             os.close(handle)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new
-    one, never half of one.
+    """Let `write` fill a temporary file next to `path`, then rename it.
+
+    Readers see the old file or the new one, never half of one.
     """
-    # The suffix stays last, as mlx appends ".safetensors" to names without it; the leading dot hides the file
-    # from "model*" patterns.
+    # The suffix stays last, because mlx appends ".safetensors" to names without it; the leading dot hides the
+    # file from "model*" patterns.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         write(temporary)
@@ -119,7 +117,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def human_size(size: float) -> str:
-    """Return a byte count as people read it, in decimal units: 1500000 -> '1.5 MB'."""
+    """Return a byte count in readable decimal units: 1500000 -> '1.5 MB'."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -128,11 +126,12 @@ def human_size(size: float) -> str:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Check that the disk that holds `folder` (which need not exist yet) has `needed` bytes free, with 1 %
-    and 1 MB to spare.
+    """Check that the disk of `folder`, which need not exist yet, has `needed` bytes free.
+
+    A margin of 1 % and 1 MB is added.
 
     Raises:
-        UserError: there is less; the message gives both figures.
+        UserError: less is free; the message gives both sizes.
     """
     existing = folder.absolute()
     while not existing.exists():
@@ -147,11 +146,10 @@ def require_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` whose files move to `path` when the block ends well; otherwise
-    nothing is left.
+    """Yield a temporary folder next to `path`, whose files move to `path` when the block succeeds.
 
-    With `force`, files of the same name are replaced, weight files of an earlier model are removed (loaders
-    read every `model*.safetensors`) and other files stay.
+    If it fails, nothing is left. With `force`, files of the same name are replaced, weight files of an
+    earlier model are removed (loaders read every `model*.safetensors`) and other files stay.
 
     Raises:
         UserError: `path` is a file, or a folder that is not empty and `force` is not set.
@@ -183,9 +181,9 @@ def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
 def copy_tokenizer(src: Path, dst: Path) -> list[str]:
     """Copy a model folder's tokenizer files byte for byte and return their names.
 
-    Two things in tokenizer_config.json may change, where transformers 5 wrote what 4.57 cannot load: a
-    `tokenizer_class` becomes one that both know, and a list under `extra_special_tokens` (a dictionary in
-    4.57) gets the key's older name, which both read.
+    Two entries of tokenizer_config.json may change, where transformers 5 wrote something that 4.57 cannot
+    load: a `tokenizer_class` becomes one that both know, and a list under `extra_special_tokens` (a
+    dictionary in 4.57) gets the key's older name, which both read.
     """
     names = sorted({file.name for pattern in TOKENIZER_FILES for file in src.glob(pattern)})
     for name in names:
@@ -193,7 +191,7 @@ def copy_tokenizer(src: Path, dst: Path) -> list[str]:
     path = dst / "tokenizer_config.json"
     if path.exists():
         config, data = read_json(path), path.read_bytes()
-        # Edited as text, so that every other byte stays as it was.
+        # Edited as text, so that no other byte changes.
         if config.get("tokenizer_class") in TRANSFORMERS_5_TOKENIZERS:
             data = re.sub(
                 rb'("tokenizer_class"\s*:\s*)"[^"]*"', rb'\1"%s"' % _portable_class(src).encode(), data
@@ -205,11 +203,10 @@ def copy_tokenizer(src: Path, dst: Path) -> list[str]:
 
 
 def _portable_class(src: Path) -> str:
-    """Return GPT2Tokenizer for GPT-2's kind of tokenizer.json and the generic PreTrainedTokenizerFast for any
-    other.
+    """Return the tokenizer class that both versions know: GPT2Tokenizer or PreTrainedTokenizerFast.
 
-    GPT2Tokenizer rebuilds a plain byte-level pre-tokenizer around the vocabulary, which would silently change
-    a tokenizer that differs.
+    GPT2Tokenizer is only for GPT-2's kind of tokenizer.json: it rebuilds a plain byte-level pre-tokenizer
+    around the vocabulary, which would silently change any other tokenizer.
     """
     path = src / "tokenizer.json"
     if not path.exists():

@@ -1,6 +1,6 @@
-"""GPT-2's tensor names and layouts: Hugging Face's `transformer.h.*` with Conv1D weights (in, out), mlx-lm's
-`model.h.*` with (out, in).
+"""GPT-2's tensor names and layouts in Hugging Face and mlx-lm.
 
+Hugging Face has `transformer.h.*` with Conv1D weights (in, out), mlx-lm `model.h.*` with weights (out, in).
 Pure functions over dictionaries of NumPy, MLX or torch arrays; nothing is computed, so every tensor keeps its
 bits and its type. Sources: `transformers/models/gpt2/modeling_gpt2.py` (Conv1D), `mlx_lm/models/gpt2.py`.
 """
@@ -15,7 +15,7 @@ from mlx_posttrain.errors import UserError
 
 Weights = dict[str, Any]
 
-# What GPT2Config takes for a key that config.json leaves out; mlx-lm has no defaults for them.
+# GPT2Config's defaults for keys that config.json leaves out; mlx-lm has none.
 DEFAULTS = {
     "vocab_size": 50257,
     "n_positions": 1024,
@@ -26,7 +26,7 @@ DEFAULTS = {
 }
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
-# The four weight matrices of a block that Hugging Face keeps as Conv1D.
+# The four weight matrices of a block that are Conv1D in Hugging Face.
 CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 NORMS = ("ln_1", "ln_2")
 
@@ -36,29 +36,26 @@ _QUANTISED = (".scales", ".biases")
 
 
 def is_conv1d(module: str) -> bool:
-    """Tell whether a GPT-2 module path, with any prefix, is one that Hugging Face keeps as Conv1D with weight
-    (in, out).
-    """
+    """Return whether a GPT-2 module path, with any prefix, is a Conv1D with weight (in, out)."""
     return _CONV1D_WEIGHT.search(f"{module}.weight") is not None
 
 
 def is_mlx(weights: Mapping[str, Any]) -> bool:
-    """Tell whether a dictionary has mlx-lm's names (`model.wte.weight`, `model.h.*`)."""
+    """Return whether a dictionary has mlx-lm's names (`model.wte.weight`, `model.h.*`)."""
     return any(name.startswith("model.") for name in weights)
 
 
 def hf_to_mlx(weights: Mapping[str, Any], n_layer: int, tie_word_embeddings: bool = True) -> Weights:
-    """Return GPT-2 weights under mlx-lm's names, matrices as (out, in); a dictionary that has those names
-    already is checked and passed on.
+    """Return GPT-2 weights under mlx-lm's names, with matrices (out, in).
 
-    Accepts the hub's bare names (`h.0.*`) and `save_pretrained`'s (`transformer.h.0.*`), drops the
-    `attn.bias` and `attn.masked_bias` buffers, and drops `lm_head.weight` (vocab, d) when it equals
-    `wte.weight`; one that differs stays only with `tie_word_embeddings` False. `score.weight` of a reward
-    model passes through.
+    Accepts the hub's bare names (`h.0.*`) and `save_pretrained`'s (`transformer.h.0.*`); a dictionary that
+    has mlx-lm's names already is only checked. Drops the `attn.bias` and `attn.masked_bias` buffers, and
+    `lm_head.weight` (vocab, d) if it equals `wte.weight`; one that differs stays only with
+    `tie_word_embeddings` False. `score.weight` of a reward model passes through.
 
     Raises:
-        UserError: a tensor is missing, is not GPT-2's, or `lm_head.weight` differs from `wte.weight` in a
-        tied model.
+        UserError: a tensor is missing or is not GPT-2's, or `lm_head.weight` differs from `wte.weight` in a
+            tied model.
     """
     if is_mlx(weights):
         out = dict(weights)
@@ -76,11 +73,12 @@ def hf_to_mlx(weights: Mapping[str, Any], n_layer: int, tie_word_embeddings: boo
 
 
 def mlx_to_hf(weights: Mapping[str, Any]) -> Weights:
-    """Return mlx-lm's GPT-2 weights under transformers' names (`transformer.*`), Conv1D matrices as (in,
-    out), no head when tied.
+    """Return mlx-lm's GPT-2 weights under transformers' names (`transformer.*`).
+
+    Conv1D matrices become (in, out); a tied model has no head.
 
     Raises:
-        UserError: the weights are quantised, which Hugging Face's layout cannot hold.
+        UserError: the weights are quantised, which Hugging Face's layout does not support.
     """
     if any(name.endswith(_QUANTISED) for name in weights):
         raise UserError(
@@ -96,8 +94,9 @@ def mlx_to_hf(weights: Mapping[str, Any]) -> Weights:
 
 
 def with_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a GPT-2 config with the sizes that it leaves to transformers' defaults; `where` names the file
-    in errors.
+    """Return a GPT-2 config completed with transformers' default sizes.
+
+    `where` names the file in errors.
 
     Raises:
         UserError: a size is not a whole number above 0, or n_head does not divide n_embd.
@@ -115,11 +114,12 @@ def with_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Check the shape of each tensor of an mlx-lm GPT-2 against its config; quantised matrices, which are
-    packed, are left alone.
+    """Check the shape of each tensor of an mlx-lm GPT-2 against its config.
+
+    Quantised matrices are packed and not checked.
 
     Raises:
-        UserError: one differs; both shapes are given.
+        UserError: a shape differs; the message gives both.
     """
     width = config["n_embd"]
     sizes = {
@@ -137,10 +137,10 @@ def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         rows, columns = sizes.get(module.split(".", 3)[-1], (width, width))
         is_matrix = kind == "weight" and _CONV1D_WEIGHT.search(name) is not None
         expected = shapes.get(name, (rows, columns) if is_matrix else (rows,))
-        found = tuple(weights[name].shape)
-        if found != expected and f"{module}.scales" not in weights:
+        shape = tuple(weights[name].shape)
+        if shape != expected and f"{module}.scales" not in weights:
             raise UserError(
-                f"{name} has shape {found}, and config.json asks for {expected} ((out, in) for matrices); "
+                f"{name} has shape {shape}, and config.json asks for {expected} ((out, in) for matrices); "
                 "one of the two is wrong"
             )
 
@@ -156,15 +156,13 @@ def expected_names(n_layer: int) -> list[str]:
 
 
 def transposed(matrix: Any) -> Any:
-    """Return a matrix (a, b) as (b, a), contiguous where the library asks for that; the values keep their
-    bits.
-    """
-    turned = matrix.T
-    if hasattr(turned, "contiguous"):  # torch: safetensors refuses strided views
-        return turned.contiguous()
-    if type(turned).__module__ == "numpy":
-        return turned.copy(order="C")
-    return turned  # mlx makes it contiguous when it saves or computes
+    """Return a matrix (a, b) as (b, a), contiguous where the library needs that; values keep their bits."""
+    view = matrix.T
+    if hasattr(view, "contiguous"):  # torch: safetensors refuses strided views
+        return view.contiguous()
+    if type(view).__module__ == "numpy":
+        return view.copy(order="C")
+    return view  # mlx makes it contiguous when it saves or computes
 
 
 def _mlx_name(name: str) -> str:
@@ -180,7 +178,7 @@ def _tie(weights: Weights, tie_word_embeddings: bool) -> None:
         return
     table = weights.get("model.wte.weight")
     if table is None and tie_word_embeddings:
-        # safetensors keeps one name of a shared tensor, and it may have kept this one.
+        # safetensors stores a shared tensor under one of its names, possibly this one.
         weights["model.wte.weight"] = weights.pop("lm_head.weight")
     elif table is not None and tuple(table.shape) == tuple(head.shape) and bool((table == head).all()):
         del weights["lm_head.weight"]
@@ -199,7 +197,7 @@ def _check_names(weights: Mapping[str, Any], n_layer: int) -> None:
             f"the weights lack {missing[0]}{_and_more(missing)} for a GPT-2 with n_layer {n_layer}"
         )
     known = expected | {"lm_head.weight", "score.weight"}
-    # A quantised matrix brings .scales and .biases beside its .weight.
+    # A quantised matrix has .scales and .biases as well as .weight.
     extra = sorted(
         n
         for n in weights

@@ -1,4 +1,4 @@
-"""Find a model: the embedded one, a local folder, or a Hugging Face hub id through the hub's own cache."""
+"""Model look-up: the embedded model, a local folder, or a Hugging Face hub id through the hub's own cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .files import read_json
 
 EMBEDDED = "tiny"
 
-# Weights load by safetensors only: pickle files (.bin, .pt) and Python files are never fetched.
+# Weights are loaded from safetensors only: pickle files (.bin, .pt) and Python files are never downloaded.
 ALLOWED = [
     "*.json",
     "model*.safetensors",
@@ -31,8 +31,8 @@ IGNORED = ["*.bin", "*.py", "*.pt", "*.msgpack", "*.h5", "*.onnx", "*/*"]
 
 _GIVE = "give an existing folder or a hub id such as openai-community/gpt2"
 
-# Ids from before the hub had organisations; the hub redirects them, the cache knows them under the name that
-# was asked for.
+# Ids from before the hub had organisations. The hub redirects them; the cache has them under the requested
+# name.
 LEGACY = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -43,17 +43,16 @@ LEGACY = {
 
 
 def resolve(model: str | Path, kind: str = "model") -> Path:
-    """Return the local folder of `model`: "tiny" (embedded), an existing folder, or a hub id
-    ("openai-community/gpt2", "gpt2").
+    """Return the local folder of a model.
 
-    A complete copy in the hub cache is used as it is, without a network call; otherwise the hub's client
-    downloads it and shows its progress. `kind` "adapter" looks for a PEFT adapter instead of a model;
-    "either" takes both, see `holds_adapter`.
+    `model` is "tiny" (embedded), an existing folder, or a hub id ("openai-community/gpt2", "gpt2"). A
+    complete copy in the hub cache is used without a network call; otherwise the hub's client downloads the
+    model and shows its progress. `kind` "adapter" looks for a PEFT adapter instead of a model; "either"
+    accepts both, see `holds_adapter`.
 
     Raises:
-        UserError: one line that says what is wrong and what to do: no such folder, no such id, gated, not
-        cached while offline,
-            no config, no safetensors.
+        UserError: in one line, what is wrong and what to do: no such folder, no such id, gated, offline and
+            not cached, no config, no safetensors.
     """
     name = str(model).strip()
     if not name:
@@ -74,17 +73,18 @@ def resolve(model: str | Path, kind: str = "model") -> Path:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Tell whether a folder holds a PEFT adapter without a model beside it."""
+    """Return whether a folder holds a PEFT adapter and no model."""
     return (folder / _config_name("adapter")).is_file() and not weight_files(folder)
 
 
 def check_config(path: Path) -> dict[str, Any]:
-    """Read config.json of a model folder (or the file itself) as a dictionary, a GPT-2's completed with its
-    default sizes.
+    """Return the config.json of a model folder (or the file itself) as a dictionary.
+
+    A GPT-2's is completed with its default sizes.
 
     Raises:
-        UserError: it is missing, is broken JSON (line and column are named), names no model_type, or gives a
-        GPT-2 impossible sizes.
+        UserError: it is missing or broken JSON (with line and column), names no model_type, or gives a GPT-2
+            impossible sizes.
     """
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
@@ -100,8 +100,9 @@ def check_config(path: Path) -> dict[str, Any]:
 
 
 def check_tensors(file: Path) -> None:
-    """Check that a file is in safetensors' format and as long as its header says; the tensors themselves are
-    not read.
+    """Check that a file is in safetensors' format and as long as its header says.
+
+    The tensors themselves are not read.
 
     Raises:
         UserError: it is cut off, empty, or another kind of file.
@@ -118,11 +119,12 @@ def check_tensors(file: Path) -> None:
 
 
 def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> None:
-    """Check that a folder holds a model (config.json and safetensors weights) or a PEFT adapter; `name` is
-    what the user called it.
+    """Check that a folder holds a model (config.json and safetensors weights) or a PEFT adapter.
+
+    `name` is the user's name for it.
 
     Raises:
-        UserError: it does not, or a file of it is damaged; the message says what was found instead.
+        UserError: it does not, or one of its files is damaged; the message states what was found instead.
     """
     shown = name or str(folder)
     config = _config_name(kind)
@@ -159,8 +161,9 @@ def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> 
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of a model folder's weight files, as its index lists them where there is one; empty
-    without safetensors.
+    """Return the names of a model folder's weight files, from its index if it has one.
+
+    The list is empty without safetensors files. Raises UserError for a damaged index.
     """
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
@@ -198,17 +201,17 @@ def _kind_of(folder: Path, kind: str) -> str:
 
 
 def _pickle_hint(folder: Path, pattern: str) -> str:
-    found = sorted(folder.glob(pattern))
-    if found:
+    files = sorted(folder.glob(pattern))
+    if files:
         return (
-            f"; {found[0].name} is refused, as loading pickle files can run code: only safetensors load "
+            f"; {files[0].name} is refused, as loading pickle files can run code: only safetensors load "
             "(save the model again with transformers to get them)"
         )
     return "; only safetensors weights load"
 
 
 def _looks_like_path(name: str) -> bool:
-    # recipes write to runs/NAME: a misspelt run must not be asked of the hub
+    # Recipes write to runs/NAME: a misspelt run must not be looked up on the hub.
     return (
         name.startswith((".", "~", "/", "runs/"))
         or name.endswith(("/", ".safetensors"))
@@ -218,7 +221,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _ids(name: str) -> list[str]:
-    """Return the ids under which the cache may hold `name`, the asked one first."""
+    """Return the ids under which the cache may hold `name`, the requested one first."""
     if name in LEGACY:
         return [name, LEGACY[name]]
     return [name, *(old for old, new in LEGACY.items() if new == name)]
@@ -243,12 +246,12 @@ def _from_hub(name: str, kind: str) -> Path:
         partial = partial or cached
     try:
         folder = Path(snapshot_download(name, allow_patterns=ALLOWED, ignore_patterns=IGNORED))
-    except Exception as error:  # whatever the hub's client raises becomes one line
+    except Exception as error:  # any error of the hub's client becomes one line
         if partial and _complete(partial, _kind_of(partial, kind), tokenizer=False):
             return partial
         raise UserError(_explain(name, error)) from error
     kind = _kind_of(folder, kind)
-    # Offline, the client returns a snapshot that an interrupted download left behind.
+    # Offline, the client may return the snapshot of an interrupted download.
     if not _complete(folder, kind, tokenizer=False):
         if partial is None:
             check_folder(folder, kind, name)
@@ -262,19 +265,20 @@ def _from_hub(name: str, kind: str) -> Path:
 
 
 def _cached(repo: str, kind: str) -> Path | None:
-    """Return the cache's snapshot folder of the main branch, complete or not."""
+    """Return the snapshot folder of the main branch in the cache, complete or not, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     for one in ("model", "adapter") if kind == "either" else (kind,):
-        found = try_to_load_from_cache(repo, _config_name(one))
-        if isinstance(found, str):
-            return Path(found).parent
+        file = try_to_load_from_cache(repo, _config_name(one))
+        if isinstance(file, str):
+            return Path(file).parent
     return None
 
 
 def _missing_folder(name: str) -> str | None:
-    """Return the line for what is no hub id but a mistyped folder: the one that it would be in exists
-    here.
+    """Return an error line if `name` is a mistyped folder rather than a hub id, else None.
+
+    It is one if its parent folder exists here.
     """
     path = Path(name).expanduser()
     if path.parent == Path(".") or not path.parent.is_dir():
@@ -287,12 +291,12 @@ def _missing_folder(name: str) -> str | None:
 
 
 def _complete(folder: Path, kind: str, tokenizer: bool) -> bool:
-    """Tell whether a snapshot can be used: an interrupted download leaves some files out."""
+    """Return whether a snapshot can be used: an interrupted download lacks some files."""
     if kind == "adapter":
         return (folder / "adapter_model.safetensors").is_file()
     names = weight_files(folder)
     numbered = re.match(r"model-\d+-of-(\d+)\.safetensors$", names[0]) if names else None
-    if numbered and len(names) < int(numbered[1]):  # shards whose index has not arrived
+    if numbered and len(names) < int(numbered[1]):  # shards are missing, and so is their index
         return False
     if not names or not all((folder / shard).is_file() for shard in names):
         return False
@@ -311,7 +315,7 @@ def _explain(name: str, error: Exception) -> str:
         RepositoryNotFoundError,
     )
 
-    # The client wraps the answer it got in "not found locally"; the answer tells more.
+    # The client wraps the hub's response in "not found locally"; the response tells more.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     response = getattr(cause, "response", None)
     status = getattr(response, "status_code", None)
@@ -336,11 +340,13 @@ def _explain(name: str, error: Exception) -> str:
         )
     if isinstance(cause, OfflineModeIsEnabled):
         return (
-            f"{name} is no folder here and not in the hub cache, and offline mode is on "
+            f"{name} is not a folder here and not in the hub cache, and offline mode is on "
             f"(HF_HUB_OFFLINE); {download}"
         )
     if isinstance(error, LocalEntryNotFoundError):
-        return f"{name} is no folder here and not in the hub cache, and the hub cannot be reached; {download}"
+        return (
+            f"{name} is not a folder here and not in the hub cache, and the hub cannot be reached; {download}"
+        )
     if isinstance(error, json.JSONDecodeError):
         return f"the hub's answer for {name} cannot be read; try again later or give a folder"
     reason = " ".join(str(error).split())[:200] or type(error).__name__

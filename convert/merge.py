@@ -1,4 +1,4 @@
-"""Fold a LoRA or DoRA adapter into the base weights, and measure what a quantised base keeps of it."""
+"""Merge a LoRA or DoRA adapter into the base weights, and measure how much a quantised base keeps of it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def merge(
     config: Mapping[str, Any],
     model_type: str = "gpt2",
 ) -> dict[str, Any]:
-    """Return base weights under Hugging Face's names with the adapter folded in: summed in float32, returned
-    in each weight's type.
+    """Return the base weights with the adapter folded in, under Hugging Face's names.
 
-    `modules` are in mlx-lm's layout and `config` is PEFT's, as `read_adapter` returns them. GPT-2 weights may
-    have bare or `transformer.` names and are (in, out); other architectures' are (out, in). Source: PEFT's
-    `Linear.merge` and `DoraLinearVariant.merge_safe`.
+    Sums are in float32, results in each weight's type. `modules` are in mlx-lm's layout and `config` is
+    PEFT's, as `read_adapter` returns them. GPT-2 weights may have bare or `transformer.` names and are (in,
+    out); other architectures' are (out, in). Source: PEFT's `Linear.merge` and
+    `DoraLinearVariant.merge_safe`.
 
     Raises:
         UserError: the base has no such module, the shapes differ, or the result exceeds the range of the
-        weight's type.
+            weight's type.
     """
     import numpy as np
 
@@ -35,8 +35,8 @@ def merge(
     for path, module in modules.items():
         name = _weight_name(base, hf_path(path, model_type))
         stored = to_float32(base[name])
-        turned = model_type == "gpt2" and is_conv1d(path)
-        weight = stored.T if turned else stored
+        conv1d = model_type == "gpt2" and is_conv1d(path)
+        weight = stored.T if conv1d else stored
         update = delta(module, scale_of(config, path, model_type))
         if weight.shape != update.shape:
             raise UserError(
@@ -44,7 +44,7 @@ def merge(
                 f"in), its update is {update.shape}"
             )
         result = fold(weight, update, module.get("m"))
-        out = like(np.ascontiguousarray(result.T if turned else result), base[name])
+        out = like(np.ascontiguousarray(result.T if conv1d else result), base[name])
         if not np.isfinite(to_float32(out)).all() and np.isfinite(stored).all():
             raise UserError(
                 f"merging {path} leaves the range of {base[name].dtype}; convert the base to float32 first"
@@ -62,8 +62,9 @@ def delta(module: Module, scale: float) -> Any:
 
 
 def fold(weight: Any, update: Any, magnitude: Any | None = None) -> Any:
-    """Return weight + update, (out, in) in NumPy float32; DoRA's magnitude (out,) sets every row's length
-    (arXiv:2402.09353, eq. 5).
+    """Return weight + update, (out, in) in NumPy float32.
+
+    DoRA's magnitude (out,) sets the length of every row (arXiv:2402.09353, eq. 5).
     """
     import numpy as np
 
@@ -76,12 +77,12 @@ def fold(weight: Any, update: Any, magnitude: Any | None = None) -> Any:
 def quantised_drift(
     weight: Any, update: Any, bits: int, group_size: int = 64, mode: str = "affine"
 ) -> dict[str, float]:
-    """Return how much of `update` (out, in) remains when it is added to the dequantised `weight` (out, in)
-    and the sum is quantised again.
+    """Return how much of an update remains when the sum of weight and update is quantised again.
 
-    With kept = dequantise(quantise(weight + update)) - weight: "cosine" between kept and update, "norm_ratio"
-    |kept| / |update|, "error" |kept - update| / |update|, and "update_ratio" |update| / |weight|, the size of
-    the update. A zero update gives cosine 1 and ratios 0.
+    `weight` (out, in) is dequantised, `update` is (out, in). With kept = dequantise(quantise(weight +
+    update)) - weight: "cosine" between kept and update, "norm_ratio" |kept| / |update|, "error" |kept -
+    update| / |update|, and "update_ratio" |update| / |weight|, the size of the update. A zero update gives
+    cosine 1 and ratios 0.
     """
     import mlx.core as mx
     import numpy as np
@@ -105,9 +106,9 @@ def quantised_drift(
 def logit_drift(adapted: Any, other: Any, base: Any) -> dict[str, float]:
     """Return how far `other` logits are from those of a base with its adapter; all [..., V] in NumPy.
 
-    "lost": rms of (other - adapted) over rms of (adapted - base), 0 for the same logits, about 1 when the
-    adapter is gone; "max_logit_difference": the largest |other - adapted|; "kl": mean KL(adapted || other) in
-    nats per position.
+    "lost": rms of (other - adapted) over rms of (adapted - base), 0 for equal logits, about 1 if the adapter
+    is lost; "max_logit_difference": the largest |other - adapted|; "kl": mean KL(adapted || other) in nats
+    per position.
     """
     import numpy as np
 

@@ -1,6 +1,4 @@
-"""Weight files on disk, and whole-model conversion between Hugging Face folders and the folders that mlx-lm
-loads.
-"""
+"""Weight files, and conversion of whole models between Hugging Face's and mlx-lm's folders."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 BITS = (2, 3, 4, 5, 6, 8)
 INDEX = "model.safetensors.index.json"
 
-# Options of transformers' GPT-2 that mlx-lm's GPT-2 ignores, with the values under which both compute the
-# same.
+# Options of transformers' GPT-2 that mlx-lm's GPT-2 ignores, with the values for which both compute the same.
 GPT2_FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
@@ -33,26 +30,23 @@ GPT2_FIXED = {
 
 
 class Converted(NamedTuple):
-    """What `convert` wrote: the folder, the architecture, the number of tensors, their bytes, and the bits of
-    a quantised model.
-    """
+    """The result of `convert`."""
 
     path: Path
     model_type: str
-    tensors: int
+    tensors: int  # their number
     bytes: int
-    bits: int | None
+    bits: int | None  # of a quantised model
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """Return a model folder's tensors by name, from one safetensors file or from shards: MLX arrays, or torch
-    tensors where MLX is not installed.
+    """Return a model folder's tensors by name, from one safetensors file or from shards.
 
-    MLX reads the data when it is first used.
+    They are MLX arrays, whose data is read on first use, or torch tensors if MLX is not installed.
 
     Raises:
-        UserError: no safetensors weights, a shard that the index names is missing, or a file is cut off or is
-        not safetensors.
+        UserError: no safetensors weights, a shard that the index names is missing, or a file is cut off or
+            not safetensors.
     """
     load: Callable[[str], Any]
     try:
@@ -69,12 +63,11 @@ def load_weights(path: Path) -> dict[str, Any]:
 def save_weights(
     path: Path, weights: Mapping[str, Any], max_shard_bytes: int = MAX_SHARD_BYTES, format: str = "pt"
 ) -> list[str]:
-    """Write tensors (MLX, torch or NumPy) as model.safetensors, or as numbered shards and an index, and
-    return the file names.
+    """Write tensors (MLX, torch or NumPy) as model.safetensors, or as shards, and return the file names.
 
-    Every file is written under a temporary name first and renamed when all are complete; weight files of an
-    earlier model in the folder are removed. `format` is the metadata entry that transformers reads ("pt";
-    "mlx" in mlx-lm's folders).
+    Shards are numbered and have an index. Every file is written under a temporary name and renamed when all
+    are complete; weight files of an earlier model in the folder are removed. `format` is the metadata entry
+    that transformers reads ("pt"; "mlx" in mlx-lm's folders).
 
     Raises:
         UserError: not enough disk space.
@@ -119,17 +112,16 @@ def convert(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Converted:
-    """Convert a model folder or hub id to a folder that mlx-lm loads (`to` "mlx") or that transformers loads
-    ("hf").
+    """Convert a model folder or hub id to a folder for mlx-lm (`to` "mlx") or transformers ("hf").
 
-    GPT-2 keeps every tensor bit for bit unless `dtype` or `quantize` (bits, through mlx-lm's quantize_model)
-    ask otherwise. Other architectures go through mlx-lm's own conversion, to "mlx" only. Tokenizer files
-    follow byte for byte, see `copy_tokenizer`. `dst` appears only when all is written.
+    A GPT-2 keeps every tensor bit for bit unless `dtype` or `quantize` (bits, through mlx-lm's
+    quantize_model) are given. Other architectures go through mlx-lm's own conversion, to "mlx" only.
+    Tokenizer files are copied byte for byte, see `copy_tokenizer`. `dst` appears only when everything is
+    written.
 
     Raises:
         UserError: unusable options or source, a GPT-2 variant that mlx-lm would compute wrongly, `dst` in use
-        without
-            `force`, no disk space.
+            without `force`, or no disk space.
     """
     _check_options(to, dtype, quantize, group_size)
     source, target = resolve(src), Path(dst).expanduser()
@@ -151,9 +143,9 @@ def convert(
             "GPT-2 does not have"
         )
     for key in ("quantization", "quantization_config"):
-        # Dequantised by now where a dtype was asked for; an untouched quantised model was refused.
+        # The weights are dequantised by now: a quantised model without a dtype was refused.
         config.pop(key, None)
-    # Identical copies were merged, so the model is tied whatever config.json said.
+    # An identical head was dropped, so the model is tied whatever config.json says.
     config["tie_word_embeddings"] = True
     with output_folder(target, force) as folder:
         if to == "hf":
@@ -164,18 +156,17 @@ def convert(
             config = {**_with_dtype(config, weights), "architectures": ["GPT2LMHeadModel"]}
             save_weights(folder, weights, max_shard_bytes, format="mlx")
             write_json(folder / "config.json", config)
-            _copy_if_there(source / "generation_config.json", folder)
+            _copy_if_present(source / "generation_config.json", folder)
         copy_tokenizer(source, folder)
         return _summary(folder, target, model_type, quantize)
 
 
 def gpt2_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a GPT-2 config completed with what mlx-lm needs (n_ctx and the values that transformers leaves
-    to defaults).
+    """Return a GPT-2 config completed with what mlx-lm needs: n_ctx and transformers' default values.
 
     Raises:
-        UserError: a head that is not a language model's, or an option under which mlx-lm's GPT-2 would
-        compute something else.
+        UserError: a head that is not a language model's, or an option with which mlx-lm's GPT-2 would compute
+            something else.
     """
     full = {**gpt2.DEFAULTS, **config}
     full.setdefault("n_ctx", full["n_positions"])
@@ -255,9 +246,7 @@ def _check_options(to: str, dtype: str | None, quantize: int | None, group_size:
 
 
 def _load_gpt2(source: Path, config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Return a GPT-2 folder's weights under mlx-lm's names, dequantised and cast where `dtype` asks for
-    it.
-    """
+    """Return a GPT-2 folder's weights under mlx-lm's names, dequantised and cast if `dtype` is given."""
     if "quantization" in config or "quantization_config" in config:
         if dtype is None:
             raise UserError(
@@ -290,8 +279,9 @@ def _dequantised(source: Path) -> dict[str, Any]:
 
 
 def cast(name: str, array: Any, dtype: str) -> Any:
-    """Return an MLX or torch array of floating numbers as `dtype`, and any other as it is; `name` stands in
-    errors.
+    """Return a floating MLX or torch array as `dtype`, and any other array unchanged.
+
+    `name` is for errors.
 
     Raises:
         UserError: a finite value is beyond float16's range.
@@ -334,7 +324,7 @@ def _quantise(
         )
     model = Model(ModelArgs.from_dict(config))
     model.load_weights(list(weights.items()))
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
+    with contextlib.redirect_stdout(io.StringIO()):  # quantize_model prints a line
         model, config = quantize_model(model, config, group_size, bits)
     return dict(tree_flatten(model.parameters())), config
 
@@ -345,7 +335,7 @@ def _write_hf(
     save_weights(folder, gpt2.mlx_to_hf(weights), max_shard_bytes, format="pt")
     config = {**_with_dtype(config, weights), "architectures": ["GPT2LMHeadModel"]}
     write_json(folder / "config.json", config)
-    if not _copy_if_there(source / "generation_config.json", folder):
+    if not _copy_if_present(source / "generation_config.json", folder):
         tokens = {
             key: config[key]
             for key in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -355,12 +345,13 @@ def _write_hf(
 
 
 def _with_dtype(config: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config with `dtype` naming the weights' own floating type, without the older key for it."""
+    """Return the config with the weights' floating type as `dtype`, without the older key for it."""
     name = str(weights["model.ln_f.weight"].dtype).rpartition(".")[2]
     return {**{k: v for k, v in config.items() if k not in ("torch_dtype", "_name_or_path")}, "dtype": name}
 
 
-def _copy_if_there(file: Path, folder: Path) -> bool:
+def _copy_if_present(file: Path, folder: Path) -> bool:
+    """Copy a file into a folder and return whether it exists."""
     if not file.is_file():
         return False
     write_atomically(folder / file.name, lambda p: p.write_bytes(file.read_bytes()))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_posttrain.errors import UserError
 
 if TYPE_CHECKING:
-    from mlx_posttrain.api import LoadedModel, Run, compare, evaluate, load, train
+    from mlx_posttrain.api import LoadedModel, Run, compare, evaluate, train
 
 __all__ = ["LoadedModel", "Run", "UserError", "compare", "evaluate", "load", "train"]
 

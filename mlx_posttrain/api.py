@@ -125,7 +125,7 @@ def compare(
     Returns an evaluate.comparison.Comparison: ``.table()`` is text, ``.to_dict()`` everything. Raises
     UserError for an unknown key of the suite and for a model that cannot be opened.
     """
-    from mlx_posttrain.evaluate import suite as module
+    from mlx_posttrain.evaluation import suite as module
 
     settings = config.parse(dict(suite), module.SuiteSection, "settings")
     return module.compare([str(n) for n in names], settings, engine, labels)

@@ -70,7 +70,7 @@ def keys(
     report.
     """
     from mlx_posttrain import config, methods
-    from mlx_posttrain.evaluate.suite import SuiteSection
+    from mlx_posttrain.evaluation.suite import SuiteSection
 
     section = SuiteSection if of == "suite" else methods.get(of).Recipe
     for key, default, description in config.describe(section):
@@ -266,8 +266,8 @@ def analyze(
     """
     import json as jsonlib
 
-    from mlx_posttrain.evaluate import analyze as module
-    from mlx_posttrain.evaluate import report as pages
+    from mlx_posttrain.evaluation import analyze as module
+    from mlx_posttrain.evaluation import report as pages
 
     names, suite = _suite(runs)
     if output:
@@ -297,10 +297,10 @@ def report(
     engine: EngineOption = "auto",
 ) -> None:
     """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
-    from mlx_posttrain.evaluate import analyze as module
-    from mlx_posttrain.evaluate import findings as kinds
-    from mlx_posttrain.evaluate import report as pages
-    from mlx_posttrain.evaluate.suite import model_labels
+    from mlx_posttrain.evaluation import analyze as module
+    from mlx_posttrain.evaluation import findings as kinds
+    from mlx_posttrain.evaluation import report as pages
+    from mlx_posttrain.evaluation.suite import model_labels
     from mlx_posttrain.runs import reopen
 
     names, suite = _suite(runs)
@@ -328,7 +328,7 @@ def _setting(text: str) -> bool:
 def _suite(arguments: list[str]) -> tuple[list[str], Any]:
     """Names and suite settings, which stand in any order."""
     from mlx_posttrain import config
-    from mlx_posttrain.evaluate.suite import SuiteSection
+    from mlx_posttrain.evaluation.suite import SuiteSection
 
     raw = config.override({}, config.settings([a for a in arguments if _setting(a)]))
     return [_home(a) for a in arguments if not _setting(a)], config.parse(raw, SuiteSection, "settings")
@@ -340,9 +340,9 @@ def _compare(
     import json as jsonlib
 
     from mlx_posttrain.errors import UserError
-    from mlx_posttrain.evaluate import analyze
-    from mlx_posttrain.evaluate import report as pages
-    from mlx_posttrain.evaluate import suite as module
+    from mlx_posttrain.evaluation import analyze
+    from mlx_posttrain.evaluation import report as pages
+    from mlx_posttrain.evaluation import suite as module
 
     if not names:
         raise UserError("name at least one run or model")
@@ -365,8 +365,8 @@ def _compare(
 
 
 def _page(path: Path, names: list[str], comparison: Any, findings: list[Any]) -> None:
-    from mlx_posttrain.evaluate import report as module
-    from mlx_posttrain.evaluate.suite import model_labels
+    from mlx_posttrain.evaluation import report as module
+    from mlx_posttrain.evaluation.suite import model_labels
 
     typer.echo(module.write(path, names, model_labels(names), comparison, findings), err=True)
 

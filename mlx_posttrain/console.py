@@ -13,7 +13,7 @@ from types import FrameType
 from mlx_posttrain.errors import UserError
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """One line for people, on standard error so that standard output stays for results."""
     print(text, file=sys.stderr, flush=True)
 
@@ -54,7 +54,7 @@ class Progress:
             self.bar.update(self.task, completed=done, status=status)
         elif now - self.spoke > 10 or done in (self.start + 1, self.steps):
             left = elapsed / max(1, done - self.start) * (self.steps - done)
-            say(f"{self.name} {done}/{self.steps}  {status}  {_duration(left)} left")
+            log(f"{self.name} {done}/{self.steps}  {status}  {_duration(left)} left")
             self.spoke = now
 
     def note(self, text: str) -> None:
@@ -62,7 +62,7 @@ class Progress:
         if self.bar is not None:
             self.bar.console.print(text, highlight=False)
         else:
-            say(text)
+            log(text)
 
     def close(self) -> None:
         """Stop the live bar."""
@@ -107,7 +107,7 @@ def interruptible(folder: Path) -> Iterator[list[str]]:
         if caught:
             raise KeyboardInterrupt
         caught.append(signal.Signals(number).name)
-        say("stopping after this step (once more to break off at once) ...")
+        log("stopping after this step (once more to break off at once) ...")
 
     try:
         previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}

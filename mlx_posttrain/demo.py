@@ -1,42 +1,38 @@
-"""``mlx-posttrain demo``: the whole journey on the embedded tiny model (recipes/demo.yaml), and what to look
-at afterwards.
+"""``mlx-posttrain demo``: all methods on the embedded tiny model (recipes/demo.yaml), with a summary.
 
 Offline and within minutes: SFT, templates, LoRA, KL-SFT, a reward model, PPO and reasoning, measured on the
-same held-out rows in one report; then one adapter exported for PEFT and the base converted for mlx-lm.
+same held-out rows in one report; then one adapter is exported for PEFT and the base converted for mlx-lm.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mlx_posttrain import config, engines, methods, runs
 from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.models.export import export
-from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.runs import lock, read_jsonl
 
 
 def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
-    """Run it all, or what an interrupted demo has left to do, and print what came out. Raises UserError when
-    ``output`` is in use.
+    """Run the demo, or the rest of an interrupted one, and print the results.
+
+    Raises UserError if ``output`` is in use.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     name = engines.get(engine).name
     chosen = methods.load_recipe("demo", [f"output={output}", f"engine={name}", f"seed={seed}"])
     try:
         _run(output, chosen, name)
-    except Interrupted as error:  # the pipeline's own advice would end without what is printed below
+    except Interrupted as error:  # the pipeline's advice would skip what is printed below
         raise Interrupted(
             str(error).replace(f"--resume {output.absolute()}", "the same `mlx-posttrain demo`")
         ) from None
@@ -45,7 +41,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
     _print_ppo(output / "ppo")
     _print_thinking(output / "distill")
     adapter = output / "lora-peft"
-    # one that an interruption left is written again
+    # an adapter left by an interrupted demo is written again
     export(output / "lora", adapter, "peft", force=True)
     print(f"\nThe LoRA adapter is in {adapter}, in PEFT's format." + _peft_check(output / "lora", adapter))
     if name == "mlx":
@@ -55,7 +51,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
             f"The base is in {convert('tiny', output / 'tiny-mlx', to='mlx').path}, in the format of mlx-lm."
         )
     print(
-        f"\n{time.monotonic() - begun:.0f} s in all. Open the report in a browser:\n"
+        f"\n{time.monotonic() - started:.0f} s in all. Open the report in a browser:\n"
         f"  {(report / 'report.html').absolute()}\n"
         "Then:\n"
         f"  mlx-posttrain chat {output}/sft\n"
@@ -67,8 +63,9 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
 
 
 def _run(output: Path, chosen: config.Recipe, engine: str) -> None:
-    """Run the pipeline in a new folder, or go on with that of the same demo. Raises UserError for a folder
-    with anything else.
+    """Run the pipeline in a new folder, or continue that of the same demo.
+
+    Raises UserError for a folder with anything else.
     """
     if not runs.is_run(output):
         if output.exists() and any(path.name != lock.NAME for path in output.iterdir()):
@@ -81,9 +78,9 @@ def _run(output: Path, chosen: config.Recipe, engine: str) -> None:
         what = "an earlier demo" if last.exists() else "another run"
         raise UserError(f"{output} holds {what}: delete it, or choose another folder with --output")
     if (raw["engine"], raw["seed"]) != (engine, chosen.seed):
-        begun = f"--engine {raw['engine']} --seed {raw['seed']}"
+        options = f"--engine {raw['engine']} --seed {raw['seed']}"
         raise UserError(
-            f"{output} holds an unfinished demo: continue it with {begun}, delete it, or choose "
+            f"{output} holds an unfinished demo: continue it with {options}, delete it, or choose "
             "another folder with --output"
         )
     if not all(runs.Run(output / stage).finished for stage in raw["stages"]):
@@ -120,8 +117,8 @@ def _print_ppo(run: Path) -> None:
         ("eval/eos_share", "ended by itself", "{:.0%}"),
     ):
         print(f"  {label:24} {form.format(before[key]):>12} {form.format(after[key]):>9}")
-    said = read_jsonl(run / "samples.jsonl")
-    first, last = ([r for r in said if r["step"] == step] for step in (0, said[-1]["step"]))
+    samples = read_jsonl(run / "samples.jsonl")
+    first, last = ([r for r in samples if r["step"] == step] for step in (0, samples[-1]["step"]))
     for a, b in zip(first, last, strict=True):
         print(f"\n  {' '.join(a['prompt'].split())}")
         for label, r in (("before", a), ("after", b)):
@@ -144,53 +141,21 @@ def _print_thinking(run: Path) -> None:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A row of bars, one a value, with the first and the last value beside it."""
+    """Return a row of bars, one per value, between the first and the last value as numbers."""
     low, high = min(values), max(values)
     bars = "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low or 1))] for v in values)
     return f"{values[0]:+.2f} {bars} {values[-1]:+.2f}"
 
 
 def _peft_check(run: Path, adapter: Path) -> str:
-    """Reload the adapter through PEFT where torch is installed, and say how far its logits are from the run's
-    own.
+    """Return a sentence on how much the logits of the adapter, reloaded through PEFT, differ from the run's.
+
+    Without torch and PEFT the sentence asks to install them.
     """
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("peft")):
         return " (Install torch and peft to reload it here.)"
-    difference = peft_difference(run, adapter)
+    from mlx_posttrain.engines.torch.peft_check import peft_difference
+
+    model = LoadedModel(run)
+    difference = peft_difference(model.model, locate(run).folder, adapter)
     return f" Reloaded by PEFT, its logits differ from the run's own by at most {difference:.1e}."
-
-
-def peft_difference(run: Path, adapter: Path) -> float:
-    """Largest absolute difference between a run's logits and those of base plus exported adapter in
-    transformers and PEFT.
-    """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model, _, _ = open_model(run)
-    with _without_loading_noise():
-        base = AutoModelForCausalLM.from_pretrained(locate(run).folder, dtype=torch.float32)
-        theirs = PeftModel.from_pretrained(base, adapter).eval()
-    tokens = np.random.default_rng(0).integers(0, model.config["vocab_size"], (2, 48))
-    with torch.no_grad():
-        wanted = theirs(input_ids=torch.from_numpy(tokens)).logits.numpy()
-    return float(np.abs(model.full_logits(tokens) - wanted).max())
-
-
-@contextlib.contextmanager
-def _without_loading_noise() -> Iterator[None]:
-    """Without transformers' bars of loaded weights, and its warning that PEFT asks by a name it has given up:
-    nobody here can act on either.
-    """
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()

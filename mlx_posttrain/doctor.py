@@ -1,8 +1,8 @@
-"""What this machine has for training, and what to fix: `mlx-posttrain doctor`.
+"""`mlx-posttrain doctor`: what this machine has for training, and what to fix.
 
 Every check is one small function that returns `Check`s and may raise anything: a failing check becomes a line
-of the report, never a traceback. Nothing leaves the machine and no secret is read: of the hub token only its
-presence is reported.
+of the report, never a traceback. Nothing leaves the machine, and of the hub token only its presence is
+reported.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mlx_posttrain.engines import probe
 from mlx_posttrain.engines.process import command_output, memory
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -26,7 +26,7 @@ _GIB = 1024**3
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. ``advice`` says what to do and is empty when nothing is to be done."""
+    """One line of the report; ``advice`` states what to do, or is empty."""
 
     name: str
     value: str
@@ -35,8 +35,9 @@ class Check:
 
 
 def doctor(json: bool = False) -> int:
-    """Print the report, as a table or as JSON; return 1 if something must be fixed before training works,
-    else 0.
+    """Print the report, as a table or as JSON, and return the exit code.
+
+    It is 1 if something must be fixed before training works, else 0.
     """
     checks = collect()
     if json:
@@ -47,8 +48,9 @@ def doctor(json: bool = False) -> int:
 
 
 def collect() -> list[Check]:
-    """Run every check, in the order of the report. Takes a few seconds, most of it importing MLX and
-    PyTorch.
+    """Run every check, in the order of the report.
+
+    Takes a few seconds, mostly to import MLX and PyTorch.
     """
     checks: list[Check] = []
     for check in (
@@ -69,7 +71,7 @@ def collect() -> list[Check]:
 
 
 def render(checks: list[Check]) -> None:
-    """Print the checks as a table, then what to fix, most urgent first."""
+    """Print the checks as a table, followed by what to fix, most urgent first."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -91,36 +93,7 @@ def render(checks: list[Check]) -> None:
         console.print(Text.assemble(marks[check.status], f" {check.name}: {check.advice}"), soft_wrap=True)
 
 
-def measure_gflops(engine: str = "mlx", size: int = 1024, seconds: float = 0.25) -> float:
-    """Return the best float32 matmul rate of ``engine`` (mlx or torch, on its default device) in GFLOP/s,
-    within about ``seconds``.
-    """
-    if engine == "torch":
-        import torch
-
-        a = torch.rand(size, size)
-
-        def multiply() -> None:
-            torch.mm(a, a)
-    else:
-        import mlx.core as mx
-
-        b = mx.random.uniform(shape=(size, size))
-        mx.eval(b)
-
-        def multiply() -> None:
-            mx.eval(b @ b)
-
-    multiply()  # starts threads; with the reference BLAS one product of this size takes .4 s
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        start = time.perf_counter()
-        multiply()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
-
-
-# checks
+# Checks
 
 
 def _system() -> list[Check]:
@@ -238,37 +211,28 @@ def _packages() -> list[Check]:
 def _devices() -> list[Check]:
     if not _version("mlx"):
         return []
-    import mlx.core as mx
-
-    if not mx.is_available(mx.Device(mx.gpu)):
+    devices = probe.mlx_devices()
+    if devices.gpu is None:
         advice = (
             "Metal is not available to this process: run it in a session of the logged-in user"
             if _apple_silicon()
             else ""
         )
         return [Check("MLX devices", "cpu", WARN if advice else OK, advice)]
-    info = mx.device_info(mx.Device(mx.gpu))
-    budget = int(info.get("max_recommended_working_set_size", 0)) / _GIB
+    budget = int(devices.gpu.get("max_recommended_working_set_size", 0)) / _GIB
     value = (
-        f"gpu ({info.get('device_name', 'unknown')}"
+        f"gpu ({devices.gpu.get('device_name', 'unknown')}"
         + (f", {budget:.1f} GiB recommended at most" if budget else "")
         + "), cpu"
     )
-    default = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-    return [Check("MLX devices", f"{value}; default {default}")]
+    return [Check("MLX devices", f"{value}; default {devices.default}")]
 
 
 def _torch() -> list[Check]:
     if not _version("torch"):
         return []
-    import torch
-
-    return [
-        Check(
-            "PyTorch threads",
-            f"{torch.get_num_threads()}, {measure_gflops('torch'):.0f} GFLOP/s (float32 matmul)",
-        )
-    ]
+    rate = probe.measure_gflops("torch")
+    return [Check("PyTorch threads", f"{probe.torch_threads()}, {rate:.0f} GFLOP/s (float32 matmul)")]
 
 
 def _blas() -> list[Check]:
@@ -277,7 +241,7 @@ def _blas() -> list[Check]:
     from mlx_posttrain.engines.mlx.cpu import blas
 
     info = blas.load(quiet=True)
-    rate = measure_gflops()
+    rate = probe.measure_gflops()
     value = (
         f"{info.name or ('reference BLAS' if info.path else 'unknown BLAS')}, {rate:.0f} GFLOP/s "
         "(float32 matmul, default device)"
@@ -350,13 +314,13 @@ def _hub() -> list[Check]:
     return checks
 
 
-# helpers
+# Helpers
 
 
 def _safely(check: Callable[[], list[Check]]) -> list[Check]:
     try:
         return check()
-    except Exception as error:  # a broken package must show in the report, not end it
+    except Exception as error:  # a broken package is shown in the report instead of ending it
         name = check.__name__.strip("_")
         return [
             Check(
@@ -376,16 +340,17 @@ def _version(package: str) -> str | None:
 
 
 def _apple_silicon() -> bool:
-    """Whether the machine is one, also when asked from a Python under Rosetta."""
+    """Return whether the machine is an Apple Silicon Mac, also for a Python under Rosetta."""
     return sys.platform == "darwin" and (platform.machine() == "arm64" or _translated())
 
 
 def _translated() -> bool:
+    """Return whether this Python runs under Rosetta."""
     return sys.platform == "darwin" and command_output("sysctl", "-n", "sysctl.proc_translated") == "1"
 
 
 def _cpu_model() -> str:
-    """The processor's name; ARM's cpuinfo has none."""
+    """Return the processor's name, or an empty string; ARM's cpuinfo has none."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("model name", "Model", "Hardware"):

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, model_validator
 
 from mlx_posttrain import config, engines, methods, runs
-from mlx_posttrain.console import Interrupted, say
+from mlx_posttrain.console import Interrupted, log
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.runs import lock
@@ -258,7 +258,7 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Callbacks | None = None
         here = runs.create(whole, recipe)  # type: ignore[arg-type]
     for number, (name, own) in enumerate(chosen.items(), 1):
         one = runs.Run(whole / name)
-        say(
+        log(
             f"stage {number} of {len(chosen)}, {name}: "
             f"{'finished before' if one.finished else own.description or own.method}"
         )
@@ -272,7 +272,7 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Callbacks | None = None
         gc.collect()  # the next stage needs the memory that reference cycles would hold on to
     here.close()
     for line in _table(chosen, state):
-        say(line)
+        log(line)
     return {name: stage["result"] for name, stage in state.items()}
 
 

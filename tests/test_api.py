@@ -147,14 +147,14 @@ def test_scores_chat_and_what_is_refused(engine, random_gpt2, tmp_path):
         model.logprobs(["a"], [""])
 
 
-def test_evaluate_and_compare(random_gpt2):
+def test_evaluate_and_compare():
     small = {"limit": 3, "max_tokens": 3, "text_limit": 2, "samples": 1, "engine": ENGINES[0]}
-    one = mp.evaluate(random_gpt2, **small)
-    both = mp.compare([random_gpt2, random_gpt2], labels=["a", "b"], **small)
+    one = mp.evaluate("tiny", **small)
+    both = mp.compare(["tiny", "tiny"], labels=["a", "b"], **small)
     assert one.models[0].figure("accuracy").mean == both.models[0].figure("accuracy").mean
     assert "a" in both.table() and json.loads(json.dumps(both.to_dict()))
     with pytest.raises(mp.UserError, match="did you mean 'limit'"):
-        mp.evaluate(random_gpt2, limits=3)
+        mp.evaluate("tiny", limits=3)
 
 
 def test_errors_are_one_line():

@@ -1,5 +1,6 @@
-"""doctor, the BLAS that MLX gets, and the check of mx.compile, each in a process of its own where the process
-matters.
+"""doctor, the BLAS that MLX uses, and the check of mx.compile.
+
+Tests that change the state of a process run in their own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX bri
 
 
 def python(code: str, **environment: str) -> str:
-    """Run ``code`` in a fresh interpreter and return what it prints."""
+    """Run ``code`` in a fresh interpreter and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, **environment},
@@ -54,7 +55,7 @@ def test_every_check_reports():
     assert all(check.advice for check in checks if check.status == doctor.FAIL)
 
 
-def test_json_parses_and_the_exit_code_says_whether_something_must_be_fixed(capsys, monkeypatch):
+def test_json_parses_and_the_exit_code_tells_whether_something_must_be_fixed(capsys, monkeypatch):
     monkeypatch.setattr(
         doctor, "collect", lambda: [doctor.Check("a", "1"), doctor.Check("b", "2", doctor.WARN, "do b")]
     )
@@ -135,12 +136,12 @@ def test_memory_on_a_mac_is_read_from_its_own_tools(monkeypatch):
     assert process.memory() == (16 * 1024**3, 1500 * os.sysconf("SC_PAGE_SIZE"))
 
 
-# -- BLAS
+# BLAS
 
 RATE = """
     from mlx_posttrain.engines.mlx.cpu import blas
     info = blas.load()
-    from mlx_posttrain.doctor import measure_gflops
+    from mlx_posttrain.engines.probe import measure_gflops
     print(max(measure_gflops(size=512) for _ in range(3)))
     print(info.name)
 """
@@ -153,13 +154,13 @@ def test_mlx_is_at_least_five_times_faster_with_the_blas_found():
         "from mlx_posttrain.engines.mlx.cpu import blas; print(blas.load().path)", MLX_POSTTRAIN_BLAS="none"
     ):
         pytest.skip("this MLX was not built with the reference BLAS")
-    # so that the other tests' load does not matter
+    # one thread, so that the load of other tests does not matter
     one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     slow, name = python(RATE, MLX_POSTTRAIN_BLAS="none", **one).split("\n")[:2]
     assert name == "None"
     fast, name = python(RATE, MLX_POSTTRAIN_BLAS="", **one).split("\n")[:2]
     assert name.startswith("OpenBLAS")
-    assert "1 thread)" in name  # the variable is obeyed
+    assert "1 thread)" in name  # the variable is respected
     assert float(fast) >= 5 * float(slow)
 
 
@@ -190,8 +191,9 @@ def test_results_are_right_and_the_order_of_imports_does_not_matter(first):
 
 @linux
 def test_only_mlx_gets_it():
-    """A global OpenBLAS would give PyTorch wrong complex dot products (another calling convention) and take
-    its matmul from MKL.
+    """A global OpenBLAS would give PyTorch wrong complex dot products and take its matmul from MKL.
+
+    The dot products would be wrong because of a different calling convention.
     """
     pytest.importorskip("mlx")
     pytest.importorskip("torch")
@@ -232,7 +234,7 @@ def test_a_library_that_cannot_be_used_is_one_line_and_mlx_still_works(tmp_path)
 
 @linux
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [
         (
             "blas._protection = lambda address: 1; blas._protect = refuse",
@@ -251,7 +253,7 @@ def test_a_library_that_cannot_be_used_is_one_line_and_mlx_still_works(tmp_path)
     ],
     ids=["mprotect fails", "no /proc", "unknown processor", "missing symbol", "library under another name"],
 )
-def test_where_mlx_cannot_be_redirected_one_line_says_why_and_it_still_works(broken, said):
+def test_if_mlx_cannot_be_redirected_one_line_tells_why_and_it_still_works(broken, message):
     pytest.importorskip("mlx")
     out = python(
         f"""
@@ -269,7 +271,7 @@ def test_where_mlx_cannot_be_redirected_one_line_says_why_and_it_still_works(bro
         MLX_POSTTRAIN_BLAS="",
     )
     (line,) = out.splitlines()
-    assert said in line and ("engine=torch" in line or "doctor" in line)
+    assert message in line and ("engine=torch" in line or "doctor" in line)
 
 
 @linux

@@ -86,13 +86,24 @@ def test_methods_are_recognised_in_one_place():
         if name.startswith("mlx_posttrain.methods"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Compare) and any(isinstance(c, ast.Constant) for c in node.comparators):
+            if isinstance(node, ast.Compare) and any(
+                isinstance(c, ast.Constant) and isinstance(c.value, str) for c in node.comparators
+            ):
                 assert "method" not in ast.unparse(node.left), f"{name}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_no_module_is_long_without_a_reason():
     """A module that cannot be read in one sitting says here why it is not two."""
-    reasons = {"mlx_posttrain.cli": "one function for each command, and nothing else"}
+    reasons = {
+        "mlx_posttrain.cli": "one function for each command, and nothing else",
+        "mlx_posttrain.config": "every section that methods share, and how recipes are read, in one place",
+        "mlx_posttrain.memory.plan": "rows and rollouts share the peak's parts and the advice",
+        "mlx_posttrain.engines.base": "the whole protocol, most of it docstrings",
+        "mlx_posttrain.engines.mlx.model": "one class, the protocol's Model",
+        "mlx_posttrain.engines.torch.model": "one class, the protocol's Model",
+        "mlx_posttrain.data.sources": "files, embedded data and the hub behind one function, with their "
+        "errors",
+    }
     for name, path in modules().items():
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= 450 or name in reasons, f"{name} has {lines} lines"
+        assert lines <= 420 or name in reasons, f"{name} has {lines} lines"

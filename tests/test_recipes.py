@@ -193,10 +193,10 @@ def test_rlhf_in_one_command(tmp_path):
     results = methods.run(chosen)
     assert list(results) == ["sft", "reward", "ppo"]
     assert all((tmp_path / "run" / stage / "final").is_dir() for stage in tiny)
-    from mlx_posttrain.generation import answer
+    from mlx_posttrain import load
 
     for folder in ("run/ppo", "run"):  # a pipeline answers as its last language model
-        assert next(iter(answer(str(tmp_path / folder), ["Hello"], max_tokens=3)))["tokens"] <= 3
+        assert next(load(tmp_path / folder).answers(["Hello"], max_tokens=3))["tokens"] <= 3
 
 
 @pytest.mark.slow

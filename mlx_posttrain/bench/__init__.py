@@ -26,7 +26,7 @@ from mlx_posttrain.bench.harness import ROLLOUT, prompts
 from mlx_posttrain.bench.inputs import SIZES, Shape, model_folder, reward_folder, rows
 from mlx_posttrain.bench.kinds import kind_names, training_kinds
 from mlx_posttrain.bench.scaling import ROWS as SCALING_ROWS
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan
 
@@ -213,7 +213,7 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
                     t.seconds.append(record["seconds"])
                     t.losses.append(record["loss"])
                     t.rows, t.tokens, t.steps = record["rows"], record["tokens"], record.get("steps")
-                    say(f"{t.what} {t.engine}, unit {unit} of {units}: {record['seconds']:.2f} s")
+                    log(f"{t.what} {t.engine}, unit {unit} of {units}: {record['seconds']:.2f} s")
         for t, w in zip(timings, workers, strict=True):
             if t.error is None:
                 record = w.send("end")
@@ -245,7 +245,7 @@ def _time_scaling(spec: dict[str, Any], units: int) -> dict[str, Any]:
             record = record if "error" in record else worker.send("go")
             if "error" not in record and unit:
                 cases += record["cases"]
-                say(f"scaling {spec['engine']}, unit {unit} of {units}: {record['seconds']:.2f} s")
+                log(f"scaling {spec['engine']}, unit {unit} of {units}: {record['seconds']:.2f} s")
         record = record if "error" in record else worker.send("end")
     finally:
         worker.kill()

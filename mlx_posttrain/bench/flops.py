@@ -69,7 +69,7 @@ def peaks(engine: str, seconds: float = 0.5) -> dict[str, float]:
     ``gflops`` is that of the fastest float32 matrix product, in GFLOP/s; ``gb_per_s`` the highest rate, in
     GB/s, at which all cores together read and sum half a gigabyte.
     """
-    from mlx_posttrain.doctor import measure_gflops
+    from mlx_posttrain.engines.probe import measure_gflops
 
     name = open_engine(engine).name
     rate = max(measure_gflops(name, n, seconds) for n in (1024, 2048))

@@ -173,7 +173,7 @@ def write(result: Mapping[str, Any], folder: Path) -> list[str]:
         raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
     finished = [t for t in result["timings"] if not t["error"]]
     if finished:
-        from mlx_posttrain.evaluate import charts
+        from mlx_posttrain.evaluation import charts
 
         def rates(t: Mapping[str, Any]) -> tuple[float, float, float]:
             median, smallest, largest = statistics.median(t["seconds"]), min(t["seconds"]), max(t["seconds"])

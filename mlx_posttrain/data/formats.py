@@ -1,4 +1,4 @@
-"""Rows to records: which format a row has is told by its columns, or named in the recipe.
+"""Rows to records: a row's format is detected from its columns, or named in the recipe.
 
     format             columns                                            record
     alpaca             instruction, output | response, optionally input   Conversation

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlx_posttrain.config import DataSection, Recipe
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.dataset import Dataset, RowCollator
@@ -39,15 +39,15 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     )
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
     for reason, count in dropped.items():
-        say(f"{data.source} {split}: {count} rows dropped: {reason}")
+        log(f"{data.source} {split}: {count} rows dropped: {reason}")
     if data.config is not None and split == data.split and not sources.is_hub_id(data.source):
-        say(
+        log(
             f"data.config={data.config} is not used: only data sets on the hub have configurations, and "
             f"{data.source} is none"
         )
     further = [ours for ours in data.columns if ours not in formats.COLUMNS]
     if further and split == data.split:
-        say(
+        log(
             f"data.columns: no format reads {', '.join(further)}; kept beside the rows for checks and "
             "reward functions"
         )
@@ -80,7 +80,7 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
         from mlx_posttrain.data import quality
 
         conversations, drops = quality.clean(conversations, seed=seed, **data.clean.model_dump())
-        say(
+        log(
             "cleaning "
             "dropped "
             + ", ".join(f"{reason} {count}" for reason, count in drops.items())
@@ -144,9 +144,9 @@ def encode_rows(
             truncate=truncate,
             needed=needed,
         )
-        say(f"{what}: {report}")
+        log(f"{what}: {report}")
     if not examples:
-        say(NONE_HELD_OUT.format(what=what))
+        log(NONE_HELD_OUT.format(what=what))
     return examples
 
 
@@ -232,9 +232,9 @@ def pair_dataset(recipe: Recipe, facts: ModelFacts, *, score: bool) -> Dataset:
         pairs, report = encode_pairs(
             rows, facts.tokenizer, template=str(data.template), max_length=length, needed=needed
         )
-        say(f"{what}: {report}")
+        log(f"{what}: {report}")
         if not pairs:
-            say(NONE_HELD_OUT.format(what=what))
+            log(NONE_HELD_OUT.format(what=what))
         return pairs
 
     training = encoded(train, "training pairs", True)

@@ -130,12 +130,12 @@ def render(
     if not turns[-1].content.strip():
         return [s._replace(trained=False) for s in segments]
     last = len(segments) - 1
-    wanted = {
+    is_trained = {
         "all": lambda i, s: True,
         "assistant": lambda i, s: s.trained,
         "completion": lambda i, s: i == last,
     }[train_on]
-    return [s._replace(trained=wanted(i, s)) for i, s in enumerate(segments)]
+    return [s._replace(trained=is_trained(i, s)) for i, s in enumerate(segments)]
 
 
 def render_prompt(

@@ -6,7 +6,7 @@ import io
 import sys
 from typing import Any
 
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation.model import LoadedModel
 
@@ -37,7 +37,7 @@ def chat(model: LoadedModel, *, seed: int = 0, **options: Any) -> None:
             answer = model.chat(messages, seed=seed + asked, on_token=printer, **options)
         except UserError as error:
             messages.pop()
-            say(f"mlx-posttrain: {error}")
+            log(f"mlx-posttrain: {error}")
             continue
         asked += 1
         printer.finish()

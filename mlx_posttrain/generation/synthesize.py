@@ -1,10 +1,9 @@
-"""``mlx-posttrain synthesize``: a teacher's answers to your questions, the good ones kept, as a data set for
-``08_distill``.
+"""``mlx-posttrain synthesize``: a teacher's good answers to your questions, as a data set for ``08_distill``.
 
 Rejection sampling (Yuan et al. 2023, "Scaling Relationship on Learning Mathematical Reasoning"; DeepSeek-AI
-2025, section 2.3.3): sample n candidates to each question, keep those that the row's own rule accepts
-(evaluate/verify.py), or, where a reward model judges, the best one of the n; drop near duplicates among what
-is kept of one question. Every row says where it comes from.
+2025, section 2.3.3): sample n candidates for each question and keep those that the row's own rule accepts
+(rewards/verify.py) or, with a reward model, the best of the n; drop near duplicates among the candidates kept
+for one question. Every row records its provenance.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain import __version__, runs
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data import encode, formats, quality, sources
 from mlx_posttrain.data.pairs import encode_answers
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.evaluation import reasoning
 from mlx_posttrain.generation.model import template_for
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import Source
@@ -34,13 +33,15 @@ from mlx_posttrain.models.tokenizer import pad_id
 from mlx_posttrain.rewards import verify
 from mlx_posttrain.rewards.scorer import score_rows
 
-CHUNK = 64  # questions asked before what was kept of them is written: what a crash or Ctrl-C costs
+CHUNK = 64  # questions between two writes of the output: what a crash or Ctrl-C can cost
 
 
 @dataclass
 class Settings:
-    """How candidates are drawn and chosen. ``keep`` bounds what is kept of one question; ``near`` None keeps
-    near duplicates.
+    """How candidates are sampled and chosen.
+
+    ``keep``: candidates kept for one question at most. ``near``: similarity of near duplicates, None to keep
+    them. ``require_thought``: keep only answers of the form ``<think> ... </think> answer``.
     """
 
     samples: int = 8
@@ -52,7 +53,7 @@ class Settings:
     reward: str | None = None
     keep: int = 1
     near: float | None = 0.7
-    thoughts: bool = False
+    require_thought: bool = False
     seed: int = 0
 
 
@@ -66,21 +67,21 @@ def synthesize(
     limit: int | None = None,
     format: str = "auto",
 ) -> Counter[str]:
-    """Write ``output`` (JSONL) with the chosen answers; returns what became of the candidates.
+    """Write the chosen answers to ``output`` (JSONL) and return the counts of candidates by outcome.
 
-    prompts: questions in any source and format that recipes know. A row has question, thinking (where the
-    answer has a thought), answer, response and provenance: teacher, its weights' hash, seed, sample number,
-    settings, how it was chosen. Without a reward model every question needs a rule that can check its answer;
-    those without are counted and left out. An output that is there already goes on after its last question,
-    if it was written by the same command. A question that is asked twice gets no near duplicate of its first
-    answers. Raises UserError for rows that ask nothing, for an output of other settings, and where no
-    question can be judged.
+    prompts: questions in any source and format that recipes accept. A written row has question, thinking (if
+    the answer has a thought), answer, response and provenance: teacher, hash of its weights, seed, sample
+    number, settings and how it was chosen. Without a reward model every question needs a rule that can check
+    its answer; questions without one are counted and left out. If the same command was interrupted, it
+    continues the existing output after its last question. A question that occurs twice gets no near duplicate
+    of its first answers. Raises UserError for rows without a question, for an output of other settings, and
+    if no question can be judged.
     """
-    rows = list(formats_of(prompts, format, limit, settings.seed))
-    told: Counter[str] = Counter(questions=len(rows))
+    rows = list(read_questions(prompts, format, limit, settings.seed))
+    counts: Counter[str] = Counter(questions=len(rows))
     if settings.reward is None:
         judged = [row for row in rows if verify.kind(row.extra) is not None]
-        told["questions without a rule"] = len(rows) - len(judged)
+        counts["questions without a rule"] = len(rows) - len(judged)
         rows = judged
         if not rows:
             raise UserError(
@@ -90,17 +91,17 @@ def synthesize(
     model, tokenizer, source = open_model(teacher, engine)
     template, templated = template_for(source, tokenizer, settings.template)
     system = settings.system or source.system
-    judge = open_model(settings.reward, engine, scores=True) if settings.reward else None
-    stamp = {
+    reward_model = open_model(settings.reward, engine, scores=True) if settings.reward else None
+    provenance = {
         "teacher": teacher,
-        "weights": _hash(source),
+        "weights": _weights_hash(source),
         "samples": settings.samples,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_tokens": settings.max_tokens,
         "keep": settings.keep,
         "near": settings.near,
-        "thoughts": settings.thoughts,
+        "thoughts": settings.require_thought,
         "prompts": prompts,
         "format": format,
         "template": template,
@@ -113,30 +114,31 @@ def synthesize(
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
-    begin = _begun(output, stamp)
-    # what is written of a question, which may be asked more than once
-    known: defaultdict[str, list[str]] = defaultdict(list)
+    begin = _questions_done(output, provenance)
+    # the responses written for each question, which may occur more than once
+    responses: defaultdict[str, list[str]] = defaultdict(list)
     if begin:
-        say(f"{output}: going on after {begin} questions")
+        log(f"{output}: continuing after {begin} questions")
         for earlier in runs.read_jsonl(output):
-            known[quality.normalised(earlier["question"])].append(earlier["response"])
+            responses[quality.normalised(earlier["question"])].append(earlier["response"])
     for first in range(begin, len(rows), CHUNK):
-        part = rows[first : first + CHUNK]
-        done, numbers = first + len(part), list(range(first, first + len(part)))
-        asked = [((Turn("system", system),) if system and templated else ()) + _question(row) for row in part]
-        ids = encode.encode_prompts(asked, tokenizer, template, templated=templated)
+        chunk = rows[first : first + CHUNK]
+        done, numbers = first + len(chunk), list(range(first, first + len(chunk)))
+        chats = [
+            ((Turn("system", system),) if system and templated else ()) + _question(row) for row in chunk
+        ]
+        ids = encode.encode_prompts(chats, tokenizer, template, templated=templated)
         if model.context is not None:
             fitting = [i for i, row in enumerate(ids) if len(row) < model.context]
-            told["questions beyond the context"] += len(ids) - len(fitting)
+            counts["questions beyond the context"] += len(ids) - len(fitting)
             numbers = [numbers[i] for i in fitting]
-            part, asked, ids = (
-                [part[i] for i in fitting],
-                [asked[i] for i in fitting],
+            chunk, chats, ids = (
+                [chunk[i] for i in fitting],
+                [chats[i] for i in fitting],
                 [ids[i] for i in fitting],
             )
-        # A seed of its own for each chunk: a resumed run draws the same candidates as one that was not cut
-        # off.
-        own = int(np.random.SeedSequence([settings.seed, first]).generate_state(1)[0])
+        # One seed per chunk: a resumed command samples the same candidates as an uninterrupted one.
+        chunk_seed = int(np.random.SeedSequence([settings.seed, first]).generate_state(1)[0])
         completions = list(
             decoding.in_batches(
                 model,
@@ -146,60 +148,62 @@ def synthesize(
                 stop=encode.eos_id(tokenizer),
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                seed=own,
+                seed=chunk_seed,
             )
         )
         written = []
-        for i, row in enumerate(part):
-            drawn = completions[i * settings.samples : (i + 1) * settings.samples]
-            texts = [tokenizer.decode(c.tokens).strip() for c in drawn]
-            fate = [None if c.stopped else "not ended" for c in drawn]
-            if settings.thoughts:
-                fate = [
-                    f or (None if reasoning.split_thought(t) else "no thought")
-                    for f, t in zip(fate, texts, strict=True)
+        for i, row in enumerate(chunk):
+            candidates = completions[i * settings.samples : (i + 1) * settings.samples]
+            texts = [tokenizer.decode(c.tokens).strip() for c in candidates]
+            # Why each candidate is rejected, None while it is not.
+            rejections = [None if c.stopped else "not ended" for c in candidates]
+            if settings.require_thought:
+                rejections = [
+                    r or (None if reasoning.split_thought(t) else "no thought")
+                    for r, t in zip(rejections, texts, strict=True)
                 ]
             scores = None
-            if judge is None:
-                fate = [
-                    f or (None if verify.verify(row.extra, t) else "wrong")
-                    for f, t in zip(fate, texts, strict=True)
+            if reward_model is None:
+                rejections = [
+                    r or (None if verify.verify(row.extra, t) else "wrong")
+                    for r, t in zip(rejections, texts, strict=True)
                 ]
             else:
-                scores = _scores(judge, asked[i], texts, template)
-                fate = [
-                    f or ("not scored" if not np.isfinite(s) else None)
-                    for f, s in zip(fate, scores, strict=True)
+                scores = _score(reward_model, chats[i], texts, template)
+                rejections = [
+                    r or ("not scored" if not np.isfinite(s) else None)
+                    for r, s in zip(rejections, scores, strict=True)
                 ]
-            others = known[quality.normalised(_question(row)[-1].content)]
-            for number in _chosen(texts, fate, scores, settings, others):
+            earlier_texts = responses[quality.normalised(_question(row)[-1].content)]
+            for number in _choose(texts, rejections, scores, settings, earlier_texts):
                 score = None if scores is None else float(scores[number])
-                others.append(texts[number])
+                earlier_texts.append(texts[number])
                 written.append(
                     _row(
                         row,
                         texts[number],
-                        {**stamp, "question": numbers[i], "sample": number, "score": score},
+                        {**provenance, "question": numbers[i], "sample": number, "score": score},
                     )
                 )
-            told.update("kept" if f is None else f for f in fate)
-        _append(output, written, {"stamp": stamp, "questions": done})
-        say(f"{done} of {len(rows)} questions, {told['kept']} candidates kept")
-    told["written"] = sum(1 for _ in output.open(encoding="utf-8")) if output.is_file() else 0
-    return told
+            counts.update("kept" if r is None else r for r in rejections)
+        _append(output, written, {"stamp": provenance, "questions": done})
+        log(f"{done} of {len(rows)} questions, {counts['kept']} candidates kept")
+    counts["written"] = sum(1 for _ in output.open(encoding="utf-8")) if output.is_file() else 0
+    return counts
 
 
-def formats_of(prompts: str, format: str, limit: int | None, seed: int) -> Iterator[Conversation]:
-    """The questions of a source as conversations; ``extra`` has what a rule needs. Raises UserError for rows
-    with two answers or none asked.
+def read_questions(prompts: str, format: str, limit: int | None, seed: int) -> Iterator[Conversation]:
+    """Yield the questions of a source as conversations, whose ``extra`` has the columns that rules need.
+
+    Raises UserError for rows that are not a question with one answer or none.
     """
     rows = sources.load_rows(prompts, limit=limit, seed=seed)
     parsed, dropped = formats.parse_rows(rows, format=format, source=prompts)
     for reason, count in dropped.items():
-        say(f"{prompts}: {count} rows dropped: {reason}")
+        log(f"{prompts}: {count} rows dropped: {reason}")
     for row in parsed:
         if isinstance(row, Conversation) and sum(turn.role == "user" for turn in row.turns) > 1:
-            say(f"{prompts}: a question with a dialogue before it is left out")
+            log(f"{prompts}: left out a question with a dialogue before it")
             continue
         if not isinstance(row, Conversation) or not _question(row):
             raise UserError(
@@ -211,45 +215,45 @@ def formats_of(prompts: str, format: str, limit: int | None, seed: int) -> Itera
 
 
 def _question(row: Conversation) -> tuple[Turn, ...]:
+    """Return the turns of a row without its answer."""
     return row.turns[:-1] if row.turns[-1].role == "assistant" else row.turns
 
 
-def _scores(
-    judge: tuple[Any, Any, Source], asked: tuple[Turn, ...], texts: Sequence[str], template: str
+def _score(
+    reward_model: tuple[Any, Any, Source], turns: tuple[Turn, ...], texts: Sequence[str], template: str
 ) -> np.ndarray:
-    model, tokenizer, source = judge
-    rows = encode_answers([asked] * len(texts), texts, tokenizer, source.template or template, model.context)
+    """Return the reward model's scores of the answers ``texts`` to ``turns``, nan for those too long."""
+    model, tokenizer, source = reward_model
+    rows = encode_answers([turns] * len(texts), texts, tokenizer, source.template or template, model.context)
     scores = np.full(len(texts), np.nan)
-    known = [i for i, row in enumerate(rows) if row is not None]
-    scores[known] = score_rows(model, [r for r in rows if r is not None], pad_id(model.config, tokenizer))
+    fitting = [i for i, row in enumerate(rows) if row is not None]
+    scores[fitting] = score_rows(model, [r for r in rows if r is not None], pad_id(model.config, tokenizer))
     return scores
 
 
-def _chosen(
+def _choose(
     texts: Sequence[str],
-    fate: list[str | None],
+    rejections: list[str | None],
     scores: np.ndarray | None,
     settings: Settings,
-    known: Sequence[str] = (),
+    earlier: Sequence[str] = (),
 ) -> list[int]:
-    """Numbers of the candidates to keep, the best (or else the first) ones first; marks in ``fate`` why
-    others are not kept.
+    """Return the numbers of the candidates to keep, the best ones first, without scores in their order.
 
-    known: what was kept of the same question before.
+    rejections: why a candidate is rejected, else None; the reasons for candidates not kept are added.
+    earlier: candidates kept before for the same question.
     """
-    order = [i for i, f in enumerate(fate) if f is None]
+    order = [i for i, r in enumerate(rejections) if r is None]
     if scores is not None:
         order.sort(key=lambda i: -scores[i])
     if settings.near is not None:
-        nears = list(quality.near_duplicates([*known, *(texts[i] for i in order)], settings.near))[
-            len(known) :
-        ]
-        for i, near in zip(list(order), nears, strict=True):
-            if near:
+        duplicates = list(quality.near_duplicates([*earlier, *(texts[i] for i in order)], settings.near))
+        for i, duplicate in zip(list(order), duplicates[len(earlier) :], strict=True):
+            if duplicate:
                 order.remove(i)
-                fate[i] = "near duplicate"
+                rejections[i] = "near duplicate"
     for i in order[settings.keep :]:
-        fate[i] = "not needed"
+        rejections[i] = "not needed"
     return order[: settings.keep]
 
 
@@ -262,28 +266,32 @@ def _row(row: Conversation, text: str, provenance: dict[str, Any]) -> dict[str, 
         for k in ("checker", "numbers", "target", "instruction_id_list", "kwargs")
         if k in row.extra
     }
-    wanted = {"wanted": row.extra["answer"]} if row.extra.get("answer") else {}
-    return {"question": question, **parts, "response": text, **wanted, **rule, "provenance": provenance}
+    reference = {"wanted": row.extra["answer"]} if row.extra.get("answer") else {}
+    return {"question": question, **parts, "response": text, **reference, **rule, "provenance": provenance}
 
 
-def _begun(output: Path, stamp: dict[str, Any]) -> int:
-    """How many questions an earlier, interrupted command with the same settings finished. Rows beyond its
-    last note are taken away.
+def _questions_done(output: Path, provenance: dict[str, Any]) -> int:
+    """Return the number of questions that an interrupted command with the same settings finished.
+
+    Rows of later questions are removed from the output. Raises UserError for a file that the same command did
+    not write.
     """
-    note = output.with_name(output.name + ".state.json")
-    if not output.exists():  # a note alone is of a file that was deleted
+    state_file = output.with_name(output.name + ".state.json")
+    if not output.exists():  # a state file alone belongs to an output that was deleted
         return 0
-    if not note.is_file():
+    if not state_file.is_file():
         raise UserError(f"{output} exists: choose another file, or delete it")
     try:
-        state = json.loads(note.read_text(encoding="utf-8"))
+        state = json.loads(state_file.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{note} is damaged: choose another file, or delete it and {output.name}") from None
-    if state["stamp"] != stamp:
-        other = sorted(k for k in stamp if stamp[k] != state["stamp"].get(k))
         raise UserError(
-            f"{output} was begun with other settings ({', '.join(other)}): choose another file, "
-            f"or delete it and {note.name}"
+            f"{state_file} is damaged: choose another file, or delete it and {output.name}"
+        ) from None
+    if state["stamp"] != provenance:
+        different = sorted(k for k in provenance if provenance[k] != state["stamp"].get(k))
+        raise UserError(
+            f"{output} was begun with other settings ({', '.join(different)}): choose another file, "
+            f"or delete it and {state_file.name}"
         )
     rows = runs.read_jsonl(output)
     kept = [r for r in rows if r["provenance"]["question"] < state["questions"]]
@@ -302,8 +310,8 @@ def _append(output: Path, rows: list[dict[str, Any]], state: dict[str, Any]) -> 
     )
 
 
-def _hash(source: Source) -> str:
-    """The first 16 hex digits of a hash over the teacher's weight files: names change, weights do not lie."""
+def _weights_hash(source: Source) -> str:
+    """Return 16 hex digits of a hash over the teacher's weight files: a name alone may change its meaning."""
     digest = hashlib.blake2b(digest_size=8)
     for folder in (source.folder, source.adapter):
         for file in sorted(folder.glob("*.safetensors")) if folder is not None else []:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_posttrain import config
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data.batches import (
     LENGTH_MULTIPLE,
     POSITION_MULTIPLE,
@@ -220,13 +220,13 @@ def print_plan(make: Callable[[], Plan]) -> None:
     Nothing that goes wrong in planning keeps the run from training.
     """
     try:
-        say(make().line())
+        log(make().line())
     except UserError as error:
-        say(f"memory: not planned: {error}")
+        log(f"memory: not planned: {error}")
     except Exception as error:  # a defect of the planner must not end a run
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
-        say(f"memory: not planned, by a defect of the planner ({type(error).__name__} at {place}: {error})")
+        log(f"memory: not planned, by a defect of the planner ({type(error).__name__} at {place}: {error})")
 
 
 #: What a recipe needs of the model as it was before training; see training/method.py.

@@ -19,11 +19,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mlx_posttrain import config, runs
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.read import row_dataset
 from mlx_posttrain.data.types import Conversation
-from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.evaluation import reasoning
 from mlx_posttrain.methods import sft
 from mlx_posttrain.models.merge import base_folder
 from mlx_posttrain.rewards import verify
@@ -83,7 +83,7 @@ def report(session: Session) -> dict[str, Any]:
     rows = _fitting(checked, tokenizer, ask["template"], student.context)[: recipe.think.questions]
     if not rows:
         if recipe.think.questions:
-            say(
+            log(
                 "no held-out question has an answer that can be checked and fits the context: nothing is "
                 "asked"
             )
@@ -113,7 +113,7 @@ def report(session: Session) -> dict[str, Any]:
     runs.write_text(folder / "report.json", json.dumps(figures, indent=2) + "\n")
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     runs.write_text(folder / "answers.jsonl", lines)
-    say("\n".join(reasoning.summary_lines(figures)))
+    log("\n".join(reasoning.summary_lines(figures)))
     return {name: figures[name].mean for name in ("accuracy", "accuracy_at_once", "format_rate")}
 
 
@@ -121,7 +121,7 @@ def merge(session: Session) -> None:
     """Merge an adapter into its base, in ``merged/``; not into few bits, where much of it would be lost."""
     adapter = session.recipe.adapter
     if adapter is not None and adapter.quantize is None:
-        say(f"merged into {base_folder(session.run.folder)}")
+        log(f"merged into {base_folder(session.run.folder)}")
 
 
 def _fitting(
@@ -139,7 +139,7 @@ def _fitting(
     begun = len(tokenizer(reasoning.EMPTY_THOUGHT, add_special_tokens=False)["input_ids"])
     kept = [row for row, length in zip(rows, lengths, strict=True) if length + begun + LEAST_ROOM <= context]
     if len(kept) < len(rows):
-        say(
+        log(
             f"{len(rows) - len(kept)} of {len(rows)} questions are too long to be answered in the model's "
             "context and are left out"
         )

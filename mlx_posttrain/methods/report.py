@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from mlx_posttrain import config, console, engines
 from mlx_posttrain import runs as rundirs
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate.suite import SuiteSection
+from mlx_posttrain.evaluation.suite import SuiteSection
 from mlx_posttrain.training import setup
 from mlx_posttrain.training.loop import Callbacks
 from mlx_posttrain.training.method import Method
@@ -70,7 +70,7 @@ def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, 
 
     Raises UserError as compare; a resumed report starts over.
     """
-    from mlx_posttrain.evaluate import analyze, paired_runs, report
+    from mlx_posttrain.evaluation import analyze, paired_runs, report
 
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
@@ -108,7 +108,7 @@ def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, 
     rundirs.replace_folder(one.final, fill)
     one.close()
     print(said)
-    console.say(f"the report is {one.final / 'report.html'}")
+    console.log(f"the report is {one.final / 'report.html'}")
     return result
 
 

@@ -20,12 +20,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mlx_posttrain import config, runs
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.data.pairs import PairCollator
 from mlx_posttrain.data.read import ModelFacts, pair_dataset
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
-from mlx_posttrain.evaluate import preference
+from mlx_posttrain.evaluation import preference
 from mlx_posttrain.losses.preference import bradley_terry, centering
 from mlx_posttrain.losses.sft import token_mean
 from mlx_posttrain.ops import ops
@@ -107,7 +107,7 @@ def report(session: Session) -> dict[str, Any]:
     )
     text = json.dumps(judged.to_dict() | metrics, indent=2) + "\n"
     runs.write_text(session.run.folder / "report.json", text)
-    say(
+    log(
         f"mean training loss {metrics['mean_training_loss']:.4f} (a coin has ln 2 = 0.6931)\n"
         + "\n".join(judged.lines())
     )

@@ -1,10 +1,9 @@
-"""A run's result in the formats other people load: PEFT, transformers, mlx-lm; merged or not; with a model
-card.
+"""Export of a run for PEFT, transformers or mlx-lm, merged or not, with a model card.
 
-Runs already keep Hugging Face's formats, so most of this is copying. An adapter trained on a quantised base
-is another matter: merged into that base, rounding to the grid swallows small updates, and on the base as it
-was before quantising it says something else than it did in training. Both effects on the logits are measured,
-printed, and written into the card.
+Runs already use Hugging Face's formats, so most of this is copying. An adapter trained on a quantised base
+needs more care: when it is merged into that base, rounding to the grid swallows small updates, and on the
+unquantised base its outputs differ from those in training. Both effects on the logits are measured, printed,
+and written into the card.
 """
 
 from __future__ import annotations
@@ -32,21 +31,22 @@ FORMATS = ("peft", "hf", "mlx-lm")
 
 #: Largest share of the adapter's effect on the logits that a merge into a quantised base may lose. At .25 the
 #: greedy answers of the embedded model still agree almost everywhere; a small adapter on a 4-bit base loses
-#: far more.
+#: much more.
 MAX_LOST = 0.25
 
 
 def export(
     run: str | Path, destination: str | Path, to: str = "peft", *, merged: bool = False, force: bool = False
 ) -> dict[str, Any]:
-    """Write a finished run for another program; returns {"path", "format", ...} and, where it differs from
-    the run, "drift" and a "note".
+    """Write a finished run for another program.
 
-    peft: an adapter folder. hf: a model folder for transformers (an adapter run needs ``merged``). mlx-lm: a
-    model folder or, for an adapter run without ``merged``, an adapter folder, for mlx-lm. Raises UserError
-    for an unknown format, a run that has nothing of that kind, a destination in use (``force`` writes into
-    it), or a quantised merge that would lose more than MAX_LOST of the adapter's effect (``force`` does it
-    all the same).
+    Formats: peft, an adapter folder; hf, a model folder for transformers (an adapter run needs ``merged``);
+    mlx-lm, a model folder or, for an adapter run without ``merged``, an adapter folder, for mlx-lm.
+
+    Returns {"path", "format", "merged"} and, if the export differs from the run, "drift" and a "note". Raises
+    UserError for an unknown format, a run that cannot be written in that format, a destination in use
+    (``force`` writes into it), or a quantised merge that would lose more than MAX_LOST of the adapter's
+    effect (``force`` does it anyway).
     """
     if to not in FORMATS:
         raise UserError(f"cannot export to {to!r}; formats: {', '.join(FORMATS)}")
@@ -70,21 +70,21 @@ def export(
     }
     with output_folder(target, force) as folder:
         if source.adapter is None:
-            _full(source, folder, to)
+            _write_full(source, folder, to)
         elif not merged:
             if to == "peft":
-                _peft(source, folder)
+                _write_peft(source, folder)
             else:
                 config, modules = adapters.read_adapter(source.adapter)
                 adapters.to_mlx_lm(folder, modules, config, model_type(source))
             if source.quantize:
-                summary |= _beside_unquantised(source, run)
+                summary |= _on_unquantised_base(source, run)
         elif to == "mlx-lm" and base_bits(source):
             summary |= _requantised(source, run, folder, force)
         elif to == "mlx-lm":
-            with _temporary(folder) as half_way:
-                write_merged(source, half_way)
-                weights.convert(half_way, folder, to="mlx", force=True)
+            with _temporary(folder) as intermediate:
+                write_merged(source, intermediate)
+                weights.convert(intermediate, folder, to="mlx", force=True)
         else:
             write_merged(source, folder)
         note = f"\n## Difference from the run\n\n{summary['note']}\n" if "note" in summary else ""
@@ -93,8 +93,9 @@ def export(
 
 
 def is_export(folder: Path, run: str | Path, to: str, merged: bool) -> bool:
-    """Whether ``folder`` holds what :func:`export` with these arguments writes: its card, which is written
-    last, says so.
+    """Return whether ``folder`` holds the export that :func:`export` writes with these arguments.
+
+    It compares the card, which is written last.
     """
     card_file = folder / "README.md"
     return card_file.is_file() and card_file.read_text(encoding="utf-8").startswith(
@@ -103,8 +104,9 @@ def is_export(folder: Path, run: str | Path, to: str, merged: bool) -> bool:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an exported folder to the hub; returns its address. Raises UserError when not logged in,
-    refused, or without a network.
+    """Upload an exported folder to the hub and return its address.
+
+    Raises UserError if not logged in, refused, or without a network.
     """
     from huggingface_hub import HfApi
 
@@ -112,17 +114,17 @@ def push(folder: Path, repo: str) -> str:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo))
-    # besides the hub's own errors those of its HTTP library, which differs from release to release
+    # the hub's own errors, and those of its HTTP library, which differs between releases
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"upload to {repo} failed: {reason}; the folder {folder} is complete: log in with `hf auth "
-            "login` or mend the network, "
+            "login` or restore the network, "
             "and give the same command again"
         ) from None
 
 
-def _full(source: Source, folder: Path, to: str) -> None:
+def _write_full(source: Source, folder: Path, to: str) -> None:
     if to == "mlx-lm":
         weights.convert(source.folder, folder, to="mlx", force=True)
         return
@@ -131,7 +133,7 @@ def _full(source: Source, folder: Path, to: str) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _peft(source: Source, folder: Path) -> None:
+def _write_peft(source: Source, folder: Path) -> None:
     assert source.adapter is not None
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(source.adapter / name, folder / name)
@@ -150,25 +152,24 @@ def _temporary(folder: Path) -> Any:
     return Folder(dir=folder.parent, prefix=".merge.")
 
 
-def _opened(source: Source, run: str | Path) -> tuple[Any, np.ndarray]:
-    """The run's model on MLX, and token ids [4, 32] to compare logits at."""
+def _model_and_probe(source: Source, run: str | Path) -> tuple[Any, np.ndarray]:
+    """Return the run's model on MLX, and token ids [4, 32] to compare logits on."""
     assert source.adapter is not None
     model = open_model(run, "mlx", scores=files.read_head(source.adapter) is not None)[0]
     return model, np.random.default_rng(0).integers(0, model.config["vocab_size"], (4, 32))
 
 
-def _beside_unquantised(source: Source, run: str | Path) -> dict[str, Any]:
-    """What the adapter loses on the base as it was before quantising, which is what others will load it
-    on.
-    """
+def _on_unquantised_base(source: Source, run: str | Path) -> dict[str, Any]:
+    """Return what the adapter loses on the unquantised base, on which other programs load it."""
     assert source.adapter is not None
-    what = f"trained on a base quantised to {source.quantize} bits; on the base as it is"
+    trained = (
+        f"The adapter was trained on a base quantised to {source.quantize} bits; on the unquantised base"
+    )
     if "mlx" not in engines.available():
         return {
-            "note": f"The adapter was {what} it answers differently; how much was not measured, as MLX "
-            "is not installed."
+            "note": f"{trained} it answers differently; how much was not measured, as MLX is not installed."
         }
-    model, probe = _opened(source, run)
+    model, probe = _model_and_probe(source, run)
     adapted = model.full_logits(probe)
     with model.adapters_off():
         base = model.full_logits(probe)
@@ -178,8 +179,7 @@ def _beside_unquantised(source: Source, run: str | Path) -> dict[str, Any]:
     drift = merge.logit_drift(adapted, other.full_logits(probe), base)
     return {
         "drift": drift,
-        "note": f"The adapter was {what}, {_figures(drift)}. Merging to full precision (--to hf --merge) "
-        "keeps the run.",
+        "note": f"{trained}, {_describe(drift)}. Merging to full precision (--to hf --merge) keeps the run.",
     }
 
 
@@ -187,19 +187,19 @@ def _requantised(source: Source, run: str | Path, folder: Path, force: bool) -> 
     require_mlx("merging into a quantised base")
     from mlx_posttrain.engines.mlx.load import save_requantised
 
-    model, probe = _opened(source, run)
+    model, probe = _model_and_probe(source, run)
     drift = save_requantised(model, folder, probe)
     if drift["lost"] > MAX_LOST and not force:
         raise UserError(
             f"merging into the {base_bits(source)}-bit base would lose {drift['lost']:.0%} of the adapter's "
             f"effect on the logits (bound {MAX_LOST:.0%}): "
-            "keep the adapter apart (--to peft or --to mlx-lm without --merge), merge to full precision "
+            "keep the adapter separate (--to peft or --to mlx-lm without --merge), merge to full precision "
             "with --to hf --merge, or add --force"
         )
-    return {"drift": drift, "note": f"The adapter was merged into the quantised base: {_figures(drift)}."}
+    return {"drift": drift, "note": f"The adapter was merged into the quantised base: {_describe(drift)}."}
 
 
-def _figures(drift: Mapping[str, float]) -> str:
+def _describe(drift: Mapping[str, float]) -> str:
     return (
         f"{drift['lost']:.1%} of the adapter's effect on the logits is lost, largest difference "
         f"{drift['max_logit_difference']:.3f}, "

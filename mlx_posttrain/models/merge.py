@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import runs
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.convert import adapters, gpt2, hub, merge, weights
 from mlx_posttrain.convert.arrays import like, require_mlx
 from mlx_posttrain.engines import files
@@ -35,7 +35,7 @@ def merge_below(source: Source) -> None:
 def _merge_into(merged: Path, source: Source) -> None:
     merge_below(source)
     if hub.check_config(source.folder).get("quantization"):
-        say(
+        log(
             f"{source.folder} is quantised: the adapter {source.adapter} is merged into its weights as "
             "float32, several times their size"
         )

@@ -40,10 +40,10 @@ _OPENING, _CLOSING = "\"'([{*_\u201c\u2018", "\"')]}*_\u201d\u2019"
 # Rules
 
 
-def _holds(count: int, relation: str, wanted: float) -> bool:
+def _compare(count: int, relation: str, bound: float) -> bool:
     if relation not in ("less than", "at least"):
         raise UserError(f"IFEval has no relation {relation!r}; accepted: less than, at least")
-    return count < wanted if relation == "less than" else count >= wanted
+    return count < bound if relation == "less than" else count >= bound
 
 
 def _existence(text: str, keywords: Sequence[str]) -> bool:
@@ -53,7 +53,7 @@ def _existence(text: str, keywords: Sequence[str]) -> bool:
 
 def _frequency(text: str, keyword: str, frequency: int, relation: str) -> bool:
     """The keyword occurs as often as asked, counted inside words too and without overlaps."""
-    return _holds(text.lower().count(keyword.strip().lower()), relation, frequency)
+    return _compare(text.lower().count(keyword.strip().lower()), relation, frequency)
 
 
 def _forbidden_words(text: str, forbidden_words: Sequence[str]) -> bool:
@@ -71,11 +71,11 @@ def _letter_frequency(text: str, letter: str, let_frequency: int, let_relation: 
 
     A punctuation mark in place of a letter is counted as such; the reference draws a random letter instead.
     """
-    return _holds(text.lower().count(letter.strip().lower()), let_relation, let_frequency)
+    return _compare(text.lower().count(letter.strip().lower()), let_relation, let_frequency)
 
 
 def _number_sentences(text: str, num_sentences: int, relation: str) -> bool:
-    return _holds(_sentences(text), relation, num_sentences)
+    return _compare(_sentences(text), relation, num_sentences)
 
 
 def _sentences(text: str) -> int:
@@ -115,7 +115,7 @@ def _number_words(text: str, num_words: int, relation: str) -> bool:
 
     A word is a run of letters, digits and underscores.
     """
-    return _holds(len(re.findall(r"\w+", text)), relation, num_words)
+    return _compare(len(re.findall(r"\w+", text)), relation, num_words)
 
 
 def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
@@ -219,7 +219,7 @@ def _capital_word_frequency(text: str, capital_frequency: int, capital_relation:
     """
     split = re.sub(r"(?i)('(?:s|m|d|ll|re|ve)|n't)\b", r" \1", text)
     words = re.split(r"[\s\"\u201c\u201d\u00ab\u00bb;@#$%&?!()\[\]{}<>]+|--+|\.\.+|[,:](?!\d)", split)
-    return _holds(sum(word.isupper() for word in words), capital_relation, capital_frequency)
+    return _compare(sum(word.isupper() for word in words), capital_relation, capital_frequency)
 
 
 def _english_capital(text: str) -> bool:

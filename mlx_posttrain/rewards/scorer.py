@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mlx_posttrain.config import Section
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data import pairs
 from mlx_posttrain.data.batches import group_similar
 from mlx_posttrain.engines.base import Engine, Model, check_fits
@@ -154,7 +154,7 @@ def _reward_model(name: str, engine: Engine, tokenizer: Any, template: str) -> t
         )
     trained = source.template
     if trained is not None and trained != template:
-        say(
+        log(
             f"{name} was trained with the template {trained!r}, and the prompts here use {template!r}: its "
             "scores may mean little"
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mlx_posttrain.data import tasks
-from mlx_posttrain.evaluate.metrics import correlation
+from mlx_posttrain.evaluation.metrics import correlation
 from mlx_posttrain.rewards.scorer import Scorer
 from mlx_posttrain.rl.rollouts import Completion, Stats
 

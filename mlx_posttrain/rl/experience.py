@@ -13,7 +13,7 @@ import numpy as np
 from mlx_posttrain.data import batches as data_batches
 from mlx_posttrain.engines.base import Array, DeviceBatch, Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate.metrics import correlation
+from mlx_posttrain.evaluation.metrics import correlation
 from mlx_posttrain.rewards.scorer import Scorer
 from mlx_posttrain.rl import advantages, rollouts
 from mlx_posttrain.rl.config import RolloutTrainSection

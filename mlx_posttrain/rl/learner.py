@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.encode import eos_id
 from mlx_posttrain.data.types import Example
@@ -85,7 +85,7 @@ class RolloutLearner:
     def check(self) -> None:
         check_warmup(self.recipe.train, self.steps)
         if not self.data.held_out:
-            say(
+            log(
                 "there are no held-out prompts: nothing is evaluated, and samples are answers to training "
                 "prompts"
             )

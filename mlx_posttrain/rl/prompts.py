@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.config import DataSection
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, split_rows
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
@@ -39,7 +39,7 @@ def read(
     for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
         prompts = [q for q in _encode(rows, tokenizer, str(data.template)) if len(q.tokens) <= room]
         if rows:
-            say(
+            log(
                 f"{what}: {len(prompts):,} of {len(rows):,} kept ({len(rows) - len(prompts):,} longer "
                 f"than {room} tokens)"
             )
@@ -49,7 +49,7 @@ def read(
                     f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or "
                     "lower rollout.max_tokens"
                 )
-            say(NONE_HELD_OUT.format(what=what))
+            log(NONE_HELD_OUT.format(what=what))
         kept.append(prompts)
     return kept[0], kept[1]
 

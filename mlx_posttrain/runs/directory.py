@@ -35,7 +35,7 @@ import numpy as np
 import yaml
 
 from mlx_posttrain.config import Recipe
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.convert.files import drive_to_disk, to_disk, write_atomically
 from mlx_posttrain.convert.hub import check_tensors
 from mlx_posttrain.errors import UserError
@@ -190,7 +190,7 @@ class Run:
                     folder.rename(renamed)
                 damaged.append(f"{folder} is damaged ({error}) and was renamed to {renamed.name}")
         if damaged:
-            say(
+            log(
                 "; ".join(damaged)
                 + (
                     f": resuming from {newest.folder.name}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.config import OptimizerSection
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data import batches
 from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.engines.base import Trainer
@@ -21,7 +21,7 @@ def print_compiled(trainers: Iterable[Trainer]) -> None:
     """Say how often steps were compiled: what makes a first epoch slower than the next."""
     compiled = sum(t.compiled for t in trainers)
     if compiled:
-        say(f"steps were compiled {compiled} times: once for each shape of batches")
+        log(f"steps were compiled {compiled} times: once for each shape of batches")
 
 
 def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> UserError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_posttrain.config import OptimizerSection
-from mlx_posttrain.console import Progress, interrupted, interruptible, say
+from mlx_posttrain.console import Progress, interrupted, interruptible, log
 from mlx_posttrain.convert.files import require_space
 from mlx_posttrain.engines.base import Engine, Trainer
 from mlx_posttrain.errors import UserError
@@ -239,7 +239,7 @@ def fit(
         learner.load_model(run.checkpoints / state["best"])
         state["evaluation"] = state["best_evaluation"]
         if state["evaluation"]["step"] == 0:
-            say(
+            log(
                 "no evaluation was better than the first: final/ holds the model as it was before training; "
                 "see metrics.jsonl, or set train.select=last"
             )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data import batches
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.data.dataset import Dataset
@@ -62,13 +62,13 @@ def cache_hidden_states(model: Model, dataset: Dataset, limit: float) -> None:
         return
     fits = share(dataset, width, limit)
     if fits.beyond:
-        say(
+        log(
             f"reference: {fits.beyond:.3g} GB of hidden states are beyond kl.cache_gb={limit:g} and are "
             "computed "
             "again each time"
         )
     if fits.gb:
-        say(f"reference: {fits.gb:.3g} GB of hidden states are computed once and kept")
+        log(f"reference: {fits.gb:.3g} GB of hidden states are computed once and kept")
     cached: dict[Example, np.ndarray] = {}
     for wanted, items in ((fits.held_out, dataset.held_out), (fits.training, dataset.train)):
         if wanted:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.engines.base import Engine, Loss, Model
@@ -45,7 +45,7 @@ class RowLearner:
     def check(self) -> None:
         check_settings(self.dataset, self._held_out)
         if not self._held_out and self.dataset.settings.select == "best":
-            say(
+            log(
                 "there are no held-out rows to choose the best weights by: final/ will hold those of the "
                 "last "
                 "step"

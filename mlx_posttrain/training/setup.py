@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_posttrain import engines, runs
 from mlx_posttrain.config import AdapterSection, Recipe, absolute_paths
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.data.read import ModelFacts, model_facts
@@ -67,7 +67,7 @@ def train(
         result |= method.report(session)
     finish(run, result, _saver(session))
     evaluated = {k: v for k, v in result.items() if isinstance(v, float) and k == "loss"}
-    say(f"{run.final} is written" + (f": held-out loss {result['loss']:.4f}" if evaluated else ""))
+    log(f"{run.final} is written" + (f": held-out loss {result['loss']:.4f}" if evaluated else ""))
     if method.after is not None:
         method.after(session)
     return result
@@ -162,7 +162,7 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
         model.add_adapter(spec, recipe.seed)
         if adapter.path is not None:
             start = adapter_folder(adapter.path)
-            say(
+            log(
                 f"adapter from {start}: its own {spec.kind}, rank {spec.rank}, alpha {spec.alpha:g} hold, "
                 "not the recipe's"
             )
@@ -246,7 +246,7 @@ def print_parameters(recipe: Recipe, engine: Engine, model: Model) -> None:
             f"{recipe.model} is quantised, so none of its weights can be trained: add an adapter, for "
             "example adapter.rank=16"
         )
-    say(
+    log(
         f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train "
         f"({trained / total:.2%})"
     )

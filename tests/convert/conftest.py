@@ -1,6 +1,4 @@
-"""Tiny random GPT-2 folders, a tiny tokenizer, and a context that turns what transformers and peft log into
-failures.
-"""
+"""Tiny random GPT-2 folders, a tiny tokenizer, and a context that fails on the libraries' warnings."""
 
 from __future__ import annotations
 
@@ -25,8 +23,9 @@ SMALL = {
 
 @pytest.fixture
 def gpt2_model():
-    """Make a random GPT2LMHeadModel in eval mode; values are larger than the library's first ones, so that
-    differences show.
+    """Return a function that makes a random GPT2LMHeadModel in eval mode.
+
+    Its values are larger than the library's initial ones, so that differences show.
     """
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -45,7 +44,7 @@ def gpt2_model():
 
 @pytest.fixture
 def write_tokenizer():
-    """Write a tiny byte-level BPE, as GPT-2's, to a folder."""
+    """Return a function that writes a tiny byte-level BPE tokenizer like GPT-2's to a folder."""
 
     def write(folder: Path, tokenizer_class="GPT2TokenizerFast"):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -64,8 +63,9 @@ def write_tokenizer():
 
 @pytest.fixture
 def gpt2_folder(tmp_path, gpt2_model, write_tokenizer):
-    """Save a random GPT-2 and a tokenizer as a Hugging Face folder; `layout` rewrites the tensors' names as
-    published files have them.
+    """Return a function that saves a random GPT-2 and a tokenizer as a Hugging Face folder.
+
+    `layout` renames the tensors as in published files.
     """
     from safetensors.torch import save_file
 
@@ -107,8 +107,9 @@ class _Collect(logging.Handler):
 
 @pytest.fixture
 def quiet():
-    """Fail when the block warns, through the warnings module or through the loggers of transformers and
-    peft.
+    """Return a context that fails on any warning, from the warnings module or the libraries' loggers.
+
+    The loggers are those of transformers, peft and huggingface_hub, and the root logger.
     """
 
     @contextlib.contextmanager
@@ -125,21 +126,21 @@ def quiet():
             for logger in loggers:
                 logger.removeHandler(handler)
         deprecations = (DeprecationWarning, PendingDeprecationWarning)
-        # peft asks transformers for an attribute that was renamed; it does so for every adapter, whatever the
-        # files hold.
-        said = [
+        # peft reads an attribute that transformers has renamed, for every adapter and whatever the files
+        # hold.
+        warned = [
             str(w.message)
             for w in caught
             if not issubclass(w.category, deprecations) and "is_gradient_checkpointing" not in str(w.message)
         ]
-        assert not handler.messages + said
+        assert not handler.messages + warned
 
     return watch
 
 
 @pytest.fixture
 def hf_logits():
-    """Return a transformers model's logits (batch, length, vocab) as NumPy."""
+    """Return a function that computes a transformers model's logits (batch, length, vocab) as NumPy."""
 
     def run(model, tokens):
         import torch
@@ -152,7 +153,7 @@ def hf_logits():
 
 @pytest.fixture
 def mlx_logits():
-    """Return an mlx-lm model's logits (batch, length, vocab) as NumPy."""
+    """Return a function that computes an mlx-lm model's logits (batch, length, vocab) as NumPy."""
 
     def run(model, tokens):
         import mlx.core as mx

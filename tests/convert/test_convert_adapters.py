@@ -1,6 +1,4 @@
-"""LoRA and DoRA adapters between PEFT's files and mlx-lm's layers: both libraries load what is written, and
-compute the same.
-"""
+"""LoRA and DoRA adapters: PEFT and mlx-lm load the files that are written, and compute the same."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ KINDS = pytest.mark.parametrize(
 def random_modules(
     targets=("attn.c_attn", "attn.c_proj", "mlp.c_proj"), rank=4, dora=False, layers=2, seed=0
 ):
-    """An adapter that changes the logits: B is not zero, and the magnitudes are not the weights' norms."""
+    """Return an adapter that changes the logits: B is not zero, magnitudes are not the weights' norms."""
     generator = np.random.default_rng(seed)
     modules = {}
     for i in range(layers):
@@ -65,9 +63,7 @@ def save(folder, modules, dora=False, **options):
 
 
 def peft_model(base, folder, quiet):
-    """Load an adapter through PEFT and check that no tensor was left over, none is missing, and nothing was
-    said.
-    """
+    """Load an adapter through PEFT and check that there are no unused or missing tensors and no warnings."""
     from peft import PeftModel, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -80,7 +76,7 @@ def peft_model(base, folder, quiet):
 
 @pytest.fixture
 def both(tmp_path, gpt2_folder):
-    """A base model twice: as transformers loads it and as an mlx-lm folder."""
+    """Return (a function that loads a base model with transformers, its mlx-lm folder)."""
     from transformers import AutoModelForCausalLM
 
     source = gpt2_folder()
@@ -89,7 +85,7 @@ def both(tmp_path, gpt2_folder):
 
 
 @KINDS
-def test_what_we_save_peft_and_mlx_lm_compute_alike(
+def test_peft_and_mlx_lm_compute_the_same_from_saved_adapters(
     tmp_path, both, quiet, hf_logits, mlx_logits, tokens, rslora, dora
 ):
     import mlx_lm
@@ -114,7 +110,7 @@ def test_what_we_save_peft_and_mlx_lm_compute_alike(
 
 
 @KINDS
-def test_what_peft_saves_we_read(tmp_path, both, hf_logits, mlx_logits, tokens, rslora, dora):
+def test_adapters_saved_by_peft_are_read(tmp_path, both, hf_logits, mlx_logits, tokens, rslora, dora):
     import mlx_lm
     from peft import LoraConfig, get_peft_model
 
@@ -145,8 +141,8 @@ def test_what_peft_saves_we_read(tmp_path, both, hf_logits, mlx_logits, tokens, 
     assert np.abs(mlx_logits(loaded, tokens) - expected).max() < 1e-4
 
 
-def test_layers_of_mlx_lm_are_read_as_they_are(tmp_path, both, quiet, hf_logits, mlx_logits, tokens):
-    """From live mlx-lm layers, trained values in place, to a PEFT folder."""
+def test_layers_of_mlx_lm_are_saved_directly(tmp_path, both, quiet, hf_logits, mlx_logits, tokens):
+    """From the layers of an mlx-lm model with trained values to a PEFT folder."""
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
@@ -229,7 +225,7 @@ def test_other_architectures_keep_their_paths():
     }
     assert list(peft_to_mlx(tensors)) == ["model.layers.0.self_attn.q_proj"]
     assert set(mlx_to_peft(peft_to_mlx(tensors))) == set(tensors)
-    # gpt_bigcode is called transformer.h in mlx-lm too
+    # gpt_bigcode's path is transformer.h in mlx-lm too
     tensors = {f"base_model.model.transformer.h.0.attn.c_attn.lora_{x}.weight": np.ones((2, 2)) for x in "AB"}
     assert list(peft_to_mlx(tensors, "gpt_bigcode")) == ["transformer.h.0.attn.c_attn"]
     assert set(mlx_to_peft(peft_to_mlx(tensors, "gpt_bigcode"), "gpt_bigcode")) == set(tensors)
@@ -288,7 +284,7 @@ def test_an_adapter_on_some_layers_by_full_paths(tmp_path, both, quiet, hf_logit
     import mlx_lm
 
     base, mlx_folder = both
-    # the first layer only: mlx-lm's own "last n layers" would take the other one
+    # the first layer only: mlx-lm's "last n layers" would take the other one
     modules = random_modules(layers=1)
     save(tmp_path / "peft", modules, targets=None)
     expected = hf_logits(peft_model(base(), tmp_path / "peft", quiet), tokens)
@@ -385,7 +381,7 @@ def test_adapters_that_cannot_be_applied_exactly(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
-def test_first_values_that_leave_the_base_alone(tmp_path, init):
+def test_initialisations_that_leave_the_base_unchanged(tmp_path, init):
     save(tmp_path, random_modules(), extra_config={"init_lora_weights": init})
     assert read_adapter(tmp_path)[0]["init_lora_weights"] == init
 
@@ -413,11 +409,11 @@ def test_broken_adapter_folders(tmp_path):
     [
         (
             {"base_model.model.transformer.wte.lora_embedding_A": (4, 8)},
-            "holds .*lora_embedding_A, which is no LoRA or DoRA matrix",
+            "holds .*lora_embedding_A, which is not a LoRA or DoRA matrix",
         ),
         (
             {"base_model.model.lm_head.weight": (4, 8)},
-            "holds base_model.model.lm_head.weight, which is no LoRA",
+            "holds base_model.model.lm_head.weight, which is not a LoRA",
         ),
         (
             {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": (4, 8)},
@@ -437,7 +433,7 @@ def test_broken_adapter_folders(tmp_path):
         ),
     ],
 )
-def test_tensors_that_are_no_lora(tensors, message):
+def test_tensors_that_are_not_lora(tensors, message):
     with pytest.raises(UserError, match=message):
         peft_to_mlx({name: np.zeros(shape) for name, shape in tensors.items()})
 

@@ -1,4 +1,4 @@
-"""Model cards: front matter that the hub accepts, and sections that say what is known and what is not."""
+"""Model cards: front matter that the hub accepts, and sections that also state what is not recorded."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ D, VOCAB, CONTEXT = 4, 6, 8
 
 
 def bare_weights(n_layer=2, seed=0):
-    """GPT-2's tensors as the hub's files name them, Conv1D matrices (in, out)."""
+    """Return GPT-2's tensors under the names of the hub's files, with Conv1D matrices (in, out)."""
     generator = np.random.default_rng(seed)
     shapes = {"wte.weight": (VOCAB, D), "wpe.weight": (CONTEXT, D), "ln_f.weight": (D,), "ln_f.bias": (D,)}
     for i in range(n_layer):
@@ -45,30 +45,30 @@ def to_library(value, kind):
 def test_round_trip_keeps_every_tensor(kind, rename):
     original = bare_weights()
     given = {name: to_library(value, kind) for name, value in rename(original).items()}
-    there = gpt2.hf_to_mlx(given, 2)
-    assert set(there) == set(gpt2.expected_names(2))
-    back = gpt2.mlx_to_hf(there)
+    converted = gpt2.hf_to_mlx(given, 2)
+    assert set(converted) == set(gpt2.expected_names(2))
+    back = gpt2.mlx_to_hf(converted)
     assert set(back) == set(prefixed(original))
     for name, value in prefixed(original).items():
         assert np.array_equal(np.asarray(back[name].tolist(), np.float32), value)
         assert type(back[name]) is type(given[next(iter(given))])
 
 
-def test_matrices_become_out_in_and_nothing_else_turns():
+def test_matrices_become_out_in_and_nothing_else_is_transposed():
     original = bare_weights()
-    there = gpt2.hf_to_mlx(original, 2)
-    # attn.c_proj is square: its shape cannot tell
+    converted = gpt2.hf_to_mlx(original, 2)
+    # attn.c_proj is square: its shape does not show the transposition
     for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        assert np.array_equal(there[f"model.h.1.{name}.weight"], original[f"h.1.{name}.weight"].T)
-    assert np.array_equal(there["model.wte.weight"], original["wte.weight"])
-    assert np.array_equal(there["model.wpe.weight"], original["wpe.weight"])
-    assert there["model.h.1.mlp.c_fc.weight"].flags["C_CONTIGUOUS"]
+        assert np.array_equal(converted[f"model.h.1.{name}.weight"], original[f"h.1.{name}.weight"].T)
+    assert np.array_equal(converted["model.wte.weight"], original["wte.weight"])
+    assert np.array_equal(converted["model.wpe.weight"], original["wpe.weight"])
+    assert converted["model.h.1.mlp.c_fc.weight"].flags["C_CONTIGUOUS"]
 
 
-def test_mlx_names_pass_through_unturned():
-    there = gpt2.hf_to_mlx(bare_weights(), 2)
-    again = gpt2.hf_to_mlx(there, 2)
-    assert all(again[name] is value for name, value in there.items())
+def test_mlx_names_pass_through_unchanged():
+    converted = gpt2.hf_to_mlx(bare_weights(), 2)
+    again = gpt2.hf_to_mlx(converted, 2)
+    assert all(again[name] is value for name, value in converted.items())
 
 
 def test_buffers_and_head_copy_are_dropped():
@@ -76,18 +76,18 @@ def test_buffers_and_head_copy_are_dropped():
     weights["transformer.h.0.attn.bias"] = np.ones((1, 1, CONTEXT, CONTEXT), np.float32)
     weights["transformer.h.0.attn.masked_bias"] = np.float32(-1e4)
     weights["lm_head.weight"] = weights["transformer.wte.weight"].copy()
-    there = gpt2.hf_to_mlx(weights, 2)
-    assert set(there) == set(gpt2.expected_names(2))
-    assert there["model.h.0.attn.c_attn.bias"].shape == (3 * D,)  # only attn.bias is a buffer
+    converted = gpt2.hf_to_mlx(weights, 2)
+    assert set(converted) == set(gpt2.expected_names(2))
+    assert converted["model.h.0.attn.c_attn.bias"].shape == (3 * D,)  # only attn.bias is a buffer
 
 
-def test_a_shared_tensor_kept_under_the_heads_name_only():
+def test_a_shared_tensor_stored_under_the_heads_name_only():
     weights = bare_weights()
     weights["lm_head.weight"] = weights.pop("wte.weight")
     assert gpt2.hf_to_mlx(weights, 2)["model.wte.weight"] is weights["lm_head.weight"]
 
 
-def test_a_head_of_its_own():
+def test_an_untied_head():
     weights = bare_weights()
     weights["lm_head.weight"] = weights["wte.weight"] + 1
     with pytest.raises(
@@ -96,15 +96,15 @@ def test_a_head_of_its_own():
         r"tie_word_embeddings",
     ):
         gpt2.hf_to_mlx(weights, 2)
-    there = gpt2.hf_to_mlx(weights, 2, tie_word_embeddings=False)
-    assert there["lm_head.weight"] is weights["lm_head.weight"]
-    assert gpt2.mlx_to_hf(there)["lm_head.weight"] is weights["lm_head.weight"]
+    converted = gpt2.hf_to_mlx(weights, 2, tie_word_embeddings=False)
+    assert converted["lm_head.weight"] is weights["lm_head.weight"]
+    assert gpt2.mlx_to_hf(converted)["lm_head.weight"] is weights["lm_head.weight"]
 
 
 def test_score_head_passes_through():
     weights = bare_weights() | {"score.weight": np.ones((1, D), np.float32)}
-    there = gpt2.hf_to_mlx(weights, 2)
-    assert gpt2.mlx_to_hf(there)["score.weight"] is weights["score.weight"]
+    converted = gpt2.hf_to_mlx(weights, 2)
+    assert gpt2.mlx_to_hf(converted)["score.weight"] is weights["score.weight"]
 
 
 def test_missing_and_foreign_tensors_are_named():
@@ -126,12 +126,12 @@ def test_missing_and_foreign_tensors_are_named():
         gpt2.hf_to_mlx(bare_weights() | {"adapter": np.ones(1)}, 2)
 
 
-def test_quantised_names_are_known_but_do_not_go_back():
-    there = gpt2.hf_to_mlx(bare_weights(), 2)
-    there["model.h.0.mlp.c_fc.scales"] = np.ones((4 * D, 1), np.float32)
-    assert gpt2.hf_to_mlx(there, 2).keys() == there.keys()
+def test_quantised_names_are_accepted_but_not_converted_back():
+    converted = gpt2.hf_to_mlx(bare_weights(), 2)
+    converted["model.h.0.mlp.c_fc.scales"] = np.ones((4 * D, 1), np.float32)
+    assert gpt2.hf_to_mlx(converted, 2).keys() == converted.keys()
     with pytest.raises(UserError, match=r"these weights are quantised; give a dtype"):
-        gpt2.mlx_to_hf(there)
+        gpt2.mlx_to_hf(converted)
 
 
 def test_is_conv1d():

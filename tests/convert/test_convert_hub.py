@@ -1,5 +1,6 @@
-"""Finding models: folders, the hub cache offline, and a small local server that answers as the hub does. No
-outside network.
+"""Model look-up: folders, the hub cache offline, and a local server that answers like the hub.
+
+No test uses an outside network.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CONFIG = b'{"model_type": "gpt2"}'
 WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file without tensors
 FILES = {"config.json": CONFIG, "model.safetensors": WEIGHTS, "tokenizer.json": b"{}"}
 
-# The hub's settings are read when huggingface_hub is imported, so every case runs in a process of its own.
+# huggingface_hub reads its settings when imported, so every case runs in its own process.
 SCRIPT = """
 import json, sys
 from mlx_posttrain.convert.hub import resolve
@@ -38,8 +39,9 @@ for name in sys.argv[1:]:
 
 
 def run(names, tmp_path, **settings):
-    """Resolve names in a fresh process whose hub cache is tmp_path/hub; return the folders or 'error: ...'
-    lines, and stderr.
+    """Resolve names in a fresh process whose hub cache is tmp_path/hub.
+
+    Returns (the folders or 'error: ...' lines, stderr).
     """
     env = {
         k: v
@@ -69,7 +71,7 @@ def run(names, tmp_path, **settings):
 
 
 def cache(tmp_path, name, files=FILES):
-    """Lay files out in tmp_path/hub as huggingface_hub does: blobs, and a snapshot of links to them."""
+    """Write files into tmp_path/hub as huggingface_hub does: blobs, and a snapshot of links to them."""
     repo = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
     for sub in ("refs", "blobs", f"snapshots/{SHA}"):
         (repo / sub).mkdir(parents=True)
@@ -92,10 +94,10 @@ def without(*names):
     return {name: data for name, data in FILES.items() if name not in names}
 
 
-# --- folders
+# Folders
 
 
-def test_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):
+def test_a_folder_is_returned_unchanged(tmp_path, monkeypatch):
     where = folder(tmp_path / "model")
     assert hub.resolve(str(where)) == where and hub.resolve(where) == where
     monkeypatch.chdir(tmp_path)
@@ -166,7 +168,7 @@ def test_adapter_folders(tmp_path):
     ],
 )
 def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the demo leaves a folder runs/ in the project's
+    monkeypatch.chdir(tmp_path)  # the demo may have left a folder runs/ in the project's folder
     with pytest.raises(
         UserError,
         match=r"does not exist; give an existing folder or a hub id such as "
@@ -181,7 +183,7 @@ def test_a_path_object_is_never_a_hub_id(tmp_path, monkeypatch):
         hub.resolve(Path("gpt2"))
 
 
-def test_names_that_are_nothing(tmp_path):
+def test_unusable_names(tmp_path):
     with pytest.raises(
         UserError,
         match=r"no model given; give a folder, a hub id such as "
@@ -213,7 +215,7 @@ def test_the_embedded_model(tmp_path, monkeypatch):
     assert hub.resolve("tiny") == where
 
 
-# --- config.json
+# config.json
 
 
 def test_check_config(tmp_path):
@@ -248,7 +250,7 @@ def test_broken_configs(tmp_path, text, message):
         hub.check_config(folder(tmp_path / "empty", {}))
 
 
-# --- the cache, offline
+# The cache, offline
 
 
 def test_cached_models_need_no_network(tmp_path):
@@ -283,7 +285,7 @@ def test_cached_models_need_no_network(tmp_path):
     assert errors == ""
 
 
-def test_a_complete_copy_is_used_without_asking_the_hub(tmp_path):
+def test_a_complete_copy_is_used_without_a_request_to_the_hub(tmp_path):
     where = cache(tmp_path, "acme/model")
     answers, _ = run(["acme/model"], tmp_path, HF_ENDPOINT="http://127.0.0.1:9")  # nothing listens there
     assert answers == [str(where)]
@@ -298,18 +300,18 @@ def test_hf_home_alone_moves_the_cache(tmp_path):
 def test_offline_and_not_cached(tmp_path):
     answers, _ = run(["acme/model", "gpt2"], tmp_path, HF_HUB_OFFLINE="1")
     expected = (
-        "error: {0} is no folder here and not in the hub cache, and offline mode is on (HF_HUB_OFFLINE); "
+        "error: {0} is not a folder here and not in the hub cache, and offline mode is on (HF_HUB_OFFLINE); "
         "download it once while online (hf download {0}) or give a folder"
     )
     assert answers == [expected.format("acme/model"), expected.format("gpt2")]
     answers, _ = run(["acme/model"], tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert answers == [
-        "error: acme/model is no folder here and not in the hub cache, and the hub cannot be reached; "
+        "error: acme/model is not a folder here and not in the hub cache, and the hub cannot be reached; "
         "download it once while online (hf download acme/model) or give a folder"
     ]
 
 
-def test_a_misspelt_run_is_not_asked_of_the_hub(tmp_path):
+def test_a_misspelt_run_is_not_looked_up_on_the_hub(tmp_path):
     answers, _ = run(["runs/01_sff"], tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert answers[0].startswith("error: the folder runs/01_sff does not exist")
 
@@ -334,11 +336,11 @@ def test_an_interrupted_download_is_not_taken_for_a_model(tmp_path):
         )
 
 
-# --- a server that answers as the hub does
+# A server that answers like the hub
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """One model that can be downloaded, and the hub's ways of saying no."""
+    """One model that can be downloaded, and the hub's refusals."""
 
     protocol_version = "HTTP/1.1"
     files = {
@@ -354,7 +356,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         "acme/forbidden": (403, {}),
         "acme/broken": (500, {}),
     }
-    asked: list[str] = []
+    requests: list[str] = []
 
     def log_message(self, *_):
         pass
@@ -370,7 +372,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        self.asked.append(path)
+        self.requests.append(path)
         for name, (status, headers) in self.refusals.items():
             if name in path:
                 return self.answer(status, **{k.replace("-", "_"): v for k, v in headers.items()})
@@ -394,7 +396,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fake_hub():
-    FakeHub.asked = []
+    FakeHub.requests = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -409,12 +411,12 @@ def test_download_takes_only_what_is_safe_and_needed(tmp_path, fake_hub):
     assert answers == [str(where), str(tmp_path / "hub" / "models--acme--half" / "snapshots" / SHA)]
     assert sorted(p.name for p in where.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert "%|" in progress  # the hub's own progress bar
-    before = len(FakeHub.asked)
+    before = len(FakeHub.requests)
     assert run(["acme/model"], tmp_path, HF_ENDPOINT=fake_hub)[0] == [str(where)]
-    assert len(FakeHub.asked) == before
+    assert len(FakeHub.requests) == before
 
 
-def test_what_the_hub_refuses(tmp_path, fake_hub):
+def test_refusals_of_the_hub(tmp_path, fake_hub):
     answers, _ = run(
         ["acme/missing", "acme/gated", "acme/forbidden", "acme/pickle"], tmp_path, HF_ENDPOINT=fake_hub
     )

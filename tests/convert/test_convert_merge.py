@@ -1,4 +1,4 @@
-"""Folding adapters into weights against PEFT's own merge, and what a quantised base keeps of an update."""
+"""Merged adapters against PEFT's own merge, and how much of an update a quantised base keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LORA = {"r": 1, "lora_alpha": 2}
 
 
 def test_lora_by_hand():
-    """B A scaled by alpha / r = 2, turned to Conv1D's (in, out)."""
+    """B A scaled by alpha / r = 2, transposed to Conv1D's (in, out)."""
     module = {"lora_a": np.array([[1.0], [2.0]]), "lora_b": np.array([[3.0, 0.0, 1.0]])}
     base = {
         "transformer.h.0.mlp.c_fc.weight": np.ones((2, 3), np.float32),
@@ -28,7 +28,7 @@ def test_lora_by_hand():
 
 
 def test_dora_by_hand():
-    """Rows (3, 4) and (0, 2) of the sum get the lengths 10 and 1."""
+    """The rows (3, 4) and (0, 2) of the sum get the lengths 10 and 1."""
     weight, update = np.array([[1.0, 4.0], [0.0, 1.0]]), np.array([[2.0, 0.0], [0.0, 1.0]])
     assert fold(weight, update, np.array([10.0, 1.0])).tolist() == [[6, 8], [0, 1]]
 
@@ -75,7 +75,7 @@ def test_beyond_the_range_of_half_precision():
 
 @pytest.mark.parametrize("library", ["mlx", "torch"])
 def test_sums_are_float32_and_the_type_is_kept(library):
-    """1 + 200 steps of 2^-10 in one product: bf16 arithmetic would drop what float32 keeps until the end."""
+    """1 + 200 times 2^-10 in one product: bf16 sums would drop what float32 keeps until the end."""
     module = {"lora_a": np.full((1, 200), 2.0**-10, np.float32), "lora_b": np.ones((200, 1), np.float32)}
     if library == "mlx":
         mx = pytest.importorskip("mlx.core")
@@ -125,9 +125,10 @@ def test_equals_pefts_own_merge(tmp_path, gpt2_folder, hf_logits, tokens, rslora
     assert np.abs(hf_logits(ours, tokens) - expected).max() < 1e-4
 
 
-def test_a_small_update_drowns_in_a_4_bit_base():
-    """Updates of 3, 8 and 28 % of the weights' size keep a cosine of about .1, .6 and .95 in 4 bits; 8 bits
-    keep nearly all.
+def test_a_small_update_is_lost_in_a_4_bit_base():
+    """Updates of 3, 8 and 28 % of the weights' size keep a cosine of about .1, .6 and .95 in 4 bits.
+
+    8 bits keep nearly all.
     """
     mx = pytest.importorskip("mlx.core")
     generator = np.random.default_rng(0)

@@ -1,5 +1,6 @@
-"""Whole folders: files, shards, GPT-2 both ways against transformers and mlx-lm, quantisation, other
-architectures, refusals.
+"""Model folders: files, shards, GPT-2 in both directions, quantisation, other architectures, refusals.
+
+GPT-2 is compared with transformers and mlx-lm.
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ def test_unusable_options(tmp_path, options, message):
         ({"n_layer": 3}, r"the weights lack model.h.2.ln_1.weight \(and 11 more\)"),
     ],
 )
-def test_gpt2_variants_that_would_come_out_wrong(tmp_path, gpt2_folder, changes, message):
+def test_gpt2_variants_that_would_be_computed_wrongly(tmp_path, gpt2_folder, changes, message):
     source = gpt2_folder()
     edit_config(source, **changes)
     with pytest.raises(UserError, match=message):
@@ -372,7 +373,7 @@ def test_an_architecture_mlx_lm_does_not_have(tmp_path, llama_folder):
     assert not (tmp_path / "mlx").exists()
 
 
-def test_tokenizer_files_follow_byte_for_byte(tmp_path, gpt2_folder):
+def test_tokenizer_files_are_copied_byte_for_byte(tmp_path, gpt2_folder):
     source = gpt2_folder()
     for name in ("merges.txt", "vocab.json", "special_tokens_map.json", "chat_template.jinja"):
         (source / name).write_text("{}  odd   bytes\r\n")
@@ -439,7 +440,7 @@ def test_the_real_tokenizer_gives_the_same_ids_everywhere(tmp_path, gpt2_folder,
     for file in GPT2_TOKENIZER.iterdir():
         if file.name != "config.json":
             shutil.copyfile(file, source / file.name)
-    # What transformers 5 writes when it does not know the model's own class.
+    # transformers 5 writes this if it does not know the model's own class.
     text = (source / "tokenizer_config.json").read_text().replace("GPT2TokenizerFast", "TokenizersBackend")
     (source / "tokenizer_config.json").write_text(text)
     convert(source, tmp_path / "mlx")

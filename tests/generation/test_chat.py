@@ -1,4 +1,4 @@
-"""The chat loop as a process: streaming, multi-turn, /new, end of input."""
+"""The chat loop as a process: streaming, several turns, /new, end of input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_chat_answers_each_line_and_ends_with_the_input(random_gpt2):
     answers = done.stdout.split("\n")
     (alone,) = load(str(random_gpt2)).answers(["The cat"], max_tokens=6)
     assert done.stdout.count("\n") >= 3
-    # and after /new the same question gets the same answer again
+    # after /new the same question gets the same answer
     assert answers[0].strip() == alone["answer"]
     assert done.stdout.rstrip("\n").endswith(alone["answer"])
 

@@ -1,6 +1,4 @@
-"""A teacher's answers, chosen by rule and by reward model; provenance; an interrupted command goes on to the
-same file.
-"""
+"""A teacher's answers, chosen by rule and by reward model, their provenance, and resuming."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import sources
-from mlx_posttrain.engines.base import Generated, initial_head
+from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation import synthesize
 from mlx_posttrain.generation.synthesize import Settings
@@ -26,7 +24,7 @@ SETTINGS = Settings(samples=4, max_tokens=12, keep=2, near=None)
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
-    """Rules that some of a random model's answers follow and some do not."""
+    """Questions with rules that some of a random model's answers follow and some do not."""
     path = tmp_path_factory.mktemp("q") / "questions.jsonl"
     rule = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     path.write_text(
@@ -48,24 +46,23 @@ def make(output: Path, questions: Path, settings: Settings = SETTINGS, **more) -
 
 def test_only_what_the_rule_accepts_is_kept(questions, tmp_path, monkeypatch):
     monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
-    told = make(tmp_path / "out.jsonl", questions)
-    found = rows(tmp_path / "out.jsonl")
-    assert found and told["written"] == len(found) == told["kept"]
-    assert told["kept"] + told["wrong"] + told["not ended"] + told["not needed"] == 5 * 4
-    assert told["wrong"] or told["not ended"]
-    for row in found:
+    counts = make(tmp_path / "out.jsonl", questions)
+    written = rows(tmp_path / "out.jsonl")
+    assert written and counts["written"] == len(written) == counts["kept"]
+    assert counts["kept"] + counts["wrong"] + counts["not ended"] + counts["not needed"] == 5 * 4
+    assert counts["wrong"] or counts["not ended"]
+    for row in written:
         assert verify.verify(row, row["response"]) and "," not in row["response"]
         assert row["provenance"]["teacher"] == "tiny" and len(row["provenance"]["weights"]) == 16
-    counts = [sum(r["provenance"]["question"] == q for r in found) for q in range(5)]
-    assert max(counts) <= 2
+    assert max(sum(r["provenance"]["question"] == q for r in written) for q in range(5)) <= 2
     assert sources.load_rows(str(tmp_path / "out.jsonl"))  # a data set for the next recipe
 
 
 def _early_stop(tokenizer) -> int:
-    return tokenizer.encode(" the")[0]  # a random text's commonest token: answers end now and then
+    return tokenizer.encode(" the")[0]  # the commonest token of a random text, so some answers end
 
 
-def test_an_interrupted_command_goes_on_to_the_same_file(questions, tmp_path, monkeypatch):
+def test_an_interrupted_command_continues_to_the_same_file(questions, tmp_path, monkeypatch):
     monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
     monkeypatch.setattr(synthesize, "CHUNK", 2)
     make(tmp_path / "whole.jsonl", questions)
@@ -99,17 +96,17 @@ def test_an_interrupted_command_goes_on_to_the_same_file(questions, tmp_path, mo
         )
 
 
-def test_what_is_deleted_is_made_anew_and_long_questions_are_left_out(tmp_path, monkeypatch, questions):
+def test_a_deleted_output_is_written_again_and_long_questions_are_left_out(tmp_path, monkeypatch, questions):
     monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
     path = tmp_path / "q.jsonl"
     long = json.dumps(
         {"prompt": "word " * 600, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     )
     path.write_text(long + "\n" + questions.read_text())
-    told = make(tmp_path / "out.jsonl", path)
+    counts = make(tmp_path / "out.jsonl", path)
     first = rows(tmp_path / "out.jsonl")
     assert (
-        told["questions beyond the context"] == 1
+        counts["questions beyond the context"] == 1
         and first
         and all(r["provenance"]["question"] > 0 for r in first)
     )
@@ -142,26 +139,25 @@ def test_a_reward_model_chooses_the_best(questions, tmp_path, random_gpt2, monke
     )
     everything, best = rows(tmp_path / "all.jsonl"), rows(tmp_path / "best.jsonl")
     for row in best:
-        own = [r["provenance"]["score"] for r in everything if r["question"] == row["question"]]
-        assert row["provenance"]["score"] == pytest.approx(max(own), rel=1e-5) and row["provenance"][
-            "chosen_by"
-        ] == str(tmp_path / "judge")
+        scores = [r["provenance"]["score"] for r in everything if r["question"] == row["question"]]
+        assert row["provenance"]["score"] == pytest.approx(max(scores), rel=1e-5)
+        assert row["provenance"]["chosen_by"] == str(tmp_path / "judge")
 
 
 def test_near_duplicates_and_order(monkeypatch):
     texts = ["a b c d e f g h i", "a b c d e f g h i", "q r s t u v w x y", "z"]
-    fate = [None, None, None, "wrong"]
-    chosen = synthesize._chosen(texts, fate, None, Settings(keep=5, near=0.7))
-    assert chosen == [0, 2] and fate == [None, "near duplicate", None, "wrong"]
+    rejections = [None, None, None, "wrong"]
+    chosen = synthesize._choose(texts, rejections, None, Settings(keep=5, near=0.7))
+    assert chosen == [0, 2] and rejections == [None, "near duplicate", None, "wrong"]
     import numpy as np
 
-    assert synthesize._chosen(
+    assert synthesize._choose(
         texts[:3], [None, None, None], np.array([0.0, 1.0, 2.0]), Settings(keep=1, near=None)
     ) == [2]
 
 
 def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
-    """Nor does it after an interruption between the two."""
+    """Neither does it after an interruption between the two."""
     path, out = tmp_path / "twice.jsonl", tmp_path / "out.jsonl"
     path.write_text(
         "".join(
@@ -169,7 +165,7 @@ def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
             for q in ("2 + 3?", "4 + 1?", "2 + 3?", "2 + 3?")
         )
     )
-    said = iter(
+    answers = iter(
         [
             ["the sum is 5", "5"],
             ["5", "the sum is 5"],
@@ -180,7 +176,7 @@ def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
 
     def candidates(model, prompts, **settings):
         tokenizer = load_tokenizer(locate("tiny").folder)
-        return [Generated(tokenizer.encode(text), [], True) for text in next(said)]
+        return [Generated(tokenizer.encode(text), [], True) for text in next(answers)]
 
     monkeypatch.setattr(synthesize, "CHUNK", 1)
     monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
@@ -200,7 +196,7 @@ def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
     assert [r["response"] for r in rows(out)] == ["the sum is 5", "5", "5", "the sum is 5", "we get 5"]
 
 
-def test_questions_that_nobody_can_judge(tmp_path, questions):
+def test_questions_that_cannot_be_judged(tmp_path, questions):
     path = tmp_path / "open.jsonl"
     path.write_text(json.dumps({"prompt": "Tell me a story."}) + "\n")
     with pytest.raises(UserError, match="--reward"):
@@ -214,10 +210,8 @@ def test_questions_that_nobody_can_judge(tmp_path, questions):
 
 
 def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
-    """What synthesize keeps of a teacher that thinks is what 08_distill trains on: trace and answer, the
-    wrong one left out.
-    """
-    said = [
+    """08_distill trains on what synthesize keeps of a teacher that thinks: the right traces and answers."""
+    answers = [
         "<think>\n2 + 3 = 5\n</think>\n5",
         "<think>\n2 + 3 = 6\n</think>\n6",
         "5",
@@ -226,17 +220,19 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
 
     def candidates(model, prompts, **settings):
         tokenizer = load_tokenizer(locate("tiny").folder)
-        return [Generated(tokenizer.encode(text), [], True) for _ in prompts for text in said]
+        return [Generated(tokenizer.encode(text), [], True) for _ in prompts for text in answers]
 
     monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
     path = tmp_path / "q.jsonl"
     path.write_text(
         "".join(json.dumps({"question": f"What is {n} + {5 - n}?", "answer": "5"}) + "\n" for n in range(6))
     )
-    told = make(
-        tmp_path / "traces.jsonl", path, Settings(samples=4, max_tokens=12, keep=2, near=None, thoughts=True)
+    counts = make(
+        tmp_path / "traces.jsonl",
+        path,
+        Settings(samples=4, max_tokens=12, keep=2, near=None, require_thought=True),
     )
-    assert (told["written"], told["wrong"], told["no thought"]) == (12, 6, 6)
+    assert (counts["written"], counts["wrong"], counts["no thought"]) == (12, 6, 6)
     monkeypatch.undo()
     chosen = methods.load_recipe(
         "08_distill",
@@ -262,7 +258,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
     from mlx_posttrain.data.read import read_conversations
 
     read = read_conversations(chosen.data, split="train", limit=None, seed=0)
-    assert {row.turns[-1].content for row in read} == {said[0], said[3]} and all(
+    assert {row.turns[-1].content for row in read} == {answers[0], answers[3]} and all(
         row.extra["answer"] == "5" for row in read
     )
     assert methods.run(chosen)["loss"] > 0

@@ -14,7 +14,7 @@ from mlx_posttrain.data import formats, tasks
 from mlx_posttrain.data.dataset import Dataset, RowCollator
 from mlx_posttrain.data.read import ModelFacts
 from mlx_posttrain.data.types import Conversation, Example, Turn
-from mlx_posttrain.evaluate import reasoning
+from mlx_posttrain.evaluation import reasoning
 from mlx_posttrain.methods import distill
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate

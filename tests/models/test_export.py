@@ -15,7 +15,6 @@ import pytest
 
 from mlx_posttrain import engines
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.models import export as export_module
 from mlx_posttrain.models.export import export, push
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
@@ -189,7 +188,7 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
         in (tmp_path / "forced" / "README.md").read_text()
     )
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(export_module, "MAX_LOST", drift["lost"] / 2)
+    monkey.setattr("mlx_posttrain.models.export.MAX_LOST", drift["lost"] / 2)
     with pytest.raises(UserError, match=r"4-bit base would lose .* --force"):
         export(run, tmp_path / "refused", "mlx-lm", merged=True)
     monkey.undo()

@@ -72,10 +72,10 @@ def test_an_adapter_on_a_quantised_folder_is_merged(tuned, packed, tmp_path):
     assert 1e-3 < np.abs(logits(tmp_path / "mlx-lm") - logits(tuned)).max() < 1  # back on the grid
 
 
-def test_and_is_a_new_runs_model(tuned, rows_file, tmp_path, capfd):
+def test_and_is_a_new_runs_model(tuned, packed, rows_file, tmp_path, capfd):
     second = train(tuned, rows_file, tmp_path / "second", "train.steps=1", "train.lr=1e-9")
     assert np.abs(logits(second) - logits(tuned)).max() < 1e-3
-    assert "is quantised: the adapter of" in capfd.readouterr().err
+    assert f"{packed} is quantised: the adapter {tuned / 'final'} is merged" in capfd.readouterr().err
 
 
 def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_path, capfd):
@@ -85,8 +85,8 @@ def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_pat
     assert (said := capfd.readouterr().out.splitlines()[0]) in (tmp_path / "peft" / "README.md").read_text()
     drift = export(run, tmp_path / "adapters", "mlx-lm")["drift"]
     assert (
-        f"trained on a base quantised to 4 bits; on the base as it is, {drift['lost']:.1%} of the adapter's "
-        "effect" in said
+        "trained on a base quantised to 4 bits; on the unquantised base, "
+        f"{drift['lost']:.1%} of the adapter's effect" in said
     )
     theirs, ours = open_model(tmp_path / "peft", "mlx")[0], open_model(run, "mlx")[0]
     probe = np.random.default_rng(0).integers(0, ours.config["vocab_size"], (4, 32))

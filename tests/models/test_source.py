@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import config, engines, generation, runs
+from mlx_posttrain import config, engines, runs
 from mlx_posttrain.convert import weights
 from mlx_posttrain.data import read
 from mlx_posttrain.data.read import read_rows, split_rows
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.models.export import export
 from mlx_posttrain.models.merge import base_folder
 from tests.helpers import cli, refused, run_recipe, write_jsonl
@@ -115,10 +116,10 @@ def test_a_refused_quantised_model_leaves_the_folder_free(random_gpt2, rows_file
 def test_an_adapter_is_found_by_its_hub_id(cached, lora, rows_file, tmp_path):
     prompts = ["The cat sat", "Numbers such as"]
     here, there = (
-        generation.answer(name, prompts, engine=ENGINES[0], template="none", max_tokens=5)
+        LoadedModel(name, ENGINES[0]).generate(prompts, template="none", max_tokens=5)
         for name in (lora, "me/lora")
     )
-    assert [a["answer"] for a in here] == [a["answer"] for a in there]
+    assert here == there
     run_recipe(
         "01_sft",
         "model=me/base",

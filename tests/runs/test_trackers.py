@@ -242,7 +242,7 @@ def test_wandb_is_called_as_it_should_be(fake_wandb, random_gpt2, rows_file, tmp
     run = tmp_path / "run"
     (site / "sitecustomize.py").write_text(
         "import os\nif os.environ.get('BREAK'):\n"
-        f"    from mlx_posttrain.engines.{ENGINE} import engine as e\n"
+        f"    from mlx_posttrain.engines.{ENGINE} import trainer as e\n"
         "    cls = next(v for k, v in vars(e).items() if k.endswith('Trainer') and hasattr(v, 'step') and "
         "v.__module__ == e.__name__)\n"
         "    step, count = cls.step, []\n    def broken(self, *a):\n        count.append(1)\n"
@@ -365,6 +365,6 @@ def test_a_garbage_collected_run_closes_its_trackers(random_gpt2, rows_file, tmp
     assert "No space left" in fail()
     assert closed == [False]
     chosen = methods.load_recipe("01_sft", settings(random_gpt2, rows_file, tmp_path / "other"))
-    _, run = setup.begin(chosen, resume=False)
+    _, run = setup.open_run(chosen, resume=False)
     run.close()
     assert closed == [False, True]

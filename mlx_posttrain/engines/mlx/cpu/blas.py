@@ -1,25 +1,26 @@
 """A fast BLAS for MLX on Linux.
 
 MLX's Linux wheel links the reference BLAS, which multiplies matrices at about 5 GFLOP/s on a machine capable
-of 170 GFLOP/s. This module finds an OpenBLAS and makes MLX's library, and nothing else in the process, call
-it: the addresses of ``cblas_?gemm`` in libmlx's import table (the GOT slots that the loader filled) are
-replaced by OpenBLAS's.
+of 170. This module finds an OpenBLAS and makes MLX's library, and nothing else in the process, call it: the
+addresses of ``cblas_?gemm`` in libmlx's own import table (the GOT slots that the loader filled) are replaced
+by OpenBLAS's.
 
-Loading OpenBLAS with RTLD_GLOBAL before MLX would be simpler, but every library loaded later would bind to it
-as well, PyTorch included: its matrix products would leave MKL (training 1.5 times slower, so no fair
-comparison), and its complex dot products would come out wrong, since the two libraries return complex numbers
-by different conventions. Redirecting one library touches nothing else, does not depend on the order of
-imports, and works with any symbol prefix.
+Why not simply load OpenBLAS with RTLD_GLOBAL before MLX? Because every library loaded later would bind to it
+as well, including PyTorch: its matrix products would leave MKL (training 1.5 times slower, so no fair
+comparison), and its complex dot products would be wrong, because the two libraries return complex numbers by
+different conventions. Redirecting one library affects nothing else, does not depend on the order of imports,
+and works with any symbol prefix.
 
-OpenBLAS is taken from the first of these that is found:
+OpenBLAS is looked for in this order:
 
-1. ``MLX_POSTTRAIN_BLAS``: path of a library, or ``none`` to leave MLX as it is;
-2. SciPy's wheel, which carries a current OpenBLAS for every processor and is installed with this package;
+1. ``MLX_POSTTRAIN_BLAS``: the path of a library, or ``none`` to leave MLX unchanged;
+2. SciPy's wheel, which contains a current OpenBLAS for every processor and is installed with this package;
 3. a system library (Debian and Ubuntu: libopenblas0-pthread).
 
-``OPENBLAS_NUM_THREADS`` and ``OMP_NUM_THREADS`` are obeyed. 1 is the faster choice while other programs keep
+``OPENBLAS_NUM_THREADS`` and ``OMP_NUM_THREADS`` are respected. One thread is faster while other programs keep
 the cores busy, because threads that wait for each other then wait for whole time slices (256 x 256: 64
-against 11 GFLOP/s on two busy cores). On macOS MLX uses Accelerate or the GPU and nothing is done.
+GFLOP/s with one thread, 11 with more, on two busy cores). On macOS, MLX uses Accelerate or the GPU and this
+module does nothing.
 """
 
 from __future__ import annotations
@@ -37,23 +38,22 @@ from typing import Any
 ENV = "MLX_POSTTRAIN_BLAS"
 ADVICE = (
     "MLX uses the slow reference BLAS on this machine: install SciPy's wheel (pip install scipy) or an "
-    "OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas-threads)"
+    "OpenBLAS "
+    "(Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas-threads)"
 )
-UNCHECKED = (
-    "which BLAS MLX multiplies with could not be checked ({}): `mlx-posttrain doctor` measures how fast it is"
-)
+UNCHECKED = "the BLAS that MLX uses could not be checked ({}): `mlx-posttrain doctor` measures its speed"
 UNCHANGED = (
-    "MLX keeps the slow reference BLAS, since its import table cannot be changed here ({}): use an MLX built "
-    "with a fast one, or engine=torch"
+    "MLX keeps the slow reference BLAS, since its import table cannot be changed here ({}): use an "
+    "MLX built with a fast one, or engine=torch"
 )
 
 # The routines that libmlx calls in every forward and backward pass. LAPACK (mx.linalg) stays with the library
 # that MLX was built with.
 _ROUTINES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
-_PREFIXES = ("scipy_", "")  # SciPy's wheels rename all symbols, systems do not
+_PREFIXES = ("scipy_", "")  # SciPy's wheels rename all symbols, system libraries do not
 _SYSTEM_NAMES = (
-    "libopenblasp.so.0",  # Fedora: threads, while its libopenblas.so.0 is serial
-    "libopenblas.so.0",  # Debian, Arch: threads
+    "libopenblasp.so.0",  # Fedora: threaded, while its libopenblas.so.0 is serial
+    "libopenblas.so.0",  # Debian, Arch: threaded
     "libopenblas.so",
 )
 
@@ -62,7 +62,7 @@ _SYSTEM_NAMES = (
 class BlasInfo:
     """The library that multiplies MLX's matrices on the CPU.
 
-    name: None when the library is not known to be fast. advice: what to do about that, None when there is
+    ``name`` is None if it is not known to be fast; ``advice`` then states what to do, and is None if there is
     nothing to do.
     """
 
@@ -75,8 +75,8 @@ class BlasInfo:
 def load(quiet: bool = False) -> BlasInfo:
     """Give MLX an OpenBLAS if it needs one.
 
-    May be called any number of times, before or after MLX is first imported. Prints nothing when all is well.
-    When MLX stays slow, one line on stderr says what to install, unless ``quiet``.
+    May be called any number of times, before or after MLX is first imported. If MLX stays slow, one line on
+    stderr states what to install, unless ``quiet``; otherwise nothing is printed.
     """
     info = _load()
     if info.advice and not quiet:
@@ -89,7 +89,7 @@ def _load() -> BlasInfo:
         return BlasInfo("Accelerate")
     if not sys.platform.startswith("linux") or importlib.util.find_spec("mlx") is None:
         return BlasInfo(None)
-    import mlx.core  # noqa: F401  (maps libmlx into the process)
+    import mlx.core  # noqa: F401  maps libmlx into the process
 
     try:
         slots = _import_slots("libmlx.so", _ROUTINES)
@@ -97,15 +97,16 @@ def _load() -> BlasInfo:
         return BlasInfo(None, advice=UNCHECKED.format(error.args[0]))
     if "cblas_sgemm" not in slots:
         return BlasInfo("built into MLX")
-    present = _library_of(slots["cblas_sgemm"].value)
-    wish = os.environ.get(ENV, "").strip()
-    if wish.lower() == "none":
-        return BlasInfo(None, present)
-    if not wish and any(fast in Path(present).name for fast in ("openblas", "mkl", "blis", "armpl", "nvpl")):
-        return BlasInfo(Path(present).name, present)  # an MLX built by a distribution
+    current = _library_of(slots["cblas_sgemm"].value)
+    requested = os.environ.get(ENV, "").strip()
+    if requested.lower() == "none":
+        return BlasInfo(None, current)
+    fast = ("openblas", "mkl", "blis", "armpl", "nvpl")
+    if not requested and any(name in Path(current).name for name in fast):
+        return BlasInfo(Path(current).name, current)  # an MLX built by a distribution
 
     problem = "no OpenBLAS found"
-    for path in [wish] if wish else _candidates():
+    for path in [requested] if requested else _candidates():
         try:
             library, prefix = _open(path)
             _self_test(getattr(library, prefix + "cblas_sgemm"))
@@ -115,19 +116,19 @@ def _load() -> BlasInfo:
         try:
             for routine, slot in slots.items():
                 slot.redirect(_address(library, prefix + routine))
-        except OSError as error:  # which another library would not change
-            return BlasInfo(None, present, UNCHANGED.format(error))
+        except OSError as error:  # another library would fail in the same way
+            return BlasInfo(None, current, UNCHANGED.format(error))
         return BlasInfo(_describe(library, prefix), _library_of(slots["cblas_sgemm"].value))
-    return BlasInfo(None, present, f"{ENV}: {problem}" if wish else ADVICE)
+    return BlasInfo(None, current, f"{ENV}: {problem}" if requested else ADVICE)
 
 
-# Finding an OpenBLAS.
+# Finding an OpenBLAS
 
 
 def _candidates() -> Iterator[str]:
-    """Paths or names of libraries to try, in order.
+    """Yield the libraries to try: SciPy's, one next to Python (conda), the system's.
 
-    SciPy's (next to the package, which is not imported), one beside Python (conda), the system's.
+    SciPy's is found by the package's folder, without importing the package.
     """
     spec = importlib.util.find_spec("scipy")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -135,32 +136,33 @@ def _candidates() -> Iterator[str]:
             str(p) for p in Path(folder).with_name("scipy.libs").glob("libscipy_openblas-*.so*")
         )
     for name in _SYSTEM_NAMES:
-        local = Path(sys.prefix) / "lib" / name
-        yield str(local) if local.exists() else name
+        next_to_python = Path(sys.prefix) / "lib" / name
+        yield str(next_to_python) if next_to_python.exists() else name
 
 
 def _open(path: str) -> tuple[ctypes.CDLL, str]:
-    """Open a library privately (RTLD_LOCAL) and find the prefix of its symbols.
+    """Return a library, opened privately (RTLD_LOCAL), and the prefix of its symbols.
 
-    Raises OSError when it cannot be opened, LookupError when it lacks the routines or takes 64-bit integers.
+    Raises OSError if it cannot be opened, and LookupError if it lacks the routines.
     """
     library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL | os.RTLD_NOW)
     for prefix in _PREFIXES:
         if all(hasattr(library, prefix + routine) for routine in _ROUTINES):
             if "USE64BITINT" in _config(library, prefix):
                 raise LookupError("built for 64-bit integers, MLX passes 32-bit ones")
-            # OpenMP builds read OMP_NUM_THREADS only.
-            wish = os.environ.get("OPENBLAS_NUM_THREADS", "")
-            if wish.isdigit() and int(wish) > 0 and hasattr(library, prefix + "openblas_set_num_threads"):
-                getattr(library, prefix + "openblas_set_num_threads")(int(wish))
+            # OpenMP builds read OMP_NUM_THREADS only
+            threads = os.environ.get("OPENBLAS_NUM_THREADS", "")
+            setter = prefix + "openblas_set_num_threads"
+            if threads.isdigit() and int(threads) > 0 and hasattr(library, setter):
+                getattr(library, setter)(int(threads))
             return library, prefix
     raise LookupError("has no cblas_sgemm with 32-bit integers")
 
 
 def _config(library: ctypes.CDLL, prefix: str) -> str:
-    """OpenBLAS's description of itself; '' for other libraries.
+    """Return OpenBLAS's description of itself; '' for other libraries.
 
-    Such as 'OpenBLAS 0.3.30 DYNAMIC_ARCH Haswell MAX_THREADS=64'.
+    For example 'OpenBLAS 0.3.30 DYNAMIC_ARCH Haswell MAX_THREADS=64'.
     """
     name = prefix + "openblas_get_config"
     if not hasattr(library, name):
@@ -183,10 +185,10 @@ def _describe(library: ctypes.CDLL, prefix: str) -> str:
 
 
 def _self_test(sgemm: Any) -> None:
-    """Raise ArithmeticError if the library multiplies small integer matrices wrongly.
+    """Raise ArithmeticError unless the routine multiplies correctly in the three forms that training uses.
 
-    Their products are exact in float32. All three forms that training uses are tried. Old OpenBLAS builds are
-    known to compute wrongly on processors newer than they are; such a library is passed over.
+    The matrices are small integers, whose product is exact in float32. Old OpenBLAS builds are known to
+    compute wrong results on newer processors.
     """
     import numpy as np
 
@@ -221,9 +223,9 @@ def _self_test(sgemm: Any) -> None:
                 raise ArithmeticError("multiplies wrongly on this processor")
 
 
-# Redirecting one library's imports (ELF, 64 bit).
+# Redirecting one library's imports (ELF, 64 bit)
 
-# Names and numbers as in elf.h and the processors' ABI supplements.
+# Names and values as in elf.h and the processors' ABI supplements.
 _PT_DYNAMIC = 2
 _DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_JMPREL = 2, 5, 6, 7, 8, 23
 _FUNCTION_RELOCATIONS = {"x86_64": (6, 7), "aarch64": (1025, 1026)}  # GLOB_DAT, JUMP_SLOT
@@ -264,7 +266,7 @@ class _DynamicLibrary(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Slot:
-    """One entry of a library's import table: the place of the address that it calls for one function."""
+    """One entry of a library's import table: the location of the address that it calls for one function."""
 
     address: int
 
@@ -275,8 +277,8 @@ class _Slot:
     def redirect(self, target: int) -> None:
         """Write another function's address.
 
-        It is one aligned word, so a thread that calls meanwhile sees the old or the new address. The page is
-        as writable afterwards as the loader left it. Raises OSError where it may not be written.
+        It is one aligned word, so a concurrent call in another thread sees the old or the new address. The
+        page's protection is restored afterwards. Raises OSError if the page may not be written.
         """
         before = _protection(self.address)
         if not before & _WRITE:
@@ -287,9 +289,9 @@ class _Slot:
 
 
 def _protection(address: int) -> int:
-    """What this process may do with the page at ``address``, as mprotect's bits.
+    """Return the protection of the page at ``address``, as mprotect's bits.
 
-    Raises OSError when the system does not tell.
+    Raises OSError if the system does not report it.
     """
     for line in Path("/proc/self/maps").read_text().splitlines():
         begin, _, rest = line.partition("-")
@@ -311,9 +313,10 @@ def _protect(address: int, bits: int) -> None:
 
 
 def _import_slots(library: str, routines: tuple[str, ...]) -> dict[str, _Slot]:
-    """Where the loaded ``library`` keeps the addresses of the ``routines`` that it imports, by name.
+    """Return the slots in which the loaded ``library`` has the addresses of imported ``routines``.
 
-    Empty if it imports none of them. Raises LookupError with the reason where the table cannot be read.
+    Routines that it does not import are left out. Raises LookupError, with the reason, if the slots cannot be
+    determined.
     """
     machine = os.uname().machine
     kinds = _FUNCTION_RELOCATIONS.get(machine)
@@ -341,7 +344,7 @@ def _import_slots(library: str, routines: tuple[str, ...]) -> dict[str, _Slot]:
     words = (ctypes.c_uint64 * (size // 8)).from_address(start)
     table = {words[i]: words[i + 1] for i in range(0, len(words) - 1, 2) if words[i]}
 
-    def pointer(tag: int) -> int:  # glibc has already added the base to these, other loaders may not have
+    def pointer(tag: int) -> int:  # glibc has already added the base to these; other loaders may not
         return table[tag] if table[tag] >= base else base + table[tag]
 
     slots: dict[str, _Slot] = {}
@@ -361,7 +364,7 @@ def _import_slots(library: str, routines: tuple[str, ...]) -> dict[str, _Slot]:
 
 
 def _library_of(address: int) -> str:
-    """The file that the code at ``address`` was loaded from; '' if unknown."""
+    """Return the file that the code at ``address`` was loaded from, '' if unknown."""
     info = _DynamicLibrary()
     dladdr = getattr(ctypes.CDLL(None), "dladdr", None)
     known = dladdr is not None and dladdr(ctypes.c_void_p(address), ctypes.byref(info))

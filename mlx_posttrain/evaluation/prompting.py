@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.models.source import Source
 
@@ -42,7 +42,7 @@ def prompt_settings(
         chosen = [template] * len(sources)
         others = sorted({s.template for s in sources if s.template} - {template})
         if others:
-            say(
+            log(
                 f"all models are prompted in the template {template!r}; some runs were trained with "
                 f"{', '.join(others)}"
             )
@@ -66,7 +66,7 @@ def max_answer_tokens(source: Source, max_tokens: int, think_tokens: int | None)
 
     Where ``think_tokens`` is None, a thought as long as those a run was trained on is never cut off.
     """
-    if source.recipe is None or source.recipe.get("method") != "distill":
+    if source.recipe is None or "think" not in source.recipe:
         return max_tokens
     return think_tokens or int(source.recipe["data"]["max_length"])
 

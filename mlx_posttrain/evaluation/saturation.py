@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_posttrain.evaluate import charts
-from mlx_posttrain.evaluate.comparison import METRICS, MIN_ROWS, Comparison
-from mlx_posttrain.evaluate.findings import Finding, Verdict
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, proportion
+from mlx_posttrain.evaluation import charts
+from mlx_posttrain.evaluation.comparison import METRICS, MIN_ROWS, Comparison
+from mlx_posttrain.evaluation.findings import Finding, Verdict
+from mlx_posttrain.evaluation.metrics import Interval, bootstrap, paired_bootstrap, proportion
 
 SATURATED = 0.9  # share of its ceiling from which on a score counts as saturated
 NGRAM = 4

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines.base import Model
-from mlx_posttrain.evaluate.comparison import ModelResult, Values
-from mlx_posttrain.evaluate.preference import length_controlled_wins
+from mlx_posttrain.evaluation.comparison import ModelResult, Values
+from mlx_posttrain.evaluation.preference import length_controlled_wins
 from mlx_posttrain.models.source import Source
 from mlx_posttrain.models.tokenizer import pad_id
 from mlx_posttrain.rewards import verify
@@ -67,7 +67,7 @@ def add_reward_metrics(
     for place, (result, (model_scores, lengths)) in enumerate(zip(results, scores, strict=True)):
         empty = np.isneginf(model_scores)
         if empty.any():
-            say(
+            log(
                 f"{result.name}: {empty.sum()} of {len(model_scores)} answers are empty; they count as lost, "
                 "with the lowest score of all answers"
             )
@@ -78,7 +78,7 @@ def add_reward_metrics(
             result.values["wins"] = Values(wins)
             if np.isnan(wins).all() and np.isfinite(model_scores).any():
                 gap = lengths.mean() - baseline_lengths.mean()
-                say(
+                log(
                     f"{result.name}: no win rate against {results[result.baseline_index].name}: lengths "
                     f"differ too much for a comparison at equal length ({gap:+.1f} tokens)"
                 )

@@ -15,10 +15,10 @@ from typing import Any
 
 from mlx_posttrain import runs
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import charts
-from mlx_posttrain.evaluate.comparison import METRICS, SIGNIFICANCE_NOTE, Comparison
-from mlx_posttrain.evaluate.findings import Finding
-from mlx_posttrain.evaluate.suite import check_greedy_answers
+from mlx_posttrain.evaluation import charts
+from mlx_posttrain.evaluation.comparison import METRICS, SIGNIFICANCE_NOTE, Comparison
+from mlx_posttrain.evaluation.findings import Finding
+from mlx_posttrain.evaluation.suite import check_greedy_answers
 
 CAPTIONS = {
     "perplexity": "How well each model still predicts plain text: the lower the bar, the less was forgotten. "
@@ -88,7 +88,7 @@ def write(
         ("rewards", "Reward models", rewards),
         ("runs", "Runs", run_sections),
     ]
-    source = (resources.files("mlx_posttrain.evaluate") / "report.html.j2").read_text(encoding="utf-8")
+    source = (resources.files("mlx_posttrain.evaluation") / "report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     ).from_string(source)

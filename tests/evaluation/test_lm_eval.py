@@ -20,8 +20,8 @@ from lm_eval.api.instance import Instance
 from mlx_posttrain import engines
 from mlx_posttrain.convert import hub
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import likelihood
-from mlx_posttrain.evaluate.lm_eval import MLXPosttrainLM
+from mlx_posttrain.evaluation import likelihood
+from mlx_posttrain.evaluation.lm_eval import MLXPosttrainLM
 
 CONTEXT = 64
 PAIRS = [
@@ -318,7 +318,7 @@ def test_without_the_harness_one_line_says_so(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['lm_eval'] = None\n")
     code = (
         "from mlx_posttrain.errors import UserError\ntry:\n    import "
-        "mlx_posttrain.evaluate.lm_eval\nexcept UserError as e:\n    print(e)"
+        "mlx_posttrain.evaluation.lm_eval\nexcept UserError as e:\n    print(e)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

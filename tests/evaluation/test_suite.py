@@ -11,12 +11,12 @@ import pytest
 from mlx_posttrain import cli, engines
 from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import comparison, likelihood, suite
-from mlx_posttrain.evaluate.comparison import Comparison, ModelResult, Values
-from mlx_posttrain.evaluate.metrics import distinct_n, perplexity, proportion
-from mlx_posttrain.evaluate.preference import length_controlled_wins
-from mlx_posttrain.evaluate.reward_scoring import add_reward_metrics
-from mlx_posttrain.evaluate.suite import SuiteSection
+from mlx_posttrain.evaluation import comparison, likelihood, suite
+from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluation.metrics import distinct_n, perplexity, proportion
+from mlx_posttrain.evaluation.preference import length_controlled_wins
+from mlx_posttrain.evaluation.reward_scoring import add_reward_metrics
+from mlx_posttrain.evaluation.suite import SuiteSection
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import pad_id
 

@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness on any run, model or adapter.
 
     import lm_eval
-    from mlx_posttrain.evaluate.lm_eval import MLXPosttrainLM
+    from mlx_posttrain.evaluation.lm_eval import MLXPosttrainLM
 
     lm_eval.simple_evaluate(model=MLXPosttrainLM("runs/sft"), tasks=["hellaswag"])
 
@@ -25,7 +25,7 @@ from mlx_posttrain.data.batches import by_length
 from mlx_posttrain.data.types import Turn
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import likelihood
+from mlx_posttrain.evaluation import likelihood
 from mlx_posttrain.generation.model import template_for
 from mlx_posttrain.models.open import open_model
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_posttrain.evaluate import saturation
-from mlx_posttrain.evaluate.comparison import Comparison, ModelResult, Values
-from mlx_posttrain.evaluate.metrics import seq_rep_n
+from mlx_posttrain.evaluation import saturation
+from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluation.metrics import seq_rep_n
 
 RNG = np.random.default_rng(0)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_posttrain import runs
 from mlx_posttrain.config import DataSection
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.convert import arrays, gpt2, hub
 from mlx_posttrain.data import batches, encode, templates
 from mlx_posttrain.data.read import read_conversations, row_dataset
@@ -20,11 +20,11 @@ from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import charts, completions, findings, likelihood
-from mlx_posttrain.evaluate.comparison import Comparison
-from mlx_posttrain.evaluate.findings import Finding
-from mlx_posttrain.evaluate.saturation import check_saturation
-from mlx_posttrain.evaluate.suite import SuiteSection, compare, model_labels, read_base_texts, text_loss
+from mlx_posttrain.evaluation import charts, completions, findings, likelihood
+from mlx_posttrain.evaluation.comparison import Comparison
+from mlx_posttrain.evaluation.findings import Finding
+from mlx_posttrain.evaluation.saturation import check_saturation
+from mlx_posttrain.evaluation.suite import SuiteSection, compare, model_labels, read_base_texts, text_loss
 from mlx_posttrain.methods import METHODS, sft
 from mlx_posttrain.models.merge import write_merged
 from mlx_posttrain.models.open import open_model
@@ -74,7 +74,7 @@ def add_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], li
         base = starting_model(first)
         place = locate(base)
     except UserError as error:
-        say(f"the base is left out: {error}")
+        log(f"the base is left out: {error}")
         return list(names), list(labels)
     if place in [locate(name) for name in names]:
         return list(names), list(labels)
@@ -155,13 +155,13 @@ def analyze(
             if _training_rows(n):
                 supervised[label] = n
         except UserError as error:  # a missing file must cost its finding only, not the analysis
-            say(f"the training rows of {label} are left out: {error}")
+            log(f"the training rows of {label} are left out: {error}")
     results += starting_model_findings(supervised, starts, suite, engine)
     if supervised:
         try:
             results.append(compare_decoding(*next(iter(supervised.items())), engine, suite.seed))
         except UserError as error:  # a question that fills the context
-            say(f"decoding without a cache is left out: {error}")
+            log(f"decoding without a cache is left out: {error}")
     return comparison, [finding for finding in results if finding is not None]
 
 
@@ -195,7 +195,7 @@ def starting_model_findings(
                     model, tokenizer, _training_rows(supervised[first])[:GRADIENT_ROWS], suite.seed
                 )
             except UserError as error:
-                say(f"template interference is left out: {error}")
+                log(f"template interference is left out: {error}")
         del model
         gc.collect()
     return [findings.data_shift(training, plain, suite.seed), interference]
@@ -302,7 +302,7 @@ def template_interference(
             f"{len(rows)} training rows are too few to compare gradients; at least {2 * GRADIENT_PARTS} are "
             "needed"
         )
-    say(f"computing gradients of {len(names)} templates on {len(rows)} rows")
+    log(f"computing gradients of {len(names)} templates on {len(rows)} rows")
     order = np.random.default_rng([seed, 0x9A27]).permutation(len(rows))
     parts = [[rows[i] for i in part] for part in np.array_split(order, GRADIENT_PARTS)]
     return findings.interference(names, gradient_products(model, tokenizer, parts, names, seed), seed)

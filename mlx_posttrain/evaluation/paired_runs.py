@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mlx_posttrain.evaluate import charts
-from mlx_posttrain.evaluate.comparison import LEVEL, MIN_ROWS, Comparison
-from mlx_posttrain.evaluate.findings import Finding, Verdict
-from mlx_posttrain.evaluate.metrics import Interval, paired_bootstrap, sign_flip, student_quantile
+from mlx_posttrain.evaluation import charts
+from mlx_posttrain.evaluation.comparison import LEVEL, MIN_ROWS, Comparison
+from mlx_posttrain.evaluation.findings import Finding, Verdict
+from mlx_posttrain.evaluation.metrics import Interval, paired_bootstrap, sign_flip, student_quantile
 
 
 def over_seeds(gains: Sequence[float]) -> Interval | None:

@@ -9,9 +9,9 @@ metrics.sign_flip with Holm's correction, so that of twenty reports in which not
 where it draws intervals, they allow for the number of questions.
 """
 
-from mlx_posttrain.evaluate.findings.base import Finding, Verdict
-from mlx_posttrain.evaluate.findings.behaviour import empty_cache, forgetting, loss_and_quality, repetition
-from mlx_posttrain.evaluate.findings.training import data_shift, drift, interference, overfitting
+from mlx_posttrain.evaluation.findings.base import Finding, Verdict
+from mlx_posttrain.evaluation.findings.behaviour import empty_cache, forgetting, loss_and_quality, repetition
+from mlx_posttrain.evaluation.findings.training import data_shift, drift, interference, overfitting
 
 __all__ = [
     "Finding",

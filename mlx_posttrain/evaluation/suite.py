@@ -16,22 +16,22 @@ import numpy as np
 from pydantic import Field
 
 from mlx_posttrain import config
-from mlx_posttrain.console import say
+from mlx_posttrain.console import log
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import completions, likelihood
-from mlx_posttrain.evaluate.comparison import PER_TOKEN, Comparison, ModelResult, Values
-from mlx_posttrain.evaluate.metrics import distinct_by_text, diversity, seq_rep_n
-from mlx_posttrain.evaluate.prompting import (
+from mlx_posttrain.evaluation import completions, likelihood
+from mlx_posttrain.evaluation.comparison import PER_TOKEN, Comparison, ModelResult, Values
+from mlx_posttrain.evaluation.metrics import distinct_by_text, diversity, seq_rep_n
+from mlx_posttrain.evaluation.prompting import (
     OWN_TEMPLATE,
     PromptSettings,
     most_common_template,
     prompt_settings,
     with_system,
 )
-from mlx_posttrain.evaluate.reward_scoring import add_reward_metrics, score_answers
+from mlx_posttrain.evaluation.reward_scoring import add_reward_metrics, score_answers
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.rewards import verify
@@ -144,7 +144,7 @@ def compare(
     results: list[ModelResult] = []
     scores: list[tuple[np.ndarray, np.ndarray]] = []
     for place, (name, label, prompting) in enumerate(zip(names, labels, settings, strict=True)):
-        say(f"measuring {label}")
+        log(f"measuring {label}")
         model, tokenizer, _ = open_model(name, engine)
         baseline = baselines[place]
         result = ModelResult(
@@ -155,7 +155,7 @@ def compare(
         if place == 0:
             vocabulary = tokenizer.get_vocab()
         elif tokenizer.get_vocab() != vocabulary:
-            say(f"{label} has another tokenizer than {labels[0]}: metrics per token are left out")
+            log(f"{label} has another tokenizer than {labels[0]}: metrics per token are left out")
             result.values = {k: v for k, v in result.values.items() if k not in PER_TOKEN}
         elif baseline != place and "perplexity" in results[baseline].values:
             kl = likelihood.base_text_kl(
@@ -216,7 +216,7 @@ def read_questions(suite: SuiteSection) -> list[Conversation]:
             rows, format=suite.format, columns=suite.columns, source=suite.rows
         )
         for reason, count in dropped.items():
-            say(f"{suite.rows} {split}: {count} rows dropped: {reason}")
+            log(f"{suite.rows} {split}: {count} rows dropped: {reason}")
         for row in parsed:
             if not isinstance(row, Conversation):
                 raise UserError(
@@ -268,7 +268,7 @@ def read_texts(
         row["text"] for row in rows if isinstance(row.get("text"), str) and (empty or row["text"].strip())
     ]
     if len(texts) < len(rows):
-        say(f"{source}: {len(rows) - len(texts)} rows without text are left out")
+        log(f"{source}: {len(rows) - len(texts)} rows without text are left out")
     if not any(text.strip() for text in texts):
         raise UserError(f"{source}: no row has any text")
     return texts

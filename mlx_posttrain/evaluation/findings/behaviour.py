@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_posttrain.evaluate import charts
-from mlx_posttrain.evaluate.comparison import LEVEL, METRICS, MIN_ROWS, Comparison, ModelResult
-from mlx_posttrain.evaluate.findings.base import Finding, Verdict
-from mlx_posttrain.evaluate.metrics import bootstrap, holm, proportion, seq_rep_n, sign_flip
+from mlx_posttrain.evaluation import charts
+from mlx_posttrain.evaluation.comparison import LEVEL, METRICS, MIN_ROWS, Comparison, ModelResult
+from mlx_posttrain.evaluation.findings.base import Finding, Verdict
+from mlx_posttrain.evaluation.metrics import bootstrap, holm, proportion, seq_rep_n, sign_flip
 
 # Texts that do not loop before tuning, which a test of repetition needs: if all of only 5 begin to loop, the
 # sign-flip test still gives p = .06.

@@ -17,7 +17,7 @@ from mlx_posttrain.data.batches import by_length
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.engines.base import Generated, Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate.metrics import seq_rep_n
+from mlx_posttrain.evaluation.metrics import seq_rep_n
 
 # cached positions of a decode batch, 64 rows of 256 or 256 of 64: with GPT-2 124M they take 1.2 GB
 DECODE_BUDGET = 16_384

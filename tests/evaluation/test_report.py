@@ -13,8 +13,8 @@ import pytest
 
 from mlx_posttrain import cli, config, engines, methods
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import charts, report
-from mlx_posttrain.evaluate.comparison import Comparison, ModelResult
+from mlx_posttrain.evaluation import charts, report
+from mlx_posttrain.evaluation.comparison import Comparison, ModelResult
 
 ENGINE = engines.available()[0]
 BROWSER = next(
@@ -318,7 +318,7 @@ def test_a_report_uses_its_seed(asked, used, journey, tmp_path, monkeypatch):
         seen.append(suite.seed)
         raise UserError("enough")
 
-    monkeypatch.setattr("mlx_posttrain.evaluate.analyze.analyze", stop)
+    monkeypatch.setattr("mlx_posttrain.evaluation.analyze.analyze", stop)
     fields = {
         "method": "report",
         "seed": 3,

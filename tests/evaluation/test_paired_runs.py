@@ -7,8 +7,8 @@ import pytest
 
 from mlx_posttrain import config, methods
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import paired_runs
-from mlx_posttrain.evaluate.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluation import paired_runs
+from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
 
 
 def answers(*shares: float, rows: int = 200) -> dict[str, np.ndarray]:

@@ -15,7 +15,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, holm, paired_bootstrap, proportion, sign_flip
+from mlx_posttrain.evaluation.metrics import (
+    Interval,
+    bootstrap,
+    holm,
+    paired_bootstrap,
+    proportion,
+    sign_flip,
+)
 
 # with fewer rows a percentile interval is too narrow to call a difference significant
 MIN_ROWS = 20

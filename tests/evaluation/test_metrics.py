@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_posttrain.evaluate.metrics import (
+from mlx_posttrain.evaluation.metrics import (
     Interval,
     bootstrap,
     distinct_by_text,
@@ -229,7 +229,7 @@ def test_values_without_an_interval_are_errors(call, words):
 
 
 def test_drawing_in_chunks_does_not_change_the_result(monkeypatch):
-    from mlx_posttrain.evaluate import metrics
+    from mlx_posttrain.evaluation import metrics
 
     at_once, p = (
         bootstrap(np.arange(50.0), samples=500),

@@ -16,8 +16,8 @@ from mlx_posttrain.data import encode
 from mlx_posttrain.data.batches import Batch, collate
 from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import likelihood
-from mlx_posttrain.evaluate.metrics import bootstrap, perplexity
+from mlx_posttrain.evaluation import likelihood
+from mlx_posttrain.evaluation.metrics import bootstrap, perplexity
 from mlx_posttrain.ops import ops
 
 CONTEXT = 64
@@ -39,8 +39,7 @@ class Table:
         values = [self.table[b.tokens.reshape(-1)[b.index], b.target] for b in batches]
         # padded positions must not be used, so they get the worst value
         return [
-            np.where(b.mask > 0, v, -np.inf).astype(np.float32)
-            for b, v in zip(batches, values, strict=True)
+            np.where(b.mask > 0, v, -np.inf).astype(np.float32) for b, v in zip(batches, values, strict=True)
         ]
 
 
@@ -206,9 +205,7 @@ def test_token_logprobs_equal_transformers(model, folder, tokenizer, texts):
     assert not model.net.training
     for batch, values in zip(batches, found, strict=True):
         assert (
-            isinstance(values, np.ndarray)
-            and values.dtype == np.float32
-            and values.shape == batch.mask.shape
+            isinstance(values, np.ndarray) and values.dtype == np.float32 and values.shape == batch.mask.shape
         )
         assert np.isfinite(values).all()
     for number, (ids, example) in enumerate(zip(rows, examples, strict=True)):

@@ -12,8 +12,8 @@ import numpy as np
 from mlx_posttrain.data.parsers import END_THINK, THINK
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.engines.base import Model
-from mlx_posttrain.evaluate import completions
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, paired_bootstrap, proportion
+from mlx_posttrain.evaluation import completions
+from mlx_posttrain.evaluation.metrics import Interval, bootstrap, paired_bootstrap, proportion
 from mlx_posttrain.rewards.verify import verify
 
 #: An empty thought, after which a model answers at once (Ma et al. 2025, "Reasoning Models Can Be Effective

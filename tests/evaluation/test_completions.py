@@ -11,7 +11,7 @@ from mlx_posttrain.data import encode, tasks
 from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluate import completions, likelihood
+from mlx_posttrain.evaluation import completions, likelihood
 from mlx_posttrain.ops import ops
 
 CONTEXT = 64

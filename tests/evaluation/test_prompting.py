@@ -10,7 +10,7 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data.types import Conversation, Turn
-from mlx_posttrain.evaluate import completions, prompting, suite
+from mlx_posttrain.evaluation import completions, prompting, suite
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import Source
 

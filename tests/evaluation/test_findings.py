@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_posttrain.evaluate import analyze, findings
-from mlx_posttrain.evaluate.comparison import Comparison, ModelResult, Values
-from mlx_posttrain.evaluate.findings import behaviour, training
-from mlx_posttrain.evaluate.findings.behaviour import loop_start
-from mlx_posttrain.evaluate.findings.training import half_cosines
-from mlx_posttrain.evaluate.likelihood import RowLoss
-from mlx_posttrain.evaluate.metrics import sign_flip
+from mlx_posttrain.evaluation import analyze, findings
+from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluation.findings import behaviour, training
+from mlx_posttrain.evaluation.findings.behaviour import loop_start
+from mlx_posttrain.evaluation.findings.training import half_cosines
+from mlx_posttrain.evaluation.likelihood import RowLoss
+from mlx_posttrain.evaluation.metrics import sign_flip
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from mlx_posttrain import engines, methods
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.types import Conversation, Turn
-from mlx_posttrain.evaluate import analyze, likelihood
-from mlx_posttrain.evaluate.findings.training import half_cosines
-from mlx_posttrain.evaluate.suite import SuiteSection
+from mlx_posttrain.evaluation import analyze, likelihood
+from mlx_posttrain.evaluation.findings.training import half_cosines
+from mlx_posttrain.evaluation.suite import SuiteSection
 from mlx_posttrain.losses.sft import token_logprobs
 from mlx_posttrain.methods import sft
 from mlx_posttrain.models.open import open_model

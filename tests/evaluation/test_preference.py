@@ -12,9 +12,9 @@ import pytest
 
 from mlx_posttrain.data import formats, tasks
 from mlx_posttrain.data.types import Preference, Turn
-from mlx_posttrain.evaluate import preference
-from mlx_posttrain.evaluate.metrics import Interval
-from mlx_posttrain.evaluate.preference import bag_of_words, compare_with_baselines
+from mlx_posttrain.evaluation import preference
+from mlx_posttrain.evaluation.metrics import Interval
+from mlx_posttrain.evaluation.preference import bag_of_words, compare_with_baselines
 
 
 def row(chosen: str, rejected: str, prompt: str = "?", **extra: str) -> Preference:

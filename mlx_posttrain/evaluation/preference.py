@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.data.types import Preference
-from mlx_posttrain.evaluate.metrics import Interval, correlation, paired_bootstrap, proportion
+from mlx_posttrain.evaluation.metrics import Interval, correlation, paired_bootstrap, proportion
 
 BINS = 5  # of calibration, between .5 and 1
 # Settings of the bag-of-words baseline, chosen once by cross-validation on training pairs and never on the

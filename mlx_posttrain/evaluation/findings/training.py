@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.evaluate import charts
-from mlx_posttrain.evaluate.comparison import LEVEL, MIN_ROWS
-from mlx_posttrain.evaluate.findings.base import Finding, Verdict
-from mlx_posttrain.evaluate.likelihood import RowLoss
-from mlx_posttrain.evaluate.metrics import Interval, bootstrap, jackknife
+from mlx_posttrain.evaluation import charts
+from mlx_posttrain.evaluation.comparison import LEVEL, MIN_ROWS
+from mlx_posttrain.evaluation.findings.base import Finding, Verdict
+from mlx_posttrain.evaluation.likelihood import RowLoss
+from mlx_posttrain.evaluation.metrics import Interval, bootstrap, jackknife
 
 ROUNDING = 1e-6  # drift that writing and merging weights in float32 can cause
 OVERFIT_RATIO = 1.02  # last held-out loss over the best one, from which on the loss is said to have risen
