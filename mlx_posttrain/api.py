@@ -119,8 +119,7 @@ def evaluate(name: str | Path, *, engine: str = "auto", **suite: Any) -> Any:
 def compare(
     names: Sequence[str | Path], *, labels: Sequence[str] | None = None, engine: str = "auto", **suite: Any
 ) -> Any:
-    """Measure several models on the same questions and texts with the same decoding; the first is the
-    baseline.
+    """Measure several models on the same questions and texts; the first is the baseline.
 
     Returns an evaluate.comparison.Comparison: ``.table()`` is text, ``.to_dict()`` everything. Raises
     UserError for an unknown key of the suite and for a model that cannot be opened.

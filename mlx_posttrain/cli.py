@@ -66,9 +66,7 @@ def keys(
         ),
     ] = "sft",
 ) -> None:
-    """List every key a recipe may have, with its default; `keys suite`: those of eval, compare, analyze,
-    report.
-    """
+    """List every key a recipe may have, with its default; `keys suite`: those of eval and compare."""
     from mlx_posttrain import config, methods
     from mlx_posttrain.evaluation.suite import SuiteSection
 
@@ -224,8 +222,9 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
     engine: EngineOption = "auto",
 ) -> None:
-    """Ask and read one model: right answers, losses, perplexity, repetition, each with its interval. `keys
-    suite` lists the settings.
+    """Measure one model: right answers, losses, perplexity, repetition, each with its interval.
+
+    `keys suite` lists the settings.
     """
     _compare([model], settings, json, engine)
 
@@ -242,9 +241,7 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
     engine: EngineOption = "auto",
 ) -> None:
-    """Measure several models on the same questions and texts with the same decoding, and say which
-    differences are beyond chance.
-    """
+    """Measure several models on the same questions and texts, and mark differences beyond chance."""
     _compare([m for m in models if not _setting(m)], [m for m in models if _setting(m)], json, engine, report)
 
 
@@ -261,9 +258,7 @@ def analyze(
     json: Annotated[bool, typer.Option("--json", help="findings as JSON")] = False,
     engine: EngineOption = "auto",
 ) -> None:
-    """Say what runs show: forgetting, drift, foreign data, loops, templates, overfitting, loss against
-    answers.
-    """
+    """Report what runs show: forgetting, drift, foreign data, loops, templates, overfitting."""
     import json as jsonlib
 
     from mlx_posttrain.evaluation import analyze as module
@@ -405,8 +400,9 @@ def synthesize(
     seed: Annotated[int, typer.Option(min=0, help="fixes what is sampled")] = 0,
     engine: EngineOption = "auto",
 ) -> None:
-    """Let a teacher answer questions many times, keep what is right (or what a reward model likes best), and
-    write data for 08_distill.
+    """Make data for 08_distill: a teacher answers many times, and what is right is kept.
+
+    With a reward model, what it likes best is kept instead.
     """
     from mlx_posttrain.generation import synthesize as module
 
@@ -424,9 +420,7 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
     json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """Say what a recipe would take before it runs: parameters, steps, tokens, memory by part, and what to
-    change if it does not fit.
-    """
+    """Show what a recipe needs before it runs: parameters, steps, tokens, memory, and advice."""
     from mlx_posttrain import methods
 
     found = methods.plan(methods.load_recipe(recipe, overrides))
@@ -471,9 +465,7 @@ def bench(
         Path, typer.Option(file_okay=False, help="folder for bench.json, bench.md and the chart")
     ] = Path("runs/bench"),
 ) -> None:
-    """Time engines on the same weights and rows in turns; prints speed, memory, and ratios where the losses
-    agree.
-    """
+    """Time engines in turns on the same weights and rows; ratios only where the losses agree."""
     from mlx_posttrain import bench as module
     from mlx_posttrain.bench import render
 

@@ -152,8 +152,9 @@ class TrainSection(OptimizerSection):
 
 
 class AdapterSection(Section):
-    """LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024) or QLoRA (Dettmers et al.
-    2023).
+    """A low-rank adapter: LoRA, rsLoRA, DoRA, or LoRA on a quantised base (QLoRA).
+
+    Hu et al. 2021; Kalajdzievski 2023; Liu et al. 2024; Dettmers et al. 2023.
     """
 
     kind: Literal["lora", "dora"] = Field(
@@ -300,8 +301,7 @@ def override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
 
 
 def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """(mapping, last part) of ``key.sub`` in a nested mapping, with the sections on the way made where they
-    lack.
+    """(mapping, last part) of ``key.sub`` in a nested mapping; missing sections are made.
 
     Raises UserError where one of them is a value.
     """
@@ -335,8 +335,9 @@ _PATHS = (
 
 
 def absolute_paths(value: Any, key: str = "") -> Any:
-    """A recipe, or a part of one, with every existing path in it absolute, so that a run can be opened and
-    resumed from any folder.
+    """A recipe, or a part of one, with every existing path in it made absolute.
+
+    So a run can be opened and resumed from any folder.
 
     Hub ids, ``tiny`` and embedded data stay; of a reward function ``file.py:name`` the file becomes absolute.
     A recipe is changed in place.
@@ -357,8 +358,9 @@ def absolute_paths(value: Any, key: str = "") -> Any:
 
 
 def check_training(recipe: Any) -> None:
-    """Raise ValueError for a combination of number format, adapter and checkpointing that would train
-    something else than it says.
+    """Raise ValueError for settings that together would train something else than they say.
+
+    They are number format, adapter and checkpointing.
     """
     if recipe.adapter is None:
         if recipe.dtype != "float32":
@@ -374,8 +376,9 @@ def check_training(recipe: Any) -> None:
 
 
 def check_prompted(data: DataSection, sample: SampleSection, what: str) -> None:
-    """Raise ValueError when a recipe about answers to prompts sets keys that mean nothing there: an option is
-    never ignored silently.
+    """Raise ValueError when a recipe about answers to prompts sets keys that mean nothing there.
+
+    An option is never ignored silently.
     """
     for key in ("pack", "clean", "train_on", "too_long", "system"):
         if getattr(data, key) != DataSection.model_fields[key].default:
@@ -391,7 +394,8 @@ def check_prompted(data: DataSection, sample: SampleSection, what: str) -> None:
 
 
 def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = None) -> S:
-    """Check ``raw``, read from a file in ``folder``, against a method's recipe class or another section.
+    """Check ``raw``, read from a file in ``folder``, against a recipe class or another section.
+
     Raises UserError, one line, naming the key.
     """
     try:

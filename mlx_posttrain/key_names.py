@@ -16,8 +16,9 @@ RENAMED = {
 
 
 def present_names(raw: dict[str, Any]) -> dict[str, Any]:
-    """A run folder's recipe with every key of :data:`RENAMED` under its present name; stages of a pipeline
-    too.
+    """A run folder's recipe with its keys under their present names.
+
+    Those of a pipeline's stages too; see :data:`RENAMED`.
     """
     raw = copy.deepcopy(raw)
     for old, new in RENAMED.items():

@@ -109,8 +109,9 @@ class Recipe(config.Section):
 
     @model_validator(mode="after")
     def _checked(self, info: ValidationInfo) -> Recipe:
-        """Read each stage's recipe, check it with its settings, and keep it whole: a resumed pipeline no
-        longer needs the file.
+        """Read each stage's recipe, check it with its settings, and keep it whole.
+
+        A resumed pipeline no longer needs the file.
         """
         folder = (info.context or {}).get("folder")
         earlier: list[str] = []
@@ -209,9 +210,7 @@ def _filled(value: Any, folder: Path, names: Collection[str]) -> Any:
 
 
 def stage_recipes(recipe: Recipe) -> dict[str, Any]:
-    """Each stage's own recipe by name, with the run directories of ``recipe.output`` in place of
-    ``{NAME}``.
-    """
+    """Each stage's own recipe by name, with run directories in place of ``{NAME}``."""
     assert recipe.output is not None
     folder, found = Path(recipe.output).expanduser().absolute(), {}
     for name, stage in recipe.stages.items():

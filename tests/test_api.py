@@ -151,7 +151,7 @@ def test_evaluate_and_compare():
     small = {"limit": 3, "max_tokens": 3, "text_limit": 2, "samples": 1, "engine": ENGINES[0]}
     one = mp.evaluate("tiny", **small)
     both = mp.compare(["tiny", "tiny"], labels=["a", "b"], **small)
-    assert one.models[0].figure("accuracy").mean == both.models[0].figure("accuracy").mean
+    assert one.models[0].interval("accuracy").mean == both.models[0].interval("accuracy").mean
     assert "a" in both.table() and json.loads(json.dumps(both.to_dict()))
     with pytest.raises(mp.UserError, match="did you mean 'limit'"):
         mp.evaluate("tiny", limits=3)

@@ -102,8 +102,9 @@ def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch
 
 
 def layout(tokens: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """How rows lie in one piece, what several begin with only once, and nothing behind the last output asked
-    for; None where it would not pay.
+    """How rows are packed into one piece, in which shared beginnings stand once.
+
+    Nothing behind the last output asked for is in it. None where packing would not pay.
 
     tokens: [B, T] right-padded ids; index: [N] outputs asked for, into B * T flattened. A row shares its
     beginning with the earlier row that it has most in common with: a template with all rows, and behind it a
@@ -178,8 +179,7 @@ def by_length(lengths: Sequence[int], batch_size: int, token_budget: int | None 
 def group_similar(
     rows: Sequence[Sequence[int]], shares_prefixes: bool, batch_size: int, token_budget: int | None = None
 ) -> list[list[int]]:
-    """Row numbers in the micro-batches that cost a model least, from the rows' token ids; every row exactly
-    once.
+    """Row numbers in the micro-batches that cost a model least; every row exactly once.
 
     Rows of similar length; for a model that shares prefixes, which reads what rows share once and no padding,
     rows with their beginnings in common.
@@ -192,8 +192,9 @@ def group_similar(
 
 
 def evaluation_limits(batch_size: int, token_budget: int | None = None) -> tuple[int, int | None]:
-    """The rows, and padded tokens if those are limited, of a pass without gradients, from the limits of a
-    training micro-batch: see ``EVALUATION_FACTOR``.
+    """(rows, padded tokens) of a pass without gradients, from the limits of a training micro-batch.
+
+    See ``EVALUATION_FACTOR``; no limit of tokens stays none.
     """
     return EVALUATION_FACTOR * batch_size, token_budget and EVALUATION_FACTOR * token_budget
 
@@ -201,7 +202,5 @@ def evaluation_limits(batch_size: int, token_budget: int | None = None) -> tuple
 def for_evaluation(
     lengths: Sequence[int], batch_size: int, token_budget: int | None = None
 ) -> list[list[int]]:
-    """:func:`by_length` for passes without gradients, from the limits of a training micro-batch: see
-    :func:`evaluation_limits`.
-    """
+    """:func:`by_length` for passes without gradients; see :func:`evaluation_limits`."""
     return by_length(lengths, *evaluation_limits(batch_size, token_budget))

@@ -101,8 +101,10 @@ def encode_answers(
     template: str,
     context: int | None,
 ) -> list[tuple[int, ...] | None]:
-    """For each prompt and answer the token ids that a reward model reads, as in ``encode_pairs``; None for an
-    answer without text, or one that does not fit the context with its prompt: nobody judged half an answer.
+    """Token ids that a reward model reads, for each prompt and answer, as in ``encode_pairs``.
+
+    None for an answer without text, or one that does not fit the context with its prompt: nobody judged half
+    an answer.
     """
     found: list[tuple[int, ...] | None] = [None] * len(answers)
     said = [i for i, answer in enumerate(answers) if answer.strip()]
@@ -118,8 +120,9 @@ def encode_answers(
 def _fitted(
     rows: Sequence[Preference], tokenizer: object, template: str, max_length: int
 ) -> list[tuple[Sides, int] | None]:
-    """For each row its sides and how many of its oldest exchanges are left out, the fewest with which both
-    fit; None where none do.
+    """For each row its sides, and how many of its oldest exchanges are left out so that both fit.
+
+    The fewest with which they do; None where none do.
 
     Found by bisection: with one exchange less at a time a dialogue of n exchanges would be tokenised n times.
     """
@@ -213,8 +216,9 @@ class PairCollator:
         return len({side for pair in items for side in (pair.chosen, pair.rejected)})
 
     def __call__(self, items: Sequence[Pair], extra: ExtraRows) -> Batch:
-        """``extra``: chosen, rejected [P] int32 row numbers, margin and pair_weight [P] float32; units is
-        P.
+        """The batch of these pairs; its units are the pairs.
+
+        ``extra`` gets chosen, rejected [P] int32 row numbers, margin and pair_weight [P] float32.
         """
         rows: dict[Example, int] = {}
         chosen = [rows.setdefault(pair.chosen, len(rows)) for pair in items]

@@ -92,8 +92,9 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
 def split_rows(
     data: DataSection, seed: int, read: Callable[..., list[Record]]
 ) -> tuple[list[Record], list[Record]]:
-    """Training and held-out rows: from a split of the source, or rows set aside by seed. ``read`` as
-    :func:`read_conversations`.
+    """Training and held-out rows: from a split of the source, or rows set aside by seed.
+
+    read: as :func:`read_conversations`.
     """
     train = read(data, split=data.split, limit=data.limit, seed=seed)
     eval_split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
@@ -121,8 +122,9 @@ def encode_rows(
     *,
     needed: bool = True,
 ) -> list[Example]:
-    """Conversations as examples of at most the recipe's and the model's length; prints what was dropped and
-    cut.
+    """Conversations as examples of at most the recipe's and the model's length.
+
+    Prints what was dropped and cut.
 
     Raises UserError when none is left of rows that are ``needed``.
     """

@@ -112,8 +112,9 @@ class LoadedModel:
     def logprobs(
         self, prompts: Sequence[str], completions: Sequence[str], *, template: str | None = None
     ) -> list[float]:
-        """Log-probability of each completion given its prompt, in nats: its tokens and its end summed, as
-        trained.
+        """Log-probability of each completion given its prompt, in nats.
+
+        It is summed over the completion's tokens and its end, as in training.
 
         Raises UserError for a reward model, an empty completion, and a row beyond the context.
         """
@@ -166,9 +167,7 @@ class LoadedModel:
     def _fit(
         self, first: tuple[Turn, ...], turns: list[Turn], template: str, templated: bool, max_tokens: int
     ) -> list[int]:
-        """Token ids of a conversation that leaves room for an answer, without its oldest exchanges if need
-        be.
-        """
+        """Token ids of a conversation, without the oldest exchanges that leave no room for an answer."""
         context = self.model.context
         while True:
             limit = context - 1 if context and len(turns) == 1 else None

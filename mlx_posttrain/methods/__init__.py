@@ -75,8 +75,9 @@ def load_recipe(name: str, overrides: list[str] | Mapping[str, Any] | None = Non
 
 
 def parse_recipe(raw: dict[str, Any], where: str, **options: Any) -> Any:
-    """A recipe from its keys. ``options``: see config.parse; ``output`` is the run directory if none is
-    named.
+    """A recipe from its keys, checked against its method's class.
+
+    options: see config.parse; ``output`` is the run directory if none is named.
 
     A run's own recipe.yaml can be run again: what it says of the machine is left out.
     """

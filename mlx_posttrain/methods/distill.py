@@ -1,5 +1,4 @@
-"""Reasoning distillation: supervised fine-tuning on a teacher's thoughts and answers, then a test of the
-student.
+"""Reasoning distillation: SFT on a teacher's thoughts and answers, then a test of the student.
 
     answer = <think> trace </think> answer
 

@@ -1,5 +1,4 @@
-"""PPO from a reward: answer, score, and make better answers likelier, while the policy stays near its
-reference.
+"""PPO: make answers that score higher likelier, while the policy stays near its reference.
 
 One step (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+
 Implementation Details of RLHF with PPO"):
@@ -7,9 +6,8 @@ Implementation Details of RLHF with PPO"):
 1. sample answers from the policy's full softmax;
 2. per token, reward = -beta (log pi - log ref), and on the last token the score;
 3. advantages by GAE from the critic's values, whitened over all real tokens;
-4. for each epoch, in a new order, minibatches of the clipped objective (Schulman et al. 2017, eq. 7) and of
-  the
-   clipped value loss.
+4. for each epoch, in a new order, minibatches of the clipped objective (Schulman et al. 2017, eq. 7) and
+   of the clipped value loss.
 
 Old log-probabilities come from the forward pass that trains, not from the one that sampled, so the first
 ratio is 1. Dropout is off everywhere. The pure parts are in losses/policy.py (what is differentiated) and rl/

@@ -98,8 +98,9 @@ def dataset(recipe: Recipe, facts: ModelFacts) -> Dataset:
 
 
 def repeated_lists(texts: list[str], characters: int, seed: int) -> list[str]:
-    """Documents of about ``characters`` characters in all: 2 to 16 random words of a text, the same list
-    written 2 to 8 times.
+    """Documents of about ``characters`` characters in all: word lists, each written several times.
+
+    A list has 2 to 16 random words of one text and is written 2 to 8 times.
 
     The words come in random order, so nothing but looking back predicts them the second time. Plain text
     teaches a small model to copy only after far more tokens than it is given here (induction heads: Olsson et
@@ -120,8 +121,9 @@ def repeated_lists(texts: list[str], characters: int, seed: int) -> list[str]:
 
 
 def make_model(folder: Path, texts: list[str], size: PretrainSection, seed: int) -> None:
-    """Write a GPT-2 folder with a new tokenizer and random weights. Raises UserError when width is no
-    multiple of heads.
+    """Write a GPT-2 folder with a new tokenizer and random weights.
+
+    Raises UserError when width is no multiple of heads.
     """
     from safetensors.numpy import save_file
 
@@ -164,8 +166,9 @@ def gpt2_config(vocab: int, size: PretrainSection, eos: int) -> dict[str, Any]:
 
 
 def make_tokenizer(folder: Path, texts: list[str], vocab_size: int, context: int) -> int:
-    """Train a byte-level BPE with one special token (id 0, end of text) and write it as tokenizer files;
-    returns its size.
+    """Train a byte-level BPE and write it as tokenizer files; returns its size.
+
+    It has one special token: id 0, end of text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -65,8 +65,7 @@ class Recipe(config.Section):
 
 
 def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, Any]:
-    """Measure and write ``final/report.html`` with its charts and figures, and ``report.txt``; returns the
-    main figures of every model.
+    """Measure the runs and write ``final/report.html`` and ``report.txt``; returns main results.
 
     Raises UserError as compare; a resumed report starts over.
     """

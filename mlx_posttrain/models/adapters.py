@@ -9,9 +9,7 @@ from mlx_posttrain.models.source import adapter_folder
 
 
 def adapter_spec(adapter: AdapterSection) -> AdapterSpec:
-    """The adapter that a recipe asks for: its own, or with ``adapter.path`` that of the adapter it starts
-    from.
-    """
+    """The adapter that a recipe asks for; with ``adapter.path`` that of the adapter to start from."""
     if adapter.path is not None:
         return files.spec_of(adapter_folder(adapter.path), adapter.dropout)
     targets = tuple(adapter.targets) if adapter.targets else None

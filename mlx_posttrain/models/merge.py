@@ -15,8 +15,9 @@ from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
 
 def base_folder(name: str | Path) -> Path:
-    """The folder of full weights that a new run starts from; an adapter run is merged once, beside its
-    ``final/``.
+    """The folder of full weights that a new run starts from.
+
+    An adapter run is merged once, beside its ``final/``.
 
     A base that is quantised is taken back to float32 for that. Raises UserError as starting_folder.
     """
@@ -43,8 +44,9 @@ def _merge_into(merged: Path, source: Source) -> None:
 
 
 def write_merged(source: Source, folder: Path) -> None:
-    """Write base plus adapter as a model folder, in float32 where the run computed so: a 16-bit base would
-    round small updates away.
+    """Write base plus adapter as a model folder.
+
+    In float32 where the run computed so: a 16-bit base would round small updates away.
 
     The base is dequantised first where it was quantised.
     """

@@ -104,8 +104,9 @@ def starting_folder(name: str | Path) -> tuple[Path, Source | None]:
 
 
 def last_language_model(folder: Path, stages: list[str]) -> Path:
-    """The run directory of a finished pipeline's last stage that writes text: the model that is meant by the
-    pipeline's own folder.
+    """The run directory of a finished pipeline's last stage that writes text.
+
+    It is the model that is meant by the pipeline's own folder.
 
     Raises UserError for an unfinished pipeline, naming the stages that can be used, and for one that has
     reward models only.

@@ -55,8 +55,9 @@ class RewardEntry(Section):
 
 
 def score_rows(model: Model, rows: Sequence[Sequence[int]], pad: int) -> np.ndarray:
-    """A reward model's score of each row of token ids, [R] float64, in order. Raises UserError for a row
-    beyond the context.
+    """A reward model's score of each row of token ids, [R] float64, in order.
+
+    Raises UserError for a row beyond the context.
     """
     check_fits(max(map(len, rows), default=0), model.context)
     found = np.zeros(len(rows))
@@ -104,9 +105,7 @@ class Scorer:
                     self._normalisers[i].fit(scores)
 
     def check_context(self, length: int) -> None:
-        """Raise UserError, before anything is trained, naming a reward model that cannot read ``length``
-        tokens.
-        """
+        """Raise UserError, naming the reward model, if one cannot read ``length`` tokens."""
         for i, (model, _) in self._models.items():
             if model.context is not None and length > model.context:
                 raise UserError(

@@ -1,5 +1,6 @@
-"""From scores to advantages: per-token rewards, generalised advantage estimation, whitening. NumPy, outside
-every gradient.
+"""From scores to advantages: per-token rewards, generalised advantage estimation, whitening.
+
+NumPy, outside every gradient.
 
 Shapes: R answers, T tokens, real tokens first; ``mask`` [R, T] is 1 at real tokens and 0 at padding, where
 any number may stand.
@@ -13,8 +14,7 @@ import numpy as np
 def token_rewards(
     logprobs: np.ndarray, reference_logprobs: np.ndarray, scores: np.ndarray, mask: np.ndarray, beta: float
 ) -> np.ndarray:
-    """Reward of each token: -beta (log pi - log ref) everywhere, and the answer's score on its last real
-    token.
+    """Reward of each token: -beta (log pi - log ref), and the score on the last real token.
 
     logprobs, reference_logprobs: [R, T] nats; scores: [R]. Returns [R, T], 0 at padding. Raises ValueError
     for an answer without a token. Ziegler et al. 2019, eq. 2. TRL 1.12 puts the score one slot later where
@@ -52,8 +52,9 @@ def gae(
 
 
 def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.ndarray:
-    """Values brought to mean 0 and variance 1 over all real tokens together; without ``shift_mean`` their
-    mean stays.
+    """Values brought to mean 0 and variance 1 over all real tokens together.
+
+    Without ``shift_mean`` their mean stays.
 
     values: [R, T]. Returns [R, T], 0 at padding. The variance is the unbiased one, with 1e-8 added, as in
     TRL; a single token, or equal ones, become 0 (plus their mean without ``shift_mean``). Huang et al. 2024,
@@ -68,8 +69,9 @@ def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray, mask: np.ndarray) -> float:
-    """1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 for a constant
-    one; 0 if returns do not vary.
+    """1 - Var(returns - values) / Var(returns) over real tokens.
+
+    1 for a perfect critic, 0 for a constant one; 0 if returns do not vary.
     """
     real = mask > 0
     wanted, said = returns[real], values[real]

@@ -1,6 +1,4 @@
-"""From scored completions to what an update needs: log-probabilities, values, rewards, advantages,
-returns.
-"""
+"""From scored completions to what an update needs: rewards, advantages, returns."""
 
 from __future__ import annotations
 
@@ -56,8 +54,9 @@ def measure(
     train: RolloutTrainSection,
     reference: bool = True,
 ) -> dict[str, list[np.ndarray]]:
-    """``old_logprobs``, ``ref_logprobs`` and ``old_values`` of every token, from the forward pass that
-    trains.
+    """``old_logprobs``, ``ref_logprobs`` and ``old_values`` of every token.
+
+    They come from the forward pass that trains.
 
     Without a critic there are no values; without ``reference`` no ``ref_logprobs``.
     """

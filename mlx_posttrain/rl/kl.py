@@ -26,11 +26,13 @@ class FixedKL:
 
 
 class AdaptiveKL(FixedKL):
-    """A ``beta`` that steers the KL of an answer towards ``target`` nats: a proportional controller on the
-    relative error.
+    """A ``beta`` that steers the KL of an answer towards ``target`` nats.
 
-    beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon, after n answers. Ziegler et al. 2019, section
-    2.2. More answers at once than ``horizon`` count as ``horizon``, where the paper's formula would let beta
+    A proportional controller on the relative error, after n answers:
+
+        beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon
+
+    Ziegler et al. 2019, section 2.2. More answers at once than ``horizon`` count as ``horizon``, where the paper's formula would let beta
     fall below 0.
     """
 

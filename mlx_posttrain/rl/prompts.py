@@ -85,8 +85,9 @@ def _encode(rows: list[PromptRow], tokenizer: Any, template: str) -> list[Prompt
 
 
 def order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of the prompts for a pass over them; -1 is the pass that reference scores are taken
-    on.
+    """A permutation of the prompts for a pass over them.
+
+    -1 is the pass that rewards are normalised on.
     """
     return np.random.default_rng([seed, 0x9203, epoch + 1]).permutation(count).tolist()
 

@@ -72,8 +72,9 @@ def sample(
     seed: int,
     token_budget: int,
 ) -> list[Completion]:
-    """``samples`` completions of each prompt from the full softmax; entry ``p * samples + s`` is sample s of
-    p.
+    """``samples`` completions of each prompt from the full softmax.
+
+    Entry ``p * samples + s`` is sample s of prompt p.
 
     Decode batches are bounded by ``token_budget`` (decoding.in_batches); a completion's tokens depend on
     ``seed`` and its place in the list, not on the budget. Raises UserError for a prompt that leaves no room

@@ -25,8 +25,9 @@ def print_compiled(trainers: Iterable[Trainer]) -> None:
 
 
 def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> UserError:
-    """What to say when step ``step``, counted from 0, had a loss or gradient that is not finite; the
-    checkpoints there are stay.
+    """The error for a loss or gradient that is not finite in ``step``, counted from 0.
+
+    The checkpoints stay.
 
     The present weights are not saved: they may be what is wrong, as an update can overflow a step earlier.
     """
@@ -36,8 +37,9 @@ def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> U
 
 
 def blown_up(done: int, what: str, run: Run) -> UserError:
-    """What to say of weights, after ``done`` steps, that give figures that are not finite (``what``); they
-    are not saved.
+    """The error for weights, after ``done`` steps, whose results are not finite (``what``).
+
+    They are not saved.
     """
     if done == 0:
         return UserError(
@@ -94,8 +96,9 @@ def check_settings(dataset: Dataset, held_out: Sequence[batches.Batch]) -> None:
 
 
 def fingerprint(dataset: Dataset, held_out: Sequence[batches.Batch]) -> dict[str, dict[str, Any]]:
-    """What a run's figures depend on besides its recipe: the number of rows of both parts, and a hash of
-    their batches in order.
+    """What a run's results depend on besides its recipe, for both parts of the data.
+
+    The number of rows, and a hash of their batches in order.
 
     Of the training rows those of the first epoch, as far as the run takes them.
     """
@@ -132,8 +135,9 @@ def _hash(parts: Iterable[batches.Batch]) -> str:
 
 
 def same_data(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], run: Run) -> None:
-    """Raise UserError when a resumed run meets other rows than it began with; both as :func:`fingerprint`
-    gives them.
+    """Raise UserError when a resumed run meets other rows than it began with.
+
+    Both arguments are as :func:`fingerprint` gives them.
     """
     for part, old in before.items():
         if part in now and old != now[part]:

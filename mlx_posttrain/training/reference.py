@@ -27,9 +27,7 @@ GB = 2**30
 
 
 class Share(NamedTuple):
-    """Which rows' states are cached: their size in GB, and the GB of those that would have paid but do not
-    fit.
-    """
+    """Which rows' states are cached, their GB, and the GB of those that would pay but do not fit."""
 
     training: bool = False
     held_out: bool = False

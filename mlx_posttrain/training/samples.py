@@ -11,9 +11,7 @@ from mlx_posttrain.training.setup import Session
 
 
 def answers(session: Session) -> Callable[[int], None]:
-    """A function of the step that answers a few prompts: the recipe's, or those of the first held-out
-    rows.
-    """
+    """A function of the step that answers the recipe's prompts, or the first held-out rows'."""
     recipe, dataset, model, tokenizer = (
         session.recipe,
         session.dataset,

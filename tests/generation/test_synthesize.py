@@ -9,7 +9,7 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import sources
-from mlx_posttrain.engines.base import initial_head
+from mlx_posttrain.engines.base import Generated, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation import synthesize
 from mlx_posttrain.generation.synthesize import Settings

@@ -32,8 +32,9 @@ def peft_difference(model: Model, base: Path, adapter: Path) -> float:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' bars of loaded weights, and its warning that PEFT asks by a name it has given up:
-    nobody here can act on either.
+    """Hide transformers' progress bars and its warning about a deprecated name that PEFT uses.
+
+    A user can act on neither.
     """
     from transformers.utils import logging
 
