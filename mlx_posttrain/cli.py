@@ -338,7 +338,6 @@ def _compare(
     from mlx_posttrain.evaluation import analyze
     from mlx_posttrain.evaluation import report as pages
     from mlx_posttrain.evaluation import suite as module
-    from mlx_posttrain.evaluation.comparison import table
 
     if not names:
         raise UserError("name at least one run or model")
@@ -354,7 +353,7 @@ def _compare(
     names = [_home(name) for name in names]
     names, labels = analyze.add_base(names, module.model_labels(names))
     found = module.compare(names, suite, engine, labels)
-    typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else table(found))
+    typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else found.table())
     if page:
         findings = analyze.comparison_findings(found, analyze.read_logs(names, labels))
         typer.echo(pages.write(page, names, labels, found, findings), err=True)

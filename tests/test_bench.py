@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from mlx_posttrain import bench, engines
 from mlx_posttrain.bench import baselines, comparison, flops, harness, inputs, render, scaling, worker
 from mlx_posttrain.bench.inputs import Shape, model_folder, reward_folder, rows
+from mlx_posttrain.bench.kinds import training_kinds
 from mlx_posttrain.cli import app
 from mlx_posttrain.convert import hub
 from mlx_posttrain.errors import UserError
@@ -263,12 +264,14 @@ def test_training_flops_by_hand() -> None:
         "gpt2",
         {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)},
     )
-    shape = Shape(rows=1, length=8)  # 1 prompt token, 7 trained
+    shape, kinds = Shape(rows=1, length=8), training_kinds()  # 1 prompt token, 7 trained
     attention = 2 * 2 * 2 * 64 / 2
-    assert flops.training_flops(tiny, "sft", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 3 * attention
-    assert flops.training_flops(tiny, "kl-lora", shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
+    assert flops.training_flops(tiny, kinds["sft"], shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 3 * attention
+    assert (
+        flops.training_flops(tiny, kinds["kl-lora"], shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
+    )
     # a reward model's head is one number per row
-    assert flops.training_flops(tiny, "reward", shape) == 6 * 12 * 4 * 8 + 3 * attention
+    assert flops.training_flops(tiny, kinds["reward"], shape) == 6 * 12 * 4 * 8 + 3 * attention
 
 
 def test_ppo_flops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +328,7 @@ def test_memory_of_the_loss_depends_on_neither_positions_nor_vocabulary(
     if engine == "torch" and sys.platform != "linux":
         pytest.skip("other systems cannot reset a process's peak")
     monkeypatch.setattr(fused, "CHUNK_BYTES", 2**20)
-    monkeypatch.setattr(fused, "KEPT_BYTES", 2**22)
+    monkeypatch.setattr(fused, "CACHED_BYTES", 2**22)
     monkeypatch.setattr(fused, "PANEL", 1)  # a panel may take twice the budget
     scaling.loss_peak(engine, 256, 4096)  # warm-up: a library allocates when it is first used
     # Three times: torch's peak is the process's, and the heap's fragmentation differs between calls.
@@ -452,7 +455,7 @@ def test_a_unit_ends_when_its_update_has_finished(
     }
     if what == "ppo":
         spec["reward"] = str(reward_folder(Path(folder), tmp_path))
-    worker.WORK[what](spec, OneUnit())
+    worker.find_work(what)(spec, OneUnit())
     assert events.count("step") >= 1 and events[-2:] == ["wait", "unit"]
 
 
@@ -559,7 +562,7 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
         (["--engines", "cuda"], "mlx-gpu, mlx-cpu, torch-cpu"),
         (["--what", "sft,,lora"], "'sft,,lora'"),
         (["--what", "sft,sft"], "once each"),
-        (["--what", ""], "give one or more of sft"),
+        (["--what", ""], "give one or more of ppo, reward, sft"),
         (["--engines", ""], "give one or more of mlx-gpu"),
         (["--rows", "12", "--peers"], "no multiple of --batch-size 8"),
         (

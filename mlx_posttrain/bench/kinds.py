@@ -1,4 +1,4 @@
-"""The kinds of work that can be timed: those that methods name, and decoding and scaling."""
+"""The kinds of work that can be timed: those that methods name, decoding, and scaling."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mlx_posttrain.bench.harness import ROLLOUT
 from mlx_posttrain.methods import METHODS
 from mlx_posttrain.training.method import Method
 
-#: What is timed besides methods.
+#: Kinds of work that no method names.
 OTHER = ("generate", "generate-single", "scaling")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A method, and the keys of a recipe that make what is timed."""
+    """A kind of training: a method and the recipe keys that are set for it."""
 
     method: Method
     keys: Mapping[str, Any]
 
     @property
     def on_rollouts(self) -> bool:
-        """Whether a unit is an iteration on rollouts, instead of a pass over rows."""
+        """Whether a unit is an iteration on rollouts rather than a pass over rows."""
         return self.method.trains_on == "rollouts"
 
     @property
@@ -34,19 +34,22 @@ class Kind:
 
     @property
     def reference_pass(self) -> bool:
-        """Whether each step runs a frozen reference too."""
-        return not self.on_rollouts and self.method.reference(self._bare()) == "distribution"
+        """Whether each step also runs a frozen reference."""
+        return not self.on_rollouts and self.method.reference(self._default_recipe()) == "distribution"
 
     @property
     def scores(self) -> bool:
-        """Whether what is trained is one number a row, on pairs of rows."""
-        return self.method.saves(self._bare()) == "classifier"
+        """Whether the model scores rows, with a head of one number per row."""
+        return self.method.saves(self._default_recipe()) == "classifier"
 
-    def _bare(self) -> Any:
+    def _default_recipe(self) -> Any:
         return self.recipe("tiny", "auto", 8, None)
 
     def recipe(self, model: str | Path, engine: str, batch_size: int, reward: str | None) -> Any:
-        """The recipe of a unit. reward: the reward model of a method on rollouts."""
+        """The recipe of a unit.
+
+        reward: the reward model of a method that trains on rollouts.
+        """
         data = {"source": "embedded/tasks", "template": "none"}
         keys: dict[str, Any] = {
             "method": self.method.name,
@@ -66,16 +69,16 @@ class Kind:
 
 
 def training_kinds() -> dict[str, Kind]:
-    """The kinds of training that methods name."""
+    """The kinds of training that methods name, by name."""
     return {name: Kind(m, keys) for m in METHODS.values() for name, keys in m.bench.items()}
 
 
 def kind_names() -> tuple[str, ...]:
-    """Every kind of work."""
+    """The names of all kinds of work."""
     return (*training_kinds(), *OTHER)
 
 
 def on_rollouts(what: str) -> bool:
-    """Whether a kind of work is an iteration on rollouts."""
+    """Whether a unit of a kind of work is an iteration on rollouts."""
     kind = training_kinds().get(what)
     return kind is not None and kind.on_rollouts

@@ -41,7 +41,10 @@ def untrained_losses(model: Any, examples: Sequence[Example], batch_size: int) -
 
 
 def train(spec: dict[str, Any], gate: Gate) -> None:
-    """One pass over the rows, or over neighbouring rows as pairs, per unit."""
+    """One pass over the rows per unit, for methods that train on rows.
+
+    Where a method trains on pairs, neighbouring rows are one.
+    """
     from mlx_posttrain.data.dataset import Dataset, RowCollator
     from mlx_posttrain.data.read import model_facts
     from mlx_posttrain.data.types import Pair, Preference
@@ -120,7 +123,10 @@ def generate(spec: dict[str, Any], gate: Gate) -> None:
 
 
 def roll_out(spec: dict[str, Any], gate: Gate) -> None:
-    """One iteration on rollouts per unit: 32 answers of 64 tokens, scores, and the updates."""
+    """One iteration on rollouts per unit, for methods that train on them.
+
+    It samples 32 answers of 64 tokens, scores them with a reward model, and updates policy and critic.
+    """
     from mlx_posttrain.models.tokenizer import load_tokenizer
     from mlx_posttrain.rl.actors import make_actors
     from mlx_posttrain.rl.learner import RolloutLearner
@@ -132,9 +138,9 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     assert kind.method.algorithm is not None
     algorithm, reference = kind.method.algorithm(recipe), kind.method.reference(recipe)
     policy = load_model(engine, recipe, folder, recipe.adapter)
-    asked = [Prompt(tuple(p), "", {}) for p in prompts(policy.config["vocab_size"])]
+    prompt_rows = [Prompt(tuple(p), "", {}) for p in prompts(policy.config["vocab_size"])]
     actors, data = make_actors(
-        engine, recipe, algorithm, reference, folder, policy, load_tokenizer(folder), (asked, [])
+        engine, recipe, algorithm, reference, folder, policy, load_tokenizer(folder), (prompt_rows, [])
     )
     learner = RolloutLearner(engine, actors, algorithm, recipe, data, reference, lambda record: None)
     gate.peak = lambda: engine.memory()["peak_gb"]
@@ -153,7 +159,7 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     gate.close(device=engine.device(), first=first)
 
 
-def work_of(what: str) -> Callable[[dict[str, Any], Gate], None]:
+def find_work(what: str) -> Callable[[dict[str, Any], Gate], None]:
     """The function that does a kind of work."""
     other = {"generate": generate, "generate-single": generate, "scaling": scaling.train}
     return other.get(what) or (roll_out if on_rollouts(what) else train)
@@ -163,7 +169,7 @@ def main() -> None:
     """Do the work that the first argument describes as JSON; a failure is written as one line too."""
     spec, gate = json.loads(sys.argv[1]), Gate()
     try:
-        work = baselines.TRAINERS.get(baselines.baseline_name(spec["engine"])) or work_of(spec["what"])
+        work = baselines.TRAINERS.get(baselines.baseline_name(spec["engine"])) or find_work(spec["what"])
         work(spec, gate)
     except Exception as error:
         gate.fail(error)

@@ -48,7 +48,7 @@ def starting_model(name: str | Path) -> str:
             continue
         if "model" not in recipe:
             raise UserError(f"{name} is a report, not a model: give the runs that it is about")
-        made = Path(name) / "start"  # pre-training makes its own
+        made = Path(name) / "start"  # pre-training creates its own
         if made.is_dir():
             return str(made)
         name = recipe["model"]

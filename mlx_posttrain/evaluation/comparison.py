@@ -314,10 +314,6 @@ class Comparison:
         differences = {place: self.difference(metric, self.models[place]) for place in places}
         return [place for place, d in differences.items() if d is not None and (d.low > 0 or d.high < 0)]
 
-    def table(self) -> str:
-        """The comparison as text; see :func:`table`."""
-        return table(self)
-
     def to_dict(self) -> dict[str, Any]:
         """All metrics with intervals and differences, for comparison.json."""
         return {
@@ -368,50 +364,46 @@ class Comparison:
         bounds = f"{form.format(d.mean)} [{form.format(d.low)}, {form.format(d.high)}]"
         return f"{bounds} nats{note}" if nats else f"{bounds}{note}"
 
+    def table(self) -> str:
+        """The comparison for a terminal: one line per model and one column per metric.
 
-def table(comparison: Comparison) -> str:
-    """The comparison for a terminal: one line per model and one column per metric.
+        Columns that do not fit the terminal's width go into further tables.
+        """
+        from rich.console import Console
+        from rich.table import Table
 
-    Columns that do not fit the terminal's width go into further tables.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    names = comparison.metrics()
-    # a pipe or a file has no width of its own
-    console = Console(width=None if Console().is_terminal else 120)
-    label = max(len("best possible"), *(len(m.name) for m in comparison.models))
-    fitting = max(1, (console.width - label - 4) // 18)
-    header = [
-        f"{len(comparison.questions)} questions, {comparison.templates_label()}, greedy; with 95 % intervals"
-    ]
-    if len(comparison.models) > 1:
-        header.append(f"* differs from {comparison.baseline_label} beyond chance: {SIGNIFICANCE_NOTE}")
-    text = [textwrap.fill(line, console.width) for line in header]
-    for begin in range(0, len(names), fitting):
-        grid = Table()
-        grid.add_column("", no_wrap=True)
-        for name in names[begin : begin + fitting]:
-            grid.add_column(METRICS[name].label, justify="right")
-        for model in comparison.models:
+        names = self.metrics()
+        # a pipe or a file has no width of its own
+        console = Console(width=None if Console().is_terminal else 120)
+        label = max(len("best possible"), *(len(m.name) for m in self.models))
+        fitting = max(1, (console.width - label - 4) // 18)
+        header = [f"{len(self.questions)} questions, {self.templates_label()}, greedy; with 95 % intervals"]
+        if len(self.models) > 1:
+            header.append(f"* differs from {self.baseline_label} beyond chance: {SIGNIFICANCE_NOTE}")
+        text = [textwrap.fill(line, console.width) for line in header]
+        for begin in range(0, len(names), fitting):
+            grid = Table()
+            grid.add_column("", no_wrap=True)
+            for name in names[begin : begin + fitting]:
+                grid.add_column(METRICS[name].label, justify="right")
+            for model in self.models:
+                grid.add_row(
+                    model.name, *(self._table_cell(name, model) for name in names[begin : begin + fitting])
+                )
+            grid.add_section()
             grid.add_row(
-                model.name, *(_table_cell(comparison, name, model) for name in names[begin : begin + fitting])
+                "best possible",
+                *(METRICS[name].ceiling.partition(":")[0] for name in names[begin : begin + fitting]),
+                style="dim",
             )
-        grid.add_section()
-        grid.add_row(
-            "best possible",
-            *(METRICS[name].ceiling.partition(":")[0] for name in names[begin : begin + fitting]),
-            style="dim",
+            with console.capture() as captured:
+                console.print(grid)
+            text.append(captured.get())
+        return "\n".join(text)
+
+    def _table_cell(self, metric: str, model: ModelResult) -> str:
+        value, _, interval = self.cell(metric, model).partition(" ")
+        low, _, high = interval.strip("[]").replace("%", "").partition(", ")
+        return f"{value}{'*' if self.is_significant(metric, model) else ''}\n" + (
+            f"{low} to {high}" if interval else ""
         )
-        with console.capture() as captured:
-            console.print(grid)
-        text.append(captured.get())
-    return "\n".join(text)
-
-
-def _table_cell(comparison: Comparison, metric: str, model: ModelResult) -> str:
-    value, _, interval = comparison.cell(metric, model).partition(" ")
-    low, _, high = interval.strip("[]").replace("%", "").partition(", ")
-    return f"{value}{'*' if comparison.is_significant(metric, model) else ''}\n" + (
-        f"{low} to {high}" if interval else ""
-    )

@@ -142,7 +142,7 @@ def base_text_kl(
         packed = make_batch([rows[i] for i in group], base.context)
         (p,), (q,) = (model.apply(_full_logprobs, [packed]) for model in (base, tuned))
         each = (np.exp(p["logprobs"]) * (p["logprobs"] - q["logprobs"])).sum(-1, dtype=np.float64)
-        real = packed.weight > 0
+        real = packed.mask > 0
         sums[group] = np.bincount(packed.row[real], each[real], len(group))
     kl = RowLoss(sums, np.array([int(scored.sum()) for _, _, scored in rows], np.int64))
     return kl if by_window else _per_text(*kl, owner, len(texts))
@@ -180,7 +180,7 @@ def last_words(
     for group in by_length([len(inputs) for inputs, _, _ in rows], batch, TOKEN_BUDGET):
         packed = make_batch([rows[i] for i in group], model.context)
         (values,) = model.apply(target_and_top, [packed])
-        real = packed.weight > 0
+        real = packed.mask > 0
         nll[group] = np.bincount(packed.row[real], -values["logprobs"][real].astype(np.float64), len(group))
         correct[group] = (
             np.bincount(packed.row[real], values["top"][real] != packed.target[real], len(group)) == 0
@@ -256,7 +256,7 @@ def _score(model: Model, rows: Sequence[ScoredRow], batch: int) -> tuple[np.ndar
         if group:
             packed = make_batch([rows[i] for i in group], model.context)
             (logprobs,) = model.token_logprobs([packed])
-            real = packed.weight > 0
+            real = packed.mask > 0
             nll[group] = np.bincount(packed.row[real], -logprobs[real].astype(np.float64), len(group))
     return nll, tokens
 

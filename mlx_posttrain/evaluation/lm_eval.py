@@ -101,7 +101,7 @@ class MLXPosttrainLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's cache of requests depends on: the tokenizer and how questions are put."""
+        """Key of the harness's request cache: the tokenizer and the template."""
         return f"{self.source.folder}__{template_for(self.source, self.tokenizer, None)[0]}".replace(
             "/", "__"
         )
@@ -156,7 +156,7 @@ class MLXPosttrainLM(TemplateLM):
                 continue
             batch = likelihood.make_batch([rows[i] for i in scored], self.model.context)
             (values,) = self.model.apply(likelihood.target_and_top, [batch])
-            real = batch.weight > 0
+            real = batch.mask > 0
             sums = np.bincount(batch.row[real], values["logprobs"][real].astype(np.float64), len(scored))
             misses = np.bincount(batch.row[real], values["top"][real] != batch.target[real], len(scored))
             for i, total, missed in zip(scored, sums.tolist(), misses.tolist(), strict=True):

@@ -16,7 +16,7 @@ from typing import Any
 from mlx_posttrain import runs
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import charts
-from mlx_posttrain.evaluation.comparison import METRICS, SIGNIFICANCE_NOTE, Comparison, table
+from mlx_posttrain.evaluation.comparison import METRICS, SIGNIFICANCE_NOTE, Comparison
 from mlx_posttrain.evaluation.findings import Finding
 from mlx_posttrain.evaluation.suite import check_greedy_answers
 
@@ -143,7 +143,7 @@ def check_target(path: Path) -> None:
 def format_text(comparison: Comparison, findings: Sequence[Finding], samples: int = 3) -> str:
     """The report for a terminal: the table, ``samples`` questions with every model's answer, the findings."""
     lines = [
-        table(comparison),
+        comparison.table(),
         *filter(None, [reward_model_note(comparison)]),
         "The same questions, answered by each:",
     ]

@@ -39,8 +39,7 @@ class Table:
         values = [self.table[b.tokens.reshape(-1)[b.index], b.target] for b in batches]
         # padded positions must not be used, so they get the worst value
         return [
-            np.where(b.weight > 0, v, -np.inf).astype(np.float32)
-            for b, v in zip(batches, values, strict=True)
+            np.where(b.mask > 0, v, -np.inf).astype(np.float32) for b, v in zip(batches, values, strict=True)
         ]
 
 
@@ -206,16 +205,14 @@ def test_token_logprobs_equal_transformers(model, folder, tokenizer, texts):
     assert not model.net.training
     for batch, values in zip(batches, found, strict=True):
         assert (
-            isinstance(values, np.ndarray)
-            and values.dtype == np.float32
-            and values.shape == batch.weight.shape
+            isinstance(values, np.ndarray) and values.dtype == np.float32 and values.shape == batch.mask.shape
         )
         assert np.isfinite(values).all()
     for number, (ids, example) in enumerate(zip(rows, examples, strict=True)):
         batch, values, row = (batches[0], found[0], number) if number < 2 else (batches[1], found[1], 0)
         log_p = transformers_logprobs(folder, ids)
         expected = [log_p[i - 1, ids[i]] for i in range(1, len(ids)) if example.trained[i]]
-        np.testing.assert_allclose(values[(batch.row == row) & (batch.weight > 0)], expected, atol=2e-5)
+        np.testing.assert_allclose(values[(batch.row == row) & (batch.mask > 0)], expected, atol=2e-5)
 
 
 def test_the_engines_agree(folder):

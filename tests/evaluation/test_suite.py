@@ -102,7 +102,7 @@ def test_metrics_have_their_definitions_and_a_model_equals_itself(
         a.interval("distinct_2").mean == pytest.approx(pooled)
         and len({len(tokens) for tokens in a.continuations}) == 1
     )
-    text = comparison.table(found)
+    text = found.table()
     # long labels are wrapped
     assert all(word in text for name in found.metrics() for word in comparison.METRICS[name].label.split())
     assert "differs from a beyond chance: p < .05" in text and "Holm" in text
@@ -357,7 +357,7 @@ def test_models_are_compared_with_their_baselines(
     assert "kl" not in a.values and "kl" not in b.values and abs(again.interval("kl").mean) < 1e-6
     assert found.difference("perplexity", b) is None and found.difference("perplexity", again) == (0, 0, 0)
     assert [m["baseline"] for m in found.to_dict()["models"]] == ["a", "b", "b"]
-    assert "the model that each started from" in comparison.table(found)
+    assert "the model that each started from" in found.table()
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
