@@ -32,8 +32,8 @@ class AdaptiveKL(FixedKL):
 
         beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon
 
-    Ziegler et al. 2019, section 2.2. More answers at once than ``horizon`` count as ``horizon``, where the paper's formula would let beta
-    fall below 0.
+    Ziegler et al. 2019, section 2.2. More answers at once than ``horizon`` count as ``horizon``, where the
+    paper's formula would let beta fall below 0.
     """
 
     def __init__(self, beta: float, target: float = 6.0, horizon: float = 10_000.0):
