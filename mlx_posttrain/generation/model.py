@@ -1,4 +1,4 @@
-"""A model with its tokenizer and prompt format: what generates answers and scores them."""
+"""A model with its tokenizer and prompt format, which generates answers and scores them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LoadedModel:
         self.name = str(name)
 
     def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """The text of one answer to each prompt, or of ``samples`` answers in order; see :meth:`answers`."""
+        """Return the text of one answer to each prompt, or of ``samples`` in order; see :meth:`answers`."""
         return [a["answer"] for a in self.answers(prompts, **options)]
 
     def answers(
@@ -43,17 +43,17 @@ class LoadedModel:
         seed: int = 0,
         template: str | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """``samples`` answers to each prompt: {"prompt", "answer", "tokens", "stopped"}, as batches end.
+        """Yield ``samples`` answers to each prompt: {"prompt", "answer", "tokens", "stopped"}, by batches.
 
         max_tokens: longest answer. temperature: 0 is greedy. template: prompt format; None: the run's own, a
-        chat model's own, or none. ``stopped`` tells whether the answer ended by itself. Raises UserError for
-        a reward model and for a prompt that leaves no room in the context.
+        chat model's own, or none. ``tokens`` is the number of tokens, ``stopped`` whether the answer ended by
+        itself. Raises UserError for a reward model and for a prompt that leaves no room in the context.
         """
         self._must_write()
         chosen, templated = template_for(self.source, self.tokenizer, template)
         turns = [(*self._system(templated), Turn("user", p)) for p in prompts]
-        room = self.model.context - 1 if self.model.context else None
-        ids = encode.encode_prompts(turns, self.tokenizer, chosen, room, templated=templated)
+        longest = self.model.context - 1 if self.model.context else None
+        ids = encode.encode_prompts(turns, self.tokenizer, chosen, longest, templated=templated)
         generated = decoding.in_batches(
             self.model,
             ids,
@@ -84,11 +84,11 @@ class LoadedModel:
         template: str | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> str:
-        """The answer to a conversation of {"role", "content"} messages, the last of them the user's.
+        """Return the answer to a conversation of {"role", "content"} messages that ends with the user's.
 
-        on_token(row, token id) is called as the answer grows. A conversation that is too long for the context
-        loses its oldest exchanges. Raises UserError for a reward model, and when the last message does not
-        fit.
+        on_token(row, token id) is called for each token of the answer. A conversation that is too long for
+        the context loses its oldest exchanges. Raises UserError for a reward model, and if the last message
+        does not fit.
         """
         self._must_write()
         turns = [Turn(m["role"], m["content"]) for m in messages]
@@ -112,17 +112,16 @@ class LoadedModel:
     def logprobs(
         self, prompts: Sequence[str], completions: Sequence[str], *, template: str | None = None
     ) -> list[float]:
-        """Log-probability of each completion given its prompt, in nats.
+        """Return the log-probability of each completion given its prompt, in nats.
 
-        It is summed over the completion's tokens and its end, as in training.
-
-        Raises UserError for a reward model, an empty completion, and a row beyond the context.
+        It is the sum over the completion's tokens and the EOS after it, as in training. Raises UserError for
+        a reward model, an empty completion, and a row longer than the context.
         """
         self._must_write()
         chosen, templated = template_for(self.source, self.tokenizer, template)
-        before = self._system(templated)
+        system = self._system(templated)
         rows = [
-            Conversation((*before, Turn("user", p), Turn("assistant", c)), templated)
+            Conversation((*system, Turn("user", p), Turn("assistant", c)), templated)
             for p, c in zip(prompts, completions, strict=True)
         ]
         if any(not c for c in completions):
@@ -141,21 +140,22 @@ class LoadedModel:
         return sums
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """A reward model's score of each completion of its prompt.
+        """Return a reward model's score of each completion of its prompt.
 
-        Raises UserError for a model that is none, an empty completion, and a row beyond the context.
+        Raises UserError for a model that is not a reward model, an empty completion, and a row longer than
+        the context.
         """
         if not self.model.has_head:
-            raise UserError(f"{self.name} is no reward model: it has no scores")
+            raise UserError(f"{self.name} is not a reward model: it has no scores")
         turns = [(*self._system(True), Turn("user", p)) for p in prompts]
         template = self.source.template or "instruction"
         rows = pairs.encode_answers(turns, completions, self.tokenizer, template, self.model.context)
-        known = [row for row in rows if row is not None]
-        if len(known) < len(rows):
+        fitting = [row for row in rows if row is not None]
+        if len(fitting) < len(rows):
             raise UserError(
                 "score: a completion has no text, or does not fit the model's context with its prompt"
             )
-        return score_rows(self.model, known, pad_id(self.model.config, self.tokenizer)).tolist()
+        return score_rows(self.model, fitting, pad_id(self.model.config, self.tokenizer)).tolist()
 
     def _must_write(self) -> None:
         if self.model.has_head:
@@ -167,18 +167,24 @@ class LoadedModel:
     def _fit(
         self, first: tuple[Turn, ...], turns: list[Turn], template: str, templated: bool, max_tokens: int
     ) -> list[int]:
-        """Token ids of a conversation, without the oldest exchanges that leave no room for an answer."""
+        """Return the token ids of a conversation, without as many of its oldest exchanges as do not fit.
+
+        They leave room for an answer. ``first``, the system turn, is never dropped.
+        """
         context = self.model.context
         while True:
             limit = context - 1 if context and len(turns) == 1 else None
-            whole = [(*first, *turns)]
-            ids = encode.encode_prompts(whole, self.tokenizer, template, limit, templated=templated)[0]
+            conversation = [(*first, *turns)]
+            ids = encode.encode_prompts(conversation, self.tokenizer, template, limit, templated=templated)[0]
             if context is None or len(turns) == 1 or len(ids) + min(max_tokens, context // 2) <= context:
                 return ids
             turns = turns[2:]
 
 
 def template_for(source: Source, tokenizer: Any, template: str | None) -> tuple[str, bool]:
-    """(template, whether to apply it): what was asked for, a run's own, a chat model's own, or plain text."""
+    """Return (template, whether to apply it).
+
+    The template is the one given, the run's, the chat model's own, or none, in this order of precedence.
+    """
     chosen = template or source.template or ("chat" if getattr(tokenizer, "chat_template", None) else "none")
     return ("instruction", False) if chosen == "none" else (chosen, True)

@@ -1,5 +1,6 @@
-"""Pairs: token ids against encode, where a score is read against transformers, batches worked by hand, and
-the order of an epoch.
+"""Pairs: token ids, the position of a score, batches checked by hand, and the order of an epoch.
+
+Token ids are compared with encode, the position of a score with transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def tiny(root) -> Any:
 
 
 def talk(exchanges: int, *, system: bool = False) -> tuple[Turn, ...]:
-    """A dialogue that has seen some exchanges and ends with a question."""
+    """Return a dialogue of some exchanges that ends with a question."""
     turns = [Turn("system", "You are kind.")] if system else []
     for i in range(exchanges):
         turns += [Turn("user", f"Question number {i}?"), Turn("assistant", f"It is {i}.")]
@@ -43,7 +44,7 @@ def side(
     template: str = "instruction",
     templated: bool = True,
 ) -> Example:
-    """Prompt and answer as ids, the answer's marked."""
+    """Return prompt and answer as ids, with those of the answer marked."""
     example = encode(
         Conversation((*prompt, Turn("assistant", answer)), templated),
         tokenizer,
@@ -55,7 +56,7 @@ def side(
 
 
 def pair(number: int, prompt: int | None = None, length: int = 4, chosen: int = 1, rejected: int = 2) -> Pair:
-    """Rows of one length that begin with their prompt and end with their answer, one token each."""
+    """Return a pair of rows of ``length`` tokens: the prompt as one, some 3s, the answer as one."""
     prompt = number if prompt is None else prompt
     marks = (False,) * (length - 1) + (True,)
     sides = [Example((prompt, *[3] * (length - 2), answer), marks) for answer in (chosen, rejected)]
@@ -131,7 +132,7 @@ def test_equal_sides_are_dropped_and_counted(tiny):
 
 @pytest.mark.parametrize("system", [False, True])
 def test_a_long_dialogue_loses_its_oldest_exchanges_and_no_more(tiny, system):
-    """Every maximum length, against leaving out one exchange after the other."""
+    """Every maximum length is compared with leaving out one exchange after the other."""
     whole = talk(6, system=system)
     # the rejected side is the longer one
     row = Preference(whole, "Four.", "That would be five, unless it is six.")
@@ -257,8 +258,9 @@ def test_padding_stays_within_the_context():
 
 
 def test_a_row_of_several_pairs_stands_once():
-    """Answers 1 > 2 > 3 to prompt 7 make three pairs of three rows; prompt 8 has the same answers and rows of
-    its own.
+    """Answers 1 > 2 > 3 to prompt 7 make three pairs of three rows.
+
+    Prompt 8 has the same answers and its own rows.
     """
     ranked = [pair(0, 7, 4, 1, 2), pair(1, 7, 4, 1, 3), pair(2, 7, 4, 2, 3), pair(3, 8, 4, 1, 2)]
     margins = [0.5, 1.0, 0.0, 2.0]
@@ -394,9 +396,7 @@ def test_rows_of_similar_length_go_together():
 
 
 def test_the_token_budget_counts_each_row_once():
-    """16 rows of 8: eight single pairs, but fifteen pairs of one prompt, or of two prompts, as long as they
-    have 16 answers.
-    """
+    """16 rows of 8 tokens: eight single pairs, but fifteen pairs of one prompt or two with 16 answers."""
     made = data([pair(i) for i in range(20)], batch_size=16, token_budget=16 * 8)
     assert {len(part) for step in epoch(made) for part in step} == {8, 4}
     # Seven pairs against one best answer are eight rows a prompt.
