@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from mlx_posttrain import config, methods, runs
+from mlx_posttrain import config, key_names, methods, runs
 from mlx_posttrain.errors import UserError
 
 EVERY_METHOD = {
@@ -73,7 +73,7 @@ def test_another_name_is_answered_with_ours(recipe, theirs, ours):
 )
 def test_a_key_that_the_method_lacks_is_not_offered(method, theirs):
     keys = EVERY_METHOD[method]
-    offered = [ours for ours, names in config.OTHER_NAMES.items() if theirs in names.split()]
+    offered = [ours for ours, names in key_names.OTHER_NAMES.items() if theirs in names.split()]
     assert offered and not set(offered) & set(keys)
     raw = {"method": method, "data": {"source": "x"}, theirs: 1}
     with pytest.raises(UserError) as caught:
@@ -84,8 +84,8 @@ def test_a_key_that_the_method_lacks_is_not_offered(method, theirs):
 
 def test_every_name_that_is_offered_is_one():
     known = {key for keys in EVERY_METHOD.values() for key in keys}
-    assert set(config.OTHER_NAMES) <= known and set(config.RENAMED.values()) <= known
-    assert not set(config.RENAMED) & known
+    assert set(key_names.OTHER_NAMES) <= known and set(key_names.RENAMED.values()) <= known
+    assert not set(key_names.RENAMED) & known
 
 
 def test_a_run_with_former_names_is_read(tmp_path):

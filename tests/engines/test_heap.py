@@ -10,7 +10,7 @@ import pytest
 
 PROBE = """
 import resource, numpy as np
-from mlx_posttrain import heap
+from mlx_posttrain.engines import heap
 kept = heap.keep()
 np.ones(30_000_000, np.float32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,9 +16,10 @@ from mlx_posttrain.models.source import Source
 
 
 def run(template, method: str = "sft", **more) -> Source:
-    return Source(
-        Path("x"), None, {"method": method, "data": {"template": template, "max_length": 900, **more}}
-    )
+    recipe = {"method": method, "data": {"template": template, "max_length": 900, **more}}
+    if method == "distill":  # the one with questions to think about
+        recipe["think"] = {"questions": 200}
+    return Source(Path("x"), None, recipe)
 
 
 BASE, SFT, MANY, PPO = (

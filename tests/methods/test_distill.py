@@ -227,9 +227,9 @@ def test_a_thought_has_the_room_that_its_question_leaves(random_gpt2, tmp_path, 
         )
 
     report(chosen, 1)
-    begun = len(tokenizer.encode(" " + reasoning.AT_ONCE))
-    assert found[""].output_tokens.tolist() == [64 - n for n in asked] and not found[""].ended.any()
-    assert found[reasoning.AT_ONCE].output_tokens.tolist() == [64 - n - begun for n in asked]
+    begun = len(tokenizer.encode(" " + reasoning.EMPTY_THOUGHT))
+    assert found[""].output_tokens.tolist() == [64 - n for n in asked] and not found[""].stopped.any()
+    assert found[reasoning.EMPTY_THOUGHT].output_tokens.tolist() == [64 - n - begun for n in asked]
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["questions"] == 2 and figures["kept"] == 0.5 and figures["ended"][0] == 0
     report(load(tmp_path, "think.base=false", "think.max_tokens=7", "data.template=none"), 2)
