@@ -375,22 +375,26 @@ def check_training(recipe: Any) -> None:
         )
 
 
-def check_prompted(data: DataSection, sample: SampleSection, what: str) -> None:
-    """Raise ValueError when a recipe about answers to prompts sets keys that mean nothing there.
+def check_prompted(data: DataSection, what: str) -> None:
+    """Raise ValueError when a recipe about answers to prompts sets data keys that mean nothing there.
 
-    An option is never ignored silently.
+    An option is never ignored silently. what: "pairs" or "prompts", for the message.
     """
     for key in ("pack", "clean", "train_on", "too_long", "system"):
         if getattr(data, key) != DataSection.model_fields[key].default:
             raise ValueError(f"data.{key} means nothing for {what}; leave it out")
+    if not isinstance(data.template, str):
+        raise ValueError("data.template takes one name here: all answers to a prompt must be asked for alike")
+
+
+def check_no_answers(sample: SampleSection, what: str) -> None:
+    """Raise ValueError for sample keys about answers, where samples are held-out rows and their scores."""
     for key in ("prompts", "max_tokens", "temperature"):
         if getattr(sample, key) != SampleSection.model_fields[key].get_default(call_default_factory=True):
             raise ValueError(
                 f"sample.{key} means nothing for {what}: samples are the first held-out rows, "
                 "sample.count of them"
             )
-    if not isinstance(data.template, str):
-        raise ValueError("data.template takes one name here: all answers to a prompt must be asked for alike")
 
 
 def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = None) -> S:

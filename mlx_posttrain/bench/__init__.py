@@ -99,7 +99,7 @@ def bench(
         )
     training = {name: kind for name, kind in training_kinds().items() if name in what}
     for name, kind in training.items():
-        if kind.method.collator is not None and shape.rows % 2:
+        if kind.rows_per_item == 2 and shape.rows % 2:
             raise UserError(
                 f"--rows {shape.rows}: {name} is trained on pairs of rows, so give an even number"
             )

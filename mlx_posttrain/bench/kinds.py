@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mlx_posttrain.bench.harness import ROLLOUT
+from mlx_posttrain.data.read import ModelFacts
 from mlx_posttrain.methods import METHODS
 from mlx_posttrain.training.method import Method
 
@@ -41,6 +43,12 @@ class Kind:
     def scores(self) -> bool:
         """Whether the model scores rows, with a head of one number per row."""
         return self.method.saves(self._default_recipe()) == "classifier"
+
+    @property
+    def rows_per_item(self) -> int:
+        """1 where rows are trained on, 2 where neighbouring rows make pairs."""
+        facts = ModelFacts(SimpleNamespace(pad_token_id=0, eos_token_id=0), None, {})
+        return 1 if self.on_rollouts else self.method.collator(self._default_recipe(), facts).rows_per_item
 
     def _default_recipe(self) -> Any:
         return self.recipe("tiny", "auto", 8, None)

@@ -45,7 +45,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
 
     Where a method trains on pairs, neighbouring rows are one.
     """
-    from mlx_posttrain.data.dataset import Dataset, RowCollator
+    from mlx_posttrain.data.dataset import Dataset
     from mlx_posttrain.data.read import model_facts
     from mlx_posttrain.data.types import Pair, Preference
     from mlx_posttrain.engines.base import AdamW, hidden_size, initial_head
@@ -56,7 +56,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     method, facts = kind.method, model_facts(folder)
     assert method.loss is not None
     recipe = kind.recipe(folder, engine.name, shape.batch_size, None)
-    collate = method.collator(recipe, facts) if method.collator else RowCollator(facts.context)
+    collate = method.collator(recipe, facts)
     recipe.train.batch_size = max(1, shape.batch_size // collate.rows_per_item)
     model = load_model(engine, recipe, folder, getattr(recipe, "adapter", None))
     if kind.scores:
@@ -78,13 +78,14 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     engine.reset_memory()
     steps = [dataset.micro_batches(dataset.rows(step)) for step in range(dataset.steps_per_epoch)]
     while gate.open():
-        total = tokens = 0.0
+        total = units = tokens = 0.0
         for step in steps:
-            units = sum(b.count for b in step)
-            total += trainer.step(loss, step, rate)["loss"] * units
-            tokens += units
+            count = sum(b.count for b in step)
+            total += trainer.step(loss, step, rate)["loss"] * count
+            units += count
+            tokens += sum(b.trained_tokens for b in step)
         engine.synchronize()
-        gate.report(loss=total / tokens, rows=len(examples), tokens=tokens, steps=len(steps))
+        gate.report(loss=total / units, rows=len(examples), tokens=tokens, steps=len(steps))
     gate.close(
         device=engine.device(),
         shapes=len({b.tokens.shape + b.index.shape for step in steps for b in step}),
@@ -142,7 +143,10 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     actors, data = make_actors(
         engine, recipe, algorithm, reference, folder, policy, load_tokenizer(folder), (prompt_rows, [])
     )
-    learner = RolloutLearner(engine, actors, algorithm, recipe, data, reference, lambda record: None)
+    stop = policy.config["vocab_size"] - 1  # rarely sampled: answers have full length
+    learner = RolloutLearner(
+        engine, actors, algorithm, recipe, data, reference, lambda record: None, stop=stop
+    )
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
     step, first = 0, {}

@@ -13,7 +13,7 @@ from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
-from mlx_posttrain.data.dataset import Dataset, RowCollator
+from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
 from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
@@ -173,9 +173,25 @@ def model_facts(folder: Path) -> ModelFacts:
     return ModelFacts(load_tokenizer(folder), context, config)
 
 
+def row_collator(recipe: Recipe, facts: ModelFacts) -> Collator:
+    """Rows: every trained token is a position."""
+    return RowCollator(facts.context)
+
+
+def pair_collator(recipe: Recipe, facts: ModelFacts) -> Collator:
+    """Pairs for losses of log-probabilities: every token of an answer is a position."""
+    return PairCollator(facts.pad, facts.context, score=False)
+
+
+def scored_pair_collator(recipe: Recipe, facts: ModelFacts) -> Collator:
+    """Pairs for losses of scores: each row has one position, that of its score."""
+    return PairCollator(facts.pad, facts.context, score=True)
+
+
 def row_dataset(
     recipe: Recipe,
     facts: ModelFacts,
+    collate: Collator,
     prepare: Callable[[list[Conversation]], list[Conversation]] = lambda rows: rows,
 ) -> Dataset:
     """A recipe's rows as a dataset of examples; prints what was dropped.
@@ -198,7 +214,7 @@ def row_dataset(
     return Dataset(
         encoded(train, "training rows", True),
         encoded(held_out, "held-out rows", False),
-        RowCollator(facts.context),
+        collate,
         recipe.train,  # type: ignore[arg-type]
         seed,
         train_rows=train,
@@ -219,11 +235,8 @@ def read_preferences(data: DataSection, *, split: str, limit: int | None, seed: 
     return preferences
 
 
-def pair_dataset(recipe: Recipe, facts: ModelFacts, *, score: bool) -> Dataset:
-    """A recipe's preference pairs as a dataset, pairs of one prompt together; prints what was dropped.
-
-    score: whether a row has one position, that of its score, or one for each answer token.
-    """
+def pair_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Dataset:
+    """A recipe's preference pairs as a dataset, pairs of one prompt together; prints what was dropped."""
     data = recipe.data
     train, held_out = split_rows(data, recipe.seed, read_preferences)
     length = min(data.max_length, facts.context or data.max_length)
@@ -243,7 +256,7 @@ def pair_dataset(recipe: Recipe, facts: ModelFacts, *, score: bool) -> Dataset:
     return Dataset(
         training,
         encoded(held_out, "held-out pairs", False),
-        PairCollator(facts.pad, facts.context, score),
+        collate,
         recipe.train,  # type: ignore[arg-type]
         recipe.seed,
         groups=[pair.prompt for pair in training],

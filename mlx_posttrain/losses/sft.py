@@ -43,6 +43,16 @@ def full_kl(logits: Array, reference_logits: Array, direction: str = "forward") 
     raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
 
 
+def sequence_logprobs(logprobs: Array, mask: Array, row: Array, rows: int) -> Array:
+    """Sum of each row's token log-probabilities, in nats.
+
+    logprobs, mask: [N], the mask 0 at padding; row: [N] the row of each position; rows: how many there are.
+    Returns [rows].
+    """
+    xp = ops(logprobs)
+    return xp.segment_sum(xp.where(mask > 0, logprobs, xp.zeros_like(logprobs)), row, rows)
+
+
 def token_mean(values: Array, mask: Array, total: Array | float, weight: Array | None = None) -> Array:
     """Weighted sum over positions divided by ``total``, a scalar.
 

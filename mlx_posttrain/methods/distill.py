@@ -26,9 +26,8 @@ from mlx_posttrain.evaluation import reasoning
 from mlx_posttrain.methods import sft
 from mlx_posttrain.models.merge import base_folder
 from mlx_posttrain.rewards import verify
-from mlx_posttrain.training import samples
 from mlx_posttrain.training.method import Method
-from mlx_posttrain.training.setup import Session
+from mlx_posttrain.training.session import Session
 
 LEAST_ROOM = 32  # tokens: a question that leaves less in the context has no room for a thought
 
@@ -151,7 +150,6 @@ METHOD = Method(
     Recipe=Recipe,
     dataset=row_dataset,
     loss=lambda recipe: sft.loss,
-    samples=samples.answers,
     report=report,
     after=merge,
 )

@@ -16,13 +16,12 @@ from pydantic import Field
 
 from mlx_posttrain import config
 from mlx_posttrain.data import sources
-from mlx_posttrain.data.dataset import Dataset
+from mlx_posttrain.data.dataset import Collator, Dataset
 from mlx_posttrain.data.read import ModelFacts, row_dataset
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import sft
 from mlx_posttrain.models.merge import base_folder
-from mlx_posttrain.training import samples
 from mlx_posttrain.training.method import Method
 
 EOS = "<|endoftext|>"
@@ -79,7 +78,7 @@ def start(recipe: Recipe, folder: Path) -> Path:
     return target
 
 
-def dataset(recipe: Recipe, facts: ModelFacts) -> Dataset:
+def dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Dataset:
     """The texts, every token trained, with the share of repeated lists that the recipe asks for."""
     share = recipe.pretrain.repeated
 
@@ -94,7 +93,7 @@ def dataset(recipe: Recipe, facts: ModelFacts) -> Dataset:
         order = np.random.default_rng([recipe.seed, 0x11575]).permutation(len(mixed))
         return [mixed[i] for i in order]
 
-    return row_dataset(recipe, facts, with_lists) if share else row_dataset(recipe, facts)
+    return row_dataset(recipe, facts, collate, with_lists if share else lambda rows: rows)
 
 
 def repeated_lists(texts: list[str], characters: int, seed: int) -> list[str]:
@@ -238,5 +237,4 @@ METHOD = Method(
     start=start,
     dataset=dataset,
     loss=lambda recipe: sft.loss,
-    samples=samples.answers,
 )

@@ -21,18 +21,15 @@ from pydantic import Field, model_validator
 
 from mlx_posttrain import config, runs
 from mlx_posttrain.console import log
-from mlx_posttrain.data.dataset import Dataset
-from mlx_posttrain.data.pairs import PairCollator
-from mlx_posttrain.data.read import ModelFacts, pair_dataset
+from mlx_posttrain.data.read import pair_dataset, scored_pair_collator
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
 from mlx_posttrain.evaluation import preference
 from mlx_posttrain.losses.preference import bradley_terry, centering
 from mlx_posttrain.losses.sft import token_mean
 from mlx_posttrain.ops import ops
 from mlx_posttrain.rewards.scorer import score_rows
-from mlx_posttrain.training import samples
 from mlx_posttrain.training.method import Method
-from mlx_posttrain.training.setup import Session
+from mlx_posttrain.training.session import Session
 
 
 class RewardSection(config.Section):
@@ -56,7 +53,8 @@ class Recipe(config.Recipe):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        config.check_prompted(self.data, self.sample, "pairs")
+        config.check_prompted(self.data, "pairs")
+        config.check_no_answers(self.sample, "pairs")
         config.check_training(self)
         return self
 
@@ -83,11 +81,6 @@ def pair_loss(weight: float = 0.0) -> Loss:
         return nll + weight * mean(centering(chosen, rejected)), metrics
 
     return loss
-
-
-def dataset(recipe: Recipe, facts: ModelFacts) -> Dataset:
-    """Pairs, scored at each row's last token."""
-    return pair_dataset(recipe, facts, score=True)
 
 
 def report(session: Session) -> dict[str, Any]:
@@ -118,11 +111,10 @@ METHOD = Method(
     name="reward",
     summary="a reward model from preference pairs",
     Recipe=Recipe,
-    dataset=dataset,
-    collator=lambda recipe, facts: PairCollator(facts.pad, facts.context, score=True),
+    dataset=pair_dataset,
+    collator=scored_pair_collator,
     loss=lambda recipe: pair_loss(recipe.reward.centering),
     saves=lambda recipe: "classifier",
-    samples=samples.pair_scores,
     report=report,
     bench={"reward": {}},
 )

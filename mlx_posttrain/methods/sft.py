@@ -20,7 +20,6 @@ from mlx_posttrain import config
 from mlx_posttrain.data.read import row_dataset
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
 from mlx_posttrain.losses.sft import token_mean
-from mlx_posttrain.training import samples
 from mlx_posttrain.training.method import Method
 
 
@@ -83,6 +82,5 @@ METHOD = Method(
     dataset=row_dataset,
     loss=lambda recipe: loss if recipe.kl is None else kl_loss(recipe.kl.beta, recipe.kl.direction),
     reference=lambda recipe: None if recipe.kl is None else "distribution",
-    samples=samples.answers,
     bench={"sft": {}, "lora": LORA, "kl": KL, "kl-lora": {**KL, **LORA}},
 )

@@ -112,7 +112,8 @@ class RolloutRecipe(config.Recipe):
 
     @model_validator(mode="after")
     def _possible_rollouts(self) -> RolloutRecipe:
-        config.check_prompted(self.data, self.sample, "prompts")
+        config.check_prompted(self.data, "prompts")
+        config.check_no_answers(self.sample, "prompts")
         config.check_training(self)
         unused = [
             k

@@ -54,7 +54,10 @@ class RolloutData:
 
 
 class RolloutLearner:
-    """Policy and critic with their optimizers, and the prompts they learn from; see loop.Learner."""
+    """Policy and critic with their optimizers, and the prompts they learn from; see loop.Learner.
+
+    stop: the token that ends a completion; None: the tokenizer's end of text.
+    """
 
     select_by = None
     finite = ("kl", "KL")
@@ -68,11 +71,13 @@ class RolloutLearner:
         data: RolloutData,
         reference: Reference,
         sample: Callable[[dict[str, Any]], None],
+        stop: int | None = None,
     ):
         self.actors, self.algorithm, self.recipe, self.data = actors, algorithm, recipe, data
         self.steps = recipe.train.steps
         self._reference = reference is not None
         self._write_sample = sample
+        self._stop = stop
         settings = adamw(recipe.train)
         self.trainers: dict[str, Trainer] = {"optimizer": engine.trainer(actors.policy, settings)}
         if actors.critic is not None:
@@ -130,7 +135,7 @@ class RolloutLearner:
             samples=samples,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
-            stop=eos_id(self.actors.tokenizer),
+            stop=eos_id(self.actors.tokenizer) if self._stop is None else self._stop,
             seed=seed,
             token_budget=settings.token_budget,
         )

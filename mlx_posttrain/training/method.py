@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_posttrain.config import Section
 from mlx_posttrain.data.dataset import Collator, Dataset
-from mlx_posttrain.data.read import ModelFacts
+from mlx_posttrain.data.read import ModelFacts, row_collator
 from mlx_posttrain.engines.base import Loss
 
 if TYPE_CHECKING:
     from mlx_posttrain.rl.config import CriticSection, PTXSection
     from mlx_posttrain.rl.experience import ExperienceFunction
     from mlx_posttrain.training.loop import Callbacks
-    from mlx_posttrain.training.setup import Session
+    from mlx_posttrain.training.session import Session
 
 #: What a method compares the policy with: nothing, token log-probabilities, or whole distributions.
 Reference = Literal["logprobs", "distribution"] | None
@@ -60,14 +60,15 @@ class Method:
 
     A method on rows gives ``dataset`` and ``loss``; one on rollouts ``algorithm``.
 
-    dataset: the recipe's items, and how they are collated.
-    collator: how items are collated, for the benchmark's own rows; None: as examples.
+    dataset: the recipe's items, to be collated by the third argument: row_dataset or pair_dataset.
+    collator: how items become batches; a method on pairs names one of data/read.py.
     loss: what is minimised, ``loss(model, batch) -> (scalar, metrics)``.
     algorithm: see :class:`Algorithm`; the recipe is a rl.config.RolloutRecipe.
     reference: what it needs of the model as it was before training.
     saves: what ``final/`` holds.
     start: makes the model that a run starts from in a folder, in place of ``recipe.model``.
-    samples: ``samples(session)`` gives a function of the step that writes to samples.jsonl.
+    samples: ``samples(session)`` gives a function of the step that writes to samples.jsonl; None: answers, or
+        scores of pairs for a classifier (training/samples.py).
     report: looks at the trained model before it is saved; returns figures for ``result.json``.
     after: once the run is finished.
     bench: what ``bench`` can measure: a name, and the recipe's keys that make it.
@@ -78,8 +79,8 @@ class Method:
     name: str
     summary: str
     Recipe: type[Section]
-    dataset: Callable[[Any, ModelFacts], Dataset] | None = None
-    collator: Callable[[Any, ModelFacts], Collator] | None = None
+    dataset: Callable[[Any, ModelFacts, Collator], Dataset] | None = None
+    collator: Callable[[Any, ModelFacts], Collator] = row_collator
     loss: Callable[[Any], Loss] | None = None
     algorithm: Callable[[Any], Algorithm] | None = None
     reference: Callable[[Any], Reference] = lambda recipe: None
@@ -98,3 +99,8 @@ class Method:
         if self.run is not None:
             return None
         return "rows" if self.algorithm is None else "rollouts"
+
+    def make_dataset(self, recipe: Any, facts: ModelFacts) -> Dataset:
+        """The recipe's dataset. Raises UserError as reading the rows does."""
+        assert self.dataset is not None
+        return self.dataset(recipe, facts, self.collator(recipe, facts))

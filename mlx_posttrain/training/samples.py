@@ -5,29 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlx_posttrain.data import encode
-from mlx_posttrain.data.types import Turn
+from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.rewards.scorer import score_rows
-from mlx_posttrain.training.setup import Session
+from mlx_posttrain.training.session import Session
+
+Samples = Callable[[Session], Callable[[int], None]]
+
+
+def default_for(session: Session) -> Samples:
+    """What a method that names none writes: scores of pairs for a classifier, else answers."""
+    return pair_scores if session.method.saves(session.recipe) == "classifier" else answers
 
 
 def answers(session: Session) -> Callable[[int], None]:
-    """A function of the step that answers the recipe's prompts, or the first held-out rows'."""
-    recipe, dataset, model, tokenizer = (
-        session.recipe,
-        session.dataset,
-        session.model,
-        session.facts.tokenizer,
-    )
+    """A function of the step that answers the recipe's prompts, or the first held-out rows'.
+
+    A row may be a conversation, whose last turn is what is wanted, or a preference pair, whose chosen answer
+    is.
+    """
+    recipe, dataset, model = session.recipe, session.dataset, session.model
     assert dataset is not None
-    data, sample, held_out = recipe.data, recipe.sample, dataset.held_out_rows
+    data, sample, tokenizer = recipe.data, recipe.sample, session.facts.tokenizer
     template = data.template if isinstance(data.template, str) else data.template[0]
-    rows = [] if data.pack or sample.prompts else held_out[: sample.count]
-    wanted: list[str | None] = [c.turns[-1].content for c in rows]
-    asked = [c.turns[:-1] for c in rows]
+    rows = [_question(row) for row in dataset.held_out_rows[: max(1, sample.count)]]
+    templated = rows[0][1] if rows else True
     if sample.prompts:
-        asked = [(Turn("user", p),) for p in sample.prompts]
-        wanted = [None] * len(asked)
-    templated = held_out[0].templated if held_out else True
+        rows = [((Turn("user", p),), templated, None) for p in sample.prompts]
+    else:
+        rows = [] if data.pack else rows[: sample.count]
+    asked = [turns for turns, _, _ in rows]
     length = (model.context or data.max_length) - 1
     encoded = encode.encode_prompts(asked, tokenizer, template, templated=templated) if asked else []
     prompts = [p[-length:] for p in encoded]
@@ -42,18 +48,25 @@ def answers(session: Session) -> Callable[[int], None]:
             temperature=sample.temperature,
             seed=recipe.seed,
         )
-        for turns, answer, want in zip(asked, generated, wanted, strict=True):
+        for (turns, _, wanted), answer in zip(rows, generated, strict=True):
             session.run.sample(
                 {
                     "step": step,
                     "prompt": turns[-1].content if turns else "",
                     "answer": tokenizer.decode(answer.tokens).strip(),
                     "stopped": answer.stopped,
-                    "wanted": want,
+                    "wanted": wanted,
                 }
             )
 
     return write
+
+
+def _question(row: Conversation | Preference) -> tuple[tuple[Turn, ...], bool, str | None]:
+    """(turns before the answer, whether a template goes around them, the answer that is wanted)."""
+    if isinstance(row, Preference):
+        return row.prompt, row.templated, row.chosen
+    return row.turns[:-1], row.templated, row.turns[-1].content
 
 
 def pair_scores(session: Session) -> Callable[[int], None]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from mlx_posttrain import engines, runs
 from mlx_posttrain.config import AdapterSection, Recipe, absolute_paths
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data.dataset import Dataset
-from mlx_posttrain.data.read import ModelFacts, model_facts
+from mlx_posttrain.data.read import model_facts
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
@@ -28,25 +26,12 @@ from mlx_posttrain.models.source import adapter_folder, is_hub_id, locate
 from mlx_posttrain.models.tokenizer import check_vocabulary
 from mlx_posttrain.rl import actors, learner, prompts
 from mlx_posttrain.runs import trackers
+from mlx_posttrain.training import samples
 from mlx_posttrain.training.loop import Callbacks, Learner, fit
 from mlx_posttrain.training.method import Method
 from mlx_posttrain.training.reference import cache_hidden_states, cache_logprobs
 from mlx_posttrain.training.rows import RowLearner
-
-
-@dataclass
-class Session:
-    """A run that is set up. ``dataset`` is None for a method on rollouts."""
-
-    method: Method
-    recipe: Any
-    engine: Engine
-    run: runs.Run
-    resume: bool
-    folder: Path
-    model: Model
-    facts: ModelFacts
-    dataset: Dataset | None = None
+from mlx_posttrain.training.session import Session
 
 
 def train(
@@ -85,7 +70,7 @@ def plan(method: Method, recipe: Any) -> list[plans.Plan]:
         engine = engines.get(recipe.engine).name
         if method.trains_on == "rows":
             assert method.dataset is not None
-            return [plans.of_rows(recipe, engine, of, method.dataset(recipe, facts), method.reference)]
+            return [plans.of_rows(recipe, engine, of, method.make_dataset(recipe, facts), method.reference)]
         read = prompts.read(recipe.data, facts.tokenizer, of.context, recipe.rollout.max_tokens, recipe.seed)
         return [_plan_rollouts(method, recipe, engine, folder, read)]
 
@@ -130,7 +115,7 @@ def _load(method: Method, recipe: Any, engine: Engine, run: runs.Run, resume: bo
     folder = method.start(recipe, run.folder) if method.start else base_folder(recipe.model)
     facts = model_facts(folder)
     # Before the weights: a mistake in the rows is found at once.
-    dataset = method.dataset(recipe, facts) if method.dataset else None
+    dataset = method.make_dataset(recipe, facts) if method.dataset else None
     model = load_model(engine, recipe, folder, getattr(recipe, "adapter", None))
     check_vocabulary(facts.tokenizer, model, folder)
     if method.saves(recipe) == "classifier":
@@ -194,7 +179,7 @@ def _row_learner(session: Session) -> Learner:
         model,
         method.loss(recipe),
         dataset,
-        samples=method.samples(session) if method.samples else None,
+        samples=(method.samples or samples.default_for(session))(session),
         prepare=cache if reference is not None else None,
     )
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_posttrain.losses.sft import full_kl, token_logprobs, token_mean
+from mlx_posttrain.losses.sft import full_kl, sequence_logprobs, token_logprobs, token_mean
 from mlx_posttrain.ops import ops
 
 LOGITS = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
@@ -122,3 +122,15 @@ def test_reference_figures(library, shared):
         # The reference differentiates at masked positions too; ours are zero there, as they must be.
         found = gradient(library, loss, logprobs)
         assert np.allclose(found, np.array(case["grad"]) * mask, atol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["numpy", "mlx", "torch"])
+def test_sequence_logprobs_by_hand(library):
+    """Rows 0 and 2 have two tokens and one, row 1 none; nan at padding reaches neither value nor gradient."""
+    values = np.array([-1.0, -2.5, -0.5, np.nan])
+    mask, row = np.array([1.0, 1.0, 1.0, 0.0]), np.array([0, 0, 2, 0])
+    logprobs, mask, row = arrays(library, values, mask, row)
+    assert to_numpy(sequence_logprobs(logprobs, mask, row, 3)).tolist() == [-3.5, 0.0, -0.5]
+    if library != "numpy":
+        slope = gradient(library, lambda x: sequence_logprobs(x, mask, row, 3)[0], logprobs)
+        assert slope.tolist() == [1.0, 1.0, 0.0, 0.0]

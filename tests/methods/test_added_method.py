@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,6 @@ from mlx_posttrain.ops import ops
 from mlx_posttrain.rl.config import RolloutRecipe
 from mlx_posttrain.rl.experience import experience
 from mlx_posttrain.rl.rollouts import collate_stats
-from mlx_posttrain.training import samples
 from mlx_posttrain.training.method import Algorithm, Method
 
 ENGINES = engines.available()
@@ -65,7 +66,6 @@ UNLIKELIHOOD = Method(
     Recipe=UnlikelihoodRecipe,
     dataset=row_dataset,
     loss=unlikelihood,
-    samples=samples.answers,
     bench={"unlikelihood": {}},
 )
 
@@ -127,8 +127,32 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# The page's own example, on pairs: DPO
+
+
+def of_the_page() -> Method:
+    """The method that docs/adding-a-method.md shows whole, made by its own code."""
+    page = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class DPOSection" in b)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block, "docs/adding-a-method.md", "exec", dont_inherit=True), names)
+    return names["METHOD"]
+
+
+RECIPES["dpo_example"] = {
+    "method": "dpo_example",
+    "description": "one answer rather than another",
+    "dpo": {"beta": 0.1},
+    "data": {**DATA, "source": "embedded/preferences", "max_length": 64},
+    "train": {**TRAIN, "select": "last"},
+    "sample": {"count": 1, "max_tokens": 4},
+}
+OWN_KEY = {"unlikelihood": "unlikelihood.strength", "reinforce": "rollout.samples", "dpo_example": "dpo.beta"}
+
+
 @pytest.fixture(autouse=True)
 def added(monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "dpo_example", of_the_page())
     monkeypatch.setitem(methods.METHODS, "unlikelihood", UNLIKELIHOOD)
     monkeypatch.setitem(methods.METHODS, "reinforce", REINFORCE)
 
@@ -177,7 +201,7 @@ def test_run_resume_plan_card_and_pipeline(name, engine, recipe, tmp_path):
 
     card = (whole / "card.md").read_text()
     assert name in card and RECIPES[name]["description"] in card
-    assert ("unlikelihood.strength" in card) if name == "unlikelihood" else ("rollout.samples" in card)
+    assert OWN_KEY[name] in card
 
     stages = {"first": {"recipe": str(path)}, "second": {"recipe": str(path), "set": {"model": "{first}"}}}
     pipeline = tmp_path / "pipeline.yaml"
@@ -200,11 +224,8 @@ def test_run_resume_plan_card_and_pipeline(name, engine, recipe, tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_keys_help_and_unknown_keys(name, recipe):
     listed = command("keys", name)
-    assert (
-        "train.lr" in listed
-        and ("unlikelihood.strength" if name == "unlikelihood" else "rollout.prompts") in listed
-    )
-    assert name in command("keys", "--help") or name in command("methods")
+    assert "train.lr" in listed and OWN_KEY[name] in listed
+    assert "did you mean" not in command("keys", "--help")
     with pytest.raises(UserError, match=r"did you mean 'train.lr'"):
         methods.load_recipe(str(recipe(name, "auto")), ["learning_rate=1"])
     with pytest.raises(UserError, match=f"did you mean '{name}'"):
@@ -220,8 +241,20 @@ def test_engines_agree(name, recipe, tmp_path):
         command("run", recipe(name, engine), f"output={tmp_path / engine}")
         curves.append([r for r in losses(tmp_path / engine) if "lr" in r])
     for ours, theirs in zip(*curves, strict=True):
-        key = "loss" if name == "unlikelihood" else "loss/policy_avg"
+        key = "loss/policy_avg" if name == "reinforce" else "loss"
         assert ours["tokens"] == theirs["tokens"] and ours[key] == pytest.approx(theirs[key], abs=2e-3)
+
+
+def test_dpo_starts_at_ln_2_and_prefers_what_is_chosen(recipe, tmp_path):
+    """With h = 0 at the start; then the margin of the training pairs grows. With an adapter as well."""
+    for more in ([], ["adapter.rank=4"]):
+        run = tmp_path / f"run{len(more)}"
+        command("run", recipe("dpo_example", ENGINES[0]), f"output={run}", "train.steps=12", *more)
+        records = [r for r in runs.Run(run).metrics() if "lr" in r]
+        assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert records[-1]["margin"] > 0 and records[-1]["loss"] < math.log(2)
+        sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+        assert sample["wanted"] and "answer" in sample
 
 
 def test_they_learn_what_they_say(recipe, random_gpt2, tmp_path):

@@ -19,7 +19,7 @@ from mlx_posttrain.methods import distill
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.runs import Run
-from mlx_posttrain.training.setup import Session
+from mlx_posttrain.training.session import Session
 from tests.helpers import read_jsonl
 
 ENGINES = engines.available()
