@@ -459,7 +459,7 @@ def test_a_unit_ends_when_its_update_has_finished(
     assert events.count("step") >= 1 and events[-2:] == ["wait", "unit"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("what", ["sft", "lora"])
 def test_installed_baselines_do_the_same_work(what: str) -> None:
     """Real trainers on the embedded model: their losses before training equal ours, and fall as ours do.

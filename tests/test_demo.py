@@ -20,7 +20,7 @@ from mlx_posttrain.models.source import locate
 from tests.helpers import command, records, run_recipe
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1700)
 def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     out = tmp_path / "demo"

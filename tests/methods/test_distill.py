@@ -264,7 +264,7 @@ def test_a_system_prompt_is_trained_and_asked_with(tmp_path):
     assert first.turns[0] == Turn("system", "Think first.")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_thoughts_are_learned(engine, tmp_path):
     """Counting a word in a list: after a few minutes three in ten come out right, twice as many as without

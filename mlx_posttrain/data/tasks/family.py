@@ -1,15 +1,15 @@
 """Families of tasks, and the balanced, seeded stream of rows that is made of them.
 
-A family draws contents (``Item``); its phrasings are templates over an item's slots. A checksum of the
-content alone decides which contents are held out, so no seed, limit or choice of families can move a held-out
-content into the training split.
+A family draws items; its phrasings are templates over an item's slots. What an item asks, apart from
+names, order and wording, is its content. A checksum of the content alone decides what is held out, so no
+seed, limit, choice of families or other spelling can move a held-out content into the training split.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,19 +23,42 @@ MISSES_UNTIL_EXHAUSTED = 1500
 
 @dataclass(frozen=True)
 class Item:
-    """The content of one question.
+    """One question, without its wording.
 
     ``slots`` fill the phrasings; ``answer`` is right, ``checker`` checks any answer, and ``wrong`` answers
-    are plausible. ``key`` identifies the content when it is assigned to a split: two items with the same key
-    have the same content.
+    are plausible. ``content`` is canonical: items with the same content, of whichever family, are in the same
+    split. See :func:`content` and :func:`unordered`.
     """
 
-    key: str
+    content: str
     slots: dict[str, str]
     answer: str
     checker: dict[str, Any]
     wrong: tuple[str, ...] = ()
     thinking: str = ""
+
+    @property
+    def surface(self) -> tuple[str, ...]:
+        """What the phrasings show of the item."""
+        return tuple(self.slots.values())
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the item's content is held out from training."""
+        return zlib.crc32(self.content.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def content(kind: str, *parts: object) -> str:
+    """Return the canonical content of parts whose order matters.
+
+    Families whose questions have the same solution use the same ``kind``.
+    """
+    return f"{kind}: {' '.join(map(str, parts))}"
+
+
+def unordered(kind: str, parts: Iterable[object]) -> str:
+    """Return the canonical content of parts in any order: numbers by value, others by their text."""
+    return content(kind, *sorted(parts, key=lambda part: (part if isinstance(part, int) else 0, str(part))))
 
 
 @dataclass(frozen=True)
@@ -57,13 +80,9 @@ class Family:
         instruction, _, given = (self.train + self.held)[phrasing].partition(" | ")
         return instruction.format(**item.slots), given.format(**item.slots)
 
-    def held_out(self, item: Item) -> bool:
-        """Return whether an item's content is held out from training."""
-        return zlib.crc32(f"{self.name}/{item.key}".encode()) % HELD_OUT_ONE_IN == 0
-
 
 class Row(NamedTuple):
-    """One content of a family in one phrasing."""
+    """One item of a family in one phrasing."""
 
     family: Family
     item: Item
@@ -80,10 +99,10 @@ def family(
 def _rows_of(one: Family, split: str, seed: int) -> Iterator[Row]:
     """Yield a family's rows.
 
-    Every content comes once, until the draws bring no new ones; then the same contents follow in their other
+    Every item comes once, until the draws bring no new ones; then the same items follow in their other
     phrasings.
     """
-    # "train" and "phrasing" share this generator, and so their contents.
+    # "train" and "phrasing" share this generator, and so their items.
     rng = random.Random(f"{seed}/{one.name}/content")
     phrasing_rng = random.Random(f"{seed}/{one.name}/{split}/phrasing")
     usable = (
@@ -91,16 +110,16 @@ def _rows_of(one: Family, split: str, seed: int) -> Iterator[Row]:
         if split != "phrasing"
         else range(len(one.train), len(one.train) + len(one.held))
     )
-    drawn: dict[str, tuple[Item, int]] = {}
+    drawn: dict[tuple[str, ...], tuple[Item, int]] = {}
     misses = 0
     while misses < MISSES_UNTIL_EXHAUSTED:
         item = one.draw(rng)
-        if item.key in drawn or one.held_out(item) != (split == "valid"):
+        if item.surface in drawn or item.held_out != (split == "valid"):
             misses += 1
             continue
         misses = 0
         first = phrasing_rng.randrange(len(usable))
-        drawn[item.key] = item, first
+        drawn[item.surface] = item, first
         yield Row(one, item, usable[first])
     for later in range(1, len(usable)):
         for item, first in drawn.values():

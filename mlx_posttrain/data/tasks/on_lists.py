@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from mlx_posttrain.data.tasks.checks import NUMBER_WORDS, in_order, literal, number, one_of
-from mlx_posttrain.data.tasks.family import Item, family
+from mlx_posttrain.data.tasks.family import Item, content, family, unordered
 from mlx_posttrain.data.tasks.words import COLOURS, KINDS, NOUNS
 
 
@@ -33,7 +33,7 @@ def repeat_word(rng: random.Random) -> Item:
     other = " ".join([rng.choice([noun for noun in NOUNS if noun != word])] * times)
     slots = {"word": word, "times": NUMBER_WORDS[times]}
     return Item(
-        f"{word} {times}",
+        content("repeat", word, times),
         slots,
         repeated[times],
         in_order(*[word] * times),
@@ -60,7 +60,7 @@ def first_last(rng: random.Random) -> Item:
     answer = words[0 if which == "first" else -1]
     listed = ", ".join(words)
     return Item(
-        f"{which}: {listed}",
+        unordered("words", words),
         {"which": which, "words": listed},
         answer,
         one_of(answer),
@@ -83,7 +83,9 @@ def reverse_list(rng: random.Random) -> Item:
     words = rng.sample(NOUNS, rng.randint(2, 4))
     turned = words[::-1]
     wrong = (", ".join(words), ", ".join(turned[:-1]), ", ".join(shuffled(rng, turned)))
-    return Item(" ".join(words), {"words": ", ".join(words)}, ", ".join(turned), in_order(*turned), wrong)
+    return Item(
+        unordered("words", words), {"words": ", ".join(words)}, ", ".join(turned), in_order(*turned), wrong
+    )
 
 
 @family(
@@ -112,7 +114,9 @@ def bullet_list(rng: random.Random) -> Item:
         "\n".join(words),
         dashed([rng.choice(COLOURS), *words[1:]]),
     )
-    return Item(" ".join(words), {"words": ", ".join(words)}, dashed(words), literal(dashed(words)), wrong)
+    return Item(
+        unordered("words", words), {"words": ", ".join(words)}, dashed(words), literal(dashed(words)), wrong
+    )
 
 
 @family(
@@ -134,7 +138,7 @@ def odd_one_out(rng: random.Random) -> Item:
     answer = rng.choice([word for word in KINDS[odd][0] if word not in KINDS[most][0]])
     others = rng.sample(KINDS[most][0], 3)
     words = rng.sample([answer, *others], 4)
-    return Item(" ".join(words), {"words": ", ".join(words)}, answer, one_of(answer), tuple(others))
+    return Item(unordered("words", words), {"words": ", ".join(words)}, answer, one_of(answer), tuple(others))
 
 
 @family(
@@ -153,7 +157,7 @@ def pick_kind(rng: random.Random) -> Item:
     picked = [rng.choice(KINDS[kind][0]) for kind in kinds]
     words = rng.sample(picked, 3)
     slots = {"kind": KINDS[kinds[0]][1], "words": ", ".join(words)}
-    return Item(f"{kinds[0]}: {' '.join(words)}", slots, picked[0], one_of(picked[0]), tuple(picked[1:]))
+    return Item(unordered("words", words), slots, picked[0], one_of(picked[0]), tuple(picked[1:]))
 
 
 @family(
@@ -172,7 +176,7 @@ def yes_no(rng: random.Random) -> Item:
     word = rng.choice(words) if present else rng.choice([noun for noun in NOUNS if noun not in words])
     answers = ("yes", "no") if present else ("no", "yes")
     return Item(
-        f"{word}: {' '.join(words)}",
+        unordered("words", words),
         {"word": word, "words": ", ".join(words)},
         answers[0],
         one_of(answers[0]),
@@ -192,10 +196,14 @@ def yes_no(rng: random.Random) -> Item:
     held=("Count how many words this list has. | {words}", "Tell me how many words there are: {words}"),
 )
 def count_items(rng: random.Random) -> Item:
-    words = rng.sample(NOUNS, rng.randint(1, 6))
+    words = rng.sample(NOUNS, rng.randint(2, 7))
     n = len(words)
     return Item(
-        " ".join(words), {"words": ", ".join(words)}, str(n), number(n), (str(n + 1), str(n - 1), str(n + 2))
+        unordered("words", words),
+        {"words": ", ".join(words)},
+        str(n),
+        number(n),
+        (str(n + 1), str(n - 1), str(n + 2)),
     )
 
 
@@ -218,7 +226,9 @@ def sort_words(rng: random.Random) -> Item:
     words = [rng.choice([noun for noun in NOUNS if noun[0] == letter]) for letter in letters]
     answer = sorted(words)
     wrong = (", ".join(shuffled(rng, answer)), ", ".join(shuffled(rng, answer)), ", ".join(answer[:-1]))
-    return Item(" ".join(words), {"words": ", ".join(words)}, ", ".join(answer), in_order(*answer), wrong)
+    return Item(
+        unordered("words", words), {"words": ", ".join(words)}, ", ".join(answer), in_order(*answer), wrong
+    )
 
 
 FAMILIES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from mlx_posttrain.data.tasks.checks import in_order, number, one_of, worked
-from mlx_posttrain.data.tasks.family import Item, family
+from mlx_posttrain.data.tasks.family import Item, content, family, unordered
 from mlx_posttrain.data.tasks.on_lists import shuffled
 from mlx_posttrain.data.tasks.words import NOUNS
 
@@ -22,13 +22,13 @@ from mlx_posttrain.data.tasks.words import NOUNS
     held=("Tell me what {sum} is.", "Please work this out. | {sum}"),
 )
 def arithmetic(rng: random.Random) -> Item:
-    one, two = rng.randint(1, 12), rng.randint(1, 12)
+    one, two = rng.randint(1, 15), rng.randint(1, 15)
     if rng.random() < 0.5:
-        asked, answer = f"{one} + {two}", one + two
+        asked, answer, terms = f"{one} + {two}", one + two, (one, two)
     else:
-        asked, answer = f"{one + two} - {two}", one
+        asked, answer, terms = f"{one + two} - {two}", one, (one + two, -two)
     wrong = (str(answer + 1), str(answer - 1), str(answer + rng.choice((2, 3, 10))))
-    return Item(asked, {"sum": asked}, str(answer), number(answer), wrong)
+    return Item(unordered("sum", terms), {"sum": asked}, str(answer), number(answer), wrong)
 
 
 @family(
@@ -52,8 +52,10 @@ def steps(rng: random.Random) -> Item:
         return f"{one} + {two} = {middle}. {middle} {sign} {three} = {end}. The answer is {end}."
 
     asked, off = f"{one} + {two} {sign} {three}", rng.choice((1, 2))
+    terms = (one, two, three if sign == "+" else -three)
     wrong = (shown(half, total + off), shown(half + off, total), shown(half + off, total + off))
-    return Item(asked, {"sum": asked}, shown(half, total), worked([one, two, three], total), wrong)
+    spec = worked([one, two, three], total)
+    return Item(unordered("sum", terms), {"sum": asked}, shown(half, total), spec, wrong)
 
 
 @family(
@@ -73,9 +75,8 @@ def compare_numbers(rng: random.Random) -> Item:
     one, two = map(str, numbers)
     other = sum(numbers) - answer
     wrong = (str(other), str(other), f"{one} and {two}")
-    return Item(
-        f"{which}: {one} {two}", {"which": which, "one": one, "two": two}, str(answer), number(answer), wrong
-    )
+    slots = {"which": which, "one": one, "two": two}
+    return Item(unordered("numbers", numbers), slots, str(answer), number(answer), wrong)
 
 
 @family(
@@ -90,12 +91,11 @@ def compare_numbers(rng: random.Random) -> Item:
     held=("Order these numbers from small to big. | {numbers}", "Can you sort these numbers: {numbers}?"),
 )
 def sort_numbers(rng: random.Random) -> Item:
-    numbers = [str(n) for n in rng.sample(range(1, 31), 3)]
-    answer = sorted(numbers, key=int)
+    values = rng.sample(range(1, 31), 3)
+    answer = [str(n) for n in sorted(values)]
     wrong = (", ".join(shuffled(rng, answer)), ", ".join(answer[::-1]), ", ".join(answer[:-1]))
-    return Item(
-        " ".join(numbers), {"numbers": ", ".join(numbers)}, ", ".join(answer), in_order(*answer), wrong
-    )
+    slots = {"numbers": ", ".join(map(str, values))}
+    return Item(unordered("numbers", values), slots, ", ".join(answer), in_order(*answer), wrong)
 
 
 @family(
@@ -111,8 +111,9 @@ def sort_numbers(rng: random.Random) -> Item:
 )
 def pattern(rng: random.Random) -> Item:
     if rng.random() < 0.5:
-        step = rng.choice((1, 2, 5, 10))
-        start = rng.randint(1, 20) if step < 5 else step * rng.randint(1, 8)
+        step = rng.choice((1, 2, 3, 5, 10))
+        start = rng.randint(1, 30) if step < 5 else step * rng.randint(1, 10)
+        key = content("pattern", start, step)
         items, answer = [str(start + step * n) for n in range(4)], str(start + step * 4)
         wrong = (str(start + step * 4 + 1), str(start + step * 5), items[-1])
     else:
@@ -120,8 +121,9 @@ def pattern(rng: random.Random) -> Item:
         shown = rng.randint(len(cycle) + 2, 6)
         items, answer = [cycle[n % len(cycle)] for n in range(shown)], cycle[shown % len(cycle)]
         wrong = tuple(word for word in cycle if word != answer)
+        key = unordered("words", cycle)
     spec = number(int(answer)) if answer.isdigit() else one_of(answer)
-    return Item(" ".join(items), {"items": ", ".join(items)}, answer, spec, wrong)
+    return Item(key, {"items": ", ".join(items)}, answer, spec, wrong)
 
 
 FAMILIES = (arithmetic, steps, compare_numbers, sort_numbers, pattern)

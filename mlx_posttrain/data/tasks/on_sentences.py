@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 
 from mlx_posttrain.data.tasks.checks import literal, one_of, sentences
-from mlx_posttrain.data.tasks.family import Item, family
+from mlx_posttrain.data.tasks.family import Item, content, family, unordered
 from mlx_posttrain.data.tasks.words import (
     ADJECTIVES,
     ANIMALS,
     COLOURS,
-    COMPLETIONS,
     NAMES,
     NOUNS,
     PLACES,
@@ -45,7 +44,9 @@ def replace_word(rng: random.Random) -> Item:
         return f"The {words[0]} is {words[1]} in the {words[2]}."
 
     slots = {"old": old[at], "new": new[at], "text": text(old)}
-    return Item(f"{text(old)} {new[at]}", slots, text(new), one_of(text(new)), (text(old), text(other)))
+    return Item(
+        unordered("replace", [*old, new[at]]), slots, text(new), one_of(text(new)), (text(old), text(other))
+    )
 
 
 @family(
@@ -63,7 +64,7 @@ def quotes(rng: random.Random) -> Item:
     (noun, other), adjective = rng.sample(NOUNS, 2), rng.choice((*ADJECTIVES, *COLOURS))
     text = f"the {adjective} {noun}"
     return Item(
-        text,
+        content("phrase", adjective, noun),
         {"text": text},
         f'"{text}"',
         literal(f'"{text}"'),
@@ -83,11 +84,9 @@ def quotes(rng: random.Random) -> Item:
     held=("Make this sentence past tense: {text}", "Write the sentence again in the past. | {text}"),
 )
 def past_tense(rng: random.Random) -> Item:
-    (present, past, rest), other = rng.choice(VERBS), rng.choice(VERBS)
-    subject, end = (
-        rng.choice(("I", "We", "They", "You", "The boys", "The girls", "My friends", "The children")),
-        rng.choice(rest.split("|")),
-    )
+    (present, past, ends), other = rng.choice(VERBS), rng.choice(VERBS)
+    subject = rng.choice(("I", "We", "They", "You", "The boys", "The girls", "My friends", "The children"))
+    end = rng.choice(ends)
     text, answer = f"{subject} {present} {end}.", f"{subject} {past} {end}."
     wrong = (
         text,
@@ -95,26 +94,7 @@ def past_tense(rng: random.Random) -> Item:
         f"{subject} {present}s {end}.",
         f"{subject} {other[1]} {end}.",
     )
-    return Item(text, {"text": text}, answer, one_of(answer), wrong)
-
-
-@family(
-    "the last word of a sentence",
-    train=(
-        "Finish the sentence with one word: {text}",
-        "Which word comes at the end of this sentence? | {text}",
-        "Write the missing last word. | {text}",
-        "Finish this sentence. | {text}",
-        "Complete this with one word: {text}",
-    ),
-    held=("Complete the sentence. | {text}", "What is the last word of this sentence: {text}"),
-)
-def completion(rng: random.Random) -> Item:
-    (start, answer), (_, other), name = *rng.sample(COMPLETIONS, 2), rng.choice(NAMES)
-    text = f"{name} {start} ..."
-    return Item(
-        text, {"text": text}, answer, one_of(answer, *(f"{word} {answer}" for word in ("a", "the"))), (other,)
-    )
+    return Item(content("predicate", present, end), {"text": text}, answer, one_of(answer), wrong)
 
 
 @family(
@@ -139,10 +119,11 @@ def reading(rng: random.Random) -> Item:
     kind = rng.randrange(4)
     if kind < 2:
         text = f"{names[0]} is in the {places[0]}. {names[1]} is in the {places[1]}."
-        rooms = [f"in the {place}" for place in places]
+        rooms, told = [f"in the {place}" for place in places], places
         asked, answers = (f"Who is {rooms[at]}?", names) if kind == 0 else (f"Where is {names[at]}?", rooms)
     else:
-        text = f"{names[0]} has a {colours[0]} {things[0]}. {names[1]} has a {colours[1]} {things[1]}."
+        told = [f"{colour} {thing}" for colour, thing in zip(colours, things, strict=True)]
+        text = f"{names[0]} has a {told[0]}. {names[1]} has a {told[1]}."
         asked, answers = (
             (f"Who has the {things[at]}?", names)
             if kind == 2
@@ -152,7 +133,7 @@ def reading(rng: random.Random) -> Item:
     spec = one_of(
         answer, *([answer.removeprefix("in "), answer.removeprefix("in the ")] if kind == 1 else [])
     )
-    return Item(f"{text} {asked}", {"text": text, "question": asked}, answer, spec, (wrong,))
+    return Item(unordered("told", told), {"text": text, "question": asked}, answer, spec, (wrong,))
 
 
 @family(
@@ -176,7 +157,7 @@ def polite_request(rng: random.Random) -> Item:
         ends="?.",
     )
     wrong = (f"Now {order} or go away!", f"You have to {order} at once.", f"Could you please {elsewhere}?")
-    return Item(order, {"order": order}, f"Could you please {order}?", spec, wrong)
+    return Item(content("request", order), {"order": order}, f"Could you please {order}?", spec, wrong)
 
 
 @family(
@@ -206,7 +187,7 @@ def story(rng: random.Random) -> Item:
         template.format(**{**slots, **change})
         for change in ({"name": stranger}, {"animal": another}, {"thing": something})
     )
-    return Item(f"{name} {animal} {thing}", slots, template.format(**slots), spec, wrong)
+    return Item(content("story", animal, thing), slots, template.format(**slots), spec, wrong)
 
 
-FAMILIES = (replace_word, quotes, past_tense, completion, reading, polite_request, story)
+FAMILIES = (replace_word, quotes, past_tense, reading, polite_request, story)

@@ -1,21 +1,18 @@
-"""Families over single words: spelling, forms, opposites, rhymes, knowledge."""
+"""Families over single words: spelling, forms, rhymes, knowledge."""
 
 from __future__ import annotations
 
 import random
 
 from mlx_posttrain.data.tasks.checks import in_order, literal, number, one_of
-from mlx_posttrain.data.tasks.family import Item, family
+from mlx_posttrain.data.tasks.family import Item, content, family, unordered
 from mlx_posttrain.data.tasks.words import (
     ADJECTIVES,
     COLOURS,
-    DAYS,
     FOODS,
     KINDS,
-    MONTHS,
     MORE_COUNTABLE,
     NOUNS,
-    OPPOSITES_PAIRS,
     RHYME_GROUPS,
     SIZES,
     a,
@@ -23,28 +20,9 @@ from mlx_posttrain.data.tasks.words import (
 )
 
 SHORT_WORDS = sorted(
-    {word for word in (*NOUNS, *COLOURS, *ADJECTIVES, *FOODS, *MORE_COUNTABLE) if len(word) <= 6}
+    {word for word in (*NOUNS, *COLOURS, *ADJECTIVES, *FOODS, *MORE_COUNTABLE) if len(word) <= 7}
 )
 COUNTABLE = sorted({*NOUNS, *MORE_COUNTABLE})
-
-
-@family(
-    "the opposite of a word",
-    train=(
-        "What is the opposite of {word}?",
-        "Give the opposite of this word. | {word}",
-        "Write the opposite: {word}",
-        "Which word is the opposite of {word}?",
-        "Name the opposite of {word}.",
-    ),
-    held=("Tell me the opposite of {word}.", "Find the word that means the opposite of {word}."),
-)
-def opposites(rng: random.Random) -> Item:
-    pair = rng.choice(OPPOSITES_PAIRS)
-    word, _ = asked = rng.sample(pair, 2)
-    right = [other for one in OPPOSITES_PAIRS if word in one for other in one if other != word]
-    wrong = [rng.choice(rng.choice(OPPOSITES_PAIRS)) for _ in range(2)]
-    return Item(word, {"word": word}, asked[1], one_of(*right), (word, *wrong))
 
 
 @family(
@@ -63,7 +41,7 @@ def plurals(rng: random.Random) -> Item:
     answer = plural(word)
     other = plural(rng.choice(COUNTABLE))
     return Item(
-        word,
+        content("plural", word),
         {"word": word},
         answer,
         one_of(answer, f"two {answer}"),
@@ -84,9 +62,8 @@ def plurals(rng: random.Random) -> Item:
 )
 def uppercase(rng: random.Random) -> Item:
     word, other = rng.sample(SHORT_WORDS, 2)
-    return Item(
-        word, {"word": word}, word.upper(), literal(word.upper()), (word, word.capitalize(), other.upper())
-    )
+    wrong = (word, word.capitalize(), other.upper())
+    return Item(content("letters", word), {"word": word}, word.upper(), literal(word.upper()), wrong)
 
 
 @family(
@@ -104,7 +81,7 @@ def spell_out(rng: random.Random) -> Item:
     word = rng.choice(SHORT_WORDS)
     swapped = "-".join([word[1], word[0], *word[2:]])
     return Item(
-        word,
+        content("letters", word),
         {"word": word},
         "-".join(word),
         in_order(*word),
@@ -126,7 +103,8 @@ def spell_out(rng: random.Random) -> Item:
 def count_letters(rng: random.Random) -> Item:
     word = rng.choice(SHORT_WORDS)
     n = len(word)
-    return Item(word, {"word": word}, str(n), number(n), (str(n + 1), str(n - 1), str(n + 2)))
+    wrong = (str(n + 1), str(n - 1), str(n + 2))
+    return Item(content("letters", word), {"word": word}, str(n), number(n), wrong)
 
 
 @family(
@@ -148,38 +126,8 @@ def rhymes(rng: random.Random) -> Item:
     word, answer = rng.sample(group, 2)
     wrong = rng.choice(others)
     one, two = rng.sample((answer, wrong), 2)
-    return Item(
-        f"{word}: {one} {two}", {"word": word, "one": one, "two": two}, answer, one_of(answer), (wrong,)
-    )
-
-
-@family(
-    "the day or month before or after another",
-    train=(
-        "What {unit} comes {where} {name}?",
-        "Which {unit} is {where} {name}?",
-        "Name the {unit} {where} {name}.",
-        "Write the {unit} that comes {where} this one. | {name}",
-        "It is {name}. Which {unit} comes {where} it?",
-    ),
-    held=("Tell me the {unit} that is {where} {name}.", "Which {unit} comes {where} {name}?"),
-)
-def calendar(rng: random.Random) -> Item:
-    unit, names = rng.choice((("day", DAYS), ("month", MONTHS)))
-    at, (where, step) = rng.randrange(len(names)), rng.choice((("after", 1), ("before", -1)))
-    answer = names[(at + step) % len(names)]
-    wrong = (
-        names[at - step if at - step < len(names) else 0],
-        names[at],
-        rng.choice([name for name in names if name != answer]),
-    )
-    return Item(
-        f"{names[at]} {where}",
-        {"unit": unit, "where": where, "name": names[at]},
-        answer,
-        one_of(answer),
-        wrong,
-    )
+    slots = {"word": word, "one": one, "two": two}
+    return Item(unordered("rhyme", (word, answer)), slots, answer, one_of(answer), (wrong,))
 
 
 @family(
@@ -195,14 +143,14 @@ def calendar(rng: random.Random) -> Item:
 )
 def compare_sizes(rng: random.Random) -> Item:
     small, big = sorted(rng.sample(range(len(SIZES)), 2))
-    while big - small < 2:
+    while big - small < 3:
         small, big = sorted(rng.sample(range(len(SIZES)), 2))
     which = rng.choice(("bigger", "smaller"))
     answer, wrong = (SIZES[big], SIZES[small]) if which == "bigger" else (SIZES[small], SIZES[big])
     one, two = rng.sample((answer, wrong), 2)
     slots = {"which": which, "one": a(one), "two": a(two)}
     return Item(
-        f"{which}: {one} {two}",
+        unordered("sizes", (one, two)),
         slots,
         a(answer),
         one_of(a(answer), answer, f"the {answer}"),
@@ -225,22 +173,14 @@ def true_false(rng: random.Random) -> Item:
     true = rng.random() < 0.5
     if rng.random() < 0.5:
         kind, other = rng.sample(list(KINDS), 2)
-        fact = f"{a(rng.choice(KINDS[kind][0]))} is {KINDS[kind if true else other][1]}"
+        word = rng.choice(KINDS[kind][0])
+        fact, key = f"{a(word)} is {KINDS[kind if true else other][1]}", content("kind", word)
     else:
         low, high = sorted(rng.sample(range(1, 31), 2))
         fact = f"{high} is more than {low}" if true else f"{low} is more than {high}"
+        key = unordered("numbers", (low, high))
     answers = ("true", "false") if true else ("false", "true")
-    return Item(fact, {"fact": fact}, answers[0], one_of(answers[0]), (answers[1],))
+    return Item(key, {"fact": fact}, answers[0], one_of(answers[0]), (answers[1],))
 
 
-FAMILIES = (
-    opposites,
-    plurals,
-    uppercase,
-    spell_out,
-    count_letters,
-    rhymes,
-    calendar,
-    compare_sizes,
-    true_false,
-)
+FAMILIES = (plurals, uppercase, spell_out, count_letters, rhymes, compare_sizes, true_false)

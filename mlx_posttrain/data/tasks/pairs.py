@@ -57,7 +57,7 @@ def _beside(rng: random.Random, row: Row, others: Sequence[Family]) -> str:
         family = row.family if choice < 0.7 else rng.choice(others)
         item = family.draw(rng)
         # no answer moves from one split to the other
-        while family.held_out(item) != row.family.held_out(row.item):
+        while item.held_out != row.item.held_out:
             item = family.draw(rng)
         text = item.answer
     return frame(text, *_courtesy(rng, 0.5)) if rng.random() < 0.8 else text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from mlx_posttrain.data.tasks.checks import in_order, number, one_of
-from mlx_posttrain.data.tasks.family import Item, family
+from mlx_posttrain.data.tasks.family import Item, content, family, unordered
 from mlx_posttrain.data.tasks.on_lists import shuffled
 from mlx_posttrain.data.tasks.words import NAMES, NOUNS, PLACES, THINGS, plural
 
@@ -56,7 +56,7 @@ def _running_sum(rng: random.Random, terms: int) -> tuple[list[int], str, int]:
 def long_sum(rng: random.Random) -> Item:
     numbers, lines, total = _running_sum(rng, rng.randint(2, 4))
     asked = str(numbers[0]) + "".join(f" {'+' if n > 0 else '-'} {abs(n)}" for n in numbers[1:])
-    return Item(asked, {"sum": asked}, str(total), number(total), thinking=lines)
+    return Item(unordered("sum", numbers), {"sum": asked}, str(total), number(total), thinking=lines)
 
 
 @family("a story with numbers", **_ABOUT_A_TEXT)
@@ -72,7 +72,7 @@ def number_story(rng: random.Random) -> Item:
         )
         story.append(f"{name} {verb.format(abs(n))}.")
     slots = {"text": " ".join(story), "question": f"How many {plural(thing)} does {name} have now?"}
-    return Item(slots["text"], slots, str(total), number(total), thinking=lines)
+    return Item(unordered("sum", numbers), slots, str(total), number(total), thinking=lines)
 
 
 @family("who has more in all", **_ABOUT_A_TEXT)
@@ -91,7 +91,7 @@ def who_has_more(rng: random.Random) -> Item:
     lines.append(f"{max(totals)} is more than {min(totals)}")
     answer = names[totals.index(max(totals))]
     return Item(
-        text,
+        unordered("two sums", (unordered("sum", count) for count in counts)),
         {"text": text, "question": "Who has more things?"},
         answer,
         one_of(answer),
@@ -119,7 +119,13 @@ def sort_by_steps(rng: random.Random) -> Item:
         left.remove(least)
     answer = [str(n) for n in sorted(numbers)]
     asked = ", ".join(map(str, numbers))
-    return Item(asked, {"numbers": asked}, ", ".join(answer), in_order(*answer), thinking="\n".join(lines))
+    return Item(
+        unordered("numbers", numbers),
+        {"numbers": asked},
+        ", ".join(answer),
+        in_order(*answer),
+        thinking="\n".join(lines),
+    )
 
 
 @family(
@@ -146,21 +152,31 @@ def count_by_steps(rng: random.Random) -> Item:
         count += one == word
         lines.append(f"{one}: {count}")
     slots = {"word": word, "words": ", ".join(words)}
-    return Item(f"{word}: {slots['words']}", slots, str(count), number(count), thinking="\n".join(lines))
-
-
-@family("who is first or last of three, from two facts", **_ABOUT_A_TEXT)
-def put_in_order(rng: random.Random) -> Item:
-    names = rng.sample(NAMES, 3)
-    more, most, least = rng.choice(
-        (("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"))
+    return Item(
+        content("count", word, unordered("of", words)),
+        slots,
+        str(count),
+        number(count),
+        thinking="\n".join(lines),
     )
-    facts = [f"{names[0]} is {more} than {names[1]}.", f"{names[1]} is {more} than {names[2]}."]
-    asked, answer = rng.choice(((most, names[0]), (least, names[2])))
-    lines = [*facts, f"Order: {', '.join(names)}."]
+
+
+@family("which is first or last of three things, from two facts", **_ABOUT_A_TEXT)
+def put_in_order(rng: random.Random) -> Item:
+    things = rng.sample(THINGS, 3)
+    more, most, least = rng.choice(
+        (("bigger", "biggest", "smallest"), ("older", "oldest", "newest"), ("longer", "longest", "shortest"))
+    )
+    facts = [
+        f"The {things[0]} is {more} than the {things[1]}.",
+        f"The {things[1]} is {more} than the {things[2]}.",
+    ]
+    asked, answer = rng.choice(((most, things[0]), (least, things[2])))
+    lines = [*facts, f"Order: {', '.join(things)}."]
     text = " ".join(rng.sample(facts, 2))
-    slots = {"text": text, "question": f"Who is the {asked}?"}
-    return Item(f"{text} {asked}", slots, answer, one_of(answer), thinking="\n".join(lines))
+    slots = {"text": text, "question": f"Which is the {asked}?"}
+    spec = one_of(answer, f"the {answer}")
+    return Item(unordered("order", things), slots, answer, spec, thinking="\n".join(lines))
 
 
 @family("where a thing is after it was moved", **_ABOUT_A_TEXT)
@@ -171,15 +187,17 @@ def follow_moves(rng: random.Random) -> Item:
         [f"The {what} is in the {where}." for what, where in at.items()],
         [f"{what}: {where}" for what, where in at.items()],
     )
-    for place in places[2 : 2 + rng.randint(1, 2)]:
+    used = places[: 3 + rng.randint(0, 1)]
+    for place in used[2:]:
         what = rng.choice((thing, other))
         at[what] = place
         story.append(f"{name} takes the {what} to the {place}.")
         lines.append(f"{what}: {place}")
     asked = rng.choice((thing, other))
     slots = {"text": " ".join(story), "question": f"Where is the {asked} now?"}
+    key = unordered("moves", (thing, other, *used))
     answers = (at[asked], f"the {at[asked]}", f"in the {at[asked]}")
-    return Item(f"{slots['text']} {asked}", slots, at[asked], one_of(*answers), thinking="\n".join(lines))
+    return Item(key, slots, at[asked], one_of(*answers), thinking="\n".join(lines))
 
 
 FAMILIES = (long_sum, number_story, who_has_more, sort_by_steps, count_by_steps, put_in_order, follow_moves)

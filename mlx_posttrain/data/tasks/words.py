@@ -71,17 +71,25 @@ IRREGULAR_PLURALS = {
     "knife": "knives",
     "tooth": "teeth",
     "scarf": "scarves",
+    "calf": "calves",
 }
 MORE_COUNTABLE = _words(
     "boy girl king queen friend sister brother baby lady story city party berry cherry puppy bunny pony "
     "penny box fox bush dish "
     "glass dress brush watch witch beach peach bench branch lunch church class kiss day toy key way child "
     "man woman knife tooth "
-    "cloud song game name bird plant seed nut plate pot pan pen paper picture wheel horn tail wing nest egg"
+    "cloud song game name bird plant seed nut plate pot pan pen paper picture wheel horn tail wing nest egg "
+    "pencil pocket lesson teacher doctor farmer baker driver hunter sailor soldier prince giant fairy dragon "
+    "castle tower palace cave island ocean stream pond path street corner hole branch root grape plum lemon "
+    "onion pumpkin melon pea cherry jar mug fork bowl kettle oven pillow blanket mirror lock nail hammer saw "
+    "ladder brick tent flag map whistle trumpet violin piano mask crown sword shield arrow net hook engine "
+    "rocket robot camel puppet balloon ticket present pupil cousin uncle aunt neighbour minute hour week "
+    "month year colour number word page line rule kitten lamb calf chick pigeon robin parrot lizard crab seal "
+    "bat worm moth beetle hut room roof stair gate fence post sign pool boxer dancer painter singer writer"
 )
 
 # present, past, possible continuations
-VERBS = (
+_VERBS = (
     ("walk", "walked", "to the park|to school|home|in the garden"),
     ("play", "played", "in the garden|with a ball|at home|with the dog"),
     ("jump", "jumped", "over the wall|into the lake|on the bed"),
@@ -119,76 +127,53 @@ VERBS = (
     ("sit", "sat", "on the chair|under a tree|by the fire"),
     ("hear", "heard", "a bell|the wind|a song"),
 )
-
-OPPOSITES = (
-    "big small|hot cold|happy sad|old young|day night|up down|in out|fast slow|tall short|good bad|wet "
-    "dry|full empty|open closed|"
-    "early late|hard soft|light dark|rich poor|near far|high low|left right|first last|black white|strong "
-    "weak|clean dirty|"
-    "new ancient|thick thin|wide narrow|loud quiet|long brief|heavy weightless|top bottom|inside "
-    "outside|before after|over under|"
-    "front back|begin end|start stop|give take|push pull|come go|buy sell|win lose|laugh cry|love "
-    "hate|remember forget|ask answer|"
-    "find hide|always never|yes no|man woman|boy girl|king queen|brother sister|father mother|son "
-    "daughter|uncle aunt|friend enemy|"
-    "summer winter|morning evening|north south|east west|sweet sour|true false|right wrong|asleep "
-    "awake|alive dead|brave afraid|"
-    "kind cruel|safe dangerous|easy difficult|cheap costly|ugly pretty|sharp blunt|deep shallow|smooth "
-    "rough|more less|many few|"
-    "all none|here there|above below"
+_GOING = (
+    ("go", "went"),
+    ("run", "ran"),
+    ("walk", "walked"),
+    ("come", "came"),
+    ("ride", "rode"),
+    ("drive", "drove"),
 )
-OPPOSITES_PAIRS = tuple(tuple(pair.split()) for pair in OPPOSITES.split("|"))
+_HOLDING = (
+    ("find", "found"),
+    ("see", "saw"),
+    ("take", "took"),
+    ("buy", "bought"),
+    ("hold", "held"),
+    ("carry", "carried"),
+    ("want", "wanted"),
+    ("like", "liked"),
+    ("lose", "lost"),
+    ("keep", "kept"),
+    ("bring", "brought"),
+    ("need", "needed"),
+)
 
-# From small to big; neighbours are too similar to compare.
-SIZES = _words("ant bee mouse frog duck cat sheep lion horse elephant whale hill mountain")
+VERBS = tuple((present, past, tuple(ends.split("|"))) for present, past, ends in _VERBS) + tuple(
+    (present, past, tuple(f"{before} {what}" for what in after))
+    for verbs, before, after in ((_GOING, "to the", PLACES), (_HOLDING, "the", THINGS))
+    for present, past in verbs
+)
+
+# From small to big; neighbours of the first and second degree are too similar to compare.
+SIZES = _words(
+    "seed ant bee nut coin egg cup mouse shoe frog duck cat fox goat sheep lion cow horse car elephant truck "
+    "bus house church ship lake hill mountain"
+)
 
 RHYMES = (
-    "cat hat bat rat mat|dog log frog fog|sun fun run bun|cake lake snake rake|tree bee sea key|ball wall "
-    "tall fall|boat coat goat|"
-    "bed red head bread|ring king sing wing|house mouse|moon spoon soon|star car far jar|nose rose toes|day "
-    "play way hay|"
-    "night light kite|bell well shell|book hook cook look|fish dish wish|pig big wig dig|box fox|rain train "
-    "plane|bear chair hair|"
-    "pen hen ten men|door floor more four|clock sock rock|top shop hop|hand sand land|bug rug mug"
+    "cat hat bat rat mat fat sat pat|dog log frog fog hog jog|sun fun run bun gun nun|"
+    "cake lake snake rake make take wake shake|tree bee sea key knee free three tea|"
+    "ball wall tall fall call hall small|boat coat goat note float throat|bed red head bread said led|"
+    "ring king sing wing bring thing spring string|star car far jar bar tar|nose rose toes goes knows those|"
+    "day play way hay say may stay grey|night light kite bite right white bright fight|"
+    "bell well shell tell fell sell smell yell|book hook cook look took shook|pig big wig dig fig|"
+    "rain train plane lane chain cane|bear chair hair pear where care|pen hen ten men then when|"
+    "door floor more four store shore|clock sock rock lock block knock|top shop hop stop drop mop|"
+    "hand sand land band stand|moon spoon soon noon|fish dish wish|box fox"
 )
 RHYME_GROUPS = tuple(tuple(group.split()) for group in RHYMES.split("|"))
-
-# A sentence about someone, without its last word.
-COMPLETIONS = (
-    ("hears the dog. The dog says", "woof"),
-    ("hears the cat. The cat says", "meow"),
-    ("hears the cow. The cow says", "moo"),
-    ("hears the duck. The duck says", "quack"),
-    ("hears the pig. The pig says", "oink"),
-    ("hears the sheep. The sheep says", "baa"),
-    ("is tired and goes to", "bed"),
-    ("is hungry and wants to", "eat"),
-    ("is thirsty and wants to", "drink"),
-    ("cuts the bread with a", "knife"),
-    ("eats the soup with a", "spoon"),
-    ("opens the door with a", "key"),
-    ("is cold and puts on a", "coat"),
-    ("looks at the time on the", "clock"),
-    ("reads a story in a", "book"),
-    ("sees a fish. A fish can", "swim"),
-    ("sees a bird. A bird can", "fly"),
-    ("sees a frog. A frog can", "jump"),
-    ("looks at the grass. The grass is", "green"),
-    ("looks at the snow. The snow is", "white"),
-    ("looks at the sun. The sun is", "yellow"),
-    ("gets eggs from the", "hen"),
-    ("gets milk from the", "cow"),
-    ("gets honey from the", "bee"),
-    ("hears a story with the", "ears"),
-    ("sees the moon with the", "eyes"),
-    ("smells a flower with the", "nose"),
-    ("wears a hat on the", "head"),
-    ("wears shoes on the", "feet"),
-    ("wears a ring on the", "finger"),
-)
-
-DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-MONTHS = _words("January February March April May June July August September October November December")
 
 # What one person may ask of another; {} is a thing.
 REQUESTS = (
@@ -204,6 +189,9 @@ REQUESTS = (
     "put the {} on the table",
     "come here with the {}",
     "wait for me by the {}",
+    "buy me the {}",
+    "pick up the {}",
+    "take the {} home",
 )
 
 # Very short stories; {name}, {animal} and {thing} are given in the task.
