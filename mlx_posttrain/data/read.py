@@ -19,7 +19,7 @@ from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Tu
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
-Record = TypeVar("Record")
+Record = TypeVar("Record", bound=formats.Record)
 #: Rows to evaluate on are worth having, and a run can do without them.
 NONE_HELD_OUT = (
     "{what}: none of them can be used as data.max_length stands, so nothing is evaluated during training"
@@ -89,27 +89,79 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
     return conversations
 
 
+def opening(record: formats.Record) -> str:
+    """The question that a record begins with, or its text where it asks nothing.
+
+    In lower case and with single spaces.
+    """
+    if isinstance(record, Conversation):
+        turns, otherwise = record.turns, record.turns[-1].content
+    else:
+        turns = record.prompt
+        otherwise = record.chosen if isinstance(record, Preference) else record.completion
+    asked = next((turn.content for turn in turns if turn.role == "user"), "")
+    return " ".join((asked if asked.strip() else otherwise).casefold().split())
+
+
 def split_rows(
     data: DataSection, seed: int, read: Callable[..., list[Record]]
 ) -> tuple[list[Record], list[Record]]:
     """Training and held-out rows: from a split of the source, or rows set aside by seed.
 
+    Rows that begin with the same question stay together: a row whose prompt was trained on tells nothing
+    about new prompts. A split that the source comes with is left as it is, and what it shares is printed.
     read: as :func:`read_conversations`.
     """
     train = read(data, split=data.split, limit=data.limit, seed=seed)
     eval_split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
     if eval_split:
-        return train, read(data, split=eval_split, limit=data.eval_limit, seed=seed)
+        held_out = read(data, split=eval_split, limit=data.eval_limit, seed=seed)
+        trained = {opening(row) for row in train}
+        shared = sum(opening(row) in trained for row in held_out)
+        if shared:
+            log(
+                f"{data.source}: {shared:,} of {len(held_out):,} rows of the split {eval_split!r} begin with "
+                "a question that is also trained on"
+            )
+        return train, held_out
     if data.holdout >= len(train):
         raise UserError(
             f"data.holdout={data.holdout:g} leaves none of {len(train)} rows to train on; lower it"
         )
     aside = int(data.holdout if data.holdout >= 1 else round(data.holdout * len(train)))
     aside = min(aside, data.eval_limit or aside, len(train) - 1)
-    chosen = set(np.random.default_rng([seed, 0xE7A1]).permutation(len(train))[:aside].tolist())
+    questions = [opening(row) for row in train]
+    chosen = _groups_aside(questions, aside, np.random.default_rng([seed, 0xE7A1]))
+    if aside and not chosen:
+        log(f"{data.source}: all rows begin with the same question, so none are held out")
+    elif aside and len(set(questions)) < len(questions):
+        asked = {questions[i] for i in chosen}
+        log(
+            f"{data.source}: {len(chosen):,} of {len(train):,} rows held out, {len(asked):,} of "
+            f"{len(set(questions)):,} questions; no question is on both sides"
+        )
     return [c for i, c in enumerate(train) if i not in chosen], [
         c for i, c in enumerate(train) if i in chosen
     ]
+
+
+def _groups_aside(questions: list[str], aside: int, rng: np.random.Generator) -> set[int]:
+    """Numbers of about ``aside`` rows, every row of a question or none.
+
+    Questions come in the order in which a permutation of the rows meets them; one with more rows than are
+    still wanted is passed over. Where each has too many, the one with the fewest rows is taken.
+    """
+    members: dict[str, list[int]] = {}
+    for number, question in enumerate(questions):
+        members.setdefault(question, []).append(number)
+    chosen: set[int] = set()
+    for number in rng.permutation(len(questions)).tolist():
+        group = members[questions[number]]
+        if number not in chosen and len(chosen) + len(group) <= aside:
+            chosen.update(group)
+    if aside and not chosen and len(members) > 1:
+        chosen = set(members[min(members, key=lambda question: len(members[question]))])
+    return chosen
 
 
 def encode_rows(

@@ -28,7 +28,7 @@ def read(
     ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens``
     in the context, is dropped and counted. Raises UserError when none is left to train on.
     """
-    found = split_rows(data, seed, _read)
+    found = [[_prompt_row(row, data.source) for row in rows] for rows in split_rows(data, seed, read_rows)]
     room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
     if room < 1:
         raise UserError(
@@ -52,10 +52,6 @@ def read(
             log(NONE_HELD_OUT.format(what=what))
         kept.append(prompts)
     return kept[0], kept[1]
-
-
-def _read(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[PromptRow]:
-    return [_prompt_row(row, data.source) for row in read_rows(data, split=split, limit=limit, seed=seed)]
 
 
 def _prompt_row(row: Conversation | Preference | Labelled, source: str) -> PromptRow:

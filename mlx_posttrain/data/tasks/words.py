@@ -84,8 +84,9 @@ MORE_COUNTABLE = _words(
     "onion pumpkin melon pea cherry jar mug fork bowl kettle oven pillow blanket mirror lock nail hammer saw "
     "ladder brick tent flag map whistle trumpet violin piano mask crown sword shield arrow net hook engine "
     "rocket robot camel puppet balloon ticket present pupil cousin uncle aunt neighbour minute hour week "
-    "month year colour number word page line rule kitten lamb calf chick pigeon robin parrot lizard crab seal "
-    "bat worm moth beetle hut room roof stair gate fence post sign pool boxer dancer painter singer writer"
+    "month year colour number word page line rule kitten lamb calf chick pigeon robin parrot lizard crab "
+    "seal bat worm moth beetle hut room roof stair gate fence post sign pool boxer dancer painter singer "
+    "writer"
 )
 
 # present, past, possible continuations
