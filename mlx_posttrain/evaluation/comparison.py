@@ -24,7 +24,7 @@ from mlx_posttrain.evaluation.metrics import (
     sign_flip,
 )
 
-# with fewer rows a percentile interval is too narrow to call a difference significant
+# fewer rows are too few to call a difference significant
 MIN_ROWS = 20
 LEVEL = 0.05
 
