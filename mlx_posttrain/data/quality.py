@@ -236,9 +236,10 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7, seed: int = 0)
 def bands(threshold: float) -> tuple[int, int]:
     """(b bands, r rows in each) of a MinHash, of which two texts are candidates if any band is equal.
 
-    Two texts of similarity s are candidates with probability 1 - (1 - s^r)^b (Leskovec et al. 2014, "Mining of
-    Massive Datasets", section 3.4.2). r is the largest with which that is at least RECALL at the threshold,
-    since fewer pairs below it are then compared in vain; from .031 down it is 1, and the probability less.
+    Two texts of similarity s are candidates with probability 1 - (1 - s^r)^b (Leskovec et al. 2014, "Mining
+    of Massive Datasets", section 3.4.2). r is the largest with which that is at least RECALL at the
+    threshold, since fewer pairs below it are then compared in vain; from .03 down it is 1, and the
+    probability less.
     """
     rows = max(
         (

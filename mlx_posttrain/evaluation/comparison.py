@@ -167,8 +167,8 @@ METRICS: dict[str, Metric] = {
         "{:.1%}",
         "higher",
         "100 %; baseline 50 %",
-        "share of answers that the reward model prefers to the baseline's, at equal length; an empty "
-        "one loses; compared with 50 %",
+        "share of answers that the reward model prefers to the baseline's, at equal length by a logistic fit "
+        "in which the effect of length may saturate; an empty one loses; compared with 50 %",
         null_value=0.5,
     ),
 }

@@ -302,6 +302,9 @@ def _reward_row(label: str, report: Mapping[str, Any]) -> dict[str, str]:
         "accuracy": _percent(report["accuracy"]),
         "longer": _percent(report["longer"]),
         "words": _percent(report["bag_of_words"]),
+        "calibration": f"{report['calibration_error']:.3f}",
+        # reports of earlier releases have no null
+        "null": "{:.3f} [{:.3f}, {:.3f}]".format(*null) if (null := report.get("calibration_null")) else "-",
         "loss": f"{report['mean_training_loss']:.4f}",
     }
 

@@ -161,7 +161,7 @@ def test_bands_reach_the_recall_at_the_threshold_with_the_fewest_candidates() ->
     assert bands(0.7) == (25, 5)  # 1 - (1 - .7^5)^25 = .990; (21, 6) has .928
     for threshold in (0.05, 0.1, 0.3, 0.5, 0.6, 0.75, 0.8, 0.9, 0.95, 1.0):
         b, r = bands(threshold)
-        assert 2 <= b and b * r <= 128 and 1 - (1 - threshold**r) ** b >= 0.98
+        assert b >= 2 and b * r <= 128 and 1 - (1 - threshold**r) ** b >= 0.98
         if r < 64:
             assert 1 - (1 - threshold ** (r + 1)) ** (128 // (r + 1)) < 0.98
     assert bands(0.01) == (128, 1)

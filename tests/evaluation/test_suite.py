@@ -213,6 +213,35 @@ def test_the_interval_of_wins_covers_the_rate_at_equal_length(gap, a, b):
     assert 0.92 <= np.mean(hits) <= 0.98  # nominal .95; 300 trials have a standard error of .013
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "effect, rate",
+    [
+        (lambda longer: 0.0 * longer, 0.5),
+        (lambda longer: longer, 0.5),
+        (lambda longer: longer, 0.73),
+        (lambda longer: 2 * np.tanh(longer), 0.5),  # fitted as linear: .52, and 89 % covered
+        (lambda longer: 2 * np.tanh(longer), 0.73),
+        (lambda longer: 2 * np.tanh(3 * longer), 0.5),  # .54, 81 %
+    ],
+)
+def test_wins_at_equal_length_whatever_the_effect_of_length(effect, rate):
+    """Some answers are far longer than others, and more of them longer than shorter."""
+    rng = np.random.default_rng(9)
+    means, hits = [], []
+    while len(hits) < 600:
+        longer = rng.standard_t(3, 250) + 0.6
+        chance = 1 / (1 + (1 / rate - 1) * np.exp(-effect(longer)))
+        won = (rng.random(250) < chance).astype(float)
+        values = length_controlled_wins(won, np.full(250, 0.5), longer, np.zeros(250))
+        if np.isfinite(values).all():
+            mean, low, high = proportion(values, samples=300, seed=len(hits))
+            means.append(mean)
+            hits.append(low <= rate <= high)
+    assert np.mean(means) == pytest.approx(rate, abs=0.01)  # 600 trials have a standard error of .002
+    assert 0.92 <= np.mean(hits) <= 0.98
+
+
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_a_reward_model_scores_answers(engine, random_gpt2, other_gpt2, questions_file, tmp_path):
     reward_model, tokenizer, _ = open_model(random_gpt2, engine)
