@@ -13,6 +13,7 @@ from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import comparison, likelihood, suite
 from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluation.metric_table import METRICS, PER_TOKEN
 from mlx_posttrain.evaluation.metrics import distinct_n, perplexity, proportion
 from mlx_posttrain.evaluation.preference import length_controlled_wins
 from mlx_posttrain.evaluation.reward_scoring import add_reward_metrics
@@ -80,7 +81,7 @@ def test_metrics_have_their_definitions_and_a_model_equals_itself(
         [str(random_gpt2), str(other_gpt2), str(random_gpt2)], settings, engine, ["a", "b", "c"]
     )
     a, b, again = found.models
-    assert len(a.answers) == 6 and set(found.metrics()) == set(comparison.METRICS) - {
+    assert len(a.answers) == 6 and set(found.metrics()) == set(METRICS) - {
         "accuracy_phrasing",
         "score",
         "wins",
@@ -104,7 +105,7 @@ def test_metrics_have_their_definitions_and_a_model_equals_itself(
     )
     text = found.table()
     # long labels are wrapped
-    assert all(word in text for name in found.metrics() for word in comparison.METRICS[name].label.split())
+    assert all(word in text for name in found.metrics() for word in METRICS[name].label.split())
     assert "differs from a beyond chance: p < .05" in text and "Holm" in text
     assert max(map(len, text.splitlines())) <= 120
     numbers = json.loads(json.dumps(found.to_dict()))
@@ -410,10 +411,7 @@ def test_lines_are_read_as_one_text_with_an_interval_over_its_windows(
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_another_tokenizer_has_no_metrics_per_token(engine, random_gpt2, questions_file, texts_file, capsys):
     found = suite.compare([str(random_gpt2), "tiny"], small(questions_file, texts=str(texts_file)), engine)
-    assert (
-        not set(comparison.PER_TOKEN) & set(found.models[1].values)
-        and "another tokenizer" in capsys.readouterr().err
-    )
+    assert not set(PER_TOKEN) & set(found.models[1].values) and "another tokenizer" in capsys.readouterr().err
     assert found.models[1].values["ended"] is not None
 
 
