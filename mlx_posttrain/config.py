@@ -327,6 +327,7 @@ _PATHS = (
     "function",
     "base",
     "reward",
+    "judge",
     "rows",
     "texts",
     "last_words",

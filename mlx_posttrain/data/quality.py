@@ -7,16 +7,19 @@ rows. They are heuristics: look at the counts of dropped rows that ``clean`` ret
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from mlx_posttrain.data.templates import stable_hash
 from mlx_posttrain.data.types import Conversation
 from mlx_posttrain.errors import UserError
 
-# Of a MinHash; the standard error of an estimated similarity is about 1/sqrt(128) = .09.
-PERMUTATIONS = 128
+PERMUTATIONS = 128  # of a MinHash
+RECALL = 0.98  # share of the pairs just as similar as the threshold that become candidates
 SHINGLE = 5  # words
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -204,24 +207,49 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.7, seed: int = 0)
     """Yield, for each text, whether it is a near duplicate of an earlier text that was kept.
 
     A near duplicate has a Jaccard similarity of shingles of at least ``threshold``. MinHash with
-    locality-sensitive hashing (Broder 1997; datasketch) finds candidates without comparing all pairs, and may
-    miss some; each candidate is then confirmed by the exact similarity of the two sets.
+    locality-sensitive hashing (Broder 1997; datasketch) finds candidates without comparing all pairs: at
+    least RECALL of those at the threshold, and nearly all above it. Where the share of equal hash values, an
+    estimate of the similarity, is not 4 standard errors below the threshold, the exact similarity decides.
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    index = MinHashLSH(num_perm=PERMUTATIONS, params=bands(threshold))
     kept: dict[int, set[bytes]] = {}
     # datasketch needs a seed above 0
     empty = MinHash(num_perm=PERMUTATIONS, seed=seed + 1, hashfunc=zlib.crc32)
+    hashes = np.empty((len(texts), PERMUTATIONS), empty.hashvalues.dtype)
+    least = threshold - 4 * math.sqrt(threshold * (1 - threshold) / PERMUTATIONS)
     for number, text in enumerate(texts):
         current = shingles(text)
         sketch = empty.copy()
         sketch.update_batch(current)
-        duplicate = any(_jaccard(current, kept[other]) >= threshold for other in index.query(sketch))
+        hashes[number] = sketch.hashvalues
+        candidates = np.array(index.query(sketch), np.int64)
+        likely = candidates[(hashes[candidates] == hashes[number]).mean(1) >= least]
+        duplicate = any(_jaccard(current, kept[other]) >= threshold for other in likely.tolist())
         if not duplicate:
             index.insert(number, sketch, check_duplication=False)
             kept[number] = current
         yield duplicate
+
+
+def bands(threshold: float) -> tuple[int, int]:
+    """(b bands, r rows in each) of a MinHash, of which two texts are candidates if any band is equal.
+
+    Two texts of similarity s are candidates with probability 1 - (1 - s^r)^b (Leskovec et al. 2014, "Mining
+    of Massive Datasets", section 3.4.2). r is the largest with which that is at least RECALL at the
+    threshold, since fewer pairs below it are then compared in vain; from .03 down it is 1, and the
+    probability less.
+    """
+    rows = max(
+        (
+            r
+            for r in range(1, PERMUTATIONS // 2 + 1)
+            if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= RECALL
+        ),
+        default=1,
+    )
+    return PERMUTATIONS // rows, rows
 
 
 def _jaccard(a: set[bytes], b: set[bytes]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from mlx_posttrain.convert import hub
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
+from mlx_posttrain.data.summary import summarize
 from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
@@ -253,6 +254,7 @@ def row_dataset(
     """
     data, seed = recipe.data, recipe.seed
     train, held_out = split_rows(data, seed, read_conversations)
+    _describe(train)
     train = prepare(train)
     if data.pack and train[0].templated:
         raise UserError(
@@ -287,10 +289,16 @@ def read_preferences(data: DataSection, *, split: str, limit: int | None, seed: 
     return preferences
 
 
+def _describe(train: Sequence[formats.Record]) -> None:
+    """Print what the training rows look like as a whole."""
+    log("\n".join(f"training rows: {line}" for line in summarize(train).lines()))
+
+
 def pair_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Dataset:
     """A recipe's preference pairs as a dataset, pairs of one prompt together; prints what was dropped."""
     data = recipe.data
     train, held_out = split_rows(data, recipe.seed, read_preferences)
+    _describe(train)
     length = min(data.max_length, facts.context or data.max_length)
 
     def encoded(rows: list[Preference], what: str, needed: bool) -> list[Pair]:

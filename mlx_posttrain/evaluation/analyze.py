@@ -28,7 +28,7 @@ from mlx_posttrain.evaluation.suite import SuiteSection, compare, model_labels, 
 from mlx_posttrain.methods import METHODS, sft
 from mlx_posttrain.models.merge import write_merged
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.source import last_language_model, locate, saves_language_model
+from mlx_posttrain.models.source import locate, saves_language_model, starting_model
 
 SHIFT_ROWS = 96  # training rows read for the shift of the data
 GRADIENT_ROWS = 64  # training rows read for the gradients of templates
@@ -37,22 +37,6 @@ CACHE_TOKENS = 48  # tokens of the answers that are decoded with the cache and w
 # coordinates of a gradient that are kept: cosines over a random half million equal those over all to about
 # .0014
 MAX_COORDINATES = 500_000
-
-
-def starting_model(name: str | Path) -> str:
-    """The model that a run's first ancestor started from; a name that is no run is returned as it is."""
-    while runs.is_run(name):
-        recipe = runs.reopen(name)[1]
-        if "stages" in recipe:
-            name = last_language_model(Path(name), list(recipe["stages"]))
-            continue
-        if "model" not in recipe:
-            raise UserError(f"{name} is a report, not a model: give the runs that it is about")
-        made = Path(name) / "start"  # pre-training creates its own
-        if made.is_dir():
-            return str(made)
-        name = recipe["model"]
-    return str(name)
 
 
 def is_language_model(name: str | Path) -> bool:

@@ -1,20 +1,20 @@
 """Results of several models on one suite: their metrics, the differences between them, and a table of both.
 
 Every metric is a mean of values per row. The values are kept, so that the difference between two models is
-drawn over the same rows (metrics.paired_bootstrap). ``METRICS`` says of each metric which way is better and
-what its ceiling is.
+drawn over the same rows (metrics.paired_bootstrap).
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_posttrain.evaluation.metric_table import METRICS
 from mlx_posttrain.evaluation.metrics import (
     Interval,
     bootstrap,
@@ -24,7 +24,7 @@ from mlx_posttrain.evaluation.metrics import (
     sign_flip,
 )
 
-# with fewer rows a percentile interval is too narrow to call a difference significant
+# fewer rows are too few to call a difference significant
 MIN_ROWS = 20
 LEVEL = 0.05
 
@@ -33,152 +33,19 @@ SIGNIFICANCE_NOTE = (
     "p < .05 in a sign-flip test over the rows, with Holm's correction for the number of models compared"
 )
 
-#: Metrics per token, which cannot be compared across tokenizers.
-PER_TOKEN = (
-    "response_loss",
-    "perplexity",
-    "kl",
-    "length",
-    "length_sampled",
-    *(f"{name}{how}" for name in ("seq_rep_4", "distinct_2", "diversity") for how in ("", "_sampled")),
-)
-
-
-class Metric(NamedTuple):
-    """How a metric is called and written, which way is better, and its best possible value."""
-
-    label: str
-    format: str
-    better: Literal["higher", "lower", "neither"]
-    ceiling: str
-    description: str
-    # monotone, applied to mean and bounds: exp makes a loss a perplexity
-    transform: Callable[[float], float] | None = None
-    null_value: float | None = None  # what the metric is compared with where the baseline has none
-
-    @property
-    def is_proportion(self) -> bool:
-        """Whether it is a proportion; those are the metrics written in per cent."""
-        return self.format.endswith("%}")
-
-
-METRICS: dict[str, Metric] = {
-    "accuracy": Metric(
-        "right answers",
-        "{:.1%}",
-        "higher",
-        "100 %",
-        "greedy answers that the row's rule accepts, on held-out contents",
-    ),
-    "accuracy_phrasing": Metric(
-        "right, unseen phrasing",
-        "{:.1%}",
-        "higher",
-        "100 %",
-        "the same on known contents in held-out phrasings",
-    ),
-    "accuracy_sampled": Metric(
-        "right answers, sampled",
-        "{:.1%}",
-        "higher",
-        "100 %",
-        "mean over several sampled answers to each question",
-    ),
-    "response_loss": Metric(
-        "response loss", "{:.3f}", "lower", "0", "nats per token of the expected answers"
-    ),
-    "perplexity": Metric(
-        "base-text perplexity",
-        "{:.1f}",
-        "lower",
-        "1",
-        "of plain text, in windows, each token scored once",
-        math.exp,
-    ),
-    "kl": Metric(
-        "KL from the baseline",
-        "{:.3f}",
-        "neither",
-        "0: unchanged",
-        "KL(baseline || model) on plain text, nats per token",
-    ),
-    "last_word": Metric(
-        "last word", "{:.1%}", "higher", "100 %", "texts whose last word greedy decoding predicts"
-    ),
-    "last_word_perplexity": Metric(
-        "last-word perplexity",
-        "{:.1f}",
-        "lower",
-        "1",
-        "exp of the last word's mean negative log-likelihood",
-        math.exp,
-    ),
-    "seq_rep_4": Metric(
-        "repetition",
-        "{:.3f}",
-        "lower",
-        "0",
-        "share of repeated 4-grams (seq-rep-4) in greedy continuations of equal length, "
-        "with the end of text forbidden",
-    ),
-    "distinct_2": Metric(
-        "distinct-2",
-        "{:.3f}",
-        "higher",
-        "1",
-        "share of distinct 2-grams in all greedy continuations together: also low where a model "
-        "says the same about everything",
-    ),
-    "diversity": Metric(
-        "diversity", "{:.3f}", "higher", "1", "product of 1 - seq-rep-n, n = 2..4, of greedy continuations"
-    ),
-    "seq_rep_4_sampled": Metric(
-        "repetition, sampled",
-        "{:.3f}",
-        "lower",
-        "0",
-        "seq-rep-4 of sampled continuations, averaged over those of a text",
-    ),
-    "distinct_2_sampled": Metric(
-        "distinct-2, sampled", "{:.3f}", "higher", "1", "the same for sampled continuations"
-    ),
-    "diversity_sampled": Metric(
-        "diversity, sampled", "{:.3f}", "higher", "1", "diversity of sampled continuations"
-    ),
-    "ended": Metric(
-        "ended by itself", "{:.0%}", "neither", "100 %", "greedy answers that ended before the limit"
-    ),
-    "length": Metric("answer tokens", "{:.1f}", "neither", "the limit", "tokens of the greedy answers"),
-    "ended_sampled": Metric(
-        "ended, sampled", "{:.0%}", "neither", "100 %", "sampled answers that ended before the limit"
-    ),
-    "length_sampled": Metric(
-        "answer tokens, sampled", "{:.1f}", "neither", "the limit", "tokens of the sampled answers"
-    ),
-    "score": Metric(
-        "reward score",
-        "{:+.2f}",
-        "higher",
-        "none",
-        "the reward model's score of the greedy answers; an empty one gets the lowest score of any answer",
-    ),
-    "wins": Metric(
-        "wins, length-controlled",
-        "{:.1%}",
-        "higher",
-        "100 %; baseline 50 %",
-        "share of answers that the reward model prefers to the baseline's, at equal length; an empty "
-        "one loses; compared with 50 %",
-        null_value=0.5,
-    ),
-}
-
 
 class Values(NamedTuple):
     """One model's values of a metric and their weights, [R] each; the metric is their weighted mean."""
 
     rows: np.ndarray
     weights: np.ndarray | None = None
+
+
+class Coherence(NamedTuple):
+    """Which model judged the coherence of continuations, and its loss on those that people wrote."""
+
+    judge: str
+    human: Values
 
 
 @dataclass
@@ -213,6 +80,7 @@ class Comparison:
     template: str  # the suite's: one for all, or own
     models: list[ModelResult]
     questions: list[dict[str, Any]]  # prompt, expected answer, family, and the row that the rule reads
+    coherence: Coherence | None = None  # None where nothing was continued
     # places of the models that differ significantly, by metric
     _significant: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
@@ -237,6 +105,32 @@ class Comparison:
     def metrics(self) -> list[str]:
         """Names of the metrics that any model has, in the order of ``METRICS``."""
         return [name for name in METRICS if any(name in m.values for m in self.models)]
+
+    def ceiling(self, metric: str) -> str:
+        """The best possible value of a metric, in words; of coherence it is that of human text."""
+        human = self.human_coherence()
+        if human is None or not metric.startswith("coherence"):
+            return METRICS[metric].ceiling
+        return f"human text {human.mean:.1f}"
+
+    def human_coherence(self) -> Interval | None:
+        """Perplexity of human continuations under the judge; None where nothing was continued."""
+        if self.coherence is None:
+            return None
+        rows, weights = self.coherence.human
+        return bootstrap(rows, weights=weights, transform=math.exp, seed=self.seed)
+
+    def coherence_note(self) -> str:
+        """What coherence is compared with, in words; "" where nothing was continued."""
+        human = self.human_coherence()
+        if self.coherence is None or human is None:
+            return ""
+        return (
+            f"Coherence is the perplexity of continuations under {Path(self.coherence.judge).name}, which "
+            f"gives {human.mean:.1f} [{human.low:.1f}, {human.high:.1f}] to human text after the same "
+            "openings. Lower is not better: text that repeats itself is easy to predict and lies below human "
+            "text, text that falls apart above it; the judge's own greedy text always lies low."
+        )
 
     def templates_label(self) -> str:
         """The templates of the models' prompts, in words."""
@@ -325,11 +219,14 @@ class Comparison:
                 name: {
                     "label": METRICS[name].label,
                     "better": METRICS[name].better,
-                    "ceiling": METRICS[name].ceiling,
+                    "ceiling": self.ceiling(name),
                     "about": METRICS[name].description,
                 }
                 for name in self.metrics()
             },
+            "coherence": None
+            if self.coherence is None
+            else {"judge": self.coherence.judge, "human": self.human_coherence()},
             "models": [
                 {
                     "name": m.name,
@@ -380,6 +277,7 @@ class Comparison:
         header = [f"{len(self.questions)} questions, {self.templates_label()}, greedy; with 95 % intervals"]
         if len(self.models) > 1:
             header.append(f"* differs from {self.baseline_label} beyond chance: {SIGNIFICANCE_NOTE}")
+        header += filter(None, [self.coherence_note()])
         text = [textwrap.fill(line, console.width) for line in header]
         for begin in range(0, len(names), fitting):
             grid = Table()
@@ -393,7 +291,7 @@ class Comparison:
             grid.add_section()
             grid.add_row(
                 "best possible",
-                *(METRICS[name].ceiling.partition(":")[0] for name in names[begin : begin + fitting]),
+                *(self.ceiling(name).partition(":")[0] for name in names[begin : begin + fitting]),
                 style="dim",
             )
             with console.capture() as captured:

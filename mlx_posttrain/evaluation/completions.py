@@ -267,11 +267,15 @@ def greedy_repetition(
     )
 
 
-def first_words(texts: Sequence[str], words: int = 16) -> list[str]:
-    """The first ``words`` words of each text, without trailing white space; shorter texts are left out."""
-    parts = [text.split(maxsplit=words) for text in texts]
-    return [
-        text[: len(text) - len(split[words])].rstrip()
-        for text, split in zip(texts, parts, strict=True)
-        if len(split) > words
-    ]
+def split_texts(texts: Sequence[str], words: int = 16) -> list[tuple[str, str]]:
+    """(the first ``words`` words, the rest of the text) of each text; shorter texts are left out.
+
+    The rest begins with the white space after the words.
+    """
+    found = []
+    for text in texts:
+        parts = text.split(maxsplit=words)
+        if len(parts) > words:
+            opening = text[: len(text) - len(parts[words])].rstrip()
+            found.append((opening, text[len(opening) :]))
+    return found

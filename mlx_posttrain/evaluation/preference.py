@@ -15,6 +15,7 @@ from mlx_posttrain.data.types import Preference
 from mlx_posttrain.evaluation.metrics import Interval, correlation, paired_bootstrap, proportion
 
 BINS = 5  # of calibration, between .5 and 1
+SIMULATIONS = 2000  # of pairs whose scores are perfectly calibrated
 # Settings of the bag-of-words baseline, chosen once by cross-validation on training pairs and never on the
 # rows that are evaluated.
 L2 = 10.0
@@ -36,6 +37,7 @@ class PreferenceStats:
     counts: list[int]
     calibration: list[tuple[float, float, int]]
     calibration_error: float
+    calibration_null: Interval
     length_pearson: float
     length_spearman: float
     by_column: dict[str, dict[str, float]]
@@ -61,7 +63,12 @@ class PreferenceStats:
             f"{self.length_spearman:+.2f}"
         )
         bins = ", ".join(f"{p:.2f} predicted {share:.2f} right ({n})" for p, share, n in self.calibration)
-        text.append(f"  calibration error {self.calibration_error:.3f}: {bins}")
+        null = self.calibration_null
+        text.append(
+            f"  calibration error {self.calibration_error:.3f}; perfectly calibrated scores of as many pairs "
+            f"would have {null.mean:.3f} [{null.low:.3f}, {null.high:.3f}]"
+        )
+        text.append(f"  {bins}")
         for column, shares in self.by_column.items():
             text.append(
                 f"  right by {column}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
@@ -86,9 +93,10 @@ def compare_with_baselines(
     Intervals are at 95 % (metrics.proportion, and paired_bootstrap for differences) over prompts: pairs of
     one prompt are drawn together. Calibration compares sigma(|margin|), the model's confidence, with the
     share of pairs it has right, in BINS equal bins from .5 to 1; its error is the mean gap, weighted by pairs
-    (Guo et al. 2017). Margins beyond their 99 % quantile count in the histogram's outer bars. A correlation
-    with a constant is 0. Raises ValueError where there is no pair, a score is not finite, or scores and pairs
-    differ in number.
+    (Guo et al. 2017). That is above 0 by chance alone: beside it stand mean and 95 % bounds for scores with
+    the same margins that are perfectly calibrated, by simulation (Vaicenavicius et al. 2019). Margins beyond
+    their 99 % quantile count in the histogram's outer bars. A correlation with a constant is 0. Raises
+    ValueError where there is no pair, a score is not finite, or scores and pairs differ in number.
     """
     chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
     if not len(rows) or not chosen.shape == rejected.shape == (len(rows),):
@@ -135,10 +143,24 @@ def compare_with_baselines(
         counts=[int(c) for c in counts],
         calibration=calibration,
         calibration_error=float(sum(n * abs(p - share) for p, share, n in calibration) / len(rows)),
+        calibration_null=_calibration_null(confidence, place, seed),
         length_pearson=correlation(scores, sizes),
         length_spearman=correlation(_ranks(scores), _ranks(sizes)),
         by_column=_by_column(correct, rows),
     )
+
+
+def _calibration_null(confidence: np.ndarray, place: np.ndarray, seed: int) -> Interval:
+    """Mean and 95 % bounds of the calibration error of pairs that are right with their confidence.
+
+    confidence, place: [P] confidences and numbers of their bins; a confidence of .5 is a tie, half right.
+    """
+    rng = np.random.default_rng([seed, 0xCA1B])
+    errors = np.empty(SIMULATIONS)
+    for i in range(SIMULATIONS):
+        right = np.where(confidence == 0.5, 0.5, rng.random(len(confidence)) < confidence)
+        errors[i] = np.abs(np.bincount(place, confidence - right)).sum() / len(confidence)
+    return Interval(float(errors.mean()), *(float(q) for q in np.quantile(errors, [0.025, 0.975])))
 
 
 def length_controlled_wins(
@@ -150,15 +172,16 @@ def length_controlled_wins(
     those answers. A score of -inf is that of an empty answer: it loses to any other whatever the lengths, and
     two such answers tie. A win is 1, a tie .5; a row where either score is nan is nan.
 
-    The logistic model P(win) = sigma(a + b (difference in length, in units of its root mean square)) is
-    fitted on the rows where neither answer is empty, and the rate at equal length is g = sigma(a). Row i's
-    value is g + g (1 - g) n [H^-1 x_i (win_i - P_i)]_0, with x_i = (1, difference), H the negative Hessian
-    and n the number of such rows. That is the row's influence on the rate, so that the interval of
-    metrics.proportion accounts for b being estimated too (influence values: Hampel 1974; for maximum
-    likelihood: White 1982). All values are nan where a difference of 0 lies more than one standard deviation
-    from the mean difference, because the rate there would be an extrapolation. Source: Dubois et al. 2024,
-    "Length-Controlled AlpacaEval", eq. 2, without the terms for instructions, and linear in the difference:
-    their tanh saturates where one model's answers are mostly the longer ones.
+    The logistic model P(win) = sigma(a + b tanh(d / median |d|) + c d), d the difference in length, is fitted
+    on the rows where neither answer is empty, and the rate at equal length is g = sigma(a). The effect of
+    length may saturate, grow on, or both; where it saturates, a model with c alone can put the rate off by 5
+    points. Row i's value is g + g (1 - g) n [H^-1 x_i (win_i - P_i)]_0, with x_i = (1, tanh, d), H the
+    negative Hessian and n the number of such rows. That is the row's influence on the rate, so that the
+    interval of metrics.proportion accounts for b and c being estimated too (influence values: Hampel 1974;
+    for maximum likelihood: White 1982). All values are nan where a difference of 0 lies more than one
+    standard deviation from the mean difference, because the rate there would be an extrapolation. Source:
+    Dubois et al. 2024, "Length-Controlled AlpacaEval", eq. 2, without the terms for instructions; their tanh
+    is of d over its standard deviation, which a few long answers make too wide, and they have no linear term.
     """
     scores, others = np.asarray(scores, np.float64), np.asarray(others, np.float64)
     won = np.where(
@@ -181,10 +204,11 @@ def _at_equal_length(wins: np.ndarray, longer: np.ndarray) -> np.ndarray:
     if np.ptp(wins) == 0:
         # the rate is 0, .5 or 1 at every length, and for 0 and 1 no finite a fits
         return wins
-    size = float(np.sqrt((longer**2).mean())) or 1.0
-    features = np.stack([np.ones(len(wins)), longer / size], 1)
-    ridge, weights = np.diag([1e-6, 1e-2]), np.zeros(2)
-    for _ in range(50):  # Newton's method; with two weights it converges in a few steps
+    size = np.abs(longer[longer != 0]) if longer.any() else np.ones(1)
+    saturated, linear = np.tanh(longer / np.median(size)), longer / np.sqrt((size**2).mean())
+    features = np.stack([np.ones(len(wins)), saturated, linear], 1)
+    ridge, weights = np.diag([1e-6, 1e-2, 1e-2]), np.zeros(3)
+    for _ in range(50):  # Newton's method; with three weights it converges in a few steps
         p = 1.0 / (1.0 + np.exp(-features @ weights))
         slope = features.T @ (wins - p) - ridge @ weights
         curvature = (features * (p * (1 - p))[:, None]).T @ features + ridge

@@ -16,8 +16,9 @@ from typing import Any
 from mlx_posttrain import runs
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import charts
-from mlx_posttrain.evaluation.comparison import METRICS, SIGNIFICANCE_NOTE, Comparison
+from mlx_posttrain.evaluation.comparison import SIGNIFICANCE_NOTE, Comparison
 from mlx_posttrain.evaluation.findings import Finding
+from mlx_posttrain.evaluation.metric_table import METRICS
 from mlx_posttrain.evaluation.suite import check_greedy_answers
 
 CAPTIONS = {
@@ -105,6 +106,7 @@ def write(
         baseline=comparison.baseline_label if comparison else "",
         significance=SIGNIFICANCE_NOTE,
         reward_model=reward_model_note(comparison) if comparison else "",
+        coherence=comparison.coherence_note() if comparison else "",
         models=[m.name for m in comparison.models] if comparison else [],
         samples=_samples(comparison),
         thoughts=[_reasoning_row(label, stats) for label, stats in thoughts.items()],
@@ -252,7 +254,7 @@ def _table(comparison: Comparison | None) -> list[dict[str, Any]]:
             {
                 "label": metric.label,
                 "description": metric.description,
-                "ceiling": metric.ceiling,
+                "ceiling": comparison.ceiling(name),
                 "cells": cells,
             }
         )
@@ -302,6 +304,9 @@ def _reward_row(label: str, report: Mapping[str, Any]) -> dict[str, str]:
         "accuracy": _percent(report["accuracy"]),
         "longer": _percent(report["longer"]),
         "words": _percent(report["bag_of_words"]),
+        "calibration": f"{report['calibration_error']:.3f}",
+        # reports of earlier releases have no null
+        "null": "{:.3f} [{:.3f}, {:.3f}]".format(*null) if (null := report.get("calibration_null")) else "-",
         "loss": f"{report['mean_training_loss']:.4f}",
     }
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_posttrain.evaluation import charts
-from mlx_posttrain.evaluation.comparison import METRICS, MIN_ROWS, Comparison
+from mlx_posttrain.evaluation.comparison import MIN_ROWS, Comparison
 from mlx_posttrain.evaluation.findings import Finding, Verdict
+from mlx_posttrain.evaluation.metric_table import METRICS
 from mlx_posttrain.evaluation.metrics import Interval, bootstrap, paired_bootstrap, proportion
 
 SATURATED = 0.9  # share of its ceiling from which on a score counts as saturated

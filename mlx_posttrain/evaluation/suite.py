@@ -21,9 +21,9 @@ from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluation import completions, likelihood
-from mlx_posttrain.evaluation.comparison import PER_TOKEN, Comparison, ModelResult, Values
-from mlx_posttrain.evaluation.metrics import distinct_by_text, diversity, seq_rep_n
+from mlx_posttrain.evaluation import completions, continuations, likelihood
+from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluation.metric_table import PER_TOKEN
 from mlx_posttrain.evaluation.prompting import (
     OWN_TEMPLATE,
     PromptSettings,
@@ -96,9 +96,15 @@ class SuiteSection(config.Section):
     opening_words: int = Field(
         12,
         ge=1,
-        description="words of each base text (of the first 200) that are continued to measure repetition",
+        description="words of each base text (of the first 200) that are continued to measure repetition and "
+        "coherence",
     )
     continuation: int = Field(64, ge=8, description="tokens of each continuation")
+    judge: str | None = Field(
+        None,
+        description="the model whose perplexity of continuations is their coherence; null: the one that the "
+        "first model started from",
+    )
     reward: str | None = Field(
         None, description="a reward-model run or sequence classifier that scores the answers; null: none"
     )
@@ -137,12 +143,18 @@ def compare(
     )
     questions = read_questions(suite)
     texts, lines = read_base_texts(suite)
-    openings = completions.first_words(lines, suite.opening_words)[:MAX_OPENINGS]
+    split = completions.split_texts(lines, suite.opening_words)[:MAX_OPENINGS]
+    openings, human = [opening for opening, _ in split], [rest for _, rest in split]
+    coherence = None
+    if openings:
+        judge = suite.judge or continuations.default_judge(str(names[0]))
+        coherence = continuations.read_human_text(judge, engine, openings, human, suite.continuation)
     last_word_texts = read_texts(suite.last_words, None) if suite.last_words else []
     reward_model = open_model(suite.reward, engine, scores=True) if suite.reward else None
     kept: dict[int, Model] = {}  # models that later ones are compared with
     results: list[ModelResult] = []
     scores: list[tuple[np.ndarray, np.ndarray]] = []
+    written: list[dict[str, list[str]]] = []  # continuations by metric of coherence
     for place, (name, label, prompting) in enumerate(zip(names, labels, settings, strict=True)):
         log(f"measuring {label}")
         model, tokenizer, _ = open_model(name, engine)
@@ -151,7 +163,23 @@ def compare(
             label, str(name), template=prompting.template, baseline_index=baseline, seed=suite.seed
         )
         _measure_answers(result, model, tokenizer, questions, suite, prompting)
-        _measure_texts(result, model, tokenizer, texts, openings, suite)
+        if texts:
+            loss = text_loss(model, tokenizer, texts, suite)
+            result.values["perplexity"] = Values(loss.per_token, loss.tokens)
+        if openings:
+            written.append(
+                continuations.measure_continuations(
+                    result,
+                    model,
+                    tokenizer,
+                    openings,
+                    max_tokens=suite.continuation,
+                    samples=suite.samples,
+                    temperature=suite.temperature,
+                    top_p=suite.top_p,
+                    seed=suite.seed,
+                )
+            )
         if place == 0:
             vocabulary = tokenizer.get_vocab()
         elif tokenizer.get_vocab() != vocabulary:
@@ -182,6 +210,8 @@ def compare(
         gc.collect()  # a model in a reference cycle would take memory next to the following one
     if reward_model is not None:
         add_reward_metrics(results, scores)
+    if coherence is not None:
+        continuations.measure_coherence(results, written, openings, coherence, engine)
     for result in results:  # a metric without a value in any row has no mean
         result.values = {k: v for k, v in result.values.items() if np.isfinite(v.rows).any()}
     rows = [
@@ -193,7 +223,7 @@ def compare(
         }
         for q in questions
     ]
-    return Comparison(suite.model_dump(mode="json"), suite.template, results, rows)
+    return Comparison(suite.model_dump(mode="json"), suite.template, results, rows, coherence)
 
 
 def read_questions(suite: SuiteSection) -> list[Conversation]:
@@ -364,53 +394,3 @@ def text_loss(model: Model, tokenizer: Any, texts: Sequence[str], suite: SuiteSe
     return likelihood.base_text_loss(
         model, tokenizer, texts, window=suite.window, stride=suite.stride, by_window=len(texts) == 1
     )
-
-
-def _measure_texts(
-    result: ModelResult,
-    model: Model,
-    tokenizer: Any,
-    texts: Sequence[str],
-    openings: Sequence[str],
-    suite: SuiteSection,
-) -> None:
-    """Fill in a model's perplexity of base texts, and its continuations with their repetition."""
-    if texts:
-        loss = text_loss(model, tokenizer, texts, suite)
-        result.values["perplexity"] = Values(loss.per_token, loss.tokens)
-    if not openings:
-        return
-    result.continuations = completions.generate_continuations(
-        model, tokenizer, openings, max_tokens=suite.continuation
-    )
-    result.values |= _repetition_metrics(result.continuations, len(openings), "")
-    if suite.samples:
-        sampled = completions.generate_continuations(
-            model,
-            tokenizer,
-            openings,
-            max_tokens=suite.continuation,
-            temperature=suite.temperature,
-            top_p=suite.top_p,
-            samples=suite.samples,
-            seed=suite.seed,
-        )
-        result.values |= _repetition_metrics(sampled, len(openings), "_sampled")
-
-
-def _repetition_metrics(continuations: Sequence[Sequence[int]], texts: int, suffix: str) -> dict[str, Values]:
-    """Metrics of repetition, one value per text, by name and suffix.
-
-    A text's value is the mean over its continuations or, for distinct_2, its contribution to that of all.
-    """
-    count = len(continuations) // texts
-    by_text = [continuations[begin : begin + count] for begin in range(0, len(continuations), count)]
-    return {
-        f"seq_rep_4{suffix}": Values(
-            np.array([np.mean([seq_rep_n(tokens) for tokens in text]) for text in by_text])
-        ),
-        f"distinct_2{suffix}": Values(distinct_by_text(by_text)),
-        f"diversity{suffix}": Values(
-            np.array([np.mean([diversity(tokens) for tokens in text]) for text in by_text])
-        ),
-    }

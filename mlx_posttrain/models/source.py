@@ -127,6 +127,26 @@ def last_language_model(folder: Path, stages: list[str]) -> Path:
     return folder / writers[-1]
 
 
+def starting_model(name: str | Path, *, trained: bool = False) -> str:
+    """The model that a run's first ancestor started from; a name that is no run is returned as it is.
+
+    Of a model that was pre-trained here those are random weights or, with ``trained``, the pre-trained model.
+    Raises UserError for a report.
+    """
+    while runs.is_run(name):
+        recipe = runs.reopen(name)[1]
+        if "stages" in recipe:
+            name = last_language_model(Path(name), list(recipe["stages"]))
+            continue
+        if "model" not in recipe:
+            raise UserError(f"{name} is a report, not a model: give the runs that it is about")
+        made = Path(name) / "start"  # pre-training creates its own
+        if made.is_dir():
+            return str(name if trained else made)
+        name = recipe["model"]
+    return str(name)
+
+
 def saves_language_model(final: Path) -> bool:
     """Whether what a run saved is a language model, not a classifier or a page."""
     adapter, config = final / "adapter_config.json", final / "config.json"

@@ -199,16 +199,11 @@ def test_continuations_must_all_fit(tokenizer):
         completions.generate_continuations(table, tokenizer, ["a"], max_tokens=CONTEXT)
 
 
-def test_first_words_are_cut_between_words():
-    assert completions.first_words(["One two,  three four", "One two three", "One"], words=3) == [
-        "One two,  three"
-    ]
-    assert all(
-        text.startswith(start)
-        for text, start in zip(
-            likelihood.embedded_texts(), completions.first_words(likelihood.embedded_texts()), strict=True
-        )
-    )
+def test_texts_are_split_between_words():
+    texts = ["One two,  three four", "One two three", "One", " a b c  d\n"]
+    assert completions.split_texts(texts, words=3) == [("One two,  three", " four"), (" a b c", "  d\n")]
+    embedded = likelihood.embedded_texts()
+    assert [opening + rest for opening, rest in completions.split_texts(embedded)] == embedded
 
 
 # both engines

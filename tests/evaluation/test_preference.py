@@ -80,6 +80,38 @@ def test_a_model_with_the_true_probabilities_is_calibrated():
     assert compare_with_baselines(3 * margins, np.zeros(4000), rows).calibration_error > 0.1
 
 
+def test_the_calibration_error_of_perfect_scores_by_hand():
+    """Of four pairs with confidence 3/4, k are right in binomial shares, and the error is |k/4 - 3/4|."""
+    rows = [row("a", "b", str(i)) for i in range(4)]
+    null = compare_with_baselines(np.full(4, math.log(3)), np.zeros(4), rows).calibration_null
+    shares = [math.comb(4, k) * 0.75**k * 0.25 ** (4 - k) for k in range(5)]
+    mean = sum(share * abs(k / 4 - 0.75) for k, share in enumerate(shares))
+    assert null.mean == pytest.approx(mean, abs=0.01) and mean == pytest.approx(0.158, abs=0.001)
+    assert (null.low, null.high) == (0.0, 0.5)  # k = 3; k = 1 or 0 with a probability of .05
+    assert compare_with_baselines(np.ones(4), np.ones(4), rows).calibration_null == (0, 0, 0)  # ties
+
+
+def test_the_calibration_error_of_perfect_scores_is_that_of_samples_of_them():
+    rng = np.random.default_rng(0)
+    rows = [row("a", "b", str(i)) for i in range(200)]
+    size = np.abs(rng.normal(scale=1.5, size=200))
+    found = [
+        compare_with_baselines(
+            np.where(rng.random(200) < 1 / (1 + np.exp(-size)), size, -size), np.zeros(200), rows
+        )
+        for _ in range(40)
+    ]
+    null = found[0].calibration_null
+    errors = [stats.calibration_error for stats in found]
+    assert all(stats.calibration_null == null for stats in found)
+    assert 0.04 < null.mean < 0.07 and np.mean(errors) == pytest.approx(null.mean, abs=0.008)
+    assert sum(null.low <= error <= null.high for error in errors) >= 35
+    wrong = compare_with_baselines(np.where(np.arange(200) % 2, size, -size), np.zeros(200), rows)
+    assert wrong.calibration_error > wrong.calibration_null.high == null.high
+    told = next(line for line in wrong.lines() if "calibration error" in line)
+    assert f"calibrated scores of as many pairs would have {null.mean:.3f} [{null.low:.3f}, " in told
+
+
 def test_length_correlations_by_hand():
     """Lengths 1 2 4 8 with scores 1 2 3 4: in the same order, but not on a line."""
     rows = [row("a", "bb", "1"), row("aaaa", "bbbbbbbb", "2")]

@@ -9,12 +9,15 @@ import subprocess
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_posttrain import cli, config, engines, methods
+from mlx_posttrain.data.types import Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import charts, report
 from mlx_posttrain.evaluation.comparison import Comparison, ModelResult
+from mlx_posttrain.evaluation.preference import compare_with_baselines
 
 ENGINE = engines.available()[0]
 BROWSER = next(
@@ -308,6 +311,23 @@ def test_a_report_says_which_runs_were_trained_on_its_reward_model(tmp_path):
         Comparison({"reward": str(tmp_path / "judge")}, "own", models, [])
     )
     assert report.reward_model_note(Comparison({"reward": None}, "own", models, [])) == ""
+
+
+def test_the_page_has_a_calibration_error_beside_that_of_perfect_scores(tmp_path):
+    pairs = [Preference((Turn("user", str(i)),), "yes", "no") for i in range(30)]
+    margins = np.where(np.arange(30) % 4, 1.0, -1.0)
+    judged = compare_with_baselines(margins, np.zeros(30), pairs, pairs).to_dict()
+    earlier = {key: value for key, value in judged.items() if key != "calibration_null"}
+    for name, stats in (("new", judged), ("old", earlier)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text("method: reward\n")
+        (tmp_path / name / "report.json").write_text(json.dumps(stats | {"mean_training_loss": 0.5}))
+    page = report.write(
+        tmp_path / "r.html", [str(tmp_path / n) for n in ("new", "old")], ["new", "old"], None, []
+    ).read_text()
+    null = judged["calibration_null"]
+    assert f"<td>{judged['calibration_error']:.3f}</td><td>{null.mean:.3f} [{null.low:.3f}, " in page
+    assert f"<td>{judged['calibration_error']:.3f}</td><td>-</td>" in page
 
 
 @pytest.mark.parametrize(("asked", "used"), [({}, 3), ({"seed": 7}, 7)])

@@ -13,6 +13,7 @@ from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import comparison, likelihood, suite
 from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluation.metric_table import METRICS, PER_TOKEN
 from mlx_posttrain.evaluation.metrics import distinct_n, perplexity, proportion
 from mlx_posttrain.evaluation.preference import length_controlled_wins
 from mlx_posttrain.evaluation.reward_scoring import add_reward_metrics
@@ -80,7 +81,7 @@ def test_metrics_have_their_definitions_and_a_model_equals_itself(
         [str(random_gpt2), str(other_gpt2), str(random_gpt2)], settings, engine, ["a", "b", "c"]
     )
     a, b, again = found.models
-    assert len(a.answers) == 6 and set(found.metrics()) == set(comparison.METRICS) - {
+    assert len(a.answers) == 6 and set(found.metrics()) == set(METRICS) - {
         "accuracy_phrasing",
         "score",
         "wins",
@@ -104,7 +105,7 @@ def test_metrics_have_their_definitions_and_a_model_equals_itself(
     )
     text = found.table()
     # long labels are wrapped
-    assert all(word in text for name in found.metrics() for word in comparison.METRICS[name].label.split())
+    assert all(word in text for name in found.metrics() for word in METRICS[name].label.split())
     assert "differs from a beyond chance: p < .05" in text and "Holm" in text
     assert max(map(len, text.splitlines())) <= 120
     numbers = json.loads(json.dumps(found.to_dict()))
@@ -211,6 +212,35 @@ def test_the_interval_of_wins_covers_the_rate_at_equal_length(gap, a, b):
             _, low, high = proportion(values, samples=300, seed=len(hits))
             hits.append(low <= rate <= high)
     assert 0.92 <= np.mean(hits) <= 0.98  # nominal .95; 300 trials have a standard error of .013
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "effect, rate",
+    [
+        (lambda longer: 0.0 * longer, 0.5),
+        (lambda longer: longer, 0.5),
+        (lambda longer: longer, 0.73),
+        (lambda longer: 2 * np.tanh(longer), 0.5),  # fitted as linear: .52, and 89 % covered
+        (lambda longer: 2 * np.tanh(longer), 0.73),
+        (lambda longer: 2 * np.tanh(3 * longer), 0.5),  # .54, 81 %
+    ],
+)
+def test_wins_at_equal_length_whatever_the_effect_of_length(effect, rate):
+    """Some answers are far longer than others, and more of them longer than shorter."""
+    rng = np.random.default_rng(9)
+    means, hits = [], []
+    while len(hits) < 600:
+        longer = rng.standard_t(3, 250) + 0.6
+        chance = 1 / (1 + (1 / rate - 1) * np.exp(-effect(longer)))
+        won = (rng.random(250) < chance).astype(float)
+        values = length_controlled_wins(won, np.full(250, 0.5), longer, np.zeros(250))
+        if np.isfinite(values).all():
+            mean, low, high = proportion(values, samples=300, seed=len(hits))
+            means.append(mean)
+            hits.append(low <= rate <= high)
+    assert np.mean(means) == pytest.approx(rate, abs=0.01)  # 600 trials have a standard error of .002
+    assert 0.92 <= np.mean(hits) <= 0.98
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])
@@ -381,10 +411,7 @@ def test_lines_are_read_as_one_text_with_an_interval_over_its_windows(
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_another_tokenizer_has_no_metrics_per_token(engine, random_gpt2, questions_file, texts_file, capsys):
     found = suite.compare([str(random_gpt2), "tiny"], small(questions_file, texts=str(texts_file)), engine)
-    assert (
-        not set(comparison.PER_TOKEN) & set(found.models[1].values)
-        and "another tokenizer" in capsys.readouterr().err
-    )
+    assert not set(PER_TOKEN) & set(found.models[1].values) and "another tokenizer" in capsys.readouterr().err
     assert found.models[1].values["ended"] is not None
 
 

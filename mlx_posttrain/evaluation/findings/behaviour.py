@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_posttrain.evaluation import charts
-from mlx_posttrain.evaluation.comparison import LEVEL, METRICS, MIN_ROWS, Comparison, ModelResult
+from mlx_posttrain.evaluation.comparison import LEVEL, MIN_ROWS, Comparison, ModelResult
 from mlx_posttrain.evaluation.findings.base import Finding, Verdict
+from mlx_posttrain.evaluation.metric_table import METRICS
 from mlx_posttrain.evaluation.metrics import bootstrap, holm, proportion, seq_rep_n, sign_flip
 
 # Texts that do not loop before tuning, which a test of repetition needs: if all of only 5 begin to loop, the
