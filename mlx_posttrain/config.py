@@ -326,6 +326,7 @@ _PATHS = (
     "start",
     "function",
     "base",
+    "reference",
     "reward",
     "judge",
     "rows",

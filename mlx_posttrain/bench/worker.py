@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     model = load_model(engine, recipe, folder, getattr(recipe, "adapter", None))
     if kind.scores:
         model.add_head(initial_head(hidden_size(model.config), 0))
-    if method.reference(recipe) is not None:
+    if method.reference(recipe) == "distribution":
         model.keep_reference()
     examples = rows(shape, model.config["vocab_size"])
     items: list[Any] = examples
@@ -71,7 +72,8 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
         items = [Pair(chosen, rejected, i, row) for i, (chosen, rejected) in enumerate(sides)]
     dataset = Dataset(items, [], collate, recipe.train, 0)
     if method.reference(recipe) == "logprobs":
-        cache_logprobs(model, dataset)
+        with tempfile.TemporaryDirectory() as scratch:
+            cache_logprobs(dataset, Path(scratch) / "reference.safetensors", "", lambda: model)
     first = {"rows": untrained_losses(model, examples, shape.batch_size)} if spec.get("baselines") else {}
     trainer, loss, rate = engine.trainer(model, AdamW()), method.loss(recipe), learning_rate(kind.adapter)
     gate.peak = lambda: engine.memory()["peak_gb"]

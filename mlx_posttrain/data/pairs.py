@@ -200,12 +200,14 @@ class PairCollator:
 
     score: each row has one position, that of its score (a reward model); else every answer token is one, for
     losses of log-probabilities. pad: see :func:`last_token`. context: the longest row, None without a bound.
+    beyond: weight of the tokens by which an answer is longer than the other of its pair (Liu et al. 2024,
+    "Length Desensitization in DPO"); an answer in several pairs may then stand more than once.
     """
 
     rows_per_item = 2
 
-    def __init__(self, pad: int | None, context: int | None, score: bool):
-        self.pad, self.context, self.score = pad, context, score
+    def __init__(self, pad: int | None, context: int | None, score: bool, beyond: float = 1.0):
+        self.pad, self.context, self.score, self.beyond = pad, context, score, beyond
 
     def examples(self, item: Pair) -> tuple[Example, ...]:
         """Both sides."""
@@ -213,24 +215,39 @@ class PairCollator:
 
     def row_count(self, items: Sequence[Pair]) -> int:
         """Distinct rows."""
-        return len({side for pair in items for side in (pair.chosen, pair.rejected)})
+        return len(self._rows(items))
+
+    def _rows(self, items: Sequence[Pair]) -> dict[tuple[Example, int], int]:
+        """The number of each distinct row: an example, and of how many answer tokens the weight is 1."""
+        rows: dict[tuple[Example, int], int] = {}
+        for pair in items:
+            for side in (pair.chosen, pair.rejected):
+                rows.setdefault((side, self._common(pair)), len(rows))
+        return rows
+
+    def _common(self, pair: Pair) -> int:
+        """Length in tokens up to which both answers' tokens count alike; 0 where all do."""
+        return 0 if self.beyond == 1 else min(sum(e.trained[1:]) for e in (pair.chosen, pair.rejected))
 
     def __call__(self, items: Sequence[Pair], extra: ExtraRows) -> Batch:
         """The batch of these pairs; its units are the pairs.
 
         ``extra`` gets chosen, rejected [P] int32 row numbers, margin and pair_weight [P] float32.
         """
-        rows: dict[Example, int] = {}
-        chosen = [rows.setdefault(pair.chosen, len(rows)) for pair in items]
-        rejected = [rows.setdefault(pair.rejected, len(rows)) for pair in items]
+        rows = self._rows(items)
+        examples = [example for example, _ in rows]
         if self.score:
-            batch = collate_scores([e.tokens for e in rows], self.pad, self.context)
+            batch = collate_scores([e.tokens for e in examples], self.pad, self.context)
         else:
-            batch = collate(list(rows), self.context)
-        batch = with_extra(batch, {name: [known[row] for row in rows] for name, known in extra.items()})
+            batch = collate(examples, self.context)
+        batch = with_extra(batch, {name: [known[row] for row in examples] for name, known in extra.items()})
+        if self.beyond != 1:
+            place = np.concatenate([np.arange(sum(e.trained[1:])) for e in examples])
+            common = np.array([length for _, length in rows])[batch.row[: len(place)]]
+            batch.weight[: len(place)] = np.where(place < common, 1.0, self.beyond)
         sides = {
-            "chosen": np.array(chosen, np.int32),
-            "rejected": np.array(rejected, np.int32),
+            "chosen": np.array([rows[pair.chosen, self._common(pair)] for pair in items], np.int32),
+            "rejected": np.array([rows[pair.rejected, self._common(pair)] for pair in items], np.int32),
             "margin": np.array([pair.margin for pair in items], np.float32),
             "pair_weight": np.ones(len(items), np.float32),
         }

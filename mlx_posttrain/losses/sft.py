@@ -43,14 +43,17 @@ def full_kl(logits: Array, reference_logits: Array, direction: str = "forward") 
     raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
 
 
-def sequence_logprobs(logprobs: Array, mask: Array, row: Array, rows: int) -> Array:
+def sequence_logprobs(
+    logprobs: Array, mask: Array, row: Array, rows: int, weight: Array | None = None
+) -> Array:
     """Sum of each row's token log-probabilities, in nats.
 
-    logprobs, mask: [N], the mask 0 at padding; row: [N] the row of each position; rows: how many there are.
-    Returns [rows].
+    logprobs, mask: [N], the mask 0 at padding; row: [N] the row of each position; rows: how many there are;
+    weight: [N] how much a token counts, 1 without one. Returns [rows].
     """
     xp = ops(logprobs)
-    return xp.segment_sum(xp.where(mask > 0, logprobs, xp.zeros_like(logprobs)), row, rows)
+    counted = logprobs if weight is None else weight * logprobs
+    return xp.segment_sum(xp.where(mask > 0, counted, xp.zeros_like(logprobs)), row, rows)
 
 
 def token_mean(values: Array, mask: Array, total: Array | float, weight: Array | None = None) -> Array:

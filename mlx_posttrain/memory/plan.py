@@ -259,7 +259,7 @@ def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: Ref
         kind = reference(changed)
         training = replace(
             _training(changed, engine, of),
-            reference=kind is not None,
+            reference=kind == "distribution",
             divergence=kind == "distribution",
             beside=kind == "distribution" and not cached.held_out,
             grad_accumulation=most > 1 or new < old,

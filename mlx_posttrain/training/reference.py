@@ -1,20 +1,25 @@
 """What a loss needs of its frozen reference, computed once per row before the first step.
 
-For a loss of log-probabilities that is one number for each trained token. A KL term over whole distributions
-needs more: they are too large to keep ([V] numbers a position), but the hidden states that they come from are
-[width], 3 KB for GPT-2. With them the reference's blocks never run again; its head still does, a chunk of
-positions at a time (engines/fused.py).
+For a loss of log-probabilities that is one number for each trained token, of the model as the run starts from
+it: no second model is ever in memory. The run keeps them, since a resumed run's model has moved on. A KL term
+over whole distributions needs more: they are too large to keep ([V] numbers a position), but the hidden
+states that they come from are [width], 3 KB for GPT-2. With them the reference's blocks never run again; its
+head still does, a chunk of positions at a time (engines/fused.py).
 
-Both are computed in batches that depend on rows and settings alone, and no checkpoint holds them: a resumed
-run computes the same values, and so has the losses of one that was not interrupted.
+Both are computed in batches that depend on rows and settings alone: a resumed run has the losses of one that
+was not interrupted.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from mlx_posttrain.console import log
 from mlx_posttrain.data import batches
@@ -75,14 +80,59 @@ def cache_hidden_states(model: Model, dataset: Dataset, limit: float) -> None:
         dataset.extra[REFERENCE_HIDDEN] = cached
 
 
-def cache_logprobs(model: Model, dataset: Dataset) -> None:
-    """Let the dataset's batches carry the reference's log-probability of every trained token."""
+def cache_logprobs(dataset: Dataset, path: Path, reference: str, model: Callable[[], Model]) -> float | None:
+    """Let the dataset's batches carry the reference's log-probability of every trained token.
+
+    path: the file that the run keeps them in. reference: a digest of the reference's weights, see
+    :func:`digest`. model: the reference, loaded when the file is not there or is of another model or other
+    rows. Returns the largest difference between an answer's log-probability as computed here and once more in
+    a training batch, in nats, where it was computed.
+    """
+    examples = _examples(dataset, [*dataset.held_out, *dataset.train])
+    key = hashlib.sha256(reference.encode())
+    for example in examples:
+        key.update(np.array([*example.tokens, -1, *example.trained], np.int32).tobytes())
+    kept = _read(path, key.hexdigest(), examples)
+    if kept is not None:
+        dataset.extra[REFERENCE_LOGPROBS] = kept
+        return None
+    policy = model()
 
     def logprobs(batch: Batch) -> np.ndarray:
-        return model.apply(lambda m, b: {"logprobs": m.reference_logprobs(b)}, [batch])[0]["logprobs"]
+        return policy.apply(lambda m, b: {"logprobs": m.logprobs(b)}, [batch])[0]["logprobs"]
 
-    examples = _examples(dataset, [*dataset.held_out, *dataset.train])
-    dataset.extra[REFERENCE_LOGPROBS] = _per_example(examples, dataset, logprobs)
+    values = _per_example(examples, dataset, logprobs)
+    dataset.extra[REFERENCE_LOGPROBS] = values
+    flat = np.concatenate([values[example] for example in examples]).astype(np.float32)
+    partial = path.with_suffix(".partial")
+    save_file({"logprobs": flat}, partial, metadata={"key": key.hexdigest()})
+    partial.replace(path)
+    (first,) = dataset.micro_batches(dataset.rows(0)[:1])
+    gaps = batches.by_row(first, logprobs(first) - first.extra[REFERENCE_LOGPROBS])
+    return max(abs(float(gap.sum())) for gap in gaps)
+
+
+def _read(path: Path, key: str, examples: list[Example]) -> dict[Example, np.ndarray] | None:
+    """The log-probabilities in a run's file; None where there is none, or one of another model or rows."""
+    if not path.exists():
+        return None
+    with safe_open(path, "numpy") as file:
+        if (file.metadata() or {}).get("key") != key:
+            return None
+        flat = file.get_tensor("logprobs")
+    ends = np.cumsum([sum(e.trained[1:]) for e in examples])
+    return dict(zip(examples, np.split(flat, ends[:-1]), strict=True))
+
+
+def digest(folders: Iterable[Path]) -> str:
+    """A hash of the weights in some folders."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                while block := file.read(2**24):
+                    found.update(block)
+    return found.hexdigest()
 
 
 def _examples(dataset: Dataset, items: Iterable[object]) -> list[Example]:

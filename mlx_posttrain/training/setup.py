@@ -29,9 +29,12 @@ from mlx_posttrain.runs import trackers
 from mlx_posttrain.training import samples
 from mlx_posttrain.training.loop import Callbacks, Learner, fit
 from mlx_posttrain.training.method import Method
-from mlx_posttrain.training.reference import cache_hidden_states, cache_logprobs
+from mlx_posttrain.training.reference import cache_hidden_states, cache_logprobs, digest
 from mlx_posttrain.training.rows import RowLearner
 from mlx_posttrain.training.session import Session
+
+#: Nats an answer by which float32 log-probs of one model may differ between two batches.
+START_WITHIN = 1e-3
 
 
 def train(
@@ -164,15 +167,14 @@ def _row_learner(session: Session) -> Learner:
     print_parameters(recipe, session.engine, model)
     of = size(session.folder)
     plans.print_plan(lambda: plans.of_rows(recipe, session.engine.name, of, dataset, method.reference))
-    if reference is not None:
+    if reference == "distribution":
         model.keep_reference()
+    if reference == "logprobs":
+        _keep_reference_logprobs(session)
 
     def cache() -> None:
         with discard_on_failure(session.run, session.resume):
-            if reference == "distribution":
-                cache_hidden_states(model, dataset, recipe.kl.cache_gb)
-            else:
-                cache_logprobs(model, dataset)
+            cache_hidden_states(model, dataset, recipe.kl.cache_gb)
 
     return RowLearner(
         session.engine,
@@ -180,8 +182,53 @@ def _row_learner(session: Session) -> Learner:
         method.loss(recipe),
         dataset,
         samples=(method.samples or samples.default_for(session))(session),
-        prepare=cache if reference is not None else None,
+        prepare=cache if reference == "distribution" else None,
     )
+
+
+def _keep_reference_logprobs(session: Session) -> None:
+    """Give the dataset the reference's log-probabilities, before a checkpoint's weights are read.
+
+    Raises UserError where the starting model, as the reference of itself, is not itself: every log-ratio must
+    begin at 0.
+    """
+    recipe, dataset, adapter = session.recipe, session.dataset, getattr(session.recipe, "adapter", None)
+    assert dataset is not None
+    named = getattr(recipe, "reference", None)
+    folders = [base_folder(named)] if named else [session.folder]
+    if not named and adapter is not None and adapter.path is not None:
+        folders.append(adapter_folder(adapter.path))
+    gap = cache_logprobs(
+        dataset,
+        session.run.folder / "reference.safetensors",
+        digest(folders),
+        lambda: load_reference(session.engine, recipe, session.folder) if named else session.model,
+    )
+    if gap is None or named:
+        return
+    log(f"reference: the starting model; log-ratios begin at 0 (within {gap:.1g} nats an answer)")
+    if gap > START_WITHIN and recipe.dtype == "float32":
+        raise UserError(
+            f"the starting model differs from itself as the reference by {gap:.3g} nats an answer: a defect "
+            "of this engine on this machine; try the other engine, and report it with the output of doctor"
+        )
+
+
+def load_reference(engine: Engine, recipe: Any, folder: Path) -> Model:
+    """The model that a policy is compared with: the recipe's ``reference``, or the one it starts from.
+
+    Raises UserError for a reference with another vocabulary.
+    """
+    if recipe.reference is None:
+        return load_model(engine, recipe, folder, recipe.adapter)
+    other = base_folder(recipe.reference)
+    ours, theirs = (model_facts(one) for one in (folder, other))
+    if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
+        raise UserError(
+            f"reference: {recipe.reference} has another vocabulary than {recipe.model}, so their "
+            "log-probabilities cannot be compared; name a model with the same tokenizer"
+        )
+    return engine.load(other, dtype=recipe.dtype)
 
 
 def _rollout_learner(session: Session) -> Learner:

@@ -1,0 +1,253 @@
+"""Preference optimisation as whole runs: both engines, invariants, resume, the reference, bad settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from mlx_posttrain import engines
+from mlx_posttrain.config import parse
+from mlx_posttrain.data.pairs import PairCollator
+from mlx_posttrain.data.types import Example, Pair, Preference
+from mlx_posttrain.evaluation.implicit_reward import displacement, displacement_sentence
+from mlx_posttrain.methods.preference import OBJECTIVES, PreferenceSection
+from tests.helpers import final_weights, read_jsonl, records, refused, resume_run, run_recipe, same_weights
+
+ENGINES = engines.available()
+both = pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
+FIRST_CLASS = {
+    "dpo": {},
+    "cdpo": {"loss": "dpo", "label_smoothing": 0.1},
+    "robust": {"label_smoothing": 0.1},
+    "ipo": {},
+    "ipo by length": {"loss": "ipo", "normalise": "length"},
+    "hinge": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "rpo": {"loss": "dpo", "sft_weight": 1.0},
+    "ld-dpo": {"loss": "dpo", "ld_alpha": 0.5},
+    "simpo": {},
+    "orpo": {},
+    "cpo": {},
+}
+
+
+def run(output, name="dpo", *more, engine=ENGINES[0], steps=4):
+    keys = {"loss": name, **FIRST_CLASS.get(name, {})}
+    return run_recipe(
+        "09_dpo",
+        "model=tiny",
+        "data.source=embedded/preferences",
+        "data.config=null",
+        "data.eval_split=null",
+        "data.families=[quotes,first_last]",
+        "data.template=question",
+        "data.limit=60",
+        "data.holdout=12",
+        "data.max_length=96",
+        "train.batch_size=4",
+        "train.grad_accumulation=1",
+        f"train.steps={steps}",
+        f"train.eval_every={steps}",
+        "train.lr=1e-4",
+        "sample.count=1",
+        "sample.max_tokens=8",
+        f"engine={engine}",
+        f"output={output}",
+        *(f"preference.{key}={value}" for key, value in keys.items()),
+        *more,
+    )
+
+
+def losses(folder):
+    return [record["loss"] for record in records(folder) if "loss" in record]
+
+
+AT_START = {
+    "dpo": math.log(2),
+    "cdpo": math.log(2),
+    "robust": math.log(2),
+    "ipo": 25.0,
+    "ipo by length": 25.0,
+    "hinge": 1.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "ld-dpo": math.log(2),
+}
+
+
+@both
+@pytest.mark.parametrize("name", FIRST_CLASS)
+def test_engines_agree_over_ten_updates_from_the_closed_form(name, tmp_path):
+    found = []
+    for engine in ENGINES:
+        run(tmp_path / engine, name, engine=engine, steps=10)
+        found.append(losses(tmp_path / engine))
+        if name in AT_START:
+            assert found[-1][0] == pytest.approx(AT_START[name], rel=2e-4)
+    ours, theirs = map(np.array, found)
+    assert len(ours) == 10 and np.ptp(ours) > 1e-3
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_metrics_have_trls_names_and_begin_at_zero(engine, tmp_path):
+    run(tmp_path / "run", engine=engine)
+    start, *_ = [r for r in records(tmp_path / "run") if "eval/loss" in r]
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert abs(start[f"eval/{name}"]) < 1e-4
+    step, *_ = [r for r in records(tmp_path / "run") if "loss" in r]
+    assert step["logps/chosen"] < -1 and step["logps/rejected"] < -1
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert {"accuracy", "longer", "bag_of_words", "kl", "length", "reference_length"} <= set(report)
+    written = read_jsonl(tmp_path / "run" / "samples.jsonl")
+    assert any("reference_answer" in row for row in written)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["dpo", "rpo", "orpo"])
+def test_accumulation_changes_nothing(engine, name, tmp_path):
+    run(tmp_path / "whole", name, engine=engine)
+    run(tmp_path / "parts", name, "train.batch_size=1", "train.grad_accumulation=4", engine=engine)
+    np.testing.assert_allclose(losses(tmp_path / "whole"), losses(tmp_path / "parts"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("more", [(), ("adapter.rank=4", "adapter.dropout=0.1")], ids=["full", "lora"])
+def test_resume_reads_the_references_log_probs_and_equals_an_uninterrupted_run(engine, more, tmp_path):
+    run(tmp_path / "whole", "dpo", *more, "train.checkpoint_every=2", engine=engine)
+    run(tmp_path / "cut", "dpo", *more, "train.checkpoint_every=2", engine=engine)
+    cut = tmp_path / "cut"
+    last = sorted((cut / "checkpoints").glob("step-*"))[-1]
+    assert last.name == "step-000004"
+    for path in (last, cut / "final"):
+        shutil.rmtree(path)
+    kept = (cut / "reference.safetensors").read_bytes()
+    resume_run(cut)
+    assert (cut / "reference.safetensors").read_bytes() == kept
+    assert losses(cut)[-2:] == losses(tmp_path / "whole")[-2:]
+    assert same_weights(cut, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_model_as_the_reference(engine, tmp_path, capfd):
+    run(tmp_path / "start", engine=engine, steps=6)
+    run(tmp_path / "ours", "dpo", f"reference={tmp_path / 'start'}", engine=engine, steps=1)
+    # The reference prefers the chosen answers already, so the policy begins behind it.
+    assert losses(tmp_path / "ours")[0] > math.log(2) + 0.01
+    line = refused(
+        capfd,
+        "run",
+        "09_dpo",
+        "model=tiny",
+        "reference=tiny",
+        "preference.loss=simpo",
+        f"output={tmp_path}/x",
+    )
+    assert "has no reference" in line
+
+
+def test_an_adapter_to_start_from_is_the_reference(tmp_path):
+    """The policy's own start, adapter on: log-ratios of 0, although the base differs."""
+    run(tmp_path / "first", "dpo", "adapter.rank=4", "train.lr=1e-2", steps=6)
+    run(tmp_path / "second", "dpo", "adapter.rank=4", f"adapter.path={tmp_path / 'first'}", steps=1)
+    assert losses(tmp_path / "second")[0] == pytest.approx(math.log(2), rel=1e-4)
+    moved = final_weights(tmp_path / "first")
+    assert max(abs(value).max() for value in moved.values()) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
+def test_it_learns_what_is_preferred(engine, name, tmp_path):
+    """From a model that answers, three seeds: held-out accuracy of the implicit reward is far above chance."""
+    run_recipe(
+        "demo_sft",
+        "data.limit=400",
+        "data.families=[quotes,first_last]",
+        "train.eval_every=100",
+        "sample.count=0",
+        f"engine={engine}",
+        f"output={tmp_path / 'sft'}",
+    )
+    for seed in range(3):
+        out = tmp_path / f"{name}_{seed}"
+        result = run(
+            out,
+            name,
+            f"model={tmp_path / 'sft'}",
+            "data.limit=400",
+            "data.holdout=100",
+            "train.batch_size=8",
+            f"seed={seed}",
+            engine=engine,
+            steps=30,
+        )
+        assert result["accuracy"] > 0.75, (seed, result)
+        assert 0 < result["kl"] < 40
+
+
+# Batches
+
+
+def pair(chosen, rejected, prompt=0):
+    def side(answer):
+        return Example((1, 2, *answer), (False, False, *(True,) * len(answer)))
+
+    return Pair(side(chosen), side(rejected), prompt, Preference((), "a", "b"))
+
+
+def test_weights_beyond_the_common_length():
+    """Answers of 3 and 1 tokens: all but the longer one's first weigh alpha; a shared answer stands twice."""
+    items = [pair((5, 6, 7), (8,)), pair((5, 6, 7), (8, 9))]
+    batch = PairCollator(None, None, score=False, beyond=0.25)(items, {})
+    weights = [batch.weight[(batch.row == r) & (batch.mask > 0)].tolist() for r in range(4)]
+    assert weights == [[1, 0.25, 0.25], [1], [1, 1, 0.25], [1, 1]]
+    assert batch.extra["chosen"].tolist() == [0, 2] and batch.extra["rejected"].tolist() == [1, 3]
+    plain = PairCollator(None, None, score=False)(items, {})
+    assert len(plain.tokens) == 3 and set(plain.weight.tolist()) == {1.0}
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is not part of ipo; it belongs to dpo"),
+        ({"loss": "dpo", "gamma": 1.0}, "gamma is not part of dpo; it belongs to simpo"),
+        ({"loss": "simpo", "margin": True}, "margin is not part of simpo"),
+        ({"loss": "robust"}, "robust without label_smoothing is dpo"),
+        ({"beta": 0}, "beta"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"loss": "dop"}, "loss"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(keys, message):
+    with pytest.raises(Exception, match=message):
+        parse(keys, PreferenceSection, "preference")
+
+
+def test_null_stands_for_the_losses_own_settings():
+    assert PreferenceSection().strength == 0.1 and PreferenceSection().imitation == 0
+    assert PreferenceSection(loss="simpo").strength == 2 and PreferenceSection(loss="orpo").imitation == 1
+    assert set(OBJECTIVES) == set(PreferenceSection.model_fields["loss"].annotation.__args__)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "says"),
+    [(-9.0, -20.0, "displacement"), (2.0, -3.0, "margin by +5.0"), (-9.0, -2.0, "margin by -7.0")],
+)
+def test_displacement_is_said(chosen, rejected, says):
+    names = ("eval/logps/chosen", "eval/logps/rejected")
+    start = dict(zip(names, (-30.0, -40.0), strict=True))
+    end = dict(zip(names, (-30.0 + chosen, -40.0 + rejected), strict=True))
+    moved = displacement([start, {"loss": 1.0}, end])
+    assert moved == {"chosen_moved": chosen, "rejected_moved": rejected, "margin_moved": chosen - rejected}
+    text = displacement_sentence(moved)
+    assert says in text and ("Razin" in text) == (says == "displacement")
+    assert displacement([start]) == {}
