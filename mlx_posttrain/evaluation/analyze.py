@@ -13,7 +13,7 @@ import numpy as np
 from mlx_posttrain import runs
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
-from mlx_posttrain.convert import arrays, gpt2, hub
+from mlx_posttrain.convert import arrays, hub, names
 from mlx_posttrain.data import batches, encode, templates
 from mlx_posttrain.data.read import read_conversations, row_dataset
 from mlx_posttrain.data.types import Conversation
@@ -254,11 +254,7 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
     weights: dict[str, Any] = {}
     for file in files.weight_files(folder):
         weights.update(arrays.read_float32(folder / file))
-    return (
-        gpt2.mlx_to_hf(gpt2.hf_to_mlx(weights, config["n_layer"]))
-        if config.get("model_type") == "gpt2"
-        else weights
-    )
+    return names.hf_weights(weights, config)
 
 
 def _training_rows(name: str) -> list[Conversation]:

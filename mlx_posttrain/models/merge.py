@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_posttrain import runs
 from mlx_posttrain.console import log
-from mlx_posttrain.convert import adapters, gpt2, hub, merge, weights
+from mlx_posttrain.convert import adapters, hub, merge, names, weights
 from mlx_posttrain.convert.arrays import like, require_mlx
 from mlx_posttrain.engines import files
 from mlx_posttrain.models.source import Source, starting_folder
@@ -76,10 +76,7 @@ def _base_weights(source: Source) -> dict[str, Any]:
         found = weights.load_weights(source.folder)
     if (source.recipe or {}).get("dtype", "float32") == "float32":
         found = {name: weights.cast(name, value, "float32") for name, value in found.items()}
-    config = hub.check_config(source.folder)
-    return (
-        gpt2.mlx_to_hf(gpt2.hf_to_mlx(found, config["n_layer"])) if config["model_type"] == "gpt2" else found
-    )
+    return names.hf_weights(found, hub.check_config(source.folder))
 
 
 def base_bits(source: Source) -> int | None:
