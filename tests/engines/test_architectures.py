@@ -130,3 +130,9 @@ def test_an_untested_architecture_loads_with_a_line_and_an_unknown_one_does_not(
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "nobody"}))
     with pytest.raises(UserError, match=r"transformers .* cannot read its config.json"):
         engines.get("mlx").load(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_page_is_what_is_measured():
+    """Written by ``python -m tests.architectures``."""
+    assert made.PAGE.read_text(encoding="utf-8") == made.page()
