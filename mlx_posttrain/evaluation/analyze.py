@@ -28,7 +28,7 @@ from mlx_posttrain.evaluation.suite import SuiteSection, compare, model_labels, 
 from mlx_posttrain.methods import METHODS, sft
 from mlx_posttrain.models.merge import write_merged
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.source import last_language_model, locate, saves_language_model
+from mlx_posttrain.models.source import Source, last_language_model, locate, saves_language_model
 
 SHIFT_ROWS = 96  # training rows read for the shift of the data
 GRADIENT_ROWS = 64  # training rows read for the gradients of templates
@@ -76,9 +76,14 @@ def add_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], li
     except UserError as error:
         log(f"the base is left out: {error}")
         return list(names), list(labels)
-    if place in [locate(name) for name in names]:
+    if _files(place) in [_files(locate(name)) for name in names]:
         return list(names), list(labels)
     return ([base, *names], ["base", *labels]) if len(names) == 1 else ([*names, base], [*labels, "base"])
+
+
+def _files(source: Source) -> tuple[Path, Path | None]:
+    """A model's folders, the same for every way to write their paths."""
+    return source.folder.resolve(), source.adapter and source.adapter.resolve()
 
 
 def comparison_findings(
