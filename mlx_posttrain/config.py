@@ -98,6 +98,8 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _possible_rows(self) -> DataSection:
+        if self.eval_split == self.split:
+            raise ValueError(f"split and eval_split are both {self.split!r}: the same rows cannot serve both")
         if self.holdout >= 1 and self.holdout != int(self.holdout):
             raise ValueError(f"holdout is a share below 1 or a whole number of rows, not {self.holdout}")
         if self.families == []:

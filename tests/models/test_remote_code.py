@@ -18,7 +18,7 @@ ENGINES = engines.available()
 
 @pytest.fixture
 def folder(random_gpt2, tmp_path):
-    """A model folder with a Python file that would leave a mark, and a function that edits its config.json."""
+    """A function that edits a file of a model folder whose Python files would leave a mark."""
     target = tmp_path / "model"
     shutil.copytree(random_gpt2, target)
     code = f"from pathlib import Path\nPath({str(tmp_path / 'mark')!r}).touch()\n"
