@@ -127,6 +127,11 @@ def readable(folder: Path, config: Mapping[str, Any]) -> Readable:
     return _in_mlx_lm(hf, config, str(folder))
 
 
+def for_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a folder's config as mlx-lm itself reads it right. Raises UserError as `readable`."""
+    return {**config, **readable(folder, config).settings}
+
+
 def _in_mlx_lm(hf: Any, raw: Mapping[str, Any], where: str) -> Readable:
     kind = hf.model_type
     computed = ARCHITECTURES.get(kind, _UNTESTED)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_posttrain.errors import UserError
 
-from . import gpt2
+from . import gpt2, mlx_config
 from .arrays import library, require_mlx
 from .files import copy_tokenizer, output_folder, require_space, write_atomically, write_json
 from .hub import check_config, check_tensors, resolve, weight_files
@@ -362,16 +363,21 @@ def _copy_if_present(file: Path, folder: Path) -> bool:
 def _convert_with_mlx_lm(
     source: Path, folder: Path, model_type: str, dtype: str | None, bits: int | None, group_size: int | None
 ) -> None:
-    """Run mlx-lm's own conversion into an empty folder."""
+    """Run mlx-lm's own conversion into an empty folder, on a config.json that it understands."""
     require_mlx(f"converting {model_type}")
     from mlx_lm.convert import convert as mlx_lm_convert
 
     require_space(folder, sum(file.stat().st_size for file in _checked_files(source)))
+    config = mlx_config.for_mlx_lm(source, check_config(source))
     inner = folder / "model"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as readable:
+            for file in source.iterdir():
+                if file.is_file() and file.suffix != ".py" and file.name != "config.json":
+                    (Path(readable) / file.name).symlink_to(file.absolute())
+            write_json(Path(readable) / "config.json", config)
             mlx_lm_convert(
-                str(source),
+                readable,
                 str(inner),
                 quantize=bits is not None,
                 q_bits=bits,

@@ -246,39 +246,39 @@ def page() -> str:
 
 TEXT = """# Models
 
-Both engines load any folder in Hugging Face's format: the torch engine through transformers, the MLX
-engine through mlx-lm. What a `config.json` says is what transformers makes of it, whether version 4 or
-5 wrote it; the MLX engine brings it into the form that mlx-lm reads, and refuses a setting that
-mlx-lm's class ignores and that would change the result. Code in a folder is never run.
+Both engines load any folder in Hugging Face's format: the torch engine through transformers, the
+MLX engine through mlx-lm. What a `config.json` means is what transformers makes of it, whether
+version 4 or 5 wrote it. The MLX engine brings it into the form that mlx-lm reads, and refuses a
+setting that mlx-lm's class ignores and that would change the result. Code in a folder is never run.
 
 The logits of these architectures are compared with transformers' on small random models in float32,
-with a `config.json` as each version writes it. The difference is the largest of all logits, as a share
-of the largest logit. In the column *bounded* are the settings with which MLX takes only texts as long
-as they do not matter: a sliding window that mlx-lm does not mask, factors of longrope for long texts.
-The model's context is then shorter there, and a line says so.
+with a `config.json` as each version writes it. The difference is the largest of all logits, as a
+share of the largest logit. *Bounded on MLX* are the settings with which MLX takes only texts so
+short that they do not matter: a sliding window that mlx-lm does not mask, factors of longrope for
+long texts. The model's context is then shorter, a line says so, and a longer `data.max_length` is
+refused.
 
 | `model_type` | tested | bounded on MLX | difference |
 |---|---|---|---|
 {rows}
 
-Written by `python -m tests.architectures`. Any other architecture that both libraries know loads on MLX
-with a line that says it is not tested. `mlx-posttrain doctor --model FOLDER` compares the two engines on
-the model itself.
+Written by `python -m tests.architectures`. Any other architecture that both libraries know loads on
+MLX with a line that says it is not tested; `mlx-posttrain doctor --model FOLDER` compares the two
+engines on the model itself.
 
 ## Adapters
 
-`adapter.targets` is a list of layer names, matched at the end of the path, or one of two words. `null`
-stands for `all-linear`, but on GPT-2 for `c_attn` and both `c_proj`: 1,622,016 parameters at rank 16 for
-GPT-2 124M.
+`adapter.targets` is a list of layer names, matched at the end of the path, or one of two words.
+`null` stands for `all-linear`, but on GPT-2 for `c_attn` and both `c_proj`: 1,622,016 parameters at
+rank 16 for GPT-2 124M.
 
 | `adapter.targets` | layers |
 |---|---|
 | `all-linear` | every linear layer of the blocks but routers and experts |
 | `attention` | those of them that belong to attention |
 
-A layer whose name is not in the model's folder cannot be saved for others to read, and is refused before
-training; so are all weights of a model whose tensors mlx-lm holds in another form, such as Mixtral's
-experts.
+A layer whose tensor is not in the model's folder under its name could not be saved, and is refused
+before training: all weights of a Mixtral, whose experts both engines join into one tensor.
 """
 
 

@@ -150,3 +150,42 @@ def test_a_scalar_head_is_saved_and_reopened(engine, name, folders, tmp_path):
     assert files.is_classifier(files.check_config(tmp_path))
     heads = [engines.get(e).load(tmp_path).head() for e in ENGINES]
     assert all(np.array_equal(h, model.head()) for h in heads)
+
+
+@pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_neox", "phi3", "qwen2"])
+def test_what_is_exported_for_mlx_lm_is_right_in_mlx_lm(name, folders, rows_file, tmp_path):
+    """From configs of transformers 5, which mlx-lm itself would misread: an adapter and a merged model."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_adapters, load_model
+
+    from mlx_posttrain.convert.weights import convert
+
+    train(folders[name], rows_file, tmp_path / "run", "mlx", "adapter.rank=4")
+    ours = open_model(tmp_path / "run", "mlx")[0].full_logits(TOKENS)
+    convert(folders[name], tmp_path / "base")
+    export(tmp_path / "run", tmp_path / "adapter", "mlx-lm")
+    export(tmp_path / "run", tmp_path / "merged", "mlx-lm", merged=True)
+    nets = [
+        load_adapters(load_model(tmp_path / "base")[0], str(tmp_path / "adapter")),
+        load_model(tmp_path / "merged")[0],
+    ]
+    # mlx-lm rounds Gemma 3's scale and approximates GPT-NeoX's activation
+    bound = 2e-3 if name in ("gemma3_text", "gpt_neox") else 1e-4
+    for net in nets:
+        theirs = np.array(net.eval()(mx.array(TOKENS.astype(np.int32))))
+        assert made.difference(theirs, ours) < bound
+
+
+@pytest.mark.skipif("mlx" not in ENGINES, reason="needs mlx")
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen2"])
+def test_a_merge_into_a_quantised_base_is_read_here_and_by_mlx_lm(name, folders, rows_file, tmp_path):
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    quantised = ["adapter.rank=4", "adapter.quantize=8", "adapter.group_size=32", "train.lr=3e-2"]
+    train(folders[name], rows_file, tmp_path / "run", "mlx", *quantised)
+    export(tmp_path / "run", tmp_path / "merged", "mlx-lm", merged=True)
+    here = open_model(tmp_path / "merged", "mlx")[0].full_logits(TOKENS)
+    theirs = load_model(tmp_path / "merged")[0](mx.array(TOKENS.astype(np.int32)))
+    assert made.difference(np.array(theirs), here) < (2e-3 if name == "gpt_neox" else 1e-4)

@@ -181,13 +181,17 @@ def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, f
     quantised = next(m.linear for _, m in model.adapted())
     net.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in model.adapted()]))
     drift = merge.logit_drift(adapted, model.full_logits(probe), base)
-    weight_files.save_weights(folder, dict(tree_flatten(net.parameters())), format="mlx")
+    weights, model_type = dict(tree_flatten(net.parameters())), model.config["model_type"]
+    if model_type != "gpt2":
+        weights, config = names.to_hf(weights, model_type), mlx_config.for_mlx_lm(model.folder, model.config)
+    elif "lm_head.weight" in weights:
+        raise UserError(f"{model.folder} has an output head of its own, which mlx-lm's GPT-2 does not have")
+    else:
+        config = weight_files.gpt2_config(model.config)
+    weight_files.save_weights(folder, weights, format="mlx")
     # A folder that was already quantised may have other grids for some layers; its config names them.
     grid = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
     quantization = model.config.get("quantization") or grid
-    config = (
-        weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
-    )
     save_config(
         {**config, "quantization": quantization, "quantization_config": quantization}, folder / "config.json"
     )
