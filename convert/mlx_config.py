@@ -47,8 +47,10 @@ ARCHITECTURES = {
     "phi3": Computed(("default", "longrope")),
     "qwen2": Computed(SCALED),
     "qwen3": Computed(SCALED),
+    "qwen3_moe": Computed(),
 }
-_UNTESTED = Computed((*SCALED, "longrope"))
+# Some classes take rope_scaling and leave it aside.
+_UNTESTED = Computed()
 
 #: Settings of rotary embeddings that mlx-lm does not read, and values for which that does not matter.
 _ROPE_UNREAD: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -141,7 +143,7 @@ def _in_mlx_lm(hf: Any, raw: Mapping[str, Any], where: str) -> Readable:
     window, pattern = _window(hf, computed, where)
     if fields is not None:
         _check_read(hf, raw, computed, fields, where)
-    known = hf.to_dict()
+    known = _by_every_name(hf, hf.to_dict())
     settings = {name: known[name] for name in fields or () if name in known and name not in _TRANSLATED}
     translated = {
         **rope,
@@ -153,7 +155,7 @@ def _in_mlx_lm(hf: Any, raw: Mapping[str, Any], where: str) -> Readable:
     settings |= {
         name: value
         for name, value in translated.items()
-        if name in (fields or ()) and (value is not None or name in raw)
+        if fields and name in fields and (value is not None or name in raw or _required(fields[name]))
     }
     longest = getattr(hf, "max_position_embeddings", None)
     bounds = [(limit, why) for limit, why in (window, short) if limit and limit < (longest or limit + 1)]
@@ -169,6 +171,16 @@ def _fields(config: Mapping[str, Any]) -> Mapping[str, inspect.Parameter] | None
         return inspect.signature(_get_classes(dict(config))[1]).parameters
     except (ValueError, SystemExit):  # the latter where its module misses a package
         return None
+
+
+def _by_every_name(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the further names that transformers has for them too."""
+    further = {name: settings[own] for name, own in hf.attribute_map.items() if own in settings}
+    return {**further, **settings}
+
+
+def _required(field: inspect.Parameter) -> bool:
+    return field.default is inspect.Parameter.empty
 
 
 def _rope(
@@ -259,14 +271,17 @@ def _check_read(
         value = known.get(name, default)
         if name in _TRANSLATED or _NEUTRAL.fullmatch(name):
             continue
-        if name in fields:
+        read = [other for other in _by_every_name(hf, {name: value}) if other in fields]
+        if read:
             # mlx-lm's class calculates with what it holds to be a number
-            unread = value is None and fields[name].default is not None
+            unread = value is None and isinstance(fields[read[0]].default, int | float)
         else:
             unread = value != default and value not in computed.same.get(name, ())
         if unread:
             raise UserError(f"{where} {name} {value!r}, which mlx-lm's {hf.model_type} ignores; {_INSTEAD}")
-    for name in sorted(set(raw) & set(fields) - set(defaults) - _TRANSLATED - {"model_type"}):
+    for name in sorted(
+        set(raw) & set(fields) - set(_by_every_name(hf, defaults)) - _TRANSLATED - {"model_type"}
+    ):
         if raw[name] != fields[name].default:
             raise UserError(f"{where} {name} {raw[name]!r}, which transformers ignores; {_INSTEAD}")
     width = getattr(hf, "hidden_size", 0) // getattr(hf, "num_attention_heads", 1)

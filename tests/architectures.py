@@ -96,6 +96,7 @@ _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _GEMMA2 = {**GQA, "head_dim": 8, "query_pre_attn_scalar": 16}
 _NEOX = {"intermediate_size": 128}
 _QWEN3 = {**GQA, "head_dim": 16}
+_QWEN3_MOE = {**GQA, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 CASES = [
     Case("gpt2", "tied head", _GPT2),
     Case("gpt2", "head of its own", {**_GPT2, "tie_word_embeddings": False}),
@@ -125,6 +126,7 @@ CASES = [
     Case("qwen2", "yarn scaling", {**GQA, "rope_parameters": YARN}),
     Case("qwen3", "rope theta", {**_QWEN3, **rope(5e4)}),
     Case("qwen3", "yarn scaling", {**_QWEN3, "rope_parameters": YARN}),
+    Case("qwen3_moe", "rope theta", {**_QWEN3_MOE, **rope(5e4)}),
     Case("phi3", "rope theta", {**GQA, **rope(5e4, partial_rotary_factor=1.0)}),
     Case("phi3", "part of each head rotated", {**GQA, **rope(5e4, partial_rotary_factor=0.5)}),
     Case(

@@ -55,7 +55,7 @@ class Size:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return "lm_head.weight" not in self.tensors
+        return not {"lm_head.weight", "embed_out.weight"} & self.tensors.keys()
 
     @property
     def parameters(self) -> int:

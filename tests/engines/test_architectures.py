@@ -47,6 +47,7 @@ def folder_of(tmp_path, kind: str, **settings):
         ("llama", {"rope_parameters": {**made.YARN, "truncate": False}}, "truncate False for yarn"),
         ("llama", made.rope(1e4, partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
         ("mixtral", {"rope_parameters": made.LINEAR}, "rope_type 'linear', which mlx-lm's mixtral ignores"),
+        ("qwen3_moe", {"rope_parameters": made.YARN}, "rope_type 'yarn', which mlx-lm's qwen3_moe ignores"),
         ("mixtral", {"head_dim": 16}, "head_dim 16: mlx-lm's mixtral has"),
         ("mistral", {"attention_bias": True}, "attention_bias True, which transformers ignores"),
         ("gemma2", {"rope_parameters": made.LLAMA3}, "rope_type 'llama3'"),
@@ -127,6 +128,9 @@ def test_an_untested_architecture_loads_with_a_line_and_an_unknown_one_does_not(
     engines.get("mlx").load(tmp_path)
     assert f"mlx-posttrain doctor --model {tmp_path}" in capfd.readouterr().err
     config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": made.LINEAR}))
+    with pytest.raises(UserError, match="rope_type 'linear'"):
+        engines.get("mlx").load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "nobody"}))
     with pytest.raises(UserError, match=r"transformers .* cannot read its config.json"):
         engines.get("mlx").load(tmp_path)

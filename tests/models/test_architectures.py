@@ -21,7 +21,14 @@ ENGINES = engines.available()
 TOKENS = made.tokens(14)
 #: Each architecture once, and GPT-2 with a head of its own.
 CASES = {case.kind: case for case in reversed(made.CASES)} | {"gpt2-untied": made.CASES[1]}
-LINEAR = {"gpt2": 4, "gpt2-untied": 4, "gpt_neox": 4, "mixtral": 4, "phi3": 4}  # of a block; 7 elsewhere
+LINEAR = {
+    "gpt2": 4,
+    "gpt2-untied": 4,
+    "gpt_neox": 4,
+    "mixtral": 4,
+    "phi3": 4,
+    "qwen3_moe": 4,
+}  # of a block; 7 elsewhere
 
 
 @pytest.fixture(scope="module")
