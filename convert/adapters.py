@@ -20,6 +20,7 @@ from .arrays import read_float32, to_float32
 from .files import read_json, require_space, write_atomically, write_json
 from .gpt2 import CONV1D
 from .hub import check_folder
+from .names import hf_path, mlx_path
 
 Module = dict[str, Any]
 Modules = dict[str, Module]
@@ -53,28 +54,6 @@ UNSUPPORTED = (
     "alora_invocation_tokens",
     "megatron_config",
 )
-
-
-def hf_path(module: str, model_type: str = "gpt2") -> str:
-    """Return the transformers path of an mlx-lm module.
-
-    GPT-2's `model.h.0.attn.c_attn` becomes `transformer.h.0.attn.c_attn`; paths of other architectures are
-    returned unchanged.
-    """
-    return (
-        "transformer." + module.removeprefix("model.")
-        if model_type == "gpt2" and module.startswith("model.h.")
-        else module
-    )
-
-
-def mlx_path(module: str, model_type: str = "gpt2") -> str:
-    """Return the mlx-lm path of a transformers module, with or without GPT-2's `transformer.`.
-
-    Paths of other architectures are returned unchanged.
-    """
-    bare = module.removeprefix("transformer.")
-    return f"model.{bare}" if model_type == "gpt2" and bare.startswith("h.") else module
 
 
 def peft_to_mlx(tensors: Mapping[str, Any], model_type: str = "gpt2") -> Modules:

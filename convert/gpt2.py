@@ -49,9 +49,9 @@ def hf_to_mlx(weights: Mapping[str, Any], n_layer: int, tie_word_embeddings: boo
     """Return GPT-2 weights under mlx-lm's names, with matrices (out, in).
 
     Accepts the hub's bare names (`h.0.*`) and `save_pretrained`'s (`transformer.h.0.*`); a dictionary that
-    has mlx-lm's names already is only checked. Drops the `attn.bias` and `attn.masked_bias` buffers, and
-    `lm_head.weight` (vocab, d) if it equals `wte.weight`; one that differs stays only with
-    `tie_word_embeddings` False. `score.weight` of a reward model passes through.
+    has mlx-lm's names already is only checked. Drops the `attn.bias` and `attn.masked_bias` buffers, and in a
+    tied model a `lm_head.weight` (vocab, d) that equals `wte.weight`. A model that is not tied keeps its
+    head. `score.weight` of a reward model passes through.
 
     Raises:
         UserError: a tensor is missing or is not GPT-2's, or `lm_head.weight` differs from `wte.weight` in a
@@ -75,7 +75,7 @@ def hf_to_mlx(weights: Mapping[str, Any], n_layer: int, tie_word_embeddings: boo
 def mlx_to_hf(weights: Mapping[str, Any]) -> Weights:
     """Return mlx-lm's GPT-2 weights under transformers' names (`transformer.*`).
 
-    Conv1D matrices become (in, out); a tied model has no head.
+    Conv1D matrices become (in, out); a tied model has no head, another keeps its own.
 
     Raises:
         UserError: the weights are quantised, which Hugging Face's layout does not support.
@@ -91,6 +91,13 @@ def mlx_to_hf(weights: Mapping[str, Any]) -> Weights:
             value = transposed(value)
         out["transformer." + name.removeprefix("model.") if name.startswith("model.") else name] = value
     return out
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a GPT-2 config completed with what mlx-lm needs: n_ctx and transformers' default values."""
+    full = {**DEFAULTS, **config}
+    full.setdefault("n_ctx", full["n_positions"])
+    return full
 
 
 def with_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -145,6 +152,14 @@ def check_shapes(weights: Mapping[str, Any], config: Mapping[str, Any]) -> None:
             )
 
 
+def same_head(weights: Mapping[str, Any]) -> bool:
+    """Return whether mlx-lm's weights hold a head that is a copy of the embedding."""
+    table, head = weights.get("model.wte.weight"), weights.get("lm_head.weight")
+    if table is None or head is None or tuple(table.shape) != tuple(head.shape):
+        return False
+    return bool((table == head).all())
+
+
 def expected_names(n_layer: int) -> list[str]:
     """Return every tensor name of an mlx-lm GPT-2 with `n_layer` blocks, in the model's order."""
     names = ["model.wte.weight", "model.wpe.weight"]
@@ -180,7 +195,7 @@ def _tie(weights: Weights, tie_word_embeddings: bool) -> None:
     if table is None and tie_word_embeddings:
         # safetensors stores a shared tensor under one of its names, possibly this one.
         weights["model.wte.weight"] = weights.pop("lm_head.weight")
-    elif table is not None and tuple(table.shape) == tuple(head.shape) and bool((table == head).all()):
+    elif tie_word_embeddings and same_head(weights):
         del weights["lm_head.weight"]
     elif tie_word_embeddings:
         raise UserError(

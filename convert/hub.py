@@ -80,16 +80,17 @@ def holds_adapter(folder: Path) -> bool:
 def check_config(path: Path) -> dict[str, Any]:
     """Return the config.json of a model folder (or the file itself) as a dictionary.
 
-    A GPT-2's is completed with its default sizes.
+    A GPT-2's is completed with its default sizes, and an `auto_map` that is not needed is left out.
 
     Raises:
-        UserError: it is missing or broken JSON (with line and column), names no model_type, or gives a GPT-2
-            impossible sizes.
+        UserError: it is missing or broken JSON (with line and column), names no model_type, needs code from
+            the folder, or gives a GPT-2 impossible sizes.
     """
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{file} names no model_type, so the architecture is unknown")
+    _check_code(config, str(file))
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(
@@ -97,6 +98,28 @@ def check_config(path: Path) -> dict[str, Any]:
             '["GPT2LMHeadModel"]'
         )
     return gpt2.with_sizes(config, str(file)) if config["model_type"] == "gpt2" else config
+
+
+def _check_code(config: dict[str, Any], where: str) -> None:
+    """Take away `auto_map` where transformers has the architecture itself.
+
+    Raises UserError for a model that is made by Python code of its folder, which is never run. mlx-lm 0.31
+    would run a `model_file` without asking.
+    """
+    if config.get("model_file") is not None:
+        raise UserError(
+            f"{where} names the Python file {config['model_file']} (model_file): code from a model folder is "
+            "never run here; use a model whose architecture mlx-lm and transformers have themselves"
+        )
+    if config.pop("auto_map", None) is None:
+        return
+    from transformers import CONFIG_MAPPING
+
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise UserError(
+            f"{where} needs code from the model folder (auto_map), which is never run here: transformers has "
+            f"no architecture {config['model_type']}; use another model, or a newer transformers"
+        )
 
 
 def check_tensors(file: Path) -> None:

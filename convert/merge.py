@@ -7,9 +7,10 @@ from typing import Any
 
 from mlx_posttrain.errors import UserError
 
-from .adapters import Module, hf_path, scale_of
+from .adapters import Module, scale_of
 from .arrays import like, to_float32
 from .gpt2 import is_conv1d
+from .names import hf_path
 
 
 def merge(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_posttrain.errors import UserError
 
-from . import gpt2
+from . import gpt2, mlx_config
 from .arrays import library, require_mlx
 from .files import copy_tokenizer, output_folder, require_space, write_atomically, write_json
 from .hub import check_config, check_tensors, resolve, weight_files
@@ -137,16 +138,18 @@ def convert(
             return _summary(folder, target, model_type, quantize)
     config = gpt2_config(config)
     weights = _load_gpt2(source, config, dtype)
-    if "lm_head.weight" in weights:
+    if gpt2.same_head(weights):
+        del weights["lm_head.weight"]
+    if "lm_head.weight" in weights and to == "mlx":
         raise UserError(
-            f"{src} has an output head of its own (tie_word_embeddings false), which mlx-lm's "
-            "GPT-2 does not have"
+            f"{src} has an output head of its own (tie_word_embeddings false), which mlx-lm's GPT-2 does not "
+            "have; use it as it is, or convert it --to hf"
         )
     for key in ("quantization", "quantization_config"):
         # The weights are dequantised by now: a quantised model without a dtype was refused.
         config.pop(key, None)
     # An identical head was dropped, so the model is tied whatever config.json says.
-    config["tie_word_embeddings"] = True
+    config["tie_word_embeddings"] = "lm_head.weight" not in weights
     with output_folder(target, force) as folder:
         if to == "hf":
             _write_hf(source, folder, weights, config, max_shard_bytes)
@@ -162,24 +165,23 @@ def convert(
 
 
 def gpt2_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a GPT-2 config completed with what mlx-lm needs: n_ctx and transformers' default values.
+    """Return a GPT-2 config completed as `gpt2.completed` does.
 
     Raises:
         UserError: a head that is not a language model's, or an option with which mlx-lm's GPT-2 would compute
             something else.
     """
-    full = {**gpt2.DEFAULTS, **config}
-    full.setdefault("n_ctx", full["n_positions"])
+    full = gpt2.completed(config)
     for key, allowed in GPT2_FIXED.items():
         if full.get(key, allowed[0]) not in allowed:
             raise UserError(
                 f"config.json has {key} {full[key]!r}, which mlx-lm's GPT-2 does not compute; "
-                f"supported: {allowed[0]!r}"
+                f"supported: {allowed[0]!r}; use engine=torch"
             )
     if full.get("n_inner") not in (None, 4 * full["n_embd"]):
         raise UserError(
             f"config.json has n_inner {full['n_inner']}; mlx-lm's GPT-2 has 4 * n_embd = "
-            f"{4 * full['n_embd']} only"
+            f"{4 * full['n_embd']} only; use engine=torch"
         )
     architectures = full.get("architectures") or ["GPT2LMHeadModel"]
     if not {"GPT2LMHeadModel", "GPT2Model"} & set(architectures):
@@ -361,16 +363,21 @@ def _copy_if_present(file: Path, folder: Path) -> bool:
 def _convert_with_mlx_lm(
     source: Path, folder: Path, model_type: str, dtype: str | None, bits: int | None, group_size: int | None
 ) -> None:
-    """Run mlx-lm's own conversion into an empty folder."""
+    """Run mlx-lm's own conversion into an empty folder, on a config.json that it understands."""
     require_mlx(f"converting {model_type}")
     from mlx_lm.convert import convert as mlx_lm_convert
 
     require_space(folder, sum(file.stat().st_size for file in _checked_files(source)))
+    config = mlx_config.for_mlx_lm(source, check_config(source))
     inner = folder / "model"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as readable:
+            for file in source.iterdir():
+                if file.is_file() and file.suffix != ".py" and file.name != "config.json":
+                    (Path(readable) / file.name).symlink_to(file.absolute())
+            write_json(Path(readable) / "config.json", config)
             mlx_lm_convert(
-                str(source),
+                readable,
                 str(inner),
                 quantize=bits is not None,
                 q_bits=bits,

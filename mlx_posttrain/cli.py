@@ -487,11 +487,16 @@ def bench(
 
 
 @app.command()
-def doctor(json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="also compare the logits of this model or run on the two engines")
+    ] = None,
+) -> None:
     """Show what this machine has, what is used, and what to fix."""
     from mlx_posttrain import doctor as module
 
-    raise typer.Exit(module.doctor(json=json))
+    raise typer.Exit(module.doctor(json=json, model=model))
 
 
 @app.callback(invoke_without_command=True)

@@ -98,6 +98,8 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _possible_rows(self) -> DataSection:
+        if self.eval_split == self.split:
+            raise ValueError(f"split and eval_split are both {self.split!r}: the same rows cannot serve both")
         if self.holdout >= 1 and self.holdout != int(self.holdout):
             raise ValueError(f"holdout is a share below 1 or a whole number of rows, not {self.holdout}")
         if self.families == []:
@@ -151,6 +153,10 @@ class TrainSection(OptimizerSection):
     )
 
 
+#: In place of layer names: every linear layer of the blocks, and those of them that belong to attention.
+TARGET_WORDS = ("all-linear", "attention")
+
+
 class AdapterSection(Section):
     """A low-rank adapter: LoRA, rsLoRA, DoRA, or LoRA on a quantised base (QLoRA).
 
@@ -166,10 +172,10 @@ class AdapterSection(Section):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     rslora: bool = Field(False, description="scale by alpha/sqrt(rank)")
-    targets: list[str] | None = Field(
+    targets: list[str] | str | None = Field(
         None,
-        description="layer names that get an adapter, matched at the end of the path; null: c_attn and "
-        "c_proj on GPT-2, the attention projections elsewhere",
+        description="layers that get an adapter: names matched at the end of the path, `all-linear` (of the "
+        "blocks) or `attention`; null: c_attn and c_proj on GPT-2, all-linear elsewhere",
     )
     quantize: int | None = Field(
         None, description="QLoRA: hold the frozen base in 2, 3, 4, 6 or 8 bits (MLX)"
@@ -183,6 +189,11 @@ class AdapterSection(Section):
             raise ValueError(f"quantize takes 2, 3, 4, 6 or 8 bits, not {self.quantize}")
         if self.targets == []:
             raise ValueError("targets is empty: name at least one layer, or null for the usual ones")
+        if isinstance(self.targets, str) and self.targets not in TARGET_WORDS:
+            raise ValueError(
+                f"targets={self.targets}: write a list, as [{self.targets}], or one of the words "
+                f"{', '.join(TARGET_WORDS)}"
+            )
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size takes 32, 64 or 128, not {self.group_size}")
         if self.kind == "dora" and self.quantize in (3, 6):

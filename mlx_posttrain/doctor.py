@@ -22,6 +22,8 @@ from mlx_posttrain.engines.process import command_output, memory
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 _GIB = 1024**3
+#: Tokens on which the engines are compared, and how far their logits may be apart: rounding gives 1e-5.
+TOKENS, LOGITS_APART = 32, 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,15 @@ class Check:
     advice: str = ""
 
 
-def doctor(json: bool = False) -> int:
+def doctor(json: bool = False, model: str | None = None) -> int:
     """Print the report, as a table or as JSON, and return the exit code.
 
-    It is 1 if something must be fixed before training works, else 0.
+    It is 1 if something must be fixed before training works, else 0. model: one whose logits the two engines
+    compute for comparison.
     """
     checks = collect()
+    if model is not None:
+        checks += compare_engines(model)
     if json:
         print(_json.dumps([asdict(check) for check in checks], indent=2))
     else:
@@ -68,6 +73,41 @@ def collect() -> list[Check]:
     ):
         checks += _safely(check)
     return checks
+
+
+def compare_engines(model: str) -> list[Check]:
+    """Compare the logits of a model or run on both engines, in float32 on 32 random tokens.
+
+    Fails where the largest difference exceeds ``LOGITS_APART`` of the largest logit, or an engine refuses the
+    model.
+    """
+    import numpy as np
+
+    from mlx_posttrain import engines
+    from mlx_posttrain.errors import UserError
+    from mlx_posttrain.models.open import open_model
+
+    found = {}
+    for engine in engines.available():
+        try:
+            opened, _, _ = open_model(model, engine, scores=None)
+        except UserError as error:
+            return [Check("model", f"{model} on {engine}", FAIL, str(error))]
+        length = min(TOKENS, opened.context or TOKENS)
+        ids = np.random.default_rng(0).integers(0, opened.config["vocab_size"], (1, TOKENS))
+        found[engine] = opened.full_logits(ids[:, :length])
+        del opened  # the next one takes its memory
+    if len(found) < 2:
+        return [
+            Check("model", f"{model}: {', '.join(found)} alone is installed, so nothing was compared", WARN)
+        ]
+    shared = min(logits.shape[1] for logits in found.values())
+    ours, theirs = (logits[:, :shared] for logits in found.values())
+    apart = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    value = f"{model}: logits on {' and '.join(found)} differ by {apart:.1e} of the largest"
+    if not apart <= LOGITS_APART:  # nan is no agreement
+        return [Check("model", value, FAIL, "mlx computes another model: use engine=torch")]
+    return [Check("model", value)]
 
 
 def render(checks: list[Check]) -> None:

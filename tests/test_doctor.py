@@ -66,6 +66,30 @@ def test_json_parses_and_the_exit_code_tells_whether_something_must_be_fixed(cap
     assert "do c" in capsys.readouterr().out
 
 
+def test_a_models_logits_are_compared(random_gpt2, capsys, monkeypatch):
+    from mlx_posttrain import engines
+    from mlx_posttrain.engines.torch.model import TorchModel
+
+    if len(engines.available()) < 2:
+        pytest.skip("needs both engines")
+    monkeypatch.setattr(doctor, "collect", list)
+    assert doctor.doctor(model=str(random_gpt2)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "logits on mlx and torch differ by" in said and "e-0" in said
+    logits = TorchModel.full_logits
+    monkeypatch.setattr(TorchModel, "full_logits", lambda self, ids: logits(self, ids) * 1.01)
+    assert doctor.doctor(model=str(random_gpt2)) == 1
+    assert "use engine=torch" in capsys.readouterr().out
+    monkeypatch.setattr(engines, "available", lambda: ["mlx"])
+    (check,) = doctor.compare_engines(str(random_gpt2))
+    assert check.status == doctor.WARN and "nothing was compared" in check.value
+
+
+def test_a_model_that_an_engine_refuses_is_a_line(tmp_path):
+    (check,) = doctor.compare_engines(str(tmp_path))
+    assert check.status == doctor.FAIL and "no config.json" in check.advice
+
+
 def test_a_token_does_not_leak(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "Sentinel0" * 4)
     checks = doctor.collect()

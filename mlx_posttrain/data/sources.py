@@ -131,11 +131,11 @@ def _local(path: Path, split: str, limit: int | None, seed: int, shuffle: bool) 
     if not path.exists():
         raise UserError(f"{path}: no such file{_near_file(path)}")
     files = _folder_split(path, split) if path.is_dir() else [path]
-    if path.is_file() and SPLIT_NAMES.get(split, split) not in ("train", _split_of(path)):
-        file_split = _split_of(path) or "train"
+    # Whatever the file is called: its rows would be trained on and held out too.
+    if path.is_file() and SPLIT_NAMES.get(split, split) != "train":
         raise UserError(
-            f"{path}: a file is one split, {file_split!r}, and has no {split!r}; name the file that "
-            f"holds the {split!r} rows"
+            f"{path}: a file is one split, read whole, and has no {split!r} beside it; set "
+            "data.eval_split=null to hold out rows of it, or name a folder with a file for each split"
         )
     # Reading stops at the limit, so that a few rows of a large file are cheap; a shuffle needs every row.
     rows = list(islice(_read_all(files), None if shuffle else limit))

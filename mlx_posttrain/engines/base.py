@@ -6,7 +6,8 @@ torch. Arrays named ``Array`` belong to the engine; everything else is plain Pyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlx_posttrain.config import TARGET_WORDS
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.errors import UserError
 
@@ -65,11 +67,17 @@ class DeviceBatch:
     FIELDS = ("tokens", "index", "target", "row", "mask", "weight")
 
 
+_IN_BLOCK = re.compile(r".*?\.\d+\.(.+)")
+_ATTENTION = re.compile(r"(\w*attn|attention)\.")
+#: Routers and experts, which each see a part of the tokens.
+_ROUTED = re.compile(r"(^|\.)(experts?|shared_expert\w*|gate|router)(\.|$)")
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """A LoRA or DoRA adapter.
 
-    targets: ends of layer paths; None: the architecture's attention projections.
+    targets: ends of layer paths, or words of ``config.TARGET_WORDS``; None: the architecture's usual layers.
     """
 
     kind: str = "lora"
@@ -87,14 +95,20 @@ class AdapterSpec:
         """
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
-    def resolved(self, model_type: str) -> AdapterSpec:
-        """The spec with ``targets`` filled in for an architecture."""
-        if self.targets:
-            return self
-        gpt2 = ("c_attn", "c_proj")
-        return replace(
-            self, targets=gpt2 if model_type == "gpt2" else ("q_proj", "k_proj", "v_proj", "o_proj")
-        )
+    def resolved(self, model_type: str, layers: Iterable[str]) -> AdapterSpec:
+        """The spec with ends of layer paths as ``targets``.
+
+        layers: paths of the model's linear layers, Hugging Face's. Without targets all layers of the blocks
+        are meant (Dettmers et al. 2023, section 4), on GPT-2 c_attn and both c_proj.
+        """
+        targets = self.targets or (("c_attn", "c_proj") if model_type == "gpt2" else ("all-linear",))
+        found = {target for target in targets if target not in TARGET_WORDS}
+        if found != set(targets):
+            inner = {
+                m[1] for layer in layers if (m := _IN_BLOCK.fullmatch(layer)) and not _ROUTED.search(m[1])
+            }
+            found |= {p for p in inner if "all-linear" in targets or _ATTENTION.match(p)}
+        return replace(self, targets=tuple(sorted(found)))
 
 
 @dataclass(frozen=True)
@@ -339,6 +353,9 @@ class Engine(Protocol):
         gradient_checkpointing: bool = False,
     ) -> Model:
         """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised."""
+
+    def context(self, folder: Path) -> int | None:
+        """The longest sequence in tokens of a folder's model on this engine; None without a limit."""
 
     def trainer(self, model: Any, settings: AdamW) -> Trainer:
         """An optimizer over the model's trained parameters."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.convert import adapters, gpt2, weights
+from mlx_posttrain.convert import names as layer_names
 from mlx_posttrain.convert.arrays import read_float32
 from mlx_posttrain.convert.files import copy_tokenizer, write_json
 from mlx_posttrain.convert.hub import check_config, weight_files
@@ -33,20 +34,21 @@ def save_model(folder: Path, tensors: Mapping[str, Any], base: Path, pad: int | 
     sequence classifier with one label that pools by ``pad``. base: the folder whose config and tokenizer
     files are taken.
     """
+    given = check_config(base)
+    if given["model_type"] == "gpt_neox":
+        tensors = layer_names.to_hf(tensors, "gpt_neox")
     if HEAD in tensors:
-        tensors = {name: value for name, value in tensors.items() if name != "lm_head.weight"}
+        heads = ("lm_head.weight", "embed_out.weight")
+        tensors = {name: value for name, value in tensors.items() if name not in heads}
     weights.save_weights(folder, tensors)
     config = {
         k: v
-        for k, v in check_config(base).items()
+        for k, v in given.items()
         if k not in ("torch_dtype", "_name_or_path", "quantization", "quantization_config")
     }
     config["dtype"] = str(next(iter(tensors.values())).dtype).rpartition(".")[2]
     if config.get("model_type") == "gpt2":
-        config = {
-            **weights.gpt2_config({**config, "architectures": None}),
-            "architectures": ["GPT2LMHeadModel"],
-        }
+        config = {**gpt2.completed(config), "architectures": ["GPT2LMHeadModel"]}
     if HEAD in tensors:
         name = str((config.get("architectures") or [""])[0])
         stem = re.sub(r"(LMHeadModel|ForCausalLM|ForSequenceClassification)$", "", name)
@@ -67,6 +69,29 @@ def save_model(folder: Path, tensors: Mapping[str, Any], base: Path, pad: int | 
     else:
         write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
     copy_tokenizer(base, folder)
+
+
+def check_names(folder: Path, config: Mapping[str, Any], trained: Sequence[str]) -> None:
+    """Raise UserError where a trained tensor has no namesake in the folder, and so could not be saved.
+
+    trained: tensors' names, Hugging Face's. An engine may hold tensors in another form, for example experts
+    joined into one.
+    """
+    from safetensors import safe_open
+
+    if config["model_type"] == "gpt2":
+        return  # whose names and layouts are converted and checked one by one
+    known = {HEAD}
+    for file in weight_files(folder):
+        with safe_open(folder / file, "numpy") as f:
+            known |= {layer_names.hf_path(name, config["model_type"]) for name in f.keys()}  # noqa: SIM118
+    odd = sorted(name for name in trained if layer_names.hf_path(name, config["model_type"]) not in known)
+    if odd:
+        raise UserError(
+            f"{folder}: {odd[0]} cannot be trained on this engine: {config['model_type']}'s files have no "
+            "tensor of that name, so it could not be saved; train an adapter on other layers (adapter.rank, "
+            "adapter.targets)"
+        )
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -185,8 +210,4 @@ def torch_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file in weight_files(folder):
         tensors.update(load_file(folder / file))
-    return (
-        gpt2.mlx_to_hf(gpt2.hf_to_mlx(tensors, config["n_layer"]))
-        if config.get("model_type") == "gpt2"
-        else tensors
-    )
+    return layer_names.hf_weights(tensors, config)

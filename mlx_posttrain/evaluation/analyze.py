@@ -13,7 +13,7 @@ import numpy as np
 from mlx_posttrain import runs
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
-from mlx_posttrain.convert import arrays, gpt2, hub
+from mlx_posttrain.convert import arrays, hub, names
 from mlx_posttrain.data import batches, encode, templates
 from mlx_posttrain.data.read import read_conversations, row_dataset
 from mlx_posttrain.data.types import Conversation
@@ -28,7 +28,7 @@ from mlx_posttrain.evaluation.suite import SuiteSection, compare, model_labels, 
 from mlx_posttrain.methods import METHODS, sft
 from mlx_posttrain.models.merge import write_merged
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.source import locate, saves_language_model, starting_model
+from mlx_posttrain.models.source import Source, locate, saves_language_model, starting_model
 
 SHIFT_ROWS = 96  # training rows read for the shift of the data
 GRADIENT_ROWS = 64  # training rows read for the gradients of templates
@@ -60,9 +60,14 @@ def add_base(names: Sequence[str], labels: Sequence[str]) -> tuple[list[str], li
     except UserError as error:
         log(f"the base is left out: {error}")
         return list(names), list(labels)
-    if place in [locate(name) for name in names]:
+    if _files(place) in [_files(locate(name)) for name in names]:
         return list(names), list(labels)
     return ([base, *names], ["base", *labels]) if len(names) == 1 else ([*names, base], [*labels, "base"])
+
+
+def _files(source: Source) -> tuple[Path, Path | None]:
+    """A model's folders, the same for every way to write their paths."""
+    return source.folder.resolve(), source.adapter and source.adapter.resolve()
 
 
 def comparison_findings(
@@ -238,11 +243,7 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
     weights: dict[str, Any] = {}
     for file in files.weight_files(folder):
         weights.update(arrays.read_float32(folder / file))
-    return (
-        gpt2.mlx_to_hf(gpt2.hf_to_mlx(weights, config["n_layer"]))
-        if config.get("model_type") == "gpt2"
-        else weights
-    )
+    return names.hf_weights(weights, config)
 
 
 def _training_rows(name: str) -> list[Conversation]:

@@ -93,6 +93,9 @@ class SuiteSection(config.Section):
     last_words: str | None = Field(
         None, description="a file with a column text whose last word is to be predicted (LAMBADA); null: none"
     )
+    last_word_limit: int | None = Field(
+        1000, ge=1, description="read at most this many of those texts; null: all"
+    )
     opening_words: int = Field(
         12,
         ge=1,
@@ -149,7 +152,7 @@ def compare(
     if openings:
         judge = suite.judge or continuations.default_judge(str(names[0]))
         coherence = continuations.read_human_text(judge, engine, openings, human, suite.continuation)
-    last_word_texts = read_texts(suite.last_words, None) if suite.last_words else []
+    last_word_texts = read_texts(suite.last_words, suite.last_word_limit) if suite.last_words else []
     reward_model = open_model(suite.reward, engine, scores=True) if suite.reward else None
     kept: dict[int, Model] = {}  # models that later ones are compared with
     results: list[ModelResult] = []

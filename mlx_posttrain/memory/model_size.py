@@ -55,7 +55,7 @@ class Size:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return "lm_head.weight" not in self.tensors
+        return not {"lm_head.weight", "embed_out.weight"} & self.tensors.keys()
 
     @property
     def parameters(self) -> int:
@@ -128,9 +128,8 @@ def size(folder: Path) -> Size:
 
 def adapted(of: Size, spec: AdapterSpec) -> list[tuple[int, int]]:
     """(in, out) of every layer that an adapter stands on. Raises UserError when a target matches none."""
-    shapes = [
-        of.linear[path] for path in match_targets(list(of.linear), spec.resolved(of.model_type).targets or ())
-    ]
+    targets = spec.resolved(of.model_type, of.linear).targets or ()
+    shapes = [of.linear[path] for path in match_targets(list(of.linear), targets)]
     # Conv1D weights are [in, out]; all others are [out, in].
     conv1d = of.model_type == "gpt2" and not gpt2.is_mlx(of.tensors)
     return [(shape[0], shape[1]) if conv1d else (shape[1], shape[0]) for shape in shapes]

@@ -12,5 +12,6 @@ def adapter_spec(adapter: AdapterSection) -> AdapterSpec:
     """The adapter that a recipe asks for; with ``adapter.path`` that of the adapter to start from."""
     if adapter.path is not None:
         return files.spec_of(adapter_folder(adapter.path), adapter.dropout)
-    targets = tuple(adapter.targets) if adapter.targets else None
+    given = adapter.targets
+    targets = (given,) if isinstance(given, str) else tuple(given) if given else None
     return AdapterSpec(adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets)

@@ -75,7 +75,7 @@ def export(
             if to == "peft":
                 _write_peft(source, folder)
             else:
-                config, modules = adapters.read_adapter(source.adapter)
+                config, modules = adapters.read_adapter(source.adapter, model_type(source))
                 adapters.to_mlx_lm(folder, modules, config, model_type(source))
             if source.quantize:
                 summary |= _on_unquantised_base(source, run)
@@ -83,10 +83,10 @@ def export(
             summary |= _requantised(source, run, folder, force)
         elif to == "mlx-lm":
             with _temporary(folder) as intermediate:
-                write_merged(source, intermediate)
+                write_merged(source, intermediate, as_base=True)
                 weights.convert(intermediate, folder, to="mlx", force=True)
         else:
-            write_merged(source, folder)
+            write_merged(source, folder, as_base=True)
         note = f"\n## Difference from the run\n\n{summary['note']}\n" if "note" in summary else ""
         (folder / "README.md").write_text(model_card(source, Path(run), to, merged) + note, encoding="utf-8")
     return summary

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_posttrain import runs
 from mlx_posttrain.console import log
-from mlx_posttrain.convert import adapters, gpt2, hub, merge, weights
+from mlx_posttrain.convert import adapters, hub, merge, names, weights
 from mlx_posttrain.convert.arrays import like, require_mlx
 from mlx_posttrain.engines import files
 from mlx_posttrain.models.source import Source, starting_folder
@@ -43,16 +43,15 @@ def _merge_into(merged: Path, source: Source) -> None:
     runs.replace_folder(merged, lambda folder: write_merged(source, folder))
 
 
-def write_merged(source: Source, folder: Path) -> None:
+def write_merged(source: Source, folder: Path, *, as_base: bool = False) -> None:
     """Write base plus adapter as a model folder.
 
-    In float32 where the run computed so: a 16-bit base would round small updates away.
-
-    The base is dequantised first where it was quantised.
+    In float32 where the run computed so, since 16 bits round small updates away, or with ``as_base`` in the
+    base's number format. The sums are in float32 either way. A base that was quantised is dequantised first.
     """
     assert source.adapter is not None
     config, modules = adapters.read_adapter(source.adapter)
-    base = _base_weights(source)
+    base = _base_weights(source, as_base)
     base.pop(files.HEAD, None)
     merged = merge.merge(base, modules, config, model_type(source))
     head = files.read_head(source.adapter)
@@ -65,7 +64,7 @@ def write_merged(source: Source, folder: Path) -> None:
     )
 
 
-def _base_weights(source: Source) -> dict[str, Any]:
+def _base_weights(source: Source, as_base: bool) -> dict[str, Any]:
     if base_bits(source):
         require_mlx("dequantising")
         from mlx_posttrain.engines.mlx.load import dequantised_weights
@@ -74,12 +73,9 @@ def _base_weights(source: Source) -> dict[str, Any]:
         found = dequantised_weights(source.folder, source.quantize, group)
     else:
         found = weights.load_weights(source.folder)
-    if (source.recipe or {}).get("dtype", "float32") == "float32":
+    if not as_base and (source.recipe or {}).get("dtype", "float32") == "float32":
         found = {name: weights.cast(name, value, "float32") for name, value in found.items()}
-    config = hub.check_config(source.folder)
-    return (
-        gpt2.mlx_to_hf(gpt2.hf_to_mlx(found, config["n_layer"])) if config["model_type"] == "gpt2" else found
-    )
+    return names.hf_weights(found, hub.check_config(source.folder))
 
 
 def base_bits(source: Source) -> int | None:

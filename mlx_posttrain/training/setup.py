@@ -6,6 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlx_posttrain import engines, runs
 from mlx_posttrain.config import AdapterSection, Recipe, absolute_paths
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data.read import model_facts
+from mlx_posttrain.data.read import ModelFacts, model_facts
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
@@ -69,8 +70,9 @@ def plan(method: Method, recipe: Any) -> list[plans.Plan]:
     with tempfile.TemporaryDirectory() as scratch:
         made = method.start and method.start(recipe, Path(scratch))
         folder = made or locate(recipe.model).shape_folder
-        of, facts = size(folder), model_facts(folder)
-        engine = engines.get(recipe.engine).name
+        chosen = engines.get(recipe.engine)
+        engine, facts = chosen.name, facts_on(chosen, recipe, folder)
+        of = replace(size(folder), context=facts.context)
         if method.trains_on == "rows":
             assert method.dataset is not None
             return [plans.of_rows(recipe, engine, of, method.make_dataset(recipe, facts), method.reference)]
@@ -116,7 +118,7 @@ def discard_on_failure(run: runs.Run, resume: bool) -> Iterator[None]:
 
 def _load(method: Method, recipe: Any, engine: Engine, run: runs.Run, resume: bool) -> Session:
     folder = method.start(recipe, run.folder) if method.start else base_folder(recipe.model)
-    facts = model_facts(folder)
+    facts = facts_on(engine, recipe, folder)
     # Before the weights: a mistake in the rows is found at once.
     dataset = method.make_dataset(recipe, facts) if method.dataset else None
     model = load_model(engine, recipe, folder, getattr(recipe, "adapter", None))
@@ -130,6 +132,22 @@ def _load(method: Method, recipe: Any, engine: Engine, run: runs.Run, resume: bo
             "language model"
         )
     return Session(method, recipe, engine, run, resume, folder, model, facts, dataset)
+
+
+def facts_on(engine: Engine, recipe: Recipe, folder: Path) -> ModelFacts:
+    """The facts of a recipe's model on an engine.
+
+    Raises UserError where the recipe's rows may be longer than what the engine computes right.
+    """
+    facts, context = model_facts(folder), engine.context(folder)
+    if context == facts.context or context is None:
+        return facts
+    if recipe.data.max_length > context:
+        raise UserError(
+            f"data.max_length={recipe.data.max_length}: on {engine.name} {recipe.model} computes texts of at "
+            f"most {context} tokens right (docs/models.md); lower it, or use engine=torch"
+        )
+    return replace(facts, context=context)
 
 
 def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSection | None) -> Model:

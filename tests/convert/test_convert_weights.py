@@ -364,11 +364,7 @@ def test_other_architectures_pass_through_mlx_lm(
 
 def test_an_architecture_mlx_lm_does_not_have(tmp_path, llama_folder):
     edit_config(llama_folder, model_type="abacus")
-    with pytest.raises(
-        UserError,
-        match=r"mlx-lm cannot convert .*llama \(abacus\): Model type abacus not "
-        r"supported",
-    ):
+    with pytest.raises(UserError, match=r"llama: transformers .* cannot read its config.json .*`?abacus"):
         convert(llama_folder, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 

@@ -88,7 +88,7 @@ def test_a_folder_is_read_by_the_splits_in_its_file_names(tmp_path: Path) -> Non
     assert load_rows(str(tmp_path)) == ROWS[:4]
     assert load_rows(str(tmp_path), limit=3) == ROWS[:3]
     assert load_rows(str(tmp_path), split="validation") == ROWS[4:5]
-    assert load_rows(str(tmp_path / "x-valid.jsonl"), split="validation") == ROWS[4:5]
+    assert load_rows(str(tmp_path / "x-valid.jsonl")) == ROWS[4:5]
     assert "no split 'test' (its file names give train, validation)" in fault(tmp_path, split="test")
 
 
@@ -102,7 +102,10 @@ def test_faults_of_files(tmp_path: Path) -> None:
     assert "the file has no rows" in fault(write(tmp_path / "a.json", "[]"))
     assert "the file has no rows" in fault(write(tmp_path / "a.csv", "prompt,completion\n"))
     assert "unknown extension '.txt'; accepted are .jsonl" in fault(write(tmp_path / "a.txt", "hello"))
-    assert "is one split, 'train', and has no 'test'" in fault(good, split="test")
+    assert "is one split, read whole, and has no 'test' beside it" in fault(good, split="test")
+    # not even one whose name says so, or it would be both training and held-out rows
+    named = write(tmp_path / "pairs-test.jsonl", jsonl(ROWS))
+    assert "data.eval_split=null" in fault(named, split="test") and load_rows(str(named)) == ROWS
     assert "must be at least 1" in fault(good, limit=0)
     (tmp_path / "empty").mkdir()
     assert "no data file in this folder" in fault(tmp_path / "empty")

@@ -119,6 +119,18 @@ def test_training_rows_under_the_starting_model_are_scored_as_by_full_passes(two
         assert tokens == trained[1:].sum() and nll == pytest.approx(-log_p[trained[1:]].sum(), rel=1e-4)
 
 
+def test_a_base_that_is_named_is_measured_once_however_its_path_is_written(
+    two_runs, random_gpt2, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(random_gpt2.parent)
+    (tmp_path / "link").symlink_to(random_gpt2)
+    run = two_runs["full"]
+    for name in (str(random_gpt2), random_gpt2.name, f"./{random_gpt2.name}/", str(tmp_path / "link")):
+        assert analyze.add_base([name, run], ["model", "run"]) == ([name, run], ["model", "run"])
+    names, labels = analyze.add_base(["tiny", run], ["model", "run"])
+    assert labels == ["model", "run", "base"] and Path(names[2]).resolve() == random_gpt2.resolve()
+
+
 def test_every_run_is_compared_with_its_starting_model_and_its_folder_is_unchanged(
     two_runs, random_gpt2, monkeypatch
 ):

@@ -115,6 +115,15 @@ def test_metrics_have_their_definitions_and_a_model_equals_itself(
     )
 
 
+def test_only_so_many_last_words_are_read(random_gpt2, texts_file, questions_file):
+    settings = {"last_words": str(texts_file), "texts": None, "samples": 0}
+    for limit, count in ((2, 2), (None, len(TEXTS))):
+        given = small(questions_file, last_word_limit=limit, **settings)
+        (found,) = suite.compare([str(random_gpt2)], given, ENGINES[0]).models
+        assert len(found.values["last_word"].rows) == count
+    assert SuiteSection().last_word_limit == 1000
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_kl_and_last_words_equal_their_definitions(engine, random_gpt2, other_gpt2):
     (p, tokenizer, _), (q, _, _) = (open_model(f, engine) for f in (random_gpt2, other_gpt2))

@@ -164,7 +164,7 @@ def test_an_adapter_to_start_from_is_the_reference(tmp_path):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["dpo", "simpo"])
 def test_it_learns_what_is_preferred(engine, name, tmp_path):
-    """From a model that answers, three seeds: held-out accuracy of the implicit reward is far above chance."""
+    """From a model that answers, three seeds: held-out pairs are judged far above chance."""
     run_recipe(
         "demo_sft",
         "data.limit=400",

@@ -22,7 +22,7 @@ from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import pad_id
 from mlx_posttrain.rewards.scorer import score_rows
 from mlx_posttrain.runs import Run
-from tests.helpers import read_jsonl, records, write_jsonl
+from tests.helpers import read_jsonl, records, run_recipe, write_jsonl
 
 ENGINES = engines.available()
 
@@ -248,3 +248,11 @@ def test_rows_that_are_no_pairs(random_gpt2, rows_file, tmp_path):
     with pytest.raises(UserError, match="learns from pairs"):
         methods.run(load(random_gpt2, rows_file, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_named_after_the_recipes_held_out_split_does_not_serve_both(random_gpt2, tmp_path):
+    rows = [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "no"} for i in range(8)]
+    source = write_jsonl(tmp_path / "pairs-test.jsonl", rows)
+    given = [f"model={random_gpt2}", f"data.source={source}", f"output={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=r"pairs-test.jsonl: a file is one split, .* data.eval_split=null"):
+        run_recipe("07_reward", *given)

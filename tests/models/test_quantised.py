@@ -14,6 +14,7 @@ from mlx_posttrain import engines
 from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.export import export, is_export
+from mlx_posttrain.models.merge import base_folder
 from mlx_posttrain.models.open import open_model
 from tests.helpers import cli, run_recipe
 
@@ -97,12 +98,21 @@ def test_qlora_on_the_base_as_it_was_is_measured(random_gpt2, rows_file, tmp_pat
     )
 
 
-def test_a_merge_into_a_16_bit_base_is_float32(random_gpt2, rows_file, tmp_path):
-    convert(random_gpt2, tmp_path / "half", to="hf", dtype="float16")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_merged_export_has_the_bases_format_and_a_further_run_starts_from_float32(
+    dtype, random_gpt2, rows_file, tmp_path
+):
+    convert(random_gpt2, tmp_path / "half", to="hf", dtype=dtype)
     run = train(tmp_path / "half", rows_file, tmp_path / "run")
-    export(run, tmp_path / "merged", "hf", merged=True)
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
-    assert np.abs(logits(tmp_path / "merged") - logits(run)).max() < 2e-5
+    for to in ("hf", "mlx-lm"):
+        export(run, tmp_path / to, to, merged=True)
+        assert json.loads((tmp_path / to / "config.json").read_text())["dtype"] == dtype
+    # rounded once: float32's sums in 8 or 11 bits
+    rounding = {"float16": 2**-11, "bfloat16": 2**-8}[dtype]
+    assert np.abs(logits(tmp_path / "hf") - logits(run)).max() < 8 * rounding
+    merged = base_folder(run)
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "float32"
+    assert np.abs(logits(merged) - logits(run)).max() < 2e-5
 
 
 def test_qlora_of_a_quantised_folder_is_refused(packed, rows_file, tmp_path):

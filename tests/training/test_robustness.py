@@ -363,6 +363,7 @@ def test_a_model_that_is_broken_from_the_start(random_gpt2, rows_file, tmp_path)
         (["data.holdout=1.5"], r"data.*: holdout is a share below 1 or a whole number of rows, not 1.5"),
         (["data.families=[]"], r"data.*: families is empty"),
         (["adapter.targets=[]"], r"adapter.*: targets is empty"),
+        (["adapter.targets=c_attn"], r"targets=c_attn: write a list, as \[c_attn\], or one of the words"),
     ],
 )
 def test_settings_that_the_rows_cannot_meet(more, words, random_gpt2, rows_file, tmp_path):

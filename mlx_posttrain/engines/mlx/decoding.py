@@ -17,8 +17,8 @@ class MLXDecoder:
 
     head: gives the logits of hidden states; None where the model's logits are more than its head's output.
 
-    Prompts are padded on the left where every layer has a plain KV cache. Other caches hold a single row:
-    prefill raises UserError for several.
+    Prompts are padded on the left where every layer has a KV cache. Other caches hold a single row: prefill
+    raises UserError for several.
     """
 
     def __init__(self, net: nn.Module, head: Callable[[mx.array], mx.array] | None):
@@ -26,17 +26,18 @@ class MLXDecoder:
         self.head = head
 
     def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> mx.array:
-        from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+        from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
         longest = max(map(len, prompts))
         padding = [longest - len(p) for p in prompts]
         caches = make_prompt_cache(self.net)
-        if not all(type(c) is KVCache for c in caches) and (len(prompts) > 1 or samples > 1):
+        # A rotating cache forgets what its layer's window masks anyway.
+        if all(type(c) in (KVCache, RotatingKVCache) for c in caches):
+            caches = [BatchKVCache(padding) for _ in caches]
+        elif len(prompts) > 1 or samples > 1:
             raise UserError(
                 "this architecture's cache cannot hold several rows: generate one prompt at a time"
             )
-        if all(type(c) is KVCache for c in caches):
-            caches = [BatchKVCache(padding) for _ in caches]
         self.caches = caches
         tokens = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in enumerate(prompts):

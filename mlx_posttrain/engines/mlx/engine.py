@@ -8,8 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
-from mlx_posttrain.convert import hub
+from mlx_posttrain.console import log
+from mlx_posttrain.convert import hub, mlx_config
+from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdamW
 from mlx_posttrain.engines.mlx import load as mlx_load
 from mlx_posttrain.engines.mlx.cpu import blas
@@ -35,6 +38,8 @@ class MLXEngine:
         gradient_checkpointing: bool = False,
     ) -> MLXModel:
         config = hub.check_config(folder)
+        if config["model_type"] != "gpt2":
+            _tell_limits(folder, mlx_config.readable(folder, config))
 
         def read() -> nn.Module:
             return mlx_load.load(folder, config, dtype, quantize, group_size)
@@ -42,9 +47,18 @@ class MLXEngine:
         net = read()
         if gradient_checkpointing:
             mlx_load.checkpoint_blocks(net)
-        return MLXModel(net, folder, config, read)
+        return MLXModel(net, folder, config, self.context(folder), read)
+
+    def context(self, folder: Path) -> int | None:
+        config = hub.check_config(folder)
+        if config["model_type"] == "gpt2":
+            return config["n_positions"]
+        return mlx_config.readable(folder, config).context
 
     def trainer(self, model: MLXModel, settings: AdamW) -> MLXTrainer:
+        if model.spec is None:
+            trained = [name for name, _ in tree_flatten(model.net.trainable_parameters())]
+            files.check_names(model.folder, model.config, trained)
         return MLXTrainer(model, settings)
 
     def seed(self, seed: int) -> None:
@@ -76,3 +90,16 @@ class MLXEngine:
         if mx.default_device() == mx.Device(mx.gpu):
             return f"{mx.device_info().get('device_name', 'GPU')} (Metal)"
         return "CPU (MLX)"
+
+
+def _tell_limits(folder: Path, config: mlx_config.Readable) -> None:
+    if config.bound is not None:
+        log(
+            f"{folder}: {config.bound}, so texts have at most {config.context} tokens here; engine=torch has "
+            "no such limit"
+        )
+    if not config.tested:
+        log(
+            f"{folder}: its architecture is not among those whose logits are tested on MLX (docs/models.md): "
+            f"compare them once with `mlx-posttrain doctor --model {folder}`"
+        )

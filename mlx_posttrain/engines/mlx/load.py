@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_posttrain.convert import gpt2, hub, merge
+from mlx_posttrain.convert import hub, merge, mlx_config, names
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
 from mlx_posttrain.engines import files
+from mlx_posttrain.engines.mlx import exact
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
 from mlx_posttrain.engines.mlx.cpu import gelu as mlx_gelu
@@ -21,11 +23,9 @@ from mlx_posttrain.errors import UserError
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.array]]:
-    """A folder's weights, without a scalar head, under mlx-lm's names."""
-    weights = weight_files.load_weights(folder)
+    """A folder's weights, without a scalar head, under the names of the network that ``load`` makes."""
+    weights = names.to_mlx(weight_files.load_weights(folder), config)
     weights.pop(files.HEAD, None)
-    if config["model_type"] == "gpt2":
-        weights = gpt2.hf_to_mlx(weights, config["n_layer"])
     return list(weights.items())
 
 
@@ -34,33 +34,24 @@ def load(
 ) -> nn.Module:
     """A network from a folder, in ``dtype`` and, with ``quantize``, with linear layers of so many bits.
 
-    A quantised network is frozen. Raises UserError for a folder that cannot be loaded and for a group size
-    that does not divide a layer's width.
+    A quantised network is frozen. Raises UserError for a folder that cannot be loaded or has settings that
+    mlx-lm would not compute, and for a group size that does not divide a layer's width.
     """
-    from mlx_lm.utils import _get_classes, load_model
+    from mlx_lm.utils import load_model
 
-    def classes(config: dict[str, Any]) -> tuple[type, type]:
-        model_class, args_class = _get_classes(config)
-
-        class Adjusted(model_class):  # type: ignore[valid-type,misc]
-            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                # A classifier's head is put on afterwards. mlx-lm's GPT-2 does not know the `transformer.`
-                # prefix that save_pretrained writes.
-                weights = {name: value for name, value in weights.items() if name != files.HEAD}
-                if config["model_type"] == "gpt2":
-                    return gpt2.hf_to_mlx(weights, self.args.n_layer)
-                return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
-
-        return Adjusted, args_class
-
-    settings: dict[str, Any] | None = None
-    if files.is_classifier(config):
-        # A classifier's folder has no language-model head.
-        settings = config = {**config, "architectures": None, "tie_word_embeddings": True}
-    if config["model_type"] == "gpt2":
-        settings = weight_files.gpt2_config(config)
+    # A classifier's folder has no language-model head.
+    headless = {"architectures": None, "tie_word_embeddings": True} if files.is_classifier(config) else {}
     try:
-        net, _ = load_model(folder, model_config=settings, get_model_classes=classes)
+        if config["model_type"] == "gpt2":
+            settings = weight_files.gpt2_config({**config, **headless})
+        else:
+            settings = {
+                **mlx_config.for_short_texts(mlx_config.readable(folder, config).settings),
+                **headless,
+            }
+        net, _ = load_model(
+            folder, model_config=settings, get_model_classes=partial(_classes, {**config, **settings})
+        )
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
     # A config that contradicts its weights can fail anywhere in a library that trusts it.
@@ -68,6 +59,7 @@ def load(
         raise UserError(
             f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         ) from None
+    exact.use_in(net, config)
     if config["model_type"] == "gpt2":
         mlx_lean.use_in(net)
         if dtype == "float32":
@@ -85,6 +77,45 @@ def load(
         net.freeze()
     mx.eval(net.parameters())
     return net
+
+
+def _classes(settings: dict[str, Any], config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes of an architecture, the model's with a head that stands beside the backbone.
+
+    settings: as mlx-lm gets them, with those of the folder that it does not know.
+    """
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+    kind = settings["model_type"]
+    tied = settings.get("tie_word_embeddings", kind == "gpt2")
+
+    class Adjusted(model_class):  # type: ignore[valid-type,misc]
+        def __init__(self, args: Any):
+            super().__init__(args)
+            if kind == "gpt2" and not tied:
+                self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
+            elif kind == "gpt_neox":  # whose backbone gives logits in mlx-lm
+                head, self.model.embed_out = self.model.embed_out, nn.Identity()
+                if not tied:
+                    self.lm_head = head
+
+        def __call__(self, inputs: mx.array, cache: Any = None, **further: Any) -> mx.array:
+            if kind in ("gpt2", "gpt_neox"):
+                hidden = self.model(inputs, cache)
+                if not tied:
+                    return self.lm_head(hidden)
+                return (self.model.wte if kind == "gpt2" else self.model.embed_in).as_linear(hidden)
+            return super().__call__(inputs, cache, **further)
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            # A classifier's head is put on afterwards.
+            weights = {name: value for name, value in weights.items() if name != files.HEAD}
+            if kind in ("gpt2", "gpt_neox"):
+                return names.to_mlx(weights, settings)
+            return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+
+    return Adjusted, args_class
 
 
 def _packs(path: str, module: nn.Module) -> bool:
@@ -150,13 +181,17 @@ def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, f
     quantised = next(m.linear for _, m in model.adapted())
     net.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in model.adapted()]))
     drift = merge.logit_drift(adapted, model.full_logits(probe), base)
-    weight_files.save_weights(folder, dict(tree_flatten(net.parameters())), format="mlx")
+    weights, model_type = dict(tree_flatten(net.parameters())), model.config["model_type"]
+    if model_type != "gpt2":
+        weights, config = names.to_hf(weights, model_type), mlx_config.for_mlx_lm(model.folder, model.config)
+    elif "lm_head.weight" in weights:
+        raise UserError(f"{model.folder} has an output head of its own, which mlx-lm's GPT-2 does not have")
+    else:
+        config = weight_files.gpt2_config(model.config)
+    weight_files.save_weights(folder, weights, format="mlx")
     # A folder that was already quantised may have other grids for some layers; its config names them.
     grid = {"group_size": quantised.group_size, "bits": quantised.bits, "mode": quantised.mode}
     quantization = model.config.get("quantization") or grid
-    config = (
-        weight_files.gpt2_config(model.config) if model.config["model_type"] == "gpt2" else dict(model.config)
-    )
     save_config(
         {**config, "quantization": quantization, "quantization_config": quantization}, folder / "config.json"
     )

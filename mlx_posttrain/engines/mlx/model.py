@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_posttrain.convert import adapters, gpt2
+from mlx_posttrain.convert import names
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding, files
 from mlx_posttrain.engines.base import (
@@ -58,12 +58,19 @@ class MLXModel:
     network again, for a copy that serves as the reference.
     """
 
-    def __init__(self, net: nn.Module, folder: Path, config: dict[str, Any], reload: Callable[[], nn.Module]):
+    def __init__(
+        self,
+        net: nn.Module,
+        folder: Path,
+        config: dict[str, Any],
+        context: int | None,
+        reload: Callable[[], nn.Module],
+    ):
         self.net = net
         self.folder = folder
         self.base_name = str(folder)
         self.config = config
-        self.context: int | None = config.get("n_positions") or config.get("max_position_embeddings")
+        self.context = context
         self.spec: AdapterSpec | None = None
         self._reload = reload
         self._reference: nn.Module | None = None
@@ -113,7 +120,7 @@ class MLXModel:
         if not self._split:
             return None
         layer = _head_layer(net)
-        if type(layer) not in (nn.Linear, nn.Embedding) or "bias" in layer:
+        if not isinstance(layer, nn.Linear | nn.Embedding) or "bias" in layer:
             return None
         return layer.weight, {"trained": "weight" in layer.trainable_parameters(), "training": net.training}
 
@@ -218,7 +225,6 @@ class MLXModel:
         from mlx_lm.tuner.dora import DoRALinear
         from mlx_lm.tuner.lora import LoRALinear
 
-        spec = spec.resolved(self.config["model_type"])
         if spec.dropout and self.config["model_type"] == "gpt2":
             mlx_lean.undo(self.net)
         layer_type = DoRALinear if spec.kind == "dora" else LoRALinear
@@ -229,7 +235,10 @@ class MLXModel:
             if isinstance(m, nn.Linear | nn.QuantizedLinear)
         }
         linear.pop("score", None)
-        chosen = [linear[path] for path in match_targets(list(linear), spec.targets or ())]
+        spec = spec.resolved(self.config["model_type"], linear)
+        paths = match_targets(list(linear), spec.targets or ())
+        files.check_names(self.folder, self.config, [f"{path}.weight" for path in paths])
+        chosen = [linear[path] for path in paths]
         self.spec = spec
         if self.has_head:
             self.net.score.unfreeze()
@@ -266,7 +275,7 @@ class MLXModel:
         mx.eval(score.parameters())
 
     def _hf_path(self, path: str) -> str:
-        return adapters.hf_path(path, self.config["model_type"])
+        return names.hf_path(path, self.config["model_type"])
 
     def keep_reference(self) -> None:
         if self.spec is None:
@@ -372,8 +381,7 @@ class MLXModel:
             files.save_model(folder, self._full(), self.folder, pad)
 
     def _full(self) -> dict[str, mx.array]:
-        weights = dict(tree_flatten(self.net.parameters()))
-        return gpt2.mlx_to_hf(weights) if self.config["model_type"] == "gpt2" else weights
+        return names.to_hf(dict(tree_flatten(self.net.parameters())), self.config["model_type"])
 
     def head(self) -> np.ndarray:
         return np.array(self.net.score.weight.astype(mx.float32))
@@ -398,21 +406,21 @@ class MLXModel:
     def _adapter(self) -> dict[str, dict[str, np.ndarray]]:
         modules = {}
         for path, layer in self.adapted():
-            names = ("lora_a", "lora_b", "m") if "m" in layer else ("lora_a", "lora_b")
-            modules[self._hf_path(path)] = {n: np.array(layer[n].astype(mx.float32)) for n in names}
+            parts = ("lora_a", "lora_b", "m") if "m" in layer else ("lora_a", "lora_b")
+            modules[self._hf_path(path)] = {n: np.array(layer[n].astype(mx.float32)) for n in parts}
         return modules
 
     def weights(self) -> Mapping[str, np.ndarray]:
         trained = dict(tree_flatten(self.net.trainable_parameters()))
-        if self.spec is None and self.config["model_type"] == "gpt2":
-            trained = gpt2.mlx_to_hf(trained)
+        if self.spec is None:
+            trained = names.to_hf(trained, self.config["model_type"])
         return {name: np.array(v.astype(mx.float32)) for name, v in trained.items()}
 
 
 def _head_layer(net: nn.Module) -> nn.Module:
     if "lm_head" in net:
         return net.lm_head
-    return net.model.wte if "wte" in net.model else net.model.embed_tokens
+    return next(net.model[name] for name in ("wte", "embed_in", "embed_tokens") if name in net.model)
 
 
 def _head(net: nn.Module, hidden: mx.array) -> mx.array:
@@ -423,8 +431,10 @@ def _head(net: nn.Module, hidden: mx.array) -> mx.array:
 def _splits(net: nn.Module) -> bool:
     """Whether the model computes ``head(backbone(x))``, found by trying it.
 
-    Some architectures scale or cap their logits.
+    Some architectures scale or cap their logits. A cap is not seen on the small logits of random weights.
     """
+    if getattr(net, "final_logit_softcapping", None):
+        return False
     probe = mx.array([[1, 2, 3, 4]])
     try:
         return bool(mx.allclose(_head(net, net.model(probe)), net(probe), rtol=1e-4, atol=1e-4).item())

@@ -59,6 +59,11 @@ class TorchEngine:
             net.gradient_checkpointing_enable({"use_reentrant": False})
         return TorchModel(net.eval(), folder, config)
 
+    def context(self, folder: Path) -> int | None:
+        config = hub.check_config(folder)
+        found: int | None = config.get("n_positions") or config.get("max_position_embeddings")
+        return found
+
     def _net(self, folder: Path, config: dict[str, Any], dtype: str) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -78,16 +83,13 @@ class TorchEngine:
             load_weights(net, folder, config)
         else:
             net = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=hf,
-                attn_implementation="sdpa",
-                dtype=getattr(torch, dtype),
-                trust_remote_code=False,
-                use_safetensors=True,
+                folder, config=hf, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
             )
         return net
 
     def trainer(self, model: TorchModel, settings: AdamW) -> TorchTrainer:
+        if model.spec is None:
+            files.check_names(model.folder, model.config, [name for name, _ in model.trained_parameters()])
         return TorchTrainer(model, settings)
 
     def seed(self, seed: int) -> None:

@@ -51,6 +51,9 @@ def load_weights(net: Any, folder: Path, config: dict[str, Any]) -> None:
     """
     weights = files.torch_weights(folder, config)
     parameters = dict(net.named_parameters())
+    # GPT-NeoX's head has one name in files and, in transformers 5, another in the network.
+    if "embed_out.weight" in weights and "lm_head.weight" in parameters:
+        weights["lm_head.weight"] = weights.pop("embed_out.weight")
     # A classifier's folder has no language-model head, and a scalar head may be in a file of its own.
     for name in ("lm_head.weight", files.HEAD):
         if name in parameters and name not in weights:
@@ -220,11 +223,10 @@ class TorchModel:
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
-        spec = spec.resolved(self.net.config.model_type)
-        match_targets(
-            [p for p, m in self.net.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)],
-            spec.targets or (),
-        )
+        linear = [p for p, m in self.net.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+        spec = spec.resolved(self.net.config.model_type, linear)
+        paths = match_targets(linear, spec.targets or ())
+        files.check_names(self.folder, self.config, [f"{path}.weight" for path in paths])
         try:
             self.peft = get_peft_model(
                 self.net,
@@ -413,8 +415,10 @@ class TorchModel:
 def _splits(net: Any) -> bool:
     """Whether the model computes ``head(backbone(x))``, found by trying it.
 
-    Some architectures scale or cap their logits.
+    Some architectures scale or cap their logits. A cap is not seen on the small logits of random weights.
     """
+    if getattr(net.config, "final_logit_softcapping", None):
+        return False
     probe = torch.tensor([[1, 2, 3, 4]])
     hidden = getattr(net, net.base_model_prefix)(input_ids=probe, use_cache=False).last_hidden_state
     return torch.allclose(
