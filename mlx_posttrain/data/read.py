@@ -20,6 +20,7 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
 Record = TypeVar("Record")
+TRIED_ROWS = 8  # whose prompts are looked at: what a chat template does wrong it does to every row
 #: Rows to evaluate on are worth having, and a run can do without them.
 NONE_HELD_OUT = (
     "{what}: none of them can be used as data.max_length stands, so nothing is evaluated during training"
@@ -147,6 +148,12 @@ def encode_rows(
             needed=needed,
         )
         log(f"{what}: {report}")
+        if needed and "chat" in names and encode.torn_prompts(conversations[:TRIED_ROWS], tokenizer):
+            log(
+                f"{what}: the tokenizer makes other tokens of the end of the chat template's prompt where an "
+                "answer follows, so answers are generated from other ids than they are trained on; another "
+                "data.template avoids that"
+            )
     if not examples:
         log(NONE_HELD_OUT.format(what=what))
     return examples

@@ -1,6 +1,6 @@
 """The text around a conversation's turns, as segments that are trained or not.
 
-Each segment is tokenised on its own, so the white space at the boundary between prompt and answer is decided
+Prompt and answer are tokenised apart, so the white space at the boundary between prompt and answer is decided
 here, once: a newline belongs to the prompt, a space to the answer. GPT-2's byte-pair encoding writes a word
 and the space before it as one token (" Paris"), so a prompt that ended in a space would be followed by tokens
 that hardly occur in ordinary text. In the templates whose answer mark ends in a colon, the first token of an
@@ -26,7 +26,7 @@ TrainOn = Literal["completion", "assistant", "all"]
 
 
 class Segment(NamedTuple):
-    """A piece of text that is tokenised on its own.
+    """A piece of text, all of it trained or none.
 
     ``closes``: EOS follows, and is trained if the segment is.
     """
@@ -150,6 +150,15 @@ def render_prompt(
     else:
         segments = _render_turns(turns, TEMPLATES[template] if templated else None, add_prompt=True)
     return [s._replace(trained=False) for s in segments]
+
+
+def begin_answer(prompt: list[Segment], answer: str, template: str | None) -> list[Segment]:
+    """Return the prompt with the beginning of its answer, as far as ``answer`` goes.
+
+    template: that of the prompt, None where there is none.
+    """
+    lead = TEMPLATES[template].lead if template in TEMPLATES else ""
+    return [*prompt, Segment(lead + answer, False)]
 
 
 _EXACT = Template("{content}", "", system="{content}", after="")

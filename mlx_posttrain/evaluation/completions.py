@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.data import encode, formats, tasks, templates
+from mlx_posttrain.data import encode, formats, tasks
 from mlx_posttrain.data.batches import by_length
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.engines.base import Generated, Model
@@ -63,10 +63,7 @@ def generate_answers(
     answer fill the context. Raises UserError for a row without a prompt, or a prompt that leaves no room in
     the context.
     """
-    prompts = _encode(_prompts(rows), tokenizer, template, model.context)
-    if prefix:
-        lead = templates.TEMPLATES[template].lead if template in templates.TEMPLATES else ""
-        prompts = [p + tokenizer(lead + prefix, add_special_tokens=False)["input_ids"] for p in prompts]
+    prompts = _encode(_prompts(rows), tokenizer, template, model.context, prefix)
     completions = _generate(
         model,
         prompts,
@@ -150,7 +147,11 @@ def _prompts(rows: Sequence[Any]) -> list[tuple[tuple[Turn, ...], bool]]:
 
 
 def _encode(
-    prompts: Sequence[tuple[tuple[Turn, ...], bool]], tokenizer: Any, template: str, context: int | None
+    prompts: Sequence[tuple[tuple[Turn, ...], bool]],
+    tokenizer: Any,
+    template: str,
+    context: int | None,
+    prefix: str = "",
 ) -> list[list[int]]:
     ids: list[list[int]] = [[] for _ in prompts]
     for templated in (True, False):
@@ -158,7 +159,7 @@ def _encode(
         room = None if context is None else context - 1
         encoded = (
             encode.encode_prompts(
-                [prompts[i][0] for i in places], tokenizer, template, room, templated=templated
+                [prompts[i][0] for i in places], tokenizer, template, room, templated=templated, answer=prefix
             )
             if places
             else []
