@@ -2,7 +2,8 @@
 
 EOS follows each answer. A special token written out in a row's text (``<|endoftext|>``) becomes that token,
 as the tokenizer's users would expect. With tokenizers that begin every text with BOS (Llama), each row starts
-with one BOS; GPT-2's does not, and rows get none.
+with one BOS; GPT-2's does not, and rows get none. A row without a prompt then starts with one EOS, which is
+not trained: it is what its first token is predicted from, and what generation from nothing starts with.
 
 Prompt and answer are tokenised apart, each as it would be within the joint text (data/tokens.py). Where the
 tokenizer would merge the end of a prompt with the beginning of its answer, it does not: an answer never
@@ -24,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mlx_posttrain.data.templates import (
+    Refused,
     Segment,
     TrainOn,
     begin_answer,
@@ -88,6 +90,14 @@ def bos_ids(tokenizer: Any) -> list[int]:
         return []
     plain, default = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     return [int(bos)] if default[:1] == [bos] and plain[:1] != [bos] else []
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """Return the one token that a text without a prompt follows: BOS as in :func:`bos_ids`, else EOS.
+
+    An EOS ends the text before, as in GPT-2's own training.
+    """
+    return bos_ids(tokenizer) or [eos_id(tokenizer)]
 
 
 def encode(
@@ -176,27 +186,54 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Return the prompt ids for the next answer to each list of turns.
 
-    They equal the ids before that answer in a training row. An empty prompt becomes EOS (or BOS), after which
-    any text may begin. ``answer`` is the beginning of every answer, which the ids then include. Raises
-    UserError for a prompt longer than ``max_length``.
+    They equal the ids before that answer in a training row; of an empty prompt they are :func:`start_ids`.
+    ``answer`` is the beginning of every answer, which the ids then include. Raises UserError, with the
+    prompt's number, for one that does not end with a question, that the chat template refuses, or that is
+    longer than ``max_length``.
     """
-    segments = [render_prompt(turns, template, tokenizer, templated=templated) for turns in prompts]
-    if answer:
-        segments = [begin_answer(row, answer, template if templated else None) for row in segments]
-    chat = templated and template == "chat"
-    rows = [encoded.tokens for encoded in _assemble(segments, tokenizer, [chat] * len(segments))]
-    for number, row in enumerate(rows, 1):
+    found = try_prompts(prompts, tokenizer, template, templated=templated, answer=answer)
+    rows: list[list[int]] = []
+    for number, row in enumerate(found, 1):
+        which = f"prompt {number} ({_excerpt(prompts[number - 1])})"
+        if isinstance(row, UserError):
+            raise UserError(f"{which}: {row}")
         if max_length is not None and len(row) > max_length:
-            which = f"prompt {number} ({_excerpt(prompts[number - 1])})"
             raise UserError(f"{which} has {len(row)} tokens, more than the {max_length} that fit; shorten it")
-    return [row or [eos_id(tokenizer)] for row in rows]
+        rows.append(row)
+    return rows
+
+
+def try_prompts(
+    prompts: Sequence[Sequence[Turn]],
+    tokenizer: Any,
+    template: str = "instruction",
+    *,
+    templated: bool = True,
+    answer: str = "",
+) -> list[list[int] | UserError]:
+    """:func:`encode_prompts`, with the error that says why in place of a prompt that cannot be asked."""
+    rendered: list[list[Segment] | Refused] = []
+    for turns in prompts:
+        try:
+            rendered.append(render_prompt(turns, template, tokenizer, templated=templated))
+        except Refused as error:
+            rendered.append(error)
+    rows = [row for row in rendered if not isinstance(row, Refused)]
+    if answer:
+        rows = [begin_answer(row, answer, template if templated else None) for row in rows]
+    chat = templated and template == "chat"
+    encoded = iter(_assemble(rows, tokenizer, [chat] * len(rows)))
+    return [
+        row if isinstance(row, Refused) else next(encoded).tokens or start_ids(tokenizer) for row in rendered
+    ]
 
 
 def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = True) -> list[Example]:
     """Return documents joined, with EOS after each, and cut into Examples of exactly ``length`` tokens.
 
-    All tokens but the first of each Example are trained. For pre-training and perplexity. A remainder shorter
-    than one Example is not used. Raises UserError if there is no full Example and ``needed`` is True.
+    All tokens but the first of each Example are trained. For pre-training and perplexity. Every document but
+    the first follows an EOS, or its own BOS, as a text without a prompt does. A remainder shorter than one
+    Example is not used. Raises UserError if there is no full Example and ``needed`` is True.
     """
     if length < 2:
         raise UserError(
@@ -238,7 +275,7 @@ def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, chat: Sequence[
 
     chat: whether a row is tokenised as one text, and without a BOS that it has not written in it.
     """
-    eos, bos = eos_id(tokenizer), bos_ids(tokenizer)
+    eos, bos, start = eos_id(tokenizer), bos_ids(tokenizer), start_ids(tokenizer)
     joint = iter(
         tokenise_joint(
             tokenizer, [[s.text for s in row] for row, is_chat in zip(rows, chat, strict=True) if is_chat]
@@ -257,7 +294,7 @@ def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, chat: Sequence[
                 tokens.append(eos)
                 trained.append(row[-1].trained)
         else:
-            tokens = list(bos)
+            tokens = list(bos if row and row[0].text and not row[0].closes else start)
             trained = [False] * len(tokens)
             for segment, piece in zip(row, _pieces(row), strict=True):
                 ids = [*apart[piece], *([eos] if segment.closes else [])]
@@ -271,8 +308,15 @@ def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, chat: Sequence[
 
 def _pieces(row: Sequence[Segment]) -> list[tuple[str, Place]]:
     """Return each segment's text and what stands before it."""
-    before: list[Place] = ["beginning", *("end" if segment.closes else "text" for segment in row)]
-    return [(segment.text, place) for segment, place in zip(row, before, strict=False)]
+    place: Place = "beginning"
+    pieces: list[tuple[str, Place]] = []
+    for segment in row:
+        pieces.append((segment.text, place))
+        if segment.closes:
+            place = "end"
+        elif segment.text:
+            place = "text"
+    return pieces
 
 
 def _fit(
@@ -294,7 +338,7 @@ def _fit(
 
 def _excerpt(turns: Sequence[Turn]) -> str:
     """Return the first 40 characters of the last turn, quoted."""
-    text = " ".join(turns[-1].content.split())
+    text = " ".join(turns[-1].content.split()) if turns else ""
     return repr(text[:40] + "..." if len(text) > 40 else text)
 
 

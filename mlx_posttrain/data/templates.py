@@ -25,6 +25,10 @@ from mlx_posttrain.errors import UserError
 TrainOn = Literal["completion", "assistant", "all"]
 
 
+class Refused(UserError):
+    """A row that a template cannot write, which says nothing about other rows."""
+
+
 class Segment(NamedTuple):
     """A piece of text, all of it trained or none.
 
@@ -141,10 +145,13 @@ def render(
 def render_prompt(
     turns: Sequence[Turn], template: str = "instruction", tokenizer: Any = None, *, templated: bool = True
 ) -> list[Segment]:
-    """Return the prompt for the next answer: the segments before that answer in ``render``, untrained."""
+    """Return the prompt for the next answer: the segments before that answer in ``render``, untrained.
+
+    Raises Refused for turns that do not end with a question, or that the chat template does not take.
+    """
     turns = tuple(turns)
     if not turns or turns[-1].role == "assistant":
-        raise UserError("a prompt must end with a user turn")
+        raise Refused("a prompt must end with a user turn")
     if templated and check_name(template) == "chat":
         segments = _render_chat(turns, tokenizer, add_prompt=True, strict=False)
     else:
@@ -158,7 +165,7 @@ def begin_answer(prompt: list[Segment], answer: str, template: str | None) -> li
     template: that of the prompt, None where there is none.
     """
     lead = TEMPLATES[template].lead if template in TEMPLATES else ""
-    return [*prompt, Segment(lead + answer, False)]
+    return [*(prompt or [Segment("", False)]), Segment(lead + answer, False)]
 
 
 _EXACT = Template("{content}", "", system="{content}", after="")
@@ -253,7 +260,7 @@ def _apply_chat_template(tokenizer: Any, turns: Sequence[Turn], add_generation_p
         )
     # jinja2.TemplateError, and errors that templates raise themselves (no system role, roles must alternate)
     except Exception as e:
-        raise UserError(
+        raise Refused(
             f"the tokenizer's chat template refuses the turns {[turn.role for turn in turns]}: {e}"
         ) from e
 

@@ -212,7 +212,7 @@ def _text_rows(
             f"stride {stride}: it must lie between 1 and the window of {window}, or some tokens "
             "would not be scored"
         )
-    start = encode.bos_ids(tokenizer) or [encode.eos_id(tokenizer)]
+    start = encode.start_ids(tokenizer)
     rows, owner = [], []
     for number, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
