@@ -92,6 +92,15 @@ def bos_ids(tokenizer: Any) -> list[int]:
     return [int(bos)] if default[:1] == [bos] and plain[:1] != [bos] else []
 
 
+def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that end a text in generation: EOS, and the others that the model's folder lists.
+
+    Chat models end a turn with a token that is not their tokenizer's EOS (Llama 3, Gemma); see
+    models/tokenizer.py, load_tokenizer, which notes them.
+    """
+    return tuple(dict.fromkeys((eos_id(tokenizer), *getattr(tokenizer, "stop_token_ids", ()))))
+
+
 def start_ids(tokenizer: Any) -> list[int]:
     """Return the one token that a text without a prompt follows: BOS as in :func:`bos_ids`, else EOS.
 

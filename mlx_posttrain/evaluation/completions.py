@@ -68,7 +68,7 @@ def generate_answers(
         model,
         prompts,
         batch,
-        stop=encode.eos_id(tokenizer),
+        stop=encode.stop_ids(tokenizer),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -90,13 +90,13 @@ def generate_without_cache(
     into a loop within V steps, whatever the weights. Returns the tokens of each row's answer without EOS.
     Differs from transformers in that each token is at position 0.
     """
-    stop = encode.eos_id(tokenizer)
+    stop = encode.stop_ids(tokenizer)
     last = np.array([ids[-1] for ids in _encode(_prompts(rows), tokenizer, template, model.context)])
     answers: list[list[int]] = [[] for _ in rows]
     unfinished = np.arange(len(rows))
     for _ in range(max_tokens):
         last = model.full_logits(last[:, None])[:, 0].argmax(-1)
-        unfinished, last = unfinished[last != stop], last[last != stop]
+        unfinished, last = unfinished[~np.isin(last, stop)], last[~np.isin(last, stop)]
         if not len(unfinished):
             break
         for row, token in zip(unfinished.tolist(), last.tolist(), strict=True):
@@ -215,10 +215,10 @@ def generate_continuations(
 ) -> list[list[int]]:
     """``max_tokens`` token ids after each opening; entry ``r * samples + s`` is sample s of opening r.
 
-    Openings are used as they are, without a template or a repetition penalty. EOS is forbidden, and so never
-    in a continuation: measures of repetition can only be compared at equal length, and what a model writes
-    after the end of a text is not about that text. Raises UserError where an opening and ``max_tokens`` do
-    not fit the context together.
+    Openings are used as they are, without a template or a repetition penalty. What ends a text is forbidden,
+    and so never in a continuation: measures of repetition can only be compared at equal length, and what a
+    model writes after the end of a text is not about that text. Raises UserError where an opening and
+    ``max_tokens`` do not fit the context together.
     """
     if model.context is not None and max_tokens >= model.context:
         raise UserError(
@@ -234,7 +234,7 @@ def generate_continuations(
         ids,
         batch,
         stop=None,
-        forbidden=(encode.eos_id(tokenizer),),
+        forbidden=encode.stop_ids(tokenizer),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -214,7 +214,7 @@ class MLXPosttrainLM(TemplateLM):
                 self.model,
                 [prompts[i] for i in order],
                 max_tokens=max_tokens,
-                stop=self.eot_token_id,
+                stop=encode.stop_ids(self.tokenizer),
                 temperature=temperature,
                 top_p=top_p,
                 seed=self.seed,

@@ -58,7 +58,7 @@ class LoadedModel:
             self.model,
             ids,
             max_tokens=max_tokens,
-            stop=encode.eos_id(self.tokenizer),
+            stop=encode.stop_ids(self.tokenizer),
             temperature=temperature,
             top_p=top_p,
             samples=samples,
@@ -101,7 +101,7 @@ class LoadedModel:
         generated = self.model.generate(
             [ids],
             max_tokens=max_tokens,
-            stop=encode.eos_id(self.tokenizer),
+            stop=encode.stop_ids(self.tokenizer),
             temperature=temperature,
             top_p=top_p,
             seed=seed,

@@ -145,7 +145,7 @@ def synthesize(
                 ids,
                 max_tokens=settings.max_tokens,
                 samples=settings.samples,
-                stop=encode.eos_id(tokenizer),
+                stop=encode.stop_ids(tokenizer),
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 seed=chunk_seed,

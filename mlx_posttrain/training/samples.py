@@ -54,7 +54,7 @@ def answers(session: Session) -> Callable[[int], None]:
         generated = model.generate(
             prompts,
             max_tokens=sample.max_tokens,
-            stop=encode.eos_id(tokenizer),
+            stop=encode.stop_ids(tokenizer),
             temperature=sample.temperature,
             seed=recipe.seed,
         )
