@@ -34,7 +34,15 @@ from mlx_posttrain.data.templates import (
     render,
     render_prompt,
 )
-from mlx_posttrain.data.tokens import Place, tokenise, tokenise_joint, tokenise_pieces
+from mlx_posttrain.data.tokens import (
+    Place,
+    bos_ids,
+    eos_id,
+    start_ids,
+    tokenise,
+    tokenise_joint,
+    tokenise_pieces,
+)
 from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.errors import UserError
 
@@ -71,42 +79,6 @@ class EncodingReport:
 class _Encoded(NamedTuple):
     tokens: list[int]
     trained: list[bool]
-
-
-def eos_id(tokenizer: Any) -> int:
-    """Return the id of the end-of-text token. Raises UserError if the tokenizer has none."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no EOS token, so no answer could end; set eos_token in its "
-            "tokenizer_config.json"
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def bos_ids(tokenizer: Any) -> list[int]:
-    """Return ``[bos]`` if the tokenizer begins every text with it by default, else ``[]``."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return []
-    plain, default = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return [int(bos)] if default[:1] == [bos] and plain[:1] != [bos] else []
-
-
-def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end a text in generation: EOS, and the others that the model's folder lists.
-
-    Chat models end a turn with a token that is not their tokenizer's EOS (Llama 3, Gemma); see
-    models/tokenizer.py, load_tokenizer, which notes them.
-    """
-    return tuple(dict.fromkeys((eos_id(tokenizer), *getattr(tokenizer, "stop_token_ids", ()))))
-
-
-def start_ids(tokenizer: Any) -> list[int]:
-    """Return the one token that a text without a prompt follows: BOS as in :func:`bos_ids`, else EOS.
-
-    An EOS ends the text before, as in GPT-2's own training.
-    """
-    return bos_ids(tokenizer) or [eos_id(tokenizer)]
 
 
 def encode(
@@ -195,10 +167,10 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Return the prompt ids for the next answer to each list of turns.
 
-    They equal the ids before that answer in a training row; of an empty prompt they are :func:`start_ids`.
-    ``answer`` is the beginning of every answer, which the ids then include. Raises UserError, with the
-    prompt's number, for one that does not end with a question, that the chat template refuses, or that is
-    longer than ``max_length``.
+    They equal the ids before that answer in a training row; of an empty prompt they are
+    :func:`tokens.start_ids`. ``answer`` is the beginning of every answer, which the ids then include. Raises
+    UserError, with the prompt's number, for one that does not end with a question, that the chat template
+    refuses, or that is longer than ``max_length``.
     """
     found = try_prompts(prompts, tokenizer, template, templated=templated, answer=answer)
     rows: list[list[int]] = []

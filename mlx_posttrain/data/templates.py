@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from mlx_posttrain.data.sources import nearest
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
 
@@ -207,7 +208,6 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict
     segment or, with ``strict``, a UserError, because those answers cannot be trained in the form in which the
     model will see them.
     """
-    eos = tokenizer.eos_token if tokenizer is not None else None
     segments: list[Segment] = []
     covered = ""  # the text of the segments so far
     ends = [i for i, turn in enumerate(turns) if turn.role == "assistant"] + (
@@ -234,17 +234,30 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict
                 f"choose another template ({', '.join(TEMPLATES)})"
             )
         answer = answered[len(prompt) :]
-        eos_at = answer.rfind(eos) if eos else -1
-        # What follows the template's own EOS (often a newline) belongs to the next prompt.
-        if eos and eos_at >= 0:
-            answer = answer[: eos_at + len(eos)]
-        # Where the template ends a turn with a mark of its own, EOS must still follow the last answer, or
-        # generation would not stop.
-        segments.append(
-            Segment(answer, bool(turns[end].content.strip()), closes=eos_at < 0 and end == len(turns) - 1)
-        )
+        # What follows the turn's own end (often a newline) belongs to the next prompt.
+        length = _own_end(answer, turns[end].content, tokenizer)
+        # Where the template ends a turn with a mark that stops no generation, EOS must still follow the last
+        # answer.
+        closes = length is None and end == len(turns) - 1
+        answer = answer[:length]
+        segments.append(Segment(answer, bool(turns[end].content.strip()), closes))
         covered = prompt + answer
     return segments
+
+
+def _own_end(answer: str, content: str, tokenizer: Any) -> int | None:
+    """Return where in a rendered answer the turn's own end of text ends; None if it has none.
+
+    An end of text within the answer's content is not its end.
+    """
+    content = content.strip()
+    marks = [mark for i in stop_ids(tokenizer) if (mark := tokenizer.convert_ids_to_tokens(i))]
+    if content not in answer:  # the template rewrote it
+        whole = answer.rstrip()
+        return len(whole) if whole.endswith(tuple(marks)) else None
+    begin = answer.find(content) + len(content)
+    ends = [(at, at + len(mark)) for mark in marks if (at := answer.find(mark, begin)) >= 0]
+    return min(ends)[1] if ends else None
 
 
 def _apply_chat_template(tokenizer: Any, turns: Sequence[Turn], add_generation_prompt: bool) -> str:

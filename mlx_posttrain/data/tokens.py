@@ -1,4 +1,4 @@
-"""Token ids of pieces of text, by where in a row each piece stands.
+"""Token ids: those with a meaning, and those of pieces of text by where in a row each piece stands.
 
 Tokenizers in the manner of SentencePiece (Llama 2, TinyLlama, Mistral 0.1) put "▁", the mark between words,
 before every text that they are given, and older ones behind special tokens too. An answer tokenised alone
@@ -8,15 +8,67 @@ text: at the beginning of a row, behind an end of text, or behind other text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from mlx_posttrain.data.types import END_THINK, THINK
+from mlx_posttrain.errors import UserError
+
 Place = Literal["beginning", "end", "text"]
 
 #: Texts that stand for those before a piece, tried in turn: each is a token that few texts can merge with.
 STAND_INS = ("\n", ":", "}", "z")
+
+
+def eos_id(tokenizer: Any) -> int:
+    """Return the id of the end-of-text token. Raises UserError if the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no EOS token, so no answer could end; set eos_token in its "
+            "tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """Return ``[bos]`` if the tokenizer begins every text with it by default, else ``[]``."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return []
+    plain, default = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return [int(bos)] if default[:1] == [bos] and plain[:1] != [bos] else []
+
+
+def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that end a text in generation: EOS, and the others that the model's folder lists.
+
+    Chat models end a turn with a token that is not their tokenizer's EOS (Llama 3, Gemma); see
+    models/tokenizer.py, load_tokenizer, which notes them.
+    """
+    return tuple(dict.fromkeys((eos_id(tokenizer), *getattr(tokenizer, "stop_token_ids", ()))))
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """Return the one token that a text without a prompt follows: BOS as in :func:`bos_ids`, else EOS.
+
+    An EOS ends the text before, as in GPT-2's own training.
+    """
+    return bos_ids(tokenizer) or [eos_id(tokenizer)]
+
+
+def written_specials(tokenizer: Any, rows: Iterable[Iterable[str]]) -> tuple[int, str]:
+    """Return in how many rows of texts a special token is written out, and the first such token ("" in none).
+
+    The marks around a thought do not count: they are meant.
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = sorted({*added, *tokenizer.all_special_tokens} - {THINK, END_THINK}, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    found = [next(filter(None, map(pattern.search, row)), None) for row in rows]
+    return sum(match is not None for match in found), next((match[0] for match in found if match), "")
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_posttrain.data import encode, formats, tasks
 from mlx_posttrain.data.batches import by_length
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.engines.base import Generated, Model
 from mlx_posttrain.errors import UserError
@@ -68,7 +69,7 @@ def generate_answers(
         model,
         prompts,
         batch,
-        stop=encode.stop_ids(tokenizer),
+        stop=stop_ids(tokenizer),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -90,7 +91,7 @@ def generate_without_cache(
     into a loop within V steps, whatever the weights. Returns the tokens of each row's answer without EOS.
     Differs from transformers in that each token is at position 0.
     """
-    stop = encode.stop_ids(tokenizer)
+    stop = stop_ids(tokenizer)
     last = np.array([ids[-1] for ids in _encode(_prompts(rows), tokenizer, template, model.context)])
     answers: list[list[int]] = [[] for _ in rows]
     unfinished = np.arange(len(rows))
@@ -234,7 +235,7 @@ def generate_continuations(
         ids,
         batch,
         stop=None,
-        forbidden=encode.stop_ids(tokenizer),
+        forbidden=stop_ids(tokenizer),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.data import encode
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, Batch, by_length, round_up
-from mlx_posttrain.data.tokens import Place, tokenise_pieces
+from mlx_posttrain.data.tokens import Place, bos_ids, start_ids, tokenise_pieces
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import DeviceBatch, Model
 from mlx_posttrain.errors import UserError
@@ -164,7 +163,7 @@ def last_words(
     LAMBADA (Paperno et al. 2016), as lm-eval-harness scores it.
     """
     rows = []
-    start = encode.bos_ids(tokenizer)
+    start = bos_ids(tokenizer)
     pieces: list[tuple[tuple[str, Place], tuple[str, Place]]] = []
     for number, text in enumerate(texts, 1):
         before, space, word = text.rstrip().rpartition(" ")
@@ -212,7 +211,7 @@ def _text_rows(
             f"stride {stride}: it must lie between 1 and the window of {window}, or some tokens "
             "would not be scored"
         )
-    start = encode.start_ids(tokenizer)
+    start = start_ids(tokenizer)
     rows, owner = [], []
     for number, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[

@@ -25,7 +25,7 @@ import numpy as np
 
 from mlx_posttrain.console import log
 from mlx_posttrain.data.batches import collate
-from mlx_posttrain.data.encode import stop_ids
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import Engine, Trainer
 from mlx_posttrain.rl import kl, prompts, rollouts

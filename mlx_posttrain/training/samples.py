@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mlx_posttrain.console import log
 from mlx_posttrain.data import encode
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rewards.scorer import score_rows
@@ -54,7 +55,7 @@ def answers(session: Session) -> Callable[[int], None]:
         generated = model.generate(
             prompts,
             max_tokens=sample.max_tokens,
-            stop=encode.stop_ids(tokenizer),
+            stop=stop_ids(tokenizer),
             temperature=sample.temperature,
             seed=recipe.seed,
         )

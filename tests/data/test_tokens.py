@@ -16,7 +16,7 @@ import pytest
 from mlx_posttrain.data.encode import encode, encode_all, encode_prompts, pack, torn_prompts
 from mlx_posttrain.data.pairs import encode_pairs
 from mlx_posttrain.data.templates import TEMPLATES, render
-from mlx_posttrain.data.tokens import tokenise, tokenise_joint, tokenise_pieces
+from mlx_posttrain.data.tokens import tokenise, tokenise_joint, tokenise_pieces, written_specials
 from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.evaluation.likelihood import last_words
 
@@ -322,3 +322,14 @@ def test_a_last_word_has_the_ids_it_has_in_its_text(tok: Any) -> None:
     inputs, targets = model.batch.tokens[0, : len(whole) - 1], model.batch.target[:scored]
     assert [*inputs.tolist(), targets[-1]] == whole
     assert tok.decode(targets).strip() == "France"
+
+
+def test_rows_with_special_tokens_in_their_text_are_counted(tok: Any) -> None:
+    rows = [
+        ["What?", "It is."],
+        ["What is </s>?", "<|im_end|>"],
+        ["What?", "a<|im_start|>b"],
+        ["<think>", "<"],
+    ]
+    assert written_specials(tok, rows) == (2, "</s>")
+    assert written_specials(tok, rows[:1]) == (0, "") == written_specials(tok, [])

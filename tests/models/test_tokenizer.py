@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_posttrain import engines, load
-from mlx_posttrain.data.encode import eos_id, stop_ids
+from mlx_posttrain.data.tokens import eos_id, stop_ids
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import completions

@@ -39,6 +39,8 @@ def test_plain_text_rows_train_and_are_not_asked(engine, random_gpt2, tmp_path, 
     done = run(random_gpt2, rows, tmp_path, f"engine={engine}")
     said = capfd.readouterr().err.splitlines()
     assert "samples: 6 of 6 held-out rows have no question to answer, and are left out" in said
+    written = "have special tokens in their text, such as '<|endoftext|>', which act as such"
+    assert f"training rows: 6 {written}" in said and f"held-out rows: 6 {written}" in said
     assert (done / "final").is_dir() and not (done / "samples.jsonl").exists()
 
 
