@@ -104,11 +104,13 @@ def test_ones_own_reward_is_what_scores(random_gpt2, tmp_path):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_logprobs_are_those_of_the_logits(engine, random_gpt2):
     model = mp.load(random_gpt2, engine)
-    prompts, completions = ["The cat", "A small dog"], [" sat on the mat", " ran"]
+    prompts, completions = ["The cat", "A small dog", ""], [" sat on the mat", " ran", "The cat"]
     found = model.logprobs(prompts, completions)
+    eos = model.tokenizer.eos_token_id
     for prompt, completion, value in zip(prompts, completions, found, strict=True):
         ids = [model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, completion)]
-        row = [*ids[0], *ids[1], model.tokenizer.eos_token_id]
+        ids[0] = ids[0] or [eos]  # what a text without a prompt follows
+        row = [*ids[0], *ids[1], eos]
         logits = model.model.full_logits(np.array([row]))[0].astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         wanted = sum(logprobs[t - 1, row[t]] for t in range(len(ids[0]), len(row)))

@@ -1,8 +1,19 @@
 """Conversations to token ids, with a mark on every trained token.
 
-Each segment is tokenised on its own, and EOS follows each answer. A special token written out in a row's text
-(``<|endoftext|>``) becomes that token, as the tokenizer's users would expect. With tokenizers that begin
-every text with BOS (Llama), each row starts with one BOS; GPT-2's does not, and rows get none.
+EOS follows each answer. A special token written out in a row's text (``<|endoftext|>``) becomes that token,
+as the tokenizer's users would expect. With tokenizers that begin every text with BOS (Llama), each row starts
+with one BOS; GPT-2's does not, and rows get none. A row without a prompt then starts with one EOS, which is
+not trained: it is what its first token is predicted from, and what generation from nothing starts with.
+
+Prompt and answer are tokenised apart, each as it would be within the joint text (data/tokens.py). Where the
+tokenizer would merge the end of a prompt with the beginning of its answer, it does not: an answer never
+changes the ids of its prompt, because generation starts from exactly those ids.
+
+The template "chat" differs: its rows have the ids of ``tokenizer.apply_chat_template``, token by token, up to
+the end of the last answer. The rendered text is tokenised as one, a BOS stands where the template writes one
+and nowhere else, and a token across a boundary belongs to the later side. So where a tokenizer merges the end
+of the generation prompt with an answer, a row does not begin with the ids of its prompt, in Hugging Face's
+libraries as here. The usual templates end the prompt in a special token or a newline, where nothing merges.
 """
 
 from __future__ import annotations
@@ -13,7 +24,25 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.data.templates import Segment, TrainOn, check_name, choose, render, render_prompt
+from mlx_posttrain.data.templates import (
+    Refused,
+    Segment,
+    TrainOn,
+    begin_answer,
+    check_name,
+    choose,
+    render,
+    render_prompt,
+)
+from mlx_posttrain.data.tokens import (
+    Place,
+    bos_ids,
+    eos_id,
+    start_ids,
+    tokenise,
+    tokenise_joint,
+    tokenise_pieces,
+)
 from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.errors import UserError
 
@@ -52,25 +81,6 @@ class _Encoded(NamedTuple):
     trained: list[bool]
 
 
-def eos_id(tokenizer: Any) -> int:
-    """Return the id of the end-of-text token. Raises UserError if the tokenizer has none."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no EOS token, so no answer could end; set eos_token in its "
-            "tokenizer_config.json"
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def bos_ids(tokenizer: Any) -> list[int]:
-    """Return ``[bos]`` if the tokenizer begins every text with it by default, else ``[]``."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return []
-    plain, default = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return [int(bos)] if default[:1] == [bos] and plain[:1] != [bos] else []
-
-
 def encode(
     conversation: Conversation,
     tokenizer: Any,
@@ -87,7 +97,7 @@ def encode(
     """
     _check(max_length, truncate)
     encoded = _assemble(
-        [render(conversation, template, tokenizer, train_on)], tokenizer, [_adds_bos(conversation, template)]
+        [render(conversation, template, tokenizer, train_on)], tokenizer, [_is_chat(conversation, template)]
     )[0]
     example, _ = _fit(encoded, max_length, truncate, conversation)
     return example
@@ -121,8 +131,8 @@ def encode_all(
         chunk = conversations[begin : begin + CHUNK]
         names = [choose(templates, c.turns, seed) for c in chunk]
         rendered = [render(c, name, tokenizer, train_on) for c, name in zip(chunk, names, strict=True)]
-        add_bos = [_adds_bos(c, name) for c, name in zip(chunk, names, strict=True)]
-        for conversation, encoded in zip(chunk, _assemble(rendered, tokenizer, add_bos), strict=True):
+        chat = [_is_chat(c, name) for c, name in zip(chunk, names, strict=True)]
+        for conversation, encoded in zip(chunk, _assemble(rendered, tokenizer, chat), strict=True):
             example, outcome = _fit(encoded, max_length, truncate, conversation)
             if example is None:
                 dropped[outcome] += 1
@@ -153,27 +163,58 @@ def encode_prompts(
     max_length: int | None = None,
     *,
     templated: bool = True,
+    answer: str = "",
 ) -> list[list[int]]:
     """Return the prompt ids for the next answer to each list of turns.
 
-    They equal the ids before that answer in a training row. An empty prompt becomes EOS (or BOS), after which
-    any text may begin. Raises UserError for a prompt longer than ``max_length``.
+    They equal the ids before that answer in a training row; of an empty prompt they are
+    :func:`tokens.start_ids`. ``answer`` is the beginning of every answer, which the ids then include. Raises
+    UserError, with the prompt's number, for one that does not end with a question, that the chat template
+    refuses, or that is longer than ``max_length``.
     """
-    segments = [render_prompt(turns, template, tokenizer, templated=templated) for turns in prompts]
-    add_bos = template != "chat" or not templated
-    rows = [encoded.tokens for encoded in _assemble(segments, tokenizer, [add_bos] * len(segments))]
-    for number, row in enumerate(rows, 1):
+    found = try_prompts(prompts, tokenizer, template, templated=templated, answer=answer)
+    rows: list[list[int]] = []
+    for number, row in enumerate(found, 1):
+        which = f"prompt {number} ({_excerpt(prompts[number - 1])})"
+        if isinstance(row, UserError):
+            raise UserError(f"{which}: {row}")
         if max_length is not None and len(row) > max_length:
-            which = f"prompt {number} ({_excerpt(prompts[number - 1])})"
             raise UserError(f"{which} has {len(row)} tokens, more than the {max_length} that fit; shorten it")
-    return [row or [eos_id(tokenizer)] for row in rows]
+        rows.append(row)
+    return rows
+
+
+def try_prompts(
+    prompts: Sequence[Sequence[Turn]],
+    tokenizer: Any,
+    template: str = "instruction",
+    *,
+    templated: bool = True,
+    answer: str = "",
+) -> list[list[int] | UserError]:
+    """:func:`encode_prompts`, with the error that says why in place of a prompt that cannot be asked."""
+    rendered: list[list[Segment] | Refused] = []
+    for turns in prompts:
+        try:
+            rendered.append(render_prompt(turns, template, tokenizer, templated=templated))
+        except Refused as error:
+            rendered.append(error)
+    rows = [row for row in rendered if not isinstance(row, Refused)]
+    if answer:
+        rows = [begin_answer(row, answer, template if templated else None) for row in rows]
+    chat = templated and template == "chat"
+    encoded = iter(_assemble(rows, tokenizer, [chat] * len(rows)))
+    return [
+        row if isinstance(row, Refused) else next(encoded).tokens or start_ids(tokenizer) for row in rendered
+    ]
 
 
 def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = True) -> list[Example]:
     """Return documents joined, with EOS after each, and cut into Examples of exactly ``length`` tokens.
 
-    All tokens but the first of each Example are trained. For pre-training and perplexity. A remainder shorter
-    than one Example is not used. Raises UserError if there is no full Example and ``needed`` is True.
+    All tokens but the first of each Example are trained. For pre-training and perplexity. Every document but
+    the first follows an EOS, or its own BOS, as a text without a prompt does. A remainder shorter than one
+    Example is not used. Raises UserError if there is no full Example and ``needed`` is True.
     """
     if length < 2:
         raise UserError(
@@ -183,7 +224,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = Tr
     parts: list[np.ndarray] = []
     texts = [text for text in texts if text.strip()]
     for begin in range(0, len(texts), CHUNK):
-        for ids in _tokenise(tokenizer, texts[begin : begin + CHUNK]):
+        for ids in tokenise(tokenizer, texts[begin : begin + CHUNK]):
             parts.append(np.array([*bos, *ids, eos], np.int32))
     stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     count = len(stream) // length
@@ -205,39 +246,58 @@ def _check(max_length: int, truncate: str) -> None:
         raise UserError(f"truncate {truncate!r}: must be response or drop")
 
 
-def _adds_bos(conversation: Conversation, template: str) -> bool:
-    """Return whether BOS is added here: a chat template writes its own."""
-    return template != "chat" or not conversation.templated
+def _is_chat(conversation: Conversation, template: str) -> bool:
+    """Return whether the tokenizer's chat template writes the row, BOS and all."""
+    return conversation.templated and template == "chat"
 
 
-def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose=False: no warning about texts longer than the model's context; they are truncated and counted
-    # here.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, chat: Sequence[bool]) -> list[_Encoded]:
+    """Return the token ids of each row's segments, joined.
 
-
-def _assemble(rows: Sequence[Sequence[Segment]], tokenizer: Any, add_bos: Sequence[bool]) -> list[_Encoded]:
-    """Return the token ids of each row's segments, joined; every distinct text is tokenised once."""
-    eos, bos = eos_id(tokenizer), bos_ids(tokenizer)
-    texts = list(dict.fromkeys(segment.text for row in rows for segment in row))
-    text_ids = dict(zip(texts, _tokenise(tokenizer, texts), strict=True))
+    chat: whether a row is tokenised as one text, and without a BOS that it has not written in it.
+    """
+    eos, bos, start = eos_id(tokenizer), bos_ids(tokenizer), start_ids(tokenizer)
+    joint = iter(
+        tokenise_joint(
+            tokenizer, [[s.text for s in row] for row, is_chat in zip(rows, chat, strict=True) if is_chat]
+        )
+    )
+    apart = tokenise_pieces(
+        tokenizer,
+        [piece for row, is_chat in zip(rows, chat, strict=True) if not is_chat for piece in _pieces(row)],
+    )
     encoded = []
-    for row, with_bos in zip(rows, add_bos, strict=True):
-        tokens = list(bos) if with_bos else []
-        trained = [False] * len(tokens)
-        for segment in row:
-            ids = text_ids[segment.text]
-            tokens += ids
-            trained += [segment.trained] * len(ids)
-            if segment.closes:
+    for row, is_chat in zip(rows, chat, strict=True):
+        if is_chat:
+            ids, owners = next(joint)
+            tokens, trained = list(ids), [row[owner].trained for owner in owners]
+            if row and row[-1].closes:
                 tokens.append(eos)
-                trained.append(segment.trained)
+                trained.append(row[-1].trained)
+        else:
+            tokens = list(bos if row and row[0].text and not row[0].closes else start)
+            trained = [False] * len(tokens)
+            for segment, piece in zip(row, _pieces(row), strict=True):
+                ids = [*apart[piece], *([eos] if segment.closes else [])]
+                tokens += ids
+                trained += [segment.trained] * len(ids)
         if trained:
             trained[0] = False  # there is no context to predict the first token from
         encoded.append(_Encoded(tokens, trained))
     return encoded
+
+
+def _pieces(row: Sequence[Segment]) -> list[tuple[str, Place]]:
+    """Return each segment's text and what stands before it."""
+    place: Place = "beginning"
+    pieces: list[tuple[str, Place]] = []
+    for segment in row:
+        pieces.append((segment.text, place))
+        if segment.closes:
+            place = "end"
+        elif segment.text:
+            place = "text"
+    return pieces
 
 
 def _fit(
@@ -259,5 +319,16 @@ def _fit(
 
 def _excerpt(turns: Sequence[Turn]) -> str:
     """Return the first 40 characters of the last turn, quoted."""
-    text = " ".join(turns[-1].content.split())
+    text = " ".join(turns[-1].content.split()) if turns else ""
     return repr(text[:40] + "..." if len(text) > 40 else text)
+
+
+def torn_prompts(conversations: Sequence[Conversation], tokenizer: Any) -> int:
+    """Return how many rows under the template "chat" do not begin with the ids of their prompt.
+
+    Their tokenizer makes other tokens of the end of the prompt where an answer follows.
+    """
+    rows = [c for c in conversations if c.templated]
+    prompts = encode_prompts([c.turns[:-1] for c in rows], tokenizer, "chat")
+    whole = _assemble([render(c, "chat", tokenizer) for c in rows], tokenizer, [True] * len(rows))
+    return sum(row.tokens[: len(ids)] != ids for row, ids in zip(whole, prompts, strict=True))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlx_posttrain.data.templates import stable_hash
-from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
+from mlx_posttrain.data.types import END_THINK, THINK, Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 
 Record = Conversation | Preference | Labelled
@@ -31,7 +31,6 @@ _ROLE_NAMES = {
 }
 ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 NO_INPUT = {"<noinput>", "<no input>", "noinput", "no input", "n/a"}
-THINK, END_THINK = "<think>", "</think>"  # DeepSeek-R1's marks around a trace (DeepSeek-AI 2025)
 _HH_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 

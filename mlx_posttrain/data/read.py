@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +16,13 @@ from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
 from mlx_posttrain.data.summary import summarize
+from mlx_posttrain.data.tokens import written_specials
 from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
 Record = TypeVar("Record", bound=formats.Record)
+TRIED_ROWS = 8  # whose prompts are looked at: what a chat template does wrong it does to every row
 #: Rows to evaluate on are worth having, and a run can do without them.
 NONE_HELD_OUT = (
     "{what}: none of them can be used as data.max_length stands, so nothing is evaluated during training"
@@ -183,6 +185,7 @@ def encode_rows(
     """
     if not conversations:
         return []
+    say_specials(([turn.content for turn in c.turns] for c in conversations), tokenizer, what)
     length = min(data.max_length, context or data.max_length)
     if data.pack:
         examples = encode.pack([c.turns[-1].content for c in conversations], tokenizer, length, needed=needed)
@@ -200,9 +203,26 @@ def encode_rows(
             needed=needed,
         )
         log(f"{what}: {report}")
+        if needed and "chat" in names and encode.torn_prompts(conversations[:TRIED_ROWS], tokenizer):
+            log(
+                f"{what}: the tokenizer makes other tokens of the end of the chat template's prompt where an "
+                "answer follows, so answers are generated from other ids than they are trained on; another "
+                "data.template avoids that"
+            )
     if not examples:
         log(NONE_HELD_OUT.format(what=what))
     return examples
+
+
+def say_specials(texts: Iterable[Iterable[str]], tokenizer: Any, what: str) -> None:
+    """Print in how many rows of texts special tokens are written out.
+
+    They become the tokens themselves, as in transformers and TRL: an end of text in an answer teaches a model
+    to stop there, and a turn's mark in a question forges a turn.
+    """
+    count, first = written_specials(tokenizer, texts)
+    if count:
+        log(f"{what}: {count:,} have special tokens in their text, such as {first!r}, which act as such")
 
 
 @dataclass(frozen=True)
@@ -304,6 +324,8 @@ def pair_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Datase
     def encoded(rows: list[Preference], what: str, needed: bool) -> list[Pair]:
         if not rows:
             return []
+        texts = ([*(turn.content for turn in row.prompt), row.chosen, row.rejected] for row in rows)
+        say_specials(texts, facts.tokenizer, what)
         pairs, report = encode_pairs(
             rows, facts.tokenizer, template=str(data.template), max_length=length, needed=needed
         )

@@ -1,6 +1,6 @@
 """The text around a conversation's turns, as segments that are trained or not.
 
-Each segment is tokenised on its own, so the white space at the boundary between prompt and answer is decided
+Prompt and answer are tokenised apart, so the white space at the boundary between prompt and answer is decided
 here, once: a newline belongs to the prompt, a space to the answer. GPT-2's byte-pair encoding writes a word
 and the space before it as one token (" Paris"), so a prompt that ended in a space would be followed by tokens
 that hardly occur in ordinary text. In the templates whose answer mark ends in a colon, the first token of an
@@ -19,14 +19,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from mlx_posttrain.data.sources import nearest
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
 
 TrainOn = Literal["completion", "assistant", "all"]
 
 
+class Refused(UserError):
+    """A row that a template cannot write, which says nothing about other rows."""
+
+
 class Segment(NamedTuple):
-    """A piece of text that is tokenised on its own.
+    """A piece of text, all of it trained or none.
 
     ``closes``: EOS follows, and is trained if the segment is.
     """
@@ -141,15 +146,27 @@ def render(
 def render_prompt(
     turns: Sequence[Turn], template: str = "instruction", tokenizer: Any = None, *, templated: bool = True
 ) -> list[Segment]:
-    """Return the prompt for the next answer: the segments before that answer in ``render``, untrained."""
+    """Return the prompt for the next answer: the segments before that answer in ``render``, untrained.
+
+    Raises Refused for turns that do not end with a question, or that the chat template does not take.
+    """
     turns = tuple(turns)
     if not turns or turns[-1].role == "assistant":
-        raise UserError("a prompt must end with a user turn")
+        raise Refused("a prompt must end with a user turn")
     if templated and check_name(template) == "chat":
         segments = _render_chat(turns, tokenizer, add_prompt=True, strict=False)
     else:
         segments = _render_turns(turns, TEMPLATES[template] if templated else None, add_prompt=True)
     return [s._replace(trained=False) for s in segments]
+
+
+def begin_answer(prompt: list[Segment], answer: str, template: str | None) -> list[Segment]:
+    """Return the prompt with the beginning of its answer, as far as ``answer`` goes.
+
+    template: that of the prompt, None where there is none.
+    """
+    lead = TEMPLATES[template].lead if template in TEMPLATES else ""
+    return [*(prompt or [Segment("", False)]), Segment(lead + answer, False)]
 
 
 _EXACT = Template("{content}", "", system="{content}", after="")
@@ -191,7 +208,6 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict
     segment or, with ``strict``, a UserError, because those answers cannot be trained in the form in which the
     model will see them.
     """
-    eos = tokenizer.eos_token if tokenizer is not None else None
     segments: list[Segment] = []
     covered = ""  # the text of the segments so far
     ends = [i for i, turn in enumerate(turns) if turn.role == "assistant"] + (
@@ -218,17 +234,30 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict
                 f"choose another template ({', '.join(TEMPLATES)})"
             )
         answer = answered[len(prompt) :]
-        eos_at = answer.rfind(eos) if eos else -1
-        # What follows the template's own EOS (often a newline) belongs to the next prompt.
-        if eos and eos_at >= 0:
-            answer = answer[: eos_at + len(eos)]
-        # Where the template ends a turn with a mark of its own, EOS must still follow the last answer, or
-        # generation would not stop.
-        segments.append(
-            Segment(answer, bool(turns[end].content.strip()), closes=eos_at < 0 and end == len(turns) - 1)
-        )
+        # What follows the turn's own end (often a newline) belongs to the next prompt.
+        length = _own_end(answer, turns[end].content, tokenizer)
+        # Where the template ends a turn with a mark that stops no generation, EOS must still follow the last
+        # answer.
+        closes = length is None and end == len(turns) - 1
+        answer = answer[:length]
+        segments.append(Segment(answer, bool(turns[end].content.strip()), closes))
         covered = prompt + answer
     return segments
+
+
+def _own_end(answer: str, content: str, tokenizer: Any) -> int | None:
+    """Return where in a rendered answer the turn's own end of text ends; None if it has none.
+
+    An end of text within the answer's content is not its end.
+    """
+    content = content.strip()
+    marks = [mark for i in stop_ids(tokenizer) if (mark := tokenizer.convert_ids_to_tokens(i))]
+    if content not in answer:  # the template rewrote it
+        whole = answer.rstrip()
+        return len(whole) if whole.endswith(tuple(marks)) else None
+    begin = answer.find(content) + len(content)
+    ends = [(at, at + len(mark)) for mark in marks if (at := answer.find(mark, begin)) >= 0]
+    return min(ends)[1] if ends else None
 
 
 def _apply_chat_template(tokenizer: Any, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
@@ -244,7 +273,7 @@ def _apply_chat_template(tokenizer: Any, turns: Sequence[Turn], add_generation_p
         )
     # jinja2.TemplateError, and errors that templates raise themselves (no system role, roles must alternate)
     except Exception as e:
-        raise UserError(
+        raise Refused(
             f"the tokenizer's chat template refuses the turns {[turn.role for turn in turns]}: {e}"
         ) from e
 

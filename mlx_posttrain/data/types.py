@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+THINK, END_THINK = "<think>", "</think>"  # DeepSeek-R1's marks around a thought (DeepSeek-AI 2025)
+
 
 class Turn(NamedTuple):
     """One message; ``role`` is "system", "user" or "assistant"."""

@@ -7,7 +7,7 @@ torch. Arrays named ``Array`` belong to the engine; everything else is plain Pyt
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from mlx_posttrain.errors import UserError
 Array = Any
 #: loss(model, batch) -> (scalar, metrics), all divided by ``batch.total``, so that micro-batches add up.
 Loss = Callable[["Model", "DeviceBatch"], tuple[Array, dict[str, Array]]]
+#: The tokens that end a completion: one, any of several, or none.
+Stop = int | Collection[int] | None
 
 #: Name in ``Batch.extra`` of what ``Model.reference_hidden`` returned for the batch: [N, d] float32 hidden
 #: states.
@@ -131,12 +133,13 @@ class Generated:
 
     tokens: without the stop token. logprobs: log-probabilities at the sampling temperature, one per token
     and, when ``stopped``, one more for the stop token, from the softmax over the tokens that were not
-    forbidden. stopped: whether the stop token ended it.
+    forbidden. stopped: whether a stop token ended it. stop: that token.
     """
 
     tokens: list[int]
     logprobs: list[float]
     stopped: bool
+    stop: int | None = None
 
 
 class Model(Protocol):
@@ -281,7 +284,7 @@ class Model(Protocol):
         prompts: Sequence[Sequence[int]],
         *,
         max_tokens: int,
-        stop: int | None,
+        stop: Stop,
         temperature: float = 0.0,
         top_p: float = 1.0,
         samples: int = 1,

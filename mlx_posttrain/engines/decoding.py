@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_posttrain.data.batches import round_up
-from mlx_posttrain.engines.base import Generated, Model
+from mlx_posttrain.engines.base import Generated, Model, Stop
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.ops import ops
 
@@ -91,7 +91,7 @@ def decode(
     *,
     context: int | None,
     max_tokens: int,
-    stop: int | None,
+    stop: Stop,
     temperature: float,
     top_p: float,
     samples: int,
@@ -102,12 +102,12 @@ def decode(
 ) -> list[Generated]:
     """``samples`` completions of each prompt; entry ``p * samples + s`` is sample s of prompt p.
 
-    A row ends at ``stop``, after ``max_tokens``, or where prompt and completion fill the ``context``.
-    ``on_token(row, token)`` is called as tokens appear. ``first_row`` is the number of the first row: prompts
-    decoded in several batches get the numbers, and so the texts, that they would have in one. ``forbidden``
-    tokens are never sampled, and log-probabilities are then those of the softmax over the others; with the
-    end of text among them every completion has full length. Raises UserError for an empty prompt and for one
-    that leaves no room in the context.
+    A row ends at a token of ``stop``, after ``max_tokens``, or where prompt and completion fill the
+    ``context``. ``on_token(row, token)`` is called as tokens appear. ``first_row`` is the number of the first
+    row: prompts decoded in several batches get the numbers, and so the texts, that they would have in one.
+    ``forbidden`` tokens are never sampled, and log-probabilities are then those of the softmax over the
+    others; with the ends of text among them every completion has full length. Raises UserError for an empty
+    prompt and for one that leaves no room in the context.
     """
     if not prompts:
         return []
@@ -133,9 +133,10 @@ def decode(
     )
     # A draw of exactly 0 would take the first token, however unlikely, even a forbidden one.
     uniforms = np.maximum(uniforms, np.float32(2**-25))
+    ends = {stop} if isinstance(stop, int) else set(stop or ())
     tokens: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
-    stopped = [False] * rows
+    ended_by: list[int | None] = [None] * rows
     alive = np.arange(rows)
     logits = decoder.prefill(prompts, samples)
     bias = forbidden_bias(logits, forbidden) if forbidden else None
@@ -145,8 +146,8 @@ def decode(
         going = np.ones(len(alive), bool)
         for i, (row, token) in enumerate(zip(alive.tolist(), picked.tolist(), strict=True)):
             logprobs[row].append(float(log_p[i]))
-            if token == stop:
-                stopped[row] = True
+            if token in ends:
+                ended_by[row] = token
                 going[i] = False
                 continue
             tokens[row].append(token)
@@ -159,7 +160,9 @@ def decode(
             decoder.keep(np.flatnonzero(going))
             alive, picked = alive[going], picked[going]
         logits = decoder.advance(picked)
-    return [Generated(t, p, s) for t, p, s in zip(tokens, logprobs, stopped, strict=True)]
+    return [
+        Generated(t, p, end is not None, end) for t, p, end in zip(tokens, logprobs, ended_by, strict=True)
+    ]
 
 
 def in_batches(

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.data import encode, formats, tasks, templates
+from mlx_posttrain.data import encode, formats, tasks
 from mlx_posttrain.data.batches import by_length
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.engines.base import Generated, Model
 from mlx_posttrain.errors import UserError
@@ -63,15 +64,12 @@ def generate_answers(
     answer fill the context. Raises UserError for a row without a prompt, or a prompt that leaves no room in
     the context.
     """
-    prompts = _encode(_prompts(rows), tokenizer, template, model.context)
-    if prefix:
-        lead = templates.TEMPLATES[template].lead if template in templates.TEMPLATES else ""
-        prompts = [p + tokenizer(lead + prefix, add_special_tokens=False)["input_ids"] for p in prompts]
+    prompts = _encode(_prompts(rows), tokenizer, template, model.context, prefix)
     completions = _generate(
         model,
         prompts,
         batch,
-        stop=encode.eos_id(tokenizer),
+        stop=stop_ids(tokenizer),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -93,13 +91,13 @@ def generate_without_cache(
     into a loop within V steps, whatever the weights. Returns the tokens of each row's answer without EOS.
     Differs from transformers in that each token is at position 0.
     """
-    stop = encode.eos_id(tokenizer)
+    stop = stop_ids(tokenizer)
     last = np.array([ids[-1] for ids in _encode(_prompts(rows), tokenizer, template, model.context)])
     answers: list[list[int]] = [[] for _ in rows]
     unfinished = np.arange(len(rows))
     for _ in range(max_tokens):
         last = model.full_logits(last[:, None])[:, 0].argmax(-1)
-        unfinished, last = unfinished[last != stop], last[last != stop]
+        unfinished, last = unfinished[~np.isin(last, stop)], last[~np.isin(last, stop)]
         if not len(unfinished):
             break
         for row, token in zip(unfinished.tolist(), last.tolist(), strict=True):
@@ -150,7 +148,11 @@ def _prompts(rows: Sequence[Any]) -> list[tuple[tuple[Turn, ...], bool]]:
 
 
 def _encode(
-    prompts: Sequence[tuple[tuple[Turn, ...], bool]], tokenizer: Any, template: str, context: int | None
+    prompts: Sequence[tuple[tuple[Turn, ...], bool]],
+    tokenizer: Any,
+    template: str,
+    context: int | None,
+    prefix: str = "",
 ) -> list[list[int]]:
     ids: list[list[int]] = [[] for _ in prompts]
     for templated in (True, False):
@@ -158,7 +160,7 @@ def _encode(
         room = None if context is None else context - 1
         encoded = (
             encode.encode_prompts(
-                [prompts[i][0] for i in places], tokenizer, template, room, templated=templated
+                [prompts[i][0] for i in places], tokenizer, template, room, templated=templated, answer=prefix
             )
             if places
             else []
@@ -214,10 +216,10 @@ def generate_continuations(
 ) -> list[list[int]]:
     """``max_tokens`` token ids after each opening; entry ``r * samples + s`` is sample s of opening r.
 
-    Openings are used as they are, without a template or a repetition penalty. EOS is forbidden, and so never
-    in a continuation: measures of repetition can only be compared at equal length, and what a model writes
-    after the end of a text is not about that text. Raises UserError where an opening and ``max_tokens`` do
-    not fit the context together.
+    Openings are used as they are, without a template or a repetition penalty. What ends a text is forbidden,
+    and so never in a continuation: measures of repetition can only be compared at equal length, and what a
+    model writes after the end of a text is not about that text. Raises UserError where an opening and
+    ``max_tokens`` do not fit the context together.
     """
     if model.context is not None and max_tokens >= model.context:
         raise UserError(
@@ -233,7 +235,7 @@ def generate_continuations(
         ids,
         batch,
         stop=None,
-        forbidden=(encode.eos_id(tokenizer),),
+        forbidden=stop_ids(tokenizer),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,

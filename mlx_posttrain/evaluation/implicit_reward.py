@@ -14,7 +14,8 @@ import numpy as np
 
 from mlx_posttrain import runs
 from mlx_posttrain.console import log
-from mlx_posttrain.data import batches, encode
+from mlx_posttrain.data import batches
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Example, Pair
 from mlx_posttrain.engines.base import Generated, Model
 from mlx_posttrain.evaluation import preference
@@ -45,7 +46,7 @@ def report(session: Session) -> dict[str, Any]:
     firsts = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1][:PROMPTS]
     prompts = [pair.chosen.tokens[: pair.chosen.answer_start] for pair in firsts]
     answers = _sample(session, session.model, prompts)
-    rows = [_example(session, *both) for both in zip(prompts, answers, strict=True)]
+    rows = [_example(*both) for both in zip(prompts, answers, strict=True)]
     judged, sampled = (_logprobs(session, session.model, of) for of in (sides, rows))
 
     def by_reference(model: Model) -> tuple[np.ndarray, np.ndarray, list[Generated]]:
@@ -140,15 +141,15 @@ def _sample(session: Session, model: Model, prompts: Sequence[Sequence[int]]) ->
     return model.generate(
         prompts,
         max_tokens=session.recipe.sample.max_tokens,
-        stop=encode.eos_id(session.facts.tokenizer),
+        stop=stop_ids(session.facts.tokenizer),
         temperature=1.0,
         seed=session.recipe.seed,
     )
 
 
-def _example(session: Session, prompt: Sequence[int], answer: Generated) -> Example:
+def _example(prompt: Sequence[int], answer: Generated) -> Example:
     """The tokens that were sampled, the stop token included, marked behind their prompt."""
-    ids = [*answer.tokens, *([encode.eos_id(session.facts.tokenizer)] if answer.stopped else [])]
+    ids = [*answer.tokens, *([] if answer.stop is None else [answer.stop])]
     return Example((*prompt, *ids), (False,) * len(prompt) + (True,) * len(ids))
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain.data import encode
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, Batch, by_length, round_up
+from mlx_posttrain.data.tokens import Place, bos_ids, start_ids, tokenise_pieces
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import DeviceBatch, Model
 from mlx_posttrain.errors import UserError
@@ -163,16 +163,18 @@ def last_words(
     LAMBADA (Paperno et al. 2016), as lm-eval-harness scores it.
     """
     rows = []
-    start = encode.bos_ids(tokenizer)
+    start = bos_ids(tokenizer)
+    pieces: list[tuple[tuple[str, Place], tuple[str, Place]]] = []
     for number, text in enumerate(texts, 1):
         before, space, word = text.rstrip().rpartition(" ")
         if not before.strip():
             raise UserError(f"text {number} has no word before its last one")
-        ids, last = (
-            tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-            for part in (before, space + word)
-        )
-        sequence = np.array([*start, *ids, *last], np.int32)[-(model.context or len(text)) - 1 :]
+        pieces.append(((before, "beginning"), (space + word, "text")))
+    ids = tokenise_pieces(tokenizer, [piece for both in pieces for piece in both])
+    for before_piece, last_piece in pieces:
+        last = ids[last_piece]
+        sequence = np.array([*start, *ids[before_piece], *last], np.int32)
+        sequence = sequence[-(model.context or len(sequence)) - 1 :]
         rows.append(
             (sequence[:-1], sequence[1:], np.arange(len(sequence) - 1) >= len(sequence) - 1 - len(last))
         )
@@ -209,7 +211,7 @@ def _text_rows(
             f"stride {stride}: it must lie between 1 and the window of {window}, or some tokens "
             "would not be scored"
         )
-    start = encode.bos_ids(tokenizer) or [encode.eos_id(tokenizer)]
+    start = start_ids(tokenizer)
     rows, owner = [], []
     for number, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[

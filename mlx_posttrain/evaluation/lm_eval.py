@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.data import encode, templates
+from mlx_posttrain.data import templates
 from mlx_posttrain.data.batches import by_length
+from mlx_posttrain.data.tokens import eos_id, stop_ids
 from mlx_posttrain.data.types import Turn
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
@@ -81,7 +82,7 @@ class MLXPosttrainLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return encode.eos_id(self.tokenizer)
+        return eos_id(self.tokenizer)
 
     @property
     def prefix_token_id(self) -> int:
@@ -214,7 +215,7 @@ class MLXPosttrainLM(TemplateLM):
                 self.model,
                 [prompts[i] for i in order],
                 max_tokens=max_tokens,
-                stop=self.eot_token_id,
+                stop=stop_ids(self.tokenizer),
                 temperature=temperature,
                 top_p=top_p,
                 seed=self.seed,

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.data.parsers import END_THINK, THINK
-from mlx_posttrain.data.types import Conversation
+from mlx_posttrain.data.types import END_THINK, THINK, Conversation
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.evaluation import completions
 from mlx_posttrain.evaluation.metrics import Interval, bootstrap, paired_bootstrap, proportion

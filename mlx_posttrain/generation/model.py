@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_posttrain.data import encode, pairs
 from mlx_posttrain.data.batches import by_length, by_row, collate
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
@@ -58,7 +59,7 @@ class LoadedModel:
             self.model,
             ids,
             max_tokens=max_tokens,
-            stop=encode.eos_id(self.tokenizer),
+            stop=stop_ids(self.tokenizer),
             temperature=temperature,
             top_p=top_p,
             samples=samples,
@@ -101,7 +102,7 @@ class LoadedModel:
         generated = self.model.generate(
             [ids],
             max_tokens=max_tokens,
-            stop=encode.eos_id(self.tokenizer),
+            stop=stop_ids(self.tokenizer),
             temperature=temperature,
             top_p=top_p,
             seed=seed,

@@ -22,6 +22,7 @@ from mlx_posttrain import __version__, runs
 from mlx_posttrain.console import log
 from mlx_posttrain.data import encode, formats, quality, sources
 from mlx_posttrain.data.pairs import encode_answers
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
@@ -145,7 +146,7 @@ def synthesize(
                 ids,
                 max_tokens=settings.max_tokens,
                 samples=settings.samples,
-                stop=encode.eos_id(tokenizer),
+                stop=stop_ids(tokenizer),
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 seed=chunk_seed,

@@ -22,6 +22,7 @@ from mlx_posttrain.console import log
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.read import row_dataset
 from mlx_posttrain.data.types import Conversation
+from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import reasoning
 from mlx_posttrain.methods import sft
 from mlx_posttrain.models.merge import base_folder
@@ -126,20 +127,22 @@ def _fitting(
     rows: list[Conversation], tokenizer: Any, template: str, context: int | None
 ) -> list[Conversation]:
     """The rows whose question leaves LEAST_ROOM tokens for thought and answer; says how many do not."""
-    if context is None or not rows:
+    if not rows:
         return rows
-    lengths = [
-        len(ids)
-        for ids in encode.encode_prompts(
-            [row.turns[:-1] for row in rows], tokenizer, template, templated=rows[0].templated
-        )
-    ]
+    found = encode.try_prompts(
+        [row.turns[:-1] for row in rows], tokenizer, template, templated=rows[0].templated
+    )
     begun = len(tokenizer(reasoning.EMPTY_THOUGHT, add_special_tokens=False)["input_ids"])
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length + begun + LEAST_ROOM <= context]
+    room = 2**31 if context is None else context - begun - LEAST_ROOM
+    kept = [
+        row
+        for row, ids in zip(rows, found, strict=True)
+        if not isinstance(ids, UserError) and len(ids) <= room
+    ]
     if len(kept) < len(rows):
         log(
-            f"{len(rows) - len(kept)} of {len(rows)} questions are too long to be answered in the model's "
-            "context and are left out"
+            f"{len(rows) - len(kept)} of {len(rows)} rows have no question, or one too long to be answered "
+            "in the model's context, and are left out"
         )
     return kept
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
 
@@ -14,7 +15,10 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the folder's fast tokenizer. Raises UserError if there is none or it is damaged."""
+    """Return the folder's fast tokenizer. Raises UserError if there is none or it is damaged.
+
+    Its ``stop_token_ids`` are the ids that the folder's configs name as ends of a text.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
@@ -24,12 +28,27 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} has no tokenizer: copy its base's tokenizer.json and tokenizer_config.json there"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises anything, depending on the library that reads it
         raise UserError(
             f"{folder}: no tokenizer can be loaded from it "
             f"({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from None
+    tokenizer.stop_token_ids = listed_ends(folder)
+    return tokenizer
+
+
+def listed_ends(folder: Path) -> tuple[int, ...]:
+    """Return the ids under ``eos_token_id``, one or a list, in generation_config.json and config.json.
+
+    Raises UserError where one of the two is no JSON.
+    """
+    found: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            listed = read_json(folder / name).get("eos_token_id")
+            found += listed if isinstance(listed, list) else [listed]
+    return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
 
 
 def check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:

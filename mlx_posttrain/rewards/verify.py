@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from mlx_posttrain.data import tasks
-from mlx_posttrain.data.parsers import END_THINK, THINK
+from mlx_posttrain.data.types import END_THINK, THINK
 from mlx_posttrain.rewards import ifeval
 
 LONGEST_TEXT = 8  # words; a longer reference text is one of many right wordings

@@ -25,7 +25,7 @@ import numpy as np
 
 from mlx_posttrain.console import log
 from mlx_posttrain.data.batches import collate
-from mlx_posttrain.data.encode import eos_id
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import Engine, Trainer
 from mlx_posttrain.rl import kl, prompts, rollouts
@@ -56,7 +56,7 @@ class RolloutData:
 class RolloutLearner:
     """Policy and critic with their optimizers, and the prompts they learn from; see loop.Learner.
 
-    stop: the token that ends a completion; None: the tokenizer's end of text.
+    stop: the token that ends a completion; None: those that end a text, see encode.stop_ids.
     """
 
     select_by = None
@@ -135,7 +135,7 @@ class RolloutLearner:
             samples=samples,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
-            stop=eos_id(self.actors.tokenizer) if self._stop is None else self._stop,
+            stop=stop_ids(self.actors.tokenizer) if self._stop is None else self._stop,
             seed=seed,
             token_budget=settings.token_budget,
         )

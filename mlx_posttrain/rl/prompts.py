@@ -10,7 +10,7 @@ import numpy as np
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
 from mlx_posttrain.data import encode
-from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, split_rows
+from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, say_specials, split_rows
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rl.rollouts import Prompt
@@ -38,6 +38,7 @@ def read(
     kept = []
     for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
         prompts = [q for q in _encode(rows, tokenizer, str(data.template)) if len(q.tokens) <= room]
+        say_specials(([turn.content for turn in turns] for turns, _, _ in rows), tokenizer, what)
         if rows:
             log(
                 f"{what}: {len(prompts):,} of {len(rows):,} kept ({len(rows) - len(prompts):,} longer "

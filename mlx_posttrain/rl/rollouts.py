@@ -17,7 +17,7 @@ import numpy as np
 from mlx_posttrain.data.batches import Batch, collate, group_similar, with_extra
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines import decoding
-from mlx_posttrain.engines.base import Model
+from mlx_posttrain.engines.base import Model, Stop
 
 #: Statistics of completions by name: for each completion an array over its tokens.
 Stats = Mapping[str, Sequence[np.ndarray]]
@@ -68,7 +68,7 @@ def sample(
     samples: int,
     max_tokens: int,
     temperature: float,
-    stop: int,
+    stop: Stop,
     seed: int,
     token_budget: int,
 ) -> list[Completion]:
@@ -93,7 +93,7 @@ def sample(
     return [
         Completion(
             prompts[i // samples],
-            (*g.tokens, stop) if g.stopped else tuple(g.tokens),
+            tuple(g.tokens) if g.stop is None else (*g.tokens, g.stop),
             g.stopped,
             tokenizer.decode(g.tokens).strip(),
             tuple(g.logprobs),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mlx_posttrain.console import log
 from mlx_posttrain.data import encode
+from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Preference, Turn
+from mlx_posttrain.errors import UserError
 from mlx_posttrain.rewards.scorer import score_rows
 from mlx_posttrain.training.session import Session
 
@@ -27,15 +30,23 @@ def answers(session: Session) -> Callable[[int], None]:
     assert dataset is not None
     data, sample, tokenizer = recipe.data, recipe.sample, session.facts.tokenizer
     template = data.template if isinstance(data.template, str) else data.template[0]
-    rows = [_question(row) for row in dataset.held_out_rows[: max(1, sample.count)]]
+    length = (model.context or data.max_length) - 1
+    rows = [_question(row) for row in dataset.held_out_rows]
     templated = rows[0][1] if rows else True
     if sample.prompts:
         rows = [((Turn("user", p),), templated, None) for p in sample.prompts]
+        encoded = encode.encode_prompts([r[0] for r in rows], tokenizer, template, templated=templated)
     else:
-        rows = [] if data.pack else rows[: sample.count]
-    asked = [turns for turns, _, _ in rows]
-    length = (model.context or data.max_length) - 1
-    encoded = encode.encode_prompts(asked, tokenizer, template, templated=templated) if asked else []
+        rows = [] if data.pack or not sample.count else rows
+        found = encode.try_prompts([r[0] for r in rows], tokenizer, template, templated=templated)
+        asked = [(row, ids) for row, ids in zip(rows, found, strict=True) if not isinstance(ids, UserError)]
+        if len(asked) < len(rows):
+            log(
+                f"samples: {len(rows) - len(asked)} of {len(rows)} held-out rows have no question to answer, "
+                "and are left out"
+            )
+        asked = asked[: sample.count]
+        rows, encoded = [row for row, _ in asked], [ids for _, ids in asked]
     prompts = [p[-length:] for p in encoded]
 
     def write(step: int) -> None:
@@ -44,7 +55,7 @@ def answers(session: Session) -> Callable[[int], None]:
         generated = model.generate(
             prompts,
             max_tokens=sample.max_tokens,
-            stop=encode.eos_id(tokenizer),
+            stop=stop_ids(tokenizer),
             temperature=sample.temperature,
             seed=recipe.seed,
         )

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_posttrain.data.encode import EncodingReport, bos_ids, encode, encode_all, encode_prompts, pack
 from mlx_posttrain.data.templates import FIVE, TEMPLATES, render
-from mlx_posttrain.data.types import Conversation, Turn
+from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.errors import UserError
 
 TEXTS = [
@@ -98,13 +98,41 @@ def test_exact_text(gpt2: Any) -> None:
     example = encode(talk("Hello", " world", templated=False), gpt2, template="instruction", max_length=9)
     assert example is not None
     assert (example.tokens, example.trained) == ((15496, 995, EOS), (False, True, True))
-    # a text row: everything but the first token is trained
-    example = encode(talk("Hello world", templated=False), gpt2, max_length=9)
-    assert example is not None
-    assert (example.tokens, example.trained) == ((15496, 995, EOS), (False, True, True))
-    example = encode(talk("", "Hello world", templated=False), gpt2, max_length=9)
-    assert example is not None
-    assert example.trained == (False, True, True)
+    # a text row starts as generation from nothing does, and all of the text is trained
+    for row in (talk("Hello world", templated=False), talk("", "Hello world", templated=False)):
+        example = encode(row, gpt2, max_length=9)
+        assert example is not None
+        assert (example.tokens, example.trained) == ((EOS, 15496, 995, EOS), (False, True, True, True))
+        assert encode(row, gpt2, max_length=3) == Example((EOS, 15496, 995), (False, True, True))
+    assert encode_prompts([(Turn("user", ""),)], gpt2, templated=False) == [[EOS]]
+
+
+def test_a_row_without_a_prompt_starts_like_generation_from_nothing(tiny: Any) -> None:
+    other = make_tokenizer(eos_token="<|endoftext|>", bos_token="<s>")  # has a BOS and begins no text with it
+    for tok, start in ((tiny, tiny.eos_token_id), (with_bos(), 1), (other, 0)):
+        nothing = (Turn("user", ""),)
+        for name, row in (("plain", talk("It is.", templated=False)), ("none", talk("", "It is."))):
+            (prompt,) = encode_prompts([nothing], tok, name, templated=row.templated)
+            example = encode(row, tok, template=name, max_length=99)
+            assert prompt == [start] and example is not None
+            assert example.tokens[0] == start and example.trained == (
+                False,
+                *[True] * (len(example.tokens) - 1),
+            )
+            assert tok.decode(example.tokens[1:-1]).strip() == "It is."
+        (begun,) = encode_prompts([nothing], tok, templated=False, answer="It")
+        assert list(encode(talk("It is.", templated=False), tok, max_length=99).tokens[: len(begun)]) == begun  # type: ignore[union-attr]
+        # a row with a prompt starts as before
+        example = encode(talk("What", " is", templated=False), tok, max_length=99)
+        assert example is not None
+        assert (example.tokens[0] == start) == (start == 1)
+
+
+def test_an_assistant_that_begins_is_a_row_without_a_prompt(tiny: Any) -> None:
+    row = talk("It is.", "What?", "It is fine.")
+    example = encode(row, tiny, template="none", max_length=99, train_on="assistant")
+    assert example is not None and example.tokens[0] == tiny.eos_token_id
+    assert tiny.decode(trained(example)) == " It is.<|endoftext|> It is fine.<|endoftext|>"
 
 
 def test_truncation(gpt2: Any) -> None:
@@ -289,6 +317,7 @@ def test_prompts(gpt2: Any) -> None:
 
 def test_pack(gpt2: Any) -> None:
     rows = pack(["Hello world", " \n", "Hello", " world world world"], gpt2, 3)
+    # each document but the first follows an EOS
     assert [r.tokens for r in rows] == [(15496, 995, EOS), (15496, EOS, 995), (995, 995, EOS)]
     assert {r.trained for r in rows} == {(False, True, True)}
     # the remainder is not used

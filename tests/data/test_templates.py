@@ -168,6 +168,38 @@ def test_chat_template_without_eos_gets_one_at_the_end() -> None:
     ]
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_only_what_follows_a_turns_own_end_is_left_out(eos: str) -> None:
+    """An end of text within an answer is not the answer's end."""
+    tok = tokenizer(CHATML, eos=eos)
+    contents = [f"The token {eos} ends a text.", f"{eos} is it.", f"It is {eos}"]
+    turns = [Turn("user", f"What is {eos}?"), Turn("assistant", "")]
+    for content in contents:
+        row = Conversation((turns[0], Turn("assistant", content)))
+        *_, answer = render(row, "chat", tok)
+        own = "<|im_end|>" if eos == "<|im_end|>" else "<|im_end|>\n"
+        assert answer == Segment(content + own, True, closes=eos == "<|endoftext|>")
+    both = Conversation((turns[0], Turn("assistant", contents[0]), turns[0], Turn("assistant", contents[1])))
+    trained = [s.text for s in render(both, "chat", tok, train_on="assistant") if s.trained]
+    assert [t.split("<|im_end|>\n")[0].removesuffix("<|im_end|>") for t in trained] == [
+        content.removesuffix("<|im_end|>") for content in contents[:2]
+    ]
+
+
+def test_a_turn_ends_at_any_end_that_the_model_lists() -> None:
+    """As Gemma's: the tokenizer's EOS is never written, and generation stops at the turn's end."""
+    tok = tokenizer(CHATML, eos="<|endoftext|>")
+    tok.stop_token_ids = (tok.convert_tokens_to_ids("<|im_end|>"), 10**6)
+    segments = render(Conversation(MANY), "chat", tok, train_on="assistant")
+    assert [s for s in segments if s.trained] == [
+        Segment(" Hello. \n<|im_end|>", True),
+        Segment("Bye.<|im_end|>", True),
+    ]
+    # a template that rewrites an answer still ends it
+    tok.chat_template = CHATML.replace("m.content", "m.content | upper")
+    assert render(Conversation(ONE), "chat", tok)[-1].text == "5<|im_end|>"
+
+
 def test_chat_template_that_rewrites_earlier_answers() -> None:
     tok = tokenizer(FORGETFUL)
     turns = (

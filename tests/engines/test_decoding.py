@@ -67,6 +67,21 @@ def test_rows_stop_alone_and_leave_the_batch(model):
     assert cut[1].stopped
 
 
+def test_any_of_several_tokens_stops_a_row(model):
+    free = model.generate(PROMPTS, max_tokens=16, stop=None, temperature=1.0, seed=2)
+    ends = {free[1].tokens[3], free[2].tokens[9]}
+    for given in (ends, sorted(ends), tuple(ends)):
+        cut = model.generate(PROMPTS, max_tokens=16, stop=given, temperature=1.0, seed=2)
+        for a, b in zip(free, cut):
+            first = next((i for i, token in enumerate(a.tokens) if token in ends), None)
+            assert b.tokens == a.tokens[:first] and b.stopped == (first is not None)
+            assert b.stop == (None if first is None else a.tokens[first])
+    assert {c.stop for c in cut} >= ends
+    assert not any(
+        c.stopped for c in model.generate(PROMPTS, max_tokens=16, stop=(), temperature=1.0, seed=2)
+    )
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 1.0, "top_p": 0.8, "seed": 4}]
 )
