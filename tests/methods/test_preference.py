@@ -42,7 +42,6 @@ def run(output, name="dpo", *more, engine=ENGINES[0], steps=4):
         "09_dpo",
         "model=tiny",
         "data.source=embedded/preferences",
-        "data.config=null",
         "data.eval_split=null",
         "data.families=[quotes,first_last]",
         "data.template=question",
