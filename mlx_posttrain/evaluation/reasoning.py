@@ -20,12 +20,11 @@ from mlx_posttrain.rewards.verify import verify
 EMPTY_THOUGHT = f"{THINK}\n\n{END_THINK}\n"
 
 _FORM = re.compile(rf"\s*{THINK}(?P<trace>.*?){END_THINK}(?P<answer>.*)", re.DOTALL)
-_STEP = re.compile(r"^\s*(?:step\s*\d+|\d+[.)]|[-*])?\s*\S", re.IGNORECASE)
 _CUES = {
     "connectives": r"\b(?:because|since|so|therefore|thus|hence|then)\b|=",
     "order": r"\b(?:first|second|next|finally|step|let)\b|\n",
     "checking": r"\b(?:check|verify|wait|make sure|confirm|is right)\b",
-    "conclusion": r"\b(?:so the answer|the answer is|in conclusion|therefore)\b|=\s*\S+\s*$",
+    "conclusion": r"\b(?:so the answer|the answer is|in conclusion|therefore)\b|=\s*[^\s=]+$",
 }
 
 
@@ -70,7 +69,7 @@ def count_steps(text: str) -> int:
     The number says how long a thought is, not whether it leads anywhere.
     """
     parts = split_thought(text)
-    return sum(bool(_STEP.match(line)) for line in parts[0].splitlines()) if parts else 0
+    return sum(bool(line.strip()) for line in parts[0].splitlines()) if parts else 0
 
 
 def shape_score(text: str) -> float:

@@ -14,7 +14,7 @@ from mlx_posttrain.evaluation.comparison import ModelResult, Values
 from mlx_posttrain.evaluation.preference import length_controlled_wins
 from mlx_posttrain.models.source import Source
 from mlx_posttrain.models.tokenizer import pad_id
-from mlx_posttrain.rewards import verify
+from mlx_posttrain.rewards.answers import after_thought
 
 
 def score_answers(
@@ -33,7 +33,7 @@ def score_answers(
     from mlx_posttrain.rewards.scorer import score_rows
 
     model, tokenizer, source = reward_model
-    final_answers = [verify.after_thought(answer) for answer in answers]
+    final_answers = [after_thought(answer) for answer in answers]
     rows = encode_answers(
         [q.turns[:-1] for q in questions],
         final_answers,

@@ -24,7 +24,7 @@ import numpy as np
 from mlx_posttrain.data import tasks
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.rewards.verify import last_number
+from mlx_posttrain.rewards.verify import verify
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -46,15 +46,15 @@ def checker(
 def exact_answer(
     prompts: list[str], completions: list[str], answer: Sequence[Any] | None = None, **columns: Any
 ) -> list[float | None]:
-    """Return 1 where the last number of the completion equals that of the column ``answer``, else 0.
+    """Return 1 where the completion's final answer is the row's ``answer``, as ``verify`` decides, else 0.
 
-    The score is None where ``answer`` has no number. Comparing last numbers is GSM8K's convention.
+    The score is None where ``answer`` is missing or too long to be compared.
     """
-    scores: list[float | None] = []
-    for text, reference in zip(completions, answer or [None] * len(completions), strict=True):
-        right = last_number(str(reference)) if reference is not None else None
-        scores.append(None if right is None else float(last_number(text) == right))
-    return scores
+    verdicts = (
+        verify({"answer": reference}, text)
+        for text, reference in zip(completions, answer or [None] * len(completions), strict=True)
+    )
+    return [None if right is None else float(right) for right in verdicts]
 
 
 BUILT_IN: dict[str, RewardFunction] = {"checker": checker, "exact_answer": exact_answer}

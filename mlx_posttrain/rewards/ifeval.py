@@ -134,7 +134,9 @@ def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int
 
 def _number_placeholders(text: str, num_placeholders: int) -> bool:
     """The text has at least that many ``[...]``, each on one line."""
-    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+    # \[.*?\] would look for the end from every "[" of a line that has none
+    opened = (line.rpartition("]")[0] for line in text.split("\n"))
+    return sum(len(re.findall(r"\[[^\]]*", line)) for line in opened) >= num_placeholders
 
 
 def _postscript(text: str, postscript_marker: str) -> bool:
@@ -149,8 +151,15 @@ def _number_bullet_lists(text: str, num_bullets: int) -> bool:
 
     A ``*`` alone on its line also takes the next line, as in the reference.
     """
-    stars = re.findall(r"^\s*\*[^*].*", text, re.MULTILINE)
-    return len(stars) + len(re.findall(r"^\s*-", text, re.MULTILINE)) == num_bullets
+    lines = [line.lstrip() for line in text.split("\n")]
+    count = sum(line.startswith("-") for line in lines)
+    following = iter(lines)
+    for line in following:
+        if line == "*":
+            count += next(following, None) is not None
+        else:
+            count += line.startswith("*") and not line.startswith("**")
+    return count == num_bullets
 
 
 def _constrained_response(text: str) -> bool:
@@ -184,7 +193,9 @@ def _json_format(text: str) -> bool:
 
 def _title(text: str) -> bool:
     """The text has a ``<<...>>`` on one line that is not blank."""
-    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
+    # <<.+>> would look for the end from every "<<" of a line that has none
+    inside = (line.partition("<<")[2].rpartition(">>")[0] for line in text.split("\n"))
+    return any(title.lstrip("<").rstrip(">").strip() for title in inside)
 
 
 def _two_responses(text: str) -> bool:

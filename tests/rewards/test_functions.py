@@ -173,10 +173,24 @@ def test_built_ins():
         functions.load("exact_answer"),
         ["p"] * 4,
         ["so 1,234.", "3 or 4", "none", "x"],
-        {"answer": ["#### 1234", 3, "7", "no number"]},
+        {"answer": ["#### 1234", 3, "7", None]},
         "exact",
     )
     assert found[:3].tolist() == [1.0, 0.0, 0.0] and np.isnan(found[3])
+
+
+@pytest.mark.parametrize(
+    "text, answer, score",
+    [
+        ("<think>it is 18", "18", 0.0),  # a thought that is never closed has no answer
+        ("<think>18</think>", "18", 0.0),
+        (r"\boxed{18} since 9 * 2 is that", "18", 1.0),
+        ("<answer>Paris</answer>", "Paris", 1.0),
+        ("London", "Paris", 0.0),
+    ],
+)
+def test_exact_answer_judges_the_final_answer(text, answer, score):
+    assert functions.exact_answer(["p"], [text], answer=[answer]) == [score]
 
 
 def test_sums_and_scales():

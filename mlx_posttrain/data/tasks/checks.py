@@ -31,7 +31,9 @@ NUMBER_WORDS = (
     "twelve",
 )
 _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "x": operator.mul}
-_EQUATION = re.compile(r"(-?\d+)((?: [-+x] \d+)+) = (-?\d+)")
+# A chain of terms, and what it is said to be: without "=" too, so that no number is begun with twice.
+_EQUATION = re.compile(r"((?:-|(?<!\d))\d+)((?: [-+x] \d+)+)(?: = (-?\d+))?")
+_LONGEST_INTEGER = 1000  # digits; int() refuses more than some thousands
 
 
 # Specs
@@ -125,7 +127,8 @@ def _worked(spec: Mapping[str, Any], text: str) -> bool:
     numbers: list[str] = []
     reached = None
     for part in filter(None, map(str.strip, re.split(r"[.,;\n]", steps))):
-        if not _EQUATION.fullmatch(part):
+        equation = _EQUATION.fullmatch(part)
+        if not equation or not equation[3]:
             return False
         left, result = part.split(" = ")
         terms = left.split()[::2]
@@ -184,9 +187,17 @@ def check(row_or_spec: Mapping[str, Any], answer: str) -> bool:
 
 
 def equations_hold(text: str) -> bool:
-    """Return whether every equation in the text, such as ``3 + 4 = 7``, is true."""
+    """Return whether every equation in the text, such as ``3 + 4 = 7``, is true.
+
+    One with an integer of more than _LONGEST_INTEGER digits is not.
+    """
     for left, rest, right in _EQUATION.findall(text):
-        total, tokens = int(left), rest.split()
+        if not right:
+            continue
+        tokens = rest.split()
+        if max(map(len, (left, right, *tokens))) > _LONGEST_INTEGER:
+            return False
+        total = int(left)
         for sign, value in zip(tokens[::2], tokens[1::2], strict=True):
             total = _OPERATORS[sign](total, int(value))
         if total != int(right):

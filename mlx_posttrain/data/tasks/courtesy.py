@@ -66,7 +66,7 @@ def _any_of(phrases: tuple[str, ...]) -> str:
 
 
 _OPENING = re.compile(rf"^\s*(?:{_any_of(OPENINGS)})[.!:,]*(?=\s)\s*", re.IGNORECASE)
-_CLOSING = re.compile(rf"(?<=[\s.!?])\s*(?:{_any_of(CLOSINGS)})[.!]*\s*$", re.IGNORECASE)
+_CLOSING = re.compile(rf"(?<=[\s.!?])(?:{_any_of(CLOSINGS)})[.!]*\s*$", re.IGNORECASE)
 _RUDE = re.compile(rf"\b(?:{_any_of(RUDE_OPENINGS + RUDE_CLOSINGS)})\b", re.IGNORECASE)
 
 
@@ -81,9 +81,13 @@ def frame(core: str, opening: str, closing: str) -> str:
 def unframed(text: str) -> list[str]:
     """Return the text unchanged, and without one polite opening, one polite closing, or both."""
     shorter = _OPENING.sub("", text, count=1)
-    return list(
-        dict.fromkeys((text, shorter, _CLOSING.sub("", text, count=1), _CLOSING.sub("", shorter, count=1)))
-    )
+    return list(dict.fromkeys((text, shorter, _unclosed(text), _unclosed(shorter))))
+
+
+def _unclosed(text: str) -> str:
+    # the white space before a closing is no part of the pattern: each piece of it would be a place to begin
+    closing = _CLOSING.search(text)
+    return text[: closing.start()].rstrip() if closing else text
 
 
 def is_rude(text: str) -> bool:

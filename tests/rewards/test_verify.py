@@ -1,4 +1,4 @@
-"""Verifiable answers: an output's final answer, and whether it is right.
+"""Rules for outputs by their rows' columns.
 
 Checked by hand and on every row of the shared data.
 """
@@ -9,96 +9,16 @@ import json
 import operator
 import re
 import time
-from decimal import Decimal
 
 import pytest
 
 from mlx_posttrain.data import tasks
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.rewards.verify import final_answer, kind, last_number, verifiable, verify
+from mlx_posttrain.rewards.answers import final_answer
+from mlx_posttrain.rewards.numerals import last_number
+from mlx_posttrain.rewards.verify import kind, verifiable, verify
 
 GAME = {"numbers": [49, 27, 3], "target": 19}
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        (" 5 \n", "5"),
-        ("<think>4</think>\n 5 ", "5"),
-        ("4</think>5", "5"),  # a template that opens the thought in the prompt
-        ("<think>1</think>2<think>3</think>4", "4"),
-        ("<think>4", ""),
-        ("<think>1</think>2<think>3", ""),
-        ("<think><answer>4</answer></think>5", "5"),
-        ("a <answer>4</answer> b <answer> 5\n</answer> c", "5"),
-        ("<answer>4 <answer>5</answer>", "5"),
-        ("<answer>5", "<answer>5"),
-        ("#### 4 \\boxed{3} <answer>5</answer> #### 6", "5"),
-        ("4\n#### 5", "5"),
-        ("#### 4\n#### 5 \\boxed{6}", "5 \\boxed{6}"),
-        ("####", ""),
-        (r"\boxed{4} so \boxed{\frac{1}{2}} and {7}", r"\frac{1}{2}"),
-        (r"\boxed{5} and \boxed{6", "5"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-        (r"\boxed{a\boxed{5}}", "5"),
-        (r"} \boxed {5}", "5"),
-        (r"\boxed 5", r"\boxed 5"),
-        ("", ""),
-    ],
-)
-def test_final_answer(text, answer):
-    assert final_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("about 7-8", 8),
-        ("it is -5.", -5),
-        ("1,234.50 in all", 1234.5),
-        ("12,34", 34),
-        ("1,000,000", 10**6),
-        ("3.0.", 3),
-        ("5-3", 3),
-        ("5-3=2", 2),
-        ("5 - 3", 3),
-        ("(5)-3", 3),
-        ("x=-3", -3),
-        ("-$5", -5),
-        ("$-5", -5),
-        (r"-\$5", -5),
-        ("$5", 5),
-        ("5-$3", 3),
-        ("50%", 50),
-        ("0.5", 0.5),
-        (".5", 0.5),
-        ("-.5", -0.5),
-        ("...5", 5),
-        ("\u22125", -5),
-        ("COVID-19", 19),
-        ("007", 7),
-        ("**-2**", -2),
-        ("\u0661\u0662", 12),
-        ("x\u00b2", None),
-        ("none", None),
-        ("", None),
-        ("-", None),
-        ("2.20906e+07", 22090600),
-        ("so 2E3.", 2000),
-        ("-1e-2", -0.01),
-        ("3em", 3),
-        ("1e9999", 9999),
-    ],
-)
-def test_the_last_number(text, number):
-    assert last_number(text) == (None if number is None else Decimal(str(number)))
-
-
-def test_long_numbers_stay_exact():
-    assert last_number("9007199254740993") != last_number("9007199254740992")  # the same double
-    # more digits than int() accepts
-    assert last_number("1" * 5000) == last_number("1" * 5000) != last_number("1" * 4999 + "2")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +41,10 @@ def test_long_numbers_stay_exact():
         ({"answer": float("nan")}, None),
         ({"answer": None, "output": "12 apples"}, "number"),
         ({"output": "<think>1 and 2 and 3 and 4 and 5 and 6</think>\n7"}, "number"),
-        ({"output": "3/4"}, "text"),
+        ({"output": "3/4"}, "number"),
+        ({"output": "3/4/2020"}, "text"),
+        ({"output": r"2\sqrt{3}"}, "text"),
+        ({"output": "4 m^2"}, "number"),
         ({"output": "CO2"}, "text"),
         ({"output": "COVID-19"}, "text"),
         ({"answer": "1990-1995"}, "text"),
@@ -129,6 +52,7 @@ def test_long_numbers_stay_exact():
         ({"output": "one two three four five six seven eight"}, "text"),
         ({"output": "one two three four five six seven eight nine"}, None),
         ({"output": "In 1990 this and that happened here and there."}, None),
+        ({"output": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"}, "text"),
         ({"output": " "}, None),
         ({"answer": "..."}, None),
         ({"answer": ["a", "b"]}, None),
@@ -283,21 +207,6 @@ def test_checker_and_ifeval():
     assert verify({"instruction_id_list": ids[2:], "kwargs": [{}], "answer": "5"}, "5") is True
 
 
-def test_endless_outputs_take_no_time():
-    start = time.perf_counter()
-    for text in (
-        "<answer>" * 50_000,
-        r"\boxed{" * 50_000,
-        "{" * 300_000,
-        "1," * 100_000,
-        "-" * 300_000,
-        "<think>" * 50_000,
-        "." * 300_000,
-    ):
-        assert verify({"answer": "72"}, text) is False
-    assert time.perf_counter() - start < 5
-
-
 def _rows(shared, name):
     path = shared / "data" / "reasoning" / f"{name}.jsonl"
     if not path.is_file():
@@ -314,7 +223,7 @@ def test_every_shared_row_verifies_its_own_answer(shared, name, rule):
     assert [row for row in rows if not verify(row, row["answer"])] == []
     if rule == "number":
         # a tenth more is also wrong for the few that are rounded
-        wrong = [f"#### {last_number(final_answer(row['answer'])) * 11 / 10 + 1}" for row in rows]
+        wrong = [f"#### {last_number(final_answer(row['answer'])).value * 11 / 10 + 1}" for row in rows]
     else:
         assert not any(0 in row["numbers"] for row in rows)
         wrong = [f"{row['answer']} + 0" for row in rows]

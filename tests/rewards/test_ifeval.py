@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import pytest
 
@@ -95,8 +94,8 @@ CASES = [
     (
         "detectable_content:number_placeholders",
         {"num_placeholders": 2},
-        ["[a] [b]", "[][x] [y]"],
-        ["[a]", "[a\n] [b]"],
+        ["[a] [b]", "[][x] [y]", "[a[b] [c]", "[a] ]\n[b] ["],
+        ["[a]", "[a\n] [b]", "[[a]", "] [b] ["],
     ),
     (
         "detectable_content:postscript",
@@ -114,8 +113,8 @@ CASES = [
     (
         "detectable_format:number_bullet_lists",
         {"num_bullets": 2},
-        ["* a\n* b", "- a\n  *b", "a\n-\n- b"],
-        ["* a", "* a\n- b\n- c", "** a\n* b"],
+        ["* a\n* b", "- a\n  *b", "a\n-\n- b", "*\n* a\n\n* b"],
+        ["* a", "* a\n- b\n- c", "** a\n* b", "*\n* a\n*", "- a\n*"],
     ),
     (
         "detectable_format:constrained_response",
@@ -141,7 +140,12 @@ CASES = [
         ['{"a": [1]}', '```json\n{"a": 1}\n```', "```\n[]\n```", "5", '```JSON\n"x"```'],
         ["{'a': 1}", '{"a": 1', 'Here: {"a": 1}', "text", "[" * 100_000],
     ),
-    ("detectable_format:title", {}, ["<<a title>>\ntext", "so <<b>>"], ["<a>", "<<>>", "<< >>", "<<a\nb>>"]),
+    (
+        "detectable_format:title",
+        {},
+        ["<<a title>>\ntext", "so <<b>>", "<<>> <<b>>"],
+        ["<a>", "<<>>", "<<>>>", "<< >>", "<<a\nb>>"],
+    ),
     (
         "combination:two_responses",
         {},
@@ -302,19 +306,3 @@ def test_accuracies():
     assert all(map(math.isnan, instruction_accuracy([], [])))
     with pytest.raises(ValueError):
         instruction_accuracy(rows, texts[:1])
-
-
-def test_endless_outputs_take_no_time():
-    start = time.perf_counter()
-    for text in (
-        "!" * 20_000,
-        "a" * 20_000,
-        "." * 20_000 + "x",
-        "* " * 10_000,
-        "*" * 20_000,
-        "\n" * 20_000,
-        "-\n" * 10_000,
-    ):
-        for instruction_id, kwargs, *_ in CASES:
-            follows(instruction_id, kwargs, text)
-    assert time.perf_counter() - start < 20
