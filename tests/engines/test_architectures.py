@@ -140,3 +140,15 @@ def test_an_untested_architecture_loads_with_a_line_and_an_unknown_one_does_not(
 def test_the_page_is_what_is_measured():
     """Written by ``python -m tests.architectures``."""
     assert made.PAGE.read_text(encoding="utf-8") == made.page()
+
+
+def test_the_text_part_of_a_model_of_images_and_text_is_translated_too(tmp_path):
+    from transformers import Gemma3Config
+
+    case = next(case for case in made.CASES if case.kind == "gemma3_text")
+    Gemma3Config(text_config={**made.SIZES, **case.settings}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    found = mlx_config.readable(tmp_path, config)
+    text = found.settings["text_config"]
+    assert (text["rope_theta"], text["rope_local_base_freq"], text["sliding_window_pattern"]) == (5e4, 1e3, 3)
+    assert found.context == 64 and not found.tested
