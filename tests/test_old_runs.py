@@ -8,6 +8,7 @@ They were made by version 0.1.0.dev0 before the renaming, on torch, on the embed
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,8 +32,17 @@ def command(*arguments: object, text: str = "") -> str:
 
 @pytest.fixture
 def old(tmp_path):
-    """A copy of an old folder."""
-    return lambda name: Path(shutil.copytree(OLD / name, tmp_path / name))
+    """A copy of an old folder, with the rows that the embedded tasks had then as files."""
+
+    def copy(name: str) -> Path:
+        folder = Path(shutil.copytree(OLD / name, tmp_path / name))
+        for path in folder.rglob("recipe.yaml"):
+            text = path.read_text().replace("source: embedded/tasks", f"source: {OLD / 'rows'}")
+            text = text.replace("eval_split: null", "eval_split: valid")
+            path.write_text(re.sub(r"families:\n( +- \w+\n)+", "families: null\n", text))
+        return folder
+
+    return copy
 
 
 @pytest.mark.parametrize(

@@ -220,9 +220,9 @@ class PairCollator:
     def _rows(self, items: Sequence[Pair]) -> dict[tuple[Example, int], int]:
         """The number of each distinct row: an example, and of how many answer tokens the weight is 1."""
         rows: dict[tuple[Example, int], int] = {}
-        for pair in items:
-            for side in (pair.chosen, pair.rejected):
-                rows.setdefault((side, self._common(pair)), len(rows))
+        chosen = [(pair.chosen, self._common(pair)) for pair in items]
+        for row in (*chosen, *((pair.rejected, self._common(pair)) for pair in items)):
+            rows.setdefault(row, len(rows))
         return rows
 
     def _common(self, pair: Pair) -> int:

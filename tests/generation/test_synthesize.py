@@ -45,7 +45,7 @@ def make(output: Path, questions: Path, settings: Settings = SETTINGS, **more) -
 
 
 def test_only_what_the_rule_accepts_is_kept(questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
     counts = make(tmp_path / "out.jsonl", questions)
     written = rows(tmp_path / "out.jsonl")
     assert written and counts["written"] == len(written) == counts["kept"]
@@ -58,12 +58,12 @@ def test_only_what_the_rule_accepts_is_kept(questions, tmp_path, monkeypatch):
     assert sources.load_rows(str(tmp_path / "out.jsonl"))  # a data set for the next recipe
 
 
-def _early_stop(tokenizer) -> int:
-    return tokenizer.encode(" the")[0]  # the commonest token of a random text, so some answers end
+def _early_stop(tokenizer) -> tuple[int, ...]:
+    return (tokenizer.encode(" the")[0],)  # the commonest token of a random text, so some answers end
 
 
 def test_an_interrupted_command_continues_to_the_same_file(questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
     monkeypatch.setattr(synthesize, "CHUNK", 2)
     make(tmp_path / "whole.jsonl", questions)
     calls = []
@@ -97,7 +97,7 @@ def test_an_interrupted_command_continues_to_the_same_file(questions, tmp_path, 
 
 
 def test_a_deleted_output_is_written_again_and_long_questions_are_left_out(tmp_path, monkeypatch, questions):
-    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
     path = tmp_path / "q.jsonl"
     long = json.dumps(
         {"prompt": "word " * 600, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
@@ -121,7 +121,7 @@ def test_a_deleted_output_is_written_again_and_long_questions_are_left_out(tmp_p
 
 
 def test_a_reward_model_chooses_the_best(questions, tmp_path, random_gpt2, monkeypatch):
-    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
     judge, tokenizer, _ = open_model("tiny", ENGINE)
     judge.add_head(initial_head(judge.config["n_embd"], 0))
     judge.save_classifier(tmp_path / "judge", pad_id(judge.config, tokenizer))
@@ -266,7 +266,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
 
 
 def test_the_result_trains(questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesize.encode, "eos_id", _early_stop)
+    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
     make(tmp_path / "out.jsonl", questions)
     monkeypatch.undo()
 

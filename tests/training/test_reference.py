@@ -301,11 +301,12 @@ def pairs() -> Dataset:
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("make", [data, pairs], ids=["rows", "pairs"])
-def test_cached_logprobs_are_those_of_the_model_before_training(engine, random_gpt2, make, adapter):
+def test_cached_logprobs_are_those_of_the_model_before_training(engine, random_gpt2, make, adapter, tmp_path):
     """Of every trained token, whatever else is in its batch, and however far the policy has moved."""
     model, trainer = leashed(engine, random_gpt2, adapter)
     made, first = make(), engine.load(random_gpt2)
-    cache_logprobs(model, made)
+    kept = tmp_path / "reference.safetensors"
+    assert cache_logprobs(made, kept, "start", lambda: first) < 1e-3
     batches = [b for step in range(made.steps) for b in made.micro_batches(made.rows(step))]
     batches += made.evaluation()
     for _ in range(3):
@@ -320,6 +321,12 @@ def test_cached_logprobs_are_those_of_the_model_before_training(engine, random_g
         assert cached[real] == pytest.approx(alone[real], abs=1e-5)
         assert not cached[~real].any() and cached[real].max() < 0
         assert np.abs(cached[real] - found["policy"][real]).max() > 0.1
+    again, computed = make(), []
+    assert cache_logprobs(again, kept, "start", lambda: pytest.fail("they are in the file")) is None
+    for example, values in made.extra[REFERENCE_LOGPROBS].items():
+        assert np.array_equal(again.extra[REFERENCE_LOGPROBS][example], values)
+    cache_logprobs(again, kept, "another model", lambda: computed.append(1) or first)
+    assert computed == [1]
 
 
 def test_evaluations_take_four_times_a_steps_budget():
