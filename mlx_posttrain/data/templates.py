@@ -214,7 +214,7 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict
         [len(turns)] if add_prompt else []
     )
     for end in ends:
-        prompt = _apply_chat_template(tokenizer, turns[:end], add_generation_prompt=True)
+        prompt = _chat_prompt(tokenizer, turns, end)
         if not prompt.startswith(covered):
             if strict:
                 raise UserError(
@@ -243,6 +243,15 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict
         segments.append(Segment(answer, bool(turns[end].content.strip()), closes))
         covered = prompt + answer
     return segments
+
+
+def _chat_prompt(tokenizer: Any, turns: Sequence[Turn], end: int) -> str:
+    """Return the rendered text before turn ``end``, with the mark of an answer."""
+    if end:
+        return _apply_chat_template(tokenizer, turns[:end], add_generation_prompt=True)
+    # No turns at all cannot be rendered: what stands before an answer that begins is seen around it.
+    whole = _apply_chat_template(tokenizer, turns[:1], add_generation_prompt=False)
+    return whole[: max(0, whole.find(turns[0].content.strip()))]
 
 
 def _own_end(answer: str, content: str, tokenizer: Any) -> int | None:

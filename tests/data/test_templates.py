@@ -200,6 +200,15 @@ def test_a_turn_ends_at_any_end_that_the_model_lists() -> None:
     assert render(Conversation(ONE), "chat", tok)[-1].text == "5<|im_end|>"
 
 
+def test_chat_template_of_an_answer_that_begins() -> None:
+    tok = tokenizer("{{ 'sys ' }}" + CHATML)
+    turns = (Turn("assistant", "Hello."), Turn("user", "Hi"), Turn("assistant", "Bye."))
+    segments = render(Conversation(turns), "chat", tok, train_on="assistant")
+    assert text(segments) + "\n" == tok.apply_chat_template([t._asdict() for t in turns], tokenize=False)
+    assert [s.text for s in segments if s.trained] == ["Hello.<|im_end|>", "Bye.<|im_end|>"]
+    assert segments[0].text == "sys <|im_start|>assistant\n"
+
+
 def test_chat_template_that_rewrites_earlier_answers() -> None:
     tok = tokenizer(FORGETFUL)
     turns = (
