@@ -35,6 +35,7 @@ from mlx_posttrain.data.templates import (
     render,
     render_prompt,
 )
+from mlx_posttrain.data.thoughts import missing_part, split_thought
 from mlx_posttrain.data.tokens import (
     Place,
     bos_ids,
@@ -59,7 +60,8 @@ class EncodingReport:
     """Counts of the rows that were kept, dropped and truncated, and of their tokens.
 
     ``total`` is kept + dropped_no_target + dropped_long + dropped_refused; a truncated row is also kept.
-    ``refusal``: why the chat template refused the first row that it did.
+    ``refusal``: why the chat template refused the first row that it did. ``thoughtless``: kept rows of which
+    the chat template leaves out a thought before an earlier answer.
     """
 
     total: int = 0
@@ -71,13 +73,16 @@ class EncodingReport:
     trained_tokens: int = 0
     dropped_refused: int = 0
     refusal: str = ""
+    thoughtless: int = 0
 
     def __str__(self) -> str:
         refused = f"; {self.dropped_refused:,} dropped: {self.refusal}" if self.dropped_refused else ""
+        thoughtless = f"; {self.thoughtless:,} without earlier thoughts, which the chat template leaves out"
+        thoughtless = thoughtless if self.thoughtless else ""
         return (
             f"{self.kept:,} of {self.total:,} rows kept ({self.dropped_no_target:,} without a trained token, "
             f"{self.dropped_long:,} too long, {self.truncated:,} truncated), {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} trained{refused}"
+            f"{self.trained_tokens:,} trained{refused}{thoughtless}"
         )
 
 
@@ -85,11 +90,13 @@ class Outcome(NamedTuple):
     """A row's Example, or why there is none.
 
     ``kind`` is "" (kept whole), "truncated", "long", "no_target" or "refused", with the ``reason`` for that.
+    ``thoughtless``: whether the chat template leaves out the thought before an earlier answer.
     """
 
     example: Example | None
     kind: str = ""
     reason: str = ""
+    thoughtless: bool = False
 
 
 class _Encoded(NamedTuple):
@@ -156,6 +163,7 @@ def encode_all(
         trained_tokens=sum(sum(e.trained) for e in examples),
         dropped_refused=kinds["refused"],
         refusal=next((o.reason for o in outcomes if o.kind == "refused"), ""),
+        thoughtless=sum(o.thoughtless for o in outcomes if o.example is not None),
     )
     if needed and not examples:
         advice = f"raise the maximum length ({max_length}) or check the answers' column"
@@ -200,13 +208,20 @@ def encode_each(
             if not isinstance(row, Refused)
         ]
         encoded = iter(_assemble(rows, tokenizer, chat))
-        outcomes += [
-            Outcome(None, "refused", str(row))
-            if isinstance(row, Refused)
-            else _fit(next(encoded), max_length, truncate, conversation)
-            for conversation, row in zip(chunk, rendered, strict=True)
-        ]
+        for conversation, row in zip(chunk, rendered, strict=True):
+            if isinstance(row, Refused):
+                outcomes.append(Outcome(None, "refused", str(row)))
+                continue
+            outcome = _fit(next(encoded), max_length, truncate, conversation)
+            outcomes.append(outcome._replace(thoughtless=_lacks_a_thought(conversation, row)))
     return outcomes
+
+
+def _lacks_a_thought(conversation: Conversation, row: Sequence[Segment]) -> bool:
+    """Return whether the thought before an earlier answer is not in the row before its last answer."""
+    thoughts = [split_thought(t.content)[0] for t in conversation.turns[:-1] if t.role == "assistant"]
+    text = "".join(segment.text for segment in row[:-1]) if any(thoughts) else ""
+    return any(missing_part(thought, text) for thought in thoughts)
 
 
 def encode_prompts(

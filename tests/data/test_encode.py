@@ -383,8 +383,24 @@ def test_a_row_that_the_chat_template_refuses_is_dropped_and_counted() -> None:
 def test_a_row_that_a_template_spoils_is_named() -> None:
     tok = make_tokenizer()
     tok.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
-    rows = [talk("What?", ">Fine."), talk("What is two?", "Four.")]
+    rows = [talk("What?", "Fine.", templated=False), talk("What is two?", "Four.")]
     with pytest.raises(
         UserError, match=r"row 2 \('Four.'\): .* writes a prompt differently once it is answered"
     ):
         encode_all(rows, tok, templates=["chat"], max_length=99)
+
+
+def test_rows_whose_earlier_thoughts_the_chat_template_leaves_out_are_counted() -> None:
+    tok = make_tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    thought = "<think>\nIt is\n</think>\nfine."
+    rows = [talk("a", thought, "b", thought), talk("a", "b", "c", thought), talk("a", thought)]
+    _, report = encode_all(rows, tok, templates=["chat"], max_length=99)
+    assert (report.kept, report.thoughtless) == (3, 1)
+    assert str(report).endswith("; 1 without earlier thoughts, which the chat template leaves out")
+    _, report = encode_all(rows, tok, max_length=99)
+    assert report.thoughtless == 0
