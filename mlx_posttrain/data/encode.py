@@ -18,6 +18,7 @@ libraries as here. The usual templates end the prompt in a special token or a ne
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -34,6 +35,7 @@ from mlx_posttrain.data.templates import (
     render,
     render_prompt,
 )
+from mlx_posttrain.data.thoughts import missing_part, split_thought
 from mlx_posttrain.data.tokens import (
     Place,
     bos_ids,
@@ -57,7 +59,9 @@ Truncate = Literal["response", "drop"]
 class EncodingReport:
     """Counts of the rows that were kept, dropped and truncated, and of their tokens.
 
-    ``total`` is kept + dropped_no_target + dropped_long; a truncated row is also kept.
+    ``total`` is kept + dropped_no_target + dropped_long + dropped_refused; a truncated row is also kept.
+    ``refusal``: why the chat template refused the first row that it did. ``thoughtless``: kept rows of which
+    the chat template leaves out a thought before an earlier answer.
     """
 
     total: int = 0
@@ -67,13 +71,32 @@ class EncodingReport:
     truncated: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    dropped_refused: int = 0
+    refusal: str = ""
+    thoughtless: int = 0
 
     def __str__(self) -> str:
+        refused = f"; {self.dropped_refused:,} dropped: {self.refusal}" if self.dropped_refused else ""
+        thoughtless = f"; {self.thoughtless:,} without earlier thoughts, which the chat template leaves out"
+        thoughtless = thoughtless if self.thoughtless else ""
         return (
             f"{self.kept:,} of {self.total:,} rows kept ({self.dropped_no_target:,} without a trained token, "
             f"{self.dropped_long:,} too long, {self.truncated:,} truncated), {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} trained"
+            f"{self.trained_tokens:,} trained{refused}{thoughtless}"
         )
+
+
+class Outcome(NamedTuple):
+    """A row's Example, or why there is none.
+
+    ``kind`` is "" (kept whole), "truncated", "long", "no_target" or "refused", with the ``reason`` for that.
+    ``thoughtless``: whether the chat template leaves out the thought before an earlier answer.
+    """
+
+    example: Example | None
+    kind: str = ""
+    reason: str = ""
+    thoughtless: bool = False
 
 
 class _Encoded(NamedTuple):
@@ -99,8 +122,7 @@ def encode(
     encoded = _assemble(
         [render(conversation, template, tokenizer, train_on)], tokenizer, [_is_chat(conversation, template)]
     )[0]
-    example, _ = _fit(encoded, max_length, truncate, conversation)
-    return example
+    return _fit(encoded, max_length, truncate, conversation).example
 
 
 def encode_all(
@@ -116,44 +138,90 @@ def encode_all(
 ) -> tuple[list[Example], EncodingReport]:
     """Return the Examples of all rows, in order, and an EncodingReport of what was dropped or truncated.
 
-    With several ``templates``, the row's text and ``seed`` decide which one a row gets. Raises UserError if
-    no row is left and ``needed`` is True.
+    With several ``templates``, the row's text and ``seed`` decide which one a row gets. Raises UserError,
+    with the row's number, for a row that the chat template would train in part only, and if no row is left
+    and ``needed`` is True.
     """
+    outcomes = encode_each(
+        conversations,
+        tokenizer,
+        templates=templates,
+        max_length=max_length,
+        train_on=train_on,
+        seed=seed,
+        truncate=truncate,
+    )
+    examples = [o.example for o in outcomes if o.example is not None]
+    kinds = Counter(o.kind for o in outcomes)
+    report = EncodingReport(
+        total=len(conversations),
+        kept=len(examples),
+        dropped_no_target=kinds["no_target"],
+        dropped_long=kinds["long"],
+        truncated=kinds["truncated"],
+        tokens=sum(len(e.tokens) for e in examples),
+        trained_tokens=sum(sum(e.trained) for e in examples),
+        dropped_refused=kinds["refused"],
+        refusal=next((o.reason for o in outcomes if o.kind == "refused"), ""),
+        thoughtless=sum(o.thoughtless for o in outcomes if o.example is not None),
+    )
+    if needed and not examples:
+        advice = f"raise the maximum length ({max_length}) or check the answers' column"
+        if kinds["refused"]:
+            advice = "choose another data.template"
+        raise UserError(f"no row left to train on: {report}; {advice}")
+    return examples, report
+
+
+def encode_each(
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    *,
+    templates: Sequence[str] = ("instruction",),
+    max_length: int,
+    train_on: TrainOn = "completion",
+    seed: int = 0,
+    truncate: Truncate = "response",
+) -> list[Outcome]:
+    """Return what became of each row, in order; see :func:`encode_all`."""
     _check(max_length, truncate)
     for name in templates:
         check_name(name)
     if not templates:
         raise UserError("templates is empty: name at least one")
-    examples: list[Example] = []
-    dropped = {"no_target": 0, "long": 0}
-    truncated = 0
+    outcomes: list[Outcome] = []
     for begin in range(0, len(conversations), CHUNK):
         chunk = conversations[begin : begin + CHUNK]
         names = [choose(templates, c.turns, seed) for c in chunk]
-        rendered = [render(c, name, tokenizer, train_on) for c, name in zip(chunk, names, strict=True)]
-        chat = [_is_chat(c, name) for c, name in zip(chunk, names, strict=True)]
-        for conversation, encoded in zip(chunk, _assemble(rendered, tokenizer, chat), strict=True):
-            example, outcome = _fit(encoded, max_length, truncate, conversation)
-            if example is None:
-                dropped[outcome] += 1
+        rendered: list[list[Segment] | Refused] = []
+        for number, (conversation, name) in enumerate(zip(chunk, names, strict=True), begin + 1):
+            try:
+                rendered.append(render(conversation, name, tokenizer, train_on))
+            except Refused as error:
+                rendered.append(error)
+            except UserError as error:
+                raise UserError(f"row {number} ({_excerpt(conversation.turns)}): {error}") from None
+        rows = [row for row in rendered if not isinstance(row, Refused)]
+        chat = [
+            _is_chat(c, name)
+            for c, name, row in zip(chunk, names, rendered, strict=True)
+            if not isinstance(row, Refused)
+        ]
+        encoded = iter(_assemble(rows, tokenizer, chat))
+        for conversation, row in zip(chunk, rendered, strict=True):
+            if isinstance(row, Refused):
+                outcomes.append(Outcome(None, "refused", str(row)))
                 continue
-            truncated += outcome == "truncated"
-            examples.append(example)
-    report = EncodingReport(
-        total=len(conversations),
-        kept=len(examples),
-        dropped_no_target=dropped["no_target"],
-        dropped_long=dropped["long"],
-        truncated=truncated,
-        tokens=sum(len(e.tokens) for e in examples),
-        trained_tokens=sum(sum(e.trained) for e in examples),
-    )
-    if needed and not examples:
-        raise UserError(
-            f"no row left to train on: {report}; raise the maximum length ({max_length}) or "
-            "check the answers' column"
-        )
-    return examples, report
+            outcome = _fit(next(encoded), max_length, truncate, conversation)
+            outcomes.append(outcome._replace(thoughtless=_lacks_a_thought(conversation, row)))
+    return outcomes
+
+
+def _lacks_a_thought(conversation: Conversation, row: Sequence[Segment]) -> bool:
+    """Return whether the thought before an earlier answer is not in the row before its last answer."""
+    thoughts = [split_thought(t.content)[0] for t in conversation.turns[:-1] if t.role == "assistant"]
+    text = "".join(segment.text for segment in row[:-1]) if any(thoughts) else ""
+    return any(missing_part(thought, text) for thought in thoughts)
 
 
 def encode_prompts(
@@ -300,35 +368,21 @@ def _pieces(row: Sequence[Segment]) -> list[tuple[str, Place]]:
     return pieces
 
 
-def _fit(
-    encoded: _Encoded, max_length: int, truncate: Truncate, conversation: Conversation
-) -> tuple[Example | None, str]:
-    """Return (the Example or None, the outcome: "", "truncated", "long" or "no_target")."""
+def _fit(encoded: _Encoded, max_length: int, truncate: Truncate, conversation: Conversation) -> Outcome:
+    """Return the row's Example of at most ``max_length`` tokens, or why there is none."""
     tokens, trained = encoded
     if not any(trained):
-        return None, "no_target"
+        return Outcome(None, "no_target")
     long = len(tokens) > max_length
     if long and truncate == "drop":
-        return None, "long"
+        return Outcome(None, "long")
     if not any(trained[:max_length]):
-        return None, "no_target"
-    return Example(
-        tuple(tokens[:max_length]), tuple(trained[:max_length]), conversation.extra
-    ), "truncated" if long else ""
+        return Outcome(None, "no_target")
+    example = Example(tuple(tokens[:max_length]), tuple(trained[:max_length]), conversation.extra)
+    return Outcome(example, "truncated" if long else "")
 
 
 def _excerpt(turns: Sequence[Turn]) -> str:
     """Return the first 40 characters of the last turn, quoted."""
     text = " ".join(turns[-1].content.split()) if turns else ""
     return repr(text[:40] + "..." if len(text) > 40 else text)
-
-
-def torn_prompts(conversations: Sequence[Conversation], tokenizer: Any) -> int:
-    """Return how many rows under the template "chat" do not begin with the ids of their prompt.
-
-    Their tokenizer makes other tokens of the end of the prompt where an answer follows.
-    """
-    rows = [c for c in conversations if c.templated]
-    prompts = encode_prompts([c.turns[:-1] for c in rows], tokenizer, "chat")
-    whole = _assemble([render(c, "chat", tokenizer) for c in rows], tokenizer, [True] * len(rows))
-    return sum(row.tokens[: len(ids)] != ids for row, ids in zip(whole, prompts, strict=True))

@@ -20,8 +20,9 @@
 
 Formats marked * are never detected, only named in the recipe: ``chosen`` to imitate one side of pairs,
 ``either`` for a policy as good and as bad as its data. ``messages`` has role and content, or ShareGPT's from
-and value. Sources: Alpaca (Taori et al. 2023), HH-RLHF (Bai et al. 2022), KTO (Ethayarajh et al. 2024; the
-labelled rows), GSM8K (Cobbe et al. 2021).
+and value; an answer's thought may stand in reasoning_content, thinking or reasoning, and a message with
+weight 0 is not trained. Sources: Alpaca (Taori et al. 2023), HH-RLHF (Bai et al. 2022), KTO (Ethayarajh et
+al. 2024; the labelled rows), GSM8K (Cobbe et al. 2021).
 
 A row that lacks something (an empty answer, no common prompt) is dropped and counted. A value that shows that
 the file is not what the recipe takes it for (a list instead of text) is an error with the row's number.

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, collate, round_up, with_extra
 from mlx_posttrain.data.dataset import ExtraRows
-from mlx_posttrain.data.encode import encode_all
+from mlx_posttrain.data.encode import encode_each
 from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
 
@@ -22,19 +22,25 @@ Sides = tuple[Example, Example]  # chosen and rejected
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows: ``total`` is kept + long + same; a shortened dialogue is also kept."""
+    """What became of the rows: ``total`` is kept + long + same + refused; a shortened dialogue is also kept.
+
+    ``refusal``: why the chat template refused the first pair that it did.
+    """
 
     total: int = 0
     kept: int = 0
     long: int = 0
     same: int = 0
     shortened: int = 0
+    refused: int = 0
+    refusal: str = ""
 
     def __str__(self) -> str:
+        refused = f"; {self.refused:,} dropped: {self.refusal}" if self.refused else ""
         return (
             f"{self.kept:,} of {self.total:,} pairs kept ({self.long:,} too long, {self.same:,} with two "
             "equal sides, "
-            f"{self.shortened:,} dialogues without their oldest turns)"
+            f"{self.shortened:,} dialogues without their oldest turns){refused}"
         )
 
 
@@ -70,9 +76,13 @@ def encode_pairs(
             )
     prompts: dict[tuple[Turn, ...], int] = {}
     pairs, long, same, shortened = [], 0, 0, 0
+    refusals: list[str] = []
     for i, fitted in enumerate(_fitted(rows, tokenizer, template, max_length)):
         if fitted is None:
             long += 1
+            continue
+        if isinstance(fitted, str):
+            refusals.append(fitted)
             continue
         (chosen, rejected), left_out = fitted
         if chosen.tokens == rejected.tokens:
@@ -88,9 +98,10 @@ def encode_pairs(
                 _margin(rows[i], i),
             )
         )
-    report = Report(len(rows), len(pairs), long, same, shortened)
+    report = Report(len(rows), len(pairs), long, same, shortened, len(refusals), "".join(refusals[:1]))
     if needed and not pairs:
-        raise UserError(f"no pair left to train on: {report}; raise data.max_length ({max_length})")
+        advice = "choose another data.template" if refusals else f"raise data.max_length ({max_length})"
+        raise UserError(f"no pair left to train on: {report}; {advice}")
     return pairs, report
 
 
@@ -104,36 +115,40 @@ def encode_answers(
     """Token ids that a reward model reads, for each prompt and answer, as in ``encode_pairs``.
 
     None for an answer without text, or one that does not fit the context with its prompt: nobody judged half
-    an answer.
+    an answer. Raises UserError for one that the chat template refuses.
     """
     found: list[tuple[int, ...] | None] = [None] * len(answers)
     said = [i for i, answer in enumerate(answers) if answer.strip()]
     if said:
         whole = [Conversation((*prompts[i], Turn("assistant", answers[i]))) for i in said]
-        examples, _ = encode_all(whole, tokenizer, templates=[template], max_length=2**31, train_on="all")
-        for i, example in zip(said, examples, strict=True):
-            if context is None or len(example.tokens) <= context:
-                found[i] = example.tokens
+        outcomes = encode_each(whole, tokenizer, templates=[template], max_length=2**31, train_on="all")
+        for i, outcome in zip(said, outcomes, strict=True):
+            if outcome.example is None:
+                raise UserError(f"answer {i + 1}: {outcome.reason}")
+            if context is None or len(outcome.example.tokens) <= context:
+                found[i] = outcome.example.tokens
     return found
 
 
 def _fitted(
     rows: Sequence[Preference], tokenizer: object, template: str, max_length: int
-) -> list[tuple[Sides, int] | None]:
+) -> list[tuple[Sides, int] | str | None]:
     """For each row its sides, and how many of its oldest exchanges are left out so that both fit.
 
-    The fewest with which they do; None where none do.
+    The fewest with which they do; None where none do, and why where the chat template refuses the row.
 
     Found by bisection: with one exchange less at a time a dialogue of n exchanges would be tokenised n times.
     """
-    found: list[tuple[Sides, int] | None] = [None] * len(rows)
+    found: list[tuple[Sides, int] | str | None] = [None] * len(rows)
     fewest, most = [0] * len(rows), [len(_later_questions(row)) for row in rows]
     tried = [0] * len(rows)  # most dialogues fit as they are
     waiting = list(range(len(rows)))
     while waiting:
         attempts = [_without_oldest(rows[i], tried[i]) for i in waiting]
         for i, sides in zip(waiting, _sides(attempts, tokenizer, template), strict=True):
-            if max(len(side.tokens) for side in sides) <= max_length:
+            if isinstance(sides, str):
+                found[i], most[i] = sides, -1
+            elif max(len(side.tokens) for side in sides) <= max_length:
                 found[i], most[i] = (sides, tried[i]), tried[i] - 1
             else:
                 fewest[i] = tried[i] + 1
@@ -142,14 +157,17 @@ def _fitted(
     return found
 
 
-def _sides(rows: Sequence[Preference], tokenizer: object, template: str) -> list[Sides]:
+def _sides(rows: Sequence[Preference], tokenizer: object, template: str) -> list[Sides | str]:
     both = [
         Conversation((*row.prompt, Turn("assistant", text)), row.templated)
         for row in rows
         for text in (row.chosen, row.rejected)
     ]
-    examples, _ = encode_all(both, tokenizer, templates=[template], max_length=2**31)
-    return [(examples[i], examples[i + 1]) for i in range(0, len(examples), 2)]
+    outcomes = encode_each(both, tokenizer, templates=[template], max_length=2**31)
+    return [
+        a.reason or b.reason if a.example is None or b.example is None else (a.example, b.example)
+        for a, b in zip(outcomes[::2], outcomes[1::2], strict=True)
+    ]
 
 
 def _later_questions(row: Preference) -> list[int]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlx_posttrain.data.templates import stable_hash
-from mlx_posttrain.data.types import END_THINK, THINK, Conversation, Labelled, Preference, Turn
+from mlx_posttrain.data.thoughts import split_thought, with_thought
+from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 
 Record = Conversation | Preference | Labelled
@@ -24,6 +25,7 @@ REASONING_COLUMNS = (
     ("thinking", "deepseek_reasoning", "reasoning"),
     ("answer", "deepseek_solution", "solution"),
 )
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # of a message
 _ROLE_NAMES = {
     "system": ("system",),
     "user": ("user", "human", "prompter"),
@@ -82,7 +84,10 @@ def _extra(row: Row, *used: str) -> dict[str, Any]:
 
 
 def _messages(value: Any, name: str, where: str) -> tuple[Turn, ...]:
-    """Return the turns of a list of messages, {role, content} or ShareGPT's {from, value}."""
+    """Return the turns of a list of messages, {role, content} or ShareGPT's {from, value}.
+
+    An answer's thought may stand under a key of its own. A message with weight 0 is not trained.
+    """
     if not isinstance(value, list):
         raise UserError(f"{where}: column {name!r} must be a list of messages, found {type(value).__name__}")
     turns = []
@@ -97,8 +102,21 @@ def _messages(value: Any, name: str, where: str) -> tuple[Turn, ...]:
         role, key = (message["role"], "content") if "role" in message else (message["from"], "value")
         if role not in ROLES:
             raise Dropped(f"role {role!r}")
-        turns.append(Turn(ROLES[role], _content(_text(message, key, where))))
+        content = _content(_text(message, key, where))
+        if ROLES[role] == "assistant":
+            thoughts = [t for name in THOUGHT_KEYS if isinstance(t := message.get(name), str) and t.strip()]
+            if thoughts and content and not split_thought(content)[0]:
+                content = with_thought(_content(thoughts[0]), content)
+        turns.append(Turn(ROLES[role], content, _weight(message, where)))
     return tuple(turns)
+
+
+def _weight(message: Row, where: str) -> bool:
+    """Return whether a message is trained: False for a weight of 0, as in OpenAI's fine-tuning format."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise UserError(f"{where}: a message's weight must be 0 or 1, found {str(weight)[:40]!r}")
+    return weight != 0
 
 
 def _until_answer(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -176,7 +194,7 @@ def _reasoning(row: Row, where: str) -> Conversation:
     question_column, trace_column, answer_column = (_first(row, names) for names in REASONING_COLUMNS)
     question = _require(_content(_text(row, question_column, where)), "empty prompt")
     trace = _require(_content(_text(row, trace_column, where)), "empty trace")
-    answer = _require(_content(_text(row, answer_column, where)), "empty answer")
+    answer = split_thought(_require(_content(_text(row, answer_column, where)), "empty answer"))[1]
     return _with_trace(question, trace, answer, _extra(row, question_column, trace_column))
 
 
@@ -194,10 +212,8 @@ def _gsm8k(row: Row, where: str) -> Conversation:
 
 
 def _with_trace(question: str, trace: str, answer: str, extra: dict[str, Any]) -> Conversation:
-    response = f"{THINK}\n{trace}\n{END_THINK}\n{answer}"
-    return Conversation(
-        (Turn("user", question), Turn("assistant", response)), extra=extra | {"answer": answer}
-    )
+    turns = (Turn("user", question), Turn("assistant", with_thought(trace, answer)))
+    return Conversation(turns, extra=extra | {"answer": answer})
 
 
 def _preference(row: Row, where: str) -> Preference:

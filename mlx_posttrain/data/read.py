@@ -203,7 +203,7 @@ def encode_rows(
             needed=needed,
         )
         log(f"{what}: {report}")
-        if needed and "chat" in names and encode.torn_prompts(conversations[:TRIED_ROWS], tokenizer):
+        if needed and "chat" in names and torn_prompts(conversations[:TRIED_ROWS], tokenizer):
             log(
                 f"{what}: the tokenizer makes other tokens of the end of the chat template's prompt where an "
                 "answer follows, so answers are generated from other ids than they are trained on; another "
@@ -212,6 +212,22 @@ def encode_rows(
     if not examples:
         log(NONE_HELD_OUT.format(what=what))
     return examples
+
+
+def torn_prompts(conversations: Sequence[Conversation], tokenizer: Any) -> int:
+    """Return how many rows under the template "chat" do not begin with the ids of their prompt.
+
+    Their tokenizer makes other tokens of the end of the prompt where an answer follows.
+    """
+    rows = [c for c in conversations if c.templated]
+    prompts = encode.try_prompts([c.turns[:-1] for c in rows], tokenizer, "chat")
+    whole = encode.encode_each(rows, tokenizer, templates=["chat"], max_length=2**31)
+    return sum(
+        row.example is not None
+        and not isinstance(ids, UserError)
+        and row.example.tokens[: len(ids)] != tuple(ids)
+        for row, ids in zip(whole, prompts, strict=True)
+    )
 
 
 def say_specials(texts: Iterable[Iterable[str]], tokenizer: Any, what: str) -> None:

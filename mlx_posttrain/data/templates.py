@@ -14,13 +14,15 @@ sees what it saw in training.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from mlx_posttrain.data.sources import nearest
+from mlx_posttrain.data.thoughts import missing_part, split_thought
 from mlx_posttrain.data.tokens import stop_ids
-from mlx_posttrain.data.types import Conversation, Turn
+from mlx_posttrain.data.types import THINK, Conversation, Turn
 from mlx_posttrain.errors import UserError
 
 TrainOn = Literal["completion", "assistant", "all"]
@@ -39,6 +41,13 @@ class Segment(NamedTuple):
     text: str
     trained: bool
     closes: bool = False
+
+
+class Marks(NamedTuple):
+    """What is trained: the answers at these places among the turns, and whether all other text is too."""
+
+    answers: frozenset[int]
+    rest: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,32 +124,32 @@ def render(
 ) -> list[Segment]:
     """Return the segments of a conversation that ends with an answer.
 
-    ``train_on`` "completion" trains the last answer, "assistant" every answer, "all" everything. ``template``
-    "chat" is the tokenizer's own chat template, "none" adds nothing. A conversation that is not ``templated``
-    keeps its text exactly. Raises UserError for an unknown template, or for a chat template that writes a
-    prompt differently with and without its answer.
+    ``train_on`` "completion" trains the last answer, "assistant" every answer, "all" everything, but never an
+    answer that is not ``trained``. ``template`` "chat" is the tokenizer's own chat template, "none" adds
+    nothing. A conversation that is not ``templated`` keeps its text exactly. Raises Refused for turns that
+    the chat template does not take, and UserError for an unknown template, or for a chat template that writes
+    a prompt differently with and without its answer, or leaves out part of an answer that is trained.
     """
     if train_on not in ("completion", "assistant", "all"):
         raise UserError(f"train_on {train_on!r}: must be completion, assistant or all")
     turns = conversation.turns
     if not turns or turns[-1].role != "assistant":
         raise UserError("a conversation to train on must end with an assistant turn")
+    marks = _marks(turns, train_on)
     if conversation.templated and check_name(template) == "chat":
-        segments = _render_chat(turns, tokenizer, add_prompt=False, strict=train_on == "assistant")
-    else:
-        segments = _render_turns(
-            turns, TEMPLATES[template] if conversation.templated else None, add_prompt=False
-        )
+        return _render_chat(turns, tokenizer, marks, add_prompt=False, strict=train_on == "assistant")
+    used = TEMPLATES[template] if conversation.templated else None
+    return _render_turns(turns, used, marks, add_prompt=False)
+
+
+def _marks(turns: Sequence[Turn], train_on: TrainOn) -> Marks:
+    last = len(turns) - 1
     # An empty answer would train the model to answer with EOS alone: such a row has no target.
-    if not turns[-1].content.strip():
-        return [s._replace(trained=False) for s in segments]
-    last = len(segments) - 1
-    is_trained = {
-        "all": lambda i, s: True,
-        "assistant": lambda i, s: s.trained,
-        "completion": lambda i, s: i == last,
-    }[train_on]
-    return [s._replace(trained=is_trained(i, s)) for i, s in enumerate(segments)]
+    if not turns[last].content.strip():
+        return Marks(frozenset())
+    first, everything = last if train_on == "completion" else 0, train_on == "all"
+    answers = [i for i in range(first, len(turns)) if turns[i].role == "assistant" and turns[i].trained]
+    return Marks(frozenset(i for i in answers if everything or turns[i].content.strip()), everything)
 
 
 def render_prompt(
@@ -154,10 +163,10 @@ def render_prompt(
     if not turns or turns[-1].role == "assistant":
         raise Refused("a prompt must end with a user turn")
     if templated and check_name(template) == "chat":
-        segments = _render_chat(turns, tokenizer, add_prompt=True, strict=False)
-    else:
-        segments = _render_turns(turns, TEMPLATES[template] if templated else None, add_prompt=True)
-    return [s._replace(trained=False) for s in segments]
+        return _render_chat(turns, tokenizer, Marks(frozenset()), add_prompt=True, strict=False)
+    return _render_turns(
+        turns, TEMPLATES[template] if templated else None, Marks(frozenset()), add_prompt=True
+    )
 
 
 def begin_answer(prompt: list[Segment], answer: str, template: str | None) -> list[Segment]:
@@ -172,41 +181,44 @@ def begin_answer(prompt: list[Segment], answer: str, template: str | None) -> li
 _EXACT = Template("{content}", "", system="{content}", after="")
 
 
-def _render_turns(turns: Sequence[Turn], template: Template | None, add_prompt: bool) -> list[Segment]:
-    """Return the segments of the turns, with every answer marked as trained.
+def _render_turns(
+    turns: Sequence[Turn], template: Template | None, marks: Marks, add_prompt: bool
+) -> list[Segment]:
+    """Return the segments of the turns.
 
     ``template`` None keeps the text of the turns exactly; ``add_prompt`` adds the mark before a next answer.
     """
     used = template or _EXACT
     segments: list[Segment] = []
     pending = used.opening
-    for role, content in turns:
-        if template:
-            content = content.strip()
-        if role == "assistant":
-            segments += _prompt_segments(pending + used.assistant)
-            segments.append(Segment(used.lead + content, bool(content), closes=True))
+    for place, turn in enumerate(turns):
+        content = turn.content.strip() if template else turn.content
+        if turn.role == "assistant":
+            segments += _prompt_segments(pending + used.assistant, marks)
+            segments.append(Segment(used.lead + content, place in marks.answers, closes=True))
             pending = used.after
-        elif role in ("user", "system"):
-            pending += (used.user if role == "user" else used.system).replace("{content}", content)
+        elif turn.role in ("user", "system"):
+            pending += (used.user if turn.role == "user" else used.system).replace("{content}", content)
         else:
-            raise UserError(f"unknown role {role!r} (there are system, user, assistant)")
+            raise UserError(f"unknown role {turn.role!r} (there are system, user, assistant)")
     if add_prompt:
-        segments += _prompt_segments(pending + used.assistant)
+        segments += _prompt_segments(pending + used.assistant, marks)
     return segments
 
 
-def _prompt_segments(text: str) -> list[Segment]:
-    return [Segment(text, False)] if text else []
+def _prompt_segments(text: str, marks: Marks) -> list[Segment]:
+    return [Segment(text, marks.rest)] if text else []
 
 
-def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict: bool) -> list[Segment]:
+def _render_chat(
+    turns: Sequence[Turn], tokenizer: Any, marks: Marks, add_prompt: bool, strict: bool
+) -> list[Segment]:
     """Return the segments that the tokenizer's chat template gives.
 
     The template is rendered up to and after each answer; the difference is the answer's text. Some templates
-    rewrite earlier answers (drop their thoughts) once another turn follows. Then the history is one untrained
-    segment or, with ``strict``, a UserError, because those answers cannot be trained in the form in which the
-    model will see them.
+    rewrite earlier answers (drop their thoughts) once another turn follows. Then the history is one segment,
+    in which no answer is trained by itself, or, with ``strict``, a UserError if one of them should be: it
+    cannot be trained in the form in which the model will see it.
     """
     segments: list[Segment] = []
     covered = ""  # the text of the segments so far
@@ -214,15 +226,15 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict
         [len(turns)] if add_prompt else []
     )
     for end in ends:
-        prompt = _apply_chat_template(tokenizer, turns[:end], add_generation_prompt=True)
+        prompt = _chat_prompt(tokenizer, turns, end)
         if not prompt.startswith(covered):
-            if strict:
+            if strict and any(place in marks.answers for place in range(end)):
                 raise UserError(
                     "the chat template rewrites earlier answers, which train_on assistant would "
                     "train; use completion"
                 )
             segments, covered = [], ""
-        segments.append(Segment(prompt[len(covered) :], False))
+        segments.append(Segment(prompt[len(covered) :], marks.rest))
         covered = prompt
         if end == len(turns):
             break
@@ -235,14 +247,31 @@ def _render_chat(turns: Sequence[Turn], tokenizer: Any, add_prompt: bool, strict
             )
         answer = answered[len(prompt) :]
         # What follows the turn's own end (often a newline) belongs to the next prompt.
-        length = _own_end(answer, turns[end].content, tokenizer)
+        length = _own_end(answer, split_thought(turns[end].content)[1], tokenizer)
         # Where the template ends a turn with a mark that stops no generation, EOS must still follow the last
         # answer.
         closes = length is None and end == len(turns) - 1
         answer = answer[:length]
-        segments.append(Segment(answer, bool(turns[end].content.strip()), closes))
+        trained = end in marks.answers
+        # a prompt may open the thought that its answer continues
+        opened = THINK if prompt.rstrip().endswith(THINK) else ""
+        if trained and (missing := missing_part(turns[end].content, opened + answer)):
+            raise UserError(
+                f"the tokenizer's chat template leaves out {_excerpt(missing)} of an answer that is trained; "
+                f"choose another template ({', '.join(TEMPLATES)})"
+            )
+        segments.append(Segment(answer, trained, closes))
         covered = prompt + answer
     return segments
+
+
+def _chat_prompt(tokenizer: Any, turns: Sequence[Turn], end: int) -> str:
+    """Return the rendered text before turn ``end``, with the mark of an answer."""
+    if end:
+        return _apply_chat_template(tokenizer, turns[:end], add_generation_prompt=True)
+    # No turns at all cannot be rendered: what stands before an answer that begins is seen around it.
+    whole = _apply_chat_template(tokenizer, turns[:1], add_generation_prompt=False)
+    return whole[: max(0, whole.find(turns[0].content.strip()))]
 
 
 def _own_end(answer: str, content: str, tokenizer: Any) -> int | None:
@@ -266,7 +295,7 @@ def _apply_chat_template(tokenizer: Any, turns: Sequence[Turn], add_generation_p
             "template chat: this tokenizer has no chat template; choose another template "
             f"({', '.join(TEMPLATES)})"
         )
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    messages = [_message(turn, _thought_key(str(tokenizer.chat_template))) for turn in turns]
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -276,6 +305,25 @@ def _apply_chat_template(tokenizer: Any, turns: Sequence[Turn], add_generation_p
         raise Refused(
             f"the tokenizer's chat template refuses the turns {[turn.role for turn in turns]}: {e}"
         ) from e
+
+
+def _message(turn: Turn, thought_key: str | None) -> dict[str, str]:
+    """Return a turn as chat templates read it, its thought under a key of its own if they read one."""
+    thought, answer = split_thought(turn.content)
+    if thought_key and thought and turn.role == "assistant":
+        return {"role": turn.role, "content": answer, thought_key: thought}
+    return {"role": turn.role, "content": turn.content}
+
+
+def _thought_key(template: str) -> str | None:
+    """Return the key under which a chat template reads a message's thought, None if it reads none."""
+    keys = ("reasoning_content", "thinking")  # Qwen, DeepSeek, GLM; gpt-oss
+    return next((key for key in keys if re.search(rf"\.{key}\b|['\"]{key}['\"]", template)), None)
+
+
+def _excerpt(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text[:40] + "..." if len(text) > 40 else text)
 
 
 def _difference(before: str, after: str) -> str:

@@ -9,10 +9,19 @@ THINK, END_THINK = "<think>", "</think>"  # DeepSeek-R1's marks around a thought
 
 
 class Turn(NamedTuple):
-    """One message; ``role`` is "system", "user" or "assistant"."""
+    """One message; ``role`` is "system", "user" or "assistant".
+
+    ``trained`` False: an answer that is read and never imitated.
+    """
 
     role: str
     content: str
+    trained: bool = True
+
+    def __repr__(self) -> str:
+        # templates.choose draws by it: what most turns have must not change the draw
+        more = "" if self.trained else ", trained=False"
+        return f"Turn(role={self.role!r}, content={self.content!r}{more})"
 
 
 @dataclass(frozen=True)

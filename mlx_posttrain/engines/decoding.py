@@ -3,7 +3,8 @@
 Each prompt is prefilled once and its key/value cache repeated for its samples. All rows then decode together,
 one forward pass per token, and rows that have stopped leave the batch. Sampling inverts the cumulative
 distribution at one uniform number per (row, step) that NumPy draws ahead of time: a row's text depends on the
-seed and its own number only, not on the other rows, on which of them have left, or on the engine.
+seed and its own number only, not on the other rows or on which of them have left. The engines sample the same
+tokens until a draw falls between their roundings of a boundary, see docs/architecture.md.
 """
 
 from __future__ import annotations

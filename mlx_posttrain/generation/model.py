@@ -132,7 +132,8 @@ class LoadedModel:
             rows, self.tokenizer, templates=[chosen], max_length=length, truncate="drop"
         )
         if len(examples) < len(rows):
-            raise UserError(f"logprobs: a row is longer than the model's context of {length}: {report}")
+            why = report.refusal or f"a row is longer than the model's context of {length}: {report}"
+            raise UserError(f"logprobs: {why}")
         sums = [0.0] * len(rows)
         for part in by_length([len(e.tokens) for e in examples], BATCH):
             batch = collate([examples[i] for i in part], self.model.context)

@@ -25,10 +25,11 @@ def read(
     """Training and held-out prompts as token ids.
 
     Rows of any format will do, those with nothing but a ``prompt`` too; a row's own answer becomes the column
-    ``reference_answer``. A prompt longer than data.max_length, or one that leaves no room for ``max_tokens``
-    in the context, is dropped and counted. Raises UserError when none is left to train on.
+    ``reference_answer``. A row without a question is dropped and counted, and so is a prompt longer than
+    data.max_length, or one that leaves no room for ``max_tokens`` in the context. Raises UserError when none
+    is left to train on.
     """
-    found = [[_prompt_row(row, data.source) for row in rows] for rows in split_rows(data, seed, read_rows)]
+    found = [[_prompt_row(row) for row in rows] for rows in split_rows(data, seed, read_rows)]
     room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
     if room < 1:
         raise UserError(
@@ -37,12 +38,20 @@ def read(
         )
     kept = []
     for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
-        prompts = [q for q in _encode(rows, tokenizer, str(data.template)) if len(q.tokens) <= room]
+        encoded = _encode(rows, tokenizer, str(data.template))
+        questions = [q for q in encoded if isinstance(q, Prompt)]
+        prompts = [q for q in questions if len(q.tokens) <= room]
+        refusals = [q for q in encoded if isinstance(q, UserError)]
         say_specials(([turn.content for turn in turns] for turns, _, _ in rows), tokenizer, what)
         if rows:
             log(
-                f"{what}: {len(prompts):,} of {len(rows):,} kept ({len(rows) - len(prompts):,} longer "
-                f"than {room} tokens)"
+                f"{what}: {len(prompts):,} of {len(rows):,} kept ({len(questions) - len(prompts):,} longer "
+                f"than {room} tokens)" + (f"; {len(refusals):,} dropped: {refusals[0]}" if refusals else "")
+            )
+        if what == "prompts" and rows and not questions:
+            raise UserError(
+                f"{data.source}: no row has a question to answer ({refusals[0]}); give rows with a column "
+                "'prompt', or another data.template"
             )
         if rows and not prompts:
             if what == "prompts":
@@ -55,29 +64,25 @@ def read(
     return kept[0], kept[1]
 
 
-def _prompt_row(row: Conversation | Preference | Labelled, source: str) -> PromptRow:
+def _prompt_row(row: Conversation | Preference | Labelled) -> PromptRow:
     if not isinstance(row, Conversation):
         return row.prompt, row.templated, row.extra
     if row.turns[-1].role != "assistant":
         return row.turns, row.templated, row.extra
-    if len(row.turns) < 2:
-        raise UserError(f"{source}: text rows have no prompt to answer; give rows with a column 'prompt'")
     return row.turns[:-1], row.templated, {**row.extra, "reference_answer": row.turns[-1].content}
 
 
-def _encode(rows: list[PromptRow], tokenizer: Any, template: str) -> list[Prompt]:
-    found: dict[int, Prompt] = {}
+def _encode(rows: list[PromptRow], tokenizer: Any, template: str) -> list[Prompt | UserError]:
+    """The rows' prompts, or why a row cannot be asked."""
+    found: dict[int, Prompt | UserError] = {}
     for templated in (True, False):
         which = [i for i, row in enumerate(rows) if row[1] is templated]
-        ids = (
-            encode.encode_prompts([rows[i][0] for i in which], tokenizer, template, templated=templated)
-            if which
-            else []
-        )
-        found |= {
-            i: Prompt(tuple(tokens), rows[i][0][-1].content, rows[i][2])
-            for i, tokens in zip(which, ids, strict=True)
-        }
+        encoded = encode.try_prompts([rows[i][0] for i in which], tokenizer, template, templated=templated)
+        for i, ids in zip(which, encoded, strict=True):
+            if isinstance(ids, UserError):
+                found[i] = ids
+            else:
+                found[i] = Prompt(tuple(ids), rows[i][0][-1].content, rows[i][2])
     return [found[i] for i in range(len(rows))]
 
 

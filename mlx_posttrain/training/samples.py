@@ -40,10 +40,11 @@ def answers(session: Session) -> Callable[[int], None]:
         rows = [] if data.pack or not sample.count else rows
         found = encode.try_prompts([r[0] for r in rows], tokenizer, template, templated=templated)
         asked = [(row, ids) for row, ids in zip(rows, found, strict=True) if not isinstance(ids, UserError)]
-        if len(asked) < len(rows):
+        refusals = [error for error in found if isinstance(error, UserError)]
+        if refusals:
             log(
-                f"samples: {len(rows) - len(asked)} of {len(rows)} held-out rows have no question to answer, "
-                "and are left out"
+                f"samples: {len(refusals)} of {len(rows)} held-out rows cannot be asked and are left out: "
+                f"{refusals[0]}"
             )
         asked = asked[: sample.count]
         rows, encoded = [row for row, _ in asked], [ids for _, ids in asked]

@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 
-from mlx_posttrain.data.encode import EncodingReport, bos_ids, encode, encode_all, encode_prompts, pack
+from mlx_posttrain.data.encode import (
+    EncodingReport,
+    bos_ids,
+    encode,
+    encode_all,
+    encode_each,
+    encode_prompts,
+    pack,
+    try_prompts,
+)
 from mlx_posttrain.data.templates import FIVE, TEMPLATES, render
 from mlx_posttrain.data.types import Conversation, Example, Turn
 from mlx_posttrain.errors import UserError
@@ -339,3 +348,59 @@ def test_faults(tiny: Any) -> None:
         encode_all(ODD, tiny, templates=["plane"], max_length=9)
     with pytest.raises(UserError, match="name at least one"):
         encode_all(ODD, tiny, templates=[], max_length=9)
+
+
+STRICT = (  # as many chat models': the user begins, and turns alternate
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+BEGUN = (Turn("assistant", "Hello."), Turn("user", "What?"), Turn("assistant", "It is."))
+REFUSAL = "the tokenizer's chat template refuses the turns ['assistant']: Conversation roles must alternate"
+
+
+def test_a_row_that_the_chat_template_refuses_is_dropped_and_counted() -> None:
+    tok = make_tokenizer()
+    tok.chat_template = STRICT
+    good = [talk("What?", "Fine."), talk("a", "b", "c", "It is.")]
+    rows = [good[0], Conversation(BEGUN), good[1], Conversation(BEGUN)]
+    examples, report = encode_all(rows, tok, templates=["chat"], max_length=99)
+    assert examples == [encode(row, tok, template="chat", max_length=99) for row in good]
+    assert (report.total, report.kept, report.dropped_refused) == (4, 2, 2)
+    assert str(report).endswith(f"trained; 2 dropped: {REFUSAL}")
+    with pytest.raises(UserError, match=r"0 of 1 rows kept .*; choose another data.template"):
+        encode_all(rows[1:2], tok, templates=["chat"], max_length=99)
+    outcomes = encode_each(rows, tok, templates=["chat"], max_length=99)
+    assert [o.kind for o in outcomes] == ["", "refused", "", "refused"]
+    # a prompt is named, or answered by why it cannot be asked
+    asked = [row.turns[:-1] for row in rows]
+    assert [isinstance(ids, UserError) for ids in try_prompts(asked, tok, "chat")] == [False, True] * 2
+    with pytest.raises(UserError, match=r"prompt 2 \('What\?'\): the tokenizer's chat template refuses"):
+        encode_prompts(asked, tok, "chat")
+
+
+def test_a_row_that_a_template_spoils_is_named() -> None:
+    tok = make_tokenizer()
+    tok.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
+    rows = [talk("What?", "Fine.", templated=False), talk("What is two?", "Four.")]
+    with pytest.raises(
+        UserError, match=r"row 2 \('Four.'\): .* writes a prompt differently once it is answered"
+    ):
+        encode_all(rows, tok, templates=["chat"], max_length=99)
+
+
+def test_rows_whose_earlier_thoughts_the_chat_template_leaves_out_are_counted() -> None:
+    tok = make_tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    thought = "<think>\nIt is\n</think>\nfine."
+    rows = [talk("a", thought, "b", thought), talk("a", "b", "c", thought), talk("a", thought)]
+    _, report = encode_all(rows, tok, templates=["chat"], max_length=99)
+    assert (report.kept, report.thoughtless) == (3, 1)
+    assert str(report).endswith("; 1 without earlier thoughts, which the chat template leaves out")
+    _, report = encode_all(rows, tok, max_length=99)
+    assert report.thoughtless == 0

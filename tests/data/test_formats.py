@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -276,3 +277,47 @@ def test_one_side_of_a_pair_can_be_imitated():
         "Hello",
     ]
     assert type(parse_rows(rows, source="x")[0][0]).__name__ == "Preference"  # "chosen" is never detected
+
+
+THOUGHT = "<think>\nhm\n</think>\n"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_under_a_key_of_its_own(key: str) -> None:
+    def answer(**message: Any) -> Turn:
+        row = {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"} | message]
+        }
+        return parse(row, "messages").turns[-1]
+
+    assert answer(**{key: "hm"}) == answer(**{key: " <think>\nhm\n</think> "}) == A(THOUGHT + "a")
+    # a thought that the content has is not written twice
+    assert answer(**{key: "hm", "content": THOUGHT + "a"}) == A(THOUGHT + "a")
+    for nothing in (None, "", "  ", False):
+        assert answer(**{key: nothing}) == A("a")
+    share = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", key: "hm"}]}
+    assert parse(share, "messages").turns[-1] == A(THOUGHT + "a")
+    asked = {"messages": [{"role": "user", "content": "q", key: "hm"}, {"role": "assistant", "content": "a"}]}
+    assert parse(asked, "messages").turns[0] == U("q")
+
+
+@pytest.mark.parametrize("thinking", ["hm", "<think>\nhm\n</think>", "<think>hm", "hm\n</think>"])
+@pytest.mark.parametrize("answer", ["a", THOUGHT + "a"])
+def test_marks_of_a_thought_are_not_doubled(thinking: str, answer: str) -> None:
+    row = parse({"question": "q", "thinking": thinking, "answer": answer}, "reasoning")
+    assert row.turns == (U("q"), A(THOUGHT + "a")) and row.extra["answer"] == "a"
+
+
+def test_a_message_of_weight_0_is_not_trained() -> None:
+    def turns(*weights: Any) -> list[bool]:
+        messages = [{"role": "user", "content": "q"}]
+        messages += [{"role": "assistant", "content": "a", "weight": w} for w in weights]
+        return [turn.trained for turn in parse({"messages": messages}, "messages").turns]
+
+    assert turns(0, 1, None, 0.0, 1.0) == [True, False, True, True, False, True]
+    for wrong in (0.5, -1, "0", [0]):
+        with pytest.raises(UserError, match=r"row 3: a message's weight must be 0 or 1"):
+            parse_rows(
+                [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 2
+                + [{"messages": [{"role": "assistant", "content": "a", "weight": wrong}]}]
+            )

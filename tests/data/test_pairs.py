@@ -130,6 +130,28 @@ def test_equal_sides_are_dropped_and_counted(tiny):
         encode_pairs(rows[:1], tiny, template="instruction", max_length=64)
 
 
+def test_pairs_that_the_chat_template_refuses_are_dropped_and_counted(root):
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(root / "mlx_posttrain" / "assets" / "tiny")
+    tok.chat_template = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    bad = Preference((Turn("assistant", "Hello."), *QUESTION), "Four.", "Five.")
+    good = Preference(QUESTION, "Four.", "Five.")
+    found, report = encode_pairs([bad, good, bad], tok, template="chat", max_length=64)
+    assert [p.row for p in found] == [good] and (report.total, report.kept, report.refused) == (3, 1, 2)
+    assert "; 2 dropped: the tokenizer's chat template refuses the turns ['assistant']: no" in str(report)
+    with pytest.raises(UserError, match=r"choose another data.template"):
+        encode_pairs([bad], tok, template="chat", max_length=64)
+    turns = [QUESTION, bad.prompt]
+    assert pairs.encode_answers(turns[:1], ["Four."], tok, "chat", 64) == [found[0].chosen.tokens]
+    with pytest.raises(UserError, match="answer 2: the tokenizer's chat template refuses"):
+        pairs.encode_answers(turns, ["Four.", "Four."], tok, "chat", 64)
+
+
 @pytest.mark.parametrize("system", [False, True])
 def test_a_long_dialogue_loses_its_oldest_exchanges_and_no_more(tiny, system):
     """Every maximum length is compared with leaving out one exchange after the other."""

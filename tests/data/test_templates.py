@@ -200,6 +200,15 @@ def test_a_turn_ends_at_any_end_that_the_model_lists() -> None:
     assert render(Conversation(ONE), "chat", tok)[-1].text == "5<|im_end|>"
 
 
+def test_chat_template_of_an_answer_that_begins() -> None:
+    tok = tokenizer("{{ 'sys ' }}" + CHATML)
+    turns = (Turn("assistant", "Hello."), Turn("user", "Hi"), Turn("assistant", "Bye."))
+    segments = render(Conversation(turns), "chat", tok, train_on="assistant")
+    assert text(segments) + "\n" == tok.apply_chat_template([t._asdict() for t in turns], tokenize=False)
+    assert [s.text for s in segments if s.trained] == ["Hello.<|im_end|>", "Bye.<|im_end|>"]
+    assert segments[0].text == "sys <|im_start|>assistant\n"
+
+
 def test_chat_template_that_rewrites_earlier_answers() -> None:
     tok = tokenizer(FORGETFUL)
     turns = (
@@ -255,3 +264,88 @@ def test_choose_depends_on_the_row_and_the_seed_only() -> None:
     # in every process
     assert [choose(FIVE, f"row {i}", 0) for i in range(4)] == ["instruction", "plain", "question", "plain"]
     assert choose(["plain"], "x", 3) == "plain"
+
+
+QWEN = (  # Qwen 3's way: a thought under its own key, or in the content, and only behind the last question
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set content = m.content %}{% set thought = '' %}"
+    "{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content is string %}{% set thought = m.reasoning_content %}"
+    "{% elif '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set content = content.split('</think>')[-1].strip() %}{% endif %}"
+    "{% if thought and loop.index0 > ns.last %}"
+    "{% set content = '<think>\n' + thought + '\n</think>\n\n' + content %}{% endif %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GPT_OSS = CHATML.replace("m.content", "('[' + m.thinking + ']' if m.thinking else '') + m.content")
+OPENS = CHATML.replace("assistant\n'", "assistant\n<think>\n'")  # the prompt begins the thought
+CUTS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")  # as DeepSeek-R1's
+THOUGHTS = (
+    Turn("user", "a"),
+    Turn("assistant", "<think>\nFirst.\n</think>\nb"),
+    Turn("user", "c"),
+    Turn("assistant", "<think>\nSecond, slowly.\n</think>\nd"),
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (QWEN, "<think>\nSecond, slowly.\n</think>\n\nd<|im_end|>"),
+        (CHATML, "<think>\nSecond, slowly.\n</think>\nd<|im_end|>"),
+        (GPT_OSS, "[Second, slowly.]d<|im_end|>"),
+        (OPENS, "Second, slowly.\n</think>\nd<|im_end|>"),
+    ],
+    ids=["qwen", "chatml", "gpt-oss", "opens"],
+)
+def test_a_thought_is_given_as_the_chat_template_reads_it(template: str, answer: str) -> None:
+    tok = tokenizer(template)
+    *_, last = render(Conversation(THOUGHTS), "chat", tok)
+    assert last == Segment(answer, True)
+    # as transformers renders messages with the thought under its own key
+    if template == QWEN:
+        messages = [{"role": t.role, "content": t.content} for t in THOUGHTS]
+        messages[1] |= {"content": "b", "reasoning_content": "First."}
+        messages[3] |= {"content": "d", "reasoning_content": "Second, slowly."}
+        whole = tok.apply_chat_template(messages, tokenize=False)
+        assert "First." not in whole
+        assert text(render(Conversation(THOUGHTS), "chat", tok)) + "\n" == whole
+
+
+def test_a_chat_template_that_leaves_out_a_trained_thought_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"leaves out 'Second, slowly.' of an answer .* choose another template"
+    ):
+        render(Conversation(THOUGHTS), "chat", tokenizer(CUTS))
+    # white space does not count, and what is not trained may be left out
+    spaced = (*THOUGHTS[:3], Turn("assistant", "d   e\n\n f"))
+    tok = tokenizer(CUTS.replace("[-1]", "[-1].split() | join(' ')"))
+    assert render(Conversation(spaced), "chat", tok)[-1].text == "d e f<|im_end|>"
+    dropped = Conversation((*THOUGHTS[:3], THOUGHTS[3]._replace(trained=False)))
+    assert not any(s.trained for s in render(dropped, "chat", tokenizer(CUTS)))
+
+
+@pytest.mark.parametrize("name", ["question", "chat"])
+def test_an_answer_that_is_not_trained(name: str) -> None:
+    tok = tokenizer(CHATML)
+    turns = (*MANY[1:2], MANY[2]._replace(trained=False), *MANY[3:])
+    every = render(Conversation(turns), name, tok, train_on="assistant")
+    assert [s.text.strip() for s in every if s.trained] == ["Bye." + "<|im_end|>" * (name == "chat")]
+    whole = render(Conversation(turns), name, tok, train_on="all")
+    assert [s.trained for s in whole] == [True, False, True, True]
+    last = Conversation((*turns[:-1], turns[-1]._replace(trained=False)))
+    for train_on in ("completion", "assistant"):
+        assert not any(s.trained for s in render(last, name, tok, train_on=train_on))  # type: ignore[arg-type]
+    # and its mark changes no text
+    same = render(Conversation(MANY[1:]), name, tok)
+    assert [s[0] for s in same] == [s[0] for s in every]
+    assert repr(turns[0]) == "Turn(role='user', content='Hi {x}')"
+
+
+def test_a_template_that_rewrites_answers_that_are_not_trained_is_no_matter() -> None:
+    turns = (THOUGHTS[0], THOUGHTS[1]._replace(trained=False), *THOUGHTS[2:])
+    segments = render(Conversation(turns), "chat", tokenizer(FORGETFUL), train_on="assistant")
+    assert [s.trained for s in segments] == [False, True]

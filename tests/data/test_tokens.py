@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_posttrain.data.encode import encode, encode_all, encode_prompts, pack, torn_prompts
+from mlx_posttrain.data.encode import encode, encode_all, encode_prompts, pack
 from mlx_posttrain.data.pairs import encode_pairs
+from mlx_posttrain.data.read import torn_prompts
 from mlx_posttrain.data.templates import TEMPLATES, render
 from mlx_posttrain.data.tokens import tokenise, tokenise_joint, tokenise_pieces, written_specials
 from mlx_posttrain.data.types import Conversation, Preference, Turn

@@ -38,7 +38,8 @@ def test_plain_text_rows_train_and_are_not_asked(engine, random_gpt2, tmp_path, 
     rows = [{"text": f"The cat {i} sat on the mat. <|endoftext|> A dog ran."} for i in range(12)]
     done = run(random_gpt2, rows, tmp_path, f"engine={engine}")
     said = capfd.readouterr().err.splitlines()
-    assert "samples: 6 of 6 held-out rows have no question to answer, and are left out" in said
+    left_out = "samples: 6 of 6 held-out rows cannot be asked and are left out"
+    assert f"{left_out}: a prompt must end with a user turn" in said
     written = "have special tokens in their text, such as '<|endoftext|>', which act as such"
     assert f"training rows: 6 {written}" in said and f"held-out rows: 6 {written}" in said
     assert (done / "final").is_dir() and not (done / "samples.jsonl").exists()
