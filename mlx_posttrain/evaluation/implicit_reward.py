@@ -69,7 +69,7 @@ def report(session: Session) -> dict[str, Any]:
     runs.write_text(session.run.folder / "report.json", text)
     _write_samples(session, firsts, answers, answers_ref)
     lines = [
-        "implicit reward: the policy's log-probability against the reference's",
+        f"implicit reward, {_formula(recipe.preference)}:",
         *found.lines(),
         f"KL to the reference on {len(prompts)} held-out prompts: {kl.mean:.2f} [{kl.low:.2f}, "
         f"{kl.high:.2f}] nats "
@@ -134,6 +134,13 @@ def displacement_sentence(moved: Mapping[str, float]) -> str:
             "al. 2024): other answers gained. A higher preference.beta or preference.sft_weight counters it"
         )
     return text
+
+
+def _formula(section: Any) -> str:
+    """What the implicit reward of a section's loss is, in words."""
+    of = "of a token on average" if section.by_length else "of an answer"
+    what = "log-ratio to the reference" if section.objective.reference else "log-probability"
+    return f"{section.strength:g} times the {what} {of}"
 
 
 def _sample(session: Session, model: Model, prompts: Sequence[Sequence[int]]) -> list[Generated]:

@@ -21,10 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.data import tasks
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.rewards.verify import verify
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -32,32 +30,8 @@ _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def checker(
-    prompts: list[str], completions: list[str], checker: Sequence[Any] | None = None, **columns: Any
-) -> list[float | None]:
-    """Return 1 where the row's checker (embedded tasks) accepts the answer, else 0; None without one."""
-    specs = checker or [None] * len(completions)
-    return [
-        None if spec is None else float(tasks.check({"checker": spec}, text))
-        for spec, text in zip(specs, completions, strict=True)
-    ]
-
-
-def exact_answer(
-    prompts: list[str], completions: list[str], answer: Sequence[Any] | None = None, **columns: Any
-) -> list[float | None]:
-    """Return 1 where the completion's final answer is the row's ``answer``, as ``verify`` decides, else 0.
-
-    The score is None where ``answer`` is missing or too long to be compared.
-    """
-    verdicts = (
-        verify({"answer": reference}, text)
-        for text, reference in zip(completions, answer or [None] * len(completions), strict=True)
-    )
-    return [None if right is None else float(right) for right in verdicts]
-
-
-BUILT_IN: dict[str, RewardFunction] = {"checker": checker, "exact_answer": exact_answer}
+#: Functions of rewards/stock.py that a recipe names without a file. Their checkers are read when one is used.
+BUILT_IN = ("checker", "exact_answer")
 #: Callables given in Python, by the name that a recipe has for them.
 _CALLABLE = "python:"
 _REGISTERED: dict[str, RewardFunction] = {}
@@ -77,7 +51,8 @@ def load(spec: str) -> RewardFunction:
     and for any exception that the file raises on import.
     """
     if spec in BUILT_IN:
-        return BUILT_IN[spec]
+        stock = importlib.import_module("mlx_posttrain.rewards.stock")
+        return getattr(stock, spec)  # type: ignore[no-any-return]
     if spec.startswith(_CALLABLE):
         if spec not in _REGISTERED:
             raise UserError(

@@ -1,6 +1,7 @@
 """Run directories: what a run writes, who may write it, and the trackers that get a copy of its metrics."""
 
 from mlx_posttrain.runs.directory import (
+    REFERENCE,
     Checkpoint,
     Run,
     create,
@@ -14,6 +15,7 @@ from mlx_posttrain.runs.directory import (
 from mlx_posttrain.runs.lock import RunInUse
 
 __all__ = [
+    "REFERENCE",
     "Checkpoint",
     "Run",
     "RunInUse",

@@ -42,6 +42,9 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.runs import lock
 from mlx_posttrain.runs.trackers import Tracker, close_all
 
+#: File of the reference's log-probabilities, computed before the first step.
+REFERENCE = "reference.safetensors"
+
 
 class Checkpoint(NamedTuple):
     """A complete checkpoint: its folder, and the state and random states saved with it."""
@@ -255,7 +258,7 @@ class Run:
 
         Other files in the folder stay.
         """
-        for name in ("recipe.yaml", lock.NAME):
+        for name in ("recipe.yaml", REFERENCE, lock.NAME):
             (self.folder / name).unlink(missing_ok=True)
         # the untrained model that pre-training makes
         shutil.rmtree(self.folder / "start", ignore_errors=True)

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mlx_posttrain.console import log
+from mlx_posttrain.convert.files import write_atomically
 from mlx_posttrain.data import batches
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.data.dataset import Dataset
@@ -104,9 +105,7 @@ def cache_logprobs(dataset: Dataset, path: Path, reference: str, model: Callable
     values = _per_example(examples, dataset, logprobs)
     dataset.extra[REFERENCE_LOGPROBS] = values
     flat = np.concatenate([values[example] for example in examples]).astype(np.float32)
-    partial = path.with_suffix(".partial")
-    save_file({"logprobs": flat}, partial, metadata={"key": key.hexdigest()})
-    partial.replace(path)
+    write_atomically(path, lambda to: save_file({"logprobs": flat}, to, metadata={"key": key.hexdigest()}))
     (first,) = dataset.micro_batches(dataset.rows(0)[:1])
     gaps = batches.by_row(first, logprobs(first) - first.extra[REFERENCE_LOGPROBS])
     return max(abs(float(gap.sum())) for gap in gaps)

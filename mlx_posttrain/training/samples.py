@@ -32,7 +32,7 @@ def answers(session: Session) -> Callable[[int], None]:
     template = data.template if isinstance(data.template, str) else data.template[0]
     length = (model.context or data.max_length) - 1
     rows = [_question(row) for row in dataset.held_out_rows]
-    templated = rows[0][1] if rows else True
+    templated = rows[0][1] if rows else not dataset.untemplated
     if sample.prompts:
         rows = [((Turn("user", p),), templated, None) for p in sample.prompts]
         encoded = encode.encode_prompts([r[0] for r in rows], tokenizer, template, templated=templated)

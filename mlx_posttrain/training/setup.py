@@ -218,7 +218,7 @@ def _keep_reference_logprobs(session: Session) -> None:
         folders.append(adapter_folder(adapter.path))
     gap = cache_logprobs(
         dataset,
-        session.run.folder / "reference.safetensors",
+        session.run.folder / runs.REFERENCE,
         digest(folders),
         lambda: load_reference(session.engine, recipe, session.folder) if named else session.model,
     )

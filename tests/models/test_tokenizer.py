@@ -102,7 +102,8 @@ def test_rollouts_end_with_the_token_that_stopped_them(listed):
 def test_a_run_stops_there_and_its_exports_keep_the_list(listed, tmp_path):
     engine, folder, free, place = listed
     rows = write_jsonl(
-        tmp_path / "rows.jsonl", [{"prompt": "The cat", "completion": f" ran {i}."} for i in range(8)]
+        tmp_path / "rows.jsonl",
+        [{"prompt": "The cat" if i < 2 else "A dog", "completion": f" ran {i}."} for i in range(8)],
     )
     shared = ["01_sft", f"model={folder}", f"data.source={rows}", f"engine={engine}", "data.holdout=2"]
     shared += ["train.steps=1", "train.lr=1e-12", "sample.count=1", "sample.max_tokens=12"]

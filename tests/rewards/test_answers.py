@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_posttrain.rewards.answers import final_answer
-from mlx_posttrain.rewards.functions import exact_answer
+from mlx_posttrain.rewards.stock import exact_answer
 from mlx_posttrain.rewards.verify import verify
 
 #: 200 answers, half of them right by hand (``right``). ``ours`` is our verdict where it differs by design,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.rewards import functions
+from mlx_posttrain.rewards import functions, stock
 
 FILE = """
 import json, math
@@ -148,11 +148,7 @@ def test_a_file_that_fails_on_import(tmp_path, monkeypatch, text, said):
 )
 def test_the_last_number(text, number):
     found = functions.call(
-        functions.exact_answer,
-        ["p"],
-        [text],
-        {"answer": [number if number is not None else 1]},
-        "exact_answer",
+        stock.exact_answer, ["p"], [text], {"answer": [number if number is not None else 1]}, "exact_answer"
     )
     assert found.tolist() == [float(number is not None)]
 
@@ -190,7 +186,7 @@ def test_built_ins():
     ],
 )
 def test_exact_answer_judges_the_final_answer(text, answer, score):
-    assert functions.exact_answer(["p"], [text], answer=[answer]) == [score]
+    assert stock.exact_answer(["p"], [text], answer=[answer]) == [score]
 
 
 def test_sums_and_scales():
