@@ -22,10 +22,11 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from mlx_posttrain import config
-from mlx_posttrain.data.dataset import Collator
+from mlx_posttrain.data.dataset import Collator, Dataset
 from mlx_posttrain.data.pairs import PairCollator
 from mlx_posttrain.data.read import ModelFacts, pair_dataset
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
+from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import implicit_reward
 from mlx_posttrain.losses import preference as losses
 from mlx_posttrain.losses.sft import sequence_logprobs, token_mean
@@ -265,11 +266,23 @@ def collator(recipe: Any, facts: ModelFacts) -> Collator:
     return PairCollator(facts.pad, facts.context, score=False, beyond=recipe.preference.ld_alpha)
 
 
+def dataset(recipe: Any, facts: ModelFacts, collate: Collator) -> Dataset:
+    """The recipe's pairs. Raises UserError for ``preference.margin`` where no row has a margin."""
+    pairs = pair_dataset(recipe, facts, collate)
+    if recipe.preference.margin and not any(pair.margin for pair in pairs.train):
+        raise UserError(
+            f"{recipe.data.source}: preference.margin=true, and no row has a column 'margin' other than 0; "
+            f"name "
+            "it with data.columns, for example {margin: score_gap}, or leave preference.margin out"
+        )
+    return pairs
+
+
 METHOD = Method(
     name="preference",
     summary="preference optimisation from pairs: DPO, IPO, SimPO, ORPO, CPO and relatives",
     Recipe=Recipe,
-    dataset=pair_dataset,
+    dataset=dataset,
     collator=collator,
     loss=lambda recipe: pair_loss(recipe.preference),
     reference=lambda recipe: "logprobs" if recipe.preference.objective.reference else None,

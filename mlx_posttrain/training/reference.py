@@ -13,6 +13,7 @@ was not interrupted.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import REFERENCE_HIDDEN, REFERENCE_LOGPROBS, Model
 
 GB = 2**30
+TELL_EVERY = 15  # seconds
 
 
 class Share(NamedTuple):
@@ -97,6 +99,9 @@ def cache_logprobs(dataset: Dataset, path: Path, reference: str, model: Callable
     if kept is not None:
         dataset.extra[REFERENCE_LOGPROBS] = kept
         return None
+    log(
+        f"reference: the log-probabilities of {len(examples):,} answers are computed once and kept in the run"
+    )
     policy = model()
 
     def logprobs(batch: Batch) -> np.ndarray:
@@ -142,13 +147,19 @@ def _examples(dataset: Dataset, items: Iterable[object]) -> list[Example]:
 def _per_example(
     examples: list[Example], dataset: Dataset, function: Callable[[Batch], np.ndarray]
 ) -> dict[Example, np.ndarray]:
-    """``function``'s values [N, ...] at each example's trained tokens, from batches of similar length."""
-    settings, values = dataset.settings, {}
+    """``function``'s values [N, ...] at each example's trained tokens, from batches of similar length.
+
+    Says every TELL_EVERY seconds how far it is.
+    """
+    settings, values, told = dataset.settings, {}, time.monotonic()
     lengths = [len(e.tokens) for e in examples]
     for rows in batches.for_evaluation(lengths, settings.batch_size, settings.token_budget):
         batch = batches.collate([examples[i] for i in rows], dataset.context)
         for i, of_row in zip(rows, batches.by_row(batch, function(batch)), strict=True):
             values[examples[i]] = of_row
+        if time.monotonic() - told > TELL_EVERY:
+            told = time.monotonic()
+            log(f"reference: {len(values):,} of {len(examples):,} rows")
     return values
 
 

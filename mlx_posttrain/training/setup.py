@@ -224,7 +224,7 @@ def _keep_reference_logprobs(session: Session) -> None:
     )
     if gap is None or named:
         return
-    log(f"reference: the starting model; log-ratios begin at 0 (within {gap:.1g} nats an answer)")
+    log(f"reference: the starting model, so log-ratios begin at 0 (within {gap:.1g} nats an answer)")
     if gap > START_WITHIN and recipe.dtype == "float32":
         raise UserError(
             f"the starting model differs from itself as the reference by {gap:.3g} nats an answer: a defect "

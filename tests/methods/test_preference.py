@@ -198,6 +198,17 @@ def test_a_reference_with_another_vocabulary_is_refused(tmp_path, run):
     assert not (tmp_path / "run").exists()
 
 
+def test_margins_come_from_a_column_or_are_refused(tmp_path, run):
+    """ODPO: at the start every log-ratio is 0 and the loss is -log sigma(-margin)."""
+    with pytest.raises(UserError, match="no row has a column 'margin'"):
+        run(tmp_path / "none", "dpo", "preference.margin=true")
+    rows = [{"prompt": f"Say {n}.", "chosen": f"yes {n}", "rejected": "no", "gap": 2.0} for n in range(20)]
+    source = write_jsonl(tmp_path / "gaps.jsonl", rows)
+    more = ["preference.margin=true", f"data.source={source}", "data.columns={margin: gap}"]
+    run(tmp_path / "run", "dpo", *more, steps=1)
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(1 + math.exp(2.0)), rel=1e-4)
+
+
 @both
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_other_models_and_columns(kind, tmp_path, random_gpt2, run):
