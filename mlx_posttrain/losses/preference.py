@@ -212,16 +212,12 @@ def odds_ratio(chosen: Array, rejected: Array) -> Array:
 
 
 def log1mexp(x: Array) -> Array:
-    """log(1 - exp(x)) for x < 0, exact at both ends (Maechler 2012); x within 1e-7 of 0 counts as -1e-7.
+    """log(1 - exp(x)) for x < 0; x within 1e-7 of 0 counts as -1e-7.
 
     There the probability is 1 in float32 and its odds are infinite.
     """
     xp = ops(x)
-    x = xp.minimum(x, -1e-7)
-    near = x > -math.log(2)
-    # where() in the argument too: the branch not taken must not bring NaN into the gradient.
-    of_small = xp.log(-xp.expm1(xp.where(near, x, -xp.ones_like(x))))
-    return xp.where(near, of_small, xp.log1p(-xp.exp(xp.where(near, -xp.ones_like(x), x))))
+    return xp.log(-xp.expm1(xp.minimum(x, -1e-7)))
 
 
 # Single answers: log-ratios and labels. Each returns [R].

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +13,20 @@ import pytest
 from mlx_posttrain import engines
 from mlx_posttrain.config import parse
 from mlx_posttrain.convert.files import copy_tokenizer
+from mlx_posttrain.data.batches import by_row
 from mlx_posttrain.data.pairs import PairCollator
 from mlx_posttrain.data.types import Example, Pair, Preference
+from mlx_posttrain.engines.base import DeviceBatch
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation.implicit_reward import displacement, displacement_sentence
-from mlx_posttrain.methods.preference import OBJECTIVES, PreferenceSection
+from mlx_posttrain.methods.preference import OBJECTIVES, PreferenceSection, pair_loss
 from mlx_posttrain.training import setup
 from tests import architectures
 from tests.helpers import (
+    array,
     final_weights,
+    indices,
+    libraries,
     read_jsonl,
     records,
     refused,
@@ -305,6 +311,116 @@ def test_weights_beyond_the_common_length():
     assert batch.extra["chosen"].tolist() == [0, 1] and batch.extra["rejected"].tolist() == [2, 3]
     plain = PairCollator(None, None, score=False)(items, {})
     assert len(plain.tokens) == 3 and set(plain.weight.tolist()) == {1.0}
+
+
+# The loss of a batch
+
+
+class Fixed:
+    """A model whose log-probabilities are given."""
+
+    def __init__(self, logprobs):
+        self._logprobs = logprobs
+
+    def logprobs(self, batch):
+        return self._logprobs
+
+
+def worked_out(section, answers, reference, pairs, margins):
+    """The mean loss in plain Python, from each answer's token log-probs; answers do not share weights."""
+    beta, alpha, e = section.strength, section.ld_alpha, section.label_smoothing
+    total = 0.0
+    for (w, r), margin in zip(pairs, margins, strict=True):
+        common = min(len(answers[w]), len(answers[r]))
+        weights = {i: [1 if t < common else alpha for t in range(len(answers[i]))] for i in (w, r)}
+
+        def summed(of, i, weights=weights):
+            return sum(a * b for a, b in zip(weights[i], of[i], strict=True))
+
+        logp = {i: summed(answers, i) for i in (w, r)}
+        size = {i: sum(weights[i]) for i in (w, r)}
+        side = {i: logp[i] - (summed(reference, i) if section.objective.reference else 0) for i in (w, r)}
+        if section.normalise == "length" or section.loss in ("simpo", "orpo"):
+            side = {i: side[i] / size[i] for i in side}
+        h = side[w] - side[r]
+
+        def nls(x):  # -log sigma(x)
+            return math.log1p(math.exp(-x))
+
+        odds = (
+            {i: math.exp(side[i]) / (1 - math.exp(side[i])) for i in side} if section.loss == "orpo" else {}
+        )
+        value = {
+            "dpo": lambda h=h, m=margin: (1 - e) * nls(beta * h - m) + e * nls(m - beta * h),
+            "robust": lambda h=h: ((1 - e) * nls(beta * h) - e * nls(-beta * h)) / (1 - 2 * e),
+            "ipo": lambda h=h: (h - 0.5 / beta) ** 2,
+            "hinge": lambda h=h, m=margin: max(0.0, 1 + m - beta * h),
+            "simpo": lambda h=h: nls(beta * h - section.gamma),
+            "cpo": lambda h=h: (1 - e) * nls(beta * h) + e * nls(-beta * h),
+            "orpo": lambda o=odds, w=w, r=r: beta * nls(math.log(o[w] / o[r])),
+        }[section.loss]()
+        total += value - section.imitation * logp[w] / size[w]
+    return total / len(pairs)
+
+
+@pytest.mark.parametrize("library", libraries())
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"loss": "dpo", "label_smoothing": 0.2},
+        {"loss": "dpo", "margin": True},
+        {"loss": "dpo", "normalise": "length"},
+        {"loss": "dpo", "sft_weight": 0.7},
+        {"loss": "dpo", "ld_alpha": 0.25},
+        {"loss": "robust", "label_smoothing": 0.2},
+        {"loss": "ipo", "normalise": "length", "beta": 0.3},
+        {"loss": "hinge", "margin": True},
+        {"loss": "simpo", "gamma": 1.2},
+        {"loss": "orpo"},
+        {"loss": "cpo", "label_smoothing": 0.2, "sft_weight": 0.5},
+    ],
+    ids=str,
+)
+def test_the_loss_of_a_batch_equals_its_formula(keys, library):
+    """Two pairs that share no answer, of 3, 1, 2 and 4 tokens, out of order and with padding."""
+    section = parse(keys, PreferenceSection, "preference")
+    items = [pair((5, 6, 7), (8,)), pair((9, 4), (8, 9, 3, 2), 1)]
+    items = [replace(one, margin=gap) for one, gap in zip(items, (0.5, 1.5), strict=True)]
+    batch = PairCollator(None, None, score=False, beyond=section.ld_alpha)(items, {})
+    rng = np.random.default_rng(1)
+    logprobs, reference = -rng.uniform(0.1, 3, (2, len(batch.mask)))
+    chosen, rejected = batch.extra["chosen"], batch.extra["rejected"]
+    gaps = (0.5, 1.5) if section.margin else (0.0, 0.0)
+    ours, theirs = (by_row(batch, values) for values in (logprobs, reference))
+    expected = worked_out(section, ours, theirs, list(zip(chosen, rejected, strict=True)), gaps)
+    extra = {
+        "chosen": indices(library, chosen),
+        "rejected": indices(library, rejected),
+        "pair_weight": array(library, batch.extra["pair_weight"]),
+        "margin": array(library, batch.extra["margin"]),
+        "ref_logprobs": array(library, reference),
+    }
+    device = DeviceBatch(
+        array(library, batch.tokens),
+        indices(library, batch.index),
+        indices(library, batch.target),
+        indices(library, batch.row),
+        array(library, batch.mask),
+        array(library, batch.weight),
+        batch.units,
+        extra,
+    )
+    value, metrics = pair_loss(section)(Fixed(array(library, logprobs)), device)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["logps/rejected"]) == pytest.approx(
+        np.mean(
+            [
+                sum(w * x for w, x in zip(weights, ours[i], strict=True))
+                for i, weights in ((int(r), by_row(batch, batch.weight)[int(r)]) for r in rejected)
+            ]
+        ),
+        rel=1e-5,
+    )
 
 
 # Settings
