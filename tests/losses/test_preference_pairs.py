@@ -71,9 +71,9 @@ def test_odds(library):
 
 @pytest.mark.parametrize("library", libraries())
 def test_odds_stay_finite(library):
-    """Probabilities of almost 1 and almost 0, whose odds a naive form turns into NaN."""
-    extreme = array(library, [-1e-9, -1e-3, -80.0, -500.0])
-    other = array(library, [-500.0, -1.0, -1e-9, -80.0])
+    """Probabilities of 1 and almost 0, whose odds a naive form turns into NaN."""
+    extreme = array(library, [0.0, -1e-9, -1e-3, -80.0, -500.0])
+    other = array(library, [-1.0, -500.0, -1.0, 0.0, -80.0])
     assert np.isfinite(numbers(losses.odds_ratio(extreme, other))).all()
     if library != "numpy":
         assert np.isfinite(gradient(library, lambda x: losses.odds_ratio(x, other).sum(), extreme)).all()
