@@ -272,9 +272,7 @@ def try_prompts(
         rows = [begin_answer(row, answer, template if templated else None) for row in rows]
     chat = templated and template == "chat"
     encoded = iter(_assemble(rows, tokenizer, [chat] * len(rows)))
-    return [
-        row if isinstance(row, Refused) else next(encoded).tokens or start_ids(tokenizer) for row in rendered
-    ]
+    return [row if isinstance(row, Refused) else next(encoded).tokens for row in rendered]
 
 
 def pack(texts: Iterable[str], tokenizer: Any, length: int, *, needed: bool = True) -> list[Example]:
