@@ -393,7 +393,7 @@ def check_prompted(data: DataSection, what: str) -> None:
 
     An option is never ignored silently. what: "pairs" or "prompts", for the message.
     """
-    for key in ("pack", "clean", "train_on", "too_long", "system"):
+    for key in ("pack", "clean", "train_on", "too_long"):
         if getattr(data, key) != DataSection.model_fields[key].default:
             raise ValueError(f"data.{key} means nothing for {what}; leave it out")
     if not isinstance(data.template, str):

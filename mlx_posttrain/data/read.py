@@ -17,7 +17,7 @@ from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
 from mlx_posttrain.data.summary import summarize
 from mlx_posttrain.data.tokens import written_specials
-from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
+from mlx_posttrain.data.types import Conversation, Example, Labelled, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
@@ -57,6 +57,18 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     return parsed
 
 
+Row = TypeVar("Row", Conversation, Preference, Labelled)
+
+
+def with_system(row: Row, system: str | None) -> Row:
+    """The row with a system prompt before it, unless it has one already or uses no template."""
+    name = "turns" if isinstance(row, Conversation) else "prompt"
+    turns = getattr(row, name)
+    if system is None or not row.templated or (turns and turns[0].role == "system"):
+        return row
+    return replace(row, **{name: (Turn("system", system), *turns)})
+
+
 def read_conversations(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Conversation]:
     """The rows of one split as conversations, cleaned if the recipe says so; prints what was dropped."""
     parsed = read_rows(data, split=split, limit=limit, seed=seed)
@@ -73,12 +85,7 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
             f"{data.source}: these rows have a prompt and no answer to imitate; accepted: "
             f"{formats.accepted()}; rename with data.columns"
         )
-    if data.system is not None:
-        system = Turn("system", data.system)
-        conversations = [
-            replace(c, turns=(system, *c.turns)) if c.templated and c.turns[0].role != "system" else c
-            for c in conversations
-        ]
+    conversations = [with_system(c, data.system) for c in conversations]
     if data.clean is not None:
         from mlx_posttrain.data import quality
 
@@ -322,7 +329,7 @@ def read_preferences(data: DataSection, *, split: str, limit: int | None, seed: 
             f"{data.source}: this method learns from pairs: rows with prompt, chosen and rejected, or chosen "
             "and rejected dialogues"
         )
-    return preferences
+    return [with_system(row, data.system) for row in preferences]
 
 
 def _describe(train: Sequence[formats.Record]) -> None:

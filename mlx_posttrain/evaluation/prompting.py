@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from mlx_posttrain.console import log
-from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.models.source import Source
 
 OWN_TEMPLATE = "own"  # the setting by which every model keeps its own template
@@ -69,10 +67,3 @@ def max_answer_tokens(source: Source, max_tokens: int, think_tokens: int | None)
     if source.recipe is None or "think" not in source.recipe:
         return max_tokens
     return think_tokens or int(source.recipe["data"]["max_length"])
-
-
-def with_system(question: Conversation, system: str | None) -> Conversation:
-    """The question with a system prompt before it, unless it has one already or uses no template."""
-    if system is None or not question.templated or question.turns[0].role == "system":
-        return question
-    return replace(question, turns=(Turn("system", system), *question.turns))

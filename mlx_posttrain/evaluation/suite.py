@@ -18,6 +18,7 @@ from pydantic import Field
 from mlx_posttrain import config
 from mlx_posttrain.console import log
 from mlx_posttrain.data import encode, formats, sources
+from mlx_posttrain.data.read import with_system
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
@@ -29,7 +30,6 @@ from mlx_posttrain.evaluation.prompting import (
     PromptSettings,
     most_common_template,
     prompt_settings,
-    with_system,
 )
 from mlx_posttrain.evaluation.reward_scoring import add_reward_metrics, score_answers
 from mlx_posttrain.models.open import open_model

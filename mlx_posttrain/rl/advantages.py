@@ -1,9 +1,10 @@
-"""From scores to advantages: per-token rewards, generalised advantage estimation, whitening.
+"""From scores to advantages: with a critic by generalised advantage estimation, without one by baselines.
 
 NumPy, outside every gradient.
 
 Shapes: R answers, T tokens, real tokens first; ``mask`` [R, T] is 1 at real tokens and 0 at padding, where
-any number may stand.
+any number may stand. ``groups`` [R] are the numbers of the answers' prompts: answers to one prompt are a
+group.
 """
 
 from __future__ import annotations
@@ -66,6 +67,43 @@ def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.
     variance = chosen.var(ddof=1) if len(chosen) > 1 else 0.0
     white = (_real(values, mask) - mean) / np.sqrt(variance + 1e-8)
     return np.where(real, white if shift_mean else white + mean, 0.0)
+
+
+def group_mean(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The mean score of each answer's group: [R], GRPO's baseline (Shao et al. 2024, section 4.1.2)."""
+    _, place = np.unique(groups, return_inverse=True)
+    return (np.bincount(place, scores) / np.bincount(place))[place]
+
+
+def leave_one_out(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The mean score of the other answers in each answer's group: [R], RLOO's baseline.
+
+    An answer without others has its own score, so that it teaches nothing. With n answers, score - baseline
+    is n / (n - 1) times what :func:`group_mean` leaves. Kool et al. 2019; Ahmadian et al. 2024, eq. 6.
+    """
+    _, place = np.unique(groups, return_inverse=True)
+    others = np.bincount(place)[place] - 1
+    total = np.bincount(place, scores)[place]
+    return np.where(others > 0, (total - scores) / np.maximum(others, 1), scores)
+
+
+def group_std(scores: np.ndarray, groups: np.ndarray, ddof: int = 1) -> np.ndarray:
+    """The standard deviation of each answer's group: [R]; 0 for a group of ``ddof`` answers.
+
+    ddof 1 divides the squares by n - 1, as TRL does; 0 by n, as GRPO's paper writes.
+    """
+    _, place = np.unique(groups, return_inverse=True)
+    squares = np.bincount(place, (scores - group_mean(scores, groups)) ** 2)
+    return np.sqrt(squares / np.maximum(np.bincount(place) - ddof, 1))[place]
+
+
+def overlong_penalty(lengths: np.ndarray, max_tokens: int, buffer: int) -> np.ndarray:
+    """What is added to the score of a long answer, from 0 down to -1: [R].
+
+    lengths: [R] tokens; an answer loses nothing up to ``max_tokens - buffer``, and from there a share of 1
+    that grows to all of it at ``max_tokens``. DAPO's soft overlong punishment: Yu et al. 2025, eq. 13.
+    """
+    return -np.clip((lengths - (max_tokens - buffer)) / buffer, 0.0, 1.0)
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray, mask: np.ndarray) -> float:

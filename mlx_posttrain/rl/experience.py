@@ -36,15 +36,21 @@ class Actors:
 
 @dataclass(frozen=True)
 class Experience:
-    """Scored completions, for each token the arrays that a loss reads from ``batch.extra``, and metrics."""
+    """Scored completions, for each token the arrays that a loss reads from ``batch.extra``, and metrics.
+
+    kl: mean KL to the reference in nats per completion, which an adaptive penalty follows. baseline: what a
+    moving baseline has become; None where there is none.
+    """
 
     completions: list[Completion]
     stats: dict[str, list[np.ndarray]]
     metrics: dict[str, float]
+    kl: float = 0.0
+    baseline: float | None = None
 
 
-#: experience(completions, scores, stats, beta, value_offset) -> Experience
-ExperienceFunction = Callable[[Sequence[Completion], np.ndarray, Stats, float, float], Experience]
+#: experience(completions, scores, stats, beta, value_offset) -> Experience; see training/method.py
+ExperienceFunction = Callable[..., Experience]
 
 
 def measure(
@@ -157,4 +163,5 @@ def experience(
         completions,
         {name: rollouts.unpadded(array, mask) for name, array in per_token.items()},
         {name: float(value) for name, value in metrics.items()},
+        kl=float(divergence.mean()),
     )

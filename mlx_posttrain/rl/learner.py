@@ -29,15 +29,20 @@ from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import Engine, Trainer
 from mlx_posttrain.rl import kl, prompts, rollouts
+from mlx_posttrain.rl.aggregation import aggregate
 from mlx_posttrain.rl.config import RolloutRecipe
 from mlx_posttrain.rl.evaluation import describe, evaluation
 from mlx_posttrain.rl.experience import Actors, Experience, measure
+from mlx_posttrain.rl.groups import equal_groups
 from mlx_posttrain.rl.rollouts import Completion, Prompt
 from mlx_posttrain.training.checks import check_warmup
 from mlx_posttrain.training.method import Algorithm, Reference
 from mlx_posttrain.training.optimizer import adamw
 
 NORMALISE_ON = 256  # prompts at most, whose first completions say what a reward is centred and scaled by
+GREEDY = (
+    2**40
+)  # added to a step's seed for its greedy completions, and times an attempt for those drawn again
 PTX = "ptx"  # the loss term of rows that are imitated beside the updates
 
 
@@ -84,6 +89,8 @@ class RolloutLearner:
             self.trainers["critic_optimizer"] = engine.trainer(actors.critic, settings)
         section = recipe.kl
         self._controller = kl.controller(section.controller, section.beta, section.target, section.horizon)
+        self._baseline: float | None = None
+        self._explain_from = 0
         self._last: Sequence[Completion] = ()
         self._held_out: Sequence[Completion] = ()
 
@@ -94,6 +101,8 @@ class RolloutLearner:
                 "there are no held-out prompts: nothing is evaluated, and samples are answers to training "
                 "prompts"
             )
+        if self.algorithm.note:
+            log(self.algorithm.note)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         parts = {
@@ -126,7 +135,9 @@ class RolloutLearner:
         self.actors.judge.normalise_on(completions)
         self.data.calibrate_critic(self.actors)
 
-    def _sample(self, asked: Sequence[Prompt], samples: int, seed: int) -> list[Completion]:
+    def _sample(
+        self, asked: Sequence[Prompt], samples: int, seed: int, temperature: float | None = None
+    ) -> list[Completion]:
         settings = self.recipe.rollout
         return rollouts.sample(
             self.actors.policy,
@@ -134,7 +145,7 @@ class RolloutLearner:
             asked,
             samples=samples,
             max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
+            temperature=settings.temperature if temperature is None else temperature,
             stop=stop_ids(self.actors.tokenizer) if self._stop is None else self._stop,
             seed=seed,
             token_budget=settings.token_budget,
@@ -147,31 +158,78 @@ class RolloutLearner:
     def step(self, step: int, lr: float) -> dict[str, float]:
         begun = time.perf_counter()
         recipe, beta = self.recipe, self._controller.beta
-        chosen = prompts.of_step(len(self.data.train), recipe.rollout.prompts, recipe.seed, step)
-        self._last = self._sample(
-            [self.data.train[i] for i in chosen], recipe.rollout.samples, recipe.seed * 1_000_003 + step + 2
-        )
+        seed = recipe.seed * 1_000_003 + step + 2
+        self._last, scores, drawn_again = self._rollout(step, seed)
+        given: dict[str, Any] = {}
+        if self.algorithm.greedy:
+            given["greedy"] = self._greedy(seed)
+        if self._baseline is not None:
+            given["moving"] = self._baseline
         sampled = time.perf_counter()
-        scores, stats = self.actors.scorer(self._last), self._measure(self._last)
-        seen = self.algorithm.experience(self._last, scores, stats, beta, self.actors.value_offset)
+        stats = self._measure(self._last)
+        seen = self.algorithm.experience(self._last, scores, stats, beta, self.actors.value_offset, **given)
         metrics = self.update(seen, step, lr)
-        self._controller.update(seen.metrics["objective/kl"], len(seen.completions))
+        self._controller.update(seen.kl, len(seen.completions))
+        self._baseline = seen.baseline
+        self._say(step, seen.metrics)
         return {
             "episode": (step + 1) * recipe.rollout.prompts * recipe.rollout.samples,
             "beta": beta,
             "tokens": sum(len(c.tokens) for c in seen.completions),
             **seen.metrics,
+            **({"groups_drawn_again": drawn_again} if self.algorithm.resample else {}),
             **metrics,
             "seconds/rollout": sampled - begun,
         }
 
+    def _rollout(self, step: int, seed: int) -> tuple[list[Completion], np.ndarray, int]:
+        """A step's completions with their scores, and how many groups of equal scores were drawn again."""
+        train, samples = self.data.train, self.recipe.rollout.samples
+        chosen = prompts.of_step(len(train), self.recipe.rollout.prompts, self.recipe.seed, step)
+        completions = self._sample([train[i] for i in chosen], samples, seed)
+        scores, drawn_again = self.actors.scorer(completions), 0
+        for attempt in range(self.algorithm.resample):
+            equal = sorted(equal_groups(scores, np.repeat(np.arange(len(chosen)), samples)))
+            if not equal:
+                break
+            rng = np.random.default_rng([self.recipe.seed, 0xDA90, step, attempt])
+            others = rng.permutation(len(train))[: len(equal)]
+            fresh = self._sample([train[i] for i in others], samples, seed + (attempt + 2) * GREEDY)
+            fresh_scores = self.actors.scorer(fresh)
+            for place, group in enumerate(equal[: len(others)]):
+                for s in range(samples):
+                    new = replace(fresh[place * samples + s], group=group)
+                    completions[group * samples + s] = new
+                    scores[group * samples + s] = fresh_scores[place * samples + s]
+            drawn_again += len(others)
+        return completions, scores, drawn_again
+
+    def _greedy(self, seed: int) -> list[tuple[Completion, float]]:
+        """The greedy completion of each group's prompt, with its score."""
+        asked = [c.prompt for c in self._last[:: self.recipe.rollout.samples]]
+        completions = self._sample(asked, 1, seed + GREEDY, temperature=0.0)
+        return list(zip(completions, self.actors.scorer(completions).tolist(), strict=True))
+
+    def _say(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Explain a step's metrics where that helps; the same again only after twice as many steps."""
+        if self.algorithm.explain is None or step < self._explain_from:
+            return
+        settings = self.recipe.rollout
+        sentence = self.algorithm.explain(metrics, settings.prompts, settings.samples)
+        if sentence:
+            log(f"step {step + 1}: {sentence}")
+            self._explain_from = 2 * step + 2
+
     def update(self, experience: Experience, step: int, lr: float) -> dict[str, float]:
         """Passes of updates over one step's completions; returns means over the optimizer steps.
 
-        Every pass has a new order, which depends on the recipe's seed and the step's number only. Raises
+        Every pass has a new order, which depends on the recipe's seed and the step's number only. Without a
+        completion to train on nothing is updated. Raises
         FloatingPointError as Trainer.step.
         """
         recipe, algorithm, policy = self.recipe, self.algorithm, self.actors.policy
+        if not experience.completions:
+            return {"loss/policy_avg": 0.0, "updates": 0}
         examples = [c.example for c in experience.completions]
         records: list[dict[str, float]] = []
         for epoch in range(algorithm.epochs):
@@ -192,6 +250,8 @@ class RolloutLearner:
                     )
                     for rows in micro
                 ]
+                if algorithm.aggregation is not None:
+                    batches = aggregate(batches, algorithm.aggregation, recipe.rollout.max_tokens)
                 record: dict[str, float] = {}
                 critic = self.trainers.get("critic_optimizer")
                 if critic is not None and algorithm.value_loss is not None and algorithm.critic is not None:
@@ -209,7 +269,7 @@ class RolloutLearner:
         return _means(records)
 
     def headline(self, record: Mapping[str, float]) -> float:
-        return record.get("loss/policy_avg", record["policy/loss"])
+        return record["loss/policy_avg"] if "loss/policy_avg" in record else record["policy/loss"]
 
     def advice(self, step: int) -> str:
         return "Start anew with a lower train.lr"
@@ -270,6 +330,7 @@ class RolloutLearner:
             "scorer": self.actors.scorer.state(),
             "judge": self.actors.judge.state(),
             "value_offset": self.actors.value_offset,
+            "baseline": self._baseline,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -277,12 +338,13 @@ class RolloutLearner:
         self.actors.scorer.restore(state["scorer"])
         self.actors.judge.restore(state["judge"])
         self.actors.value_offset = state["value_offset"]
+        self._baseline = state.get("baseline")
 
 
 def _named(metrics: Mapping[str, float], party: str) -> dict[str, float]:
-    """Metrics under TRL's names: those without a group get ``party``."""
+    """Metrics under TRL's names: a trainer's own, which have no group, get ``party``."""
     return {
-        name if "/" in name or name == "ratio_squared" else f"{party}/{name}": value
+        name if "/" in name or name in ("ratio_squared", "entropy") else f"{party}/{name}": value
         for name, value in metrics.items()
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
 from mlx_posttrain.data import encode
-from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, say_specials, split_rows
+from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, say_specials, split_rows, with_system
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rl.rollouts import Prompt
@@ -29,7 +29,10 @@ def read(
     data.max_length, or one that leaves no room for ``max_tokens`` in the context. Raises UserError when none
     is left to train on.
     """
-    found = [[_prompt_row(row) for row in rows] for rows in split_rows(data, seed, read_rows)]
+    found = [
+        [_prompt_row(with_system(row, data.system)) for row in rows]
+        for rows in split_rows(data, seed, read_rows)
+    ]
     room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
     if room < 1:
         raise UserError(

@@ -18,6 +18,7 @@ from mlx_posttrain.data.read import ModelFacts, row_collator
 from mlx_posttrain.engines.base import Loss
 
 if TYPE_CHECKING:
+    from mlx_posttrain.rl.aggregation import Aggregation
     from mlx_posttrain.rl.config import CriticSection, PTXSection
     from mlx_posttrain.rl.experience import ExperienceFunction
     from mlx_posttrain.training.loop import Callbacks
@@ -34,12 +35,20 @@ class Algorithm:
     """What a method does with a step's rollouts.
 
     loss: of a minibatch of completions; ``batch.extra`` has what ``experience`` made.
-    experience: from scored completions to per-token arrays (rl/experience.py).
+    experience: from scored completions to per-token arrays: ``experience(completions, scores, stats, beta,
+        value_offset)`` gives a rl.experience.Experience. It also takes ``moving``, what a moving baseline was
+        before the step, where it returns one, and ``greedy`` where the algorithm says so.
     value_loss: of a critic that is a network of its own.
     epochs: passes of updates over a step's completions.
     target_kl: end a step's updates once approx-KL to the old policy passes it; None: never.
     critic: what predicts the return; None: nothing does.
     ptx: rows imitated beside the updates; None: none.
+    aggregation: how the loss averages tokens (rl/aggregation.py); None: over all tokens.
+    resample: how often groups of equal scores make way for other prompts (dynamic sampling: Yu et al. 2025).
+    greedy: whether ``experience`` compares with greedy completions: it is given ``greedy``, one
+        (completion, score) for each group.
+    explain: ``explain(metrics, prompts, samples)`` gives a sentence about a step, or None.
+    note: a line for the beginning of a run.
     """
 
     loss: Loss
@@ -49,6 +58,11 @@ class Algorithm:
     target_kl: float | None = None
     critic: CriticSection | None = None
     ptx: PTXSection | None = None
+    aggregation: Aggregation | None = None
+    resample: int = 0
+    greedy: bool = False
+    explain: Callable[[Mapping[str, float], int, int], str | None] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,294 @@
+"""GRPO and its family: make answers that score better than their alternatives likelier, without a critic.
+
+One step (Shao et al. 2024, "DeepSeekMath", section 4.1):
+
+1. sample several answers to each prompt from the policy's full softmax, and score them;
+2. advantage of an answer, the same for all its tokens: its score against its group's mean, divided by the
+   group's standard deviation;
+3. for each epoch, in a new order, minibatches of the clipped surrogate, and of the KL penalty where there is
+   one.
+
+``grpo.preset`` names a member of the family, and each key of ``grpo`` changes one thing in it:
+
+    grpo          the paper's
+    dr_grpo       no division, every answer's sum by a constant (Liu et al. 2025)
+    dapo          a higher upper bound, tokens count alike, equal groups drawn again (Yu et al. 2025)
+    gspo          the ratio of whole answers (Zheng et al. 2025)
+    rloo          the other answers' mean as baseline, whole answers (Ahmadian et al. 2024)
+    reinforce_pp  the step's mean as baseline, scaled by the step's deviation (Hu 2025)
+
+The pure parts are in losses/policy.py (what is differentiated) and rl/ (advantages, aggregation); the step is
+rl/learner.py's, as PPO's.
+
+Where we differ: old log-probabilities come from the forward pass that trains, so the first ratio is 1; the
+mean is over all tokens, or answers, of an optimizer step, rather than of a micro-batch; the KL penalty in the
+reward is the answer's summed log-ratio, for REINFORCE++ too, whose paper spreads it over the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mlx_posttrain import config
+from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
+from mlx_posttrain.losses import policy as objective
+from mlx_posttrain.losses.sft import token_mean
+from mlx_posttrain.ops import ops
+from mlx_posttrain.rl import config as rl_config
+from mlx_posttrain.rl.aggregation import LENGTHS, SHARE, Aggregation
+from mlx_posttrain.rl.groups import Baseline, Scale, explain, group_experience
+from mlx_posttrain.training.method import Algorithm, Method
+
+Ratio = Literal["token", "sequence", "sequence_sum"]
+Estimator = Literal["k1", "k2", "k3", "unbiased"]
+Place = Literal["loss", "reward"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a preset decides; GRPOSection and KLSection describe each."""
+
+    baseline: Baseline = "group"
+    scale: Scale = "group"
+    ratio: Ratio = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregation: Aggregation = "seq-mean-token-mean"
+    resample: int = 0
+    place: Place = "loss"
+    estimator: Estimator = "k3"
+
+
+PRESETS: dict[str, Settings] = {
+    "grpo": Settings(),
+    "dr_grpo": Settings(scale="none", aggregation="seq-mean-token-sum-norm"),
+    "dapo": Settings(clip_high=0.28, aggregation="token-mean", resample=4),
+    "gspo": Settings(ratio="sequence", clip_low=3e-4, clip_high=4e-4),
+    "rloo": Settings(baseline="leave_one_out", scale="none", ratio="sequence_sum", place="reward"),
+    "reinforce_pp": Settings(baseline="global", scale="batch", aggregation="token-mean", place="reward"),
+}
+
+
+class GRPOSection(config.Section):
+    """The objective. A key that is null is what the preset says."""
+
+    preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"] = Field(
+        "grpo", description="member of the family: its values stand for every key that is null"
+    )
+    epochs: int = Field(1, ge=1, description="passes of updates over each step's answers")
+    baseline: Baseline | None = Field(
+        None,
+        description="what an answer's score is compared with: its group's mean; that of the others in the "
+        "group (RLOO); global, the step's (REINFORCE++); greedy, the greedy answer's score (ReMax)",
+    )
+    scale: Scale | None = Field(
+        None, description="what advantages are divided by: the group's or the step's standard deviation"
+    )
+    std_ddof: int = Field(1, ge=0, le=1, description="1: squares over n - 1, as TRL has it; 0: over n")
+    std_eps: float = Field(1e-4, gt=0, description="added to the standard deviation")
+    momentum: float = Field(
+        0.0, ge=0, lt=1, description="global baseline: share of it that the next step keeps"
+    )
+    ratio: Ratio | None = Field(
+        None,
+        description="new to old policy of each token; sequence: the geometric mean of an answer's (GSPO); "
+        "sequence_sum: the product",
+    )
+    clip_low: float | None = Field(None, gt=0, lt=1, description="how far a ratio may fall below 1")
+    clip_high: float | None = Field(None, gt=0, description="how far it may rise above 1")
+    delta: float | None = Field(
+        None, gt=1, description="upper bound of a ratio whatever its advantage's sign (two-sided clipping)"
+    )
+    aggregation: Aggregation | None = Field(None, description="how tokens are averaged, by verl's names")
+    importance_cap: float | None = Field(
+        None,
+        gt=0,
+        description="weigh tokens by min(trainer's / sampler's probability, this); null: not at all, since "
+        "both are one model here",
+    )
+    mask_unfinished: bool = Field(
+        False, description="do not train on answers that did not end; they stay in their groups"
+    )
+    overlong_buffer: int | None = Field(
+        None, ge=1, description="tokens before rollout.max_tokens over which a score loses up to 1 (DAPO)"
+    )
+    resample: int | None = Field(
+        None,
+        ge=0,
+        description="times that groups of equal scores make way for other prompts (dynamic sampling)",
+    )
+    entropy_coef: float = Field(0.0, description="weight of the entropy per token, which is maximised")
+
+
+class KLSection(rl_config.KLPenaltySection):
+    """The leash to the reference: the policy as it was before (with an adapter: without it)."""
+
+    beta: float = Field(0.0, ge=0, description="penalty per nat; 0: none, and no reference is kept")
+    place: Place | None = Field(None, description="in the loss or in the reward; null: the preset's")
+    estimator: Estimator | None = Field(
+        None, description="of KL in the loss: losses/policy.py has them; null: the preset's, k3"
+    )
+
+
+class RolloutSection(rl_config.RolloutSection):
+    """How answers are sampled: from the full softmax, no top-k, no top-p, no repetition penalty."""
+
+    prompts: int = Field(8, ge=1, description="distinct prompts in a step")
+    samples: int = Field(8, ge=1, description="answers to each prompt: its group")
+    missing_eos_penalty: float | None = Field(
+        None, ge=0, description="taken from the score of an answer that did not end by itself; null: none"
+    )
+
+
+class TrainSection(rl_config.RolloutTrainSection):
+    """The optimizer and its loop, with GRPO's defaults."""
+
+    steps: int = Field(100, ge=1, description="rollouts, each followed by passes of updates")
+    batch_size: int = Field(8, ge=1, description="answers in a micro-batch")
+    grad_accumulation: int = Field(8, ge=1, description="micro-batches per optimizer step")
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="largest global gradient norm; null: no clipping"
+    )
+
+
+class Recipe(rl_config.RolloutRecipe):
+    """GRPO against rewards."""
+
+    method: Literal["grpo"] = Field(description="grpo: answer several times, compare, improve")
+    grpo: GRPOSection = Field(default_factory=lambda: GRPOSection())
+    kl: KLSection = Field(default_factory=lambda: KLSection())
+    rollout: RolloutSection = Field(default_factory=lambda: RolloutSection())
+    train: TrainSection = Field(default_factory=lambda: TrainSection())  # type: ignore[assignment]
+
+    @property
+    def settings(self) -> Settings:
+        """The preset, changed by the keys that are given."""
+        preset = PRESETS[self.grpo.preset]
+        given = {f.name: getattr(self.grpo, f.name, None) for f in fields(Settings)}
+        given |= {"place": self.kl.place, "estimator": self.kl.estimator}
+        return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def penalised(self) -> bool:
+        """Whether there is a KL penalty, and so a reference."""
+        return self.kl.beta > 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        s = self.settings
+        if self.rollout.samples < 2 and (
+            s.baseline in ("group", "leave_one_out") or s.scale == "group" or s.resample
+        ):
+            raise ValueError(
+                "rollout.samples=1 leaves nothing to compare an answer with: give at least 2, or "
+                "grpo.preset=reinforce_pp"
+            )
+        if self.grpo.momentum and s.baseline != "global":
+            raise ValueError("grpo.momentum belongs to grpo.baseline=global")
+        if self.kl.controller == "adaptive" and not self.penalised:
+            raise ValueError("kl.controller=adaptive follows kl.beta, which is 0: give its first value")
+        if s.place == "reward" and self.kl.estimator is not None:
+            raise ValueError("kl.estimator belongs to kl.place=loss: in the reward the log-ratio is used")
+        buffer = self.grpo.overlong_buffer
+        if buffer is not None and buffer > self.rollout.max_tokens:
+            raise ValueError(
+                f"grpo.overlong_buffer={buffer} is longer than rollout.max_tokens={self.rollout.max_tokens}"
+            )
+        return self
+
+
+def policy_loss(recipe: Recipe) -> Loss:
+    """The clipped surrogate over a minibatch, with KL penalty and entropy bonus where the recipe has them.
+
+    Metrics, means over tokens, mostly under TRL's names: entropy; clip_ratio/low_mean, high_mean and
+    region_mean (tokens without a gradient); policy/approxkl_avg, val/ratio; kl in the loss.
+    """
+    s, temperature, entropy_coef = recipe.settings, recipe.rollout.temperature, recipe.grpo.entropy_coef
+    delta, in_loss = recipe.grpo.delta, recipe.penalised and recipe.settings.place == "loss"
+
+    def loss(model: Model, batch: DeviceBatch) -> tuple[Array, dict[str, Array]]:
+        mask, extra = batch.mask, batch.extra
+
+        def per_token(values: Array) -> Array:
+            return token_mean(values, mask, 1.0, extra[SHARE])
+
+        logprobs, entropy, _ = model.policy_terms(batch, temperature)
+        xp = ops(logprobs)
+        log_ratios = objective.log_ratio(logprobs, extra["old_logprobs"], mask)
+        if s.ratio != "token":
+            lengths = extra[LENGTHS] if s.ratio == "sequence" else None
+            rows = batch.tokens.shape[0]
+            log_ratios = objective.sequence_log_ratio(log_ratios, batch.row, rows, lengths)
+        advantages = extra["advantages"]
+        values = objective.clipped_surrogate(log_ratios, advantages, mask, s.clip_low, s.clip_high, delta)
+        if "importance" in extra:
+            values = values * extra["importance"]
+        policy = token_mean(values, mask, batch.total, batch.weight)
+        low, high = objective.clipped(log_ratios, advantages, mask, s.clip_low, s.clip_high)
+        still = xp.stop_gradient(log_ratios)
+        metrics = {
+            "loss/policy_avg": policy,
+            "entropy": per_token(entropy),
+            "clip_ratio/low_mean": per_token(low),
+            "clip_ratio/high_mean": per_token(high),
+            "clip_ratio/region_mean": per_token(low + high),
+            "policy/approxkl_avg": per_token(0.5 * still**2),
+            "val/ratio": per_token(xp.exp(still)),
+        }
+        total = policy
+        if in_loss:
+            terms = (logprobs, extra["ref_logprobs"], mask, s.estimator, extra["old_logprobs"])
+            penalty = objective.kl_estimate(*terms)
+            total = total + token_mean(extra["beta"] * penalty, mask, batch.total, batch.weight)
+            metrics["loss/kl_avg"] = per_token(penalty)
+        if entropy_coef:
+            total = total - entropy_coef * token_mean(entropy, mask, batch.total, batch.weight)
+        return total, metrics
+
+    return loss
+
+
+def algorithm(recipe: Recipe) -> Algorithm:
+    """GRPO as rl/learner.py runs it."""
+    s, section, rollout = recipe.settings, recipe.grpo, recipe.rollout
+    return Algorithm(
+        loss=policy_loss(recipe),
+        experience=partial(
+            group_experience,
+            max_tokens=rollout.max_tokens,
+            baseline=s.baseline,
+            scale=s.scale,
+            ddof=section.std_ddof,
+            eps=section.std_eps,
+            momentum=section.momentum,
+            kl_in_reward=s.place == "reward",
+            missing_eos_penalty=rollout.missing_eos_penalty,
+            missing_eos_score=rollout.missing_eos_score,
+            overlong_buffer=section.overlong_buffer,
+            mask_unfinished=section.mask_unfinished,
+            importance_cap=section.importance_cap,
+        ),
+        epochs=section.epochs,
+        aggregation=s.aggregation,
+        resample=s.resample,
+        greedy=s.baseline == "greedy",
+        explain=explain,
+        note="a loss near 0 at the first update of a step is expected: the ratio is 1 there, and advantages "
+        "average to 0; watch reward and eval/ in metrics.jsonl",
+    )
+
+
+METHOD = Method(
+    name="grpo",
+    summary="GRPO, Dr. GRPO, DAPO, GSPO, RLOO, REINFORCE++: RL from rewards without a critic",
+    Recipe=Recipe,
+    algorithm=algorithm,
+    reference=lambda recipe: "logprobs" if recipe.penalised else None,
+    bench={"grpo": {}},
+)
