@@ -17,7 +17,7 @@ from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
 from mlx_posttrain.data.summary import summarize
 from mlx_posttrain.data.tokens import written_specials
-from mlx_posttrain.data.types import Conversation, Example, Labelled, Pair, Preference, Turn
+from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
@@ -57,16 +57,14 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     return parsed
 
 
-Row = TypeVar("Row", Conversation, Preference, Labelled)
-
-
-def with_system(row: Row, system: str | None) -> Row:
+def with_system(row: Record, system: str | None) -> Record:
     """The row with a system prompt before it, unless it has one already or uses no template."""
     name = "turns" if isinstance(row, Conversation) else "prompt"
     turns = getattr(row, name)
     if system is None or not row.templated or (turns and turns[0].role == "system"):
         return row
-    return replace(row, **{name: (Turn("system", system), *turns)})
+    changed: Any = {name: (Turn("system", system), *turns)}
+    return replace(row, **changed)
 
 
 def read_conversations(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Conversation]:
