@@ -17,6 +17,10 @@ PER_TOKEN = (
 )
 
 
+#: For how many answers a question is asked whether one is right, beside the mean, which is pass@1.
+PASS_AT = (4, 16)
+
+
 class Metric(NamedTuple):
     """How a metric is called and written, which way is better, and its best possible value."""
 
@@ -57,6 +61,16 @@ METRICS: dict[str, Metric] = {
         "100 %",
         "mean over several sampled answers to each question",
     ),
+    **{
+        f"pass_at_{k}": Metric(
+            f"pass@{k}",
+            "{:.1%}",
+            "higher",
+            "100 %",
+            f"questions that at least one of {k} sampled answers has right, an unbiased estimate",
+        )
+        for k in PASS_AT
+    },
     "response_loss": Metric(
         "response loss", "{:.3f}", "lower", "0", "nats per token of the expected answers"
     ),

@@ -133,6 +133,22 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 # intervals
 
 
+def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
+    """The probability that at least one of ``k`` answers is right, of each question: [R].
+
+    right: [R, n] 1 or 0 for each sampled answer, n at least k; nan where a question has no rule. The unbiased
+    estimate 1 - C(n - c, k) / C(n, k) with c right answers (Chen et al. 2021, "Evaluating Large Language
+    Models Trained on Code", eq. 1), as a product, since the binomials are large. Raises ValueError for fewer
+    answers than k.
+    """
+    n = right.shape[1]
+    if n < k:
+        raise ValueError(f"pass@{k} needs at least {k} answers to a question, got {n}")
+    wrong = n - right.sum(1)
+    missed = np.prod([np.clip(wrong - i, 0, None) / (n - i) for i in range(k)], axis=0)
+    return 1.0 - missed
+
+
 def bootstrap(
     values: Any,
     *,

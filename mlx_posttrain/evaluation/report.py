@@ -32,7 +32,8 @@ CAPTIONS = {
     "two halves of the rows in one template.",
     "curves": "Training loss as lines, held-out loss as dots.",
     "loss_quality": "Each model's response loss against its right answers, both on held-out rows.",
-    "reward_kl": "Path of each PPO run: mean score against the KL from its start. The large dot is the end.",
+    "reward_kl": "Path of each run on rollouts: mean score against the KL from its start. The large dot is the "
+    "end.",
     "reward": "Mean score of each step's answers.",
     "accuracy": "Right answers on held-out questions.",
     "ceiling": "A score that no text can bring to 1; the line is that of text in which nothing occurs twice.",
@@ -164,24 +165,29 @@ def format_text(comparison: Comparison, findings: Sequence[Finding], samples: in
     return "\n".join(lines)
 
 
+#: Names of a step's mean score, and of its KL to the reference, in the metrics of runs on rollouts.
+SCORE, KL = ("objective/scores", "reward"), ("objective/kl", "kl")
+
+
 def reward_charts(folders: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """Score against KL and over steps, of the PPO runs among (label, folder); {} where there are none."""
+    """Score over steps, and against KL, of the runs on rollouts among (label, folder); {} without any."""
     path, curve = {}, {}
     for label, folder in folders:
-        records = [r for r in runs.Run(folder).metrics() if "objective/scores" in r]
-        if len(records) < 2:
+        records = runs.Run(folder).metrics()
+        score, kl = ([r[k] for r in records for k in names if k in r] for names in (SCORE, KL))
+        if len(score) < 2:
             continue
-        score = [r["objective/scores"] for r in records]
-        curve[label] = ([r["step"] for r in records], score)
-        path[label] = ([r["objective/kl"] for r in records], score)
-    if not path:
+        curve[label] = ([r["step"] for r in records if any(k in r for k in SCORE)], score)
+        if len(kl) == len(score):
+            path[label] = (kl, score)
+    if not curve:
         return {}
-    return {
-        "reward_kl": charts.scatter(
+    found = {}
+    if path:
+        found["reward_kl"] = charts.scatter(
             path, x="KL from the start, nats per answer", y="score", title="Reward against KL", path=True
-        ),
-        "reward": charts.curves(curve, x="step", y="score", title="Reward during PPO"),
-    }
+        )
+    return {**found, "reward": charts.curves(curve, x="step", y="score", title="Reward in training")}
 
 
 def reasoning_charts(thoughts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

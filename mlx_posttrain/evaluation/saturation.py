@@ -24,6 +24,8 @@ BOUNDED_BY_1 = (
     "accuracy",
     "accuracy_phrasing",
     "accuracy_sampled",
+    "pass_at_4",
+    "pass_at_16",
     "distinct_2",
     "distinct_2_sampled",
     "diversity",

@@ -22,9 +22,9 @@ from mlx_posttrain.data.read import with_system
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluation import completions, continuations, likelihood
+from mlx_posttrain.evaluation import completions, continuations, likelihood, metrics
 from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
-from mlx_posttrain.evaluation.metric_table import PER_TOKEN
+from mlx_posttrain.evaluation.metric_table import PASS_AT, PER_TOKEN
 from mlx_posttrain.evaluation.prompting import (
     OWN_TEMPLATE,
     PromptSettings,
@@ -357,6 +357,10 @@ def _measure_answers(
         result.values |= {
             name: Values(values.reshape(len(unseen), suite.samples).mean(1))
             for name, values in by_sample.items()
+        }
+        right = by_sample["accuracy_sampled"].reshape(len(unseen), suite.samples)
+        result.values |= {
+            f"pass_at_{k}": Values(metrics.pass_at_k(right, k)) for k in PASS_AT if k <= suite.samples
         }
     answered = [q for q in unseen if q.turns[-1].content]
     if answered:

@@ -17,22 +17,23 @@ def evaluation(
 ) -> dict[str, float]:
     """Means over held-out completions.
 
-    score; kl: to the reference, in nats per completion (0 without ``ref_logprobs``); length: in tokens;
-    eos_share: those that ended by themselves. With rows that have a checker also ``accuracy``, with a judge
-    its score.
+    score; logps: log-probability of a completion in nats; length: in tokens; eos_share: those that ended by
+    themselves. With ``ref_logprobs`` also ``kl``, to the reference in nats per completion, with rows that
+    have a checker ``accuracy``, with a judge its score.
     """
     scores = scorer(completions)
     lengths = np.array([len(c.tokens) for c in completions], np.float64)
     known = np.isfinite(scores)
-    old = stats["old_logprobs"]
-    reference = stats.get("ref_logprobs", old)
+    logps = np.array([row.sum() for row in stats["old_logprobs"]])
     metrics = {
         "score": float(scores[known].mean()) if known.any() else float("nan"),
-        "kl": float(np.mean([(o - r).sum() for o, r in zip(old, reference, strict=True)])),
+        "logps": float(logps.mean()),
         "length": float(lengths.mean()),
         "eos_share": float(np.mean([c.stopped for c in completions])),
         "score_length_correlation": correlation(scores[known], lengths[known]) if known.any() else 0.0,
     }
+    if "ref_logprobs" in stats:
+        metrics["kl"] = float((logps - [row.sum() for row in stats["ref_logprobs"]]).mean())
     if all("checker" in c.prompt.columns for c in completions):
         metrics["accuracy"] = float(np.mean([tasks.check(c.prompt.columns, c.text) for c in completions]))
     if judge.entries:

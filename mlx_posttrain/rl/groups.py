@@ -154,15 +154,18 @@ def _metrics(
     scores: np.ndarray, groups: np.ndarray, lengths: np.ndarray, ended: np.ndarray, max_tokens: int
 ) -> dict[str, float]:
     """Metrics of a step's completions under TRL's names."""
+    equal = equal_groups(scores, groups)
     found = {
         "reward": scores.mean(),
         "reward_std": advantages.group_std(scores, groups).mean(),
-        "frac_reward_zero_std": len(equal_groups(scores, groups)) / len(np.unique(groups)),
+        "frac_reward_zero_std": len(equal) / len(np.unique(groups)),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1.0 - ended.mean(),
     }
+    if equal:
+        found["reward_zero_std"] = scores[np.isin(groups, list(equal))].mean()
     if ended.any():
         found["completions/mean_terminated_length"] = lengths[ended].mean()
     return {name: float(value) for name, value in found.items()}
@@ -171,9 +174,11 @@ def _metrics(
 def explain(metrics: Mapping[str, float], prompts: int, samples: int) -> str | None:
     """What a step's metrics say about learning, in a sentence; None when there is nothing to say."""
     equal = round(metrics["frac_reward_zero_std"] * prompts)
-    if equal >= 0.9 * prompts and samples > 1:
-        return (
-            f"all {samples} answers of {equal} of {prompts} prompts earn the same reward: nothing can be "
-            "learned from them; use easier prompts, more samples or a partial reward"
-        )
-    return None
+    if samples < 2 or equal < 0.9 * prompts:
+        return None
+    # The groups that still differ say on which side of them the equal ones are.
+    other = "harder" if metrics["reward_zero_std"] > metrics["reward"] else "easier"
+    return (
+        f"all {samples} answers of {equal} of {prompts} prompts earn the same reward: nothing can be learned "
+        f"from them; use {other} prompts, more samples or a partial reward"
+    )

@@ -65,7 +65,7 @@ class RolloutLearner:
     """
 
     select_by = None
-    finite = ("kl", "KL")
+    finite = ("logps", "log-probability")
 
     def __init__(
         self,

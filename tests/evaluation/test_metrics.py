@@ -1,5 +1,6 @@
 """Metrics against numbers worked by hand, and intervals against data whose distribution is known."""
 
+import itertools
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from mlx_posttrain.evaluation.metrics import (
     holm,
     jackknife,
     paired_bootstrap,
+    pass_at_k,
     perplexity,
     proportion,
     seq_rep_n,
@@ -396,3 +398,18 @@ def test_the_sign_flip_test_has_the_stated_error_rate():
 def test_holms_steps():
     assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]  # .05/4, .05/3, then .03 > .05/2
     assert holm([0.02, 0.02]) == [True, True] and holm([0.03, 0.03]) == [False, False] and holm([]) == []
+
+
+def test_pass_at_k_by_hand_and_by_enumeration():
+    right = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.float64)
+    assert pass_at_k(right, 1) == pytest.approx(right.mean(1))
+    assert pass_at_k(right, 2) == pytest.approx([1 / 2, 5 / 6, 0, 1])
+    assert pass_at_k(right, 4).tolist() == [1, 1, 0, 1]
+    drawn = np.random.default_rng(0).integers(0, 2, (5, 7)).astype(float)
+    for k in (3, 5):
+        chosen = list(itertools.combinations(range(7), k))
+        counted = np.mean([drawn[:, list(c)].max(1) for c in chosen], axis=0)
+        assert pass_at_k(drawn, k) == pytest.approx(counted)
+    assert np.isnan(pass_at_k(np.full((1, 4), np.nan), 2)).all()
+    with pytest.raises(ValueError, match="at least 5 answers"):
+        pass_at_k(right, 5)

@@ -139,8 +139,11 @@ def test_metrics_and_what_they_mean():
     assert equal_groups(SCORES, GROUPS) == {1}
     assert equal_groups(np.array([1.0, math.nan, math.nan, 0.0, 1.0, math.nan]), GROUPS) == {0}
     assert explain(metrics, 2, 3) is None
-    sentence = explain({"frac_reward_zero_std": 31 / 32}, 32, 8)
-    assert sentence is not None and sentence.startswith(
-        "all 8 answers of 31 of 32 prompts earn the same reward: nothing can be learned from them"
-    )
-    assert explain({"frac_reward_zero_std": 1.0}, 32, 1) is None
+    assert metrics["reward_zero_std"] == 2
+    for equal, reward, other in ((0.0, 0.01, "easier"), (1.0, 0.99, "harder"), (0.0, 0.0, "easier")):
+        said = {"frac_reward_zero_std": 31 / 32, "reward_zero_std": equal, "reward": reward}
+        assert explain(said, 32, 8) == (
+            "all 8 answers of 31 of 32 prompts earn the same reward: nothing can be learned from them; use "
+            f"{other} prompts, more samples or a partial reward"
+        )
+        assert explain(said, 32, 1) is None
