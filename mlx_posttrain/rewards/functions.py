@@ -50,6 +50,7 @@ BUILT_IN = {
     "json": "shape",
     "length": "shape",
     "overlong": "shape",
+    "python_tests": "python_tests",
     "repetition": "shape",
     "similarity": "stock",
 }

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_posttrain.data.tasks import checks, courtesy
 from mlx_posttrain.evaluation import reasoning
-from mlx_posttrain.rewards import ifeval, shape, stock
+from mlx_posttrain.rewards import ifeval, python_tests, shape, stock
 from mlx_posttrain.rewards.answers import final_answer
 from mlx_posttrain.rewards.verify import verify
 
@@ -174,6 +174,7 @@ def test_rewards():
         "f1": lambda text: stock.similarity(["p"], [text], **reference),
         "rouge_l": lambda text: stock.similarity(["p"], [text], **reference, metric="rouge_l"),
         "countdown": lambda text: stock.countdown(["p"], [text], target=[3], nums=[[1, 2]]),
+        "code": python_tests._code,
         "repetition": lambda text: shape.repetition(["p"], [text], [list(text.encode())], n=3),
     }
     assert slowest(functions) < (SECONDS,)

@@ -147,6 +147,7 @@ def test_stock_rewards_with_arguments_and_the_tokens_that_they_count(random_gpt2
         ),
         ({"function": "length", "args": {"target": "x"}}, "'target': input should be a valid integer"),
         ({"function": "overlong"}, "the key 'max_length' is missing"),
+        ({"function": "python_tests"}, "args: {allow: true}"),
         ({"model": "a", "args": {"b": 1}}, "args and timeout are a function's"),
         ({"model": "a", "timeout": 3}, "args and timeout are a function's"),
         ({"function": "checker", "timeout": 0}, "'reward.0.timeout'"),

@@ -175,6 +175,7 @@ def test_json():
             {"json_schema": {"properties": {"a": 3}}},
             "schema.properties.a: a JSON schema is a mapping",
         ),
+        ("python_tests", {}, r"args: \{allow: true\}"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_scored(name, args, said):
