@@ -200,8 +200,8 @@ def call(
         values = limits.within(timeout, ask)
     except limits.Expired:
         raise UserError(
-            f"reward function {name}: {len(completions)} answers took longer than {timeout:g} s, its "
-            "`timeout`; raise that, or look for what it waits for"
+            f"reward function {name}: it took longer than {timeout:g} s, its `timeout`, for "
+            f"{len(completions)} answer(s); raise that, or look for what it waits for"
         ) from None
     except UserError as error:
         raise UserError(f"reward function {name}: {error}") from None

@@ -207,7 +207,7 @@ def usage(leader: int) -> tuple[int, int]:
 def _usage_by_ps(group: int) -> tuple[int, int]:
     try:
         listed = subprocess.run(
-            ("ps", "-A", "-o", "pgid=,rss="), capture_output=True, text=True, timeout=5, check=False
+            ("ps", "-A", "-o", "pgid=", "-o", "rss="), capture_output=True, text=True, timeout=5, check=False
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return 0, 0

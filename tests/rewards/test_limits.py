@@ -88,7 +88,9 @@ async def spins_too(prompts, completions):
 @pytest.mark.parametrize("function", [spins, sleeps, swallows, never_ends, waits, spins_too])
 def test_a_hang_ends_in_one_line(place, function):
     begun = time.monotonic()
-    with pytest.raises(UserError, match=r"^reward function mine: 2 answers took longer than 0\.2 s") as error:
+    with pytest.raises(
+        UserError, match=r"^reward function mine: it took longer than 0\.2 s, its `timeout`, for 2"
+    ) as error:
         place(lambda: call(function, timeout=0.2))
     assert "\n" not in str(error.value) and time.monotonic() - begun < 10
 

@@ -52,6 +52,12 @@ def test_format_by_a_regular_expression():
     assert score("format", texts, {"regex": r".*"}) == [1, 1, 1, 0]  # the longest that is tried has 20,000
 
 
+def test_a_regular_expression_that_backtracks_without_end_meets_the_time_limit():
+    bound = functions.bind(functions.load("format"), {"regex": "(a+)+b"}, "format")
+    with pytest.raises(UserError, match="format: it took longer than"):
+        functions.call(bound, ["p"], ["a" * 60], {}, "format", 0.2)
+
+
 def test_length():
     ids = [[0] * 10, [0] * 64, [0] * 100]
     texts = ["7", "8", "7"]
