@@ -181,13 +181,13 @@ def call(
     completions: list[str],
     columns: Mapping[str, list[Any]],
     name: str,
-    timeout: float = TIMEOUT,
+    timeout: float | None = TIMEOUT,
 ) -> np.ndarray:
     """Return the function's scores as float64 [R], nan for None.
 
-    timeout: seconds that the call may take. Raises UserError, with the function's name, when they are up, for
-    a column that it needs and the rows lack, an exception inside it, a result that is not a list or has
-    another length, and a score that is not a finite number.
+    timeout: seconds that the call may take, None for any. Raises UserError, with the function's name, when
+    they are up, for a column that it needs and the rows lack, an exception inside it, a result that is not a
+    list or has another length, and a score that is not a finite number.
     """
     positional, by_name = _arguments(function, prompts, completions, columns, name)
 

@@ -20,13 +20,15 @@ class Expired(BaseException):
     """The time is up. No Exception, so that a function's own ``except Exception`` does not swallow it."""
 
 
-def within(seconds: float, function: Callable[[], T]) -> T:
-    """Return what the function returns. Raises Expired after ``seconds``.
+def within(seconds: float | None, function: Callable[[], T]) -> T:
+    """Return what the function returns. Raises Expired after ``seconds``, if that is not None.
 
     In the main thread an alarm (``signal.setitimer``) breaks the function off. Elsewhere it runs in a thread
     of its own, which is sent an exception and no longer waited for. Neither reaches into C code: a call that
     keeps Python's lock is broken off when it comes back.
     """
+    if seconds is None:
+        return function()
     if threading.current_thread() is threading.main_thread():
         with _alarm(seconds):
             return function()

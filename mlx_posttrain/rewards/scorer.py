@@ -39,8 +39,11 @@ class RewardEntry(Section):
         f"file.py:name, or {', '.join(functions.BUILT_IN)}",
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
-    timeout: float = Field(
-        functions.TIMEOUT, gt=0, description="seconds that one call of the function may take"
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        description=f"seconds that one call of the function may take; null: {functions.TIMEOUT:g}, or for "
+        "python_tests only what each answer may take",
     )
     weight: float = Field(1.0, description="of this reward in the sum")
     normalise: bool | None = Field(
@@ -53,7 +56,7 @@ class RewardEntry(Section):
     def _one(self) -> RewardEntry:
         if (self.model is None) == (self.function is None):
             raise ValueError("a reward is a model or a function: give one of the two")
-        if self.function is None and (self.args or self.timeout != functions.TIMEOUT):
+        if self.function is None and (self.args or self.timeout is not None):
             raise ValueError("args and timeout are a function's: a model takes none")
         if self.function in functions.BUILT_IN:
             try:
@@ -74,6 +77,12 @@ class RewardEntry(Section):
             return self.function.rpartition(":")[2]
         path = Path(str(self.model))
         return path.parent.name if path.name == "final" and path.parent.name else path.name
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds that a call may take."""
+        # All of a step's answers may loop endlessly, which must not end the run.
+        return self.timeout or (None if self.function == "python_tests" else functions.TIMEOUT)
 
     def load(self) -> functions.RewardFunction:
         """Return the function with its arguments filled in; see functions.load and functions.bind."""
@@ -140,7 +149,7 @@ class Scorer:
                 columns["completion_ids"] = [list(c.tokens) for c in completions]
                 prompts, texts = [c.prompt.text for c in completions], [c.text for c in completions]
                 found.append(
-                    functions.call(self._functions[i], prompts, texts, columns, entry.name, entry.timeout)
+                    functions.call(self._functions[i], prompts, texts, columns, entry.name, entry.limit)
                 )
         return found
 

@@ -4,6 +4,7 @@ answers.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods.pretrain import PretrainSection, make_model
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import load_tokenizer
+from mlx_posttrain.rewards import functions as functions_module
 from mlx_posttrain.rewards import scorer as scoring
 from mlx_posttrain.rewards.scorer import RewardEntry, Scorer
 from mlx_posttrain.rl import rollouts
@@ -172,6 +174,18 @@ def test_a_function_that_hangs_is_named_with_its_limit(random_gpt2, tmp_path):
     slow = scorer([{"function": name, "args": {"on": True}, "timeout": 0.2}], random_gpt2)
     with pytest.raises(UserError, match=f"{name}: it took longer than 0.2 s"):
         slow(answers())
+
+
+def test_answers_that_all_loop_do_not_end_a_run(random_gpt2, monkeypatch):
+    monkeypatch.setattr(functions_module, "TIMEOUT", 0.1)
+    asked = [
+        dataclasses.replace(a, text="while True: pass", prompt=Prompt((1,), "q", {"tests": "pass"}))
+        for a in answers()
+    ]
+    args = {"allow": True, "seconds": 0.3}
+    assert scorer([{"function": "python_tests", "args": args}], random_gpt2)(asked).tolist() == [0] * 4
+    with pytest.raises(UserError, match=r"python_tests: it took longer than 0\.2 s"):
+        scorer([{"function": "python_tests", "args": args, "timeout": 0.2}], random_gpt2)(asked)
 
 
 def test_normalised_scores_and_raw_ones_in_one_sum(functions, random_gpt2):
