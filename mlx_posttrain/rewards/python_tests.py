@@ -46,9 +46,9 @@ def python_tests(
         )
     if not completions:
         return []
-    _say()
     columns = rows(len(completions), tests=tests, test_list=test_list, test_setup_code=test_setup_code)
     limits, cancelled = sandbox.Limits(seconds=seconds, memory_mb=memory_mb), threading.Event()
+    _begin(limits)
 
     def score(text: str, row: Mapping[str, Any]) -> float | None:
         wanted = row.get("tests") or row.get("test_list")
@@ -67,8 +67,15 @@ def python_tests(
 
 
 @functools.cache
-def _say() -> None:
-    log(f"python_tests: what the model writes will be run: {sandbox.walls().describe()}")
+def _begin(limits: sandbox.Limits) -> None:
+    """Say what will be run. Raises UserError where not even one line runs, so that all answers would fail."""
+    walls = sandbox.walls()
+    log(f"python_tests: what the model writes will be run: {walls.describe()}")
+    if sandbox.passed("x = 1", ["assert x == 1"], "", limits, threading.Event()) != [True]:
+        raise UserError(
+            f"a program of one line does not run here within {limits.seconds:g} s and {limits.memory_mb} MB: "
+            f"raise seconds or memory_mb, and see whether `{' '.join(walls.command[:1])} python` starts"
+        )
 
 
 def _code(text: str) -> str:

@@ -84,7 +84,7 @@ def walls() -> Walls:
     """Return what this system offers, found out by trying."""
 
     def works(*command: str) -> bool:
-        if shutil.which(command[0]) is None:
+        if shutil.which(command[0], path=os.defpath) is None:
             return False
         try:
             return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0
@@ -159,7 +159,10 @@ def passed(
 
 def _around(around: Walls, folder: str) -> list[str]:
     if around.command == _SANDBOX_EXEC:
-        return [*around.command, _PROFILE.format(folder=json.dumps(os.path.realpath(folder)))]
+        return [
+            *around.command,
+            _PROFILE.format(folder=json.dumps(os.path.realpath(folder), ensure_ascii=False)),
+        ]
     return list(around.command)
 
 

@@ -225,7 +225,7 @@ ANSWER = "<think>```python\nno\n```</think>So:\n```python\ndef double(x):\n    r
 
 
 def test_the_reward(capfd):
-    python_tests._say.cache_clear()
+    python_tests._begin.cache_clear()
     tests = ["assert double(2) == 4", "assert double(2) == 5"]
     texts = [ANSWER, ANSWER, ANSWER, "def double(x): return 5", "no code", "x", "x"]
     columns = {
@@ -242,6 +242,18 @@ def test_the_reward_is_off_unless_allowed():
     for args in ({}, {"allow": False}, {"seconds": 3}):
         with pytest.raises(UserError, match=r"runs code that the model writes.*args: \{allow: true\}"):
             functions.bind(functions.load("python_tests"), args, "python_tests")
+
+
+def test_limits_or_walls_that_nothing_can_run_in_are_an_error_and_no_score(monkeypatch):
+    columns = {"tests": ["pass"]}
+    with pytest.raises(
+        UserError, match=r"a program of one line does not run here within 0\.001 s and 1024 MB"
+    ):
+        reward_scores("python_tests", ["x = 1"], {"allow": True, "seconds": 0.001}, **columns)
+    python_tests._begin.cache_clear()
+    monkeypatch.setattr(sandbox, "walls", lambda: sandbox.Walls(("false",), False))
+    with pytest.raises(UserError, match="see whether `false python` starts"):
+        reward_scores("python_tests", ["x = 1"], {"allow": True}, **columns)
 
 
 def test_the_time_limit_of_the_whole_call_ends_what_still_runs():
