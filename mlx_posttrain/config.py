@@ -474,6 +474,8 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 def _keys(cls: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
+        if part.isdigit():  # of a list
+            continue
         field = cls.model_fields.get(part)
         section = _section(field.annotation) if field else None
         if section is None:

@@ -31,6 +31,20 @@ def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+# rewards
+
+
+def reward_scores(
+    name: str, texts: list[str], args: dict[str, Any] | None = None, **columns: list[Any]
+) -> list[float | None]:
+    """What the recipe's entry ``{function: name, args: args}`` gives, None where it has no score."""
+    from mlx_posttrain.rewards import functions
+
+    bound = functions.bind(functions.load(name), args or {}, name)
+    found = functions.call(bound, ["p"] * len(texts), texts, columns, name)
+    return [None if np.isnan(one) else float(one) for one in found]
+
+
 # the command line
 
 

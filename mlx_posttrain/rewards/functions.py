@@ -2,8 +2,10 @@
 
 ``prompts`` are the texts of the last user turns, ``completions`` the answers' texts without outer white
 space, and every other column of the data is passed by name if the function takes it (``**columns`` takes
-all). A score of None means that the answer cannot be scored. TRL's reward functions have the same signature
-and, as there, may leave out ``prompts``: ``f(completions, **columns)``.
+all), ``completion_ids`` too: the answers' token ids, stop token included. A parameter ``columns`` gets all of
+them as a mapping. A score of None means that the answer cannot be scored. The function may be asynchronous
+(``async def``), or return a list with coroutines. TRL's reward functions have the same signature and, as
+there, may leave out ``prompts``: ``f(completions, **columns)``.
 """
 
 from __future__ import annotations
@@ -14,27 +16,51 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from pydantic import create_model
 
+from mlx_posttrain import config
+from mlx_posttrain.console import log
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.rewards import limits
 
 RewardFunction = Callable[..., Sequence[float | None]]
+Scores = list[float | None]
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-#: Functions of rewards/stock.py that a recipe names without a file. Their checkers are read when one is used.
-BUILT_IN = ("checker", "exact_answer")
+#: Functions that a recipe names without a file, each with its module, which is read when one is used.
+BUILT_IN = {
+    "checker": "stock",
+    "countdown": "stock",
+    "exact_answer": "stock",
+    "format": "shape",
+    "ifeval": "stock",
+    "json": "shape",
+    "length": "shape",
+    "overlong": "shape",
+    "python_tests": "python_tests",
+    "repetition": "shape",
+    "similarity": "stock",
+}
+#: Seconds that one call of a function may take.
+TIMEOUT = 60.0
 #: Callables given in Python, by the name that a recipe has for them.
 _CALLABLE = "python:"
 _REGISTERED: dict[str, RewardFunction] = {}
+#: Functions of files that this process has been told about.
+_NAMED: set[str] = set()
 
 
 def register(function: RewardFunction) -> str:
@@ -47,12 +73,13 @@ def register(function: RewardFunction) -> str:
 def load(spec: str) -> RewardFunction:
     """Return the function of ``package.module:function``, ``path/to/file.py:function``, or of BUILT_IN.
 
-    Raises a one-line UserError for a missing file, module or function, for an object that cannot be called,
-    and for any exception that the file raises on import.
+    A file is named on standard error before it is run, once in a process. Raises a one-line UserError for a
+    missing file, module or function, for an object that cannot be called, and for any exception that the file
+    raises on import.
     """
     if spec in BUILT_IN:
-        stock = importlib.import_module("mlx_posttrain.rewards.stock")
-        return getattr(stock, spec)  # type: ignore[no-any-return]
+        module = importlib.import_module(f"mlx_posttrain.rewards.{BUILT_IN[spec]}")
+        return getattr(module, spec)  # type: ignore[no-any-return]
     if spec.startswith(_CALLABLE):
         if spec not in _REGISTERED:
             raise UserError(
@@ -64,9 +91,9 @@ def load(spec: str) -> RewardFunction:
     if not colon or not where or not name:
         raise UserError(
             f"reward function {spec!r}: write module:function or file.py:function, or one of "
-            f"{', '.join(BUILT_IN)}"
+            f"{', '.join(BUILT_IN)}{nearest(spec, list(BUILT_IN))}"
         )
-    module = _module(where)
+    module = _module(where, name)
     function = getattr(module, name, None)
     if function is None:
         known = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
@@ -78,13 +105,56 @@ def load(spec: str) -> RewardFunction:
     return function
 
 
-def _module(where: str) -> ModuleType:
+def bind(function: RewardFunction, args: Mapping[str, Any], name: str) -> RewardFunction:
+    """Return the function with its arguments filled in: a recipe's ``args``.
+
+    Those of a stock function are its keyword-only parameters, and their types are checked; a function of the
+    user's takes any that it has a parameter for, but not prompts and completions. Raises UserError for an
+    unknown argument and for a value of the wrong type.
+    """
+    if name in BUILT_IN:
+        bound = partial(function, **_checked(function, args, name))
+        call(bound, [], [], {"completion_ids": []}, name)  # arguments that exclude each other
+        return bound
+    if not args:
+        return function
+    parameters = _parameters(function, name)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    reserved = ("prompts", "completions", "completion_ids")
+    if "completions" not in parameters:
+        reserved += tuple(n for n, p in parameters.items() if p.kind in _BY_POSITION)[:2]
+    known = [n for n, p in parameters.items() if p.kind in _BY_NAME and n not in reserved]
+    for arg in args:
+        if arg in reserved or not (takes_all or arg in known):
+            raise UserError(
+                f"reward function {name}: it takes no argument {arg!r}{nearest(arg, known)} "
+                f"(there are {', '.join(known) or 'none'})"
+            )
+    return partial(function, **args)
+
+
+def _checked(function: RewardFunction, args: Mapping[str, Any], name: str) -> dict[str, Any]:
+    types = typing.get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {
+        n: (types[n], ... if p.default is p.empty else p.default)
+        for n, p in inspect.signature(function).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    }
+    section = create_model(name, __base__=config.Section, **fields)
+    checked = config.parse(dict(args), section, f"args of the reward {name}")
+    return {n: getattr(checked, n) for n in fields}
+
+
+def _module(where: str, function: str) -> ModuleType:
     path = Path(where).expanduser().absolute()  # as in tracebacks
     try:
         if not where.endswith(".py"):
+            found = importlib.util.find_spec(where)
+            _name_file(f"{found.origin if found and found.has_location else where}:{function}")
             return importlib.import_module(where)
         if not path.is_file():
             raise UserError(f"reward function: there is no file {path}")
+        _name_file(f"{path}:{function}")
         name = f"mlx_posttrain_user_{path.stem}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
@@ -99,30 +169,50 @@ def _module(where: str) -> ModuleType:
         ) from None
 
 
+def _name_file(what: str) -> None:
+    if what not in _NAMED:
+        _NAMED.add(what)
+        log(f"reward: {what} will be run")
+
+
 def call(
     function: RewardFunction,
     prompts: list[str],
     completions: list[str],
     columns: Mapping[str, list[Any]],
     name: str,
+    timeout: float | None = TIMEOUT,
 ) -> np.ndarray:
     """Return the function's scores as float64 [R], nan for None.
 
-    Raises UserError, with the function's name, for a column that it needs and the rows lack, an exception
-    inside it, a result that is not a list or has another length, and a score that is not a finite number.
+    timeout: seconds that the call may take, None for any. Raises UserError, with the function's name, when
+    they are up, for a column that it needs and the rows lack, an exception inside it, a result that is not a
+    list or has another length, and a score that is not a finite number.
     """
     positional, by_name = _arguments(function, prompts, completions, columns, name)
-    try:
-        returned = function(*positional, **by_name)
+
+    def ask() -> Any:
+        returned = limits.awaited(function(*positional, **by_name))
         iterable = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping)
-        values = list(returned) if iterable else None
+        return list(returned) if iterable else returned
+
+    try:
+        values = limits.within(timeout, ask)
+    except limits.Expired:
+        raise UserError(
+            f"reward function {name}: it took longer than {timeout:g} s, its `timeout`, for "
+            f"{len(completions)} answer(s); raise that, or look for what it waits for"
+        ) from None
+    except UserError as error:
+        raise UserError(f"reward function {name}: {error}") from None
     except Exception as error:
-        code = getattr(inspect.unwrap(function), "__code__", None)
+        inner = function.func if isinstance(function, partial) else function
+        code = getattr(inspect.unwrap(inner), "__code__", None)
         raise UserError(f"reward function {name}: {_describe(error, code and code.co_filename)}") from None
-    if values is None:
+    if not isinstance(values, list):
         raise UserError(
             f"reward function {name}: it must return a list with a number or None per answer, "
-            f"found {type(returned).__name__}"
+            f"found {type(values).__name__}"
         )
     if len(values) != len(completions):
         raise UserError(f"reward function {name}: {len(values)} scores for {len(completions)} answers")
@@ -159,14 +249,13 @@ def _arguments(
 
     Prompts and completions are passed by name if the function has a parameter ``completions``.
     """
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        raise UserError(
-            f"reward function {name}: its arguments cannot be read; call it from a Python "
-            "function of your own"
-        ) from None
+    parameters = _parameters(function, name)
     positional: list[list[str]] = []
+    filled_in = function.keywords if isinstance(function, partial) else {}
+    every: dict[str, Any] = dict(columns)
+    if "columns" in parameters and parameters["columns"].kind not in _VARIADIC:
+        every.setdefault("columns", columns)
+    columns = {k: v for k, v in every.items() if k not in filled_in}
     offered = {**columns, "prompts": prompts, "completions": completions}
     if "completions" not in parameters:
         positional, offered = (
@@ -189,6 +278,22 @@ def _arguments(
     return positional, {k: v for k, v in offered.items() if (takes_all or k in parameters) and k not in first}
 
 
+def rows(count: int, **columns: Sequence[Any] | None) -> Iterator[dict[str, Any]]:
+    """Return for each of ``count`` answers a mapping of the columns that are there."""
+    there = {name: values for name, values in columns.items() if values is not None}
+    return ({name: values[i] for name, values in there.items()} for i in range(count))
+
+
+def _parameters(function: RewardFunction, name: str) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise UserError(
+            f"reward function {name}: its arguments cannot be read; call it from a Python "
+            "function of your own"
+        ) from None
+
+
 def _describe(error: BaseException, file: str | None) -> str:
     """Return the error in one line, with the innermost line of the user's ``file``.
 
@@ -197,7 +302,7 @@ def _describe(error: BaseException, file: str | None) -> str:
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if f.filename != __file__ and not f.filename.startswith("<frozen")
+        if f.filename not in (__file__, limits.__file__) and not f.filename.startswith("<frozen")
     ]
     frames = [f for f in frames if f.filename == file] or frames
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +36,14 @@ class RewardEntry(Section):
     function: str | None = Field(
         None,
         description="f(prompts, completions, **columns) -> list of float or None: module:name, "
-        "file.py:name, or checker, exact_answer",
+        f"file.py:name, or {', '.join(functions.BUILT_IN)}",
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        description=f"seconds that one call of the function may take; null: {functions.TIMEOUT:g}, or for "
+        "python_tests only what each answer may take",
     )
     weight: float = Field(1.0, description="of this reward in the sum")
     normalise: bool | None = Field(
@@ -46,12 +56,49 @@ class RewardEntry(Section):
     def _one(self) -> RewardEntry:
         if (self.model is None) == (self.function is None):
             raise ValueError("a reward is a model or a function: give one of the two")
+        if self.function is None and (self.args or self.timeout is not None):
+            raise ValueError("args and timeout are a function's: a model takes none")
+        if self.function in functions.BUILT_IN:
+            try:
+                self.load()
+            except UserError as error:
+                raise ValueError(str(error)) from None
         return self
 
     @property
     def name(self) -> str:
-        """What figures are called after."""
+        """What messages call it."""
         return str(self.function or self.model)
+
+    @property
+    def short_name(self) -> str:
+        """The function's name, or that of the model's folder."""
+        if self.function is not None:
+            return self.function.rpartition(":")[2]
+        path = Path(str(self.model))
+        return path.parent.name if path.name == "final" and path.parent.name else path.name
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds that a call may take."""
+        # All of a step's answers may loop endlessly, which must not end the run.
+        return self.timeout or (None if self.function == "python_tests" else functions.TIMEOUT)
+
+    def load(self) -> functions.RewardFunction:
+        """Return the function with its arguments filled in; see functions.load and functions.bind."""
+        return functions.bind(functions.load(self.name), self.args, self.name)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What completions are worth.
+
+    total: the weighted sum, [R], nan where no reward has a score. parts: each reward's own scores by its name
+    in ``Scorer.names``, neither weighted nor normalised, [R], nan where it has none.
+    """
+
+    total: np.ndarray
+    parts: dict[str, np.ndarray]
 
 
 def score_rows(model: Model, rows: Sequence[Sequence[int]], pad: int) -> np.ndarray:
@@ -68,10 +115,14 @@ def score_rows(model: Model, rows: Sequence[Sequence[int]], pad: int) -> np.ndar
 
 
 class Scorer:
-    """Weighted sum of rewards, each on its own scale or normalised on the reference's answers."""
+    """Weighted sum of rewards, each on its own scale or normalised on the reference's answers.
+
+    names: a short name for each reward, numbered from the second of its kind: brief, brief_2.
+    """
 
     def __init__(self, entries: Sequence[RewardEntry], engine: Engine, tokenizer: Any, template: str):
         self.entries = entries
+        self.names = _numbered([entry.short_name for entry in entries])
         self._models: dict[int, tuple[Model, int]] = {}
         self._functions: dict[int, Any] = {}
         self._normalisers: dict[int, functions.Normaliser] = {}
@@ -79,7 +130,7 @@ class Scorer:
             if entry.model is not None:
                 self._models[i] = _reward_model(entry.model, engine, tokenizer, template)
             else:
-                self._functions[i] = functions.load(str(entry.function))
+                self._functions[i] = entry.load()
             if entry.normalise if entry.normalise is not None else entry.model is not None:
                 self._normalisers[i] = functions.Normaliser()
 
@@ -92,9 +143,14 @@ class Scorer:
                 found.append(score_rows(model, [c.row for c in completions], pad))
             else:
                 names = dict.fromkeys(name for c in completions for name in c.prompt.columns)
-                columns = {name: [c.prompt.columns.get(name) for c in completions] for name in names}
+                columns: dict[str, list[Any]] = {
+                    name: [c.prompt.columns.get(name) for c in completions] for name in names
+                }
+                columns["completion_ids"] = [list(c.tokens) for c in completions]
                 prompts, texts = [c.prompt.text for c in completions], [c.text for c in completions]
-                found.append(functions.call(self._functions[i], prompts, texts, columns, entry.name))
+                found.append(
+                    functions.call(self._functions[i], prompts, texts, columns, entry.name, entry.limit)
+                )
         return found
 
     def normalise_on(self, completions: Sequence[Completion]) -> None:
@@ -122,15 +178,21 @@ class Scorer:
                 return entry.weight / scale.std, -entry.weight * scale.mean / scale.std
         raise ValueError(f"{model} is not among the rewards")
 
+    def score(self, completions: Sequence[Completion]) -> Scores:
+        """The weighted sum and each reward's own scores, from asking each once."""
+        if not self.entries or not completions:
+            nothing = np.full(len(completions), np.nan)
+            return Scores(nothing, dict.fromkeys(self.names, nothing))
+        parts = self.parts(completions)
+        scaled = [
+            self._normalisers[i](part) if i in self._normalisers else part for i, part in enumerate(parts)
+        ]
+        total = functions.combine(scaled, [entry.weight for entry in self.entries])
+        return Scores(total, dict(zip(self.names, parts, strict=True)))
+
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
         """[R] scores, nan where no reward has one."""
-        if not self.entries or not completions:
-            return np.full(len(completions), np.nan)
-        parts = [
-            self._normalisers[i](part) if i in self._normalisers else part
-            for i, part in enumerate(self.parts(completions))
-        ]
-        return functions.combine(parts, [entry.weight for entry in self.entries])
+        return self.score(completions).total
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -140,6 +202,14 @@ class Scorer:
         """Take it back."""
         for key, value in state.items():
             self._normalisers[int(key)].restore(value)
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        found.append(next(n for n in itertools.chain([name], others) if n not in found))
+    return found
 
 
 def _reward_model(name: str, engine: Engine, tokenizer: Any, template: str) -> tuple[Model, int]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_posttrain.data import tasks
 from mlx_posttrain.rewards import answers, ifeval
@@ -69,9 +69,8 @@ def verify(row: Mapping[str, Any], text: str) -> bool | None:
         return ifeval.strict(row, answers.after_thought(text))
     answer = answers.final_answer(text)
     if rule == "countdown":
-        return _countdown(
-            [Fraction(str(one)) for one in row["numbers"]], Fraction(str(row["target"])), answer
-        )
+        game, worked = countdown_game(row["numbers"], row["target"]), arithmetic(answer)
+        return bool(game and worked and worked.used <= game[0] and worked.gives(game[1]))
     reference = _reference(row)
     return None if reference is None else answers.same(answer, reference)
 
@@ -87,10 +86,15 @@ def _rule(row: Mapping[str, Any]) -> str | None:
         return "checker"
     if any(one not in ifeval.UNJUDGED for one in _listed(row.get("instruction_id_list"))):
         return "ifeval"
-    numbers = _listed(row.get("numbers"))
-    if numbers and all(_is_number(one) for one in [*numbers, row.get("target")]):
-        return "countdown"
-    return None
+    return None if countdown_game(row.get("numbers"), row.get("target")) is None else "countdown"
+
+
+def countdown_game(numbers: Any, target: Any) -> tuple[Counter[Fraction], Fraction] | None:
+    """Return (how often each number is given, the target), or None where one of them is missing."""
+    listed = _listed(numbers)
+    if not listed or not all(_is_number(one) for one in [*listed, target]):
+        return None
+    return Counter(Fraction(str(one)) for one in listed), Fraction(str(target))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -117,22 +121,37 @@ def _reference(row: Mapping[str, Any]) -> str | None:
     return answer if short and answers.bare_words(answer) else None
 
 
-def _countdown(numbers: list[Fraction], target: Fraction, answer: str) -> bool:
-    """Return whether ``answer`` is only an expression over the numbers with the target as its value."""
+class Arithmetic(NamedTuple):
+    """The exact value of an expression, the numbers in it, and what was said after its ``=``, if anything."""
+
+    value: Fraction
+    used: Counter[Fraction]
+    stated: Fraction | None
+
+    def gives(self, target: Fraction) -> bool:
+        """Return whether the value is the target, and nothing else was said."""
+        return self.value == target and self.stated in (None, target)
+
+
+def arithmetic(answer: str) -> Arithmetic | None:
+    """Return what an answer works out to, or None if it is anything but arithmetic.
+
+    It may have + - * / and brackets, ``= number`` after it, and at most LONGEST_EXPRESSION characters. It is
+    read by ``ast``, and nothing is run.
+    """
     left, equals, right = answer.strip().removesuffix(".").partition("=")
     if len(answer) > LONGEST_EXPRESSION or not re.fullmatch(r"[0-9.+\-*/()\s]+", left):
-        return False
+        return None
     if equals and not re.fullmatch(r"\s*-?[0-9]+(\.[0-9]+)?\s*", right):
-        return False  # before Fraction computes 1e999999999
+        return None  # before Fraction computes 1e999999999
     try:
         # in brackets, because an expression may span several lines
         tree = ast.parse(f"({left})", mode="eval").body
         used: Counter[Fraction] = Counter()
         value = _evaluate(tree, used)
-        stated = Fraction(right.strip()) if equals else target
+        return Arithmetic(value, used, Fraction(right.strip()) if equals else None)
     except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
-        return False
-    return value == stated == target and used <= Counter(numbers)
+        return None
 
 
 def _evaluate(tree: ast.expr, used: Counter[Fraction]) -> Fraction:

@@ -37,6 +37,10 @@ def one(prompts):
     return [1.0]
 def trl(completions, **columns):
     return [float(len(c)) for c in completions]
+def scaled(prompts, completions, factor, of="c"):
+    return [factor * len({"p": p, "c": c}[of]) for p, c in zip(prompts, completions)]
+def takes_all(completions, **settings):
+    return [float(settings["factor"])] * len(completions)
 def counted(prompts, completions):
     return (x for x in (True, np.float32(0.5)))
 number = 3
@@ -79,13 +83,59 @@ def test_a_function_of_ones_own(path):
         ("{}", "module:function"),
         ("nowhere.py:f", "there is no file"),
         ("no_such_module:f", "cannot be imported: ModuleNotFoundError"),
-        ("checkr", "checker, exact_answer"),
+        ("checkr", r"one of checker, countdown, .*, similarity; did you mean 'checker'\?"),
     ],
 )
 def test_what_cannot_be_loaded(path, spec, said):
     with pytest.raises(UserError, match=said) as error:
         functions.load(spec.format(path))
     assert "\n" not in str(error.value)
+
+
+def test_arguments_of_a_recipe(path):
+    def scores(name, args, **columns):
+        bound = functions.bind(functions.load(f"{path}:{name}"), args, name)
+        return functions.call(bound, ["abc"] * 2, ["x", "yy"], columns, name).tolist()
+
+    assert scores("scaled", {"factor": 2}) == [2, 4]
+    assert scores("scaled", {"factor": 2, "of": "p"}) == [6, 6]
+    # before a column of its name
+    assert scores("scaled", {"factor": 2, "of": "c"}, factor=[7, 7], of=["p", "p"], other=[1, 1]) == [2, 4]
+    assert scores("takes_all", {"factor": 3}, factor=[7, 7]) == [3, 3]
+    with pytest.raises(UserError, match="scaled: it needs the column 'factor'"):
+        scores("scaled", {})
+    for name, args, said in (
+        (
+            "scaled",
+            {"facto": 2},
+            r"scaled: it takes no argument 'facto'; did you mean 'factor'\? \(there are factor, of\)",
+        ),
+        ("scaled", {"factor": 2, "prompts": 2}, "takes no argument 'prompts'"),
+        ("takes_all", {"completions": 2}, r"takes no argument 'completions' \(there are none\)"),
+        ("takes_all", {"completion_ids": 2}, "takes no argument 'completion_ids'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            scores(name, args)
+    with pytest.raises(UserError, match=r"scaled: TypeError.*\(mine\.py, line 31\)"):
+        scores("scaled", {"factor": None})
+
+
+def test_a_file_is_named_before_it_is_run_once(tmp_path, monkeypatch, capfd):
+    (tmp_path / "told.py").write_text(
+        "import sys\nprint('running', file=sys.stderr)\ndef f(p, c): pass\ng = f\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    functions.load("told.py:f")
+    assert capfd.readouterr().err.splitlines() == [f"reward: {tmp_path}/told.py:f will be run", "running"]
+    functions.load(f"{tmp_path}/told.py:f")
+    assert "reward" not in capfd.readouterr().err
+    functions.load("told.py:g")
+    functions.load("told:f")  # as a module it is the same file
+    functions.load("checker")
+    functions.load(functions.register(lambda completions: []))
+    said = [line for line in capfd.readouterr().err.splitlines() if "reward" in line]
+    assert said == [f"reward: {tmp_path}/told.py:g will be run"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""No checker, IFEval rule or comparison of answers takes more than linear time, whatever a model writes."""
+"""Checkers, rewards, IFEval rules and comparisons take linear time, whatever a model writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from mlx_posttrain.data.tasks import checks, courtesy
 from mlx_posttrain.evaluation import reasoning
-from mlx_posttrain.rewards import ifeval
+from mlx_posttrain.rewards import ifeval, python_tests, shape, stock
 from mlx_posttrain.rewards.answers import final_answer
 from mlx_posttrain.rewards.verify import verify
 
@@ -159,5 +159,22 @@ def test_other_rules():
         "final answer": final_answer,
         "thought": lambda text: reasoning.shape_score(f"<think>{text}</think>1"),
         "steps": lambda text: reasoning.count_steps(f"<think>{text}</think>1"),
+    }
+    assert slowest(functions) < (SECONDS,)
+
+
+def test_rewards():
+    reference = {"reference_answer": ["so the answer is 1 and a cat. " * 1000]}
+    schema = {"type": "object", "additionalProperties": {"type": "array", "items": {"maximum": 3}}}
+    functions = {
+        "think": lambda text: shape.format(["p"], [text]),
+        "tags": lambda text: shape.format(["p"], [text], tags=["think", "answer"]),
+        "json": lambda text: shape.json(["p"], [text], json_schema=schema),
+        "nested json": lambda text: shape.json(["p"], ['{"a":' + text], json_schema=schema),
+        "f1": lambda text: stock.similarity(["p"], [text], **reference),
+        "rouge_l": lambda text: stock.similarity(["p"], [text], **reference, metric="rouge_l"),
+        "countdown": lambda text: stock.countdown(["p"], [text], target=[3], nums=[[1, 2]]),
+        "code": python_tests._code,
+        "repetition": lambda text: shape.repetition(["p"], [text], [list(text.encode())], n=3),
     }
     assert slowest(functions) < (SECONDS,)

@@ -4,16 +4,19 @@ answers.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_posttrain import engines
+from mlx_posttrain import config, engines
+from mlx_posttrain.config import Section
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods.pretrain import PretrainSection, make_model
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import load_tokenizer
+from mlx_posttrain.rewards import functions as functions_module
 from mlx_posttrain.rewards import scorer as scoring
 from mlx_posttrain.rewards.scorer import RewardEntry, Scorer
 from mlx_posttrain.rl import rollouts
@@ -27,6 +30,13 @@ def length(prompts, completions):
 def wanted(prompts, completions, target):
     rows = zip(prompts, completions, target)
     return [None if t is None else float(t in c) + 10 * float(t in p) for p, c, t in rows]
+"""
+
+COUNTS = """
+calls = []
+def length(completions):
+    calls.append(completions)
+    return [float(len(calls))] * len(completions)
 """
 
 
@@ -75,6 +85,107 @@ def test_rewards_are_summed_with_their_weights(functions, random_gpt2):
     )
     assert both(asked).tolist() == [2 * 2 - 0.5, 2 * 4, 2, -5]
     assert np.isnan(scorer([], random_gpt2)(asked)).all()
+
+
+def test_each_rewards_own_scores_from_one_call(functions, reward_model, random_gpt2, tmp_path):
+    (tmp_path / "counts.py").write_text(COUNTS)
+    both = scorer(
+        [
+            {"function": f"{functions}:length", "weight": 2.0, "normalise": True},
+            {"function": f"{functions}:wanted"},
+            {"function": f"{tmp_path / 'counts.py'}:length"},
+            {"model": str(reward_model)},
+            {"model": str(reward_model)},
+        ],
+        random_gpt2,
+    )
+    assert both.names == ["length", "wanted", "length_2", "model", "model_2"]
+    asked = answers()
+    both.normalise_on(asked)
+    scores = both.score(asked)
+    assert list(scores.parts) == both.names
+    assert scores.parts["length_2"].tolist() == [2.0] * 4  # the first call was the normalisation
+    assert scores.parts["length"].tolist() == [2, 4, 1, 0]  # as they are, and not normalised
+    assert scores.parts["wanted"][[0, 1, 3]].tolist() == [1, 0, 10] and np.isnan(scores.parts["wanted"][2])
+    scaled = {n: (x - x.mean()) / x.std() for n, x in scores.parts.items() if n in ("length", "model")}
+    total = 2 * scaled["length"] + [1, 0, 0, 10] + 2.0 + 2 * scaled["model"]
+    assert scores.total == pytest.approx(total, abs=1e-5)
+    assert both(asked) == pytest.approx(total + 1, abs=1e-5)  # called a third time
+    none = both.score([])
+    assert len(none.total) == 0 and list(none.parts) == both.names
+
+
+def test_names_are_unique_whatever_they_are_called(functions, random_gpt2, tmp_path):
+    (tmp_path / "odd.py").write_text("def length_2(c): pass\ndef length(c): pass\n")
+    named = [f"{functions}:length", f"{tmp_path / 'odd.py'}:length_2", f"{tmp_path / 'odd.py'}:length"]
+    assert scorer([{"function": one} for one in named], random_gpt2).names == [
+        "length",
+        "length_2",
+        "length_3",
+    ]
+    assert RewardEntry(model="runs/07_reward").short_name == "07_reward"
+    assert RewardEntry(model="runs/07_reward/final").short_name == "07_reward"
+    assert RewardEntry(model="org/name").short_name == "name"
+
+
+def test_stock_rewards_with_arguments_and_the_tokens_that_they_count(random_gpt2):
+    asked = answers()  # of 4 tokens each
+    summed = scorer(
+        [
+            {"function": "length", "args": {"target": 3, "alpha": 0.5}},
+            {"function": "overlong", "args": {"max_length": 5, "cache": 2}, "weight": 4.0},
+        ],
+        random_gpt2,
+    )
+    assert summed(asked).tolist() == [-0.5 - 2] * 4
+
+
+@pytest.mark.parametrize(
+    "entry, said",
+    [
+        (
+            {"function": "length", "args": {"taget": 3}},
+            "'reward.0': args of the reward length: unknown key 'taget'; did you mean 'target'?",
+        ),
+        ({"function": "length", "args": {"target": "x"}}, "'target': input should be a valid integer"),
+        ({"function": "checker", "arg": {}}, "unknown key 'reward.0.arg'; did you mean 'reward.0.args'?"),
+        ({"function": "overlong"}, "the key 'max_length' is missing"),
+        ({"function": "python_tests"}, "args: {allow: true}"),
+        ({"model": "a", "args": {"b": 1}}, "args and timeout are a function's"),
+        ({"model": "a", "timeout": 3}, "args and timeout are a function's"),
+        ({"function": "checker", "timeout": 0}, "'reward.0.timeout'"),
+        ({"function": "checker", "args": 3}, "'reward.0.args'"),
+    ],
+)
+def test_a_recipe_with_wrong_arguments_is_refused(entry, said):
+    class Recipe(Section):
+        reward: list[RewardEntry]
+
+    with pytest.raises(UserError) as error:
+        config.parse({"reward": [entry]}, Recipe, "my.yaml")
+    assert (
+        said in str(error.value) and str(error.value).startswith("my.yaml: ") and "\n" not in str(error.value)
+    )
+
+
+def test_a_function_that_hangs_is_named_with_its_limit(random_gpt2, tmp_path):
+    (tmp_path / "slow.py").write_text("def hang(completions, on):\n    while on: pass\n")
+    name = f"{tmp_path / 'slow.py'}:hang"
+    slow = scorer([{"function": name, "args": {"on": True}, "timeout": 0.2}], random_gpt2)
+    with pytest.raises(UserError, match=f"{name}: it took longer than 0.2 s"):
+        slow(answers())
+
+
+def test_answers_that_all_loop_do_not_end_a_run(random_gpt2, monkeypatch):
+    monkeypatch.setattr(functions_module, "TIMEOUT", 0.1)
+    asked = [
+        dataclasses.replace(a, text="while True: pass", prompt=Prompt((1,), "q", {"tests": "pass"}))
+        for a in answers()
+    ]
+    args = {"allow": True, "seconds": 0.3}
+    assert scorer([{"function": "python_tests", "args": args}], random_gpt2)(asked).tolist() == [0] * 4
+    with pytest.raises(UserError, match=r"python_tests: it took longer than 0\.2 s"):
+        scorer([{"function": "python_tests", "args": args, "timeout": 0.2}], random_gpt2)(asked)
 
 
 def test_normalised_scores_and_raw_ones_in_one_sum(functions, random_gpt2):
