@@ -158,8 +158,9 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
         tokens, answers = stats["tokens"], ROLLOUT["prompts"] * ROLLOUT["samples"]
         entropy = stats["objective/entropy"] * answers / tokens
         if step == 0:
-            keys = (("kl", "kl"), ("score", "scores"), ("score_std", "scores_std"))
-            first = {"entropy": entropy, **{name: stats[f"objective/{key}"] for name, key in keys}}
+            scores = learner.last_scores.total
+            divergence = stats.get("objective/kl", stats.get("kl", 0.0))  # without a penalty there is none
+            first = {"entropy": entropy, "kl": divergence, "score": scores.mean(), "score_std": scores.std()}
         step += 1
         gate.report(loss=entropy, rows=answers, tokens=tokens)
     gate.close(device=engine.device(), first=first)

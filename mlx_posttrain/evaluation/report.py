@@ -32,8 +32,8 @@ CAPTIONS = {
     "two halves of the rows in one template.",
     "curves": "Training loss as lines, held-out loss as dots.",
     "loss_quality": "Each model's response loss against its right answers, both on held-out rows.",
-    "reward_kl": "Path of each run on rollouts: mean score against the KL from its start. The large dot is the "
-    "end.",
+    "reward_kl": "Path of each run on rollouts: mean score against the KL from its start. The large dot "
+    "is the end.",
     "reward": "Mean score of each step's answers.",
     "accuracy": "Right answers on held-out questions.",
     "ceiling": "A score that no text can bring to 1; the line is that of text in which nothing occurs twice.",

@@ -107,7 +107,7 @@ def group_experience(
         np.abs(o - np.asarray(c.logprobs)) for o, c in zip(old, completions, strict=True) if c.logprobs
     ]
     metrics = _metrics(raw, groups, lengths, ended, max_tokens) | {
-        "entropy_of_samples": float(np.mean([-o.sum() for o in old])),
+        "objective/entropy": float(np.mean([-o.sum() for o in old])),
         "unscored": len(scores) - len(kept),
     }
     if "ref_logprobs" in stats:

@@ -28,6 +28,7 @@ from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import Engine, Trainer
+from mlx_posttrain.rewards.scorer import Scores
 from mlx_posttrain.rl import kl, prompts, rollouts
 from mlx_posttrain.rl.aggregation import aggregate
 from mlx_posttrain.rl.config import RolloutRecipe
@@ -92,6 +93,7 @@ class RolloutLearner:
         self._baseline: float | None = None
         self._explain_from = 0
         self._last: Sequence[Completion] = ()
+        self.last_scores = Scores(np.zeros(0), {})
         self._held_out: Sequence[Completion] = ()
 
     def check(self) -> None:
@@ -160,6 +162,7 @@ class RolloutLearner:
         recipe, beta = self.recipe, self._controller.beta
         seed = recipe.seed * 1_000_003 + step + 2
         self._last, scores, drawn_again = self._rollout(step, seed)
+        self.last_scores = scores
         given: dict[str, Any] = {}
         if self.algorithm.greedy:
             given["greedy"] = self._greedy(seed)
@@ -167,7 +170,9 @@ class RolloutLearner:
             given["moving"] = self._baseline
         sampled = time.perf_counter()
         stats = self._measure(self._last)
-        seen = self.algorithm.experience(self._last, scores, stats, beta, self.actors.value_offset, **given)
+        seen = self.algorithm.experience(
+            self._last, scores.total, stats, beta, self.actors.value_offset, **given
+        )
         metrics = self.update(seen, step, lr)
         self._controller.update(seen.kl, len(seen.completions))
         self._baseline = seen.baseline
@@ -177,30 +182,33 @@ class RolloutLearner:
             "beta": beta,
             "tokens": sum(len(c.tokens) for c in seen.completions),
             **seen.metrics,
+            **_of_parts(scores),
             **({"groups_drawn_again": drawn_again} if self.algorithm.resample else {}),
             **metrics,
             "seconds/rollout": sampled - begun,
         }
 
-    def _rollout(self, step: int, seed: int) -> tuple[list[Completion], np.ndarray, int]:
+    def _rollout(self, step: int, seed: int) -> tuple[list[Completion], Scores, int]:
         """A step's completions with their scores, and how many groups of equal scores were drawn again."""
         train, samples = self.data.train, self.recipe.rollout.samples
         chosen = prompts.of_step(len(train), self.recipe.rollout.prompts, self.recipe.seed, step)
         completions = self._sample([train[i] for i in chosen], samples, seed)
-        scores, drawn_again = self.actors.scorer(completions), 0
+        scores, drawn_again = self.actors.scorer.score(completions), 0
         for attempt in range(self.algorithm.resample):
-            equal = sorted(equal_groups(scores, np.repeat(np.arange(len(chosen)), samples)))
+            equal = sorted(equal_groups(scores.total, np.repeat(np.arange(len(chosen)), samples)))
             if not equal:
                 break
             rng = np.random.default_rng([self.recipe.seed, 0xDA90, step, attempt])
             others = rng.permutation(len(train))[: len(equal)]
             fresh = self._sample([train[i] for i in others], samples, seed + (attempt + 2) * GREEDY)
-            fresh_scores = self.actors.scorer(fresh)
+            found = self.actors.scorer.score(fresh)
             for place, group in enumerate(equal[: len(others)]):
-                for s in range(samples):
-                    new = replace(fresh[place * samples + s], group=group)
-                    completions[group * samples + s] = new
-                    scores[group * samples + s] = fresh_scores[place * samples + s]
+                old = slice(group * samples, (group + 1) * samples)
+                new = slice(place * samples, (place + 1) * samples)
+                completions[old] = [replace(c, group=group) for c in fresh[new]]
+                scores.total[old] = found.total[new]
+                for name, part in scores.parts.items():
+                    part[old] = found.parts[name][new]
             drawn_again += len(others)
         return completions, scores, drawn_again
 
@@ -293,14 +301,29 @@ class RolloutLearner:
 
     def write_samples(self, step: int) -> None:
         shown = self._held_out[: self.recipe.sample.count]
-        for c, score in zip(shown, self.actors.scorer(shown) if shown else (), strict=True):
+        if shown:
+            self._write_scored(step, shown, self.actors.scorer.score(shown), {})
+        samples = self.recipe.rollout.samples
+        if self._last and samples > 1 and shown:  # what the last step compared: its first group
+            group = slice(0, samples)
+            parts = {name: part[group] for name, part in self.last_scores.parts.items()}
+            scores = Scores(self.last_scores.total[group], parts)
+            self._write_scored(step, self._last[group], scores, {"split": "train"})
+
+    def _write_scored(
+        self, step: int, completions: Sequence[Completion], scores: Scores, more: Mapping[str, Any]
+    ) -> None:
+        for i, (c, score) in enumerate(zip(completions, scores.total, strict=True)):
+            rewards = {name: _number(part[i]) for name, part in scores.parts.items()}
             self._write_sample(
                 {
                     "step": step,
+                    **more,
                     "prompt": c.prompt.text,
                     "answer": c.text,
                     "stopped": c.stopped,
-                    "score": float(score),
+                    "score": _number(score),
+                    "rewards": rewards,
                 }
             )
 
@@ -339,6 +362,22 @@ class RolloutLearner:
         self.actors.judge.restore(state["judge"])
         self.actors.value_offset = state["value_offset"]
         self._baseline = state.get("baseline")
+
+
+def _number(value: float) -> float | None:
+    """A score for JSON, which has no nan."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _of_parts(scores: Scores) -> dict[str, float]:
+    """Mean and standard deviation of each reward's own scores, under TRL's names."""
+    found = {}
+    for name, part in scores.parts.items():
+        known = part[np.isfinite(part)]
+        if len(known):
+            found[f"rewards/{name}/mean"] = float(known.mean())
+            found[f"rewards/{name}/std"] = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+    return found
 
 
 def _named(metrics: Mapping[str, float], party: str) -> dict[str, float]:
