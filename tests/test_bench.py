@@ -375,12 +375,12 @@ def test_engines_take_turns_on_the_embedded_model(tmp_path: Path) -> None:
     assert all((tmp_path / "out" / f"bench.{ending}").stat().st_size > 1000 for ending in ("svg", "png"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_kinds_of_work_on_the_embedded_model() -> None:
     result = bench.bench(
-        "tiny", ["kl", "kl-lora", "reward", "ppo"], units=1, shape=Shape(rows=8, batch_size=4)
+        "tiny", ["kl", "kl-lora", "reward", "ppo", "grpo"], units=1, shape=Shape(rows=8, batch_size=4)
     )
-    assert len(result["timings"]) == 4 * len(bench.available_engines())
+    assert len(result["timings"]) == 5 * len(bench.available_engines())
     for t in result["timings"]:
         assert t["error"] is None and t["mismatch"] is None, (
             t["what"],
@@ -486,7 +486,7 @@ def test_installed_baselines_do_the_same_work(what: str) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scaling_of_the_embedded_model(tmp_path: Path) -> None:
     result = bench.bench("tiny", ["scaling"], [bench.available_engines()[0]], units=1)
     (scaled,) = result["scaling"].values()

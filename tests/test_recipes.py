@@ -121,6 +121,25 @@ SMALL = {  # what makes a recipe of a method run within seconds, offline
         "rollout.max_tokens=8",
         "critic.kind=shared",
     ],
+    "grpo": [
+        "model=tiny",
+        "reward=[{function: checker}]",
+        "data.source=embedded/tasks",
+        "data.config=null",
+        "data.format=auto",
+        "data.template=question",
+        "data.system=null",
+        "data.eval_split=valid",
+        "data.limit=60",
+        "data.eval_limit=4",
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.grad_accumulation=2",
+        "rollout.prompts=2",
+        "rollout.samples=4",
+        "rollout.max_tokens=8",
+        "grpo.overlong_buffer=null",
+    ],
     "distill": [
         "model=tiny",
         "data.source=embedded/reasoning",
@@ -141,6 +160,7 @@ SHOWN = {
     "sft": {"prompt", "answer", "wanted"},
     "reward": {"chosen", "rejected", "chosen_score"},
     "ppo": {"prompt", "answer", "score"},
+    "grpo": {"prompt", "answer", "score", "rewards"},
     "distill": {"prompt", "answer", "wanted"},
 }
 
@@ -161,7 +181,7 @@ def test_runs_on_the_tiny_model(name, engine, tmp_path):
     method = config.read_yaml(config.shipped()[name])["method"]
     chosen = methods.load_recipe(name, [*SMALL[method], f"output={tmp_path / 'run'}", f"engine={engine}"])
     result = methods.run(chosen)
-    assert 0 <= result["accuracy"] <= 1 if method == "ppo" else 0 < result["loss"] < 20
+    assert 0 <= result["accuracy"] <= 1 if method in ("ppo", "grpo") else 0 < result["loss"] < 20
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert samples and {"step", *SHOWN[method]} <= set(samples[0])
     assert (tmp_path / "run" / "card.md").read_text().startswith("---")
@@ -286,6 +306,27 @@ def test_the_budget_compares_like_with_like():
     assert all(own == stages["traces_0"] for own in stages.values())
     for pairs in report["gains"].values():
         assert [(a[-1], b[-1]) for a, b in pairs] == [("0", "0"), ("1", "1"), ("2", "2")]
+
+
+def test_the_methods_of_reinforcement_learning_compare_like_with_like():
+    """Three seeds of each; the critic's run differs in its method's own keys only."""
+    from mlx_posttrain.pipeline import stage_recipes
+
+    stages = stage_recipes(methods.load_recipe("10_learning"))
+    presets = [(own.grpo.preset, own.seed) for own in stages.values() if own.method == "grpo"]
+    names = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp")
+    assert sorted(presets) == sorted((name, seed) for name in names for seed in (0, 1, 2))
+    runs = [own.model_dump() for own in stages.values() if own.method in ("grpo", "ppo")]
+    assert len(runs) == 18
+    for key in ("model", "adapter", "reward", "data"):
+        assert all(own[key] == runs[0][key] for own in runs), key
+    for part, keys in {
+        "rollout": ("prompts", "samples", "max_tokens", "temperature", "missing_eos_penalty"),
+        "train": ("steps", "batch_size", "grad_accumulation", "lr", "schedule"),
+        "kl": ("beta",),
+    }.items():
+        for key in keys:
+            assert all(own[part][key] == runs[0][part][key] for own in runs), (part, key)
 
 
 @pytest.mark.slow

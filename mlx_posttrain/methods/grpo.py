@@ -73,6 +73,13 @@ PRESETS: dict[str, Settings] = {
 }
 
 
+def _presets(key: str) -> str:
+    """What null means for a key: the value of most presets, and of each that has another."""
+    usual = getattr(PRESETS["grpo"], key)
+    others = {name: getattr(s, key) for name, s in PRESETS.items() if getattr(s, key) != usual}
+    return f"null: {usual}" + "".join(f", {name} {value}" for name, value in others.items())
+
+
 class GRPOSection(config.Section):
     """The objective. A key that is null is what the preset says."""
 
@@ -83,10 +90,13 @@ class GRPOSection(config.Section):
     baseline: Baseline | None = Field(
         None,
         description="what an answer's score is compared with: its group's mean; that of the others in the "
-        "group (RLOO); global, the step's (REINFORCE++); greedy, the greedy answer's score (ReMax)",
+        "group (RLOO); global, the step's (REINFORCE++); greedy, the greedy answer's score (ReMax); "
+        + _presets("baseline"),
     )
     scale: Scale | None = Field(
-        None, description="what advantages are divided by: the group's or the step's standard deviation"
+        None,
+        description="what advantages are divided by: the standard deviation of the group or of the step "
+        "(batch); " + _presets("scale"),
     )
     std_ddof: int = Field(1, ge=0, le=1, description="1: squares over n - 1, as TRL has it; 0: over n")
     std_eps: float = Field(1e-4, gt=0, description="added to the standard deviation")
@@ -96,14 +106,20 @@ class GRPOSection(config.Section):
     ratio: Ratio | None = Field(
         None,
         description="new to old policy of each token; sequence: the geometric mean of an answer's (GSPO); "
-        "sequence_sum: the product",
+        "sequence_sum: the product; " + _presets("ratio"),
     )
-    clip_low: float | None = Field(None, gt=0, lt=1, description="how far a ratio may fall below 1")
-    clip_high: float | None = Field(None, gt=0, description="how far it may rise above 1")
+    clip_low: float | None = Field(
+        None, gt=0, lt=1, description="how far a ratio may fall below 1; " + _presets("clip_low")
+    )
+    clip_high: float | None = Field(
+        None, gt=0, description="how far it may rise above 1; " + _presets("clip_high")
+    )
     delta: float | None = Field(
         None, gt=1, description="upper bound of a ratio whatever its advantage's sign (two-sided clipping)"
     )
-    aggregation: Aggregation | None = Field(None, description="how tokens are averaged, by verl's names")
+    aggregation: Aggregation | None = Field(
+        None, description="how tokens are averaged, by verl's names; " + _presets("aggregation")
+    )
     importance_cap: float | None = Field(
         None,
         gt=0,
@@ -119,7 +135,8 @@ class GRPOSection(config.Section):
     resample: int | None = Field(
         None,
         ge=0,
-        description="times that groups of equal scores make way for other prompts (dynamic sampling)",
+        description="times that groups of equal scores make way for other prompts (dynamic sampling); "
+        + _presets("resample"),
     )
     entropy_coef: float = Field(0.0, description="weight of the entropy per token, which is maximised")
 
@@ -128,9 +145,9 @@ class KLSection(rl_config.KLPenaltySection):
     """The leash to the reference: the policy as it was before (with an adapter: without it)."""
 
     beta: float = Field(0.0, ge=0, description="penalty per nat; 0: none, and no reference is kept")
-    place: Place | None = Field(None, description="in the loss or in the reward; null: the preset's")
+    place: Place | None = Field(None, description="in the loss or in the reward; " + _presets("place"))
     estimator: Estimator | None = Field(
-        None, description="of KL in the loss: losses/policy.py has them; null: the preset's, k3"
+        None, description="of KL in the loss: losses/policy.py has them; " + _presets("estimator")
     )
 
 

@@ -251,7 +251,7 @@ def test_other_models_and_columns(kind, tmp_path, random_gpt2, run):
         for one in ENGINES
     ],
 )
-@pytest.mark.parametrize("name", ["dpo", "simpo"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("simpo", marks=pytest.mark.exhaustive)])
 def test_it_learns_what_is_preferred(engine, name, tmp_path):
     """From a model that answers, three seeds: held-out pairs are judged above chance."""
     families = "data.families=[quotes,first_last]"
