@@ -74,6 +74,11 @@ class DataSection(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="our column name: the file's column name"
     )
+    prompt: str | None = Field(
+        None,
+        description="the question to ask where the file has only its parts: text with columns in braces, "
+        "'Make {target} from {nums}.' for example; null: the file has it",
+    )
     template: str | list[str] = Field(
         "instruction", description="a template's name, or a list from which each row draws one by seed"
     )

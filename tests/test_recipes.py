@@ -129,6 +129,7 @@ SMALL = {  # what makes a recipe of a method run within seconds, offline
         "data.format=auto",
         "data.template=question",
         "data.system=null",
+        "data.prompt=null",
         "data.eval_split=valid",
         "data.limit=60",
         "data.eval_limit=4",

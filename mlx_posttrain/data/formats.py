@@ -31,6 +31,7 @@ the file is not what the recipe takes it for (a list instead of text) is an erro
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -97,6 +98,24 @@ def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     theirs = {v: k for k, v in columns.items()}
     kept = {k: v for k, v in row.items() if k not in theirs}
     return kept | {ours: row.get(name) for name, ours in theirs.items()}
+
+
+def fill_prompts(rows: Sequence[Row], text: str, source: str) -> list[dict[str, Any]]:
+    """Return the rows with a column ``prompt``: the text, with each {column} replaced by the row's value.
+
+    Raises UserError for a column that no row has, and for a text without columns.
+    """
+    names = list(dict.fromkeys(re.findall(r"\{(\w+)\}", text)))
+    known = list(dict.fromkeys(name for row in rows for name in row))
+    unknown = next((name for name in names if name not in known), None)
+    if not names or unknown is not None:
+        what = "has no {column} in it" if unknown is None else f"names the column {unknown!r}"
+        hint = nearest(unknown or "", known)
+        raise UserError(f"data.prompt {what}{hint}; the columns of {source} are {', '.join(known)}")
+    return [
+        {**row, "prompt": re.sub(r"\{(\w+)\}", lambda match: str(row.get(match[1], "")), text)}  # noqa: B023
+        for row in rows
+    ]
 
 
 def parse(row: Row, format: str, columns: Mapping[str, str] | None = None, where: str = "row") -> Record:

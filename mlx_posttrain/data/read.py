@@ -40,6 +40,8 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
         shuffle=data.shuffle,
         families=data.families,
     )
+    if data.prompt is not None:
+        rows = formats.fill_prompts(rows, data.prompt, data.source)
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
     for reason, count in dropped.items():
         log(f"{data.source} {split}: {count} rows dropped: {reason}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_posttrain.data.formats import Dropped, accepted, detect, parse, parse_rows
+from mlx_posttrain.data.formats import Dropped, accepted, detect, fill_prompts, parse, parse_rows
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 
@@ -321,3 +321,14 @@ def test_a_message_of_weight_0_is_not_trained() -> None:
                 [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 2
                 + [{"messages": [{"role": "assistant", "content": "a", "weight": wrong}]}]
             )
+
+
+def test_a_prompt_made_of_columns():
+    rows = [{"target": 19, "nums": [49, 27, 3]}, {"target": 7, "nums": [1, 6], "{x}": 1}]
+    found = fill_prompts(rows, "Make {target} from {nums}: {target}!", "f.jsonl")
+    assert [row["prompt"] for row in found] == ["Make 19 from [49, 27, 3]: 19!", "Make 7 from [1, 6]: 7!"]
+    assert found[0]["nums"] == [49, 27, 3]  # for the reward
+    with pytest.raises(UserError, match=r"names the column 'num'; did you mean 'nums'\?; the columns"):
+        fill_prompts(rows, "{num}", "f.jsonl")
+    with pytest.raises(UserError, match=r"data.prompt has no \{column\} in it"):
+        fill_prompts(rows, "Make {} of it", "f.jsonl")
