@@ -194,7 +194,7 @@ class Recipe(rl_config.RolloutRecipe):
     @property
     def penalised(self) -> bool:
         """Whether there is a KL penalty, and so a reference."""
-        return self.kl.beta > 0
+        return self.kl.beta > 0 or (self.kl.controller == "linear" and self.kl.final > 0)
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:

@@ -43,12 +43,15 @@ class RolloutSection(config.Section):
 class KLPenaltySection(config.Section):
     """The leash to the reference: the policy as it was before PPO (with an adapter: without it)."""
 
-    controller: Literal["fixed", "adaptive"] = Field("fixed", description="beta stays, or follows the KL")
-    beta: float = Field(0.05, ge=0, description="penalty per nat; the first value of an adaptive one")
+    controller: Literal["fixed", "adaptive", "linear"] = Field(
+        "fixed", description="beta stays, follows the KL, or goes in a line to `final`"
+    )
+    beta: float = Field(0.05, ge=0, description="penalty per nat; the first value where it changes")
     target: float = Field(6.0, gt=0, description="adaptive: nats per answer aimed at")
     horizon: float = Field(
         10000.0, gt=0, description="adaptive: answers over which beta may change by a fifth"
     )
+    final: float = Field(0.0, ge=0, description="linear: penalty per nat in the last step")
 
 
 class CriticSection(config.Section):
@@ -115,15 +118,13 @@ class RolloutRecipe(config.Recipe):
         config.check_prompted(self.data, "prompts")
         config.check_no_answers(self.sample, "prompts")
         config.check_training(self)
-        unused = [
-            k
-            for k in ("target", "horizon")
-            if getattr(self.kl, k) != KLPenaltySection.model_fields[k].default
-        ]
-        if self.kl.controller == "fixed" and unused:
-            raise ValueError(
-                "kl.target and kl.horizon belong to kl.controller=adaptive: the fixed one keeps beta"
-            )
+        for controller, keys in {"adaptive": ("target", "horizon"), "linear": ("final",)}.items():
+            given = [k for k in keys if getattr(self.kl, k) != KLPenaltySection.model_fields[k].default]
+            if given and self.kl.controller != controller:
+                raise ValueError(
+                    f"kl.{given[0]} belongs to kl.controller={controller}, and this one is "
+                    f"{self.kl.controller}"
+                )
         if self.adapter is not None and self.adapter.path is not None:
             raise ValueError(
                 "adapter.path: the reference would be the model without it; give the adapter's "

@@ -45,10 +45,35 @@ class AdaptiveKL(FixedKL):
         self.beta *= 1.0 + float(np.clip(kl / self.target - 1.0, -0.2, 0.2)) * min(n / self.horizon, 1.0)
 
 
-def controller(kind: str, beta: float, target: float = 6.0, horizon: float = 10_000.0) -> FixedKL:
-    """The controller called ``fixed`` or ``adaptive``. Raises ValueError for another name."""
+class LinearKL(FixedKL):
+    """A ``beta`` that goes in a straight line from its first value to ``final``, which the last step has."""
+
+    def __init__(self, beta: float, final: float, steps: int):
+        super().__init__(beta)
+        self.slope = (final - beta) / max(steps - 1, 1)
+
+    def update(self, kl: float, n: int) -> None:
+        """One step further, whatever the KL."""
+        self.beta += self.slope
+
+
+def controller(
+    kind: str,
+    beta: float,
+    *,
+    target: float = 6.0,
+    horizon: float = 10_000.0,
+    final: float = 0.0,
+    steps: int = 1,
+) -> FixedKL:
+    """The controller called ``fixed``, ``adaptive`` or ``linear``. Raises ValueError for another name.
+
+    target and horizon are those of AdaptiveKL, final and steps (of the whole run) those of LinearKL.
+    """
     if kind == "fixed":
         return FixedKL(beta)
     if kind == "adaptive":
         return AdaptiveKL(beta, target, horizon)
-    raise ValueError(f"kind must be fixed or adaptive, got {kind!r}")
+    if kind == "linear":
+        return LinearKL(beta, final, steps)
+    raise ValueError(f"kind must be fixed, adaptive or linear, got {kind!r}")

@@ -89,7 +89,14 @@ class RolloutLearner:
         if actors.critic is not None:
             self.trainers["critic_optimizer"] = engine.trainer(actors.critic, settings)
         section = recipe.kl
-        self._controller = kl.controller(section.controller, section.beta, section.target, section.horizon)
+        self._controller = kl.controller(
+            section.controller,
+            section.beta,
+            target=section.target,
+            horizon=section.horizon,
+            final=section.final,
+            steps=self.steps,
+        )
         self._baseline: float | None = None
         self._explain_from = 0
         self._last: Sequence[Completion] = ()

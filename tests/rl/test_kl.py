@@ -26,5 +26,18 @@ def test_beta_follows_the_divergence_both_ways():
     fixed = controller("fixed", 0.3)
     fixed.update(100.0, 1000)
     assert fixed.beta == 0.3
-    with pytest.raises(ValueError, match="fixed or adaptive"):
+    with pytest.raises(ValueError, match="fixed, adaptive or linear"):
         controller("adaptiv", 0.1)
+
+
+def test_beta_in_a_straight_line():
+    line = controller("linear", 0.5, final=0.1, steps=5)
+    seen = []
+    for step in range(5):
+        seen.append(line.beta)
+        if step == 2:
+            state, line = line.state(), controller("linear", 0.5, final=0.1, steps=5)
+            line.restore(state)
+        line.update(100.0 * step, 8)
+    assert seen == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+    assert controller("linear", 0.5, final=0.1, steps=1).beta == 0.5
