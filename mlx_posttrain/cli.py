@@ -433,6 +433,45 @@ def plan(
 
 
 @app.command()
+def data(
+    recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=0, help="show this many rows; default: 5, and all with --json")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="a JSON object for each row, then one of totals")
+    ] = False,
+) -> None:
+    """Show the rows that a recipe trains on as its model sees them, and what is dropped and why.
+
+    Trained tokens are green, or in [[brackets]] where there is no colour.
+    """
+    from mlx_posttrain import methods
+    from mlx_posttrain.data import show
+
+    shown = show.read(methods.load_recipe(recipe, overrides))
+    if json:
+        lines = show.to_json(shown, rows)
+    else:
+        lines = show.to_text(shown, 5 if rows is None else rows, show.has_colour())
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command()
+def validate(
+    recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
+) -> None:
+    """Check what a run would check before its first step, in seconds; nothing is trained or written."""
+    from mlx_posttrain import methods
+
+    for line in methods.validate(methods.load_recipe(recipe, overrides)):
+        typer.echo(line)
+
+
+@app.command()
 def bench(
     model: Annotated[
         str,

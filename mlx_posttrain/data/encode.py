@@ -75,6 +75,15 @@ class EncodingReport:
     refusal: str = ""
     thoughtless: int = 0
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows dropped, by reason."""
+        return {
+            "no trained token": self.dropped_no_target,
+            "too long": self.dropped_long,
+            self.refusal or "refused by the chat template": self.dropped_refused,
+        }
+
     def __str__(self) -> str:
         refused = f"; {self.dropped_refused:,} dropped: {self.refusal}" if self.dropped_refused else ""
         thoughtless = f"; {self.thoughtless:,} without earlier thoughts, which the chat template leaves out"

@@ -35,6 +35,15 @@ class Report:
     refused: int = 0
     refusal: str = ""
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Pairs dropped, by reason."""
+        return {
+            "too long": self.long,
+            "two equal sides": self.same,
+            self.refusal or "refused by the chat template": self.refused,
+        }
+
     def __str__(self) -> str:
         refused = f"; {self.refused:,} dropped: {self.refusal}" if self.refused else ""
         return (

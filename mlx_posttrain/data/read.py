@@ -12,7 +12,7 @@ import numpy as np
 from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data import encode, formats, sources
+from mlx_posttrain.data import drops, encode, formats, sources
 from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
 from mlx_posttrain.data.summary import summarize
@@ -45,6 +45,8 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
     for reason, count in dropped.items():
         log(f"{data.source} {split}: {count} rows dropped: {reason}")
+    if split == data.split:
+        drops.add(dropped)
     if data.config is not None and split == data.split and not sources.is_hub_id(data.source):
         log(
             f"data.config={data.config} is not used: only data sets on the hub have configurations, and "
@@ -89,13 +91,14 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
     if data.clean is not None:
         from mlx_posttrain.data import quality
 
-        conversations, drops = quality.clean(conversations, seed=seed, **data.clean.model_dump())
+        conversations, cleaned = quality.clean(conversations, seed=seed, **data.clean.model_dump())
         log(
-            "cleaning "
-            "dropped "
-            + ", ".join(f"{reason} {count}" for reason, count in drops.items())
+            "cleaning dropped "
+            + ", ".join(f"{reason} {count}" for reason, count in cleaned.items())
             + f"; {len(conversations)} rows kept"
         )
+        if split == data.split:
+            drops.add({f"cleaned: {reason}": count for reason, count in cleaned.items()})
     return conversations
 
 
@@ -210,6 +213,8 @@ def encode_rows(
             needed=needed,
         )
         log(f"{what}: {report}")
+        if needed:
+            drops.add(report.dropped)
         if needed and "chat" in names and torn_prompts(conversations[:TRIED_ROWS], tokenizer):
             log(
                 f"{what}: the tokenizer makes other tokens of the end of the chat template's prompt where an "
@@ -353,6 +358,8 @@ def pair_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Datase
             rows, facts.tokenizer, template=str(data.template), max_length=length, needed=needed
         )
         log(f"{what}: {report}")
+        if needed:
+            drops.add(report.dropped)
         if not pairs:
             log(NONE_HELD_OUT.format(what=what))
         return pairs

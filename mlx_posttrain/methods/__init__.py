@@ -125,3 +125,18 @@ def plan(recipe: Any) -> list[Any]:
     if method.trains_on is None:
         raise UserError(f"{recipe.method} trains nothing, so there is nothing to plan")
     return setup.plan(method, recipe)
+
+
+def validate(recipe: Any) -> list[str]:
+    """Check what running a recipe would check before its first step; returns what was found, in lines.
+
+    Reads the data and imports reward functions; loads no weights and writes nothing. Raises UserError for the
+    first thing that would end the run.
+    """
+    from mlx_posttrain.training import setup
+
+    method = get(recipe.method)
+    if method.trains_on is not None:
+        return setup.validate(method, recipe)
+    planned = plan(recipe) if method.plan is not None else []
+    return [f"{recipe.method}: every key is known", *(p.text().splitlines()[0] for p in planned)]

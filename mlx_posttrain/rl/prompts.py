@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
-from mlx_posttrain.data import encode
+from mlx_posttrain.data import drops, encode
 from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, say_specials, split_rows, with_system
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
@@ -51,6 +52,9 @@ def read(
                 f"{what}: {len(prompts):,} of {len(rows):,} kept ({len(questions) - len(prompts):,} longer "
                 f"than {room} tokens)" + (f"; {len(refusals):,} dropped: {refusals[0]}" if refusals else "")
             )
+        if what == "prompts":
+            drops.add({"too long": len(questions) - len(prompts)})
+            drops.add(Counter(map(str, refusals)))
         if what == "prompts" and rows and not questions:
             raise UserError(
                 f"{data.source}: no row has a question to answer ({refusals[0]}); give rows with a column "

@@ -272,6 +272,19 @@ def create(folder: str | Path, recipe: Recipe) -> Run:
 
     Raises UserError if the folder is not empty: a run never overwrites another.
     """
+    folder = check_free(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {folder} cannot be created: {error.strerror}") from None
+    run = Run(folder)
+    run.lock()
+    run.write_recipe(recipe)
+    return run
+
+
+def check_free(folder: str | Path) -> Path:
+    """The folder of a new run. Raises UserError if there is something in it."""
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(path.name != lock.NAME for path in folder.iterdir())):
         lock.check(folder)
@@ -282,14 +295,7 @@ def create(folder: str | Path, recipe: Recipe) -> Run:
                 f"{folder} holds {state}: {hint}choose another folder with output=DIR, or delete it"
             )
         raise UserError(f"{folder} exists and is not empty: choose another folder with output=DIR")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output {folder} cannot be created: {error.strerror}") from None
-    run = Run(folder)
-    run.lock()
-    run.write_recipe(recipe)
-    return run
+    return folder
 
 
 def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, Any]]:

@@ -14,6 +14,7 @@ from mlx_posttrain import engines, runs
 from mlx_posttrain.config import AdapterSection, Recipe, absolute_paths
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
+from mlx_posttrain.convert.files import require_space
 from mlx_posttrain.data.read import ModelFacts, model_facts
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
@@ -28,6 +29,7 @@ from mlx_posttrain.models.tokenizer import check_vocabulary
 from mlx_posttrain.rl import actors, learner, prompts
 from mlx_posttrain.runs import trackers
 from mlx_posttrain.training import samples
+from mlx_posttrain.training.checks import check_warmup
 from mlx_posttrain.training.loop import Callbacks, Learner, fit
 from mlx_posttrain.training.method import Method
 from mlx_posttrain.training.reference import cache_hidden_states, cache_logprobs, digest
@@ -78,6 +80,23 @@ def plan(method: Method, recipe: Any) -> list[plans.Plan]:
             return [plans.of_rows(recipe, engine, of, method.make_dataset(recipe, facts), method.reference)]
         read = prompts.read(recipe.data, facts.tokenizer, of.context, recipe.rollout.max_tokens, recipe.seed)
         return [_plan_rollouts(method, recipe, engine, folder, read)]
+
+
+def validate(method: Method, recipe: Any) -> list[str]:
+    """Check what a run would check before its first step, without weights; returns what was found, in lines.
+
+    Raises UserError as running the recipe would.
+    """
+    trackers.check(recipe.log)
+    folder = runs.check_free(recipe.output)
+    for entry in [*getattr(recipe, "reward", ()), *getattr(recipe, "judge", ())]:
+        if entry.model is None:
+            entry.load()
+    (planned,) = plan(method, recipe)
+    check_warmup(recipe.train, planned.steps)
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    require_space(there, 12 * planned.trained + 2**20)
+    return [*planned.text().splitlines(), f"{recipe.output}: the run can start"]
 
 
 def open_run(recipe: Any, resume: bool) -> tuple[Engine, runs.Run]:
