@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_posttrain.convert.files import home
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.errors import UserError
 
@@ -79,7 +80,7 @@ def load(spec: str) -> RewardFunction:
 
 
 def _module(where: str) -> ModuleType:
-    path = Path(where).expanduser().absolute()  # as in tracebacks
+    path = home(where).absolute()  # as in tracebacks
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
