@@ -339,7 +339,7 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
     }
     for key, (right, what) in kinds.items():
         if key in config and not right(config[key]):
-            raise UserError(f"{where} has {key} {str(config[key])[:40]!r}; it must be {what}")
+            raise UserError(f"{where} has {key} {repr(config[key])[:40]}; it must be {what}")
 
 
 def _is_pattern(text: str) -> bool:

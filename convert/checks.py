@@ -33,10 +33,10 @@ def check_kinds(config: Mapping[str, Any], where: str) -> None:
     for key in _WHOLE:
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"{where} has {key} {str(value)[:40]!r}; it must be a whole number of at least 1")
+            raise UserError(f"{where} has {key} {repr(value)[:40]}; it must be a whole number of at least 1")
     for key in ("quantization", "quantization_config", "text_config"):
         if not isinstance(config.get(key), dict | None):
-            raise UserError(f"{where} has {key} {str(config[key])[:40]!r}; it must be an object")
+            raise UserError(f"{where} has {key} {repr(config[key])[:40]}; it must be an object")
 
 
 def check_sizes(folder: Path, shards: list[str]) -> None:

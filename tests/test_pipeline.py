@@ -365,7 +365,7 @@ def test_killed_when_the_last_stage_was_done_but_not_noted(three, tmp_path, capf
     output = tmp_path / "out"
     run(three, output)
     kept = json.loads((output / "pipeline.json").read_text())
-    half = {**kept, "c": {"state": "running", "seconds": 0.0, "result": None}}
+    half = {**kept, "c": {**kept["c"], "state": "running", "seconds": 0.0, "result": None}}
     (output / "pipeline.json").write_text(json.dumps(half))
     assert cli("run", "--resume", str(output)) == 0
     assert json.loads((output / "pipeline.json").read_text())["c"] == {**kept["c"], "seconds": 0.0}

@@ -12,6 +12,8 @@ from mlx_posttrain.errors import UserError
 
 #: Longest row: a tokenizer takes some hundred bytes for each token, and a row is tokenised whole.
 MAX_ROW = 4_000_000
+#: Bytes of a line for each of them: an escape in JSON has six, and columns have names.
+MAX_LINE = 8
 #: A compressed file may unpack to so many times its size (text gives 3 to 20), and to so many bytes anyway.
 MAX_RATIO, MAX_UNPACKED = 100, 50_000_000
 
@@ -32,9 +34,9 @@ def lines(path: Path, file: Any) -> Iterator[bytes]:
     """
     number = total = 0
     most = _most(path)
-    while line := file.readline(4 * MAX_ROW + 1):
+    while line := file.readline(MAX_LINE * MAX_ROW + 1):
         number, total = number + 1, total + len(line)
-        if len(line) > 4 * MAX_ROW:  # bytes: a character has up to four
+        if len(line) > MAX_LINE * MAX_ROW:
             raise too_long(f"{path}, line {number}")
         if total > most:
             raise _bomb(path, most)
