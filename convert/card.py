@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 # A hub id, but not a file ("data/rows.jsonl") or embedded data ("tiny", "embedded/tasks").
@@ -116,7 +116,7 @@ def _plain(value: Any) -> str:
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value))
 
 
-def _list(value: str | Iterable[str] | None) -> list[str]:
+def _list(value: Any) -> list[str]:
     if value is None:
         return []
-    return [value] if isinstance(value, str) else [str(item) for item in value]
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]

@@ -16,7 +16,7 @@ from .files import count_tokens, read_json
 #: Sizes in config.json that are one whole number in every architecture.
 _WHOLE = (
     *("n_layer", "num_hidden_layers", "n_embd", "hidden_size", "n_head", "num_attention_heads"),
-    *("num_key_value_heads", "vocab_size", "n_positions", "max_position_embeddings"),
+    *("num_key_value_heads", "head_dim", "n_inner", "vocab_size", "n_positions", "max_position_embeddings"),
 )
 #: Sizes in config.json: of a stack of layers, and of the sides of tensors.
 _LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "n_layers")
@@ -37,6 +37,9 @@ def check_kinds(config: Mapping[str, Any], where: str) -> None:
     for key in ("quantization", "quantization_config", "text_config"):
         if not isinstance(config.get(key), dict | None):
             raise UserError(f"{where} has {key} {repr(config[key])[:40]}; it must be an object")
+    bits = (config.get("quantization") or {}).get("bits", 4)
+    if bits not in range(1, 17):
+        raise UserError(f"{where} has quantization.bits {repr(bits)[:40]}; it must be a whole number to 16")
 
 
 def check_sizes(folder: Path, shards: list[str]) -> None:

@@ -452,6 +452,8 @@ def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = N
         return cls.model_validate(_floats(raw), context={"folder": folder})
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors()[:3])) from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: a text in it has half a surrogate pair, which is no character") from None
 
 
 def _floats(value: Any) -> Any:

@@ -44,6 +44,9 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
             raise ValueError("an anchor contains itself")
         return known[id(node)]
     known[id(node)] = 0
+    if isinstance(node, yaml.ScalarNode):
+        # JSON is YAML, but PyYAML reads its \\ud83d\\ude00, one character, as two
+        node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     parts: list[Any] = list(node.value) if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
         parts = [part for pair in parts for part in pair]

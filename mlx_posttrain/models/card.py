@@ -74,4 +74,7 @@ def base_name(source: Source) -> str:
 def _environment(run: Path) -> dict[str, Any]:
     path = run / "recipe.yaml"
     found = read_yaml(path).get("environment") if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    kinds = {"command": str, "versions": dict}
+    return {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}

@@ -52,7 +52,7 @@ _SHAPE: tuple[tuple[str, Any, str], ...] = (
     ("method", str, "text"),
     ("model", str, "text"),
     ("data", dict, "a section"),
-    ("adapter", dict, "a section"),
+    ("adapter", dict | None, "a section"),
     ("stages", dict, "a section"),
 )
 
@@ -333,7 +333,7 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
     raw = read_yaml(folder / "recipe.yaml")
     raw.pop("environment", None)
     for key, kind, what in _SHAPE:
-        if not isinstance(raw.get(key), kind | None):
+        if key in raw and not isinstance(raw[key], kind):
             raise UserError(
                 f"{folder / 'recipe.yaml'}: '{key}' is {type(raw[key]).__name__}, not {what}: put it right"
             )
