@@ -400,7 +400,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
 
 def listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
     """:func:`differences` on one line."""
-    return ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in differences.items())
+    return ", ".join(f"{key}: {short(old)} -> {short(new)}" for key, (old, new) in differences.items())
 
 
 def check_training(recipe: Any) -> None:

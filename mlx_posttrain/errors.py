@@ -6,14 +6,18 @@ exit code 2. Anything else that escapes is a defect of this project, keeps its t
 
 import re
 
+MAX_LENGTH = 3000
+
 
 class UserError(Exception):
     """The message says what is wrong, where, and what to do, on one line.
 
-    Line breaks of names and of libraries' messages that it quotes become spaces.
+    It quotes names and libraries' messages: their line breaks become spaces, and what is longer than
+    ``MAX_LENGTH`` is cut.
     """
 
     exit_code = 2
 
     def __str__(self) -> str:
-        return re.sub(r"\s*[\n\r]\s*", " ", super().__str__())
+        text = re.sub(r"\s*[\n\r]\s*", " ", super().__str__())
+        return text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]} ..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         path = folder.parent / name
         # of earlier releases the size alone
         size, digest = known if isinstance(known, list) and len(known) == 2 else (known, None)
-        if not path.is_file():
+        if not os.path.isfile(path):  # a name that is too long is none either
             raise Damaged(f"{name} is missing")
         if path.stat().st_size != size:
             raise Damaged(f"{name} has {path.stat().st_size:,} bytes, not {size}")

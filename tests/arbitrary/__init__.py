@@ -83,7 +83,7 @@ def try_examples(
         try:
             action(example)
         except UserError as error:
-            assert "\n" not in str(error) and len(str(error)) < 8000, str(error)
+            assert "\n" not in str(error) and len(str(error)) < 4000, str(error)
         assert time.process_time() - begun < SECONDS
 
     forget_process_peak()
