@@ -11,7 +11,7 @@ from typing import Any
 from mlx_posttrain.errors import UserError
 
 #: Longest row: a tokenizer takes some hundred bytes for each token, and a row is tokenised whole.
-MAX_ROW = 4_000_000
+MAX_ROW = 2_000_000
 #: Bytes of a line for each of them: an escape in JSON has six, and columns have names.
 MAX_LINE = 8
 #: A compressed file may unpack to so many times its size (text gives 3 to 20), and to so many bytes anyway.
