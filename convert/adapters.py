@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,8 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
         UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly, which the
             message names.
     """
+    import numpy as np
+
     check_folder(folder, "adapter")
     config = read_json(folder / CONFIG)
     where = folder / CONFIG
@@ -227,12 +229,19 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
             "save it with PEFT's path_initial_model_for_weight_conversion first"
         )
     config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, **config}
+    _check_values(config, str(where))
     tensors = read_float32(folder / TENSORS)
     modules = peft_to_mlx(
         {key: value for key, value in tensors.items() if key.removeprefix(PREFIX) != HEAD}, model_type
     )
     if not modules:
         raise UserError(f"{folder / TENSORS} holds no tensor")
+    for key, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{folder / TENSORS}: {key} has values that are not finite: the training that made it had "
+                "diverged; take an earlier checkpoint of it"
+            )
     modules = {path: modules[path] for path in sorted(modules, key=_natural)}
     _check_against_config(modules, config, model_type, UserError)
     return config, modules
@@ -300,6 +309,44 @@ def _natural(path: str) -> list[tuple[int, str]]:
 def _layers(modules: Mapping[str, Module]) -> int:
     numbers = [int(n) for path in modules for n in re.findall(r"\.(\d+)\.", path)[:1]]
     return max(numbers, default=-1) + 1
+
+
+def _check_values(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a value of the wrong kind in a PEFT config."""
+
+    def rank(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def named(known: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: (
+            value is None
+            or (isinstance(value, dict) and all(map(known, value.values())) and all(map(_is_pattern, value)))
+        )
+
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "r": (rank, "a whole number above 0"),
+        "lora_alpha": (number, "a finite number"),
+        "lora_dropout": (
+            lambda value: number(value) and 0 <= value < 1,
+            "a number of at least 0 and below 1",
+        ),
+        "rank_pattern": (named(rank), "a mapping of patterns to whole numbers above 0"),
+        "alpha_pattern": (named(number), "a mapping of patterns to finite numbers"),
+        "base_model_name_or_path": (lambda value: isinstance(value, str | None), "text"),
+    }
+    for key, (right, what) in kinds.items():
+        if key in config and not right(config[key]):
+            raise UserError(f"{where} has {key} {repr(config[key])[:40]}; it must be {what}")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 # A hub id, but not a file ("data/rows.jsonl") or embedded data ("tiny", "embedded/tasks").
@@ -24,14 +24,15 @@ def model_card(info: Mapping[str, Any]) -> str:
     """
     sections = [
         f"---\n{_front_matter(info)}\n---",
-        f"# {info['name']}",
+        f"# {_plain(info['name'])}",
         _summary(info),
         _section("Data", info.get("data") or _list(info.get("datasets")) or "Not recorded."),
         _section("Method", info.get("method") or "Not recorded."),
         _section("Figures", info.get("figures") or "Not measured."),
     ]
     if info.get("command"):
-        sections.append(f"## Command\n\n```sh\n{info['command']}\n```")
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", info["command"])), default=0))
+        sections.append(f"## Command\n\n{fence}sh\n{info['command']}\n{fence}")
     sections.append(
         _section(
             "Limitations",
@@ -67,10 +68,10 @@ def _front_matter(info: Mapping[str, Any]) -> str:
 
 
 def _summary(info: Mapping[str, Any]) -> str:
-    lines = [str(info["description"])] if info.get("description") else []
+    lines = [_plain(info["description"])] if info.get("description") else []
     if info.get("base_model"):
         kind = "An adapter for" if info.get("library_name") == "peft" else "Trained from"
-        lines.append(f"{kind} `{info['base_model']}` with mlx-posttrain.")
+        lines.append(f"{kind} `{_plain(info['base_model'])}` with mlx-posttrain.")
     return "\n\n".join(["## What", *(lines or ["A model made with mlx-posttrain."])])
 
 
@@ -80,9 +81,9 @@ def _section(title: str, body: Any) -> str:
 
 def _body(body: Any) -> str:
     if isinstance(body, Mapping):
-        return "\n".join(f"- {key}: {_value(value)}" for key, value in body.items())
+        return "\n".join(f"- {_plain(key)}: {_value(value)}" for key, value in body.items())
     if isinstance(body, str):
-        return body
+        return _plain(body)
     rows = list(body)
     return (
         _table(rows)
@@ -94,7 +95,7 @@ def _body(body: Any) -> str:
 def _table(rows: list[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [
-        columns,
+        [_plain(column) for column in columns],
         ["---"] * len(columns),
         *[[_value(row.get(column, "")) for column in columns] for row in rows],
     ]
@@ -106,11 +107,16 @@ def _table(rows: list[Mapping[str, Any]]) -> str:
 def _value(value: Any) -> str:
     """Return a figure as text: floats with four significant digits, integers with thousands separators."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
+        return _plain(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _list(value: str | Iterable[str] | None) -> list[str]:
+def _plain(value: Any) -> str:
+    """Return a text without HTML tags: Markdown passes those through, and the hub shows cards."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", str(value))
+
+
+def _list(value: Any) -> list[str]:
     if value is None:
         return []
-    return [value] if isinstance(value, str) else [str(item) for item in value]
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]

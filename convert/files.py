@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import re
@@ -38,6 +40,22 @@ TRANSFORMERS_5_TOKENIZERS = (
 )
 
 
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON (JSONDecodeError), is nested too deeply, or has a number of too many digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("a number has too many digits") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
@@ -45,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is not valid JSON (with line and column), or does not hold an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except json.JSONDecodeError as error:
@@ -54,11 +72,29 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not valid JSON: it is not UTF-8 text") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def home(name: str | Path) -> Path:
+    """Return the path of a name, its `~` filled in: a shell leaves that of `output=~/x` to us.
+
+    Raises:
+        UserError: no user of that name, or a path that cannot be looked up (too long, or not allowed).
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except RuntimeError:
+        raise UserError(f"{name}: this machine has no user of that name") from None
+    except OSError as error:
+        raise UserError(f"{str(name)[:80]}: {error.strerror}") from None
+    return path
 
 
 def to_disk(path: Path) -> None:
@@ -84,8 +120,6 @@ def drive_to_disk(path: Path) -> None:
     Elsewhere `to_disk` has emptied it already.
     """
     if sys.platform == "darwin":
-        import fcntl
-
         handle = os.open(path, os.O_RDONLY)
         try:
             with suppress(OSError):  # not supported by network drives
@@ -162,7 +196,11 @@ def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        handle = os.open(temporary, os.O_RDONLY)
+        with suppress(OSError):  # a network drive without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
     try:
@@ -176,6 +214,27 @@ def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
             os.replace(file, path / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary folders of `output_folder(path)` whose processes were killed.
+
+    A process holds a lock on its own, which ends with it.
+    """
+    # mkdtemp adds eight characters; the second kind is of a folder that was written within such a one
+    name = f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}"
+    for folder in [*path.parent.glob(name), *path.parent.glob(f".{name}.{'[a-z0-9_]' * 8}")]:
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # in use, or on a drive without locks
+            pass
+        finally:
+            os.close(handle)
 
 
 def copy_tokenizer(src: Path, dst: Path) -> list[str]:
@@ -200,6 +259,24 @@ def copy_tokenizer(src: Path, dst: Path) -> list[str]:
             data = re.sub(rb'"extra_special_tokens"(\s*:\s*\[)', rb'"additional_special_tokens"\1', data)
         path.write_bytes(data)
     return names
+
+
+def count_tokens(folder: Path) -> int | None:
+    """Return one more than the largest id in a folder's tokenizer.json; None where there is no such list.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    tokenizer = read_json(path)
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += range(len(vocab)) if isinstance(vocab, list) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return max((i + 1 for i in ids if isinstance(i, int)), default=None)
 
 
 def _portable_class(src: Path) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from mlx_posttrain.errors import UserError
 
 from . import gpt2
-from .files import read_json
+from .checks import check_kinds, check_sizes
+from .files import home, read_json
 
 EMBEDDED = "tiny"
 
@@ -59,7 +60,7 @@ def resolve(model: str | Path, kind: str = "model") -> Path:
         raise UserError("no model given; give a folder, a hub id such as openai-community/gpt2, or tiny")
     if name == EMBEDDED and kind != "adapter":
         return _embedded()
-    folder = Path(name).expanduser()
+    folder = home(name)
     if folder.is_dir():
         check_folder(folder, _kind_of(folder, kind))
         return folder
@@ -97,6 +98,7 @@ def check_config(path: Path) -> dict[str, Any]:
             f"{file} has architectures {names!r}; it must be a list of class names, for example "
             '["GPT2LMHeadModel"]'
         )
+    check_kinds(config, str(file))
     return gpt2.with_sizes(config, str(file)) if config["model_type"] == "gpt2" else config
 
 
@@ -135,7 +137,7 @@ def check_tensors(file: Path) -> None:
     try:
         with safe_open(str(file), framework="np"):
             pass
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{file} is damaged or is not a safetensors file ({error}); download or copy it again"
         ) from None
@@ -178,6 +180,7 @@ def check_folder(folder: Path, kind: str = "model", name: str | None = None) -> 
                 "download or copy the model again"
             )
         check_tensors(folder / shard)
+    check_sizes(folder, shards)
     for settings in ("tokenizer_config.json", "generation_config.json"):
         if (folder / settings).is_file():
             read_json(folder / settings)
@@ -303,7 +306,7 @@ def _missing_folder(name: str) -> str | None:
 
     It is one if its parent folder exists here.
     """
-    path = Path(name).expanduser()
+    path = home(name)
     if path.parent == Path(".") or not path.parent.is_dir():
         return None
     near = difflib.get_close_matches(

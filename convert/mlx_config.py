@@ -121,6 +121,18 @@ def readable(folder: Path, config: Mapping[str, Any]) -> Readable:
     hf = transformers_config(folder)
     if _fields(config) is None:
         raise UserError(f"{folder}: mlx-lm has no {hf.model_type}; {_INSTEAD}")
+    try:
+        return _readable(folder, config, hf)
+    except UserError:
+        raise
+    except Exception as error:  # a value of the wrong kind, wherever it is first used
+        raise UserError(
+            f"{folder}: config.json has a value that cannot be used: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _readable(folder: Path, config: Mapping[str, Any], hf: Any) -> Readable:
     if getattr(hf, "text_config", None) is not None:  # images and text: mlx-lm has the part for text
         part = _in_mlx_lm(hf.text_config, config.get("text_config") or {}, str(folder))
         return part._replace(
@@ -169,7 +181,8 @@ def _fields(config: Mapping[str, Any]) -> Mapping[str, inspect.Parameter] | None
 
     try:
         return inspect.signature(_get_classes(dict(config))[1]).parameters
-    except (ValueError, SystemExit):  # the latter where its module misses a package
+    # SystemExit: its module misses a package; AttributeError: the module is none of a model
+    except (ValueError, SystemExit, AttributeError, ImportError, TypeError):
         return None
 
 

@@ -13,7 +13,8 @@ from mlx_posttrain.errors import UserError
 
 from . import gpt2, mlx_config
 from .arrays import library, require_mlx
-from .files import copy_tokenizer, output_folder, require_space, write_atomically, write_json
+from .checks import check_finite, check_links, check_tokens
+from .files import copy_tokenizer, home, output_folder, require_space, write_atomically, write_json
 from .hub import check_config, check_tensors, resolve, weight_files
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -125,8 +126,10 @@ def convert(
             without `force`, or no disk space.
     """
     _check_options(to, dtype, quantize, group_size)
-    source, target = resolve(src), Path(dst).expanduser()
+    source, target = resolve(src), home(dst)
+    check_links(source)
     config = check_config(source)
+    check_tokens(source, config)
     model_type = config["model_type"]
     if model_type != "gpt2":
         if to == "hf":
@@ -138,6 +141,7 @@ def convert(
             return _summary(folder, target, model_type, quantize)
     config = gpt2_config(config)
     weights = _load_gpt2(source, config, dtype)
+    check_finite(weights.items(), source)
     if gpt2.same_head(weights):
         del weights["lm_head.weight"]
     if "lm_head.weight" in weights and to == "mlx":
@@ -368,6 +372,7 @@ def _convert_with_mlx_lm(
     from mlx_lm.convert import convert as mlx_lm_convert
 
     require_space(folder, sum(file.stat().st_size for file in _checked_files(source)))
+    check_finite(load_weights(source).items(), source)
     config = mlx_config.for_mlx_lm(source, check_config(source))
     inner = folder / "model"
     try:
@@ -384,7 +389,9 @@ def _convert_with_mlx_lm(
                 q_group_size=group_size,
                 dtype=dtype,
             )
-    except (ValueError, KeyError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # mlx-lm trusts a config, and fails anywhere where that is wrong
         raise UserError(
             f"mlx-lm cannot convert {source} ({model_type}): {' '.join(str(error).split())[:200]}"
         ) from None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import config, methods, runs
+from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.engines.base import Loss
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.rewards import functions
 from mlx_posttrain.training.loop import Callbacks
-from mlx_posttrain.training.method import Method
+from mlx_posttrain.training.method import Method, Resume
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Run:
     def result(self) -> dict[str, Any]:
         """The figures of the final evaluation; {} for a run that is not finished."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def model(self, engine: str = "auto", dtype: str | None = None) -> LoadedModel:
         """The trained model, opened as by :func:`load`."""
@@ -53,6 +53,7 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
+    accept_edits: bool = False,
     loss: Loss | None = None,
     reward: Callable[..., Sequence[float | None]] | None = None,
     on_step: Callable[[Run, dict[str, Any]], object] | None = None,
@@ -62,11 +63,12 @@ def train(
     """Run a recipe to the end and return its run directory.
 
     recipe: a shipped recipe's name, a YAML file, or its keys; with ``resume`` the folder of an unfinished
-    run. overrides: dotted keys, as ``{"train.steps": 6}``. loss: ``loss(model, batch) -> (scalar, metrics)``
-    in place of the method's; see methods/sft.py. reward: ``f(prompts, completions, **columns) -> list of
-    float or None`` in place of the recipe's rewards. on_step, on_evaluate, on_save: called as the run goes
-    on, see :class:`~mlx_posttrain.training.loop.Callbacks`; one that returns True ends training after a
-    checkpoint, and the run is finished with the weights so far.
+    run. accept_edits: continue although its recipe.yaml was edited since the last checkpoint, and note there
+    what was changed. overrides: dotted keys, as ``{"train.steps": 6}``. loss: ``loss(model, batch) ->
+    (scalar, metrics)`` in place of the method's; see methods/sft.py. reward: ``f(prompts, completions,
+    **columns) -> list of float or None`` in place of the recipe's rewards. on_step, on_evaluate, on_save:
+    called as the run goes on, see :class:`~mlx_posttrain.training.loop.Callbacks`; one that returns True ends
+    training after a checkpoint, and the run is finished with the weights so far.
 
     Raises UserError for every foreseeable failure; Ctrl-C saves and raises it too.
     """
@@ -85,7 +87,8 @@ def train(
 
     callbacks = Callbacks(hook(on_step), hook(on_evaluate), hook(on_save))
     method = methods.get(chosen.method)
-    methods.run(chosen, resume, callbacks, method if loss is None else _with_loss(method, loss))
+    again: Resume = "edited" if resume and accept_edits else resume
+    methods.run(chosen, again, callbacks, method if loss is None else _with_loss(method, loss))
     return Run(Path(chosen.output))
 
 

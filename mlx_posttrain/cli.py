@@ -31,6 +31,13 @@ def run(
         list[str] | None, typer.Argument(help="key.sub=value settings, for example model=tiny train.lr=1e-4")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="continue this unfinished run; takes no recipe")] = None,
+    accept_edits: Annotated[
+        bool,
+        typer.Option(
+            "--accept-edits",
+            help="with --resume: continue although recipe.yaml was edited, and note the changes in it",
+        ),
+    ] = False,
 ) -> None:
     """Run a recipe, or continue a run."""
     from mlx_posttrain import api, config
@@ -39,7 +46,9 @@ def run(
     if resume is not None:
         if recipe or overrides:
             raise UserError("--resume continues a run with its own recipe: give no recipe and no settings")
-        done = api.train(resume.expanduser(), resume=True)
+        done = api.train(resume.expanduser(), resume=True, accept_edits=accept_edits)
+    elif accept_edits:
+        raise UserError("--accept-edits belongs to --resume")
     elif recipe is None:
         raise UserError("name a recipe: a YAML file or one that `mlx-posttrain recipes` lists")
     else:
@@ -79,7 +88,7 @@ def keys(
 def demo(
     output: Annotated[Path, typer.Option(file_okay=False, help="folder for the runs")] = Path("runs/demo"),
     engine: EngineOption = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="seed of every run")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of every run")] = 0,
 ) -> None:
     """Tune the embedded tiny model in seven ways and compare: a few minutes, no network."""
     from mlx_posttrain import demo as module
@@ -116,7 +125,7 @@ def generate(
         typer.Option(min=0.01, max=1, help="sample from the smallest set of tokens with this probability"),
     ] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="answers per prompt")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="fixes what is sampled")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="fixes what is sampled")] = 0,
     template: Annotated[
         str | None, typer.Option(help="prompt format; default: the run's own, `none` for a plain model")
     ] = None,
@@ -166,7 +175,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0)] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
     template: Annotated[str | None, typer.Option(help="prompt format; default: the run's own")] = None,
     engine: EngineOption = "auto",
 ) -> None:
@@ -397,7 +406,7 @@ def synthesize(
     system: Annotated[str | None, typer.Option(help="system prompt; default: the teacher's own")] = None,
     format: Annotated[str, typer.Option(help="shape of a question's row, as data.format")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="ask this many questions")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="fixes what is sampled")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="fixes what is sampled")] = 0,
     engine: EngineOption = "auto",
 ) -> None:
     """Make data for 08_distill: a teacher answers many times, and what is right is kept.
@@ -554,7 +563,9 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         app(args=arguments)
     except UserError as error:
-        print(f"mlx-posttrain: {error}", file=sys.stderr)
+        from mlx_posttrain.console import printable
+
+        print(f"mlx-posttrain: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as done:
         if done.code != 130:  # what Typer makes of Ctrl-C, without a word

@@ -18,14 +18,30 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.key_names import elsewhere_called
+from mlx_posttrain.yaml_text import parse_yaml
+
+#: Largest whole number in a recipe, seeds included: what 32 bits hold, as libraries keep them.
+MAX_INT = 2**31 - 1
 
 
 class Section(BaseModel):
-    """A part of a recipe; unknown keys are refused."""
+    """A part of a recipe; unknown keys are refused, and so are numbers and texts that nothing can take."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Section:
+        for name in type(self).model_fields:
+            given = getattr(self, name)
+            for value in given if isinstance(given, list) else [given]:
+                if isinstance(value, int) and abs(value) > MAX_INT:
+                    raise ValueError(f"{name} is {short(value)}, and no number here is beyond {MAX_INT}")
+                if isinstance(value, str) and "\0" in value:
+                    raise ValueError(f"{name} has a NUL character in it: {short(value)}")
+        return self
 
 
 S = TypeVar("S", bound=Section)
@@ -148,7 +164,7 @@ class OptimizerSection(Section):
 class TrainSection(OptimizerSection):
     """The loop over fixed rows."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    epochs: float = Field(1.0, gt=0, le=1_000_000, description="passes over the data")
     steps: int | None = Field(None, ge=1, description="optimizer steps; null: as many as `epochs` needs")
     early_stop: int | None = Field(
         None, ge=1, description="stop after this many evaluations without a better loss; null: never"
@@ -171,7 +187,7 @@ class AdapterSection(Section):
     kind: Literal["lora", "dora"] = Field(
         "lora", description="low-rank update, or low-rank direction with a trained magnitude"
     )
-    rank: int = Field(16, ge=1, description="rank of the update")
+    rank: int = Field(16, ge=1, le=16_384, description="rank of the update")
     alpha: float = Field(
         32.0, gt=0, description="the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank))"
     )
@@ -256,7 +272,7 @@ def find_recipe(name: str) -> Path:
 
     Raises UserError naming the nearest shipped recipe.
     """
-    path = Path(name).expanduser()
+    path = home(name)
     if path.is_file():
         return path
     known = shipped()
@@ -271,13 +287,13 @@ def find_recipe(name: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError naming file and line."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, RecursionError) as error:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(
             f"{path}: a recipe is a mapping of keys to values; this file holds "
@@ -297,7 +313,7 @@ def settings(overrides: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"override {setting!r}: write key=value, for example train.lr=1e-5")
         try:
-            value = yaml.safe_load(text) if text else None
+            value = parse_yaml(text) if text else None
         except (yaml.YAMLError, ValueError):
             value = text
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
@@ -332,7 +348,7 @@ def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 
 #: What a run's recipe.yaml says besides the recipe.
-FACTS = ("environment", "untemplated")
+FACTS = ("environment", "untemplated", "changes")
 
 #: Keys that may name a file or a folder.
 _PATHS = (
@@ -371,8 +387,25 @@ def absolute_paths(value: Any, key: str = "") -> Any:
     if key not in _PATHS or not isinstance(value, str) or value == "tiny":
         return value
     name, colon, rest = value.rpartition(":") if key == "function" else (value, "", "")
-    path = Path(name).expanduser()
+    path = home(name)
     return f"{path.absolute()}{colon}{rest}" if name and path.exists() else value
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(old, new) of each dotted key whose value differs; None for a key that one of them lacks."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= {f"{key}.{inner}": pair for inner, pair in differences(old, new).items()}
+        elif old != new:
+            found[key] = (old, new)
+    return found
+
+
+def listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """:func:`differences` on one line."""
+    return ", ".join(f"{key}: {short(old)} -> {short(new)}" for key, (old, new) in differences.items())
 
 
 def check_training(recipe: Any) -> None:
@@ -424,11 +457,8 @@ def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = N
         return cls.model_validate(_floats(raw), context={"folder": folder})
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors()[:3])) from None
-
-
-def home(path: str) -> str:
-    """A path with its ``~`` filled in: a shell leaves that of ``output=~/x`` to us."""
-    return str(Path(path).expanduser())
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: a text in it has half a surrogate pair, which is no character") from None
 
 
 def _floats(value: Any) -> Any:
@@ -438,7 +468,8 @@ def _floats(value: Any) -> Any:
     if isinstance(value, str):
         mantissa, e, exponent = value.lower().partition("e")
         if e and mantissa.replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit():
-            return float(value)
+            with contextlib.suppress(ValueError):  # digits of other scripts
+                return float(value)
     return value
 
 
@@ -467,7 +498,13 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
     # about several keys: the message says which
     if error["type"] == "value_error" and isinstance(error["input"], dict):
         return f"'{key}': {message}" if key else message
-    return f"'{key}': {message}, got {error['input']!r}"
+    return f"'{key}': {message}, got {short(error['input'])}"
+
+
+def short(value: Any, most: int = 80) -> str:
+    """A value as a message shows it: quoted, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -12,10 +13,18 @@ from types import FrameType
 
 from mlx_posttrain.errors import UserError
 
+#: Characters that steer a terminal, or make it show a line in another order; not the newline and the tab.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text with escapes for characters that would act on a terminal: names come from others' files."""
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
 
 def log(text: str) -> None:
     """One line for people, on standard error so that standard output stays for results."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -60,7 +69,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays (an evaluation, a checkpoint)."""
         if self.bar is not None:
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(printable(text), highlight=False, markup=False)
         else:
             log(text)
 

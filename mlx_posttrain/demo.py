@@ -7,19 +7,18 @@ same held-out rows in one report; then one adapter is exported for PEFT and the 
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mlx_posttrain import config, engines, methods, runs
+from mlx_posttrain import config, engines, jsonl, methods, runs
 from mlx_posttrain.console import Interrupted
+from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.models.export import export
 from mlx_posttrain.models.source import locate
-from mlx_posttrain.runs import lock, read_jsonl
+from mlx_posttrain.runs import lock
 
 
 def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
@@ -89,7 +88,7 @@ def _run(output: Path, chosen: config.Recipe, engine: str) -> None:
 
 
 def _print_reward_model(run: Path) -> None:
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    report = read_json(run / "report.json")
     low, high = (f"{report['accuracy'][i]:.0%}" for i in (1, 2))
     print(
         f"The reward model prefers the better of two held-out answers in {report['accuracy'][0]:.1%} "
@@ -100,7 +99,7 @@ def _print_reward_model(run: Path) -> None:
 
 
 def _print_ppo(run: Path) -> None:
-    records = read_jsonl(run / "metrics.jsonl")
+    records = jsonl.read(run / "metrics.jsonl")
     curve = [r["objective/scores"] for r in records if "objective/scores" in r]
     evaluations = [r for r in records if "eval/score" in r]
     before, after = evaluations[0], evaluations[-1]
@@ -117,7 +116,7 @@ def _print_ppo(run: Path) -> None:
         ("eval/eos_share", "ended by itself", "{:.0%}"),
     ):
         print(f"  {label:24} {form.format(before[key]):>12} {form.format(after[key]):>9}")
-    samples = read_jsonl(run / "samples.jsonl")
+    samples = jsonl.read(run / "samples.jsonl")
     first, last = ([r for r in samples if r["step"] == step] for step in (0, samples[-1]["step"]))
     for a, b in zip(first, last, strict=True):
         print(f"\n  {' '.join(a['prompt'].split())}")
@@ -126,7 +125,7 @@ def _print_ppo(run: Path) -> None:
 
 
 def _print_thinking(run: Path) -> None:
-    report: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    report = read_json(run / "report.json")
     share = {
         name: f"{report[name][0]:.0%} [{report[name][1]:.0%}, {report[name][2]:.0%}]"
         for name in ("accuracy", "accuracy_at_once")
@@ -136,7 +135,7 @@ def _print_thinking(run: Path) -> None:
         f"thinking, {share['accuracy_at_once']} when "
         "made to answer at once."
     )
-    (example, *_) = read_jsonl(run / "answers.jsonl")
+    (example, *_) = jsonl.read(run / "answers.jsonl")
     print(f"  {' '.join(example['question'].split())}\n    " + example["thinking"].replace("\n", "\n    "))
 
 

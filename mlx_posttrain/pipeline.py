@@ -28,11 +28,12 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from mlx_posttrain import config, engines, methods, runs
 from mlx_posttrain.console import Interrupted, log
+from mlx_posttrain.convert.files import home, read_json
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.runs import lock
 from mlx_posttrain.training.loop import Callbacks
-from mlx_posttrain.training.method import Method
+from mlx_posttrain.training.method import Method, Resume
 
 _REFERENCE = re.compile(r"\{(\w+)\}")
 _FOR_ALL = ("engine", "seed", "output")  # what the pipeline gives every stage
@@ -152,7 +153,7 @@ class Recipe(config.Section):
 def _read(name: str, folder: Path | None) -> dict[str, Any]:
     beside = folder / name if folder is not None else Path(name)
     raw = config.read_yaml(beside if beside.is_file() else config.find_recipe(name))
-    return {key: value for key, value in raw.items() if key not in ("environment", "untemplated", "output")}
+    return {key: value for key, value in raw.items() if key not in (*config.FACTS, "output")}
 
 
 def _parsed(raw: dict[str, Any], where: str) -> Any:
@@ -212,7 +213,7 @@ def _filled(value: Any, folder: Path, names: Collection[str]) -> Any:
 def stage_recipes(recipe: Recipe) -> dict[str, Any]:
     """Each stage's own recipe by name, with run directories in place of ``{NAME}``."""
     assert recipe.output is not None
-    folder, found = Path(recipe.output).expanduser().absolute(), {}
+    folder, found = home(recipe.output).absolute(), {}
     for name, stage in recipe.stages.items():
         given = {
             "engine": recipe.engine,
@@ -227,14 +228,14 @@ def stage_recipes(recipe: Recipe) -> dict[str, Any]:
 # The run
 
 
-def run(recipe: Recipe, resume: bool = False, callbacks: Callbacks | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, resume: Resume = False, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Run all stages that have no result yet; returns {stage: its figures}. ``callbacks`` go to every stage.
 
     Raises UserError as the stages' methods do, naming the stage, and Interrupted for Ctrl-C, saying how to
     resume the pipeline.
     """
     assert recipe.output is not None
-    recipe.output = str(Path(recipe.output).expanduser().absolute())
+    recipe.output = str(home(recipe.output).absolute())
     # a resumed pipeline stays on its engine
     recipe.engine = engines.get(recipe.engine).name  # type: ignore[assignment]
     # it may be resumed from another folder, with stages to come that name files relative to this one
@@ -245,6 +246,9 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Callbacks | None = None
         engines.get(own.engine)
     here = runs.reopen(whole, write=True)[0] if resume else None
     state = _state(whole, chosen)
+    settings = {name: _merged(stage.recipe, stage.set) for name, stage in recipe.stages.items()}
+    for name in chosen:
+        _check_begun(whole / name, name, state[name], settings[name])
     if all(stage["state"] == "finished" for stage in state.values()):
         if here is not None:
             here.close()
@@ -262,11 +266,9 @@ def run(recipe: Recipe, resume: bool = False, callbacks: Callbacks | None = None
             f"{'finished before' if one.finished else own.description or own.method}"
         )
         if not one.finished:
-            _run_stage(name, own, one, state, whole, callbacks)
-        state[name] |= {
-            "state": "finished",
-            "result": json.loads((one.folder / "result.json").read_text(encoding="utf-8")),
-        }
+            state[name]["recipe"] = settings[name]
+            _run_stage(name, own, one, state, whole, resume, callbacks)
+        state[name] |= {"state": "finished", "result": read_json(one.folder / "result.json")}
         _write(whole, state)
         gc.collect()  # the next stage needs the memory that reference cycles would hold on to
     here.close()
@@ -297,9 +299,15 @@ def plan(recipe: Recipe) -> list[plans.Plan]:
 
 
 def _run_stage(
-    name: str, own: Any, one: runs.Run, state: dict[str, Any], whole: Path, callbacks: Callbacks | None
+    name: str,
+    own: Any,
+    one: runs.Run,
+    state: dict[str, Any],
+    whole: Path,
+    resume: Resume,
+    callbacks: Callbacks | None,
 ) -> None:
-    again = runs.is_run(one.folder)
+    again: Resume = runs.is_run(one.folder) and (resume or True)
     if again:
         _, raw = runs.reopen(one.folder)
         own = _parsed({**raw, "output": str(one.folder)}, str(one.folder / "recipe.yaml"))
@@ -348,10 +356,29 @@ def _advice(name: str, one: runs.Run, whole: Path, state: dict[str, Any]) -> str
     return ""
 
 
+def _check_begun(folder: Path, name: str, state: Mapping[str, Any], settings: dict[str, Any]) -> None:
+    """Raise UserError where a stage that was begun has other settings by now: they would mean nothing."""
+    if not runs.is_run(folder) or not isinstance(begun := state.get("recipe"), dict):
+        return
+    # keys that came since have their defaults
+    then, now = (_parsed(raw, f"stage {name}").model_dump(mode="json") for raw in (begun, settings))
+    if found := config.differences(then, now):
+        raise UserError(
+            f"stage {name} was begun with other settings ({config.listed(found)}): put them back, or delete "
+            f"{folder} to train the stage anew"
+        )
+
+
 def _state(whole: Path, names: Mapping[str, Any]) -> dict[str, Any]:
     path = whole / "pipeline.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: known.get(name, {"state": "waiting", "seconds": 0.0, "result": None}) for name in names}
+    known = read_json(path) if path.is_file() else {}
+    state = {}
+    for name in names:
+        of = known.get(name)
+        # an entry that no pipeline wrote says nothing: what a stage is shows in its own folder
+        sound = isinstance(of, dict) and "state" in of and isinstance(of.get("seconds"), int | float)
+        state[name] = of if sound else {"state": "waiting", "seconds": 0.0, "result": None}
+    return state
 
 
 def _write(whole: Path, state: Mapping[str, Any]) -> None:

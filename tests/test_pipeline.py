@@ -365,7 +365,7 @@ def test_killed_when_the_last_stage_was_done_but_not_noted(three, tmp_path, capf
     output = tmp_path / "out"
     run(three, output)
     kept = json.loads((output / "pipeline.json").read_text())
-    half = {**kept, "c": {"state": "running", "seconds": 0.0, "result": None}}
+    half = {**kept, "c": {**kept["c"], "state": "running", "seconds": 0.0, "result": None}}
     (output / "pipeline.json").write_text(json.dumps(half))
     assert cli("run", "--resume", str(output)) == 0
     assert json.loads((output / "pipeline.json").read_text())["c"] == {**kept["c"], "seconds": 0.0}
@@ -414,6 +414,32 @@ def test_a_later_stage_that_cannot_start_can_be_corrected(three, tmp_path, capfd
     (output / "recipe.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     assert cli("run", "--resume", str(output)) == 0
     assert states(output) == ["finished"] * 3
+
+
+def test_other_settings_for_a_stage_that_was_begun_are_refused(three, tmp_path, monkeypatch, capfd):
+    output = tmp_path / "out"
+    trained = setup.train
+
+    def until_c(method, own, resume=False, callbacks=None):
+        if own.output.endswith("/c"):
+            raise UserError("no")
+        return trained(method, own, resume, callbacks)
+
+    monkeypatch.setattr(setup, "train", until_c)
+    with pytest.raises(UserError, match="stage c: no"):
+        run(three, output)
+    monkeypatch.undo()
+    whole = (output / "recipe.yaml").read_text()
+    raw = yaml.safe_load(whole)
+    raw["stages"]["a"]["set"]["train"]["lr"] = 0.02
+    (output / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    said = refused(capfd, "run", "--resume", str(output))
+    assert "stage a was begun with other settings (train.lr: 0.01 -> 0.02): put them back" in said
+    raw = yaml.safe_load(whole)
+    raw["stages"]["c"]["set"]["train"]["lr"] = 0.02  # not begun yet
+    (output / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    assert cli("run", "--resume", str(output)) == 0
+    assert yaml.safe_load((output / "c" / "recipe.yaml").read_text())["train"]["lr"] == 0.02
 
 
 def test_a_stage_that_fails_says_how_to_go_on(three, tmp_path, monkeypatch, capfd):

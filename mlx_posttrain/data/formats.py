@@ -173,6 +173,8 @@ def parse_rows(
             records.append(parse(row, chosen, columns, f"{source}, row {number}"))
         except Dropped as e:
             dropped[str(e)] += 1
+        except RecursionError:
+            raise UserError(f"{source}, row {number}: nested too deeply; leave that column out") from None
     if rows and not records:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
         raise UserError(f"{source}: none of the {len(rows)} rows can be used as {chosen} ({reasons})")

@@ -100,8 +100,10 @@ def _messages(value: Any, name: str, where: str) -> tuple[Turn, ...]:
                 f"value), found {str(message)[:80]}"
             )
         role, key = (message["role"], "content") if "role" in message else (message["from"], "value")
+        if not isinstance(role, str):
+            raise UserError(f"{where}: a message's role must be text, found {type(role).__name__}")
         if role not in ROLES:
-            raise Dropped(f"role {role!r}")
+            raise Dropped(f"role {role[:40]!r}")
         content = _content(_text(message, key, where))
         if ROLES[role] == "assistant":
             thoughts = [t for name in THOUGHT_KEYS if isinstance(t := message.get(name), str) and t.strip()]

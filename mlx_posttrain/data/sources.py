@@ -16,11 +16,15 @@ import json
 import random
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mlx_posttrain.console import log
+from mlx_posttrain.convert.files import home, parse_json
+from mlx_posttrain.data import bounds
 from mlx_posttrain.errors import UserError
 
 Row = dict[str, Any]
@@ -69,13 +73,13 @@ def load_rows(
     if source.startswith("embedded/"):
         return _pick(_embedded(source, split, limit, seed, families), limit, seed, shuffle)
     if not is_hub_id(source):
-        return _local(Path(source).expanduser(), split, limit, seed, shuffle)
+        return _local(home(source), split, limit, seed, shuffle)
     return _hub(source, split, config, limit, seed, shuffle)
 
 
 def is_hub_id(source: str) -> bool:
     """Return whether the rows of ``source`` are looked up on the hub rather than on this machine."""
-    return not (source.startswith("embedded/") or Path(source).expanduser().exists() or _looks_local(source))
+    return not (source.startswith("embedded/") or home(source).exists() or _looks_local(source))
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -138,7 +142,15 @@ def _local(path: Path, split: str, limit: int | None, seed: int, shuffle: bool) 
             "data.eval_split=null to hold out rows of it, or name a folder with a file for each split"
         )
     # Reading stops at the limit, so that a few rows of a large file are cheap; a shuffle needs every row.
-    rows = list(islice(_read_all(files), None if shuffle else limit))
+    rows, halves = [], 0
+    for number, row in enumerate(islice(_read_all(files), None if shuffle else limit), 1):
+        if (characters := bounds.size(row)) > bounds.MAX_ROW:
+            raise bounds.too_long(f"{path}, row {number}", characters)
+        if (whole := bounds.mended(row)) is not row:
+            row, halves = whole, halves + 1
+        rows.append(row)
+    if halves:
+        log(f"{path}: {halves:,} rows with half a surrogate pair (\\ud800 to \\udfff), replaced by \ufffd")
     return _pick(rows, limit, seed, shuffle)
 
 
@@ -201,8 +213,8 @@ def _read(path: Path) -> Iterator[Row]:
             elif name.endswith((".jsonl", ".jsonl.gz")):
                 yield from _read_jsonl(path, file)
             else:
-                yield from _read_json(path, file.read())
-    except (gzip.BadGzipFile, EOFError) as e:
+                yield from _read_json(path, bounds.whole(path, file))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path}: broken gzip file ({e}); download it again") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
@@ -218,12 +230,12 @@ def _decode(path: Path, line: int, raw: bytes) -> str:
 
 
 def _read_jsonl(path: Path, lines: Any) -> Iterator[Row]:
-    for number, raw in enumerate(lines, 1):
+    for number, raw in enumerate(bounds.lines(path, lines), 1):
         text = _decode(path, number, raw).strip()
         if not text:
             continue
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except ValueError as e:
             raise UserError(
                 f"{path}, line {number}: broken JSON ({_json_error(e)}); correct or delete that line"
@@ -244,13 +256,15 @@ def _read_json(path: Path, raw: bytes) -> Iterator[Row]:
     if not text.strip():
         return
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except json.JSONDecodeError as e:
         # A second object after the first: JSON lines.
         if e.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _read_jsonl(path, io.BytesIO(raw))
             return
         raise UserError(f"{path}, line {e.lineno}: broken JSON ({_json_error(e)})") from e
+    except ValueError as e:
+        raise UserError(f"{path}: broken JSON ({e})") from e
     if isinstance(data, dict):
         lists = [
             v for v in data.values() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)
@@ -284,8 +298,8 @@ def _kind(value: object) -> str:
 
 def _read_csv(path: Path, file: Any) -> Iterator[Row]:
     """Yield CSV rows with every value as text: types are not guessed ("007" stays "007")."""
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KB is less than one long document
-    numbered = (_decode(path, n, raw) for n, raw in enumerate(file, 1))
+    csv.field_size_limit(bounds.MAX_ROW)  # the default of 128 KB is less than one long document
+    numbered = (_decode(path, n, raw) for n, raw in enumerate(bounds.lines(path, file), 1))
     reader = csv.DictReader(numbered, strict=True)
     try:
         for row in reader:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from mlx_posttrain.data.rendering import bounded
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.data.thoughts import missing_part, split_thought
 from mlx_posttrain.data.tokens import stop_ids
@@ -296,15 +297,20 @@ def _apply_chat_template(tokenizer: Any, turns: Sequence[Turn], add_generation_p
             f"({', '.join(TEMPLATES)})"
         )
     messages = [_message(turn, _thought_key(str(tokenizer.chat_template))) for turn in turns]
-    try:
+
+    def rendered() -> str:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+    try:
+        return bounded(rendered)
+    except UserError:
+        raise
     # jinja2.TemplateError, and errors that templates raise themselves (no system role, roles must alternate)
     except Exception as e:
-        raise Refused(
-            f"the tokenizer's chat template refuses the turns {[turn.role for turn in turns]}: {e}"
-        ) from e
+        roles, reason = [turn.role for turn in turns[:8]], " ".join(str(e).split())[:200]
+        raise Refused(f"the tokenizer's chat template refuses the turns {roles}: {reason}") from e
 
 
 def _message(turn: Turn, thought_key: str | None) -> dict[str, str]:

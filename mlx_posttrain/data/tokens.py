@@ -9,7 +9,7 @@ text: at the beginning of a row, behind an end of text, or behind other text.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,10 @@ Place = Literal["beginning", "end", "text"]
 
 #: Texts that stand for those before a piece, tried in turn: each is a token that few texts can merge with.
 STAND_INS = ("\n", ":", "}", "z")
+
+
+#: Characters that are tokenised at a time, where a text is not longer by itself.
+PART = 1_000_000
 
 
 def eos_id(tokenizer: Any) -> int:
@@ -73,13 +77,24 @@ def written_specials(tokenizer: Any, rows: Iterable[Iterable[str]]) -> tuple[int
 
 def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text by itself, without special tokens that it does not have written in it."""
-    if not texts:
-        return []
     # verbose=False: no warning about texts longer than the model's context; they are truncated and counted
     # by the caller.
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return [ids for part in _parts(texts) for ids in tokenizer(part, **options)["input_ids"]]
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts in order, as many at a time as have PART characters together: a token takes far more memory."""
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        characters += len(text)
+        if part and characters > PART:
+            yield part
+            part, characters = [], len(text)
+        part.append(text)
+    if part:
+        yield part
 
 
 def tokenise_pieces(
@@ -134,18 +149,18 @@ def tokenise_joint(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[tuple[
 
     A token that begins in one piece and ends in the next belongs to the next.
     """
-    if not rows:
-        return []
-    encoded = tokenizer(
-        ["".join(row) for row in rows],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    found = []
-    for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        ends = np.cumsum([len(piece) for piece in row])
-        owner = np.searchsorted(ends, [end for _, end in offsets], side="left")
-        found.append((list(ids), np.minimum(owner, len(row) - 1).tolist()))
+    found: list[tuple[list[int], list[int]]] = []
+    for part in _parts(["".join(row) for row in rows]):
+        encoded = tokenizer(
+            part,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            row = rows[len(found)]
+            ends = np.cumsum([len(piece) for piece in row])
+            owner = np.searchsorted(ends, [end for _, end in offsets], side="left")
+            found.append((list(ids), np.minimum(owner, len(row) - 1).tolist()))
     return found

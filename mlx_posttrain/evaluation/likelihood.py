@@ -7,13 +7,14 @@ is the same for every model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_posttrain import jsonl
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, Batch, by_length, round_up
 from mlx_posttrain.data.tokens import Place, bos_ids, start_ids, tokenise_pieces
 from mlx_posttrain.data.types import Example
@@ -292,7 +293,5 @@ def make_batch(rows: Sequence[ScoredRow], context: int | None) -> Batch:
 
 def embedded_texts() -> list[str]:
     """The embedded passages of plain English, written for this project and held out of its training data."""
-    lines = (
-        (resources.files("mlx_posttrain.assets") / "base_text.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    return [json.loads(line)["text"] for line in lines if line.strip()]
+    path = Path(str(resources.files("mlx_posttrain.assets"))) / "base_text.jsonl"
+    return [row["text"] for row in jsonl.read(path)]

@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mlx_posttrain import runs
+from mlx_posttrain import jsonl, runs
+from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import charts
 from mlx_posttrain.evaluation.comparison import SIGNIFICANCE_NOTE, Comparison
@@ -297,7 +298,7 @@ def _shorten(text: str, most: int = 600) -> str:
 def _read_report(folder: Path) -> dict[str, Any]:
     """A run's ``report.json``, {} without one."""
     path = folder / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _percent(value: Sequence[float] | None) -> str:
@@ -345,10 +346,10 @@ def _run(label: str, folder: Path) -> dict[str, Any]:
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     raw = runs.reopen(folder)[1]
     result = folder / "result.json"
-    stats = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    samples = runs.read_jsonl(folder / "samples.jsonl")
-    steps = sorted({r["step"] for r in samples})
-    shown = [r for r in samples if r["step"] in (steps[:1] + steps[-1:])] if steps else []
+    stats = read_json(result) if result.is_file() else {}
+    samples = jsonl.read(folder / "samples.jsonl")
+    steps = sorted({r["step"] for r in samples if isinstance(r.get("step"), int)})
+    shown = [r for r in samples if r.get("step") in (steps[:1] + steps[-1:])] if steps else []
     return {
         "name": label,
         "method": raw.get("method", ""),

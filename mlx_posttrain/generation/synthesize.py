@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain import __version__, runs
+from mlx_posttrain import __version__, jsonl, runs
 from mlx_posttrain.console import log
+from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.data import encode, formats, quality, sources
 from mlx_posttrain.data.pairs import encode_answers
 from mlx_posttrain.data.tokens import stop_ids
@@ -120,7 +121,7 @@ def synthesize(
     responses: defaultdict[str, list[str]] = defaultdict(list)
     if begin:
         log(f"{output}: continuing after {begin} questions")
-        for earlier in runs.read_jsonl(output):
+        for earlier in jsonl.read(output):
             responses[quality.normalised(earlier["question"])].append(earlier["response"])
     for first in range(begin, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
@@ -189,7 +190,7 @@ def synthesize(
             counts.update("kept" if r is None else r for r in rejections)
         _append(output, written, {"stamp": provenance, "questions": done})
         log(f"{done} of {len(rows)} questions, {counts['kept']} candidates kept")
-    counts["written"] = sum(1 for _ in output.open(encoding="utf-8")) if output.is_file() else 0
+    counts["written"] = len(jsonl.read(output))
     return counts
 
 
@@ -282,33 +283,44 @@ def _questions_done(output: Path, provenance: dict[str, Any]) -> int:
         return 0
     if not state_file.is_file():
         raise UserError(f"{output} exists: choose another file, or delete it")
+    damaged = UserError(f"{state_file} is damaged: choose another file, or delete it and {output.name}")
     try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(
-            f"{state_file} is damaged: choose another file, or delete it and {output.name}"
-        ) from None
-    if state["stamp"] != provenance:
-        different = sorted(k for k in provenance if provenance[k] != state["stamp"].get(k))
+        state = read_json(state_file)
+    except UserError:
+        raise damaged from None
+    stamp, questions = state.get("stamp"), state.get("questions")
+    if not isinstance(stamp, dict) or not isinstance(questions, int):
+        raise damaged
+    if stamp != provenance:
+        different = sorted(k for k in provenance if provenance[k] != stamp.get(k))
         raise UserError(
             f"{output} was begun with other settings ({', '.join(different)}): choose another file, "
             f"or delete it and {state_file.name}"
         )
-    rows = runs.read_jsonl(output)
-    kept = [r for r in rows if r["provenance"]["question"] < state["questions"]]
-    runs.write_text(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
-    return int(state["questions"])
+
+    def finished(row: dict[str, Any]) -> bool:
+        origin = row.get("provenance")
+        number = origin.get("question") if isinstance(origin, dict) else None
+        return not isinstance(number, int) or number < questions
+
+    for number, row in enumerate(jsonl.read(output), 1):
+        if finished(row) and not all(isinstance(row.get(key), str) for key in ("question", "response")):
+            raise UserError(
+                f"{output}, row {number}: not a row that this command wrote; put it right, or delete the file"
+            )
+    try:
+        jsonl.keep(output, finished)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from None
+    return questions
 
 
 def _append(output: Path, rows: list[dict[str, Any]], state: dict[str, Any]) -> None:
     try:
-        with output.open("a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        jsonl.append(output, rows)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
-    runs.write_text(
-        output.with_name(output.name + ".state.json"), json.dumps(state, ensure_ascii=False) + "\n"
-    )
+    runs.write_text(output.with_name(output.name + ".state.json"), json.dumps(state) + "\n")
 
 
 def _weights_hash(source: Source) -> str:

@@ -73,6 +73,9 @@ class Size:
         return {path: shape for path, shape in found.items() if not _NO_LINEAR.search(path)}
 
 
+_INNER = ("n_inner", "intermediate_size")
+
+
 def size(folder: Path) -> Size:
     """Read a model's size from its config and the headers of its weight files.
 
@@ -95,6 +98,8 @@ def size(folder: Path) -> Size:
     packed_head = f"{head}.scales" in tensors
     for scales in [name for name in tensors if name.endswith(".scales")] if bits else []:
         path = scales.removesuffix(".scales")
+        if len(tensors.get(f"{path}.weight", ())) != 2:
+            raise UserError(f"{folder}: {scales} stands without the packed matrix that it belongs to")
         out, packed = tensors[f"{path}.weight"]
         tensors[f"{path}.weight"] = (out, packed * 32 // bits)
         del tensors[scales]
@@ -115,7 +120,7 @@ def size(folder: Path) -> Size:
         width=width,
         heads=heads,
         keys=keys,
-        inner=config.get("n_inner") or config.get("intermediate_size") or 4 * width,
+        inner=next((v for k in _INNER if isinstance(v := config.get(k), int) and v > 0), 4 * width),
         vocabulary=number("vocab_size"),
         context=config.get("n_positions") or config.get("max_position_embeddings"),
         model_type=config["model_type"],

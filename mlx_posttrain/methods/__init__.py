@@ -16,7 +16,7 @@ from mlx_posttrain.errors import UserError
 
 if TYPE_CHECKING:  # the command line's help reads the names, and must answer at once
     from mlx_posttrain.training.loop import Callbacks
-    from mlx_posttrain.training.method import Method
+    from mlx_posttrain.training.method import Method, Resume
 
 _ELSEWHERE = {"pipeline": "mlx_posttrain.pipeline"}
 
@@ -82,6 +82,7 @@ def parse_recipe(raw: dict[str, Any], where: str, **options: Any) -> Any:
     A run's own recipe.yaml can be run again: what it says of the machine is left out.
     """
     from mlx_posttrain import config
+    from mlx_posttrain.convert.files import home
 
     output = options.pop("output", None)
     raw = {key: value for key, value in raw.items() if key not in config.FACTS}
@@ -93,12 +94,12 @@ def parse_recipe(raw: dict[str, Any], where: str, **options: Any) -> Any:
     if recipe.output is None:
         recipe.output = output
     if recipe.output is not None:
-        recipe.output = config.home(recipe.output)
+        recipe.output = str(home(recipe.output))
     return recipe
 
 
 def run(
-    recipe: Any, resume: bool = False, callbacks: Callbacks | None = None, method: Method | None = None
+    recipe: Any, resume: Resume = False, callbacks: Callbacks | None = None, method: Method | None = None
 ) -> dict[str, Any]:
     """Run a recipe to the end; returns its figures. Raises UserError for every foreseeable failure.
 

@@ -31,12 +31,15 @@ class PretrainSection(config.Section):
     """Size of the new model."""
 
     vocab_size: int = Field(
-        4096, ge=300, description="entries of the byte-level BPE, the end-of-text token included"
+        4096,
+        ge=300,
+        le=1_000_000,
+        description="entries of the byte-level BPE, its end-of-text token included",
     )
-    layers: int = Field(6, ge=1, description="transformer blocks")
-    heads: int = Field(6, ge=1, description="attention heads")
-    width: int = Field(192, ge=8, description="hidden size, a multiple of heads")
-    context: int = Field(512, ge=16, description="longest sequence in tokens")
+    layers: int = Field(6, ge=1, le=1000, description="transformer blocks")
+    heads: int = Field(6, ge=1, le=1000, description="attention heads")
+    width: int = Field(192, ge=8, le=65_536, description="hidden size, a multiple of heads")
+    context: int = Field(512, ge=16, le=1_000_000, description="longest sequence in tokens")
     start: str | None = Field(
         None, description="continue from this model or run instead of new weights and a new tokenizer"
     )

@@ -13,11 +13,12 @@ from pydantic import Field, model_validator
 
 from mlx_posttrain import config, console, engines
 from mlx_posttrain import runs as rundirs
+from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation.suite import SuiteSection
 from mlx_posttrain.training import setup
 from mlx_posttrain.training.loop import Callbacks
-from mlx_posttrain.training.method import Method
+from mlx_posttrain.training.method import Method, Resume
 
 
 class Recipe(config.Section):
@@ -64,7 +65,7 @@ class Recipe(config.Section):
         return self
 
 
-def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, Any]:
+def run(recipe: Recipe, resume: Resume, callbacks: Callbacks | None) -> dict[str, Any]:
     """Measure the runs and write ``final/report.html`` and ``report.txt``; returns main results.
 
     Raises UserError as compare; a resumed report starts over.
@@ -75,7 +76,7 @@ def run(recipe: Recipe, resume: bool, callbacks: Callbacks | None) -> dict[str, 
     assert recipe.output is not None
     recipe.engine = engine.name  # type: ignore[assignment]
     config.absolute_paths(recipe)
-    folder = Path(recipe.output).expanduser()
+    folder = home(recipe.output)
     one = rundirs.reopen(folder, write=True)[0] if resume else rundirs.create(folder, recipe)  # type: ignore[arg-type]
     if resume and one.finished:
         raise UserError(f"{folder} is finished: there is nothing to resume")

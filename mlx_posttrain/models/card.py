@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import runs
+from mlx_posttrain.config import read_yaml
 from mlx_posttrain.convert import card
+from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.models.source import Source, is_hub_id
 
 #: Keys of a recipe that are in a card's other parts, or say nothing of how a model was trained.
@@ -24,7 +26,7 @@ def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) 
     """The run's README: base, data, method, figures and the command that made it."""
     raw: dict[str, Any] = source.recipe or {}
     result = run / "result.json"
-    figures = json.loads(result.read_text()) if result.is_file() else {}
+    figures = read_json(result) if result.is_file() else {}
     environment = _environment(run)
     adapter = raw.get("adapter") or {}
     method = {"method": raw.get("method", "unknown"), "seed": raw.get("seed")}
@@ -70,7 +72,9 @@ def base_name(source: Source) -> str:
 
 
 def _environment(run: Path) -> dict[str, Any]:
-    import yaml
-
     path = run / "recipe.yaml"
-    return (yaml.safe_load(path.read_text()) or {}).get("environment", {}) if path.is_file() else {}
+    found = read_yaml(path).get("environment") if path.is_file() else None
+    if not isinstance(found, dict):
+        return {}
+    kinds = {"command": str, "versions": dict}
+    return {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}

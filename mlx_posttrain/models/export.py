@@ -19,7 +19,7 @@ import numpy as np
 from mlx_posttrain import engines
 from mlx_posttrain.convert import adapters, merge, weights
 from mlx_posttrain.convert.arrays import require_mlx
-from mlx_posttrain.convert.files import output_folder
+from mlx_posttrain.convert.files import home, output_folder, read_json
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.card import base_name, model_card
@@ -51,7 +51,7 @@ def export(
     if to not in FORMATS:
         raise UserError(f"cannot export to {to!r}; formats: {', '.join(FORMATS)}")
     source = locate(run)
-    target = Path(destination).expanduser()
+    target = home(destination)
     if source.adapter is None and to == "peft":
         raise UserError(f"{run} trained all weights and has no adapter: use --to hf")
     if source.adapter is None and merged:
@@ -137,7 +137,7 @@ def _write_peft(source: Source, folder: Path) -> None:
     assert source.adapter is not None
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(source.adapter / name, folder / name)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
     config["base_model_name_or_path"] = base_name(source)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -149,7 +149,7 @@ def _temporary(folder: Path) -> Any:
         def __enter__(self) -> Path:
             return Path(super().__enter__())
 
-    return Folder(dir=folder.parent, prefix=".merge.")
+    return Folder(dir=folder, prefix=".merge.")
 
 
 def _model_and_probe(source: Source, run: str | Path) -> tuple[Any, np.ndarray]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import runs
 from mlx_posttrain.convert import adapters, hub
+from mlx_posttrain.convert.files import home, read_json
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
 
@@ -38,19 +38,21 @@ class Source:
         """The template a run was trained with; None for a model that is no run."""
         if self.recipe is None:
             return None
-        data = self.recipe["data"]
+        data = self.recipe.get("data") or {}
         # Rows taken as they stand were trained without marks, and are asked without them.
         if data.get("pack") or self.recipe.get("untemplated"):
             return "none"
         template = data.get("template", "instruction")
-        return template if isinstance(template, str) else template[0]
+        if isinstance(template, list) and template:
+            template = template[0]
+        if not isinstance(template, str):
+            raise UserError(f"the run's recipe.yaml has data.template {template!r}, which names no template")
+        return template
 
     @property
     def system(self) -> str | None:
         """The system prompt that a run was trained with."""
-        return (
-            self.recipe["data"].get("system") if self.recipe is not None and "data" in self.recipe else None
-        )
+        return ((self.recipe or {}).get("data") or {}).get("system")
 
     @property
     def quantize(self) -> int | None:
@@ -60,7 +62,7 @@ class Source:
 
 def locate(name: str | Path) -> Source:
     """Find a model's parts; writes nothing. Raises UserError saying what is missing and what to do."""
-    path = Path(name).expanduser()
+    path = home(name)
     if runs.is_run(path):
         run, recipe = runs.reopen(path)
         if "stages" in recipe:
@@ -70,6 +72,8 @@ def locate(name: str | Path) -> Source:
                 f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`"
             )
         if (run.final / "adapter_config.json").is_file():
+            if "model" not in recipe:
+                raise UserError(f"{path / 'recipe.yaml'} names no model for the adapter: put it right")
             folder, unmerged = starting_folder(recipe["model"])
             return Source(folder, run.final, recipe, unmerged=unmerged)
         hub.check_folder(run.final)
@@ -151,8 +155,8 @@ def saves_language_model(final: Path) -> bool:
     """Whether what a run saved is a language model, not a classifier or a page."""
     adapter, config = final / "adapter_config.json", final / "config.json"
     if adapter.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") != "SEQ_CLS"
-    return config.is_file() and not files.is_classifier(json.loads(config.read_text(encoding="utf-8")))
+        return read_json(adapter).get("task_type") != "SEQ_CLS"
+    return config.is_file() and not files.is_classifier(read_json(config))
 
 
 def _adapter(folder: Path, name: str) -> Source:
@@ -167,7 +171,7 @@ def _adapter(folder: Path, name: str) -> Source:
 
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` is looked up on the hub rather than on this machine."""
-    return name != "tiny" and not Path(name).expanduser().exists()
+    return name != "tiny" and not home(name).exists()
 
 
 def adapter_folder(name: str) -> Path:
@@ -175,7 +179,7 @@ def adapter_folder(name: str) -> Path:
 
     Raises UserError as hub.resolve.
     """
-    path = Path(name).expanduser()
+    path = home(name)
     if (path / "final").is_dir():
         return path / "final"
     return hub.resolve(name, kind="adapter")

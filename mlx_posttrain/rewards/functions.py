@@ -28,6 +28,7 @@ from pydantic import create_model
 
 from mlx_posttrain import config
 from mlx_posttrain.console import log
+from mlx_posttrain.convert.files import home
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rewards import limits
@@ -146,7 +147,7 @@ def _checked(function: RewardFunction, args: Mapping[str, Any], name: str) -> di
 
 
 def _module(where: str, function: str) -> ModuleType:
-    path = Path(where).expanduser().absolute()  # as in tracebacks
+    path = home(where).absolute()  # as in tracebacks
     try:
         if not where.endswith(".py"):
             found = importlib.util.find_spec(where)

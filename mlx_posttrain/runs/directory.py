@@ -16,42 +16,48 @@ card.md          what was done, for people
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import shlex
 import shutil
 import sys
 import weakref
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
 
-from mlx_posttrain.config import Recipe
+from mlx_posttrain import jsonl
+from mlx_posttrain.config import Recipe, read_yaml
 from mlx_posttrain.console import log
-from mlx_posttrain.convert.files import drive_to_disk, to_disk, write_atomically
-from mlx_posttrain.convert.hub import check_tensors
+from mlx_posttrain.convert.files import drive_to_disk, home, to_disk, write_atomically
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.runs import lock
+from mlx_posttrain.runs.checkpoints import (
+    Checkpoint,
+    Damaged,
+    file_hashes,
+    open_checkpoint,
+    read_state,
+    write_state,
+)
 from mlx_posttrain.runs.trackers import Tracker, close_all
+
+#: What whoever opens a run reads of its recipe, which its method need not know: (key, type, what that is).
+_SHAPE: tuple[tuple[str, Any, str], ...] = (
+    ("method", str, "text"),
+    ("model", str, "text"),
+    ("data", dict, "a section"),
+    ("adapter", dict | None, "a section"),
+    ("stages", dict, "a section"),
+)
 
 #: File of the reference's log-probabilities, computed before the first step.
 REFERENCE = "reference.safetensors"
-
-
-class Checkpoint(NamedTuple):
-    """A complete checkpoint: its folder, and the state and random states saved with it."""
-
-    folder: Path
-    state: dict[str, Any]
-    arrays: dict[str, np.ndarray]
 
 
 class Run:
@@ -62,6 +68,9 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.final = folder / "final"
         self.trackers: Sequence[Tracker] = ()
+        #: kept in checkpoints, so that a resume notices another one
+        self.recipe: dict[str, Any] | None = None
+        self._best: dict[str, dict[str, list[Any]]] = {}
         self._release: Callable[[], object] = lambda: None
 
     def lock(self) -> None:
@@ -111,14 +120,21 @@ class Run:
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         path = self.folder / name
         try:
-            with path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            jsonl.append(path, [record])
         except OSError as error:
             raise _cannot_write(path, error) from None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all records of metrics.jsonl."""
-        return read_jsonl(self.folder / "metrics.jsonl")
+        """Return all records of metrics.jsonl. Raises UserError for one that a run does not write."""
+        path = self.folder / "metrics.jsonl"
+        records = jsonl.read(path)
+        for number, record in enumerate(records, 1):
+            figures = [v for k, v in record.items() if k in ("step", "loss", "lr") or k.startswith("eval/")]
+            if not isinstance(record.get("step"), int) or not all(
+                isinstance(v, int | float) for v in figures
+            ):
+                raise UserError(f"{path}, record {number}: not one that a run writes; correct or delete it")
+        return records
 
     def write_recipe(self, recipe: Recipe, **facts: Any) -> None:
         """Write recipe.yaml: the resolved recipe, the versions and machine it runs on, and ``facts``.
@@ -128,6 +144,15 @@ class Run:
         environment = {"environment": environment_info(), **facts}
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_text(self.folder / "recipe.yaml", text + "\n" + yaml.safe_dump(environment, sort_keys=False))
+
+    def note_changes(self, change: Mapping[str, Any]) -> None:
+        """Add an entry to ``changes`` in recipe.yaml, unless it is there already."""
+        raw = read_yaml(self.folder / "recipe.yaml")
+        noted = raw.get("changes")
+        noted = noted if isinstance(noted, list) else []
+        if change not in noted:
+            raw["changes"] = [*noted, dict(change)]
+            write_text(self.folder / "recipe.yaml", yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
 
     # Checkpoints
 
@@ -149,10 +174,10 @@ class Run:
         def fill(folder: Path) -> None:
             write(folder)
             np.savez(folder / "random.npz", allow_pickle=False, **arrays)  # type: ignore[arg-type]
-            files = _sizes(folder, target.name)
+            files = self._hashes(folder, target.name)
             if state.get("best"):
-                files |= _sizes(self.checkpoints / state["best"], state["best"])
-            (folder / "state.json").write_text(json.dumps({"step": step, **state, "files": files}))
+                files |= self._hashes(self.checkpoints / state["best"], state["best"])
+            write_state(folder, {"step": step, "recipe": self.recipe, **state, "files": files})
             # a resume relies on every record before the checkpoint
             for name in ("metrics.jsonl", "samples.jsonl"):
                 if (self.folder / name).is_file():
@@ -164,65 +189,53 @@ class Run:
         # A checkpoint without the best weights that it names cannot be resumed from.
         referenced = set()
         for kept in self.list_checkpoints():
-            with contextlib.suppress(_Damaged):
-                referenced.add(_read_state(kept).get("best"))
+            with contextlib.suppress(Damaged):
+                referenced.add(read_state(kept).get("best"))
         for old in self.checkpoints.glob("best-*"):
             if old.name not in referenced:
                 shutil.rmtree(old, ignore_errors=True)
         return target
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """Return the newest complete checkpoint, or None if there is none.
+        """Return the newest sound checkpoint, or None where none was ever written.
 
-        Complete means: each of its files, and of the best weights that it names, exists with the size it was
-        written with, and opens. Newer checkpoints that are damaged are renamed, and one printed line names
-        them.
+        Sound means: each of its files, and of the best weights that it names, has the SHA-256 that it was
+        written with, of a checkpoint of earlier releases the size, and opens. Newer checkpoints that are
+        damaged are renamed, and one printed line names them. Raises UserError where all of them are damaged.
         """
         for unfinished in self.checkpoints.glob(".*.tmp"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        damaged = []
+        damaged: dict[Path, Damaged] = {}
         newest = None
         for folder in reversed(self._step_folders()):
             try:
-                newest = self._open(folder)
+                newest = open_checkpoint(folder)
                 break
-            except _Damaged as error:
-                renamed = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(renamed, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    folder.rename(renamed)
-                damaged.append(f"{folder} is damaged ({error}) and was renamed to {renamed.name}")
-        if damaged:
-            log(
-                "; ".join(damaged)
-                + (
-                    f": resuming from {newest.folder.name}"
-                    if newest
-                    else ": no other is left, so starting from step 0"
-                )
+            except Damaged as error:
+                damaged[folder] = error
+        if newest is None and damaged:
+            what = "; ".join(f"{folder.name}: {error}" for folder, error in damaged.items())
+            raise UserError(
+                f"{self.checkpoints} has no sound checkpoint ({what}): put back a copy of one, start anew "
+                f"with output=DIR, or delete {self.checkpoints} to train this run from step 0"
             )
+        said = []
+        for folder, error in damaged.items():
+            renamed = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rename(renamed)
+            said.append(f"{folder} is damaged ({error}) and was renamed to {renamed.name}")
+        if newest is not None and said:
+            log("; ".join(said) + f": resuming from {newest.folder.name}")
         return newest
 
-    def _open(self, folder: Path) -> Checkpoint:
-        state = _read_state(folder)
-        if not isinstance(state.get("step"), int) or not isinstance(state.get("files"), dict):
-            raise _Damaged("state.json is not what was written")
-        for name, size in state["files"].items():
-            path = self.checkpoints / name
-            if not path.is_file():
-                raise _Damaged(f"{name} is missing")
-            if path.stat().st_size != size:
-                raise _Damaged(f"{name} has {path.stat().st_size:,} bytes, not {size:,}")
-            if path.suffix == ".safetensors":
-                try:
-                    check_tensors(path)
-                except UserError:
-                    raise _Damaged(f"{name} is not a safetensors file") from None
-        try:
-            with np.load(folder / "random.npz", allow_pickle=False) as arrays:
-                return Checkpoint(folder, state, dict(arrays))
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-            raise _Damaged("random.npz cannot be read") from None
+    def newest_state(self) -> dict[str, Any]:
+        """Return the state of the newest checkpoint that has a readable one, {} where there is none."""
+        for folder in reversed(self._step_folders()):
+            with contextlib.suppress(Damaged):
+                return read_state(folder)
+        return {}
 
     def _step_folders(self) -> list[Path]:
         # by length first: the millionth step has one more digit
@@ -232,7 +245,12 @@ class Run:
         """Write the weights with the best evaluation so far to ``checkpoints/best-N``; return that name."""
         name = f"best-{step:06d}"
         replace_folder(self.checkpoints / name, write)
+        self._best = {name: file_hashes(self.checkpoints / name, name)}
         return name
+
+    def _hashes(self, folder: Path, name: str) -> dict[str, list[Any]]:
+        """:func:`file_hashes`; those of the best weights, which many checkpoints name, are computed once."""
+        return self._best[name] if name in self._best else file_hashes(folder, name)
 
     def list_checkpoints(self) -> list[Path]:
         """Return the finished checkpoints, oldest first."""
@@ -240,11 +258,17 @@ class Run:
 
     def truncate_logs(self, step: int) -> None:
         """Drop the records of steps after ``step``: a resumed run writes them again."""
+
+        def earlier(record: dict[str, Any]) -> bool:
+            of = record.get("step", 0)
+            return not isinstance(of, int | float) or of <= step
+
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
-            if path.is_file():
-                kept = [r for r in read_jsonl(path) if r.get("step", 0) <= step]
-                write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            try:
+                jsonl.keep(path, earlier)
+            except OSError as error:
+                raise _cannot_write(path, error) from None
         for tracker in self.trackers:
             tracker.rewind(step)
 
@@ -285,7 +309,7 @@ def create(folder: str | Path, recipe: Recipe) -> Run:
 
 def check_free(folder: str | Path) -> Path:
     """The folder of a new run. Raises UserError if there is something in it."""
-    folder = Path(folder).expanduser()
+    folder = home(folder)
     if folder.exists() and (not folder.is_dir() or any(path.name != lock.NAME for path in folder.iterdir())):
         lock.check(folder)
         if (folder / "recipe.yaml").is_file():
@@ -304,10 +328,9 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
     ``write`` locks the run, as ``--resume`` needs; reading alone does not. Raises UserError if the folder is
     not a run, and RunInUse if it is to be locked and another process has the lock.
     """
-    from mlx_posttrain.config import read_yaml
     from mlx_posttrain.key_names import present_names
 
-    folder = Path(folder).expanduser()
+    folder = home(folder)
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not a run directory: it has no recipe.yaml")
     run = Run(folder)
@@ -315,23 +338,17 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
         run.lock()
     raw = read_yaml(folder / "recipe.yaml")
     raw.pop("environment", None)
+    for key, kind, what in _SHAPE:
+        if key in raw and not isinstance(raw[key], kind):
+            raise UserError(
+                f"{folder / 'recipe.yaml'}: '{key}' is {type(raw[key]).__name__}, not {what}: put it right"
+            )
     return run, present_names(raw)
 
 
 def is_run(folder: str | Path) -> bool:
     """Return whether ``folder`` is a run directory."""
-    return (Path(folder).expanduser() / "recipe.yaml").is_file()
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file; a last line cut off by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return (home(folder) / "recipe.yaml").is_file()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -378,29 +395,6 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path} cannot be written ({reason}; {free:.1f} GB free): make room, then continue with --resume"
     )
-
-
-class _Damaged(Exception):
-    """What is wrong with a checkpoint."""
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise _Damaged("state.json cannot be read") from None
-    if not isinstance(state, dict):
-        raise _Damaged("state.json is not what was written")
-    return state
-
-
-def _sizes(folder: Path, name: str) -> dict[str, int]:
-    """Return the size in bytes of every file in a folder, by its path from the folder's future parent."""
-    return {
-        f"{name}/{p.relative_to(folder).as_posix()}": p.stat().st_size
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
 
 
 def environment_info() -> dict[str, Any]:

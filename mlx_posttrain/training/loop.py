@@ -7,9 +7,10 @@ step number, the learner's state), so a run that is killed and resumed gives the
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -263,6 +264,18 @@ def _keep_best(
     return True
 
 
+@contextlib.contextmanager
+def _written_by_a_run(checkpoint: Path) -> Iterator[None]:
+    """Raise UserError where a state.json of an earlier release, without a hash, lacks what is read of it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{checkpoint}/state.json is not what a run writes: take that folder away, to continue from the "
+            "checkpoint before it"
+        ) from None
+
+
 def _restore(engine: Engine, learner: Learner, run: Run, state: dict[str, Any]) -> int:
     """Go back to the newest whole checkpoint; returns its step, 0 where there is none."""
     newest = run.newest_checkpoint()
@@ -270,10 +283,12 @@ def _restore(engine: Engine, learner: Learner, run: Run, state: dict[str, Any]) 
         run.truncate_logs(-1)
         return 0
     saved = newest.state
-    same_data(saved["data"], state["data"], run)
-    state.update({name: saved[name] for name in state if name in saved and name != "data"})
+    with _written_by_a_run(newest.folder):
+        same_data(saved["data"], state["data"], run)
+        state.update({name: saved[name] for name in state if name in saved and name != "data"})
     learner.load(newest.folder)
-    learner.restore(saved)
+    with _written_by_a_run(newest.folder):
+        learner.restore(saved)
     engine.set_random_state(newest.arrays)
     run.truncate_logs(saved["step"])
     return int(saved["step"])

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: What a method compares the policy with: nothing, token log-probabilities, or whole distributions.
 Reference = Literal["logprobs", "distribution"] | None
+#: Whether a run is continued; "edited": with a recipe that was changed since its last checkpoint, too.
+Resume = bool | Literal["edited"]
 #: What ``final/`` holds: a language model, a sequence classifier, or an HTML page.
 Saves = Literal["model", "classifier", "page"]
 
@@ -104,7 +106,7 @@ class Method:
     report: Callable[[Session], dict[str, Any]] | None = None
     after: Callable[[Session], None] | None = None
     bench: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    run: Callable[[Any, bool, Callbacks | None], dict[str, Any]] | None = None
+    run: Callable[[Any, Resume, Callbacks | None], dict[str, Any]] | None = None
     plan: Callable[[Any], Sequence[Any]] | None = None
 
     @property

@@ -14,7 +14,7 @@ from mlx_posttrain import engines, runs
 from mlx_posttrain.config import AdapterSection, Recipe, absolute_paths
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
-from mlx_posttrain.convert.files import require_space
+from mlx_posttrain.convert.files import home, require_space
 from mlx_posttrain.data.read import ModelFacts, model_facts
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
@@ -28,10 +28,10 @@ from mlx_posttrain.models.source import adapter_folder, is_hub_id, locate
 from mlx_posttrain.models.tokenizer import check_vocabulary
 from mlx_posttrain.rl import actors, learner, prompts
 from mlx_posttrain.runs import trackers
-from mlx_posttrain.training import samples
+from mlx_posttrain.training import edits, samples
 from mlx_posttrain.training.checks import check_warmup
 from mlx_posttrain.training.loop import Callbacks, Learner, fit
-from mlx_posttrain.training.method import Method
+from mlx_posttrain.training.method import Method, Resume
 from mlx_posttrain.training.reference import cache_hidden_states, cache_logprobs, digest
 from mlx_posttrain.training.rows import RowLearner
 from mlx_posttrain.training.session import Session
@@ -41,7 +41,7 @@ START_WITHIN = 1e-3
 
 
 def train(
-    method: Method, recipe: Any, resume: bool = False, callbacks: Callbacks | None = None
+    method: Method, recipe: Any, resume: Resume = False, callbacks: Callbacks | None = None
 ) -> dict[str, Any]:
     """Run a recipe to the end; returns the evaluation of the final weights with the report's figures.
 
@@ -50,10 +50,10 @@ def train(
     """
     engine, run = open_run(recipe, resume)
     with discard_on_failure(run, resume):
-        session = _load(method, recipe, engine, run, resume)
+        session = _load(method, recipe, engine, run, bool(resume))
         chosen = _row_learner(session) if method.trains_on == "rows" else _rollout_learner(session)
         engine.seed(recipe.seed)
-    result = fit(engine, chosen, run, recipe.train, resume=resume, callbacks=callbacks)
+    result = fit(engine, chosen, run, recipe.train, resume=bool(resume), callbacks=callbacks)
     if method.report is not None:
         result |= method.report(session)
     finish(run, result, _saver(session))
@@ -99,30 +99,33 @@ def validate(method: Method, recipe: Any) -> list[str]:
     return [*planned.text().splitlines(), f"{recipe.output}: the run can start"]
 
 
-def open_run(recipe: Any, resume: bool) -> tuple[Engine, runs.Run]:
+def open_run(recipe: Any, resume: Resume) -> tuple[Engine, runs.Run]:
     """The recipe's engine and its run directory, new or reopened, locked for this process.
 
     Paths in the recipe are made absolute, and its engine is named, so that the run can be opened from any
-    folder and is never resumed on another engine.
+    folder and is never resumed on another engine. Raises UserError for a recipe that was edited since the
+    run's last checkpoint, unless ``resume`` is "edited".
     """
     trackers.check(recipe.log)
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
-    recipe.output = str(Path(recipe.output).expanduser())
+    recipe.output = str(home(recipe.output))
     recipe.engine = engine.name
     absolute_paths(recipe)
     if resume:
         run, _ = runs.reopen(recipe.output, write=True)
         if run.finished:
             raise UserError(f"{run.folder} is finished: there is nothing to resume")
+        edits.check(run, recipe, accept=resume == "edited")
     else:
         run = runs.create(recipe.output, recipe)
+    run.recipe = edits.settled(recipe)
     run.track(trackers.make(recipe.log, run.folder, recipe))
     return engine, run
 
 
 @contextlib.contextmanager
-def discard_on_failure(run: runs.Run, resume: bool) -> Iterator[None]:
+def discard_on_failure(run: runs.Run, resume: Resume) -> Iterator[None]:
     """Take a new run directory away again if what happens inside fails or is interrupted.
 
     Nothing has been trained, and the next try must not find it in use.

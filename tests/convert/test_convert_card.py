@@ -77,3 +77,21 @@ def test_figures_by_name():
     assert "- loss: 0.6931\n- steps: 12,000" in model_card(
         {"name": "x", "figures": {"loss": 0.693147, "steps": 12000}}
     )
+
+
+def test_html_is_shown_and_not_run():
+    evil = "<script>alert(1)</script>"
+    card = model_card(
+        {
+            "name": evil,
+            "base_model": evil,
+            "description": f"{evil} for a < b",
+            "data": {evil: evil},
+            "method": evil,
+            "figures": [{evil: 1, "x": evil}],
+            "command": f"run ``` {evil}",
+        }
+    )
+    outside, command = card.split("````sh\n")
+    assert "<script" not in outside and "</script" not in outside and "a < b" in outside
+    assert command.startswith(f"run ``` {evil}\n````\n")

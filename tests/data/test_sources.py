@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_posttrain.data import bounds
 from mlx_posttrain.data.formats import parse_rows
 from mlx_posttrain.data.sources import EMBEDDED, load_rows
 from mlx_posttrain.errors import UserError
@@ -249,3 +250,54 @@ def test_real_files() -> None:
     assert len(load_rows(str(folder / "instruct" / "short-tasks.jsonl"))) == 1100
     assert len(load_rows(str(folder / "reasoning" / "svamp.jsonl"), limit=7)) == 7
     assert len(load_rows(str(folder / "text"), split="validation", limit=5)) == 5
+
+
+def test_half_a_surrogate_pair_is_replaced_and_counted(tmp_path: Path, capfd) -> None:
+    text = r'{"prompt": "a\ud83d", "completion": "b", "meta": [{"\udc00": "c"}]}' + "\n" + jsonl(ROWS[:1])
+    wanted = [{"prompt": "a\ufffd", "completion": "b", "meta": [{"\ufffd": "c"}]}, ROWS[0]]
+    assert load_rows(write(tmp_path / "a.jsonl", text)) == wanted
+    assert "a.jsonl: 1 rows with half a surrogate pair" in capfd.readouterr().err
+    whole = r'[{"text": "\ud83d\ude00"}]'  # both halves are a character
+    assert load_rows(write(tmp_path / "b.json", whole)) == [{"text": "😀"}]
+    assert "surrogate" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_that_python_cannot_hold(tmp_path: Path, name: str) -> None:
+    for value, words in (
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("9" * 5000, "too many digits"),
+    ):
+        row = '{"text": "a", "meta": ' + value + "}"
+        said = fault(write(tmp_path / name, row if name == "a.jsonl" else f"[{row}]"))
+        assert words in said and name in said
+
+
+def test_a_row_is_bounded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_ROW", 1000)
+    rows = [{"text": "a" * 600}, {"text": "b" * 600, "more": "c" * 600}]
+    assert "a.jsonl, row 2: 1,200 characters" in fault(write(tmp_path / "a.jsonl", jsonl(rows)))
+    assert "row 2: 1,200 characters" in fault(write(tmp_path / "a.json", json.dumps(rows)))
+    assert "line 2" in fault(write(tmp_path / "a.jsonl", jsonl([{"text": "a"}, {"text": "b" * 8001}])))
+    assert "a.csv, line 2: broken CSV" in fault(write(tmp_path / "a.csv", "text\n" + "a" * 1001 + "\n"))
+    assert load_rows(write(tmp_path / "a.jsonl", jsonl([{"text": "é" * 1000}]))) == [{"text": "é" * 1000}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_a_file_that_unpacks_to_far_too_much(tmp_path: Path, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(bounds, "MAX_UNPACKED", 100_000)
+    for data in (b" " * 10_000_000, b"\n" * 10_000_000, b'{"text": "a"}\n' * 1_000_000):
+        packed = write(tmp_path / name, gzip.compress(data))
+        assert "unpacks to more than" in fault(packed)
+
+
+def test_a_gzip_file_with_a_damaged_middle(tmp_path: Path) -> None:
+    data = bytearray(gzip.compress(jsonl(ROWS * 50).encode()))
+    data[10] = 0xFF  # no kind of block
+    assert "broken gzip file" in fault(write(tmp_path / "a.jsonl.gz", bytes(data)))
+
+
+def test_a_role_that_is_no_text_is_named(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    with pytest.raises(UserError, match="data, row 1: a message's role must be text, found list"):
+        parse_rows(rows)

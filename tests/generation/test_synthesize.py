@@ -20,6 +20,7 @@ from mlx_posttrain.rewards import verify
 
 ENGINE = engines.available()[0]
 SETTINGS = Settings(samples=4, max_tokens=12, keep=2, near=None)
+SEPARATORS = "\u0085\u2028\u2029"  # where str.splitlines splits and a JSON line does not end
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +283,36 @@ def test_the_result_trains(questions, tmp_path, monkeypatch):
         ],
     )
     assert methods.run(chosen)["loss"] > 0
+
+
+def test_separators_of_unicode_cost_no_row(tmp_path, monkeypatch):
+    """In questions and in answers; the same command again finds everything done and changes no byte."""
+    path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
+    asked = [{"question": f"2 + {n},{c}what is it?", "answer": str(2 + n)} for n, c in enumerate(SEPARATORS)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked), encoding="utf-8")
+    answers = iter([f"the sum{c}is {2 + n}" for n, c in enumerate(SEPARATORS)])
+
+    def candidates(model, prompts, **settings):
+        tokenizer = load_tokenizer(locate("tiny").folder)
+        return [Generated(tokenizer.encode(next(answers)), [], True)]
+
+    monkeypatch.setattr(synthesize, "CHUNK", 1)
+    monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
+    settings = Settings(samples=1, max_tokens=12)
+    assert make(out, path, settings)["written"] == 3
+    before = out.read_bytes()
+    assert all(c.encode() in before for c in SEPARATORS)
+    assert make(out, path, settings)["written"] == 3 and out.read_bytes() == before
+    assert [r["question"] for r in sources.load_rows(str(out))] == [r["question"] for r in asked]
+
+
+def test_a_broken_row_stops_the_command_and_loses_nothing(tmp_path, monkeypatch, questions):
+    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
+    out = tmp_path / "out.jsonl"
+    make(out, questions)
+    whole = out.read_text()
+    for broken in ("garbage", '{"question": 5}'):
+        out.write_text(broken + "\n" + whole)
+        with pytest.raises(UserError, match=r"out\.jsonl, (line|row) 1: not a"):
+            make(out, questions)
+        assert out.read_text() == broken + "\n" + whole

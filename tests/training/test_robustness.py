@@ -15,7 +15,7 @@ import pytest
 
 from mlx_posttrain import engines, runs
 from mlx_posttrain.errors import UserError
-from tests.helpers import command, read_jsonl, records, resume_run, run_recipe, write_jsonl
+from tests.helpers import cli, command, read_jsonl, records, refused, resume_run, run_recipe, write_jsonl
 
 ENGINES = engines.available()
 
@@ -102,13 +102,103 @@ def test_a_damaged_checkpoint_is_gone_past(damage, whole, unfinished, capfd):
         assert "random.npz" in line
 
 
-def test_without_a_whole_checkpoint_it_starts_over(whole, unfinished, capfd):
+def test_without_a_sound_checkpoint_it_does_not_go_on(whole, unfinished):
+    """Not even from step 0, which would throw away what was trained; that is for its owner to say."""
+    log = (unfinished / "metrics.jsonl").read_bytes()
     for checkpoint in (unfinished / "checkpoints").glob("step-*"):
         half(checkpoint / "optimizer.safetensors")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no sound checkpoint \(step-000006: .*from step 0"):
+            resume_run(unfinished)
+    assert len(list((unfinished / "checkpoints").glob("step-*"))) == 3
+    assert (unfinished / "metrics.jsonl").read_bytes() == log
+    shutil.rmtree(unfinished / "checkpoints")
     resume_run(unfinished)
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
-    assert line.count("is damaged") == 3 and line.endswith("starting from step 0")
     assert records(unfinished) == records(whole) and weights(unfinished) == weights(whole)
+
+
+@pytest.mark.parametrize("name", ["weights/model.safetensors", "optimizer.safetensors", "state.json"])
+def test_one_changed_bit_is_damage(name, whole, unfinished, capfd):
+    """The size is as before, and the file opens."""
+    file = unfinished / "checkpoints" / "step-000006" / name
+    data = bytearray(file.read_bytes())
+    if name == "state.json":
+        at = data.index(b'"best_loss": ') + len('"best_loss": ') + 3
+        data[at] = ord("7") if data[at] != ord("7") else ord("3")
+    else:
+        data[-5] ^= 1
+    file.write_bytes(data)
+    resume_run(unfinished)
+    said = capfd.readouterr().err
+    assert f"{name} is not what was written" in said and "resuming from step-000004" in said
+    assert records(unfinished) == records(whole) and weights(unfinished) == weights(whole)
+
+
+def test_a_changed_bit_in_the_best_weights_is_damage(whole, unfinished, capfd):
+    state = json.loads((unfinished / "checkpoints" / "step-000006" / "state.json").read_text())
+    file = unfinished / "checkpoints" / state["best"] / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    resume_run(unfinished)
+    assert f"{state['best']}/model.safetensors is not what was written" in capfd.readouterr().err
+    assert weights(unfinished) == weights(whole)
+
+
+def test_a_checkpoint_of_an_earlier_release_resumes(whole, unfinished):
+    """It has the sizes of its files and no hashes."""
+    for file in (unfinished / "checkpoints").glob("step-*/state.json"):
+        state = json.loads(file.read_text())
+        files = {name: size for name, (size, _) in state["files"].items()}
+        old = {k: v for k, v in state.items() if k not in ("sha256", "recipe")}
+        file.write_text(json.dumps(old | {"files": files}))
+    resume_run(unfinished)
+    assert records(unfinished) == records(whole) and weights(unfinished) == weights(whole)
+
+
+# a recipe that is not that of before
+
+
+def edit(folder: Path, **changes: tuple[str, str]) -> None:
+    text = (folder / "recipe.yaml").read_text()
+    for key, (old, new) in changes.items():
+        assert f" {key}: {old}\n" in text
+        text = text.replace(f" {key}: {old}\n", f" {key}: {new}\n")
+    (folder / "recipe.yaml").write_text(text)
+
+
+def test_an_edited_recipe_is_refused_or_noted(whole, unfinished, capfd):
+    shutil.rmtree(unfinished / "checkpoints" / "step-000006")
+    edit(unfinished, lr=("0.001", "0.002"), max_tokens=("2", "3"))
+    log = (unfinished / "metrics.jsonl").read_bytes()
+    listed = "sample.max_tokens: 2 -> 3"
+    said = refused(capfd, "run", "--resume", str(unfinished))
+    assert "recipe.yaml was edited after step 4 (train.lr: 0.001 -> 0.002, " in said and listed in said
+    assert (unfinished / "metrics.jsonl").read_bytes() == log and "--accept-edits" in said
+    assert cli("run", "--resume", str(unfinished), "--accept-edits") == 0
+    assert listed in capfd.readouterr().err
+    _, recipe = runs.reopen(unfinished)
+    assert recipe["changes"] == [{"step": 4, "train.lr": [0.001, 0.002], "sample.max_tokens": [2, 3]}]
+    assert recipe["train"]["lr"] == 0.002 and "changes" in (unfinished / "card.md").read_text()
+    rates, before = ({r["step"]: r["lr"] for r in records(run) if "lr" in r} for run in (unfinished, whole))
+    assert [rates[step] / before[step] for step in (4, 5)] == pytest.approx([1, 2])
+    shutil.rmtree(unfinished / "final")
+    resume_run(unfinished)  # step 6 was saved by the recipe as it is
+
+
+def test_what_trains_nothing_may_be_edited(whole, unfinished, tmp_path):
+    edited = (unfinished / "recipe.yaml").read_text().replace("description:", "description: mine #", 1)
+    (unfinished / "recipe.yaml").write_text(edited)
+    unfinished.rename(tmp_path / "moved")
+    resume_run(tmp_path / "moved")
+    assert weights(tmp_path / "moved") == weights(whole)
+
+
+def test_an_edit_before_the_first_checkpoint_is_no_mixture(unfinished):
+    shutil.rmtree(unfinished / "checkpoints")
+    edit(unfinished, lr=("0.001", "0.002"))
+    resume_run(unfinished)
+    assert "changes" not in runs.reopen(unfinished)[1]
 
 
 def test_lost_best_weights_count_as_damage(whole, unfinished, capfd):
@@ -332,7 +422,8 @@ def test_a_model_that_is_broken_from_the_start(random_gpt2, rows_file, tmp_path)
     broken = tmp_path / "model"
     shutil.copytree(random_gpt2, broken)
     tensors = load_file(broken / "model.safetensors")
-    next(iter(tensors.values()))[:] = np.nan
+    wte = next(name for name in tensors if name.endswith("wte.weight"))
+    tensors[wte][:] = 3e38
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         UserError,

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_posttrain.convert import hub, merge, mlx_config, names
+from mlx_posttrain.convert import checks, hub, merge, mlx_config, names
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
 from mlx_posttrain.engines import files
@@ -76,6 +76,7 @@ def load(
     if quantised or quantize:
         net.freeze()
     mx.eval(net.parameters())
+    checks.check_finite(tree_flatten(net.parameters()), folder)
     return net
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlx_posttrain.convert import hub
+from mlx_posttrain.convert import checks, hub
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdamW
 from mlx_posttrain.engines.process import forget_process_peak, process_peak
@@ -55,6 +55,7 @@ class TorchEngine:
             raise UserError(
                 f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             ) from None
+        checks.check_finite(net.named_parameters(), folder)
         if gradient_checkpointing:
             net.gradient_checkpointing_enable({"use_reentrant": False})
         return TorchModel(net.eval(), folder, config)

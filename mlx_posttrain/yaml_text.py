@@ -1,0 +1,54 @@
+"""YAML that people write, within bounds: a short text can stand for more than a machine holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+#: Longest text in characters: PyYAML reads about 100,000 a second.
+MAX_CHARACTERS = 200_000
+#: Most values that a text may stand for, what an alias repeats counted each time.
+MAX_VALUES = 100_000
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of one YAML document.
+
+    Raises yaml.YAMLError, and ValueError for a value that is out of range, an anchor that contains itself,
+    and a text beyond the bounds.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{len(text):,} characters, more than {MAX_CHARACTERS:,}")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MAX_VALUES:
+            raise ValueError(f"its aliases make more than {MAX_VALUES:,} values of it")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # what PyYAML's constructors raise for values such as !!bool 1 or !!int x
+    except (KeyError, AttributeError, IndexError, TypeError, OverflowError):
+        raise ValueError("a value is not what its tag says") from None
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values that a node stands for; ``known`` has that of each node that was met."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError("an anchor contains itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    if isinstance(node, yaml.ScalarNode):
+        # JSON is YAML, but PyYAML reads its \\ud83d\\ude00, one character, as two
+        node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    parts: list[Any] = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in parts for part in pair]
+    known[id(node)] = count = 1 + sum(_values(part, known) for part in parts)
+    return count
