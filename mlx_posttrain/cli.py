@@ -59,11 +59,13 @@ def run(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from mlx_posttrain import config
+    from mlx_posttrain import config, console
 
     for path in config.shipped().values():
         raw = config.read_yaml(path)
-        typer.echo(f"{path.stem:20} {raw.get('method', ''):10} {raw.get('description', '')}")
+        typer.echo(
+            console.columns([f"{path.stem:20}", f"{raw.get('method', ''):10}"], raw.get("description", ""))
+        )
 
 
 @app.command()
@@ -76,12 +78,13 @@ def keys(
     ] = "sft",
 ) -> None:
     """List every key a recipe may have, with its default; `keys suite`: those of eval and compare."""
-    from mlx_posttrain import config, methods
+    from mlx_posttrain import config, console, methods
     from mlx_posttrain.evaluation.suite import SuiteSection
 
     section = SuiteSection if of == "suite" else methods.get(of).Recipe
     for key, default, description in config.describe(section):
-        typer.echo(f"{key:32} {default:18} {description}")
+        typer.echo(f"{key}: {default}".rstrip())
+        typer.echo(console.columns(["   "], description))
 
 
 @app.command()

@@ -537,19 +537,23 @@ def _all_keys(cls: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, description) of every key of a recipe class, sections before what is in them."""
+    """(key, default as YAML, description) of every key of a recipe class, sections before what is in them."""
     rows = []
     for name, field in cls.model_fields.items():
         section = _section(field.annotation)
-        default = (
-            "required"
-            if field.is_required()
-            else ""
-            if section
-            else repr(field.get_default(call_default_factory=True))
-        )
+        if field.is_required():
+            default = "required"
+        else:
+            value = field.get_default(call_default_factory=True)
+            default = "" if section and value is not None else _as_yaml(value)
         text = field.description or ((section.__doc__ or "").strip().split("\n")[0] if section else "")
         rows.append((prefix + name, default, text))
         if section is not None:
             rows += describe(section, f"{prefix}{name}.")
     return rows
+
+
+def _as_yaml(value: Any) -> str:
+    """A key's value as a recipe would have it, in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()

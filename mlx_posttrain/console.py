@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,6 +27,15 @@ def printable(text: str) -> str:
 def log(text: str) -> None:
     """One line for people, on standard error so that standard output stays for results."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def columns(first: Sequence[str], text: str) -> str:
+    """A row whose last column is wrapped, so that it fits the terminal, or 80 columns where there is none."""
+    begin = " ".join(first) + " "
+    width = max(shutil.get_terminal_size().columns, len(begin) + 20)
+    return textwrap.fill(
+        text, width, initial_indent=begin, subsequent_indent=" " * len(begin), break_on_hyphens=False
+    )
 
 
 class Progress:

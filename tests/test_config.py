@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from mlx_posttrain import config, key_names, methods, runs
+from mlx_posttrain.cli import app
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluation.suite import SuiteSection
 
 EVERY_METHOD = {
     name: [key for key, _, _ in config.describe(methods.get(name).Recipe)] for name in methods.METHODS
@@ -105,3 +108,25 @@ def test_a_run_with_former_names_is_read(tmp_path):
         folder.mkdir()
         (folder / "recipe.yaml").write_text(yaml.safe_dump(before))
         assert runs.reopen(folder)[1] == after
+
+
+@pytest.mark.parametrize("of", [*methods.METHODS, "suite"])
+def test_keys_fit_80_columns_and_are_yaml(of):
+    lines = CliRunner().invoke(app, ["keys", of], env={"COLUMNS": "80"}).stdout.splitlines()
+    assert len(lines) > 8 and max(map(len, lines)) <= 80
+    found = {}
+    for line in lines:
+        if not line.startswith(" "):
+            key, _, value = line.partition(":")
+            found[key] = yaml.safe_load(value)
+    section = SuiteSection if of == "suite" else methods.get(of).Recipe
+    assert list(found) == [key for key, _, _ in config.describe(section)]
+    if of == "sft":
+        assert found["train.lr"] == 2e-5 and found["data.limit"] is None and found["data.shuffle"] is False
+        assert found["adapter"] is None and found["data.columns"] == {} and found["model"] == "tiny"
+
+
+def test_recipes_fit_80_columns():
+    lines = CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "80"}).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {line.split()[0] for line in lines if not line.startswith(" ")} == set(config.shipped())
