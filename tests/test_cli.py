@@ -184,9 +184,9 @@ def test_help_and_recipe_errors_answer_at_once(tmp_path):
 def test_every_key_is_described(capfd):
     assert cli("keys", "sft") == 0
     lines = capfd.readouterr().out.splitlines()
-    assert all(len(line.split()) > 2 for line in lines) and any(
-        line.startswith("train.lr ") for line in lines
-    )
+    keys = [i for i, line in enumerate(lines) if not line.startswith(" ")]
+    assert "train.lr: 2.0e-05" in lines
+    assert all(lines[i + 1].startswith("    ") and lines[i + 1].strip() for i in keys)
 
 
 def test_plain_progress_is_lines_not_control_codes(run):
