@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_posttrain.hints import Commands, Settings
 from mlx_posttrain.methods import METHODS
 
 app = typer.Typer(
     name="mlx-posttrain",
+    cls=Commands,
     help="Post-train language models on a Mac or Linux machine: recipes on MLX and on PyTorch CPU.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -22,7 +24,7 @@ app = typer.Typer(
 EngineOption = Annotated[str, typer.Option("--engine", help="mlx, torch or auto")]
 
 
-@app.command()
+@app.command(cls=Settings)
 def run(
     recipe: Annotated[
         str | None, typer.Argument(help="a YAML file or the name of a shipped recipe, see `recipes`")
@@ -426,7 +428,7 @@ def synthesize(
     typer.echo(f"{output}: " + ", ".join(f"{count} {what}" for what, count in told.items()))
 
 
-@app.command()
+@app.command(cls=Settings)
 def plan(
     recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
@@ -444,7 +446,7 @@ def plan(
         typer.echo("\n\n".join(p.text() for p in found))
 
 
-@app.command()
+@app.command(cls=Settings)
 def data(
     recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
@@ -471,7 +473,7 @@ def data(
         typer.echo(line)
 
 
-@app.command()
+@app.command(cls=Settings)
 def validate(
     recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,

@@ -1,0 +1,72 @@
+"""What people type who come from another tool, wrong commands and options, gets a line that helps."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.methods import METHODS
+
+#: Other tools' names for a command of ours.
+OTHER_NAMES = {
+    **dict.fromkeys(("train", "finetune", "fine-tune", "finetuning", "lora", "tune"), "run"),
+    **dict.fromkeys(("evaluate", "test"), "eval"),
+    **dict.fromkeys(("fuse", "merge"), "export"),
+    **dict.fromkeys(("infer", "predict", "complete"), "generate"),
+    **dict.fromkeys(("list", "ls"), "recipes"),
+    **dict.fromkeys(("benchmark",), "bench"),
+    **dict.fromkeys(("server", "serve"), "export"),
+}
+
+
+class Commands(TyperGroup):
+    """The commands; one that does not exist is answered with the one that is meant."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        if found is not None:
+            return found
+        raise UserError(f"there is no command {cmd_name!r}; {self._instead(ctx, cmd_name)}")
+
+    def _instead(self, ctx: Any, name: str) -> str:
+        from mlx_posttrain import config
+
+        shipped = config.shipped()
+        recipes = [recipe for recipe in shipped if recipe == name or recipe.endswith(f"_{name}")]
+        if name in METHODS:
+            recipes += [
+                recipe for recipe, path in shipped.items() if config.read_yaml(path)["method"] == name
+            ]
+        if recipes:
+            return _to_train(recipes[0])
+        known = self.list_commands(ctx)
+        near = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+        if near == "run":
+            return _to_train("01_sft")
+        return f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
+
+
+class Settings(TyperCommand):
+    """A command whose settings are words, key=value: an option in their place is answered with the word."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        known = {"-h", "--help", *(name for p in self.params for name in (*p.opts, *p.secondary_opts))}
+        for arg, following in zip(args, [*args[1:], ""], strict=True):
+            name, equals, value = arg.partition("=")
+            if name.startswith("--") and len(name) > 2 and name not in known:
+                value = value if equals else following
+                word = name[2:].replace("-", "_")
+                value = "VALUE" if not value or value.startswith("-") else value
+                raise UserError(
+                    f"{name} is no option: a recipe's settings are words, here {word}={value}; "
+                    "`mlx-posttrain keys` lists them"
+                )
+        return super().parse_args(ctx, args)
+
+
+def _to_train(recipe: str) -> str:
+    return f"to train, run a recipe: `mlx-posttrain run {recipe}`; `mlx-posttrain recipes` lists them"
