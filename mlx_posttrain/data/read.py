@@ -290,7 +290,7 @@ def row_dataset(
     """
     data, seed = recipe.data, recipe.seed
     train, held_out = split_rows(data, seed, read_conversations)
-    _describe(train)
+    describe(train)
     train = prepare(train)
     if data.pack and train[0].templated:
         raise UserError(
@@ -325,7 +325,7 @@ def read_preferences(data: DataSection, *, split: str, limit: int | None, seed: 
     return preferences
 
 
-def _describe(train: Sequence[formats.Record]) -> None:
+def describe(train: Sequence[formats.Record]) -> None:
     """Print what the training rows look like as a whole."""
     log("\n".join(f"training rows: {line}" for line in summarize(train).lines()))
 
@@ -334,7 +334,7 @@ def pair_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Datase
     """A recipe's preference pairs as a dataset, pairs of one prompt together; prints what was dropped."""
     data = recipe.data
     train, held_out = split_rows(data, recipe.seed, read_preferences)
-    _describe(train)
+    describe(train)
     length = min(data.max_length, facts.context or data.max_length)
 
     def encoded(rows: list[Preference], what: str, needed: bool) -> list[Pair]:
