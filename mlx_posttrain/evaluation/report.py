@@ -340,7 +340,8 @@ def _run(label: str, folder: Path) -> dict[str, Any]:
     raw = runs.reopen(folder)[1]
     result = folder / "result.json"
     stats = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    samples = runs.read_jsonl(folder / "samples.jsonl")
+    # Answers beside a reference's, of runs on preferences, are of the final weights and have no step.
+    samples = [r for r in runs.read_jsonl(folder / "samples.jsonl") if "step" in r]
     steps = sorted({r["step"] for r in samples})
     shown = [r for r in samples if r["step"] in (steps[:1] + steps[-1:])] if steps else []
     return {

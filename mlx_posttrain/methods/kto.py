@@ -31,6 +31,7 @@ from mlx_posttrain.data.read import ModelFacts
 from mlx_posttrain.data.types import Judged
 from mlx_posttrain.engines.base import REFERENCE_LOGPROBS, Array, DeviceBatch, Loss, Model
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluation import labelled_reward
 from mlx_posttrain.losses.preference import kto, kto_baseline
 from mlx_posttrain.losses.sft import sequence_logprobs, token_mean
 from mlx_posttrain.ops import ops
@@ -217,4 +218,5 @@ METHOD = Method(
     loss=lambda recipe: kto_loss(recipe.kto),
     metrics=by_label,
     reference=lambda recipe: "logprobs",
+    report=labelled_reward.report,
 )
