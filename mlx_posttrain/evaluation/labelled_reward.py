@@ -12,6 +12,7 @@ from mlx_posttrain.data.types import Judged, Labelled
 from mlx_posttrain.evaluation.implicit_reward import compare, first_of_each_prompt, tell
 from mlx_posttrain.evaluation.metrics import Interval, paired_bootstrap, proportion
 from mlx_posttrain.evaluation.preference import by_group, percent, prompt_numbers, signed
+from mlx_posttrain.losses.preference import kto_baseline
 from mlx_posttrain.training.session import Session
 
 
@@ -97,6 +98,8 @@ def _agreement(values: np.ndarray, good: np.ndarray) -> np.ndarray:
 def report(session: Session) -> dict[str, Any]:
     """Judge held-out answers by the implicit reward, sample beside the reference, and write report.json.
 
+    An answer is taken to be good where its log-ratio is above z, as in the loss: z is the mean log-ratio of
+    the held-out prompts' mismatched answers, at least 0.
     Returns accuracy, AUC, KL (nats an answer) and answer length (tokens) for result.json; an empty dict
     without held-out answers.
     """
@@ -106,14 +109,20 @@ def report(session: Session) -> dict[str, Any]:
     if not items:
         return {}
     firsts = first_of_each_prompt(items)
-    beside = compare(session, [item.answer for item in items], [item.answer for item in firsts])
-    rewards = recipe.kto.beta * (beside.judged - beside.judged_ref)
+    answers = [*(item.answer for item in items), *(item.mismatched for item in items)]
+    beside = compare(session, answers, [item.answer for item in firsts])
+    ratios, drifts = np.split(beside.judged - beside.judged_ref, 2)
+    baseline = float(kto_baseline(drifts))
+    rewards = recipe.kto.beta * (ratios - baseline)
     found = judge_labels(rewards, [item.row for item in items], dataset.train_rows, recipe.seed)
-    heading = f"implicit reward, {recipe.kto.beta:g} times the log-ratio to the reference of an answer:"
+    heading = (
+        f"implicit reward, {recipe.kto.beta:g} times an answer's log-ratio to the reference less the "
+        f"loss's z, which is {baseline:.2f} nats:"
+    )
     wanted = [(item.row.prompt, item.row.completion if item.good else None) for item in firsts]
     figures = tell(
         session,
-        asdict(found),
+        {**asdict(found), "z": baseline},
         [heading, *found.lines()],
         beside,
         wanted,
