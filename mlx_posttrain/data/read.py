@@ -12,7 +12,7 @@ import numpy as np
 from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data import encode, formats, sources
+from mlx_posttrain.data import encode, formats, ranked, sources
 from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
 from mlx_posttrain.data.summary import summarize
@@ -40,9 +40,14 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
         shuffle=data.shuffle,
         families=data.families,
     )
-    parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
+    parsed, dropped = formats.parse_rows(
+        rows, format=data.format, columns=data.columns, source=data.source, ranked=data.ranked, seed=seed
+    )
     for reason, count in dropped.items():
-        log(f"{data.source} {split}: {count} rows dropped: {reason}")
+        unit = "pairs left out" if reason == formats.TIES else "rows dropped"
+        log(f"{data.source} {split}: {count} {unit}: {reason}")
+    if data.ranked != "best_worst" and split == data.split and not ranked.among(rows, data.columns):
+        log(f"data.ranked={data.ranked} is not used: these rows have no list of answers with scores")
     if data.config is not None and split == data.split and not sources.is_hub_id(data.source):
         log(
             f"data.config={data.config} is not used: only data sets on the hub have configurations, and "
