@@ -83,8 +83,13 @@ class DataSection(Section):
     format: str = Field(
         "auto",
         description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, "
-        "labelled, reasoning, gsm8k, "
+        "ranked, labelled, reasoning, gsm8k, "
         "question_answer, prompt, chosen, either",
+    )
+    ranked: Literal["best_worst", "best_random", "all"] = Field(
+        "best_worst",
+        description="which pairs rows with several scored answers make: the best with the worst, the best "
+        "with a worse one drawn by seed, or all with different scores",
     )
     families: list[str] | None = Field(None, description="kinds of embedded rows to take; null: all")
     columns: dict[str, str] = Field(

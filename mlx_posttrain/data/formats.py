@@ -11,6 +11,8 @@
     text               text                                               Conversation, text kept exactly
     preference         prompt | question | instruction, chosen, rejected  Preference
     hh                 chosen, rejected: whole dialogues                  Preference
+    ranked             prompt | question | instruction,                   Preference, one or more a row:
+                       completions | responses with scores                see data/ranked.py
     labelled           prompt, completion | response, label               Labelled
     prompt             prompt: a question to be answered (PPO)            Conversation without an answer
     gsm8k*             question, answer: steps, #### and the answer       Conversation, as reasoning
@@ -22,7 +24,7 @@ Formats marked * are never detected, only named in the recipe: ``chosen`` to imi
 ``either`` for a policy as good and as bad as its data. ``messages`` has role and content, or ShareGPT's from
 and value; an answer's thought may stand in reasoning_content, thinking or reasoning, and a message with
 weight 0 is not trained. Sources: Alpaca (Taori et al. 2023), HH-RLHF (Bai et al. 2022), KTO (Ethayarajh et
-al. 2024; the labelled rows), GSM8K (Cobbe et al. 2021).
+al. 2024; the labelled rows), UltraFeedback (Cui et al. 2023; the ranked rows), GSM8K (Cobbe et al. 2021).
 
 A row that lacks something (an empty answer, no common prompt) is dropped and counted. A value that shows that
 the file is not what the recipe takes it for (a list instead of text) is an error with the row's number.
@@ -36,6 +38,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mlx_posttrain.data import ranked as ranked_rows
 from mlx_posttrain.data.parsers import PARSERS, PROMPT_COLUMNS, REASONING_COLUMNS, Dropped, Record, Row
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.errors import UserError
@@ -46,6 +49,7 @@ from mlx_posttrain.errors import UserError
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "preference": (PROMPT_COLUMNS, ("chosen",), ("rejected",)),
     "hh": (("chosen",), ("rejected",)),
+    "ranked": (PROMPT_COLUMNS, ranked_rows.ANSWERS),
     "alpaca": (("instruction",), ("output", "response")),
     "messages": (("messages", "conversations"),),
     "labelled": (("prompt",), ("completion", "response"), ("label",)),
@@ -63,7 +67,11 @@ _NEVER_DETECTED = ("chosen", "either", "gsm8k")
 COLUMNS = {name for need in FORMATS.values() for alternatives in need for name in alternatives} | {
     "input",
     "margin",
+    "scores",
+    "system",
 }
+#: A reason in what parse_rows counts that is of pairs and not of rows.
+TIES = "two answers have one score"
 
 
 def accepted() -> str:
@@ -124,7 +132,10 @@ def parse(row: Row, format: str, columns: Mapping[str, str] | None = None, where
     Raises Dropped, with the reason, for a row without an answer or prompt, and UserError, starting with
     ``where``, for a value of the wrong type.
     """
-    return PARSERS[_check_format(format)](rename(row, columns or {}), where)
+    renamed = rename(row, columns or {})
+    if _check_format(format) == "ranked":
+        return ranked_rows.pairs(renamed, where)[0][0]
+    return PARSERS[format](renamed, where)
 
 
 def parse_rows(
@@ -133,11 +144,14 @@ def parse_rows(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     source: str = "data",
+    ranked: ranked_rows.Ranked = "best_worst",
+    seed: int = 0,
 ) -> tuple[list[Record], Counter[str]]:
     """Return the records of ``rows`` in order, and the number of rows dropped for each reason.
 
-    ``format`` "auto" looks at the columns that occur in any row. Raises UserError for unknown columns, for a
-    row of the wrong type (by its number, from 1), and if no row is left.
+    ``ranked`` and ``seed`` say which answers of a ranked row become pairs (data/ranked.py); those with equal
+    scores are counted under TIES. ``format`` "auto" looks at the columns that occur in any row. Raises
+    UserError for unknown columns, for a row of the wrong type (by its number, from 1), and if no row is left.
     """
     columns = columns or {}
     present = list(dict.fromkeys(name for row in rows for name in row))
@@ -170,7 +184,13 @@ def parse_rows(
     dropped: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
-            records.append(parse(row, chosen, columns, f"{source}, row {number}"))
+            where = f"{source}, row {number}"
+            if chosen == "ranked":
+                pairs, ties = ranked_rows.pairs(rename(row, columns), where, ranked, seed)
+                records += pairs
+                dropped.update({TIES: ties} if ties else {})
+            else:
+                records.append(parse(row, chosen, columns, where))
         except Dropped as e:
             dropped[str(e)] += 1
         except RecursionError:

@@ -14,10 +14,9 @@ import numpy as np
 from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, collate, round_up, with_extra
 from mlx_posttrain.data.dataset import ExtraRows
 from mlx_posttrain.data.encode import encode_each
+from mlx_posttrain.data.fitting import Asked, fit
 from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
-
-Sides = tuple[Example, Example]  # chosen and rejected
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ def encode_pairs(
     prompts: dict[tuple[Turn, ...], int] = {}
     pairs, long, same, shortened = [], 0, 0, 0
     refusals: list[str] = []
-    for i, fitted in enumerate(_fitted(rows, tokenizer, template, max_length)):
+    asked = [Asked(row.prompt, (row.chosen, row.rejected), row.templated) for row in rows]
+    for i, fitted in enumerate(fit(asked, tokenizer, template, max_length)):
         if fitted is None:
             long += 1
             continue
@@ -137,64 +137,6 @@ def encode_answers(
             if context is None or len(outcome.example.tokens) <= context:
                 found[i] = outcome.example.tokens
     return found
-
-
-def _fitted(
-    rows: Sequence[Preference], tokenizer: object, template: str, max_length: int
-) -> list[tuple[Sides, int] | str | None]:
-    """For each row its sides, and how many of its oldest exchanges are left out so that both fit.
-
-    The fewest with which they do; None where none do, and why where the chat template refuses the row.
-
-    Found by bisection: with one exchange less at a time a dialogue of n exchanges would be tokenised n times.
-    """
-    found: list[tuple[Sides, int] | str | None] = [None] * len(rows)
-    fewest, most = [0] * len(rows), [len(_later_questions(row)) for row in rows]
-    tried = [0] * len(rows)  # most dialogues fit as they are
-    waiting = list(range(len(rows)))
-    while waiting:
-        attempts = [_without_oldest(rows[i], tried[i]) for i in waiting]
-        for i, sides in zip(waiting, _sides(attempts, tokenizer, template), strict=True):
-            if isinstance(sides, str):
-                found[i], most[i] = sides, -1
-            elif max(len(side.tokens) for side in sides) <= max_length:
-                found[i], most[i] = (sides, tried[i]), tried[i] - 1
-            else:
-                fewest[i] = tried[i] + 1
-            tried[i] = (fewest[i] + most[i]) // 2
-        waiting = [i for i in waiting if fewest[i] <= most[i]]
-    return found
-
-
-def _sides(rows: Sequence[Preference], tokenizer: object, template: str) -> list[Sides | str]:
-    both = [
-        Conversation((*row.prompt, Turn("assistant", text)), row.templated)
-        for row in rows
-        for text in (row.chosen, row.rejected)
-    ]
-    outcomes = encode_each(both, tokenizer, templates=[template], max_length=2**31)
-    return [
-        a.reason or b.reason if a.example is None or b.example is None else (a.example, b.example)
-        for a, b in zip(outcomes[::2], outcomes[1::2], strict=True)
-    ]
-
-
-def _later_questions(row: Preference) -> list[int]:
-    """Where the row's turns other than system turns could begin instead of at the first."""
-    return [
-        i
-        for i, turn in enumerate(t for t in row.prompt if t.role != "system")
-        if turn.role == "user" and i > 0
-    ]
-
-
-def _without_oldest(row: Preference, exchanges: int) -> Preference:
-    """The row without that many of its first questions and their answers; system turns stay."""
-    if not exchanges:
-        return row
-    system = [t for t in row.prompt if t.role == "system"]
-    turns = [t for t in row.prompt if t.role != "system"]
-    return replace(row, prompt=(*system, *turns[_later_questions(row)[exchanges - 1] :]))
 
 
 def _margin(row: Preference, number: int) -> float:

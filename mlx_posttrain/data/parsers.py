@@ -222,7 +222,7 @@ def _preference(row: Row, where: str) -> Preference:
     """Parse a pair of answers to one prompt.
 
     ``chosen`` and ``rejected`` are text, or messages that end with the answer; any earlier messages are the
-    prompt.
+    prompt. A column ``system``, as in Orca DPO Pairs, is the system turn of a prompt that has none.
     """
     name = _first(row, PROMPT_COLUMNS)
     if isinstance(row.get(name), list):
@@ -239,7 +239,10 @@ def _preference(row: Row, where: str) -> Preference:
     if not any(turn.content for turn in chosen_prompt or prompt):
         raise Dropped("empty prompt")
     used = (name, "chosen", "rejected", *(("input",) if name == "instruction" else ()))
-    return _pair(chosen_prompt or prompt, chosen, rejected, _extra(row, *used))
+    asked, system = chosen_prompt or prompt, row.get("system")
+    if isinstance(system, str) and system.strip() and asked[0].role != "system":
+        asked, used = (Turn("system", _content(system)), *asked), (*used, "system")
+    return _pair(asked, chosen, rejected, _extra(row, *used))
 
 
 def _side(row: Row, name: str, where: str) -> tuple[tuple[Turn, ...], str]:

@@ -12,7 +12,7 @@ import numpy as np
 from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data import drops, encode, formats, sources
+from mlx_posttrain.data import drops, encode, formats, ranked, sources
 from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
 from mlx_posttrain.data.summary import summarize
@@ -42,11 +42,16 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     )
     if data.prompt is not None:
         rows = formats.fill_prompts(rows, data.prompt, data.source)
-    parsed, dropped = formats.parse_rows(rows, format=data.format, columns=data.columns, source=data.source)
+    parsed, dropped = formats.parse_rows(
+        rows, format=data.format, columns=data.columns, source=data.source, ranked=data.ranked, seed=seed
+    )
     for reason, count in dropped.items():
-        log(f"{data.source} {split}: {count} rows dropped: {reason}")
+        unit = "pairs left out" if reason == formats.TIES else "rows dropped"
+        log(f"{data.source} {split}: {count} {unit}: {reason}")
+    if data.ranked != "best_worst" and split == data.split and not ranked.among(rows, data.columns):
+        log(f"data.ranked={data.ranked} is not used: these rows have no list of answers with scores")
     if split == data.split:
-        drops.add(dropped)
+        drops.add({reason: count for reason, count in dropped.items() if reason != formats.TIES})
     if data.config is not None and split == data.split and not sources.is_hub_id(data.source):
         log(
             f"data.config={data.config} is not used: only data sets on the hub have configurations, and "
@@ -302,7 +307,7 @@ def row_dataset(
     """
     data, seed = recipe.data, recipe.seed
     train, held_out = split_rows(data, seed, read_conversations)
-    _describe(train)
+    describe(train)
     train = prepare(train)
     if data.pack and train[0].templated:
         raise UserError(
@@ -337,7 +342,7 @@ def read_preferences(data: DataSection, *, split: str, limit: int | None, seed: 
     return [with_system(row, data.system) for row in preferences]
 
 
-def _describe(train: Sequence[formats.Record]) -> None:
+def describe(train: Sequence[formats.Record]) -> None:
     """Print what the training rows look like as a whole."""
     log("\n".join(f"training rows: {line}" for line in summarize(train).lines()))
 
@@ -346,7 +351,7 @@ def pair_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Datase
     """A recipe's preference pairs as a dataset, pairs of one prompt together; prints what was dropped."""
     data = recipe.data
     train, held_out = split_rows(data, recipe.seed, read_preferences)
-    _describe(train)
+    describe(train)
     length = min(data.max_length, facts.context or data.max_length)
 
     def encoded(rows: list[Preference], what: str, needed: bool) -> list[Pair]:

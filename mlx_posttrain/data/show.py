@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_posttrain.data import drops
-from mlx_posttrain.data.types import Example
+from mlx_posttrain.data.types import Example, Pair
 from mlx_posttrain.errors import UserError
 
 TRAINED = ("[[", "]]")  # around trained tokens where there is no colour
@@ -71,8 +71,9 @@ def read(recipe: Any) -> Shown:
             rows = [(Example(p.tokens, (False,) * len(p.tokens)),) for p in asked]
             return Shown(rows, ("prompt",), dropped, facts.tokenizer)
         dataset = method.make_dataset(recipe, facts)
-        found = [dataset.collate.examples(item) for item in dataset.train]
-        names = ("chosen", "rejected") if found and len(found[0]) == 2 else ("row",)
+        names = ("chosen", "rejected") if isinstance(dataset.train[0], Pair) else ("row",)
+        # of an item only what it trains: a labelled answer's mismatched one is for comparison
+        found = [dataset.collate.examples(item)[: len(names)] for item in dataset.train]
         return Shown(found, names, dropped, facts.tokenizer)
 
 

@@ -89,3 +89,19 @@ class Pair:
     prompt: int
     row: Preference
     margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answer as an example whose answer is marked, whether it is ``good``, and how much it ``weighs``.
+
+    ``mismatched``: the same prompt with the answer of a row that asks something else. ``prompt`` is the
+    prompt's number, shared by all its answers; ``row`` what the item was made from.
+    """
+
+    answer: Example
+    mismatched: Example
+    good: bool
+    prompt: int
+    row: Labelled
+    weight: float = 1.0

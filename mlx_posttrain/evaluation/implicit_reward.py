@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,19 +17,87 @@ from mlx_posttrain import runs
 from mlx_posttrain.console import log
 from mlx_posttrain.data import batches
 from mlx_posttrain.data.tokens import stop_ids
-from mlx_posttrain.data.types import Example, Pair
+from mlx_posttrain.data.types import Example, Judged, Pair, Turn
 from mlx_posttrain.engines.base import Generated, Model
 from mlx_posttrain.evaluation import preference
-from mlx_posttrain.evaluation.metrics import bootstrap
+from mlx_posttrain.evaluation.metrics import Interval, bootstrap
 from mlx_posttrain.training.session import Session
 from mlx_posttrain.training.setup import load_reference
 
 T = TypeVar("T")
+Item = TypeVar("Item", Pair, Judged)
 
 #: Held-out prompts that are answered by policy and reference at the end.
 PROMPTS = 64
 #: Nats by which the chosen answers' log-probability must have fallen before it is called displacement.
 DISPLACED = 1.0
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The policy beside its reference on held-out prompts.
+
+    judged, judged_ref: [R] log-probs in nats of the answers asked about, under policy and reference. kl: nats
+    an answer, of answers that the policy samples to ``prompts`` prompts. length, reference_length: tokens of
+    both models' answers on average, ``answers`` and ``answers_ref``.
+    """
+
+    judged: np.ndarray
+    judged_ref: np.ndarray
+    kl: Interval
+    answers: Sequence[Generated]
+    answers_ref: Sequence[Generated]
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts were answered."""
+        return len(self.answers)
+
+    @property
+    def length(self) -> float:
+        """Mean tokens of the policy's answers."""
+        return float(np.mean([len(one.tokens) for one in self.answers]))
+
+    @property
+    def reference_length(self) -> float:
+        """Mean tokens of the reference's answers."""
+        return float(np.mean([len(one.tokens) for one in self.answers_ref]))
+
+    def figures(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return {name: getattr(self, name) for name in ("kl", "prompts", "length", "reference_length")}
+
+    def line(self) -> str:
+        """The figures in words."""
+        return (
+            f"KL to the reference on {self.prompts} held-out prompts: {self.kl.mean:.2f} [{self.kl.low:.2f}, "
+            f"{self.kl.high:.2f}] nats an answer; answers of {self.length:.1f} tokens, the reference's of "
+            f"{self.reference_length:.1f}"
+        )
+
+
+def compare(session: Session, examples: Sequence[Example], asked: Sequence[Example]) -> Compared:
+    """Log-probs of some answers, and answers sampled to the prompts of others, under policy and reference."""
+    prompts = [example.tokens[: example.answer_start] for example in asked]
+    answers = _sample(session, session.model, prompts)
+    rows = [_example(*both) for both in zip(prompts, answers, strict=True)]
+    judged, sampled = (_logprobs(session, session.model, of) for of in (examples, rows))
+
+    def by_reference(model: Model) -> tuple[np.ndarray, np.ndarray, list[Generated]]:
+        return (
+            _logprobs(session, model, examples),
+            _logprobs(session, model, rows),
+            _sample(session, model, prompts),
+        )
+
+    judged_ref, sampled_ref, answers_ref = ask_reference(session, by_reference)
+    kl = bootstrap(sampled - sampled_ref, seed=session.recipe.seed)
+    return Compared(judged, judged_ref, kl, answers, answers_ref)
+
+
+def first_of_each_prompt(items: Sequence[Item]) -> list[Item]:
+    """The first item of each prompt, of the first PROMPTS prompts."""
+    return list({item.prompt: item for item in reversed(items)}.values())[::-1][:PROMPTS]
 
 
 def report(session: Session) -> dict[str, Any]:
@@ -43,40 +112,37 @@ def report(session: Session) -> dict[str, Any]:
     if not pairs:
         return {}
     sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    firsts = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1][:PROMPTS]
-    prompts = [pair.chosen.tokens[: pair.chosen.answer_start] for pair in firsts]
-    answers = _sample(session, session.model, prompts)
-    rows = [_example(*both) for both in zip(prompts, answers, strict=True)]
-    judged, sampled = (_logprobs(session, session.model, of) for of in (sides, rows))
-
-    def by_reference(model: Model) -> tuple[np.ndarray, np.ndarray, list[Generated]]:
-        return (
-            _logprobs(session, model, sides),
-            _logprobs(session, model, rows),
-            _sample(session, model, prompts),
-        )
-
-    judged_ref, sampled_ref, answers_ref = ask_reference(session, by_reference)
-    rewards = implicit_rewards(recipe.preference, sides, judged, judged_ref)
+    firsts = first_of_each_prompt(pairs)
+    beside = compare(session, sides, [pair.chosen for pair in firsts])
+    rewards = implicit_rewards(recipe.preference, sides, beside.judged, beside.judged_ref)
     found = preference.compare_with_baselines(
         rewards[::2], rewards[1::2], [pair.row for pair in pairs], dataset.train_rows, recipe.seed
     )
-    kl = bootstrap(sampled - sampled_ref, seed=recipe.seed)
-    length, length_ref = (float(np.mean([len(one.tokens) for one in of])) for of in (answers, answers_ref))
+    lines = [f"implicit reward, {_formula(recipe.preference)}:", *found.lines()]
+    remedy = "A higher preference.beta or preference.sft_weight counters it"
+    wanted = [(pair.row.prompt, pair.row.chosen) for pair in firsts]
+    return {"accuracy": found.accuracy.mean, **tell(session, found.to_dict(), lines, beside, wanted, remedy)}
+
+
+def tell(
+    session: Session,
+    found: Mapping[str, Any],
+    lines: Sequence[str],
+    beside: Compared,
+    wanted: Sequence[tuple[tuple[Turn, ...], str | None]],
+    remedy: str,
+) -> dict[str, Any]:
+    """Write report.json and samples, and print the report; returns figures for result.json.
+
+    found, lines: what held-out answers told, as numbers and in words. wanted: of the first prompts their
+    turns and a good answer, where there is one. remedy: against likelihood displacement.
+    """
     moved = displacement(session.run.metrics())
-    figures = {"kl": kl, "prompts": len(prompts), "length": length, "reference_length": length_ref}
-    text = json.dumps({**found.to_dict(), **figures, **moved}, indent=2) + "\n"
+    text = json.dumps({**found, **beside.figures(), **moved}, indent=2) + "\n"
     runs.write_text(session.run.folder / "report.json", text)
-    _write_samples(session, firsts, answers, answers_ref)
-    lines = [
-        f"implicit reward, {_formula(recipe.preference)}:",
-        *found.lines(),
-        f"KL to the reference on {len(prompts)} held-out prompts: {kl.mean:.2f} [{kl.low:.2f}, "
-        f"{kl.high:.2f}] nats "
-        f"an answer; answers of {length:.1f} tokens, the reference's of {length_ref:.1f}",
-    ]
-    log("\n".join([*lines, *([displacement_sentence(moved)] if moved else [])]))
-    return {"accuracy": found.accuracy.mean, "kl": kl.mean, "answer_length": length}
+    _write_samples(session, wanted, beside)
+    log("\n".join([*lines, beside.line(), *([displacement_sentence(moved, remedy)] if moved else [])]))
+    return {"kl": beside.kl.mean, "answer_length": beside.length}
 
 
 def implicit_rewards(
@@ -120,8 +186,11 @@ def displacement(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"chosen_moved": chosen, "rejected_moved": rejected, "margin_moved": chosen - rejected}
 
 
-def displacement_sentence(moved: Mapping[str, float]) -> str:
-    """Whether the margin came from chosen answers rising or rejected ones falling, in words."""
+def displacement_sentence(moved: Mapping[str, float], remedy: str = "") -> str:
+    """Whether the margin came from chosen answers rising or rejected ones falling, in words.
+
+    remedy: the end of the sentence where it came from the latter alone.
+    """
     chosen, rejected, margin = moved["chosen_moved"], moved["rejected_moved"], moved["margin_moved"]
     text = (
         f"held-out log-probs moved by {chosen:+.1f} nats for chosen answers, {rejected:+.1f} for rejected: "
@@ -130,8 +199,7 @@ def displacement_sentence(moved: Mapping[str, float]) -> str:
     if margin > 0 and chosen < -DISPLACED:
         return (
             f"{text}. Chosen answers became less likely while the margin grew (likelihood displacement, "
-            f"Razin et "
-            "al. 2024): other answers gained. A higher preference.beta or preference.sft_weight counters it"
+            f"Razin et al. 2024): other answers gained. {remedy}"
         )
     return text
 
@@ -172,16 +240,17 @@ def _logprobs(session: Session, model: Model, examples: Sequence[Example]) -> np
 
 
 def _write_samples(
-    session: Session, pairs: Sequence[Pair], answers: Sequence[Generated], theirs: Sequence[Generated]
+    session: Session, wanted: Sequence[tuple[tuple[Turn, ...], str | None]], beside: Compared
 ) -> None:
     """Put the first answers beside the reference's in samples.jsonl."""
     decode = session.facts.tokenizer.decode
-    for pair, ours, other in list(zip(pairs, answers, theirs, strict=True))[: session.recipe.sample.count]:
+    shown = list(zip(wanted, beside.answers, beside.answers_ref, strict=True))
+    for (prompt, good), ours, other in shown[: session.recipe.sample.count]:
         session.run.sample(
             {
-                "prompt": pair.row.prompt[-1].content if pair.row.prompt else "",
+                "prompt": prompt[-1].content if prompt else "",
                 "answer": decode(ours.tokens).strip(),
                 "reference_answer": decode(other.tokens).strip(),
-                "wanted": pair.row.chosen,
+                "wanted": good,
             }
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.data.types import Preference
+from mlx_posttrain.data.types import Labelled, Preference
 from mlx_posttrain.evaluation.metrics import Interval, correlation, paired_bootstrap, proportion
 
 BINS = 5  # of calibration, between .5 and 1
@@ -49,14 +49,14 @@ class PreferenceStats:
     def lines(self) -> list[str]:
         """The results in words."""
         text = [
-            f"held-out pairs: {self.pairs}; right {_percent(self.accuracy)}, loss {self.loss:.4f} (chance: "
+            f"held-out pairs: {self.pairs}; right {percent(self.accuracy)}, loss {self.loss:.4f} (chance: "
             f"{math.log(2):.4f})",
-            f"  the longer answer wins: {_percent(self.longer)}; the model has {_signed(self.over_longer)}",
+            f"  the longer answer wins: {percent(self.longer)}; the model has {signed(self.over_longer)}",
         ]
         if self.bag_of_words is not None and self.over_bag_of_words is not None:
             text.append(
-                f"  bag of words: {_percent(self.bag_of_words)}; the model has "
-                f"{_signed(self.over_bag_of_words)}"
+                f"  bag of words: {percent(self.bag_of_words)}; the model has "
+                f"{signed(self.over_bag_of_words)}"
             )
         text.append(
             f"  score and length of an answer: Pearson {self.length_pearson:+.2f}, Spearman "
@@ -107,7 +107,7 @@ def compare_with_baselines(
     if not np.all(np.isfinite(chosen)) or not np.all(np.isfinite(rejected)):
         raise ValueError("a score is not finite, so the model cannot be evaluated")
     margins = chosen - rejected
-    groups = _groups(rows)
+    groups = prompt_numbers(rows)
     correct = _wins(margins)
     lengths = np.array([[len(r.chosen), len(r.rejected)] for r in rows], np.float64)
     longer = _wins(lengths[:, 0] - lengths[:, 1])
@@ -124,11 +124,11 @@ def compare_with_baselines(
     scores, sizes = np.concatenate([chosen, rejected]), np.concatenate([lengths[:, 0], lengths[:, 1]])
 
     def difference_from(baseline: np.ndarray) -> Interval:
-        a, weight = _by_group(correct, groups)
-        return paired_bootstrap(a, _by_group(baseline, groups)[0], weights=weight, seed=seed)
+        a, weight = by_group(correct, groups)
+        return paired_bootstrap(a, by_group(baseline, groups)[0], weights=weight, seed=seed)
 
     def win_rate(wins: np.ndarray) -> Interval:
-        values, weight = _by_group(wins, groups)
+        values, weight = by_group(wins, groups)
         return proportion(values, weights=weight, seed=seed)
 
     return PreferenceStats(
@@ -298,12 +298,14 @@ def _wins(margins: np.ndarray) -> np.ndarray:
     return np.where(margins > 0, 1.0, np.where(margins == 0, 0.5, 0.0))
 
 
-def _groups(rows: Sequence[Preference]) -> np.ndarray:
+def prompt_numbers(rows: Sequence[Preference | Labelled]) -> np.ndarray:
+    """[R] the number of each row's prompt."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(row.prompt, len(numbers)) for row in rows])
 
 
-def _by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the values of each group, and the group's size; groups: [R] numbers from 0."""
     size = np.bincount(groups).astype(np.float64)
     return np.bincount(groups, values) / size, size
 
@@ -325,9 +327,11 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
 
 
-def _percent(interval: Interval) -> str:
+def percent(interval: Interval) -> str:
+    """A share and its interval, for people."""
     return f"{interval.mean:.1%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
-def _signed(interval: Interval) -> str:
+def signed(interval: Interval) -> str:
+    """A difference of shares and its interval, for people."""
     return f"{interval.mean:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"

@@ -346,6 +346,7 @@ def _run(label: str, folder: Path) -> dict[str, Any]:
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     raw = runs.reopen(folder)[1]
     result = folder / "result.json"
+    # Answers beside a reference's, of runs on preferences, are of the final weights and have no step.
     stats = read_json(result) if result.is_file() else {}
     samples = jsonl.read(folder / "samples.jsonl")
     steps = sorted({r["step"] for r in samples if isinstance(r.get("step"), int)})

@@ -16,14 +16,16 @@ term of ORPO, CPO and RPO is the mean of each chosen answer's tokens, then over 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from mlx_posttrain import config
+from mlx_posttrain.console import log
 from mlx_posttrain.data.dataset import Collator, Dataset
 from mlx_posttrain.data.pairs import PairCollator
+from mlx_posttrain.data.ranked import score_gap
 from mlx_posttrain.data.read import ModelFacts, pair_dataset
 from mlx_posttrain.engines.base import Array, DeviceBatch, Loss, Model
 from mlx_posttrain.errors import UserError
@@ -141,7 +143,9 @@ class PreferenceSection(config.Section):
         "orpo always do",
     )
     margin: bool = Field(
-        False, description="subtract the rows' column margin inside the loss: dpo (ODPO) and hinge"
+        False,
+        description="subtract the rows' column margin, or their difference in score, inside the "
+        "loss: dpo (ODPO) and hinge",
     )
     sft_weight: float | None = Field(
         None,
@@ -267,14 +271,23 @@ def collator(recipe: Any, facts: ModelFacts) -> Collator:
 
 
 def dataset(recipe: Any, facts: ModelFacts, collate: Collator) -> Dataset:
-    """The recipe's pairs. Raises UserError for ``preference.margin`` where no row has a margin."""
+    """The recipe's pairs; their margins are the column ``margin``, or else differences in score.
+
+    Raises UserError for ``preference.margin`` where no row has either.
+    """
     pairs = pair_dataset(recipe, facts, collate)
     if recipe.preference.margin and not any(pair.margin for pair in pairs.train):
-        raise UserError(
-            f"{recipe.data.source}: preference.margin=true, and no row has a column 'margin' other than 0; "
-            f"name "
-            "it with data.columns, for example {margin: score_gap}, or leave preference.margin out"
+        pairs.train, pairs.held_out = (
+            [replace(pair, margin=score_gap(pair.row.extra)) for pair in part]
+            for part in (pairs.train, pairs.held_out)
         )
+        if not any(pair.margin for pair in pairs.train):
+            raise UserError(
+                f"{recipe.data.source}: preference.margin=true, and no row has a column 'margin' other than "
+                "0, nor scores; name it with data.columns, for example {margin: score_gap}, or leave "
+                "preference.margin out"
+            )
+        log("margins: the difference in score of each pair's answers")
     return pairs
 
 

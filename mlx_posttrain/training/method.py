@@ -79,6 +79,7 @@ class Method:
     dataset: the recipe's items, to be collated by the third argument: row_dataset or pair_dataset.
     collator: how items become batches; a method on pairs names one of data/read.py.
     loss: what is minimised, ``loss(model, batch) -> (scalar, metrics)``.
+    metrics: from the loss's metrics, summed over a step or an evaluation, to those that are logged.
     algorithm: see :class:`Algorithm`; the recipe is a rl.config.RolloutRecipe.
     reference: what it needs of the model as it was before training.
     saves: what ``final/`` holds.
@@ -98,6 +99,7 @@ class Method:
     dataset: Callable[[Any, ModelFacts, Collator], Dataset] | None = None
     collator: Callable[[Any, ModelFacts], Collator] = row_collator
     loss: Callable[[Any], Loss] | None = None
+    metrics: Callable[[Mapping[str, float]], dict[str, float]] = dict
     algorithm: Callable[[Any], Algorithm] | None = None
     reference: Callable[[Any], Reference] = lambda recipe: None
     saves: Callable[[Any], Saves] = lambda recipe: "model"

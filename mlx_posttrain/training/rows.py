@@ -18,6 +18,7 @@ from mlx_posttrain.training.optimizer import adamw
 class RowLearner:
     """A model, its optimizer, and the dataset that it is trained on; see loop.Learner.
 
+    metrics: from the loss's metrics, summed over a step or an evaluation, to those that are logged.
     prepare: called once before the first step, to give the dataset what its batches carry besides.
     """
 
@@ -31,6 +32,7 @@ class RowLearner:
         loss: Loss,
         dataset: Dataset,
         *,
+        metrics: Callable[[Mapping[str, float]], dict[str, float]] = dict,
         samples: Callable[[int], None] | None = None,
         prepare: Callable[[], None] | None = None,
     ):
@@ -38,7 +40,7 @@ class RowLearner:
         self.steps = dataset.steps
         self.trainer = engine.trainer(model, adamw(dataset.settings))
         self.trainers = {"optimizer": self.trainer}
-        self._samples, self._prepare = samples, prepare
+        self._metrics, self._samples, self._prepare = metrics, samples, prepare
         self._held_out = dataset.evaluation()
         self._last: Sequence[Batch] = ()
 
@@ -70,7 +72,7 @@ class RowLearner:
 
     def step(self, step: int, lr: float) -> dict[str, float]:
         self._last = self.dataset.micro_batches(self.dataset.rows(step))
-        metrics = self.trainer.step(self.loss, self._last, lr)
+        metrics = self._metrics(self.trainer.step(self.loss, self._last, lr))
         tokens = sum(b.trained_tokens for b in self._last)
         return {"epoch": (step + 1) / self.dataset.steps_per_epoch, "tokens": tokens, **metrics}
 
@@ -90,7 +92,7 @@ class RowLearner:
         return None if math.isfinite(after) else f"the loss with the weights that it made is {after}"
 
     def evaluate(self) -> dict[str, float] | None:
-        return self.model.evaluate(self.loss, self._held_out) if self._held_out else None
+        return self._metrics(self.model.evaluate(self.loss, self._held_out)) if self._held_out else None
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         return f"held-out loss {metrics['loss']:.4f}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mlx_posttrain.console import log
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.tokens import stop_ids
-from mlx_posttrain.data.types import Conversation, Preference, Turn
+from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rewards.scorer import score_rows
 from mlx_posttrain.training.session import Session
@@ -23,8 +23,8 @@ def default_for(session: Session) -> Samples:
 def answers(session: Session) -> Callable[[int], None]:
     """A function of the step that answers the recipe's prompts, or the first held-out rows'.
 
-    A row may be a conversation, whose last turn is what is wanted, or a preference pair, whose chosen answer
-    is.
+    A row may be a conversation, whose last turn is what is wanted, a preference pair, whose chosen answer is,
+    or a labelled answer, which is if it is good.
     """
     recipe, dataset, model = session.recipe, session.dataset, session.model
     assert dataset is not None
@@ -74,10 +74,12 @@ def answers(session: Session) -> Callable[[int], None]:
     return write
 
 
-def _question(row: Conversation | Preference) -> tuple[tuple[Turn, ...], bool, str | None]:
+def _question(row: Conversation | Preference | Labelled) -> tuple[tuple[Turn, ...], bool, str | None]:
     """(turns before the answer, whether a template goes around them, the answer that is wanted)."""
     if isinstance(row, Preference):
         return row.prompt, row.templated, row.chosen
+    if isinstance(row, Labelled):
+        return row.prompt, row.templated, row.completion if row.label else None
     return row.turns[:-1], row.templated, row.turns[-1].content
 
 

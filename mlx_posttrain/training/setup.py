@@ -221,6 +221,7 @@ def _row_learner(session: Session) -> Learner:
         model,
         method.loss(recipe),
         dataset,
+        metrics=method.metrics,
         samples=(method.samples or samples.default_for(session))(session),
         prepare=cache if reference == "distribution" else None,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain.config import TrainSection
-from mlx_posttrain.data import pairs
+from mlx_posttrain.data import fitting, pairs
 from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.data.encode import encode
 from mlx_posttrain.data.pairs import PairCollator, collate_scores, encode_pairs, last_token
@@ -183,9 +183,9 @@ def test_one_long_answer_drops_its_pair(tiny):
 
 
 def test_a_dialogue_of_n_exchanges_is_not_tokenised_n_times(tiny, monkeypatch):
-    tokenised, sides = [], pairs._sides
+    tokenised, encode = [], fitting._encode
     monkeypatch.setattr(
-        pairs, "_sides", lambda rows, *rest: tokenised.append(len(rows)) or sides(rows, *rest)
+        fitting, "_encode", lambda rows, *rest: tokenised.append(len(rows)) or encode(rows, *rest)
     )
     rows = [Preference(talk(127), "4", "5"), Preference(QUESTION, "4", "5")]
     assert encode_pairs(rows, tiny, template="instruction", max_length=100)[1].shortened == 1

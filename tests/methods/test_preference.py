@@ -215,6 +215,19 @@ def test_margins_come_from_a_column_or_are_refused(tmp_path, run):
     assert losses(tmp_path / "run")[0] == pytest.approx(math.log(1 + math.exp(2.0)), rel=1e-4)
 
 
+def test_margins_of_ranked_answers_are_differences_in_score(tmp_path, run):
+    """Three answers scored 1, 2 and 4: all pairs, whose mean loss at the start is of margins 1, 2 and 3."""
+    rows = [
+        {"prompt": f"Say {n}.", "completions": ["no", f"yes {n}", "well"], "scores": [1, 4, 2]}
+        for n in range(20)
+    ]
+    source = write_jsonl(tmp_path / "ranked.jsonl", rows)
+    more = [f"data.source={source}", "data.ranked=all", "preference.margin=true", "train.batch_size=6"]
+    run(tmp_path / "run", "dpo", *more, steps=1)
+    expected = np.mean([math.log(1 + math.exp(gap)) for gap in (1.0, 2.0, 3.0)])
+    assert losses(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-4)
+
+
 @both
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_other_models_and_columns(kind, tmp_path, random_gpt2, run):

@@ -1,0 +1,125 @@
+"""Rows with several answers and their scores, as of UltraFeedback: to pairs.
+
+    completions | responses   a list of answers: text, messages, or UltraFeedback's {response, overall_score}
+    scores                    their scores, where the answers do not carry them
+
+Each pair is one row of the format ``preference`` with the columns score_chosen and score_rejected, the names
+that UltraFeedback's binarised form has. Equal scores make no pair. Source: Cui et al. 2023, "UltraFeedback".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any, Literal
+
+from mlx_posttrain.data.parsers import PARSERS, Dropped, Record, Row
+from mlx_posttrain.data.templates import stable_hash
+from mlx_posttrain.errors import UserError
+
+#: Which answers are paired: the best with the worst, the best with a worse one drawn by seed, or all.
+Ranked = Literal["best_worst", "best_random", "all"]
+ANSWERS = ("completions", "responses")
+SCORE_CHOSEN, SCORE_REJECTED = "score_chosen", "score_rejected"
+_TEXT_KEYS = ("response", "content", "text")
+_SCORE_KEYS = ("overall_score", "score", "fine-grained_score")
+
+
+def pairs(row: Row, where: str, ranked: Ranked = "best_worst", seed: int = 0) -> tuple[list[Record], int]:
+    """A row's pairs, and how many that ``ranked`` asks for are none because their scores are equal.
+
+    The draw of best_random depends on the row and the seed alone. Raises Dropped for a row without two
+    answers that have a score, or without a pair, and UserError for a value of the wrong type.
+    """
+    name = next(name for name in ANSWERS if name in row)
+    answers = _scored(row, name, where)
+    answers.sort(key=lambda pair: -pair[1])
+    if len(answers) < 2:
+        raise Dropped("fewer than two answers with a score")
+    best, *others = answers
+    lower = [one for one in others if one[1] < best[1]]
+    if ranked == "all":
+        chosen = list(combinations(answers, 2))
+    elif not lower:
+        raise Dropped("all answers have one score")
+    elif ranked == "best_worst":
+        chosen = [(best, others[-1])]
+    else:
+        chosen = [(best, lower[stable_hash(answers, seed) % len(lower)])]
+    rest = {key: value for key, value in row.items() if key not in (name, "scores")}
+    found: list[Record] = []
+    problem = Dropped("all answers have one score")
+    different = [(a, b) for a, b in chosen if a[1] > b[1]]
+    for (better, high), (worse, low) in different:
+        pair = {"chosen": better, "rejected": worse, SCORE_CHOSEN: high, SCORE_REJECTED: low}
+        try:
+            found.append(PARSERS["preference"](rest | pair, where))
+        except Dropped as reason:
+            problem = reason
+    if not found:
+        raise problem
+    return found, len(chosen) - len(different)
+
+
+def among(rows: Sequence[Row], columns: Mapping[str, str]) -> bool:
+    """Whether any row has a list of answers, under its own name or as data.columns renames it."""
+    names = {*ANSWERS, *(columns[name] for name in ANSWERS if name in columns)}
+    return any(names & row.keys() for row in rows)
+
+
+def score_gap(extra: Mapping[str, Any]) -> float:
+    """By how much a pair's chosen answer has the higher score; 0 where its row has no scores."""
+    scores = [extra.get(name) for name in (SCORE_CHOSEN, SCORE_REJECTED)]
+    if not all(_is_score(score) for score in scores):
+        return 0.0
+    return float(scores[0]) - float(scores[1])  # type: ignore[arg-type]
+
+
+def _scored(row: Row, name: str, where: str) -> list[tuple[Any, float]]:
+    """The answers that have text and a score, each as text or messages."""
+    answers, scores = _list(row, name, where), row.get("scores")
+    if scores is not None:
+        scores = _list(row, "scores", where)
+        if len(scores) != len(answers):
+            raise UserError(
+                f"{where}: {len(answers)} answers in {name!r} and {len(scores)} scores: each needs its own"
+            )
+    elif answers and not any(isinstance(one, Mapping) and set(_SCORE_KEYS) & one.keys() for one in answers):
+        raise UserError(
+            f"{where}: the answers in {name!r} have no scores: give a column 'scores' with one number for "
+            f"each, or one of {', '.join(_SCORE_KEYS)} in each answer"
+        )
+    found = []
+    for i, answer in enumerate(answers):
+        score = scores[i] if scores is not None else _first(answer, _SCORE_KEYS)
+        text = _first(answer, _TEXT_KEYS) if isinstance(answer, Mapping) else answer
+        if not isinstance(text, str | list | None):
+            raise UserError(f"{where}: answer {i + 1} in {name!r} must be text, found {type(text).__name__}")
+        if not _is_score(score):
+            if score is None or (isinstance(score, float) and math.isnan(score)):
+                continue
+            raise UserError(f"{where}: the score of answer {i + 1} must be a finite number, found {score!r}")
+        if text and (isinstance(text, list) or text.strip()):
+            found.append((text, float(score)))
+    return found
+
+
+def _list(row: Row, name: str, where: str) -> Sequence[Any]:
+    value = row.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where}: column {name!r} must be a list, found {type(value).__name__}")
+    return value
+
+
+def _first(answer: Any, keys: Sequence[str]) -> Any:
+    """The value of the first key that an answer has; None without one."""
+    if not isinstance(answer, Mapping):
+        return None
+    return next((answer[key] for key in keys if answer.get(key) is not None), None)
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
