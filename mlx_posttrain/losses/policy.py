@@ -32,6 +32,12 @@ def log_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
     return _masked(logprobs, mask) - _masked(old_logprobs, mask)
 
 
+def _ratio(log_ratios: Array, mask: Array) -> Array:
+    """exp of log-ratios within +-60, 1 at padding: beyond, float32 overflows, and 0 * inf would be nan."""
+    xp = ops(log_ratios)
+    return xp.exp(xp.clip(_masked(log_ratios, mask), -60.0, 60.0))
+
+
 def sequence_log_ratio(log_ratios: Array, row: Array, rows: int, lengths: Array | None = None) -> Array:
     """A whole completion's log-ratio at each of its tokens: the sum of its tokens', or their mean.
 
@@ -56,10 +62,10 @@ def clipped_surrogate(
     log_ratios: [...] from :func:`log_ratio`; advantages: of the tokens. high: the upper bound where it is not
     ``low`` too (DAPO's clip-higher: Yu et al. 2025, eq. 8). delta: an upper bound of r in the first term,
     which without it has none where A is negative (two-sided clipping: INTELLECT-2, Prime Intellect 2025, eq.
-    2). Returns [...]. Schulman et al. 2017, eq. 7.
+    2); it must lie above 1 + high to bind there alone. Returns [...]. Schulman et al. 2017, eq. 7.
     """
     xp = ops(log_ratios)
-    ratio, gain = xp.exp(_masked(log_ratios, mask)), _masked(advantages, mask)
+    ratio, gain = _ratio(log_ratios, mask), _masked(advantages, mask)
     free = ratio if delta is None else xp.minimum(ratio, delta)
     held = xp.clip(ratio, 1.0 - low, 1.0 + (low if high is None else high))
     return xp.maximum(-gain * free, -gain * held)
@@ -112,7 +118,7 @@ def cispo(log_ratios: Array, logprobs: Array, advantages: Array, mask: Array, hi
     -stop_gradient(min(r, high)) A log pi: every token keeps a gradient. MiniMax-M1 2025, eq. 4.
     """
     xp = ops(log_ratios)
-    ratio = xp.exp(_masked(log_ratios, mask))
+    ratio = _ratio(log_ratios, mask)
     weight = xp.stop_gradient(xp.minimum(ratio, high))
     return -weight * _masked(advantages, mask) * _masked(logprobs, mask)
 
@@ -126,7 +132,7 @@ def sapo(
     et al. 2025, "Soft Adaptive Policy Optimization", eq. 5.
     """
     xp = ops(log_ratios)
-    ratio, gain = xp.exp(_masked(log_ratios, mask)), _masked(advantages, mask)
+    ratio, gain = _ratio(log_ratios, mask), _masked(advantages, mask)
     ones = xp.ones_like(ratio)
     sharpness = xp.where(gain > 0, positive * ones, negative * ones)
     return -gain * 4.0 * xp.sigmoid(sharpness * (ratio - 1.0)) / sharpness
@@ -200,20 +206,24 @@ def update_statistics(
 
 
 def clipped(
-    log_ratios: Array, advantages: Array, mask: Array, low: float = 0.2, high: float | None = None
+    log_ratios: Array,
+    advantages: Array,
+    mask: Array,
+    low: float = 0.2,
+    high: float | None = None,
+    delta: float | None = None,
 ) -> tuple[Array, Array]:
-    """1 where :func:`clipped_surrogate` holds a token's gradient at 0: at its lower, and at its upper bound.
+    """1 where :func:`clipped_surrogate` holds a token's gradient at 0: at its lower, and at an upper bound.
 
     Arguments as there. Returns two [...], without gradient.
     """
     xp = ops(log_ratios)
-    ratio = xp.exp(xp.stop_gradient(_masked(log_ratios, mask)))
+    ratio = _ratio(xp.stop_gradient(log_ratios), mask)
     gain = xp.stop_gradient(_masked(advantages, mask))
-    upper = 1.0 + (low if high is None else high)
-    return (
-        xp.astype((ratio < 1.0 - low) & (gain < 0), ratio),
-        xp.astype((ratio > upper) & (gain > 0), ratio),
-    )
+    upper = (ratio > 1.0 + (low if high is None else high)) & (gain > 0)
+    if delta is not None:
+        upper = upper | ((ratio > delta) & (gain < 0))
+    return xp.astype((ratio < 1.0 - low) & (gain < 0), ratio), xp.astype(upper, ratio)
 
 
 def value_clip_fraction(

@@ -10,7 +10,7 @@ One step (Shao et al. 2024, "DeepSeekMath", section 4.1):
 
 ``grpo.preset`` names a member of the family, and each key of ``grpo`` changes one thing in it:
 
-    grpo          the paper's
+    grpo          the paper's, without its KL penalty unless kl.beta is given
     dr_grpo       no division, every answer's sum by a constant (Liu et al. 2025)
     dapo          a higher upper bound, tokens count alike, equal groups drawn again (Yu et al. 2025)
     gspo          the ratio of whole answers (Zheng et al. 2025)
@@ -20,9 +20,11 @@ One step (Shao et al. 2024, "DeepSeekMath", section 4.1):
 The pure parts are in losses/policy.py (what is differentiated) and rl/ (advantages, aggregation); the step is
 rl/learner.py's, as PPO's.
 
-Where we differ: old log-probabilities come from the forward pass that trains, so the first ratio is 1; the
-mean is over all tokens, or answers, of an optimizer step, rather than of a micro-batch; the KL penalty in the
-reward is the answer's summed log-ratio, for REINFORCE++ too, whose paper spreads it over the tokens.
+Where we differ: old log-probabilities come from the forward pass that trains, so the first ratio is 1 up to
+rounding; the mean is over all tokens, or answers, of an optimizer step, rather than of a micro-batch; a
+standard deviation is over n - 1, as in TRL. REINFORCE++'s paper spreads the KL penalty over the tokens and
+scales by the deviation of the tokens' advantages: here the penalty is the answer's summed log-ratio, and the
+deviation that of the answers' scores.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from mlx_posttrain.losses.sft import token_mean
 from mlx_posttrain.ops import ops
 from mlx_posttrain.rl import config as rl_config
 from mlx_posttrain.rl.aggregation import LENGTHS, SHARE, Aggregation
-from mlx_posttrain.rl.groups import Baseline, Scale, explain, group_experience
+from mlx_posttrain.rl.groups import Baseline, Scale, group_experience, shape_scores
 from mlx_posttrain.training.method import Algorithm, Method
 
 Ratio = Literal["token", "sequence", "sequence_sum"]
@@ -78,6 +80,11 @@ def _presets(key: str) -> str:
     usual = getattr(PRESETS["grpo"], key)
     others = {name: getattr(s, key) for name, s in PRESETS.items() if getattr(s, key) != usual}
     return f"null: {usual}" + "".join(f", {name} {value}" for name, value in others.items())
+
+
+#: What advantages are divided by where a recipe names another baseline than its preset's, and no scale: a
+#: group's own deviation says nothing of its distance from a baseline outside it.
+SCALES: dict[Baseline, Scale] = {"global": "batch", "greedy": "none"}
 
 
 class GRPOSection(config.Section):
@@ -138,7 +145,7 @@ class GRPOSection(config.Section):
         description="times that groups of equal scores make way for other prompts (dynamic sampling); "
         + _presets("resample"),
     )
-    entropy_coef: float = Field(0.0, description="weight of the entropy per token, which is maximised")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy per token, which is maximised")
 
 
 class KLSection(rl_config.KLPenaltySection):
@@ -154,7 +161,7 @@ class KLSection(rl_config.KLPenaltySection):
 class RolloutSection(rl_config.RolloutSection):
     """How answers are sampled: from the full softmax, no top-k, no top-p, no repetition penalty."""
 
-    prompts: int = Field(8, ge=1, description="distinct prompts in a step")
+    prompts: int = Field(8, ge=1, description="prompts in a step")
     samples: int = Field(8, ge=1, description="answers to each prompt: its group")
     missing_eos_penalty: float | None = Field(
         None, ge=0, description="taken from the score of an answer that did not end by itself; null: none"
@@ -189,6 +196,8 @@ class Recipe(rl_config.RolloutRecipe):
         preset = PRESETS[self.grpo.preset]
         given = {f.name: getattr(self.grpo, f.name, None) for f in fields(Settings)}
         given |= {"place": self.kl.place, "estimator": self.kl.estimator}
+        if given["scale"] is None and given["baseline"] is not None:
+            given["scale"] = SCALES.get(given["baseline"])
         return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
     @property
@@ -198,20 +207,40 @@ class Recipe(rl_config.RolloutRecipe):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
-        s = self.settings
-        if self.rollout.samples < 2 and (
-            s.baseline in ("group", "leave_one_out") or s.scale == "group" or s.resample
-        ):
+        s, g, fields_of = self.settings, self.grpo, GRPOSection.model_fields
+        grouped = s.baseline in ("group", "leave_one_out")
+        if self.rollout.samples < 2 and (grouped or s.resample):
             raise ValueError(
                 "rollout.samples=1 leaves nothing to compare an answer with: give at least 2, or "
                 "grpo.preset=reinforce_pp"
             )
-        if self.grpo.momentum and s.baseline != "global":
+        if s.baseline == "global" and self.rollout.samples * self.rollout.prompts < 2:
+            raise ValueError("one answer a step has nothing to be compared with: raise rollout.prompts")
+        if s.scale == "group" and not grouped:
+            raise ValueError(
+                f"grpo.scale=group with grpo.baseline={s.baseline}: a group's deviation says nothing of its "
+                "distance from a baseline outside it; use batch or none"
+            )
+        if s.scale == "none" and any(getattr(g, k) != fields_of[k].default for k in ("std_ddof", "std_eps")):
+            raise ValueError("grpo.std_ddof and grpo.std_eps belong to a grpo.scale other than none")
+        if g.momentum and s.baseline != "global":
             raise ValueError("grpo.momentum belongs to grpo.baseline=global")
-        if self.kl.controller == "adaptive" and not self.penalised:
+        if g.delta is not None and g.delta <= 1 + s.clip_high:
+            raise ValueError(
+                f"grpo.delta={g.delta:g} is not above 1 + clip_high = {1 + s.clip_high:g}, which bounds first"
+            )
+        if not self.penalised and self.kl.controller == "adaptive":
             raise ValueError("kl.controller=adaptive follows kl.beta, which is 0: give its first value")
+        if not self.penalised and (self.kl.place or self.kl.estimator):
+            raise ValueError("kl.place and kl.estimator belong to a penalty, and kl.beta is 0")
         if s.place == "reward" and self.kl.estimator is not None:
             raise ValueError("kl.estimator belongs to kl.place=loss: in the reward the log-ratio is used")
+        if self.penalised and s.place == "reward" and s.scale == "group":
+            raise ValueError(
+                "kl.place=reward with grpo.scale=group: in a group of equal rewards only the penalty "
+                "differs, and dividing would bring it to full size; use grpo.scale=batch or none, or "
+                "kl.place=loss"
+            )
         buffer = self.grpo.overlong_buffer
         if buffer is not None and buffer > self.rollout.max_tokens:
             raise ValueError(
@@ -224,7 +253,8 @@ def policy_loss(recipe: Recipe) -> Loss:
     """The clipped surrogate over a minibatch, with KL penalty and entropy bonus where the recipe has them.
 
     Metrics, means over tokens, mostly under TRL's names: entropy; clip_ratio/low_mean, high_mean and
-    region_mean (tokens without a gradient); policy/approxkl_avg, val/ratio; kl in the loss.
+    region_mean (tokens without a gradient); kl, where it is in the loss; val/ratio, and policy/approxkl_avg
+    of the tokens' own ratios.
     """
     s, temperature, entropy_coef = recipe.settings, recipe.rollout.temperature, recipe.grpo.entropy_coef
     delta, in_loss = recipe.grpo.delta, recipe.penalised and recipe.settings.place == "loss"
@@ -238,6 +268,7 @@ def policy_loss(recipe: Recipe) -> Loss:
         logprobs, entropy, _ = model.policy_terms(batch, temperature)
         xp = ops(logprobs)
         log_ratios = objective.log_ratio(logprobs, extra["old_logprobs"], mask)
+        still = xp.stop_gradient(log_ratios)
         if s.ratio != "token":
             lengths = extra[LENGTHS] if s.ratio == "sequence" else None
             rows = batch.tokens.shape[0]
@@ -247,8 +278,7 @@ def policy_loss(recipe: Recipe) -> Loss:
         if "importance" in extra:
             values = values * extra["importance"]
         policy = token_mean(values, mask, batch.total, batch.weight)
-        low, high = objective.clipped(log_ratios, advantages, mask, s.clip_low, s.clip_high)
-        still = xp.stop_gradient(log_ratios)
+        low, high = objective.clipped(log_ratios, advantages, mask, s.clip_low, s.clip_high, delta)
         metrics = {
             "loss/policy_avg": policy,
             "entropy": per_token(entropy),
@@ -256,14 +286,14 @@ def policy_loss(recipe: Recipe) -> Loss:
             "clip_ratio/high_mean": per_token(high),
             "clip_ratio/region_mean": per_token(low + high),
             "policy/approxkl_avg": per_token(0.5 * still**2),
-            "val/ratio": per_token(xp.exp(still)),
+            "val/ratio": per_token(xp.exp(xp.stop_gradient(log_ratios))),
         }
         total = policy
         if in_loss:
             terms = (logprobs, extra["ref_logprobs"], mask, s.estimator, extra["old_logprobs"])
             penalty = objective.kl_estimate(*terms)
             total = total + token_mean(extra["beta"] * penalty, mask, batch.total, batch.weight)
-            metrics["loss/kl_avg"] = per_token(penalty)
+            metrics["kl"] = per_token(penalty)
         if entropy_coef:
             total = total - entropy_coef * token_mean(entropy, mask, batch.total, batch.weight)
         return total, metrics
@@ -274,20 +304,33 @@ def policy_loss(recipe: Recipe) -> Loss:
 def algorithm(recipe: Recipe) -> Algorithm:
     """GRPO as rl/learner.py runs it."""
     s, section, rollout = recipe.settings, recipe.grpo, recipe.rollout
+    shape = partial(
+        shape_scores,
+        max_tokens=rollout.max_tokens,
+        missing_eos_penalty=rollout.missing_eos_penalty,
+        missing_eos_score=rollout.missing_eos_score,
+        overlong_buffer=section.overlong_buffer,
+    )
+    updates = -(
+        -rollout.prompts * rollout.samples // (recipe.train.batch_size * recipe.train.grad_accumulation)
+    )
+    note = (
+        "a loss near 0 at the first update of a step is expected: the ratio is 1 there, and advantages "
+        "average to 0; watch reward and eval/ in metrics.jsonl"
+    )
+    if updates * section.epochs == 1:
+        note += "\none update a step: its ratio is always 1, so nothing is ever clipped"
     return Algorithm(
         loss=policy_loss(recipe),
         experience=partial(
             group_experience,
-            max_tokens=rollout.max_tokens,
+            shape=shape,
             baseline=s.baseline,
             scale=s.scale,
             ddof=section.std_ddof,
             eps=section.std_eps,
             momentum=section.momentum,
             kl_in_reward=s.place == "reward",
-            missing_eos_penalty=rollout.missing_eos_penalty,
-            missing_eos_score=rollout.missing_eos_score,
-            overlong_buffer=section.overlong_buffer,
             mask_unfinished=section.mask_unfinished,
             importance_cap=section.importance_cap,
         ),
@@ -295,9 +338,8 @@ def algorithm(recipe: Recipe) -> Algorithm:
         aggregation=s.aggregation,
         resample=s.resample,
         greedy=s.baseline == "greedy",
-        explain=explain,
-        note="a loss near 0 at the first update of a step is expected: the ratio is 1 there, and advantages "
-        "average to 0; watch reward and eval/ in metrics.jsonl",
+        shape=shape,
+        note=note,
     )
 
 

@@ -153,6 +153,11 @@ class Scorer:
                 )
         return found
 
+    @property
+    def normalises(self) -> bool:
+        """Whether a reward is brought to the scale of the reference's answers."""
+        return bool(self._normalisers)
+
     def normalise_on(self, completions: Sequence[Completion]) -> None:
         """Fit the normalisers on the reference's answers (Ziegler et al. 2019, section 2.2)."""
         if self._normalisers:

@@ -13,7 +13,7 @@ from mlx_posttrain.rewards.scorer import RewardEntry
 class RolloutSection(config.Section):
     """How answers are sampled: from the full softmax, no top-k, no top-p, no repetition penalty."""
 
-    prompts: int = Field(16, ge=1, description="distinct prompts in a step")
+    prompts: int = Field(16, ge=1, description="prompts in a step")
     samples: int = Field(1, ge=1, description="answers to each prompt")
     max_tokens: int = Field(64, ge=1, description="longest answer in tokens, the stop token included")
     temperature: float = Field(1.0, gt=0, description="of sampling, and of every log-probability")

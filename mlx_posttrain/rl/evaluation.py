@@ -13,15 +13,14 @@ from mlx_posttrain.rl.rollouts import Completion, Stats
 
 
 def evaluation(
-    completions: Sequence[Completion], stats: Stats, scorer: Scorer, judge: Scorer
+    completions: Sequence[Completion], stats: Stats, scores: np.ndarray, judge: Scorer
 ) -> dict[str, float]:
-    """Means over held-out completions.
+    """Means over held-out completions; scores: [R], nan where there is none.
 
     score; logps: log-probability of a completion in nats; length: in tokens; eos_share: those that ended by
     themselves. With ``ref_logprobs`` also ``kl``, to the reference in nats per completion, with rows that
     have a checker ``accuracy``, with a judge its score.
     """
-    scores = scorer(completions)
     lengths = np.array([len(c.tokens) for c in completions], np.float64)
     known = np.isfinite(scores)
     logps = np.array([row.sum() for row in stats["old_logprobs"]])

@@ -39,7 +39,7 @@ class Experience:
     """Scored completions, for each token the arrays that a loss reads from ``batch.extra``, and metrics.
 
     kl: mean KL to the reference in nats per completion, which an adaptive penalty follows. baseline: what a
-    moving baseline has become; None where there is none.
+    moving baseline has become; None where there is none. sentence: what a person should know of the step.
     """
 
     completions: list[Completion]
@@ -47,6 +47,7 @@ class Experience:
     metrics: dict[str, float]
     kl: float = 0.0
     baseline: float | None = None
+    sentence: str = ""
 
 
 #: experience(completions, scores, stats, beta, value_offset) -> Experience; see training/method.py

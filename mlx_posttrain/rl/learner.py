@@ -100,7 +100,7 @@ class RolloutLearner:
         self._baseline: float | None = None
         self._explain_from = 0
         self._last: Sequence[Completion] = ()
-        self.last_scores = Scores(np.zeros(0), {})
+        self.last_scores = self._held_scores = Scores(np.zeros(0), {})
         self._held_out: Sequence[Completion] = ()
 
     def check(self) -> None:
@@ -138,10 +138,12 @@ class RolloutLearner:
 
     def begin(self) -> None:
         """Normalise the rewards on the reference's completions, and calibrate the critic to them."""
-        first = prompts.order(len(self.data.train), self.recipe.seed, -1)[:NORMALISE_ON]
-        completions = self._sample([self.data.train[i] for i in first], 1, self.recipe.seed + 1)
-        self.actors.scorer.normalise_on(completions)
-        self.actors.judge.normalise_on(completions)
+        scorers = [s for s in (self.actors.scorer, self.actors.judge) if s.normalises]
+        if scorers:
+            first = prompts.order(len(self.data.train), self.recipe.seed, -1)[:NORMALISE_ON]
+            completions = self._sample([self.data.train[i] for i in first], 1, self.recipe.seed + 1)
+            for scorer in scorers:
+                scorer.normalise_on(completions)
         self.data.calibrate_critic(self.actors)
 
     def _sample(
@@ -181,9 +183,11 @@ class RolloutLearner:
             self._last, scores.total, stats, beta, self.actors.value_offset, **given
         )
         metrics = self.update(seen, step, lr)
-        self._controller.update(seen.kl, len(seen.completions))
+        self._controller.update(seen.kl, int(np.isfinite(scores.total).sum()))
         self._baseline = seen.baseline
-        self._say(step, seen.metrics)
+        if seen.sentence and step >= self._explain_from:  # the same again only after twice as many steps
+            log(f"step {step + 1}: {seen.sentence}")
+            self._explain_from = 2 * step + 2
         return {
             "episode": (step + 1) * recipe.rollout.prompts * recipe.rollout.samples,
             "beta": beta,
@@ -196,17 +200,24 @@ class RolloutLearner:
         }
 
     def _rollout(self, step: int, seed: int) -> tuple[list[Completion], Scores, int]:
-        """A step's completions with their scores, and how many groups of equal scores were drawn again."""
+        """A step's completions with their scores, and how many groups of equal scores made way for others.
+
+        A prompt is asked once a step; where no other is left, groups of equal scores stay.
+        """
         train, samples = self.data.train, self.recipe.rollout.samples
         chosen = prompts.of_step(len(train), self.recipe.rollout.prompts, self.recipe.seed, step)
         completions = self._sample([train[i] for i in chosen], samples, seed)
         scores, drawn_again = self.actors.scorer.score(completions), 0
+        groups, asked = np.repeat(np.arange(len(chosen)), samples), set(chosen)
         for attempt in range(self.algorithm.resample):
-            equal = sorted(equal_groups(scores.total, np.repeat(np.arange(len(chosen)), samples)))
-            if not equal:
-                break
+            shape = self.algorithm.shape
+            compared = shape(scores.total, completions) if shape else scores.total
+            equal = sorted(equal_groups(compared, groups))
             rng = np.random.default_rng([self.recipe.seed, 0xDA90, step, attempt])
-            others = rng.permutation(len(train))[: len(equal)]
+            others = [i for i in rng.permutation(len(train)).tolist() if i not in asked][: len(equal)]
+            if not others:
+                break
+            asked.update(others)
             fresh = self._sample([train[i] for i in others], samples, seed + (attempt + 2) * GREEDY)
             found = self.actors.scorer.score(fresh)
             for place, group in enumerate(equal[: len(others)]):
@@ -224,16 +235,6 @@ class RolloutLearner:
         asked = [c.prompt for c in self._last[:: self.recipe.rollout.samples]]
         completions = self._sample(asked, 1, seed + GREEDY, temperature=0.0)
         return list(zip(completions, self.actors.scorer(completions).tolist(), strict=True))
-
-    def _say(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Explain a step's metrics where that helps; the same again only after twice as many steps."""
-        if self.algorithm.explain is None or step < self._explain_from:
-            return
-        settings = self.recipe.rollout
-        sentence = self.algorithm.explain(metrics, settings.prompts, settings.samples)
-        if sentence:
-            log(f"step {step + 1}: {sentence}")
-            self._explain_from = 2 * step + 2
 
     def update(self, experience: Experience, step: int, lr: float) -> dict[str, float]:
         """Passes of updates over one step's completions; returns means over the optimizer steps.
@@ -298,29 +299,25 @@ class RolloutLearner:
     def evaluate(self) -> dict[str, float] | None:
         asked = self.data.held_out or self.data.train[: self.recipe.sample.count]
         self._held_out = self._sample(asked, 1, self.recipe.seed) if asked else []
+        self._held_scores = self.actors.scorer.score(self._held_out)
         if not self.data.held_out:
             return None
         stats = self._measure(self._held_out)
-        return evaluation(self._held_out, stats, self.actors.scorer, self.actors.judge)
+        return evaluation(self._held_out, stats, self._held_scores.total, self.actors.judge)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         return f"held-out {describe(metrics)}"
 
     def write_samples(self, step: int) -> None:
-        shown = self._held_out[: self.recipe.sample.count]
-        if shown:
-            self._write_scored(step, shown, self.actors.scorer.score(shown), {})
-        samples = self.recipe.rollout.samples
-        if self._last and samples > 1 and shown:  # what the last step compared: its first group
-            group = slice(0, samples)
-            parts = {name: part[group] for name, part in self.last_scores.parts.items()}
-            scores = Scores(self.last_scores.total[group], parts)
-            self._write_scored(step, self._last[group], scores, {"split": "train"})
+        count, samples = self.recipe.sample.count, self.recipe.rollout.samples
+        self._write_scored(step, self._held_out[:count], self._held_scores, {})
+        if samples > 1 and count:  # what the last step compared: its first group
+            self._write_scored(step, self._last[:samples], self.last_scores, {"split": "train"})
 
     def _write_scored(
         self, step: int, completions: Sequence[Completion], scores: Scores, more: Mapping[str, Any]
     ) -> None:
-        for i, (c, score) in enumerate(zip(completions, scores.total, strict=True)):
+        for i, c in enumerate(completions):
             rewards = {name: _number(part[i]) for name, part in scores.parts.items()}
             self._write_sample(
                 {
@@ -329,7 +326,7 @@ class RolloutLearner:
                     "prompt": c.prompt.text,
                     "answer": c.text,
                     "stopped": c.stopped,
-                    "score": _number(score),
+                    "score": _number(scores.total[i]),
                     "rewards": rewards,
                 }
             )
@@ -390,7 +387,7 @@ def _of_parts(scores: Scores) -> dict[str, float]:
 def _named(metrics: Mapping[str, float], party: str) -> dict[str, float]:
     """Metrics under TRL's names: a trainer's own, which have no group, get ``party``."""
     return {
-        name if "/" in name or name in ("ratio_squared", "entropy") else f"{party}/{name}": value
+        name if "/" in name or name in ("ratio_squared", "entropy", "kl") else f"{party}/{name}": value
         for name, value in metrics.items()
     }
 

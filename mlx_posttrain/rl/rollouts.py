@@ -134,13 +134,14 @@ def minibatches(
 ) -> list[list[list[int]]]:
     """One pass over all rows in a new order: optimizer steps, each a list of micro-batches of row numbers.
 
-    A step has ``batch_size * grad_accumulation`` random rows. They are sorted within a step only
+    A step has at most ``batch_size * grad_accumulation`` random rows, and all steps as many but for one: a
+    small rest would move the weights as far as a whole step. Rows are sorted within a step only
     (:func:`~mlx_posttrain.data.batches.group_similar`): a step made of one length or of one prompt would not
     be a fair sample of the completions.
     """
     order = rng.permutation(len(rows))
     size = batch_size * grad_accumulation
-    steps = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+    steps = [part.tolist() for part in np.array_split(order, -(-len(order) // size))]
     limits = (shares_prefixes, batch_size, token_budget)
     return [
         [[step[i] for i in part] for part in group_similar([rows[r] for r in step], *limits)]

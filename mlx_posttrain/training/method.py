@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_posttrain.rl.aggregation import Aggregation
     from mlx_posttrain.rl.config import CriticSection, PTXSection
     from mlx_posttrain.rl.experience import ExperienceFunction
+    from mlx_posttrain.rl.groups import Shape
     from mlx_posttrain.training.loop import Callbacks
     from mlx_posttrain.training.session import Session
 
@@ -49,8 +50,8 @@ class Algorithm:
     resample: how often groups of equal scores make way for other prompts (dynamic sampling: Yu et al. 2025).
     greedy: whether ``experience`` compares with greedy completions: it is given ``greedy``, one
         (completion, score) for each group.
-    explain: ``explain(metrics, prompts, samples)`` gives a sentence about a step, or None.
-    note: a line for the beginning of a run.
+    shape: scores as they are compared (rl/groups.py), for ``resample``; None: as they are.
+    note: for the beginning of a run.
     """
 
     loss: Loss
@@ -63,7 +64,7 @@ class Algorithm:
     aggregation: Aggregation | None = None
     resample: int = 0
     greedy: bool = False
-    explain: Callable[[Mapping[str, float], int, int], str | None] | None = None
+    shape: Shape | None = None
     note: str = ""
 
 

@@ -38,6 +38,14 @@ def test_surrogate_by_hand(library):
     assert gradient(library, lambda x: loss(x, 4.0), logs)[-1] == pytest.approx(0.0, abs=1e-6)
     low, high = policy.clipped(array(library, logs), gains, mask, 0.2, 0.28)
     assert numbers(low).tolist() == [0, 0, 0, 1, 0, 0] and numbers(high).tolist() == [0, 0, 1, 0, 0, 0]
+    low, high = policy.clipped(array(library, logs), gains, mask, 0.2, 0.28, 4.0)
+    assert numbers(low).tolist() == [0, 0, 0, 1, 0, 0] and numbers(high).tolist() == [0, 0, 1, 0, 0, 1]
+    # whole answers far from where they were: no nan, and nothing where nothing is to be learned
+    far = array(library, [90.0, -90.0, 200.0])
+    found = numbers(
+        policy.clipped_surrogate(far, array(library, [0.0, 1.0, -1.0]), array(library, np.ones(3)))
+    )
+    assert found[0] == 0 and abs(found[1]) < 1e-20 and np.isfinite(found[2]) and found[2] > 1e20
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

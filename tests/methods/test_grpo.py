@@ -216,23 +216,24 @@ def test_every_preset_begins_at_a_ratio_of_one(engine, preset, random_gpt2, rows
     _, done = run(random_gpt2, rows_file, counting, tmp_path / "run", *more)
     (first,) = steps(done)
     # 16 answers in steps of 8: the first update's ratio is 1, the second's is not.
-    assert first["updates"] == 2 and first["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert first["updates"] == 2 and first["objective/kl"] == pytest.approx(0.0, abs=1e-5)
     assert first["val/ratio"] == pytest.approx(1.0, abs=0.2) and first["entropy"] > 1
     assert first["sampling/sampling_logp_difference/max"] < 1e-3
     assert 0 <= first["frac_reward_zero_std"] <= 1 and first["completions/max_length"] <= 8
     assert ("groups_drawn_again" in first) == (preset == "dapo")
-    assert ("loss/kl_avg" in first) == (preset not in ("rloo", "reinforce_pp"))
+    assert ("kl" in first) == (preset not in ("rloo", "reinforce_pp"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_of_one_update_has_a_ratio_of_one(engine, random_gpt2, rows_file, counting, tmp_path):
-    more = ["train.steps=1", "train.batch_size=16", f"engine={engine}"]
+    more = ["train.steps=1", "train.batch_size=16", "rollout.temperature=0.7", f"engine={engine}"]
     _, done = run(random_gpt2, rows_file, counting, tmp_path / "run", *more)
     (first,) = steps(done)
     assert first["updates"] == 1 and first["val/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert first["loss/policy_avg"] == pytest.approx(0.0, abs=1e-5)
     assert first["clip_ratio/region_mean"] == 0 and first["policy/approxkl_avg"] < 1e-9
-    assert "kl" not in first  # no penalty, so no reference
+    assert first["sampling/sampling_logp_difference/max"] < 1e-3
+    assert "objective/kl" not in first and "kl" not in first  # no penalty, so no reference
 
 
 @pytest.mark.slow
@@ -423,6 +424,7 @@ def test_the_sentence_about_equal_rewards(random_gpt2, rows_file, tmp_path, capf
     path.write_text("def reward(prompts, completions, **columns):\n    return [1.0 for c in completions]\n")
     run(random_gpt2, rows_file, f"{path}:reward", tmp_path / "run")
     said = capfd.readouterr().err
+    assert "one update a step" not in said
     assert said.count("all 4 answers of 4 of 4 prompts earn the same reward") == 2  # after steps 1 and 3
     assert "a loss near 0 at the first update of a step is expected" in said
 
@@ -431,6 +433,12 @@ def test_the_sentence_about_equal_rewards(random_gpt2, rows_file, tmp_path, capf
     "override, message",
     [
         ("rollout.samples=1", "rollout.samples=1 leaves nothing to compare"),
+        ("grpo={baseline: greedy, scale: group}", "grpo.scale=group with grpo.baseline=greedy"),
+        ("grpo={preset: dr_grpo, std_eps: 0.1}", "belong to a grpo.scale other than none"),
+        ("grpo={preset: dapo, delta: 1.2}", r"grpo.delta=1.2 is not above 1 \+ clip_high = 1.28"),
+        ("kl={place: reward, beta: 0.1}", "kl.place=reward with grpo.scale=group"),
+        ("kl.place=reward", "kl.place and kl.estimator belong to a penalty"),
+        ("grpo.entropy_coef=-1", "entropy_coef"),
         ("grpo.momentum=0.5", "grpo.momentum belongs to grpo.baseline=global"),
         ("grpo.overlong_buffer=9", "grpo.overlong_buffer=9 is longer than rollout.max_tokens=8"),
         ("grpo.preset=ppo", "grpo.preset"),
@@ -446,14 +454,156 @@ def test_settings_that_cannot_be(override, message, random_gpt2, rows_file, coun
 
 def test_the_estimator_belongs_to_the_loss(random_gpt2, rows_file, counting, tmp_path):
     with pytest.raises(UserError, match=r"kl.estimator belongs to kl.place=loss"):
-        load(random_gpt2, rows_file, counting, tmp_path, "kl.place=reward", "kl.estimator=k2", "kl.beta=0.1")
+        more = ("grpo.preset=rloo", "kl.estimator=k2", "kl.beta=0.1")
+        load(random_gpt2, rows_file, counting, tmp_path, *more)
+    with pytest.raises(UserError, match=r"one answer a step has nothing to be compared with"):
+        more = ("grpo.preset=reinforce_pp", "rollout.samples=1", "rollout.prompts=1")
+        load(random_gpt2, rows_file, counting, tmp_path, *more)
 
 
-def test_presets_and_keys():
-    chosen = methods.load_recipe("10_grpo", ["grpo.preset=dapo", "grpo.clip_high=0.4", "kl.place=reward"])
-    s = chosen.settings
-    assert (s.clip_low, s.clip_high, s.aggregation, s.resample) == (0.2, 0.4, "token-mean", 4)
-    assert s.place == "reward" and not chosen.penalised and grpo.METHOD.reference(chosen) is None
+#: What each preset makes of scores 0, 1, 5 and 2, 2, 2 (three answers to each of two prompts).
+STD, ALL = np.sqrt(7), np.sqrt(14 / 5)
+GAINS = {
+    "grpo": [-2 / STD, -1 / STD, 3 / STD, 0, 0, 0],
+    "dr_grpo": [-2, -1, 3, 0, 0, 0],
+    "dapo": [-2 / STD, -1 / STD, 3 / STD, 0, 0, 0],
+    "gspo": [-2 / STD, -1 / STD, 3 / STD, 0, 0, 0],
+    "rloo": [-3, -1.5, 4.5, 0, 0, 0],
+    "reinforce_pp": [-2 / ALL, -1 / ALL, 3 / ALL, 0, 0, 0],
+}
+REST = {  # ratio, clip, aggregation, groups drawn again, place of KL
+    "grpo": ("token", 0.2, 0.2, "seq-mean-token-mean", 0, "loss"),
+    "dr_grpo": ("token", 0.2, 0.2, "seq-mean-token-sum-norm", 0, "loss"),
+    "dapo": ("token", 0.2, 0.28, "token-mean", 4, "loss"),
+    "gspo": ("sequence", 3e-4, 4e-4, "seq-mean-token-mean", 0, "loss"),
+    "rloo": ("sequence_sum", 0.2, 0.2, "seq-mean-token-mean", 0, "reward"),
+    "reinforce_pp": ("token", 0.2, 0.2, "token-mean", 0, "reward"),
+}
+
+
+def gains_of(*overrides: str, beta: float = 0.0, **given) -> list[float]:
+    """The advantages that a recipe's own experience makes of those scores; answers of 1, 2 and 3 tokens."""
+    chosen = methods.load_recipe("10_grpo", ["grpo.std_eps=1e-9", "rollout.max_tokens=3", *overrides])
+    made = [
+        Completion(Prompt((1,), "q", {}), (5,) * (1 + i % 3), i % 3 < 2, "a", (-0.5,) * (1 + i % 3), i // 3)
+        for i in range(6)
+    ]
+    stats = {"old_logprobs": [np.full(len(c.tokens), -1.0) for c in made]}
+    stats["ref_logprobs"] = [np.full(len(c.tokens), -2.0) for c in made]
+    scores = np.array([0.0, 1.0, 5.0, 2.0, 2.0, 2.0])
+    found = grpo.algorithm(chosen).experience(made, scores, stats, beta, **given)
+    assert ("importance" in found.stats) == any("importance_cap" in o for o in overrides)
+    return [float(row[0]) for row in found.stats["advantages"]]
+
+
+@pytest.mark.parametrize("preset", grpo.PRESETS)
+def test_what_a_preset_means(preset):
+    eps = ["grpo.std_eps=0.0001"] if preset in ("dr_grpo", "rloo") else []  # the default: it divides nothing
+    assert gains_of(f"grpo.preset={preset}", *eps) == pytest.approx(GAINS[preset], rel=1e-6)
+    chosen = methods.load_recipe("10_grpo", [f"grpo.preset={preset}"])
+    s, made = chosen.settings, grpo.algorithm(chosen)
+    assert (s.ratio, s.clip_low, s.clip_high, s.aggregation, s.resample, s.place) == REST[preset]
+    assert (made.aggregation, made.resample) == (s.aggregation, s.resample)
+
+
+def test_what_a_key_means():
+    plain = ["grpo.preset=dr_grpo", "grpo.std_eps=0.0001"]
+    assert gains_of("grpo.std_ddof=0")[2] == pytest.approx(3 / np.sqrt(14 / 3))
+    # the third answer of each did not end
+    unfinished = gains_of(*plain, "rollout.missing_eos_penalty=3")
+    assert unfinished == pytest.approx([-1, 0, 1, 1, 1, -2])
+    assert gains_of(*plain, "rollout.missing_eos_score=-1", "rollout.missing_eos_penalty=null") == (
+        pytest.approx([0, 1, -1, 1, 1, -2])
+    )
+    # of at most 3 tokens the last costs 1
+    assert gains_of(*plain, "grpo.overlong_buffer=1") == pytest.approx(
+        [-5 / 3, -2 / 3, 7 / 3, 1 / 3, 1 / 3, -2 / 3]
+    )
+    assert len(gains_of(*plain, "grpo.mask_unfinished=true")) == 4
+    assert len(gains_of(*plain, "grpo.importance_cap=2")) == 6
+    # beta .5 times one nat a token
+    assert gains_of(*plain, "kl.place=reward", "kl.beta=0.5", beta=0.5) == (
+        pytest.approx([-2 + 0.5, -1, 3 - 0.5, 0.5, 0, -0.5])
+    )
+    assert gains_of(*plain, "kl.beta=0.5", beta=0.5) == [-2, -1, 3, 0, 0, 0]
+    moved = gains_of(*plain, "grpo.baseline=global", "grpo.scale=none", "grpo.momentum=0.5", moving=4.0)
+    assert moved == pytest.approx([-3, -2, 2, -1, -1, -1])
+    for baseline, scale in (("global", "batch"), ("greedy", "none")):
+        chosen = methods.load_recipe("10_grpo", [f"grpo.baseline={baseline}"])
+        assert chosen.settings.scale == scale and grpo.algorithm(chosen).greedy == (baseline == "greedy")
+    chosen = methods.load_recipe("10_grpo", ["grpo.preset=dapo", "grpo.clip_high=0.4"])
+    assert (chosen.settings.clip_high, chosen.penalised, grpo.METHOD.reference(chosen)) == (0.4, False, None)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_entropy_bonus_and_a_beta_for_each_token(engine, random_gpt2, rows_file, counting, tmp_path):
+    model = engines.get(engine).load(random_gpt2)
+    made, more = completions(), [f"rollout.temperature={TEMPERATURE}", "kl.beta=0.3"]
+    new = [logprobs(model, c.example) for c in made]
+    betas = (0.1, 0.9, 0.0, 0.4)
+    stats = {
+        "old_logprobs": new,
+        "ref_logprobs": [p - 0.3 for p in new],
+        "advantages": [np.zeros(n) for n in LENGTHS],
+        "beta": [np.full(n, beta) for n, beta in zip(LENGTHS, betas, strict=True)],
+    }
+    found = {}
+    for coefficient in (0.0, 0.5):
+        chosen = load(random_gpt2, rows_file, counting, tmp_path, *more, f"grpo.entropy_coef={coefficient}")
+        batches = micro_batches(chosen, made, stats, [[0, 1], [2, 3]])
+        found[coefficient] = model.evaluate(grpo.policy_loss(chosen), batches)
+    k3 = np.exp(-0.3) - 1 + 0.3
+    assert found[0.0]["loss"] == pytest.approx(np.mean(betas) * k3, rel=1e-3)
+    assert found[0.0]["kl"] == pytest.approx(k3, rel=1e-3)
+    by_answer = [entropy_of(model, c.example).mean() for c in made]
+    gap = found[0.0]["loss"] - found[0.5]["loss"]
+    assert gap == pytest.approx(0.5 * np.mean(by_answer), rel=1e-3)
+    tokens = np.concatenate([entropy_of(model, c.example) for c in made])
+    assert found[0.0]["entropy"] == pytest.approx(tokens.mean(), rel=1e-3)
+
+
+def entropy_of(model, example: Example) -> np.ndarray:
+    """Entropy in nats before each trained token, from the whole matrix of logits."""
+    logits = np.asarray(model.full_logits(np.array([example.tokens], np.int32))[0], np.float64) / TEMPERATURE
+    log_p = logits - np.log(np.exp(logits - logits.max()).sum(-1, keepdims=True)) - logits.max()
+    entropy = -(np.exp(log_p) * log_p).sum(-1)
+    return np.array([entropy[t - 1] for t in range(1, len(example.tokens)) if example.trained[t]])
+
+
+def test_greedy_answers_are_greedy_and_of_each_prompt(
+    random_gpt2, rows_file, counting, tmp_path, monkeypatch
+):
+    chosen = load(random_gpt2, rows_file, counting, tmp_path, "grpo.baseline=greedy")
+    asked = {}
+
+    def sample(model, tokenizer, prompts, *, samples, temperature, **settings):
+        asked.update(prompts=[p.text for p in prompts], samples=samples, temperature=temperature)
+        return [Completion(p, (7,), True, "e" * int(p.text), (0.0,), i) for i, p in enumerate(prompts)]
+
+    monkeypatch.setattr(rollouts, "sample", sample)
+    scorer = SimpleNamespace(__call__=None)
+    actors = Actors(
+        SimpleNamespace(), None, SimpleNamespace(eos_token_id=0), lambda made: np.arange(4.0), scorer
+    )
+    engine = SimpleNamespace(trainer=lambda model, settings: None)
+    data = RolloutData(train=())
+    learner = RolloutLearner(
+        engine, actors, grpo.algorithm(chosen), chosen, data, None, lambda row: None, stop=0
+    )
+    prompts = [Prompt((i,), str(i), {}) for i in range(4)]
+    learner._last = [
+        Completion(p, (1,), True, "", (0.0,), i) for i, p in enumerate(prompts) for _ in range(4)
+    ]
+    found = learner._greedy(3)
+    assert asked == {"prompts": ["0", "1", "2", "3"], "samples": 1, "temperature": 0.0}
+    assert [score for _, score in found] == [0, 1, 2, 3]
+
+
+def test_the_adaptive_penalty_moves(random_gpt2, rows_file, counting, tmp_path):
+    more = ["kl.beta=0.1", "kl.controller=adaptive", "kl.target=0.001", "kl.horizon=20"]
+    _, done = run(random_gpt2, rows_file, counting, tmp_path / "run", *more)
+    betas = [r["beta"] for r in steps(done)]
+    assert betas[0] == 0.1 and betas[-1] > 1.2 * betas[1] > 0.09
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rl import advantages
-from mlx_posttrain.rl.groups import equal_groups, explain, group_experience
+from mlx_posttrain.rl.groups import equal_groups, explain, group_experience, shape_scores
 from mlx_posttrain.rl.rollouts import Completion, Prompt
 
 #: Two prompts with three answers each: scores 0, 1, 5 and 2, 2, 2.
@@ -35,8 +36,13 @@ def stats(reference: bool = False) -> dict[str, list[np.ndarray]]:
     return found
 
 
+SHAPE = ("missing_eos_penalty", "missing_eos_score", "overlong_buffer")
+
+
 def experience(scores=SCORES, reference=False, beta=0.0, **settings):
-    return group_experience(completions(), np.array(scores), stats(reference), beta, max_tokens=4, **settings)
+    shape = partial(shape_scores, max_tokens=4, **{k: settings.pop(k) for k in SHAPE if k in settings})
+    given = (completions(), np.array(scores), stats(reference), beta)
+    return group_experience(*given, shape=shape, **settings)
 
 
 def gains(found) -> list[float]:
@@ -59,6 +65,9 @@ def test_baselines_and_scales_by_hand():
     # the others' means: 3, 2.5, .5
     assert gains(experience(baseline="leave_one_out", scale="none")) == [-3, -1.5, 4.5, 0, 0, 0]
     assert gains(experience(baseline="global", scale="none")) == [-2, -1, 3, 0, 0, 0]
+    # scores of one value have no scale, whatever their distance from a baseline
+    same = experience([1.0] * 6, baseline="global", scale="batch", moving=0.5, momentum=0.5)
+    assert gains(same) == pytest.approx([0.25] * 6)
     greedy = [
         (replace(completions()[0], text="greedy"), 1.0),
         (replace(completions()[3], text="greedy"), math.nan),
@@ -90,7 +99,8 @@ def test_penalties_change_scores_before_they_are_compared():
     found = experience(reference=True, beta=0.5, kl_in_reward=True, baseline="global", scale="none")
     final = SCORES - 0.25 * np.array(LENGTHS)
     assert gains(found) == pytest.approx((final - final.mean()).tolist())
-    assert found.kl == pytest.approx(0.5 * np.mean(LENGTHS)) == found.metrics["kl"]
+    assert found.kl == pytest.approx(0.5 * np.mean(LENGTHS)) == found.metrics["objective/kl"]
+    assert found.metrics["objective/rlhf_reward"] == pytest.approx(final.mean())
     assert "ref_logprobs" not in found.stats and found.metrics["reward"] == SCORES.mean()
     # In the loss: the scores stay, and the loss gets what it needs.
     found = experience(reference=True, beta=0.5, scale="none")
@@ -105,6 +115,22 @@ def test_penalties_change_scores_before_they_are_compared():
     assert advantages.overlong_penalty(np.array([1, 2, 3, 4]), 4, 2).tolist() == [0, 0, -0.5, -1]
     found = experience(overlong_buffer=2, baseline="global", scale="none")
     assert np.diff(gains(found)).tolist() == pytest.approx(np.diff([0, 1, 4.5, 1, 2, 2]).tolist())
+    # Baselines and deviations are of the same scores: with -4 for the unfinished, 0, 1, -4 and -4, 2, 2.
+    found = experience(missing_eos_score=-4.0, eps=1e-12)
+    assert gains(found)[0] == pytest.approx((0 + 1) / math.sqrt((1 + 4 + 9) / 2))
+    found = experience(missing_eos_score=-4.0, baseline="leave_one_out", scale="none")
+    assert gains(found) == pytest.approx([0 + 1.5, 1 + 2, -4 - 0.5, -4 - 2, 2 + 1, 2 + 1])
+    unfinished = replace(completions()[0], stopped=False)
+    found = experience(
+        missing_eos_penalty=3.0,
+        baseline="greedy",
+        scale="none",
+        greedy=[(unfinished, 1.0), (completions()[4], 2.0)],
+    )
+    assert gains(found) == pytest.approx([0 + 2, 1 + 2, 2 + 2, -1 - 2, 0, 0])
+    assert math.isnan(
+        shape_scores(np.array([math.nan]), [unfinished], max_tokens=4, missing_eos_score=0.0)[0]
+    )
 
 
 def test_unscored_and_unfinished_answers():
@@ -120,7 +146,8 @@ def test_unscored_and_unfinished_answers():
 
 def test_a_sampler_that_differs_from_the_trainer():
     sampled = [replace(c, logprobs=(-1.0 - 0.25 * i,) * len(c.tokens)) for i, c in enumerate(completions())]
-    found = group_experience(sampled, SCORES, stats(), 0.0, max_tokens=4, importance_cap=2.0)
+    found = group_experience(sampled, SCORES, stats(), 0.0, importance_cap=2.0)
+    assert all(row.tolist() == [-1.0] * len(row) for row in found.stats["old_logprobs"])  # the trainer's
     weights = [v[0] for v in found.stats["importance"]]
     assert weights == pytest.approx([min(math.exp(0.25 * i), 2.0) for i in range(6)])
     assert found.metrics["sampling/sampling_logp_difference/max"] == pytest.approx(1.25)
@@ -138,12 +165,24 @@ def test_metrics_and_what_they_mean():
     assert metrics["completions/mean_terminated_length"] == 7 / 4
     assert equal_groups(SCORES, GROUPS) == {1}
     assert equal_groups(np.array([1.0, math.nan, math.nan, 0.0, 1.0, math.nan]), GROUPS) == {0}
-    assert explain(metrics, 2, 3) is None
-    assert metrics["reward_zero_std"] == 2
-    for equal, reward, other in ((0.0, 0.01, "easier"), (1.0, 0.99, "harder"), (0.0, 0.0, "easier")):
-        said = {"frac_reward_zero_std": 31 / 32, "reward_zero_std": equal, "reward": reward}
-        assert explain(said, 32, 8) == (
-            "all 8 answers of 31 of 32 prompts earn the same reward: nothing can be learned from them; use "
-            f"{other} prompts, more samples or a partial reward"
-        )
-        assert explain(said, 32, 1) is None
+
+
+def test_the_sentence_about_equal_rewards():
+    def said(*groups: list[float]) -> str:
+        return explain(np.concatenate(groups), np.repeat(np.arange(len(groups)), len(groups[0])))
+
+    same, half, wrong = [1.0] * 8, [0.0] * 4 + [1.0] * 4, [0.0] * 8
+    assert said(*[wrong] * 31, half) == (
+        "all 8 answers of 31 of 32 prompts earn the same reward: nothing can be learned from them; use "
+        "easier prompts, more samples or a partial reward"
+    )
+    assert "use harder prompts," in said(*[same] * 31, half)
+    assert "neither too easy nor too hard" in said(*[same] * 16, *[wrong] * 15, half)
+    assert said(*[wrong] * 4).endswith("use easier prompts, more samples or a partial reward")
+    assert "use harder prompts, or easier ones if these answers are wrong" in said(*[same] * 4)
+    assert said(*[wrong] * 3, half) == "" == said(half, half)
+    assert experience([1.0] * 6, baseline="global").sentence == ""  # which compares with other prompts
+    assert experience([1.0] * 6).sentence.startswith("all 3 answers of 2 of 2 prompts")
+    # What is compared counts: a penalty makes equal rewards differ, and one score for all makes them equal.
+    assert experience([1.0] * 6, missing_eos_penalty=1.0).metrics["frac_reward_zero_std"] == 0
+    assert experience([1.0] * 6, missing_eos_penalty=1.0).sentence == ""
