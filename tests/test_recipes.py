@@ -330,7 +330,7 @@ def test_the_methods_of_reinforcement_learning_compare_like_with_like():
             assert all(own[part][key] == runs[0][part][key] for own in runs), (part, key)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_budget_in_one_command(tmp_path):
     """The shipped recipe, cut short: nine runs, and paired gains over questions and seeds in the report."""
     names = [f"{kind}_{seed}" for kind in ("traces", "answers", "tokens") for seed in (0, 1, 2)]

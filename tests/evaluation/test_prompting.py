@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain import engines, methods
+from mlx_posttrain.data.read import with_system
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.evaluation import completions, prompting, suite
 from mlx_posttrain.models.open import open_model
@@ -70,11 +71,11 @@ def test_thoughts_may_be_as_long_as_the_longest_training_row():
 
 def test_a_system_prompt_is_added_once_and_only_in_a_template():
     turns = (Turn("user", "q"), Turn("assistant", "a"))
-    assert prompting.with_system(Conversation(turns), "s").turns == (Turn("system", "s"), *turns)
-    assert prompting.with_system(Conversation(turns), None).turns == turns
-    assert prompting.with_system(Conversation(turns, templated=False), "s").turns == turns
+    assert with_system(Conversation(turns), "s").turns == (Turn("system", "s"), *turns)
+    assert with_system(Conversation(turns), None).turns == turns
+    assert with_system(Conversation(turns, templated=False), "s").turns == turns
     with_own = (Turn("system", "own"), *turns)
-    assert prompting.with_system(Conversation(with_own), "s").turns == with_own
+    assert with_system(Conversation(with_own), "s").turns == with_own
 
 
 @pytest.mark.parametrize("engine", engines.available()[:1])

@@ -250,6 +250,7 @@ def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     assert (tmp_path / "report" / "final" / "report.html").is_file() and "low rank/accuracy" in result
 
 
+@pytest.mark.exhaustive
 def test_reports_in_one_folder_keep_their_files_apart(journey, tmp_path):
     """``compare`` writes the findings that need no further model, the curves, and the unnamed base."""
     for name in ("sft", "lora"):

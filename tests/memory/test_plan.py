@@ -282,10 +282,13 @@ def test_what_a_model_cannot_follow_is_no_advice(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def mlx_taken() -> Callable[[Callable[[], object]], float]:
-    """GB that a call takes at its peak besides what is there before, by MLX's own account of its arrays."""
+    """GB that a call takes at its peak besides what is there before, by MLX's own account of its arrays.
+
+    The least of two calls: on a busy machine a thread may be late to let an array go.
+    """
     mx = pytest.importorskip("mlx.core")
 
-    def taken(call: Callable[[], object]) -> float:
+    def once(call: Callable[[], object]) -> float:
         gc.collect()
         mx.clear_cache()
         engines.get("mlx").reset_memory()
@@ -293,7 +296,7 @@ def mlx_taken() -> Callable[[Callable[[], object]], float]:
         call()
         return (mx.get_peak_memory() - before) / 2**30
 
-    return taken
+    return lambda call: min(once(call) for _ in range(2))
 
 
 def most(phases: Iterable[tuple[str, dict[str, float]]], name: str) -> float:
@@ -651,7 +654,7 @@ def test_prediction_against_training_in_half_precision_and_with_checkpoints(
     [
         ("demo_sft", ["data.limit=64", "data.eval_limit=16", "train.steps=3"]),
         ("06_kl_sft", ["model=tiny", "data.source=embedded/tasks", "data.limit=64", "train.steps=3"]),
-        (  # the pass that computes the reference's states is the peak
+        pytest.param(  # the pass that computes the reference's states is the peak
             "06_kl_sft",
             [
                 "model=tiny",
@@ -665,6 +668,7 @@ def test_prediction_against_training_in_half_precision_and_with_checkpoints(
                 "train.batch_size=4",
                 "train.gradient_checkpointing=true",
             ],
+            marks=pytest.mark.exhaustive,
         ),
         (
             "demo_ppo",

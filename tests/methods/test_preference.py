@@ -257,14 +257,9 @@ def test_other_models_and_columns(kind, tmp_path, random_gpt2, run):
     np.testing.assert_allclose(*found, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        pytest.param(one, marks=getattr(pytest.mark, "slow" if one == "torch" else "exhaustive"))
-        for one in ENGINES
-    ],
-)
-@pytest.mark.parametrize("name", ["dpo", pytest.param("simpo", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
 def test_it_learns_what_is_preferred(engine, name, tmp_path):
     """From a model that answers, three seeds: held-out pairs are judged above chance."""
     families = "data.families=[quotes,first_last]"

@@ -48,7 +48,7 @@ def settings(model: Path, rows: Path, output: Path, engine: str, *more: str) -> 
         pytest.param([], id="full"),
         pytest.param(["adapter.rank=4", "adapter.dropout=0.2"], id="lora with dropout"),
         pytest.param(["kl.beta=0.3"], id="kl", marks=pytest.mark.exhaustive),
-        pytest.param(["kl.beta=0.3", "adapter.rank=4"], id="kl lora"),
+        pytest.param(["kl.beta=0.3", "adapter.rank=4"], id="kl lora", marks=pytest.mark.exhaustive),
     ],
 )
 def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt2, rows_file, tmp_path):
