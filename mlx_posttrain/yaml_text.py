@@ -10,6 +10,15 @@ import yaml
 MAX_CHARACTERS = 200_000
 #: Most values that a text may stand for, what an alias repeats counted each time.
 MAX_VALUES = 100_000
+#: Most brackets within brackets: PyYAML's time for a bracket grows with the number around it.
+MAX_DEPTH = 100
+
+
+class _Loader(yaml.SafeLoader):
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:  # type: ignore[has-type]
+            raise ValueError("it is nested too deeply")
+        super().fetch_flow_collection_start(token_class)
 
 
 def parse_yaml(text: str) -> Any:
@@ -20,7 +29,7 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text):,} characters, more than {MAX_CHARACTERS:,}")
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:

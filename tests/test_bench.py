@@ -500,7 +500,7 @@ def test_scaling_of_the_embedded_model(tmp_path: Path) -> None:
     assert (tmp_path / "bench.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ctrl_c_ends_all_processes_with_a_message(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -220,7 +220,7 @@ def test_rlhf_in_one_command(tmp_path):
         assert next(load(tmp_path / folder).answers(["Hello"], max_tokens=3))["tokens"] <= 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_journey_in_one_command(tmp_path):
     """All eight stages and the report, on the tiny model: the shipped recipe, its stages cut short."""
     methods_of = {

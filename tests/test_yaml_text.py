@@ -42,11 +42,11 @@ def test_reads_what_pyyaml_reads():
 )
 def test_a_file_that_stands_for_too_much_is_one_line(text, words, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(UserError, match=r"recipe\.yaml") as caught:
         methods.load_recipe(str(tmp_path / "recipe.yaml"))
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,10 @@ def reweigh(folder: Path, name: str, value: object) -> None:
 @pytest.mark.parametrize("key", ["n_layer", "n_embd", "vocab_size", "n_positions"])
 def test_a_size_far_beyond_the_weights(key, model):
     change(model / "config.json", **{key: 10**9})
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(UserError, match=f"config.json has {key} 1000000000, and the weights have 28 tensors"):
         hub.resolve(model)
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize(

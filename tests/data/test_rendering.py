@@ -49,7 +49,7 @@ def test_a_template_without_end_is_refused(template, where, tokenizer, monkeypat
         thread = threading.Thread(target=render)
         thread.start()
         thread.join()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 15  # an endless one would not end at all
     assert "choose another data.template" in str(outcome.error) and "\n" not in str(outcome.error)
 
 

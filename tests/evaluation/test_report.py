@@ -352,6 +352,7 @@ def test_a_report_uses_its_seed(asked, used, journey, tmp_path, monkeypatch):
     assert seen == [used]
 
 
+@pytest.mark.exhaustive
 def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys):
     """Too few rows cost only their finding, and two folders of one name remain two models."""
     rows = tmp_path / "five.jsonl"

@@ -172,9 +172,9 @@ def test_numbers_and_texts(answer, text, right):
     ],
 )
 def test_countdown(text, right):
-    start = time.perf_counter()
+    start = time.process_time()
     assert verify(GAME, text) is right
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_countdown_is_exact_and_counts():
