@@ -32,7 +32,9 @@ def pairs(row: Row, where: str, ranked: Ranked = "best_worst", seed: int = 0) ->
     The draw of best_random depends on the row and the seed alone. Raises Dropped for a row without two
     answers that have a score, or without a pair, and UserError for a value of the wrong type.
     """
-    name = next(name for name in ANSWERS if name in row)
+    name = next((name for name in ANSWERS if name in row), None)
+    if name is None:  # of rows with different columns
+        raise Dropped("no list of answers")
     answers = _scored(row, name, where)
     answers.sort(key=lambda pair: -pair[1])
     if len(answers) < 2:

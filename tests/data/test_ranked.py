@@ -164,3 +164,10 @@ def test_reading_tells_what_is_left_out(tmp_path, capsys):
 def test_a_row_alone_is_dropped_with_its_reason():
     with pytest.raises(Dropped, match="all answers have one score"):
         parse(ultrafeedback((2, 2)), "ranked")
+
+
+def test_a_row_without_answers_among_ranked_ones_is_dropped():
+    answers = [{"response": "x", "overall_score": 1}, {"response": "y", "overall_score": 2}]
+    records, dropped = parse_rows([{}, {"prompt": "a", "completions": answers}])
+    assert [(r.chosen, r.rejected) for r in records] == [("y", "x")]
+    assert dropped["no list of answers"] == 1
