@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from mlx_posttrain.errors import UserError
@@ -18,6 +19,7 @@ from mlx_posttrain.rewards import answers
 from mlx_posttrain.rewards import json_schema as schemas
 from mlx_posttrain.rewards.functions import Scores, rows
 from mlx_posttrain.rewards.verify import verify
+from mlx_posttrain.rl.advantages import overlong_penalty
 
 LONGEST_MATCHED = 20_000  # characters that a regular expression is tried on
 
@@ -180,7 +182,8 @@ def overlong(
         cache = max(1, max_length // 5)
     if cache > max_length:
         raise UserError(f"cache {cache} is longer than max_length {max_length}")
-    return [-min(1.0, max(0, len(ids) - (max_length - cache)) / cache) for ids in completion_ids]
+    lengths = np.array([len(ids) for ids in completion_ids], float)
+    return [float(score) for score in overlong_penalty(lengths, max_length, cache)]
 
 
 def repetition(

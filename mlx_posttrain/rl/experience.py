@@ -99,6 +99,18 @@ def scored(completions: Sequence[Completion], scores: np.ndarray) -> list[int]:
     return kept
 
 
+def judge_unfinished(
+    scores: np.ndarray, completions: Sequence[Completion], penalty: float | None, fixed: float | None
+) -> np.ndarray:
+    """Scores in which a completion that did not end by itself loses ``penalty``, or has ``fixed``: [R].
+
+    A score that is nan stays so. Huang et al. 2024 (fixed, -1); TRL (penalty).
+    """
+    ended = np.array([c.stopped for c in completions], bool)
+    instead = scores - (penalty or 0.0) if fixed is None else np.where(np.isnan(scores), scores, fixed)
+    return np.where(ended, scores, instead)
+
+
 def experience(
     completions: Sequence[Completion],
     scores: np.ndarray,
@@ -126,8 +138,7 @@ def experience(
     kept = scored(completions, scores)
     completions, raw = [completions[i] for i in kept], scores[kept]
     ended = [c.stopped for c in completions]
-    instead = raw - (missing_eos_penalty or 0.0) if missing_eos_score is None else missing_eos_score
-    final = np.where(ended, raw, instead)
+    final = judge_unfinished(raw, completions, missing_eos_penalty, missing_eos_score)
     if score_clip is not None:
         final = np.clip(final, -score_clip, score_clip)
     arrays = {name: rollouts.padded([values[i] for i in kept]) for name, values in stats.items()}

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from mlx_posttrain.rl import advantages
-from mlx_posttrain.rl.experience import Experience, scored
+from mlx_posttrain.rl.experience import Experience, judge_unfinished, scored
 from mlx_posttrain.rl.rollouts import Completion, Stats
 
 Baseline = Literal["group", "leave_one_out", "global", "greedy"]
@@ -35,16 +35,10 @@ def shape_scores(
 ) -> np.ndarray:
     """The scores that are compared: [R], nan where there is none.
 
-    A completion that did not end by itself loses ``missing_eos_penalty``, or has ``missing_eos_score``
-    whatever it says; one that reaches into the last ``overlong_buffer`` tokens before ``max_tokens`` loses up
-    to 1 (:func:`advantages.overlong_penalty`).
+    First :func:`~mlx_posttrain.rl.experience.judge_unfinished`; then a completion that reaches into the last
+    ``overlong_buffer`` tokens before ``max_tokens`` loses up to 1 (:func:`advantages.overlong_penalty`).
     """
-    ended = np.array([c.stopped for c in completions], bool)
-    final = np.asarray(scores, np.float64)
-    if missing_eos_score is not None:
-        final = np.where(ended | np.isnan(final), final, missing_eos_score)
-    elif missing_eos_penalty:
-        final = np.where(ended, final, final - missing_eos_penalty)
+    final = judge_unfinished(scores, completions, missing_eos_penalty, missing_eos_score)
     if overlong_buffer is not None:
         lengths = np.array([len(c.tokens) for c in completions])
         final = final + advantages.overlong_penalty(lengths, max_tokens, overlong_buffer)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_posttrain import engines, methods
+from mlx_posttrain.convert.files import copy_tokenizer
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import AdamW
 from mlx_posttrain.errors import UserError
@@ -22,7 +23,7 @@ from mlx_posttrain.rl.experience import Actors
 from mlx_posttrain.rl.learner import RolloutData, RolloutLearner
 from mlx_posttrain.rl.rollouts import Completion, Prompt
 from mlx_posttrain.runs import Run
-from tests import helpers
+from tests import architectures, helpers
 
 ENGINES = engines.available()
 COUNT = (
@@ -270,6 +271,32 @@ def test_resume_is_exact(engine, more, random_gpt2, rows_file, counting, tmp_pat
     _, continued = run(*args, broken, f"engine={engine}", *more, resume=True)
     assert steps(continued) == steps(whole) and len(steps(whole)) == 4
     assert helpers.same_weights(whole.folder, broken)
+
+
+@pytest.mark.skipif(len(ENGINES) < 2, reason="needs mlx and torch")
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_other_models_and_columns(kind, random_gpt2, counting, tmp_path):
+    """A random Qwen2 and a random Llama folder, LoRA on default targets, a CSV with its own column names."""
+    case = next(case for case in architectures.CASES if case.kind == kind)
+    sized = architectures.Case(kind, case.about, case.settings | {"vocab_size": 400})
+    architectures.build(sized, tmp_path / "model")
+    copy_tokenizer(random_gpt2, tmp_path / "model")
+    (tmp_path / "mine.csv").write_text("\n".join(["ask,note", *(f"Say {n}?,x" for n in range(24))]) + "\n")
+    more = [
+        "data.columns={prompt: ask}",
+        "adapter={rank: 4}",
+        "kl.beta=0.1",
+        "train.steps=2",
+        "train.lr=1e-4",
+    ]
+    found = []
+    for engine in ENGINES:
+        given = (tmp_path / "model", tmp_path / "mine.csv", counting, tmp_path / engine)
+        _, done = run(*given, f"engine={engine}", *more)
+        found.append(steps(done))
+    for ours, theirs in zip(*found, strict=True):
+        for key in ("reward", "tokens", "entropy", "objective/kl", "loss/policy_avg"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=2e-3), key
 
 
 class Recorded:
