@@ -1,5 +1,6 @@
 # make demo      the embedded model tuned in seven ways and compared, on this machine
 # make test      the tests;  make test-all: with the exhaustive ones;  make quick: without the slow ones
+# make test-gpu-paths   tests of the MLX engine on a Linux CPU with MLX's own functions, as on a GPU
 # make lint      style, types, and the schema of the workflows
 # Needs Python 3.10 to 3.13. PYTHON=... chooses one; PIP_ARGS=... goes to pip install; ARGS=... to the demo or to pytest.
 VENV ?= .venv
@@ -15,7 +16,7 @@ SUITABLE = import os, platform, sys; mac = sys.platform == "darwin"; intel = mac
   rosetta = intel and os.popen("sysctl -in sysctl.proc_translated").read().strip() == "1"; \
   sys.exit(rosetta or not (3, 10) <= sys.version_info[:2] <= ((3, 12) if intel else (3, 13)))
 
-.PHONY: demo test test-all quick lint clean
+.PHONY: demo test test-all quick test-gpu-paths lint clean
 demo: $(VENV)/.installed
 	$(BIN)/mlx-posttrain demo $(ARGS)
 
@@ -27,6 +28,11 @@ test-all: $(VENV)/.installed-dev
 
 quick: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
+
+test-gpu-paths: $(VENV)/.installed-dev
+	$(PYTEST) --gpu-paths --durations 10 -m "not exhaustive" -k "not torch" tests/engines tests/training/test_resume.py \
+	  tests/methods/test_ppo.py tests/methods/test_grpo.py tests/rl \
+	  $(foreach part,attention exp gelu,--ignore tests/engines/test_mlx_$(part).py) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

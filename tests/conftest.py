@@ -7,9 +7,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import gpu_paths as gpu_paths_module
 
 # Before anything imports numpy, torch, transformers or datasets: they read these once.
 _HOME = tempfile.mkdtemp(prefix="mlx-posttrain-hub-")
@@ -42,8 +45,28 @@ if _WORKERS > 1:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-paths", action="store_true", help="run MLX as on a GPU: tests/gpu_paths.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu-paths"):
+        os.environ[gpu_paths_module.CHOSEN] = "1"
+        gpu_paths_module.switch_off()
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture
+def gpu_paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLX as on a GPU; models must be loaded within the test."""
+    mx = pytest.importorskip("mlx.core")
+    before = mx.set_cache_limit(0)
+    gpu_paths_module.switch_off(monkeypatch.setattr)
+    yield
+    mx.set_cache_limit(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import gpu_paths
+
 #: Fields of metrics.jsonl that tell of clock and memory, and differ between two runs that are the same.
 CLOCK = ("seconds", "seconds/rollout", "peak_gb")
 
@@ -66,8 +68,9 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def command(*arguments: object) -> list[str]:
-    """The command line as a process of its own."""
-    return [sys.executable, "-m", "mlx_posttrain", *map(str, arguments)]
+    """The command line as a process of its own, which runs MLX as this session does."""
+    start = [gpu_paths.__file__] if gpu_paths.chosen() else ["-m", "mlx_posttrain"]
+    return [sys.executable, *start, *map(str, arguments)]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 240) -> None:
