@@ -1,4 +1,4 @@
-"""MLX as on a GPU: what exists for its CPU backend on Linux only is switched off, and unused buffers are kept.
+"""MLX as on a GPU: without what exists for its CPU backend on Linux only, and keeping unused buffers.
 
 ``pytest --gpu-paths`` runs tests so, ``make test-gpu-paths`` those that it matters to, and the fixture
 ``gpu_paths`` a single test. As a script this file is the command line under the same switch, for tests that
@@ -17,14 +17,16 @@ CHOSEN = "MLX_POSTTRAIN_TEST_GPU_PATHS"
 
 
 def switch_off(replace: Callable[[object, str, object], None] = setattr) -> None:
-    """Take MLX's own exp, attention and activation, as on a GPU; networks that are loaded keep theirs.
+    """Take MLX's own exp, attention and activation, and decode, as on a GPU.
 
-    replace: called as ``setattr`` is.
+    Networks that are loaded already keep theirs. replace: called as ``setattr`` is.
     """
     import mlx.core as mx
 
+    from mlx_posttrain.engines.mlx import decoding
     from mlx_posttrain.engines.mlx.cpu import attention, exp, gelu
 
+    replace(decoding, "on_gpu", lambda: True)
     replace(exp, "is_scalar", lambda: False)
     replace(attention, "is_scalar", lambda: False)
     replace(gelu, "use_in", lambda net: None)

@@ -8,14 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from mlx_posttrain.data.types import Example
 
-# of padded lengths, so that a compiled step meets few shapes; at 32 short rows would be half padding
-LENGTH_MULTIPLE = 8
-POSITION_MULTIPLE = 64
+
+class Multiples(NamedTuple):
+    """What padded lengths and counts of positions are multiples of.
+
+    So that a compiled step meets few shapes.
+    """
+
+    length: int
+    positions: int
+
+
+#: On a CPU, where short rows padded to 32 would be half padding, and padding takes its time.
+FINE = Multiples(8, 64)
+#: On a GPU, for which a row's padding is cheap and a new shape is not.
+COARSE = Multiples(32, 256)
+
+_multiples = FINE
+
+
+def pad_to(multiples: Multiples) -> None:
+    """Choose the multiples for the whole process: an engine's part."""
+    global _multiples
+    _multiples = multiples
+
+
+def padded_length(n: int) -> int:
+    """The length to which rows of at most ``n`` tokens are padded."""
+    return round_up(n, _multiples.length)
+
+
+def padded_positions(n: int) -> int:
+    """The number to which ``n`` trained positions are padded."""
+    return round_up(n, _multiples.positions)
+
+
 #: So many times the rows, and padded tokens, of a training micro-batch go through a model together where
 #: there is no gradient. A block's arrays are let go as the next one begins: of GPT-2 a pass holds 14 numbers
 #: for each token and unit of width, on MLX two to three times as many, a training step 15 to 25 in every
@@ -75,7 +108,7 @@ def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch
     ``max_length`` is the model's context: padding never goes beyond it. Raises ValueError if a row is longer.
     """
     longest = max(len(e.tokens) for e in examples)
-    length = round_up(longest, LENGTH_MULTIPLE)
+    length = padded_length(longest)
     if max_length is not None:
         if longest > max_length:
             raise ValueError(f"a row of {longest} tokens does not fit a context of {max_length}")
@@ -91,7 +124,7 @@ def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch
         target.append(ids[trained + 1])
         row.append(np.full(len(trained), r))
     n = sum(len(i) for i in index)
-    padded = round_up(max(n, 1), POSITION_MULTIPLE)
+    padded = padded_positions(max(n, 1))
 
     def flat(parts: list[np.ndarray]) -> np.ndarray:
         return np.pad(np.concatenate(parts), (0, padded - n)).astype(np.int32)
@@ -160,9 +193,7 @@ def _micro_batches(
     for i in rows:
         longest = max(longest, lengths[i])
         full = len(batch) == batch_size
-        over = (
-            token_budget is not None and (len(batch) + 1) * round_up(longest, LENGTH_MULTIPLE) > token_budget
-        )
+        over = token_budget is not None and (len(batch) + 1) * padded_length(longest) > token_budget
         if batch and (full or over):
             yield batch
             batch, longest = [], lengths[i]

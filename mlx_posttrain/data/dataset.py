@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_posttrain.config import TrainSection
-from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, collate, for_evaluation, round_up, with_extra
+from mlx_posttrain.data.batches import Batch, collate, for_evaluation, padded_length, with_extra
 from mlx_posttrain.data.types import Example
 
 #: Arrays over an example's trained tokens, by name and example: what a reference made of it, for instance.
@@ -137,7 +137,7 @@ class Dataset:
         micro: list[list[int]] = [[]]
         for group in groups:
             joined = micro[-1] + group
-            longest = round_up(max(self.lengths[i] for i in joined), LENGTH_MULTIPLE)
+            longest = padded_length(max(self.lengths[i] for i in joined))
             padded = longest * self.collate.row_count([self.train[i] for i in joined]) if budget else 0
             if micro[-1] and (len(joined) > self.settings.batch_size or (budget and padded > budget)):
                 micro.append(list(group))

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import log
 from mlx_posttrain.data import drops, formats
-from mlx_posttrain.data.batches import POSITION_MULTIPLE, Batch, collate, round_up, with_extra
+from mlx_posttrain.data.batches import Batch, collate, padded_positions, with_extra
 from mlx_posttrain.data.dataset import Collator, Dataset, ExtraRows
 from mlx_posttrain.data.fitting import Asked, fit
 from mlx_posttrain.data.read import ModelFacts, describe, read_rows, say_specials, split_rows, with_system
@@ -161,7 +161,7 @@ class LabelledCollator:
         both = with_extra(both, {name: [known[row] for row in rows] for name, known in extra.items()})
         behind = both.row >= len(items)
         sizes = [int(((both.mask > 0) & (behind == side)).sum()) for side in (False, True)]
-        size = round_up(max(1, *sizes), POSITION_MULTIPLE)
+        size = padded_positions(max(1, *sizes))
         batch, other = (_part(both, first, len(items), size) for first in (0, len(items)))
         fields = ("tokens", "index", "target", "row", "mask", "weight")
         return replace(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mlx_posttrain.data.batches import LENGTH_MULTIPLE, Batch, collate, round_up, with_extra
+from mlx_posttrain.data.batches import Batch, collate, padded_length, with_extra
 from mlx_posttrain.data.dataset import ExtraRows
 from mlx_posttrain.data.encode import encode_each
 from mlx_posttrain.data.fitting import Asked, fit
@@ -154,7 +154,7 @@ def collate_scores(rows: Sequence[Sequence[int]], pad: int | None, context: int 
     longest = max(map(len, rows))
     if context is not None and longest > context:
         raise ValueError(f"a row of {longest} tokens does not fit a context of {context}")
-    length = min(round_up(longest, LENGTH_MULTIPLE), context or 2**31)
+    length = min(padded_length(longest), context or 2**31)
     tokens = np.zeros((len(rows), length), np.int32)
     for r, row in enumerate(rows):
         tokens[r, : len(row)] = row

@@ -36,8 +36,8 @@ REFERENCE_LOGPROBS = "ref_logprobs"
 #: parameters beside the old ones, and those of what MLX begins ahead.
 UPDATE_BYTES = 64 * 2**20
 
-#: A GPT-2 block on MLX that would keep more bytes than this for its backward pass recomputes part of them
-#: (engines/mlx/lean.py).
+#: A GPT-2 block on MLX that would keep more bytes than this, times sizes.scale(), for its backward pass
+#: recomputes part of them (engines/mlx/lean.py).
 LEAN_ABOVE = 128 * 2**20
 
 
@@ -266,11 +266,14 @@ class Model(Protocol):
         """
 
     def apply(
-        self, function: Callable[[Model, DeviceBatch], dict[str, Array]], batches: Sequence[Batch]
+        self,
+        function: Callable[[Model, DeviceBatch], dict[str, Array]],
+        batches: Sequence[Batch],
+        beside: Sequence[Model] = (),
     ) -> list[dict[str, np.ndarray]]:
         """The arrays that ``function`` returns for each batch: scores, values, log-probabilities.
 
-        In evaluation mode and without gradients.
+        In evaluation mode and without gradients. beside: other models of this engine that ``function`` asks.
         """
 
     def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
@@ -373,10 +376,17 @@ class Engine(Protocol):
         """Restore what ``random_state`` returned."""
 
     def memory(self) -> dict[str, float]:
-        """``peak_gb``: the most memory held since the last ``reset_memory``, in GB (2**30 bytes)."""
+        """``peak_gb``: the most memory held since the last ``reset_memory``, in GB (2**30 bytes).
+
+        On MLX, which counts its arrays, also ``active_gb``, what they take now, and ``cache_gb``, the buffers
+        that it keeps for later arrays.
+        """
 
     def reset_memory(self) -> None:
         """Begin to measure the peak again."""
+
+    def resident(self) -> AbstractContextManager[Any]:
+        """A context in which a GPU's arrays stay in memory, as far as the system allows; for training."""
 
     def synchronize(self) -> None:
         """Wait for all work in progress: MLX returns from a step while its update still runs."""

@@ -5,6 +5,9 @@ one forward pass per token, and rows that have stopped leave the batch. Sampling
 distribution at one uniform number per (row, step) that NumPy draws ahead of time: a row's text depends on the
 seed and its own number only, not on the other rows or on which of them have left. The engines sample the same
 tokens until a draw falls between their roundings of a boundary, see docs/architecture.md.
+
+A GPU is given the forward pass of a token before the host has read the token, so that it is never idle. The
+host then learns a pass too late that a row has stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +34,15 @@ TOKEN_BUDGET = 32 * CACHE_BLOCK
 
 
 class Decoder(Protocol):
-    """A model with a key/value cache for a batch of rows."""
+    """A model with a key/value cache for a batch of rows.
+
+    ahead: whether a token's forward pass is begun before the host has read the token, so that a device that
+    works on its own never waits for the host. A batch whose rows all stop has then run one pass too many.
+    leave_at: the share of the batch's rows that must have stopped before these leave it.
+    """
+
+    ahead: bool
+    leave_at: float
 
     def prefill(self, prompts: Sequence[Sequence[int]], samples: int) -> Array:
         """Left-pad and run P prompts, and repeat each row of the cache ``samples`` times.
@@ -39,16 +50,19 @@ class Decoder(Protocol):
         Returns next-token logits, [P * samples, V].
         """
 
-    def advance(self, tokens: np.ndarray) -> Array:
+    def advance(self, tokens: Array) -> Array:
         """Append one token to each row; returns next-token logits, [rows, V]."""
 
-    def keep(self, rows: np.ndarray) -> None:
-        """Drop all rows but ``rows`` from the cache."""
+    def keep(self, rows: np.ndarray, array: Array) -> Array:
+        """Drop all rows but ``rows`` from the cache; returns these rows of ``array``."""
 
     def pick(
         self, logits: Array, uniforms: np.ndarray, temperature: float, top_p: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One token per row and its log-probability; see :func:`pick`."""
+    ) -> tuple[Array, Array]:
+        """One token per row, and what :meth:`read` takes; see :func:`pick`."""
+
+    def read(self, picked: Array) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a ``pick`` and their log-probabilities, [rows] each."""
 
 
 def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tuple[Array, Array]:
@@ -64,18 +78,25 @@ def pick(logits: Array, uniforms: Array, temperature: float, top_p: float) -> tu
     if temperature == 0:
         tokens = xp.argmax(logits, axis=-1)
     elif top_p >= 1:
-        cdf = xp.cumsum(p, axis=-1)
-        # The first entry above u times the last one, so that rounding in a sum over V terms cannot push the
-        # draw past the end.
-        tokens = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
+        tokens = _draw(p, uniforms)
     else:
         order = xp.argsort_descending(p)
         ranked = xp.take_along_axis(p, order, axis=-1)
         before = xp.cumsum(ranked, axis=-1) - ranked
-        cdf = xp.cumsum(xp.where(before < top_p, ranked, xp.zeros_like(ranked)), axis=-1)
-        rank = xp.argmax(cdf > uniforms * cdf[:, -1:], axis=-1)
+        rank = _draw(xp.where(before < top_p, ranked, xp.zeros_like(ranked)), uniforms)
         tokens = xp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
     return tokens, xp.log(xp.take_along_axis(p, tokens[:, None], axis=-1)[:, 0])
+
+
+def _draw(p: Array, uniforms: Array) -> Array:
+    """The first entry of each row of ``p`` [R, V] at which its running sum exceeds u of the whole.
+
+    Rounding in a sum over V terms neither pushes the draw past the end nor, on a device whose running sums
+    are not monotone, on an entry of 0.
+    """
+    xp = ops(p)
+    cdf = xp.where(p > 0, xp.cumsum(p, axis=-1), p)
+    return xp.argmax(cdf > uniforms * xp.max(cdf, axis=-1, keepdims=True), axis=-1)
 
 
 def forbidden_bias(logits: Array, forbidden: Sequence[int]) -> Array:
@@ -119,18 +140,12 @@ def decode(
         raise UserError(
             f"a prompt of {longest} tokens leaves no room in the model's context of {context}; shorten it"
         )
-    limits = [
-        max_tokens if context is None else min(max_tokens, context - len(p))
-        for p in prompts
-        for _ in range(samples)
-    ]
-    rows = len(limits)
+    rooms = [math.inf if context is None else context - len(p) for p in prompts for _ in range(samples)]
+    limits = np.minimum(max_tokens, rooms).astype(int)
+    rows, most = len(limits), int(limits.max())
     # A generator per row: the numbers of a row depend neither on how many rows there are nor on max_tokens.
     uniforms = np.stack(
-        [
-            np.random.default_rng([seed, first_row + row]).random(max(limits), dtype=np.float32)
-            for row in range(rows)
-        ]
+        [np.random.default_rng([seed, first_row + row]).random(most, dtype=np.float32) for row in range(rows)]
     )
     # A draw of exactly 0 would take the first token, however unlikely, even a forbidden one.
     uniforms = np.maximum(uniforms, np.float32(2**-25))
@@ -138,14 +153,19 @@ def decode(
     tokens: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     ended_by: list[int | None] = [None] * rows
-    alive = np.arange(rows)
+    # The rows of the batch by their numbers, and which of them go on.
+    batch, going = np.arange(rows), np.ones(rows, bool)
     logits = decoder.prefill(prompts, samples)
     bias = forbidden_bias(logits, forbidden) if forbidden else None
-    for step in range(max(limits)):
+    for step in range(most):
         allowed = logits if bias is None else logits + bias
-        picked, log_p = decoder.pick(allowed, uniforms[alive, step], temperature, top_p)
-        going = np.ones(len(alive), bool)
-        for i, (row, token) in enumerate(zip(alive.tolist(), picked.tolist(), strict=True)):
+        following, picked = decoder.pick(allowed, uniforms[batch, step], temperature, top_p)
+        ahead = decoder.ahead and bool((limits[batch[going]] > step + 1).any())
+        if ahead:
+            following = decoder.advance(following)
+        found, log_p = decoder.read(picked)
+        for i in np.flatnonzero(going).tolist():
+            row, token = int(batch[i]), int(found[i])
             logprobs[row].append(float(log_p[i]))
             if token in ends:
                 ended_by[row] = token
@@ -157,10 +177,14 @@ def decode(
             going[i] = len(tokens[row]) < limits[row]
         if not going.any():
             break
-        if not going.all():
-            decoder.keep(np.flatnonzero(going))
-            alive, picked = alive[going], picked[going]
-        logits = decoder.advance(picked)
+        stopped = batch[~going]
+        # A row that has stopped and stays in the batch must not outgrow the context.
+        if len(stopped) and (
+            len(stopped) >= decoder.leave_at * len(batch) or min(rooms[row] for row in stopped) <= step + 1
+        ):
+            following = decoder.keep(np.flatnonzero(going), following)
+            batch, going = batch[going], going[going]
+        logits = following if ahead else decoder.advance(following)
     return [
         Generated(t, p, end is not None, end) for t, p, end in zip(tokens, logprobs, ended_by, strict=True)
     ]

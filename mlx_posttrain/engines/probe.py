@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+#: Share of Metal's working set that MLX's unused buffers may take.
+CACHE_SHARE = 0.25
+
 
 class Devices(NamedTuple):
     """MLX's devices: Metal's facts about the GPU, None without one, and which device is the default."""
@@ -21,6 +24,12 @@ def mlx_devices() -> Devices:
         return Devices(None, "cpu")
     default = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     return Devices(dict(mx.device_info(mx.Device(mx.gpu))), default)
+
+
+def working_set() -> int:
+    """Bytes that Metal advises a process to use at most; 0 without Metal."""
+    gpu = mlx_devices().gpu
+    return int(gpu.get("max_recommended_working_set_size", 0)) if gpu else 0
 
 
 def torch_threads() -> int:

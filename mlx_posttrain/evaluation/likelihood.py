@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_posttrain import jsonl
-from mlx_posttrain.data.batches import LENGTH_MULTIPLE, POSITION_MULTIPLE, Batch, by_length, round_up
+from mlx_posttrain.data.batches import Batch, by_length, padded_length, padded_positions
 from mlx_posttrain.data.tokens import Place, bos_ids, start_ids, tokenise_pieces
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import DeviceBatch, Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.losses.sft import token_logprobs
+from mlx_posttrain.losses.sft import full_kl, token_logprobs
 from mlx_posttrain.ops import ops
 
 TOKEN_BUDGET = 2048  # padded tokens of a scoring batch: with GPT-2's vocabulary their logits take 0.4 GB
-KL_BUDGET = 512  # the same for a KL, which holds the logits of two models, and in float32 on the host
+KL_BUDGET = 512  # the same for a KL, which holds the logits of two models
 
 #: Inputs, the token that each should predict, and whether that prediction is scored: [T] each.
 ScoredRow = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -138,20 +138,19 @@ def base_text_kl(
             "the two models have vocabularies of different size: a KL between them has no meaning"
         )
     rows, owner = _text_rows(base, tokenizer, texts, window, stride)
+
+    def divergence(model: Model, batch: DeviceBatch) -> dict[str, Any]:
+        return {"kl": full_kl(tuned.logits(batch), model.logits(batch), "forward")}
+
     sums = np.zeros(len(rows))
     for group in by_length([len(inputs) for inputs, _, _ in rows], 32, KL_BUDGET):
         packed = make_batch([rows[i] for i in group], base.context)
-        (p,), (q,) = (model.apply(_full_logprobs, [packed]) for model in (base, tuned))
-        each = (np.exp(p["logprobs"]) * (p["logprobs"] - q["logprobs"])).sum(-1, dtype=np.float64)
+        (values,) = base.apply(divergence, [packed], beside=[tuned])
+        each = values["kl"].astype(np.float64)
         real = packed.mask > 0
         sums[group] = np.bincount(packed.row[real], each[real], len(group))
     kl = RowLoss(sums, np.array([int(scored.sum()) for _, _, scored in rows], np.int64))
     return kl if by_window else _per_text(*kl, owner, len(texts))
-
-
-def _full_logprobs(model: Model, batch: DeviceBatch) -> dict[str, Any]:
-    logits = model.logits(batch)
-    return {"logprobs": ops(logits).log_softmax(logits, axis=-1)}
 
 
 def last_words(
@@ -271,7 +270,7 @@ def make_batch(rows: Sequence[ScoredRow], context: int | None) -> Batch:
     for a row longer than the context.
     """
     longest = max(len(inputs) for inputs, _, _ in rows)
-    length = round_up(longest, LENGTH_MULTIPLE)
+    length = padded_length(longest)
     if context is not None:
         if longest > context:
             raise UserError(
@@ -285,7 +284,7 @@ def make_batch(rows: Sequence[ScoredRow], context: int | None) -> Batch:
     index = np.concatenate([r * length + np.flatnonzero(scored) for r, (_, _, scored) in enumerate(rows)])
     target = np.concatenate([targets[scored] for _, targets, scored in rows])
     row = np.repeat(np.arange(len(rows)), [scored.sum() for _, _, scored in rows])
-    extra = round_up(len(index), POSITION_MULTIPLE) - len(index)
+    extra = padded_positions(len(index)) - len(index)
     flat = [np.pad(part, (0, extra)).astype(np.int32) for part in (index, target, row)]
     mask = np.pad(np.ones(len(index), np.float32), (0, extra))
     return Batch(inputs, flat[0], flat[1], flat[2], mask, np.ones_like(mask))

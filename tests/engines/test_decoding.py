@@ -172,6 +172,83 @@ def test_the_last_token_can_be_drawn_and_none_past_it():
     assert tokens[0] == 6
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_no_token_of_probability_0_is_drawn_where_running_sums_are_not_monotone(top_p, monkeypatch):
+    """As on Metal, whose parallel scan rounds each entry in an order of its own."""
+    from mlx_posttrain.ops.numpy import NAMESPACE
+
+    rng = np.random.default_rng(0)
+    cumsum = NAMESPACE.cumsum
+
+    def noisy(x, axis=-1):
+        return (cumsum(x, axis=axis) + rng.normal(0, 1e-3, x.shape)).astype(x.dtype)
+
+    monkeypatch.setattr(NAMESPACE, "cumsum", noisy)
+    logits = np.where(np.arange(64) % 3 == 0, 0.0, -np.inf).astype(np.float32)[None].repeat(4000, 0)
+    uniforms = np.append(rng.random(3999, np.float32), np.float32(1 - 2**-24))[:, None]
+    tokens, log_p = decoding.pick(logits, uniforms, 1.0, top_p)
+    assert set(tokens.tolist()) <= set(range(0, 64, 3)) and np.isfinite(log_p).all()
+
+
+class Successor:
+    """A decoder whose token after t is t + 1, and which notes how far its rows have gone."""
+
+    def __init__(self, ahead, leave_at):
+        self.ahead, self.leave_at, self.rows, self.passes, self.furthest = ahead, leave_at, [], 0, 0
+
+    def _logits(self, tokens):
+        return np.where(np.arange(100) == tokens[:, None] + 1, 9.0, 0.0).astype(np.float32)
+
+    def prefill(self, prompts, samples):
+        self.lengths = np.repeat([len(p) for p in prompts], samples)
+        return self._logits(np.repeat([p[-1] for p in prompts], samples))
+
+    def advance(self, tokens):
+        self.passes += 1
+        self.rows.append(len(tokens))
+        self.lengths = self.lengths + 1
+        self.furthest = max(self.furthest, self.lengths.max())
+        return self._logits(tokens)
+
+    def keep(self, rows, array):
+        self.lengths = self.lengths[rows]
+        return array[rows]
+
+    def pick(self, logits, uniforms, temperature, top_p):
+        picked = decoding.pick(logits, uniforms[:, None], temperature, top_p)
+        return picked[0], picked
+
+    def read(self, picked):
+        return picked
+
+
+@pytest.mark.parametrize("context", [None, 12])
+@pytest.mark.parametrize("leave_at", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_reading_a_step_late_returns_no_token_too_many(ahead, leave_at, context):
+    """Rows that have stopped stay until enough have, but never outgrow the context."""
+    prompts = [[1], [40, 41, 42], [60, 61], [80] * 11]
+    decoder, seen = Successor(ahead, leave_at), []
+    settings = {"max_tokens": 9, "stop": {5, 50, 69}, "temperature": 0.0, "top_p": 1.0, "samples": 1}
+    done = decoding.decode(
+        decoder, prompts, context=context, seed=0, on_token=lambda *pair: seen.append(pair), **settings
+    )
+    wanted = [[2, 3, 4], [*range(43, 50)], [*range(62, 69)], [81] if context else [*range(81, 90)]]
+    assert [c.tokens for c in done] == wanted
+    assert [c.stop for c in done] == [5, 50, 69, None]
+    assert [len(c.logprobs) for c in done] == [4, 8, 8, 1 if context else 9]
+    assert sorted(seen) == [(row, token) for row, tokens in enumerate(wanted) for token in tokens]
+    assert context is None or decoder.furthest <= context
+    longest = 8 if context else 9
+    assert decoder.passes == longest - 1 + (ahead and context is not None)
+    last = (
+        {0.0: (1, 3), 0.5: (1, 4), 1.0: (4, 4)}
+        if context is None
+        else {0.0: (2, 2), 0.5: (3, 3), 1.0: (3, 3)}
+    )
+    assert decoder.rows[-1] == last[leave_at][ahead]
+
+
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
 def test_the_preallocated_cache_holds_what_transformers_own_holds(monkeypatch):
     """While it grows and rows are repeated and dropped; nothing is copied while there is room."""

@@ -17,8 +17,8 @@ from mlx_posttrain.data.batches import collate  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
 from mlx_posttrain.engines.base import AdamW  # noqa: E402
 from mlx_posttrain.engines.mlx import trainer as mlx_trainer  # noqa: E402
+from mlx_posttrain.engines.mlx.cpu import buffers  # noqa: E402
 from mlx_posttrain.engines.mlx.engine import MLXEngine  # noqa: E402
-from mlx_posttrain.engines.mlx.model import release_unused_buffers  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
 from mlx_posttrain.models.merge import base_folder  # noqa: E402
 
@@ -115,7 +115,7 @@ def test_unused_buffers_are_given_back() -> None:
     before = mx.get_cache_memory()
     if before <= mx.get_active_memory():
         pytest.skip("this device keeps too few unused buffers to tell")
-    release_unused_buffers()
+    buffers.release()
     assert mx.get_cache_memory() < before
 
 

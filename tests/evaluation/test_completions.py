@@ -38,6 +38,8 @@ class Table:
 
 
 class Decoder:
+    ahead, leave_at = False, 0.0
+
     def __init__(self, table: np.ndarray):
         self.table = table
 
@@ -47,13 +49,17 @@ class Decoder:
     def advance(self, tokens: np.ndarray) -> np.ndarray:
         return self.table[tokens]
 
-    def keep(self, rows: np.ndarray) -> None:
-        pass
+    def keep(self, rows: np.ndarray, array: np.ndarray) -> np.ndarray:
+        return array[rows]
 
     def pick(
         self, logits: np.ndarray, uniforms: np.ndarray, temperature: float, top_p: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return decoding.pick(logits, uniforms[:, None], temperature, top_p)
+    ) -> tuple[np.ndarray, Any]:
+        picked = decoding.pick(logits, uniforms[:, None], temperature, top_p)
+        return picked[0], picked
+
+    def read(self, picked: Any) -> tuple[np.ndarray, np.ndarray]:
+        return picked
 
 
 def path(table: Table, token: int, steps: int) -> list[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +16,7 @@ from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub, mlx_config
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdamW
+from mlx_posttrain.engines.mlx import device
 from mlx_posttrain.engines.mlx import load as mlx_load
 from mlx_posttrain.engines.mlx.cpu import blas
 from mlx_posttrain.engines.mlx.model import MLXModel
@@ -27,6 +30,7 @@ class MLXEngine:
 
     def __init__(self) -> None:
         blas.load()  # on Linux MLX would otherwise multiply with the reference BLAS
+        device.prepare()
 
     def load(
         self,
@@ -78,16 +82,24 @@ class MLXEngine:
                 )
 
     def memory(self) -> dict[str, float]:
-        return {"peak_gb": mx.get_peak_memory() / 2**30}
+        found = {
+            "peak": mx.get_peak_memory(),
+            "active": mx.get_active_memory(),
+            "cache": mx.get_cache_memory(),
+        }
+        return {f"{name}_gb": size / 2**30 for name, size in found.items()}
 
     def reset_memory(self) -> None:
         mx.reset_peak_memory()
+
+    def resident(self) -> AbstractContextManager[Any]:
+        return device.wired()
 
     def synchronize(self) -> None:
         mx.synchronize()
 
     def device(self) -> str:
-        if mx.default_device() == mx.Device(mx.gpu):
+        if device.on_gpu():
             return f"{mx.device_info().get('device_name', 'GPU')} (Metal)"
         return "CPU (MLX)"
 

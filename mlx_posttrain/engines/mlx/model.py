@@ -29,6 +29,7 @@ from mlx_posttrain.engines.base import (
     match_targets,
     micro_batch_totals,
 )
+from mlx_posttrain.engines.mlx import device
 from mlx_posttrain.engines.mlx import fused as mlx_fused
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx import load as mlx_load
@@ -41,15 +42,6 @@ from mlx_posttrain.losses.sft import full_kl, token_logprobs
 def to_device(batch: Batch, total: float) -> DeviceBatch:
     """The batch as MLX arrays; total: see :class:`~mlx_posttrain.engines.base.DeviceBatch`."""
     return device_batch(batch, total, mx.array)
-
-
-def release_unused_buffers() -> None:
-    """Return MLX's unused buffers to the system once they outweigh those in use.
-
-    With rows of many lengths they pile up.
-    """
-    if mx.get_cache_memory() > mx.get_active_memory():
-        mx.clear_cache()
 
 
 class MLXModel:
@@ -163,11 +155,10 @@ class MLXModel:
         return None if head is None else head[0].shape[1]
 
     def reference_hidden(self, batch: Batch) -> np.ndarray:
+        device.begin("evaluation")
         self.net.eval()
         with self._frozen() as net:
-            hidden = np.array(self._hidden(net, to_device(batch, 1.0)).astype(mx.float32))
-        release_unused_buffers()
-        return hidden
+            return np.array(self._hidden(net, to_device(batch, 1.0)).astype(mx.float32))
 
     def policy_terms(
         self, batch: DeviceBatch, temperature: float = 1.0
@@ -289,6 +280,7 @@ class MLXModel:
             self._reference = reference.freeze().eval()
 
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
+        device.begin("evaluation")
         self.net.eval()
         totals = micro_batch_totals(batches)
         sums: dict[str, float] = {}
@@ -301,17 +293,20 @@ class MLXModel:
         return sums
 
     def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
+        device.begin("evaluation")
         self.net.eval()
         return [np.array(self.logprobs(to_device(batch, 1.0))) for batch in batches]
 
     def apply(
-        self, function: Callable[[Any, DeviceBatch], dict[str, mx.array]], batches: Sequence[Batch]
+        self,
+        function: Callable[[Any, DeviceBatch], dict[str, mx.array]],
+        batches: Sequence[Batch],
+        beside: Sequence[Any] = (),
     ) -> list[dict[str, np.ndarray]]:
-        self.net.eval()
-        return [
-            {name: np.array(v) for name, v in function(self, to_device(batch, batch.count)).items()}
-            for batch in batches
-        ]
+        device.begin("evaluation")
+        for model in (self, *beside):
+            model.net.eval()
+        return [_to_numpy(function(self, to_device(batch, batch.count))) for batch in batches]
 
     def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
         self.net.eval()
@@ -347,21 +342,22 @@ class MLXModel:
         forbidden: Sequence[int] = (),
     ) -> list[Generated]:
         self.net.eval()  # dropout off, and with it gradient checkpointing
-        release_unused_buffers()
-        return decoding.decode(
-            MLXDecoder(self.net, partial(_head, self.net) if self._split else None),
-            prompts,
-            context=self.context,
-            max_tokens=max_tokens,
-            stop=stop,
-            temperature=temperature,
-            top_p=top_p,
-            samples=samples,
-            seed=seed,
-            first_row=first_row,
-            on_token=on_token,
-            forbidden=forbidden,
-        )
+        device.begin("rollout")
+        with device.wired():
+            return decoding.decode(
+                MLXDecoder(self.net, partial(_head, self.net) if self._split else None),
+                prompts,
+                context=self.context,
+                max_tokens=max_tokens,
+                stop=stop,
+                temperature=temperature,
+                top_p=top_p,
+                samples=samples,
+                seed=seed,
+                first_row=first_row,
+                on_token=on_token,
+                forbidden=forbidden,
+            )
 
     # Files.
 
@@ -416,6 +412,11 @@ class MLXModel:
         if self.spec is None:
             trained = names.to_hf(trained, self.config["model_type"])
         return {name: np.array(v.astype(mx.float32)) for name, v in trained.items()}
+
+
+def _to_numpy(arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
+    mx.eval(arrays)  # together: they share most of their work
+    return {name: np.array(value) for name, value in arrays.items()}
 
 
 def _head_layer(net: nn.Module) -> nn.Module:

@@ -66,6 +66,8 @@ class TorchDecoder:
     head: the head's weight [V, d]; None where the model's logits are more than products with it.
     """
 
+    ahead, leave_at = False, 0.0
+
     def __init__(self, net: Any, head: torch.Tensor | None):
         self.net = net
         self.head = head
@@ -105,18 +107,23 @@ class TorchDecoder:
             logits = logits.repeat_interleave(samples, 0)
         return logits
 
-    def advance(self, tokens: np.ndarray) -> torch.Tensor:
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
         positions = self.mask.sum(1, keepdim=True)
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        return self._forward(torch.from_numpy(tokens).long()[:, None], positions)
+        return self._forward(tokens[:, None], positions)
 
-    def keep(self, rows: np.ndarray) -> None:
+    def keep(self, rows: np.ndarray, array: torch.Tensor) -> torch.Tensor:
         index = torch.from_numpy(rows)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
+        return array[index]
 
     def pick(
         self, logits: torch.Tensor, uniforms: np.ndarray, temperature: float, top_p: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        tokens, log_p = decoding.pick(logits, torch.from_numpy(uniforms)[:, None], temperature, top_p)
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        picked = decoding.pick(logits, torch.from_numpy(uniforms)[:, None], temperature, top_p)
+        return picked[0], picked
+
+    def read(self, picked: tuple[torch.Tensor, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        tokens, log_p = picked
         return tokens.numpy(), log_p.numpy()

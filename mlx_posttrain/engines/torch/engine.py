@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,9 @@ class TorchEngine:
 
     def reset_memory(self) -> None:
         forget_process_peak()
+
+    def resident(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def synchronize(self) -> None:
         pass  # a CPU's operations are done when they return

@@ -302,9 +302,13 @@ class TorchModel:
 
     @torch.no_grad()
     def apply(
-        self, function: Callable[[Any, DeviceBatch], dict[str, torch.Tensor]], batches: Sequence[Batch]
+        self,
+        function: Callable[[Any, DeviceBatch], dict[str, torch.Tensor]],
+        batches: Sequence[Batch],
+        beside: Sequence[Any] = (),
     ) -> list[dict[str, np.ndarray]]:
-        self.net.eval()
+        for model in (self, *beside):
+            model.net.eval()
         return [
             {name: v.numpy() for name, v in function(self, to_device(batch, batch.count)).items()}
             for batch in batches
