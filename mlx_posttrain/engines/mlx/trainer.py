@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines.base import UPDATE_BYTES, AdamW, DeviceBatch, Loss, micro_batch_totals
-from mlx_posttrain.engines.mlx.model import MLXModel, release_unused_buffers, to_device
+from mlx_posttrain.engines.mlx import device
+from mlx_posttrain.engines.mlx.model import MLXModel, to_device
 from mlx_posttrain.errors import UserError
 
 
@@ -45,6 +46,7 @@ class MLXTrainer:
         self._state: dict[str, mx.array] = dict(tree_flatten(self.optimizer.state))
         self._gradients: dict[Loss, Callable[..., Any]] = {}
         self._update = _compile(self._update_plain)
+        self._logged = _compile(_logged)
         self._shapes: set[tuple[Any, ...]] = set()
 
     @property
@@ -118,6 +120,7 @@ class MLXTrainer:
             mx.async_eval(updated, moments)
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
+        device.begin("training")
         net = self.model.net
         net.train()
         gradient = self._gradient(loss)
@@ -135,22 +138,20 @@ class MLXTrainer:
                 mx.async_eval(sums, gradients)  # the next micro-batch is prepared meanwhile
         finally:
             net.update(parameters)  # tracing leaves placeholders in the module
-        norm = mx.sqrt(sum(mx.sum(mx.square(g.astype(mx.float32))) for _, g in tree_flatten(gradients)))
-        sums["grad_norm"] = norm
+        flat = tree_flatten(gradients)
+        logged = self._logged([g for _, g in flat], list(sums.values()))
         # The step waits here only: the logged numbers also decide whether the weights may take the gradient.
         # The update is not waited for.
-        result = {name: float(v.item()) for name, v in sums.items()}
+        result = dict(zip((*sums, "grad_norm"), np.array(logged).tolist(), strict=True))
         if not np.isfinite(result["loss"]) or not np.isfinite(result["grad_norm"]):
             raise FloatingPointError(f"loss {result['loss']}, gradient norm {result['grad_norm']}")
         factor = (
             mx.array(1.0)
             if self.settings.clip is None
-            else mx.minimum(self.settings.clip / (norm + 1e-6), 1.0)
+            else mx.minimum(self.settings.clip / (logged[-1] + 1e-6), 1.0)
         )
-        flat = tree_flatten(gradients)
         del gradients, part, parameters
         self._apply(flat, lr, factor)
-        release_unused_buffers()
         return result
 
     def save(self, path: Path) -> None:
@@ -168,6 +169,12 @@ class MLXTrainer:
                 "belongs to another run"
             )
         self._state = state
+
+
+def _logged(gradients: list[mx.array], metrics: list[mx.array]) -> mx.array:
+    """[M + 1] float32: the metrics of a step, and the global norm of its gradient."""
+    squares = mx.stack([mx.sum(mx.square(g.astype(mx.float32))) for g in gradients])
+    return mx.stack([*(m.astype(mx.float32) for m in metrics), mx.sqrt(mx.sum(squares))])
 
 
 def _compile(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
