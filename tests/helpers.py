@@ -16,7 +16,7 @@ import pytest
 from tests import gpu_paths
 
 #: Fields of metrics.jsonl that tell of clock and memory, and differ between two runs that are the same.
-CLOCK = ("seconds", "seconds/rollout", "peak_gb")
+CLOCK = ("seconds", "seconds/rollout", "peak_gb", "active_gb", "cache_gb")
 
 
 # files

@@ -26,12 +26,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from mlx_posttrain.engines import sizes
 from mlx_posttrain.ops import ops
 
 Array = Any
 
 #: Bytes of one float32 array of logits, of which a handful are alive at once: 128 positions of GPT-2's
-#: vocabulary. A chunk may take up to twice as much to fill a panel.
+#: vocabulary. A chunk may take up to twice as much to fill a panel. All sizes grow with :mod:`engines.sizes`.
 CHUNK_BYTES = 26 * 2**20
 
 #: Bytes of gradients that are cached for the backward pass: 640 positions of GPT-2's vocabulary.
@@ -49,10 +50,10 @@ def chunks(length: int, other: int) -> list[slice]:
     Where a panel would take more than twice CHUNK_BYTES it is halved until it fits, down to one position.
     Depends on shapes only, so a compiled step stays compiled.
     """
-    panel = PANEL
-    while panel > 1 and 4 * other * panel > 2 * CHUNK_BYTES:
+    panel, chunk = PANEL, sizes.scale() * CHUNK_BYTES
+    while panel > 1 and 4 * other * panel > 2 * chunk:
         panel //= 2
-    most = max(panel, CHUNK_BYTES // (4 * other) // panel * panel)
+    most = max(panel, chunk // (4 * other) // panel * panel)
     count = max(1, -(-length // most))
     size = max(1, -(-length // count // panel) * panel)
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
@@ -60,7 +61,7 @@ def chunks(length: int, other: int) -> list[slice]:
 
 def cached_positions(length: int, vocabulary: int) -> int:
     """How many of ``length`` positions have their gradients cached: whole chunks that fit CACHED_BYTES."""
-    fit = CACHED_BYTES // (4 * vocabulary)
+    fit = sizes.scale() * CACHED_BYTES // (4 * vocabulary)
     return max((part.stop for part in chunks(length, vocabulary) if part.stop <= fit), default=0)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_posttrain.data.batches import Batch, layout
-from mlx_posttrain.engines import fused
+from mlx_posttrain.engines import fused, sizes
 from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
 from mlx_posttrain.memory.coefficients import (
     CHUNKS_ALIVE,
@@ -199,7 +199,7 @@ class Training:
 
     def _blocks(self, batch: Shape) -> str:
         of = self.size
-        much = block_bytes(batch.rows, batch.length, of.width, of.heads) > LEAN_ABOVE
+        much = block_bytes(batch.rows, batch.length, of.width, of.heads) > sizes.scale() * LEAN_ABOVE
         lean = (
             self.engine == "mlx"
             and of.model_type == "gpt2"

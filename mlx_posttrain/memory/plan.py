@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from mlx_posttrain import config
 from mlx_posttrain.console import log
 from mlx_posttrain.data.batches import (
-    LENGTH_MULTIPLE,
-    POSITION_MULTIPLE,
     evaluation_limits,
     for_evaluation,
+    padded_length,
+    padded_positions,
     round_up,
 )
 from mlx_posttrain.data.dataset import Dataset
@@ -35,8 +35,9 @@ from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, s
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.training import reference as references
 
-#: Share of this machine's memory above which a plan warns.
-WARN_ABOVE = 0.75
+#: Share of this machine's memory above which a plan warns, and of what Metal advises to use at most, which is
+#: two thirds to three quarters of it already.
+WARN_ABOVE, WARN_ABOVE_METAL = 0.75, 0.95
 #: Share of the training rows that a shorter data.max_length must keep to be advised.
 KEPT_ROWS = 0.9
 #: A change is advised where its peak is below this share of the recipe's.
@@ -53,7 +54,8 @@ class Plan:
     trained_a_step: tokens that the loss counts, or scores of a reward model. positions_a_step: tokens that
     the model reads, padding included. parts: GB at the peak by what they hold. phase: when the peak is.
     shapes: number of batch shapes, for each of which MLX compiles a step. sure: whether the blocks were
-    measured for this architecture.
+    measured for this architecture. metal: whether ``memory_gb`` is the working set that Metal advises to keep
+    within, and the parts count the unused buffers that MLX keeps; else it is this machine's memory.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Plan:
     memory_gb: float
     shapes: int
     sure: bool = True
+    metal: bool = False
     advice: list[str] = field(default_factory=list)
 
     @property
@@ -77,7 +80,7 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """The peak as a share of this machine's memory."""
+        """The peak as a share of ``memory_gb``."""
         return self.total_gb / self.memory_gb if self.memory_gb else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,11 +89,12 @@ class Plan:
 
     def line(self) -> str:
         """The peak in one line, with advice when it may not fit."""
+        owner = "Metal's working set of" if self.metal else "this machine's"
         text = (
-            f"memory: about {self.total_gb:.2f} GB at the peak ({self.share:.0%} of this machine's "
-            f"{self.memory_gb:.0f} GB)"
+            f"memory: about {self.total_gb:.2f} GB at the peak ({self.share:.0%} of "
+            f"{owner} {self.memory_gb:.0f} GB)"
         )
-        if self.share > WARN_ABOVE:
+        if self.share > (WARN_ABOVE_METAL if self.metal else WARN_ABOVE):
             text += "; that may not fit" + (
                 "; with less: " + ", or ".join(self.advice) if self.advice else ""
             )
@@ -105,7 +109,8 @@ class Plan:
             f"{self.steps * self.trained_a_step:,.0f} trained in all; {self.shapes} "
             f"{'shape' if self.shapes == 1 else 'shapes'} of batches",
             *(f"  {part:12} {gb:8.2f} GB" for part, gb in self.parts.items() if gb >= 0.005),
-            f"  {'peak':12} {self.total_gb:8.2f} GB, {self.phase}; this machine has {self.memory_gb:.1f} GB "
+            f"  {'peak':12} {self.total_gb:8.2f} GB, {self.phase}; "
+            f"{'Metal advises at most' if self.metal else 'this machine has'} {self.memory_gb:.1f} GB "
             f"({self.share:.0%})",
         ]
         if not self.sure:
@@ -130,7 +135,7 @@ def peak(
     tokens: trained and read in a step. more: GB by name of what else is held all the time. others: further
     phases, whose parts may replace those that are held all the time.
     """
-    from mlx_posttrain.engines import process
+    from mlx_posttrain.engines import probe, process
 
     always = {
         "program": PROGRAM[training.engine],
@@ -140,6 +145,10 @@ def peak(
         **(more or {}),
     }
     phase, parts = max([*training.phases(), *others], key=lambda found: sum({**always, **found[1]}.values()))
+    metal = probe.working_set() if training.engine == "mlx" else 0
+    if metal:
+        # What the phase lets go is kept for arrays of the same sizes, which a batch of another shape has not.
+        parts = {**parts, "unused": min(probe.CACHE_SHARE * metal / GB, sum(parts.values()))}
     return Plan(
         name=name,
         engine=training.engine,
@@ -150,9 +159,10 @@ def peak(
         positions_a_step=tokens[1],
         parts={**always, **parts},
         phase=phase,
-        memory_gb=process.memory()[0] / GB,
+        memory_gb=(metal or process.memory()[0]) / GB,
         shapes=len(training.batches),
         sure=training.sure,
+        metal=bool(metal),
     )
 
 
@@ -249,9 +259,7 @@ def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: Ref
     cached = references.share(dataset, of.width, limit) if limit else references.Share()
     lengths = dataset.lengths
     together = for_evaluation(lengths, recipe.train.batch_size, recipe.train.token_budget)
-    reading = distinct(
-        Shape(len(rows), round_up(max(lengths[i] for i in rows), LENGTH_MULTIPLE), 0) for rows in together
-    )
+    reading = distinct(Shape(len(rows), padded_length(max(lengths[i] for i in rows)), 0) for rows in together)
 
     def of_recipe(changed: Any, longest: int | None = None, cached: references.Share = cached) -> Plan:
         """The plan of the recipe, or with another one's settings of the same rows, cut to ``longest``."""
@@ -297,9 +305,7 @@ def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:
         return length if pairs or recipe.data.too_long == "drop" else row.answer_start + 1
 
     needed = sorted(map(needs, data.train, data.lengths))
-    longest = round_up(
-        max(most // 2, 0 if packed else needed[math.ceil(KEPT_ROWS * len(needed)) - 1]), LENGTH_MULTIPLE
-    )
+    longest = padded_length(max(most // 2, 0 if packed else needed[math.ceil(KEPT_ROWS * len(needed)) - 1]))
     if longest >= most:
         return None
     lost, long = (sum(n > longest for n in lengths) for lengths in (needed, data.lengths))
@@ -390,12 +396,12 @@ def _rollouts(
 
     def shape(most: int, budget: int | None, completions: int, distinct_prompts: int, longest: int) -> Shape:
         """Of a batch of completions; packed, each prompt is read once."""
-        length = round_up(longest + r.max_tokens, LENGTH_MULTIPLE)
+        length = padded_length(longest + r.max_tokens)
         rows = min(completions, most, max(1, budget // length) if budget else most)
         packed = None
         if training.shares_prefixes:
             packed = min(rows, distinct_prompts) * longest + rows * r.max_tokens
-        return Shape(rows, length, round_up(rows * r.max_tokens, POSITION_MULTIPLE), packed)
+        return Shape(rows, length, padded_positions(rows * r.max_tokens), packed)
 
     completions = r.prompts * r.samples
     limits, sampled = (train.batch_size, train.token_budget), (completions, r.prompts, prompts.longest)
@@ -404,7 +410,7 @@ def _rollouts(
         evaluations.append(shape(*evaluation_limits(*limits), unseen, unseen, max(prompts.held_out)))
     policy = replace(training, batches=[shape(*limits, *sampled)], evaluations=evaluations)
     if ptx is not None:
-        longest = round_up(min(ptx.data.max_length, of.context or ptx.data.max_length), LENGTH_MULTIPLE)
+        longest = padded_length(min(ptx.data.max_length, of.context or ptx.data.max_length))
         texts = Shape(ptx.batch_size, longest, ptx.batch_size * longest)
         policy = replace(policy, batches=[*policy.batches, texts])
     more = {"reward": sum(s.parameters for s in rewards) * 4 / GB}
@@ -423,7 +429,7 @@ def _rollouts(
         (phase, {**parts, **untrained})
         for phase, parts in _rollout(policy, prompts.ahead, 1, r.max_tokens, r.token_budget)
     ]
-    length = round_up(prompts.longest + r.max_tokens, LENGTH_MULTIPLE)
+    length = padded_length(prompts.longest + r.max_tokens)
     tokens = completions * r.max_tokens, completions * length
     return peak(_name(recipe), policy, train.steps, tokens, more, others)
 

@@ -197,7 +197,7 @@ def fit(
     learner.prepare()
     progress = Progress(run.folder.name, learner.steps, first)
     try:
-        with interruptible(run.folder) as signals:
+        with interruptible(run.folder) as signals, engine.resident():
             if first == 0:
                 learner.begin()
                 evaluate(0)

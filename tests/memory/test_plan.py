@@ -797,3 +797,26 @@ def test_a_report_trains_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("method: report\nruns: {a: tiny}\n")
     with pytest.raises(UserError, match="trains nothing"):
         methods.plan(methods.load_recipe(str(tmp_path / "r.yaml")))
+
+
+def test_on_metal_the_measure_is_what_metal_advises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the unused buffers that MLX keeps beside the arrays."""
+    from mlx_posttrain.engines import probe
+
+    training = Training("mlx", gpt2(), gpt2().parameters, False, batches=[Shape(8, 256, 2048)])
+    elsewhere = plan.peak("x", training, 1, (1, 1))
+    facts = {"max_recommended_working_set_size": 8 * 2**30}
+    monkeypatch.setattr(probe, "mlx_devices", lambda: probe.Devices(facts, "gpu"))
+    found = plan.peak("x", training, 1, (1, 1))
+    assert (found.memory_gb, found.metal, elsewhere.metal) == (8, True, False)
+    unused = found.parts.pop("unused")
+    # what the phase lets go, if that is below a quarter of the working set
+    assert unused == pytest.approx(sum(found.parts[p] for p in ("activations", "logits", "gradients"))) < 2
+    assert found.parts == elsewhere.parts
+    assert "of Metal's working set of 8 GB)" in found.line()
+    assert "Metal advises at most 8.0 GB" in found.text()
+    facts["max_recommended_working_set_size"] = 3 * 2**30
+    small = plan.peak("x", training, 1, (1, 1))
+    assert small.parts["unused"] == 0.75 and "that may not fit" in small.line()
+    torch = plan.peak("x", replace(training, engine="torch"), 1, (1, 1))
+    assert not torch.metal and "unused" not in torch.parts

@@ -177,7 +177,7 @@ def command(*arguments: Any) -> str:
 
 
 def losses(run: Path) -> list[dict[str, Any]]:
-    clock = ("seconds", "seconds/rollout", "peak_gb")
+    clock = ("seconds", "seconds/rollout", "peak_gb", "active_gb", "cache_gb")
     return [{k: v for k, v in r.items() if k not in clock} for r in runs.Run(run).metrics()]
 
 

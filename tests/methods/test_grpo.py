@@ -75,7 +75,7 @@ def run(*args, resume: bool = False):
 
 
 def steps(run: Run) -> list[dict]:
-    clock = ("seconds", "seconds/rollout", "peak_gb")
+    clock = ("seconds", "seconds/rollout", "peak_gb", "active_gb", "cache_gb")
     return [
         {k: v for k, v in r.items() if k not in clock} for r in helpers.records(run.folder) if "episode" in r
     ]

@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gpt2 import TransformerBlock
 
+from mlx_posttrain.engines import sizes
 from mlx_posttrain.engines.base import LEAN_ABOVE, block_bytes
 from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
 
@@ -33,7 +34,7 @@ class LeanBlock(TransformerBlock):
         if (
             not self.training
             or cache is not None
-            or block_bytes(x.shape[0], x.shape[1], x.shape[2], attn.n_head) <= LEAN_ABOVE
+            or block_bytes(x.shape[0], x.shape[1], x.shape[2], attn.n_head) <= sizes.scale() * LEAN_ABOVE
         ):
             return super().__call__(x, mask, cache)
         qkv = _recomputed([self.ln_1, attn.c_attn], lambda x: attn.c_attn(self.ln_1(x)), x)
