@@ -65,6 +65,7 @@ def collect() -> list[Check]:
         _disk,
         _packages,
         _devices,
+        _tf32,
         _blas,
         _compiler,
         _torch,
@@ -262,10 +263,19 @@ def _devices() -> list[Check]:
     budget = int(devices.gpu.get("max_recommended_working_set_size", 0)) / _GIB
     value = (
         f"gpu ({devices.gpu.get('device_name', 'unknown')}"
-        + (f", {budget:.1f} GiB recommended at most" if budget else "")
+        + (f", working set {budget:.1f} GiB" if budget else "")
         + "), cpu"
     )
     return [Check("MLX devices", f"{value}; default {devices.default}")]
+
+
+def _tf32() -> list[Check]:
+    if not _apple_silicon() or not _version("mlx"):
+        return []
+    if os.environ.get("MLX_ENABLE_TF32", "1") == "0":
+        return [Check("TF32", "off: float32 products are in full float32")]
+    value = "on: from M5 on, float32 products keep 10 bits of mantissa"
+    return [Check("TF32", f"{value}; MLX_ENABLE_TF32=0 in the environment switches it off")]
 
 
 def _torch() -> list[Check]:
@@ -324,7 +334,7 @@ def _wired() -> list[Check]:
             "iogpu.wired_limit_mb=0 restores the default"
         )
         return [Check("wired limit", f"{limit} MB", WARN, advice)]
-    return [Check("wired limit", "system default, never changed by this program")]
+    return [Check("wired limit", "system default; a run wires at most Metal's working set, for itself alone")]
 
 
 def _hub() -> list[Check]:

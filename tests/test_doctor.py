@@ -149,6 +149,23 @@ def test_mlx_needs_macos_14(monkeypatch, release, status):
     assert chip.value.startswith("Apple M3")
 
 
+@pytest.mark.parametrize(("given", "state"), [(None, "on"), ("1", "on"), ("0", "off")])
+def test_a_mac_is_told_of_tf32_and_its_working_set(monkeypatch, given, state):
+    monkeypatch.setattr(doctor, "_apple_silicon", lambda: True)
+    monkeypatch.setattr(doctor, "_version", lambda package: "1")
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    if given is not None:
+        monkeypatch.setenv("MLX_ENABLE_TF32", given)
+    (tf32,) = doctor._tf32()
+    assert tf32.value.startswith(f"{state}: ") and ("=0" in tf32.value) == (state == "on")
+    facts = {"device_name": "Apple M3", "max_recommended_working_set_size": 12 * 2**30}
+    monkeypatch.setattr(doctor.probe, "mlx_devices", lambda: doctor.probe.Devices(facts, "gpu"))
+    (devices,) = doctor._devices()
+    assert devices.value == "gpu (Apple M3, working set 12.0 GiB), cpu; default gpu"
+    monkeypatch.setattr(doctor, "_apple_silicon", lambda: False)
+    assert doctor._tf32() == []
+
+
 def test_memory_on_a_mac_is_read_from_its_own_tools(monkeypatch):
     vm_stat = (
         "Mach Virtual Memory Statistics:\nPages free:   1000.\nPages inactive:   500.\nPages active:  7.\n"
