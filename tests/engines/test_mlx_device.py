@@ -17,6 +17,7 @@ from mlx_posttrain.engines.mlx import device  # noqa: E402
 from mlx_posttrain.engines.mlx.engine import MLXEngine  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
 from tests.engines.test_memory import batch  # noqa: E402
+from tests.helpers import read_jsonl, run_recipe  # noqa: E402
 
 GB = 2**30
 
@@ -101,6 +102,27 @@ def test_buffers_are_given_back_between_phases_only(metal: list[Any], random_gpt
     assert metal == ["clear", "clear", "clear", *wired, *wired]
     trainer.step(sft.loss, [row], 1e-3)
     assert metal[-1] == "clear" and metal.count("clear") == 4
+
+
+def test_a_run_is_wired_from_its_first_step_to_its_last(
+    metal: list[Any], random_gpt2: Path, rows_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(
+        "01_sft",
+        f"model={random_gpt2}",
+        f"data.source={rows_file}",
+        f"output={tmp_path / 'run'}",
+        "engine=mlx",
+        "train.steps=2",
+        "train.batch_size=2",
+        "sample.count=1",
+        "sample.max_tokens=4",
+    )
+    wired = [call for call in metal if call[0] == "wired"]
+    assert wired == [("wired", 48 * GB), ("wired", 0)]  # once, evaluations and samples included
+    assert "of Metal's working set of 48 GB" in capfd.readouterr().err
+    steps = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "lr" in row]
+    assert len(steps) == 2 and all(row["peak_gb"] >= row["active_gb"] > 0 for row in steps)
 
 
 def test_what_is_held_and_kept_is_reported() -> None:

@@ -811,7 +811,8 @@ def test_on_metal_the_measure_is_what_metal_advises(monkeypatch: pytest.MonkeyPa
     assert (found.memory_gb, found.metal, elsewhere.metal) == (8, True, False)
     unused = found.parts.pop("unused")
     # what the phase lets go, if that is below a quarter of the working set
-    assert unused == pytest.approx(sum(found.parts[p] for p in ("activations", "logits", "gradients"))) < 2
+    kept = sum(found.parts[part] for part in ("activations", "logits", "gradients"))
+    assert unused == pytest.approx(kept) and unused < 2
     assert found.parts == elsewhere.parts
     assert "of Metal's working set of 8 GB)" in found.line()
     assert "Metal advises at most 8.0 GB" in found.text()
