@@ -32,7 +32,7 @@ from mlx_posttrain.rewards.scorer import Scores
 from mlx_posttrain.rl import kl, prompts, rollouts
 from mlx_posttrain.rl.aggregation import aggregate
 from mlx_posttrain.rl.config import RolloutRecipe
-from mlx_posttrain.rl.evaluation import describe, evaluation
+from mlx_posttrain.rl.evaluation import describe, evaluation, score_by_source
 from mlx_posttrain.rl.experience import Actors, Experience, measure
 from mlx_posttrain.rl.groups import equal_groups
 from mlx_posttrain.rl.rollouts import Completion, Prompt
@@ -303,7 +303,8 @@ class RolloutLearner:
         if not self.data.held_out:
             return None
         stats = self._measure(self._held_out)
-        return evaluation(self._held_out, stats, self._held_scores.total, self.actors.judge)
+        metrics = evaluation(self._held_out, stats, self._held_scores.total, self.actors.judge)
+        return metrics | score_by_source(self._held_out, self._held_scores.total)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         return f"held-out {describe(metrics)}"

@@ -15,6 +15,7 @@ from mlx_posttrain.config import AdapterSection, Recipe, absolute_paths
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
 from mlx_posttrain.convert.files import home, require_space
+from mlx_posttrain.data import mixture
 from mlx_posttrain.data.read import ModelFacts, model_facts
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
@@ -202,8 +203,8 @@ def _row_learner(session: Session) -> Learner:
     method, recipe, model, dataset = session.method, session.recipe, session.model, session.dataset
     assert method.loss is not None and dataset is not None
     reference = method.reference(recipe)
-    if dataset.untemplated and not session.resume:
-        session.run.write_recipe(recipe, untemplated=True)
+    facts: dict[str, Any] = {"untemplated": True} if dataset.untemplated else {}
+    _note(session, facts, mixture.tally(recipe.data, dataset.train, dataset.held_out))
     print_parameters(recipe, session.engine, model)
     of = size(session.folder)
     plans.print_plan(lambda: plans.of_rows(recipe, session.engine.name, of, dataset, method.reference))
@@ -225,6 +226,13 @@ def _row_learner(session: Session) -> Learner:
         samples=(method.samples or samples.default_for(session))(session),
         prepare=cache if reference == "distribution" else None,
     )
+
+
+def _note(session: Session, facts: dict[str, Any], sources: dict[str, dict[str, int]]) -> None:
+    """Write into a new run's recipe.yaml what its rows told: ``facts``, and how many each source gives."""
+    facts = {**facts, "mixture": sources} if sources else facts
+    if facts and not session.resume:
+        session.run.write_recipe(session.recipe, **facts)
 
 
 def _keep_reference_logprobs(session: Session) -> None:
@@ -278,6 +286,7 @@ def _rollout_learner(session: Session) -> Learner:
     read = prompts.read(
         recipe.data, session.facts.tokenizer, session.model.context, recipe.rollout.max_tokens, recipe.seed
     )
+    _note(session, {}, mixture.tally(recipe.data, *read))
     # Before reference, critic and scorers are there.
     plans.print_plan(lambda: _plan_rollouts(method, recipe, session.engine.name, session.folder, read))
     algorithm, reference = method.algorithm(recipe), method.reference(recipe)
