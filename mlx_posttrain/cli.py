@@ -58,6 +58,25 @@ def run(
     typer.echo(done.folder)
 
 
+@app.command(cls=Settings)
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
+    overrides: Annotated[
+        list[str],
+        typer.Argument(help="settings; a key with several values is varied: train.lr=1e-5,1e-4 seed=0,1,2"),
+    ],
+    metric: Annotated[
+        str | None, typer.Option(help="the figure of result.json to compare; default: its first")
+    ] = None,
+) -> None:
+    """Run a recipe for every combination of some settings, and compare over seeds."""
+    from mlx_posttrain import methods, pipeline
+
+    whole = pipeline.sweep(recipe, overrides, metric)
+    methods.run(whole)
+    typer.echo(whole.output)
+
+
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""

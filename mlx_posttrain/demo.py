@@ -1,7 +1,8 @@
 """``mlx-posttrain demo``: all methods on the embedded tiny model (recipes/demo.yaml), with a summary.
 
 Offline and within minutes: SFT, templates, LoRA, KL-SFT, a reward model, PPO, DPO and reasoning, measured
-on the same held-out rows in one report; then one adapter is exported for PEFT and the base converted for mlx-lm.
+on the same held-out rows in one report; then one adapter is exported for PEFT and the base converted for
+mlx-lm.
 """
 
 from __future__ import annotations
@@ -129,10 +130,10 @@ def _print_dpo(run: Path) -> None:
     records = [r for r in jsonl.read(run / "metrics.jsonl") if "eval/rewards/accuracies" in r]
     before, after = records[0], records[-1]
     print(
-        f"\nDPO from the same start, on pairs alone: of held-out pairs the better answer has gained more "
-        f"likelihood in {after['eval/rewards/accuracies']:.0%}; the log-likelihood of better answers went from "
-        f"{before['eval/logps/chosen']:.1f} to {after['eval/logps/chosen']:.1f} nats, of worse ones from "
-        f"{before['eval/logps/rejected']:.1f} to {after['eval/logps/rejected']:.1f}."
+        f"\nDPO from the same start, on pairs alone: of held-out pairs the better answer gained more "
+        f"likelihood in {after['eval/rewards/accuracies']:.0%}; the log-likelihood of better answers went "
+        f"from {before['eval/logps/chosen']:.1f} to {after['eval/logps/chosen']:.1f} nats, of worse ones "
+        f"from {before['eval/logps/rejected']:.1f} to {after['eval/logps/rejected']:.1f}."
     )
 
 

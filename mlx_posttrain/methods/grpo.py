@@ -213,8 +213,10 @@ class Recipe(rl_config.RolloutRecipe):
 
     @property
     def measured(self) -> bool:
-        """Whether anything asks for log-probabilities before the update: a second update, whose ratio is to
-        them, a reference beside them, or a weight against the sampler's.
+        """Whether anything asks for log-probabilities before the update.
+
+        That is a second update, whose ratio is to them, a reference beside them, or a weight against the
+        sampler's.
         """
         return self.updates > 1 or self.penalised or self.grpo.importance_cap is not None
 
