@@ -118,9 +118,9 @@ class DataSection(Section):
     shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
     format: str = Field(
         "auto",
-        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, "
-        "ranked, labelled, reasoning, gsm8k, "
-        "question_answer, prompt, chosen, either",
+        description="shape of a row: auto (by its columns), alpaca, messages, prompt_completion, "
+        "question_answer, problem_solution, input_output, role_content, text, reasoning, generations, gsm8k, "
+        "preference, hh, ranked, labelled, stepwise, prompt, chosen, either",
     )
     ranked: Ranked = Field(
         "best_worst",

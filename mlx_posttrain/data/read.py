@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
 Record = TypeVar("Record", bound=formats.Record)
+SHOWN = 12  # columns that are named in one line
 TRIED_ROWS = 8  # whose prompts are looked at: what a chat template does wrong it does to every row
 #: Rows to evaluate on are worth having, and a run can do without them.
 NONE_HELD_OUT = (
@@ -42,9 +44,10 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     )
     if data.prompt is not None:
         rows = formats.fill_prompts(rows, data.prompt, data.source)
-    parsed, dropped = formats.parse_rows(
+    parsed = formats.parse_all(
         rows, format=data.format, columns=data.columns, source=data.source, ranked=data.ranked, seed=seed
     )
+    dropped = parsed.dropped
     for reason, count in dropped.items():
         unit = "pairs left out" if reason == formats.TIES else "rows dropped"
         log(f"{data.source} {split}: {count} {unit}: {reason}")
@@ -58,12 +61,23 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
             f"{data.source} is none"
         )
     further = [ours for ours in data.columns if ours not in formats.COLUMNS]
+    if split == data.split and not data.source.startswith("embedded/"):
+        asked = re.findall(r"\{(\w+)\}", data.prompt or "")
+        say_unread(data.source, parsed, {*further, *asked})
     if further and split == data.split:
         log(
             f"data.columns: no format reads {', '.join(further)}; kept beside the rows for checks and "
             "reward functions"
         )
-    return parsed
+    return parsed.records
+
+
+def say_unread(source: str, parsed: formats.Parsed, known: Collection[str]) -> None:
+    """Print, in one line, which columns but the ``known`` ones the rows' format does not read."""
+    names = [formats.short(name) for name in parsed.unread if name not in known]
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        log(f"{source}: read as {parsed.format}; columns it does not read: {', '.join(names[:SHOWN])}{more}")
 
 
 def with_system(row: Record, system: str | None) -> Record:

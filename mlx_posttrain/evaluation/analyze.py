@@ -84,6 +84,8 @@ def comparison_findings(
         check_saturation(comparison),
         findings.overfitting(logs),
         findings.loss_and_quality(comparison),
+        findings.margin_source(logs),
+        findings.better_or_longer(comparison, logs),
     ]
     return [finding for finding in results if finding is not None]
 

@@ -5,6 +5,7 @@ with PPO"):
 
 1. sample completions from the policy's full softmax, and score them;
 2. measure log-probabilities and values in the forward pass that trains, so that the first ratio is 1;
+  where a step has one update and nothing else asks for them, the update's own serve;
 3. turn scores into per-token arrays: the method's ``experience``;
 4. for each epoch, in a new order, minibatches of the method's loss, and of the value loss of a separate
   critic.
@@ -178,7 +179,10 @@ class RolloutLearner:
         if self._baseline is not None:
             given["moving"] = self._baseline
         sampled = time.perf_counter()
-        stats = self._measure(self._last)
+        if self.algorithm.measured:
+            stats = self._measure(self._last)
+        else:
+            stats = {"old_logprobs": [np.array(c.logprobs) for c in self._last]}
         seen = self.algorithm.experience(
             self._last, scores.total, stats, beta, self.actors.value_offset, **given
         )

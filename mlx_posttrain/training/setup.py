@@ -51,8 +51,8 @@ def train(
     """
     engine, run = open_run(recipe, resume)
     with discard_on_failure(run, resume):
-        session = _load(method, recipe, engine, run, bool(resume))
-        chosen = _row_learner(session) if method.trains_on == "rows" else _rollout_learner(session)
+        session = open_session(method, recipe, engine, run, bool(resume))
+        chosen = row_learner(session) if method.trains_on == "rows" else _rollout_learner(session)
         engine.seed(recipe.seed)
     result = fit(engine, chosen, run, recipe.train, resume=bool(resume), callbacks=callbacks)
     if method.report is not None:
@@ -139,7 +139,8 @@ def discard_on_failure(run: runs.Run, resume: Resume) -> Iterator[None]:
         raise
 
 
-def _load(method: Method, recipe: Any, engine: Engine, run: runs.Run, resume: bool) -> Session:
+def open_session(method: Method, recipe: Any, engine: Engine, run: runs.Run, resume: bool = False) -> Session:
+    """The recipe's model, tokenizer and dataset on an engine. Raises UserError where one does not fit."""
     folder = method.start(recipe, run.folder) if method.start else base_folder(recipe.model)
     facts = facts_on(engine, recipe, folder)
     # Before the weights: a mistake in the rows is found at once.
@@ -199,7 +200,8 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
     return model
 
 
-def _row_learner(session: Session) -> Learner:
+def row_learner(session: Session) -> Learner:
+    """What trains on the session's rows, with the reference that the method needs."""
     method, recipe, model, dataset = session.method, session.recipe, session.model, session.dataset
     assert method.loss is not None and dataset is not None
     reference = method.reference(recipe)
