@@ -1,4 +1,4 @@
-# make demo      the embedded model tuned in seven ways and compared, on this machine
+# make demo      the embedded model tuned in eight ways and compared, on this machine
 # make test      the tests;  make test-all: with the exhaustive ones;  make quick: without the slow ones
 # make test-gpu-paths   tests of the MLX engine on a Linux CPU with MLX's own functions, as on a GPU
 # make lint      style, types, and the schema of the workflows
