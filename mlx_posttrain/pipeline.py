@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from mlx_posttrain import config, engines, methods, runs
+from mlx_posttrain import config, engines, methods, runs, source_keys
 from mlx_posttrain.console import Interrupted, log
 from mlx_posttrain.convert.files import home, read_json
 from mlx_posttrain.errors import UserError
@@ -67,7 +67,7 @@ class Recipe(config.Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _overrides(cls, raw: Any) -> Any:
+    def _overrides(cls, raw: Any, info: ValidationInfo) -> Any:
         """Move ``STAGE.key=value`` of the command line into that stage's ``set``."""
         if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
             return raw
@@ -95,7 +95,11 @@ class Recipe(config.Section):
                         f"'{key}' is a stage: write {key}.key=value, for example {key}.train.lr=1e-5"
                     )
                 if isinstance(stage, dict) and isinstance(stage.get("set") or {}, dict):
-                    stage["set"] = _merged(_nested(stage.get("set") or {}), _nested(value))
+                    value = _nested(value)
+                    source = source_keys.named(value)
+                    if source and source_keys.are_shipped(info.context):
+                        value = _merged({"data": source_keys.defaults(source)}, value)
+                    stage["set"] = _merged(_nested(stage.get("set") or {}), value)
             elif key in cls.model_fields:
                 rest[key] = value
             else:
@@ -140,7 +144,10 @@ class Recipe(config.Section):
                 where = f"stage {name}"
                 if isinstance(stage.recipe, str):
                     where += f" ({Path(stage.recipe).name})"
-                    stage.recipe = _read(stage.recipe, folder)
+                    named, stage.recipe = stage.recipe, _read(stage.recipe, folder)
+                    source = source_keys.named(stage.set)
+                    if source and named in config.shipped() and not source_keys.are_shipped(info.context):
+                        stage.recipe = source_keys.without_them(stage.recipe, source, where)
                 whole = _parsed(_merged(stage.recipe, stage.set), where)
             except UserError as error:
                 text = str(error)

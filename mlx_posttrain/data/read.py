@@ -31,6 +31,8 @@ NONE_HELD_OUT = (
 
 def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[formats.Record]:
     """The rows of one split as records; prints what was dropped."""
+    trained = split == data.split
+    own_limit = data.limit if trained else data.eval_limit
     rows = sources.load_rows(
         data.source,
         split=split,
@@ -39,6 +41,8 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
         seed=seed,
         shuffle=data.shuffle,
         families=data.families,
+        split_key="data.split" if trained else "data.eval_split",
+        limit_key=None if limit != own_limit else "data.limit" if trained else "data.eval_limit",
     )
     if data.prompt is not None:
         rows = formats.fill_prompts(rows, data.prompt, data.source)
@@ -132,6 +136,12 @@ def split_rows(
     """
     train = read(data, split=data.split, limit=data.limit, seed=seed)
     eval_split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
+    if eval_split and sources.is_file(data.source):
+        log(
+            f"{data.source}: a file is one split and has no {eval_split!r} beside it (data.eval_split), so "
+            "rows of it are held out"
+        )
+        eval_split = None
     if eval_split:
         held_out = read(data, split=eval_split, limit=data.eval_limit, seed=seed)
         trained = {opening(row) for row in train}

@@ -243,7 +243,13 @@ def read_questions(suite: SuiteSection) -> list[Conversation]:
     for held_out in splits:
         split = suite.split or ("phrasing" if held_out == "phrasing" else "valid" if generated else "train")
         rows = sources.load_rows(
-            suite.rows, split=split, config=suite.config, limit=suite.limit, families=suite.families
+            suite.rows,
+            split=split,
+            config=suite.config,
+            limit=suite.limit,
+            families=suite.families,
+            split_key="split",
+            limit_key="limit",
         )
         parsed, dropped = formats.parse_rows(
             rows, format=suite.format, columns=suite.columns, source=suite.rows
