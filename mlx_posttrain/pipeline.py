@@ -98,7 +98,9 @@ class Recipe(config.Section):
                     value = _nested(value)
                     source = source_keys.named(value)
                     if source and source_keys.are_shipped(info.context):
-                        value = _merged({"data": source_keys.defaults(source)}, value)
+                        value = _merged(
+                            {"data": source_keys.defaults(source, limited="limit" in value["data"])}, value
+                        )
                     stage["set"] = _merged(_nested(stage.get("set") or {}), value)
             elif key in cls.model_fields:
                 rest[key] = value
@@ -147,7 +149,9 @@ class Recipe(config.Section):
                     named, stage.recipe = stage.recipe, _read(stage.recipe, folder)
                     source = source_keys.named(stage.set)
                     if source and named in config.shipped() and not source_keys.are_shipped(info.context):
-                        stage.recipe = source_keys.without_them(stage.recipe, source, where)
+                        stage.recipe = source_keys.without_them(
+                            stage.recipe, source, where, limited="limit" in stage.set["data"]
+                        )
                 whole = _parsed(_merged(stage.recipe, stage.set), where)
             except UserError as error:
                 text = str(error)

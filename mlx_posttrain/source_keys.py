@@ -16,7 +16,7 @@ from mlx_posttrain.console import log
 #: Keys of `data` that say how the rows of one source are found and read.
 DESCRIBING = ("split", "config", "format", "families", "columns", "eval_split")
 #: Keys of `data` that say how many of them are taken. Generated rows have no number of their own.
-CUTTING = ("limit", "holdout", "clean.keep")
+CUTTING = ("limit", "shuffle", "holdout", "clean.keep")
 
 
 def is_shipped(path: Path) -> bool:
@@ -44,11 +44,12 @@ def named(settings: Mapping[str, Any]) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def without_them(raw: dict[str, Any], source: str, name: str) -> dict[str, Any]:
+def without_them(raw: dict[str, Any], source: str, name: str, *, limited: bool = False) -> dict[str, Any]:
     """A shipped recipe's keys without those about its own source, where ``source`` is another; says which.
 
     raw: nested keys; a changed copy is returned. The recipe of ``name`` keeps what it says where it has no
-    data of its own but the name of a file to come (``texts.jsonl``).
+    data of its own but the name of a file to come (``texts.jsonl``). limited: the user sets a limit, so that
+    the recipe's ``shuffle`` has a meaning.
     """
     from mlx_posttrain.data import sources
 
@@ -56,9 +57,9 @@ def without_them(raw: dict[str, Any], source: str, name: str) -> dict[str, Any]:
     if own is None or own == source or not (own.startswith("embedded/") or sources.is_hub_id(own)):
         return raw
     left, dropped = _copy(raw["data"]), {}
-    for key in _keys(source):
+    for key in _keys(source, limited):
         section, last = _holder(left, key)
-        if section is not None and section.get(last) is not None:
+        if section is not None and section.get(last):
             dropped[key] = section.pop(last)
     if dropped:
         told = ", ".join(f"data.{key}={_short(value)}" for key, value in dropped.items())
@@ -66,20 +67,23 @@ def without_them(raw: dict[str, Any], source: str, name: str) -> dict[str, Any]:
     return {**raw, "data": left}
 
 
-def defaults(source: str) -> dict[str, Any]:
+def defaults(source: str, *, limited: bool = False) -> dict[str, Any]:
     """The keys of `data` about a source at their defaults, nested: they hide those of the layers below."""
     from mlx_posttrain.config import DataSection
 
     fields = DataSection.model_fields
     return {
-        key: fields[key].get_default(call_default_factory=True) for key in _keys(source) if "." not in key
+        key: fields[key].get_default(call_default_factory=True)
+        for key in _keys(source, limited)
+        if "." not in key
     }
 
 
-def _keys(source: str) -> tuple[str, ...]:
+def _keys(source: str, limited: bool) -> tuple[str, ...]:
     from mlx_posttrain.data import sources
 
-    return DESCRIBING if source in sources.GENERATED else DESCRIBING + CUTTING
+    cutting = () if source in sources.GENERATED else CUTTING
+    return DESCRIBING + tuple(key for key in cutting if not (limited and key == "shuffle"))
 
 
 def _copy(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,15 @@ from mlx_posttrain import methods
 from mlx_posttrain.pipeline import stage_recipes
 from tests.helpers import write_jsonl
 
-OWN = {"limit": None, "holdout": 0.1, "config": None, "format": "auto", "eval_split": None, "split": "train"}
+OWN = {
+    "limit": None,
+    "holdout": 0.1,
+    "config": None,
+    "format": "auto",
+    "eval_split": None,
+    "split": "train",
+    "shuffle": False,
+}
 
 
 def data_of(name, *overrides):
@@ -32,8 +40,8 @@ def test_a_users_file_is_taken_whole_and_for_what_it_is(name, rows):
 def test_what_is_left_behind_is_said_in_one_line(rows, capsys):
     data_of("03_lora", f"data.source={rows}")
     assert capsys.readouterr().err == (
-        "03_lora: data.limit=200, data.holdout=20 belong to yahma/alpaca-cleaned and are not used for "
-        f"{rows}\n"
+        "03_lora: data.limit=200, data.shuffle=True, data.holdout=20 belong to yahma/alpaca-cleaned and are "
+        f"not used for {rows}\n"
     )
     data_of("03_lora")
     data_of("03_lora", "data.source=yahma/alpaca-cleaned")
@@ -43,6 +51,7 @@ def test_what_is_left_behind_is_said_in_one_line(rows, capsys):
 def test_what_a_user_sets_holds(rows):
     mine = data_of("10_grpo", f"data.source={rows}", "data.limit=7", "data.format=gsm8k", "data.holdout=3")
     assert (mine["limit"], mine["format"], mine["holdout"], mine["config"]) == (7, "gsm8k", 3, None)
+    assert mine["shuffle"] is False and data_of("03_lora", f"data.source={rows}", "data.limit=7")["shuffle"]
     assert data_of("03_lora", "data.source=yahma/alpaca-cleaned")["limit"] == 200
     assert data_of("06_kl_sft", f"data.source={rows}")["clean"]["keep"] is None
     assert data_of("06_kl_sft")["clean"]["keep"] == 3000

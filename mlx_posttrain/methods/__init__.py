@@ -72,7 +72,9 @@ def load_recipe(name: str, overrides: list[str] | Mapping[str, Any] | None = Non
         overrides = config.settings(overrides or [])
     raw = config.read_yaml(path)
     if "data.source" in overrides and source_keys.is_shipped(path):
-        raw = source_keys.without_them(raw, str(overrides["data.source"]), path.stem)
+        raw = source_keys.without_them(
+            raw, str(overrides["data.source"]), path.stem, limited="data.limit" in overrides
+        )
     raw = config.override(raw, overrides)
     return parse_recipe(raw, path.name, folder=path.parent, output=f"runs/{path.stem}")
 
