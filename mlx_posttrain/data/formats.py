@@ -156,6 +156,11 @@ def parse_rows(
     columns = columns or {}
     present = list(dict.fromkeys(name for row in rows for name in row))
     for ours, name in columns.items():
+        if name not in present and ours in present and set(columns.values()) <= COLUMNS:
+            right = ", ".join(f"{name}: {ours}" for ours, name in columns.items())
+            raise UserError(
+                f"{source}: data.columns is the wrong way round: our name comes first, {{{right}}}"
+            )
         if name not in present:
             hint = f"{nearest(name, present)} (there are {', '.join(present)})"
             raise UserError(f"{source}: data.columns maps {ours} to {name!r}, which is not a column{hint}")
