@@ -161,8 +161,8 @@ def log_ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= 3:
             return ticks[:: math.ceil(len(ticks) / 9)]
     # a narrow range has none of those: even steps of a round size
-    size = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step = next(s * size for s in (10.0, 5.0, 2.0, 1.0) if (high - low) / (s * size) >= 3)
+    size = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next((s * size for s in (5.0, 2.0) if (high - low) / (s * size) >= 3), size)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
