@@ -17,7 +17,8 @@ from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
 from mlx_posttrain.data import formats, sources
 from mlx_posttrain.data.labelled import labelled_collator, read_labelled
-from mlx_posttrain.data.read import opening, read_conversations, read_rows, split_rows
+from mlx_posttrain.data.read import read_conversations, read_rows
+from mlx_posttrain.data.split import opening, split_rows
 from mlx_posttrain.data.types import Conversation, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import METHODS
@@ -40,7 +41,7 @@ class OwnRows(NamedTuple):
 def read(labels: Sequence[str], models: Sequence[Source], limit: int) -> OwnRows | None:
     """At most ``limit`` held-out rows of the first run; None where the embedded questions are to be asked.
 
-    Prints what is asked where other runs had other rows. Raises UserError where the run held nothing out, or
+    Prints what is asked where other runs had other rows, or the run held nothing out. Raises UserError where
     its rows can no longer be read.
     """
     recipes = {label: model.recipe or {} for label, model in zip(labels, models, strict=True)}
@@ -64,7 +65,8 @@ def read(labels: Sequence[str], models: Sequence[Source], limit: int) -> OwnRows
             f"the rows of {first} cannot be asked again: {error}; rows=FILE asks others"
         ) from None
     if not held_out:
-        raise UserError(f"{first} held out no rows that can be asked: name others with rows=FILE")
+        log(f"{first} held out no rows, so the embedded questions are asked; rows=FILE asks others")
+        return None
     held_out, known = _unseen(held_out, first, found)
     where = f"held out from {first}'s {Path(source).name if Path(source).exists() else source}"
     if known:

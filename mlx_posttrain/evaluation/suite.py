@@ -146,7 +146,8 @@ def compare(
         max_tokens=suite.max_tokens,
         think_tokens=suite.think_tokens,
     )
-    asked = own_rows.read(labels, sources_of_models, suite.limit) if suite.rows is None else None
+    named = suite.rows is not None or suite.families is not None  # families are those of embedded questions
+    asked = None if named else own_rows.read(labels, sources_of_models, suite.limit)
     if asked is None:
         suite = own_rows.with_rows(suite, sources_of_models)
         questions, where = read_questions(suite), f"from {suite.rows}"

@@ -71,10 +71,12 @@ def load_recipe(name: str, overrides: list[str] | Mapping[str, Any] | None = Non
     if not isinstance(overrides, Mapping):
         overrides = config.settings(overrides or [])
     raw = config.read_yaml(path)
-    if "data.source" in overrides and source_keys.is_shipped(path):
-        raw = source_keys.without_them(
-            raw, str(overrides["data.source"]), path.stem, limited="data.limit" in overrides
-        )
+    several = overrides.get("data.sources") is not None
+    source = "the mixture" if several else overrides.get("data.source")
+    if source is not None and source_keys.is_shipped(path):
+        raw = source_keys.without_them(raw, str(source), path.stem, limited="data.limit" in overrides)
+        if several:
+            raw = config.override(raw, {"data.source": None})
     raw = config.override(raw, overrides)
     return parse_recipe(raw, path.name, folder=path.parent, output=f"runs/{path.stem}")
 

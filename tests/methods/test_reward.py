@@ -13,7 +13,8 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import pairs
-from mlx_posttrain.data.read import read_preferences, split_rows
+from mlx_posttrain.data.read import read_preferences
+from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.data.types import Example, Pair, Preference
 from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
