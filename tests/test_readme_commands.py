@@ -178,7 +178,7 @@ def cuts(words: Iterable[str]) -> list[str]:
     for stage, own in pipeline.stage_recipes(chosen).items():
         of_method = [f"suite.{s}" for s in SUITE]
         if own.method != "report":
-            of_method = [*TRAINING, "data.limit=40", *CUT.get(own.method, [])]
+            of_method = [*TRAINING, *CUT.get(own.method, [])]
         found += [f"{stage}.{s}" for s in of_method]
     return found
 
@@ -224,7 +224,7 @@ def test_the_command_runs(words, desk, monkeypatch):
     if words[0] == "synthesize":
         Path("traces.jsonl").unlink(missing_ok=True)
     if "data.source=traces.jsonl" in words:  # what a teacher that knows something makes of the questions
-        traces = sources.load_rows("embedded/reasoning", split="train", limit=60)
+        traces = sources.load_rows("embedded/reasoning", split="train", limit=300)
         write_jsonl(
             Path("traces.jsonl"), [{k: r[k] for k in ("question", "thinking", "answer")} for r in traces]
         )
@@ -275,7 +275,7 @@ def test_the_python_of_the_readme_runs(engine, desk, monkeypatch, capsys):
     text = PAGES[0].read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert code.count('"embedded/tasks", ') == 1 and code.count("limit=40") == 1
-    small = {s.partition("=")[0]: yaml.safe_load(s.partition("=")[2]) for s in [*TRAINING, "data.limit=40"]}
+    small = {s.partition("=")[0]: yaml.safe_load(s.partition("=")[2]) for s in TRAINING}
     code = code.replace('"embedded/tasks", ', f'"embedded/tasks", "engine": {engine!r}, **{small!r}, ')
     suite = ", ".join(s for s in SUITE).replace("false", "False")
     monkeypatch.chdir(desk)
