@@ -1,4 +1,4 @@
-# make demo      the embedded model tuned in seven ways and compared, on this machine
+# make demo      the embedded model tuned in eight ways and compared, on this machine
 # make test      the tests;  make test-all: with the exhaustive ones;  make quick: without the slow ones
 # make lint      style, types, and the schema of the workflows
 # Needs Python 3.10 to 3.13. PYTHON=... chooses one; PIP_ARGS=... goes to pip install; ARGS=... to the demo or to pytest.

@@ -40,14 +40,18 @@ TRANSFORMERS_5_TOKENIZERS = (
 )
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, finite: bool = False) -> Any:
     """Return the value of a JSON text.
+
+    Args:
+        text: as Python writes it, which may have NaN and Infinity.
+        finite: these are null.
 
     Raises:
         ValueError: it is no JSON (JSONDecodeError), is nested too deeply, or has a number of too many digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=(lambda _: None) if finite else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError:

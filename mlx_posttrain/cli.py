@@ -40,6 +40,9 @@ def run(
             help="with --resume: continue although recipe.yaml was edited, and note the changes in it",
         ),
     ] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="train nothing: try growing learning rates and suggest one")
+    ] = False,
 ) -> None:
     """Run a recipe, or continue a run."""
     from mlx_posttrain import api, config
@@ -48,17 +51,44 @@ def run(
     from mlx_posttrain.models.next_steps import next_steps
 
     if resume is not None:
-        if recipe or overrides:
-            raise UserError("--resume continues a run with its own recipe: give no recipe and no settings")
+        if recipe or overrides or find_lr:
+            raise UserError(
+                "--resume continues a run with its own recipe: give no recipe, settings or --find-lr"
+            )
         done = api.train(resume.expanduser(), resume=True, accept_edits=accept_edits)
     elif accept_edits:
         raise UserError("--accept-edits belongs to --resume")
     elif recipe is None:
         raise UserError("name a recipe: a YAML file or one that `mlx-posttrain recipes` lists")
+    elif find_lr:
+        from mlx_posttrain import methods
+        from mlx_posttrain.training import find_lr as module
+
+        typer.echo(module.find_lr(methods.load_recipe(recipe, overrides)).text())
+        return
     else:
         done = api.train(recipe, config.settings(overrides or []))
     log("next:" + "".join(f"\n  {command}" for command in next_steps(Path(done.folder))))
     typer.echo(done.folder)
+
+
+@app.command(cls=Settings)
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
+    overrides: Annotated[
+        list[str],
+        typer.Argument(help="settings; a key with several values is varied: train.lr=1e-5,1e-4 seed=0,1,2"),
+    ],
+    metric: Annotated[
+        str | None, typer.Option(help="the figure of result.json to compare; default: its first")
+    ] = None,
+) -> None:
+    """Run a recipe for every combination of some settings, and compare over seeds."""
+    from mlx_posttrain import methods, pipeline
+
+    whole = pipeline.sweep(recipe, overrides, metric)
+    methods.run(whole)
+    typer.echo(whole.output)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -45,6 +45,8 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+Ranked = Literal["best_worst", "best_random", "all"]
+TrainOn = Literal["completion", "assistant", "all"]
 
 
 class CleanSection(Section):
@@ -70,11 +72,45 @@ class CleanSection(Section):
     )
 
 
+class SourceSection(Section):
+    """One source of a mixture; what it leaves out is as `data` says.
+
+    Weights are shares of the mixture's rows, whatever they add up to; without any weight each source gives
+    all its rows. No row is taken twice. Which rows are held out is decided within each source, and a question
+    held out of one is not trained on by way of another. See data/split.py.
+    """
+
+    source: str = Field(description="as data.source")
+    name: str | None = Field(None, description="what figures and lines call it; null: from the source")
+    weight: float | None = Field(
+        None, gt=0, description="its share of the rows, relative to the other weights; null in all: every row"
+    )
+    limit: int | None = Field(None, ge=1, description="take at most this many rows of it; null: no limit")
+    split: str | None = Field(None, description="split to train on; null: data.split")
+    config: str | None = Field(None, description="Hugging Face configuration; null: data.config")
+    shuffle: bool | None = Field(
+        None, description="shuffle by seed before rows are taken; null: data.shuffle"
+    )
+    format: str | None = Field(None, description="shape of a row; null: data.format")
+    ranked: Ranked | None = Field(None, description="pairs of ranked answers; null: data.ranked")
+    families: list[str] | None = Field(None, description="kinds of embedded rows; null: data.families")
+    columns: dict[str, str] | None = Field(None, description="names of columns; null: data.columns")
+    prompt: str | None = Field(None, description="question made of columns; null: data.prompt")
+    template: str | list[str] | None = Field(None, description="template, or several; null: data.template")
+    train_on: TrainOn | None = Field(None, description="which tokens are trained; null: data.train_on")
+    system: str | None = Field(None, description="system prompt; null: data.system")
+    eval_split: str | None = Field(
+        None, description="split to evaluate on; null: data.eval_split, then as without sources"
+    )
+
+
 class DataSection(Section):
     """Where rows come from and how they become tokens."""
 
-    source: str = Field(
-        description="embedded/tasks, a .json/.jsonl/.csv/.parquet file, or a Hugging Face data-set id"
+    source: str | None = Field(
+        None,
+        description="embedded/tasks, a .json/.jsonl/.csv/.parquet file, or a Hugging Face data-set id; null: "
+        "there are `sources`",
     )
     split: str = Field("train", description="split of the source to train on")
     config: str | None = Field(None, description="configuration name of a Hugging Face data set")
@@ -82,11 +118,11 @@ class DataSection(Section):
     shuffle: bool = Field(False, description="shuffle by seed before taking `limit` rows")
     format: str = Field(
         "auto",
-        description="shape of a row: auto, alpaca, prompt_completion, messages, text, preference, hh, "
-        "ranked, labelled, reasoning, gsm8k, "
-        "question_answer, prompt, chosen, either",
+        description="shape of a row: auto (by its columns), alpaca, messages, prompt_completion, "
+        "question_answer, problem_solution, input_output, role_content, text, reasoning, generations, gsm8k, "
+        "preference, hh, ranked, labelled, stepwise, prompt, chosen, either",
     )
-    ranked: Literal["best_worst", "best_random", "all"] = Field(
+    ranked: Ranked = Field(
         "best_worst",
         description="which pairs rows with several scored answers make: the best with the worst, the best "
         "with a worse one drawn by seed, or all with different scores",
@@ -103,7 +139,7 @@ class DataSection(Section):
     template: str | list[str] = Field(
         "instruction", description="a template's name, or a list from which each row draws one by seed"
     )
-    train_on: Literal["completion", "assistant", "all"] = Field(
+    train_on: TrainOn = Field(
         "completion", description="which tokens are trained: the last answer, every answer, or all text"
     )
     max_length: int = Field(512, ge=8, description="longest row in tokens")
@@ -121,16 +157,67 @@ class DataSection(Section):
         0.1, ge=0, description="rows kept from training for evaluation: a share below 1, or a number of rows"
     )
     eval_limit: int | None = Field(256, ge=1, description="evaluate on at most this many held-out rows")
+    sources: list[SourceSection] | None = Field(
+        None, description="several sources in place of `source`: the rows are a mixture by their weights"
+    )
 
     @model_validator(mode="after")
     def _possible_rows(self) -> DataSection:
-        if self.eval_split == self.split:
-            raise ValueError(f"split and eval_split are both {self.split!r}: the same rows cannot serve both")
+        every: Sequence[DataSection | SourceSection] = self.sources or [self]
+        for section in every:
+            split, eval_split = section.split or self.split, section.eval_split or self.eval_split
+            if eval_split == split:
+                raise ValueError(f"split and eval_split are both {split!r}: the same rows cannot serve both")
+            if section.families == []:
+                raise ValueError("families is empty: name at least one kind, or null for all")
         if self.holdout >= 1 and self.holdout != int(self.holdout):
             raise ValueError(f"holdout is a share below 1 or a whole number of rows, not {self.holdout}")
-        if self.families == []:
-            raise ValueError("families is empty: name at least one kind, or null for all")
         return self
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> DataSection:
+        if self.sources is None:
+            if self.source is None:
+                raise ValueError("source is missing: name where the rows come from, or several in sources")
+            return self
+        if self.source is not None:
+            raise ValueError(
+                f"source ({short(self.source)}) and sources are both given: leave one out, as source=null "
+                "where a recipe has it"
+            )
+        if not self.sources:
+            raise ValueError("sources is empty: name at least one, or use source")
+        without = [one.source for one in self.sources if one.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise ValueError(f"sources: {without[0]} has no weight, and others have: give each one, or none")
+        given = [one.name for one in self.sources if one.name is not None]
+        if twice := [name for name in given if given.count(name) > 1]:
+            raise ValueError(f"sources: two are called {twice[0]!r}")
+        return self
+
+    @property
+    def parts(self) -> dict[str, DataSection]:
+        """The section of each source of a mixture by its name, complete; this one as "" where there is one.
+
+        A name is the last part of a source without its ending, numbered where that is not unique.
+        """
+        if self.sources is None:
+            return {"": self}
+        found: dict[str, DataSection] = {}
+        taken = [one.name for one in self.sources]
+        for one in self.sources:
+            stem = one.source.rstrip("/").rpartition("/")[2].partition(".")[0] or "source"
+            numbered = (stem, *(f"{stem}-{n}" for n in range(2, len(taken) + 2)))
+            name = one.name or next(n for n in numbered if n not in taken and n not in found)
+            own = {key: getattr(one, key) for key in type(one).model_fields if key in type(self).model_fields}
+            kept = {key: value for key, value in own.items() if value is not None or key == "limit"}
+            found[name] = self.model_copy(update={**kept, "sources": None})
+        return found
+
+    @property
+    def origin(self) -> str:
+        """Where the rows come from, for a message."""
+        return ", ".join(str(part.source) for part in self.parts.values())
 
 
 class OptimizerSection(Section):
@@ -353,7 +440,7 @@ def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 
 #: What a run's recipe.yaml says besides the recipe.
-FACTS = ("environment", "untemplated", "changes")
+FACTS = ("environment", "untemplated", "mixture", "changes")
 
 #: Keys that may name a file or a folder.
 _PATHS = (
@@ -436,10 +523,11 @@ def check_prompted(data: DataSection, what: str) -> None:
 
     An option is never ignored silently. what: "pairs" or "prompts", for the message.
     """
-    for key in ("pack", "clean", "train_on", "too_long"):
-        if getattr(data, key) != DataSection.model_fields[key].default:
-            raise ValueError(f"data.{key} means nothing for {what}; leave it out")
-    if not isinstance(data.template, str):
+    for part in data.parts.values():
+        for key in ("pack", "clean", "train_on", "too_long"):
+            if getattr(part, key) != DataSection.model_fields[key].default:
+                raise ValueError(f"data.{key} means nothing for {what}; leave it out")
+    if not all(isinstance(part.template, str) for part in data.parts.values()):
         raise ValueError("data.template takes one name here: all answers to a prompt must be asked for alike")
 
 
@@ -488,7 +576,9 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
         # `lr` at the top means train.lr; `learning_rate` is what others call it
         elsewhere = [k for k in every if k.rsplit(".", 1)[-1] == path[-1]]
         elsewhere += [k for k in elsewhere_called(path[-1]) if k in every]
-        elsewhere.sort(key=lambda k: k.split(".")[:-1] != path[:-1])  # of several, the one of this section
+        # of several, the one of this section
+        section = [part for part in path[:-1] if not part.isdigit()]
+        elsewhere.sort(key=lambda k: k.split(".")[:-1] != section)
         if elsewhere:
             hint = f"did you mean '{elsewhere[0]}'?"
         elif near:
@@ -513,10 +603,11 @@ def short(value: Any, most: int = 80) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    """The section in a key's type, which may be a list of them or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = map(_section, getattr(annotation, "__args__", ()))
+    return next((section for section in found if section is not None), None)
 
 
 def _keys(cls: type[BaseModel], path: list[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """``mlx-posttrain demo``: all methods on the embedded tiny model (recipes/demo.yaml), with a summary.
 
-Offline and within minutes: SFT, templates, LoRA, KL-SFT, a reward model, PPO and reasoning, measured on the
-same held-out rows in one report; then one adapter is exported for PEFT and the base converted for mlx-lm.
+Offline and within minutes: SFT, templates, LoRA, KL-SFT, a reward model, PPO, DPO and reasoning, measured
+on the same held-out rows in one report; then one adapter is exported for PEFT and the base converted for
+mlx-lm.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def demo(output: Path, engine: str = "auto", seed: int = 0) -> None:
     report = output / "report" / "final"
     _print_reward_model(output / "reward")
     _print_ppo(output / "ppo")
+    _print_dpo(output / "dpo")
     _print_thinking(output / "distill")
     adapter = output / "lora-peft"
     # an adapter left by an interrupted demo is written again
@@ -122,6 +124,17 @@ def _print_ppo(run: Path) -> None:
         print(f"\n  {' '.join(a['prompt'].split())}")
         for label, r in (("before", a), ("after", b)):
             print(f"    {label:8} {r['score']:+.2f}  {' '.join(r['answer'].split())[:90]}")
+
+
+def _print_dpo(run: Path) -> None:
+    records = [r for r in jsonl.read(run / "metrics.jsonl") if "eval/rewards/accuracies" in r]
+    before, after = records[0], records[-1]
+    print(
+        f"\nDPO from the same start, on pairs alone: of held-out pairs the better answer gained more "
+        f"likelihood in {after['eval/rewards/accuracies']:.0%}; the log-likelihood of better answers went "
+        f"from {before['eval/logps/chosen']:.1f} to {after['eval/logps/chosen']:.1f} nats, of worse ones "
+        f"from {before['eval/logps/rejected']:.1f} to {after['eval/logps/rejected']:.1f}."
+    )
 
 
 def _print_thinking(run: Path) -> None:

@@ -21,3 +21,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         text = re.sub(r"\s*[\n\r]\s*", " ", super().__str__())
         return text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]} ..."
+
+
+class Diverged(UserError):
+    """A run ended by a loss, gradient or weight that is not finite: its settings are at fault."""

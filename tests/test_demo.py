@@ -30,7 +30,7 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     comparison = json.loads((out / "report" / "final" / "report-comparison.json").read_text())
     found = {m["name"]: {name: f["mean"] for name, f in m["figures"].items()} for m in comparison["models"]}
-    assert list(found) == ["base", "sft", "templates", "lora", "kl", "crowd", "ppo"]
+    assert list(found) == ["base", "sft", "templates", "lora", "kl", "crowd", "ppo", "dpo"]
     base = found["base"]
     assert base["accuracy"] < 0.05  # the base does not know the format
     # an adapter on so small a base learns slower than its weights
@@ -50,6 +50,9 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
     assert report["accuracy"][0] > max(report["bag_of_words"][0], report["longer"][0]) + 0.05
     scores = [r["eval/score"] for r in records(out / "ppo") if "eval/score" in r]
     assert scores[-1] > scores[0] + 0.15
+    # DPO prefers better answers to held-out prompts, and answers better itself.
+    preferred = [r["eval/rewards/accuracies"] for r in records(out / "dpo") if "eval/rewards/accuracies" in r]
+    assert preferred[-1] > 0.6
     # Thinking is learned: its form, and what it is good for.
     thinking = json.loads((out / "distill" / "report.json").read_text())
     assert thinking["format_rate"][0] > 0.5 and thinking["accuracy"][0] > thinking["base_accuracy"][0] + 0.05
@@ -62,6 +65,7 @@ def test_demo_learns_forgets_less_with_kl_reports_and_exports(tmp_path):
         "mlx-posttrain run 03_lora",
         "before",
         "KL from the start",
+        "DPO from the same start",
         "after thinking",
         "report.html",
     ):

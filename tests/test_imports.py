@@ -105,8 +105,6 @@ def test_no_module_is_long_without_a_reason():
         "mlx_posttrain.engines.base": "the whole protocol, most of it docstrings",
         "mlx_posttrain.engines.mlx.model": "one class, the protocol's Model",
         "mlx_posttrain.engines.torch.model": "one class, the protocol's Model",
-        "mlx_posttrain.data.sources": "files, embedded data and the hub behind one function, with their "
-        "errors",
     }
     for name, path in modules().items():
         lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -150,11 +150,22 @@ class Dataset:
         return [self._batch([self.train[i] for i in part]) for part in rows]
 
     def evaluation(self) -> list[Batch]:
-        """Held-out items in batches, larger than those of training: see batches.EVALUATION_FACTOR."""
+        """All batches of :meth:`evaluation_by_source`."""
+        return [batch for batches in self.evaluation_by_source().values() for batch in batches]
+
+    def evaluation_by_source(self) -> dict[str, list[Batch]]:
+        """Held-out items of each source of a mixture in batches; without a mixture all of them, by "".
+
+        They are larger than those of training: see batches.EVALUATION_FACTOR.
+        """
         budget = self.settings.token_budget and self.settings.token_budget // self.collate.rows_per_item
-        lengths = [self._length(item) for item in self.held_out]
-        parts = for_evaluation(lengths, self.settings.batch_size, budget)
-        return [self._batch([self.held_out[i] for i in part]) for part in parts]
+        found = {}
+        for source in dict.fromkeys(item.source for item in self.held_out):
+            items = [item for item in self.held_out if item.source == source]
+            lengths = [self._length(item) for item in items]
+            parts = for_evaluation(lengths, self.settings.batch_size, budget)
+            found[source] = [self._batch([items[i] for i in part]) for part in parts]
+        return found
 
     def _batch(self, items: Sequence[Any]) -> Batch:
         if not self.extra:

@@ -18,15 +18,23 @@ class Asked(NamedTuple):
 
 
 def fit(
-    rows: Sequence[Asked], tokenizer: object, template: str, max_length: int
+    rows: Sequence[Asked], tokenizer: object, template: str | Sequence[str], max_length: int
 ) -> list[tuple[tuple[Example, ...], int] | str | None]:
     """For each row its answers' examples, and how many of its oldest exchanges are left out so that all fit.
 
     The fewest with which they do; None where none do, and why where the chat template refuses the row.
+    template: of all rows, or of each.
 
     Found by bisection: with one exchange less at a time a dialogue of n exchanges would be tokenised n times.
     """
     found: list[tuple[tuple[Example, ...], int] | str | None] = [None] * len(rows)
+    if not isinstance(template, str):
+        for one in dict.fromkeys(template):
+            which = [i for i, name in enumerate(template) if name == one]
+            fitted = fit([rows[i] for i in which], tokenizer, one, max_length)
+            for i, outcome in zip(which, fitted, strict=True):
+                found[i] = outcome
+        return found
     fewest, most = [0] * len(rows), [len(_later_questions(row)) for row in rows]
     tried = [0] * len(rows)  # most dialogues fit as they are
     waiting = list(range(len(rows)))

@@ -1,85 +1,91 @@
 """Rows to records: a row's format is detected from its columns, or named in the recipe.
 
-    format             columns                                            record
-    alpaca             instruction, output | response, optionally input   Conversation
-    messages           messages | conversations                           Conversation
-    prompt_completion  prompt, completion | response                      Conversation, text kept exactly
-    reasoning          question | problem | prompt,                       Conversation; the answer is
-                       thinking | deepseek_reasoning | reasoning,         <think> trace </think> answer
-                       answer | deepseek_solution | solution
-    question_answer    question, answer                                   Conversation
-    text               text                                               Conversation, text kept exactly
-    preference         prompt | question | instruction, chosen, rejected  Preference
-    hh                 chosen, rejected: whole dialogues                  Preference
-    ranked             prompt | question | instruction,                   Preference, one or more a row:
-                       completions | responses with scores                see data/ranked.py
-    labelled           prompt, completion | response, label               Labelled
-    prompt             prompt: a question to be answered (PPO)            Conversation without an answer
-    gsm8k*             question, answer: steps, #### and the answer       Conversation, as reasoning
-    chosen*            chosen, optionally prompt                          Conversation with the chosen answer
-    either*            as preference                                      Conversation with one of the two
-                                                                          answers, by a fair coin
-
-Formats marked * are never detected, only named in the recipe: ``chosen`` to imitate one side of pairs,
-``either`` for a policy as good and as bad as its data. ``messages`` has role and content, or ShareGPT's from
-and value; an answer's thought may stand in reasoning_content, thinking or reasoning, and a message with
-weight 0 is not trained. Sources: Alpaca (Taori et al. 2023), HH-RLHF (Bai et al. 2022), KTO (Ethayarajh et
-al. 2024; the labelled rows), UltraFeedback (Cui et al. 2023; the ranked rows), GSM8K (Cobbe et al. 2021).
-
-A row that lacks something (an empty answer, no common prompt) is dropped and counted. A value that shows that
-the file is not what the recipe takes it for (a list instead of text) is an error with the row's number.
+The formats, their columns and an example of each stand in docs/data.md, which :func:`table` writes. Which of
+several alternative columns is read is decided row by row: the first with a value. A row that lacks something
+(an empty answer, no common prompt) is dropped and counted. A value that shows that the file is not what the
+recipe takes it for (a list instead of text) is an error with the row's number.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_posttrain.data import ranked as ranked_rows
-from mlx_posttrain.data.parsers import PARSERS, PROMPT_COLUMNS, REASONING_COLUMNS, Dropped, Record, Row
+from mlx_posttrain.data.cells import FORMATS, Dropped, Noted, Record, Row, filled
+from mlx_posttrain.data.messages import TOOL_CALLS, have_tools
+from mlx_posttrain.data.paired import LATER
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.errors import UserError
 
-# Checked in this order: chosen and rejected take precedence over all other columns, instruction over the
-# prompt and text columns that many Alpaca files also have, and a trace over the question and answer around
-# it. Each entry lists the required columns, with alternatives within a tuple.
-FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "preference": (PROMPT_COLUMNS, ("chosen",), ("rejected",)),
-    "hh": (("chosen",), ("rejected",)),
-    "ranked": (PROMPT_COLUMNS, ranked_rows.ANSWERS),
-    "alpaca": (("instruction",), ("output", "response")),
-    "messages": (("messages", "conversations"),),
-    "labelled": (("prompt",), ("completion", "response"), ("label",)),
-    "reasoning": REASONING_COLUMNS,
-    "prompt_completion": (("prompt",), ("completion", "response")),
-    "question_answer": (("question",), ("answer",)),
-    "text": (("text",),),
-    "prompt": (("prompt",),),
-    "gsm8k": (("question",), ("answer",)),
-    "chosen": (("chosen",),),
-    "either": (PROMPT_COLUMNS, ("chosen",), ("rejected",)),
-}
-_NEVER_DETECTED = ("chosen", "either", "gsm8k")
+#: Formats in the order in which they are tried. chosen and rejected take precedence over all other columns,
+#: instruction over the prompt and text columns that many Alpaca files also have, and a trace over the
+#: question and answer around it.
+ORDER = (
+    "preference",
+    "hh",
+    "stepwise",
+    "ranked",
+    "alpaca",
+    "messages",
+    "labelled",
+    "reasoning",
+    "generations",
+    "prompt_completion",
+    "question_answer",
+    "problem_solution",
+    "input_output",
+    "role_content",
+    "text",
+    "prompt",
+)
+#: All names: those that are only ever named in a recipe come last.
+NAMES = (*ORDER, *(name for name, format in FORMATS.items() if not format.detected))
 #: Keys of data.columns that formats read; other keys reach checkers and reward functions only.
-COLUMNS = {name for need in FORMATS.values() for alternatives in need for name in alternatives} | {
-    "input",
-    "margin",
-    "scores",
-    "system",
-}
+COLUMNS = {name for format in FORMATS.values() for name in format.columns}
 #: A reason in what parse_rows counts that is of pairs and not of rows.
 TIES = "two answers have one score"
+#: Columns that are read outside a parser: of pairs, and by the embedded checkers and the summary.
+READ_LATER = {*LATER, "checker", "family"}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Records in order, the rows dropped for each reason, and the columns with values that nothing read."""
+
+    format: str
+    records: list[Record]
+    dropped: Counter[str]
+    unread: list[str]
 
 
 def accepted() -> str:
     """Return one line that names every format and its columns."""
     return "; ".join(
-        f"{name} ({', '.join('|'.join(alternatives) for alternatives in need)})"
-        for name, need in FORMATS.items()
+        f"{name} ({', '.join('|'.join(alternatives) for alternatives in FORMATS[name].needs)})"
+        for name in NAMES
     )
+
+
+def table() -> list[str]:
+    """The lines of a table of all formats in Markdown."""
+    lines = ["| `data.format` | what a row is | needs | may have | example |", "|---|---|---|---|---|"]
+    for name in NAMES:
+        format = FORMATS[name]
+        needs = ", ".join(" or ".join(f"`{c}`" for c in alternatives) for alternatives in format.needs)
+        needed = {column for alternatives in format.needs for column in alternatives}
+        may = ", ".join(f"`{column}`" for column in dict.fromkeys(format.may) if column not in needed)
+        example = json.dumps(format.example, ensure_ascii=False)
+        mark = "" if format.detected else " *"
+        lines.append(
+            f"| `{name}`{mark} | {format.description.replace('``', '`')} | {needs} | {may} | `{example}` |"
+        )
+    return lines
 
 
 def detect(columns: Iterable[str]) -> str:
@@ -88,10 +94,8 @@ def detect(columns: Iterable[str]) -> str:
     Raises UserError with the columns found, the formats accepted and how to rename columns.
     """
     present = list(columns)
-    for name, need in FORMATS.items():
-        if name not in _NEVER_DETECTED and all(
-            any(c in present for c in alternatives) for alternatives in need
-        ):
+    for name in ORDER:
+        if all(any(c in present for c in alternatives) for alternatives in FORMATS[name].needs):
             return name
     raise UserError(
         f"columns {', '.join(present) or '(none)'} match no format; accepted: {accepted()}; "
@@ -106,6 +110,16 @@ def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     theirs = {v: k for k, v in columns.items()}
     kept = {k: v for k, v in row.items() if k not in theirs}
     return kept | {ours: row.get(name) for name, ours in theirs.items()}
+
+
+def other_case(present: Sequence[str]) -> dict[str, str]:
+    """{our name: the file's name} of columns that are ours but for case and spaces, as ``Instruction``."""
+    found: dict[str, str] = {}
+    for name in present:
+        ours = name.strip().lower().replace(" ", "_")
+        if ours in COLUMNS and ours not in present:
+            found.setdefault(ours, name)
+    return found
 
 
 def fill_prompts(rows: Sequence[Row], text: str, source: str) -> list[dict[str, Any]]:
@@ -132,10 +146,7 @@ def parse(row: Row, format: str, columns: Mapping[str, str] | None = None, where
     Raises Dropped, with the reason, for a row without an answer or prompt, and UserError, starting with
     ``where``, for a value of the wrong type.
     """
-    renamed = rename(row, columns or {})
-    if _check_format(format) == "ranked":
-        return ranked_rows.pairs(renamed, where)[0][0]
-    return PARSERS[format](renamed, where)
+    return FORMATS[_check_format(format)].parse(Noted(rename(row, columns or {})), where)
 
 
 def parse_rows(
@@ -147,14 +158,72 @@ def parse_rows(
     ranked: ranked_rows.Ranked = "best_worst",
     seed: int = 0,
 ) -> tuple[list[Record], Counter[str]]:
-    """Return the records of ``rows`` in order, and the number of rows dropped for each reason.
+    """Return the records and the counts of :func:`parse_all`."""
+    parsed = parse_all(rows, format=format, columns=columns, source=source, ranked=ranked, seed=seed)
+    return parsed.records, parsed.dropped
+
+
+def parse_all(
+    rows: Sequence[Row],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    source: str = "data",
+    ranked: ranked_rows.Ranked = "best_worst",
+    seed: int = 0,
+) -> Parsed:
+    """Parse all rows of a source.
 
     ``ranked`` and ``seed`` say which answers of a ranked row become pairs (data/ranked.py); those with equal
-    scores are counted under TIES. ``format`` "auto" looks at the columns that occur in any row. Raises
+    scores are counted under TIES. ``format`` "auto" looks at the columns with a value in any row. Raises
     UserError for unknown columns, for a row of the wrong type (by its number, from 1), and if no row is left.
     """
     columns = columns or {}
     present = list(dict.fromkeys(name for row in rows for name in row))
+    _check_columns(columns, present, source)
+    columns = other_case(list(rename(dict.fromkeys(present), columns))) | dict(columns)
+    renamed = rename(dict.fromkeys(present), columns)
+    chosen = _format_of(rows, format, columns, source)
+    missing = [need for need in FORMATS[chosen].needs if not any(c in renamed for c in need)]
+    if missing:
+        names = ", ".join("|".join(alternatives) for alternatives in missing)
+        raise UserError(
+            f"{source}: format {chosen} needs the column {names}, found {', '.join(present)}; "
+            "rename with data.columns"
+        )
+    records: list[Record] = []
+    dropped: Counter[str] = Counter()
+    read = {*READ_LATER}
+    valued: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        noted, where = Noted(rename(row, columns)), f"{source}, row {number}"
+        try:
+            if chosen == "ranked":
+                pairs, ties = ranked_rows.pairs(noted, where, ranked, seed)
+                records += pairs
+                dropped.update({TIES: ties} if ties else {})
+            else:
+                records.append(FORMATS[chosen].parse(noted, where))
+        except Dropped as e:
+            dropped[TOOL_CALLS if have_tools(noted, FORMATS[chosen].columns) else str(e)] += 1
+        except RecursionError:
+            raise UserError(f"{where}: nested too deeply; leave that column out") from None
+        read |= noted.read
+        valued.update(name for name, value in noted.items() if filled(value))
+    if rows and not records:
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
+        raise UserError(f"{source}: none of the {len(rows)} rows can be used as {chosen} ({reasons})")
+    return Parsed(chosen, records, dropped, [n for n in renamed if n in valued - read])
+
+
+def short(name: str) -> str:
+    """A column's name as it is printed: at most 30 characters of one line, in quotes if it is blank."""
+    words = " ".join(name.split())
+    return repr(name) if not words else words if len(words) <= 30 else words[:29] + "…"
+
+
+def _check_columns(columns: Mapping[str, str], present: list[str], source: str) -> None:
+    """Raise UserError where data.columns names what is not there, or misspells one of our names."""
     for ours, name in columns.items():
         if name not in present:
             hint = f"{nearest(name, present)} (there are {', '.join(present)})"
@@ -164,47 +233,28 @@ def parse_rows(
             raise UserError(
                 f"{source}: data.columns names {ours!r}, which no format reads; did you mean {near[0]!r}?"
             )
+
+
+def _format_of(rows: Sequence[Row], format: str, columns: Mapping[str, str], source: str) -> str:
+    """The format of these rows: by the columns that have a value, else by those that there are."""
     try:
-        chosen = (
-            detect(rename(dict.fromkeys(present), columns)) if format == "auto" else _check_format(format)
-        )
+        if format != "auto":
+            return _check_format(format)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        ours = {columns.get(name, name): name for name in rename(dict.fromkeys(names), columns)}
+        valued = [name for theirs, name in ours.items() if any(filled(row.get(theirs)) for row in rows)]
+        try:
+            return detect(valued)
+        except UserError:
+            return detect(ours.values())
     except UserError as e:
         raise UserError(f"{source}: {e}") from e
-    renamed = rename(dict.fromkeys(present), columns)
-    missing = [
-        alternatives for alternatives in FORMATS[chosen] if not any(c in renamed for c in alternatives)
-    ]
-    if missing:
-        names = ", ".join("|".join(alternatives) for alternatives in missing)
-        raise UserError(
-            f"{source}: format {chosen} needs the column {names}, found {', '.join(present)}; "
-            "rename with data.columns"
-        )
-    records: list[Record] = []
-    dropped: Counter[str] = Counter()
-    for number, row in enumerate(rows, 1):
-        try:
-            where = f"{source}, row {number}"
-            if chosen == "ranked":
-                pairs, ties = ranked_rows.pairs(rename(row, columns), where, ranked, seed)
-                records += pairs
-                dropped.update({TIES: ties} if ties else {})
-            else:
-                records.append(parse(row, chosen, columns, where))
-        except Dropped as e:
-            dropped[str(e)] += 1
-        except RecursionError:
-            raise UserError(f"{source}, row {number}: nested too deeply; leave that column out") from None
-    if rows and not records:
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
-        raise UserError(f"{source}: none of the {len(rows)} rows can be used as {chosen} ({reasons})")
-    return records, dropped
 
 
 def _check_format(format: str) -> str:
     if format not in FORMATS:
         raise UserError(
-            f"unknown data format {format!r}{nearest(format, list(FORMATS))} (there are auto, "
-            f"{', '.join(FORMATS)})"
+            f"unknown data format {format!r}{nearest(format, list(NAMES))} (there are auto, "
+            f"{', '.join(NAMES)})"
         )
     return format

@@ -9,11 +9,12 @@ import numpy as np
 
 from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import log
-from mlx_posttrain.data import drops, formats
+from mlx_posttrain.data import drops, formats, mixture
 from mlx_posttrain.data.batches import POSITION_MULTIPLE, Batch, collate, round_up, with_extra
 from mlx_posttrain.data.dataset import Collator, Dataset, ExtraRows
 from mlx_posttrain.data.fitting import Asked, fit
-from mlx_posttrain.data.read import ModelFacts, describe, read_rows, say_specials, split_rows, with_system
+from mlx_posttrain.data.read import ModelFacts, describe, read_rows, say_specials, with_system
+from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.data.types import Example, Judged, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 
@@ -54,17 +55,17 @@ def encode_labelled(
     rows: Sequence[Labelled],
     tokenizer: object,
     *,
-    template: str,
+    template: str | Sequence[str],
     max_length: int,
     seed: int,
     needed: bool = True,
 ) -> tuple[list[Judged], Report]:
     """Answers of at most ``max_length`` tokens with their prompt, and a report of what was dropped.
 
-    As of pairs (:func:`mlx_posttrain.data.pairs.encode_pairs`) a dialogue may lose its oldest exchanges, and
-    an answer that does not fit even then is dropped: nobody judged half of it. A mismatched answer, which
-    nobody judged anyway, is cut. Raises UserError when nothing is left of rows that are ``needed``, where
-    these all ask the same, and for an answer without text.
+    template: of all rows, or of each. As of pairs (:func:`mlx_posttrain.data.pairs.encode_pairs`) a dialogue
+    may lose its oldest exchanges, and an answer that does not fit even then is dropped: nobody judged half of
+    it. A mismatched answer, which nobody judged anyway, is cut. Raises UserError when nothing is left of rows
+    that are ``needed``, where these all ask the same, and for an answer without text.
     """
     for number, row in enumerate(rows, 1):
         if not row.completion.strip():
@@ -252,7 +253,7 @@ def labelled_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Da
         items, report = encode_labelled(
             rows,
             facts.tokenizer,
-            template=str(data.template),
+            template=mixture.templates(rows, data),
             max_length=length,
             seed=recipe.seed,
             needed=needed,

@@ -67,15 +67,20 @@ def last_token(tokens: Sequence[int], pad: int | None) -> int:
 
 
 def encode_pairs(
-    rows: Sequence[Preference], tokenizer: object, *, template: str, max_length: int, needed: bool = True
+    rows: Sequence[Preference],
+    tokenizer: object,
+    *,
+    template: str | Sequence[str],
+    max_length: int,
+    needed: bool = True,
 ) -> tuple[list[Pair], Report]:
     """Pairs of at most ``max_length`` tokens a side, and a report of what was dropped.
 
-    Each side has the tokens that encode.encode gives to prompt and answer, its EOS included. A dialogue that
-    is too long loses its oldest exchanges, as few as it takes; a pair that is too long even then is dropped,
-    since half an answer would be a text that nobody judged. A column ``margin`` becomes the pair's margin.
-    Raises UserError when no pair is left of pairs that are ``needed``, for an answer without text, and for a
-    margin that is no finite number.
+    template: of all rows, or of each. Each side has the tokens that encode.encode gives to prompt and answer,
+    its EOS included. A dialogue that is too long loses its oldest exchanges, as few as it takes; a pair that
+    is too long even then is dropped, since half an answer would be a text that nobody judged. A column
+    ``margin`` becomes the pair's margin. Raises UserError when no pair is left of pairs that are ``needed``,
+    for an answer without text, and for a margin that is no finite number.
     """
     for number, row in enumerate(rows, 1):
         if not (row.chosen.strip() and row.rejected.strip()):

@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal
 
-from mlx_posttrain.data.parsers import PARSERS, Dropped, Record, Row
+from mlx_posttrain.data.cells import Dropped, Noted, Record, Row, filled, first, reads
+from mlx_posttrain.data.messages import EARLIER
+from mlx_posttrain.data.paired import PROMPT_COLUMNS, preference
+from mlx_posttrain.data.parsers import INPUTS
 from mlx_posttrain.data.templates import stable_hash
 from mlx_posttrain.errors import UserError
 
@@ -26,14 +29,32 @@ _TEXT_KEYS = ("response", "content", "text")
 _SCORE_KEYS = ("overall_score", "score", "fine-grained_score")
 
 
+@reads(
+    "ranked",
+    PROMPT_COLUMNS,
+    ANSWERS,
+    may=("scores", *INPUTS, *EARLIER),
+    example={
+        "instruction": "What is 2 + 3?",
+        "completions": [
+            {"response": "5", "overall_score": 9.0},
+            {"response": "A number.", "overall_score": 4.0},
+        ],
+    },
+)
+def _best(row: Row, where: str) -> Record:
+    """UltraFeedback: several answers with scores, of which ``data.ranked`` makes pairs."""
+    return pairs(row, where)[0][0]
+
+
 def pairs(row: Row, where: str, ranked: Ranked = "best_worst", seed: int = 0) -> tuple[list[Record], int]:
     """A row's pairs, and how many that ``ranked`` asks for are none because their scores are equal.
 
     The draw of best_random depends on the row and the seed alone. Raises Dropped for a row without two
     answers that have a score, or without a pair, and UserError for a value of the wrong type.
     """
-    name = next((name for name in ANSWERS if name in row), None)
-    if name is None:  # of rows with different columns
+    name = first(row, ANSWERS)
+    if name not in row:  # of rows with different columns
         raise Dropped("no list of answers")
     answers = _scored(row, name, where)
     answers.sort(key=lambda pair: -pair[1])
@@ -50,13 +71,15 @@ def pairs(row: Row, where: str, ranked: Ranked = "best_worst", seed: int = 0) ->
     else:
         chosen = [(best, lower[stable_hash(answers, seed) % len(lower)])]
     rest = {key: value for key, value in row.items() if key not in (name, "scores")}
+    read = row.read if isinstance(row, Noted) else set()
     found: list[Record] = []
     problem = Dropped("all answers have one score")
     different = [(a, b) for a, b in chosen if a[1] > b[1]]
     for (better, high), (worse, low) in different:
         pair = {"chosen": better, "rejected": worse, SCORE_CHOSEN: high, SCORE_REJECTED: low}
         try:
-            found.append(PARSERS["preference"](rest | pair, where))
+            found.append(preference(noted := Noted(rest | pair), where))
+            read |= noted.read - pair.keys()
         except Dropped as reason:
             problem = reason
     if not found:
@@ -120,7 +143,7 @@ def _first(answer: Any, keys: Sequence[str]) -> Any:
     """The value of the first key that an answer has; None without one."""
     if not isinstance(answer, Mapping):
         return None
-    return next((answer[key] for key in keys if answer.get(key) is not None), None)
+    return next((answer[key] for key in keys if filled(answer.get(key))), None)
 
 
 def _is_score(value: Any) -> bool:

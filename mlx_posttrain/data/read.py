@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data import drops, encode, formats, ranked, sources
+from mlx_posttrain.data import drops, encode, formats, mixture, ranked, sources
 from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
+from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.data.summary import summarize
 from mlx_posttrain.data.tokens import written_specials
 from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
@@ -22,6 +22,7 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
 Record = TypeVar("Record", bound=formats.Record)
+SHOWN = 12  # columns that are named in one line
 TRIED_ROWS = 8  # whose prompts are looked at: what a chat template does wrong it does to every row
 #: Rows to evaluate on are worth having, and a run can do without them.
 NONE_HELD_OUT = (
@@ -30,7 +31,8 @@ NONE_HELD_OUT = (
 
 
 def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[formats.Record]:
-    """The rows of one split as records; prints what was dropped."""
+    """The rows of one split of one source as records; prints what was dropped."""
+    assert data.source is not None
     rows = sources.load_rows(
         data.source,
         split=split,
@@ -42,9 +44,10 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     )
     if data.prompt is not None:
         rows = formats.fill_prompts(rows, data.prompt, data.source)
-    parsed, dropped = formats.parse_rows(
+    parsed = formats.parse_all(
         rows, format=data.format, columns=data.columns, source=data.source, ranked=data.ranked, seed=seed
     )
+    dropped = parsed.dropped
     for reason, count in dropped.items():
         unit = "pairs left out" if reason == formats.TIES else "rows dropped"
         log(f"{data.source} {split}: {count} {unit}: {reason}")
@@ -58,12 +61,23 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
             f"{data.source} is none"
         )
     further = [ours for ours in data.columns if ours not in formats.COLUMNS]
+    if split == data.split and not data.source.startswith("embedded/"):
+        asked = re.findall(r"\{(\w+)\}", data.prompt or "")
+        say_unread(data.source, parsed, {*further, *asked})
     if further and split == data.split:
         log(
             f"data.columns: no format reads {', '.join(further)}; kept beside the rows for checks and "
             "reward functions"
         )
-    return parsed
+    return parsed.records
+
+
+def say_unread(source: str, parsed: formats.Parsed, known: Collection[str]) -> None:
+    """Print, in one line, which columns but the ``known`` ones the rows' format does not read."""
+    names = [formats.short(name) for name in parsed.unread if name not in known]
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        log(f"{source}: read as {parsed.format}; columns it does not read: {', '.join(names[:SHOWN])}{more}")
 
 
 def with_system(row: Record, system: str | None) -> Record:
@@ -107,81 +121,6 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
     return conversations
 
 
-def opening(record: formats.Record) -> str:
-    """The question that a record begins with, or its text where it asks nothing.
-
-    In lower case and with single spaces.
-    """
-    if isinstance(record, Conversation):
-        turns, otherwise = record.turns, record.turns[-1].content
-    else:
-        turns = record.prompt
-        otherwise = record.chosen if isinstance(record, Preference) else record.completion
-    asked = next((turn.content for turn in turns if turn.role == "user"), "")
-    return " ".join((asked if asked.strip() else otherwise).casefold().split())
-
-
-def split_rows(
-    data: DataSection, seed: int, read: Callable[..., list[Record]]
-) -> tuple[list[Record], list[Record]]:
-    """Training and held-out rows: from a split of the source, or rows set aside by seed.
-
-    Rows that begin with the same question stay together: a row whose prompt was trained on tells nothing
-    about new prompts. A split that the source comes with is left as it is, and what it shares is printed.
-    read: as :func:`read_conversations`.
-    """
-    train = read(data, split=data.split, limit=data.limit, seed=seed)
-    eval_split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
-    if eval_split:
-        held_out = read(data, split=eval_split, limit=data.eval_limit, seed=seed)
-        trained = {opening(row) for row in train}
-        shared = sum(opening(row) in trained for row in held_out)
-        if shared:
-            log(
-                f"{data.source}: {shared:,} of {len(held_out):,} rows of the split {eval_split!r} begin with "
-                "a question that is also trained on"
-            )
-        return train, held_out
-    if data.holdout >= len(train):
-        raise UserError(
-            f"data.holdout={data.holdout:g} leaves none of {len(train)} rows to train on; lower it"
-        )
-    aside = int(data.holdout if data.holdout >= 1 else round(data.holdout * len(train)))
-    aside = min(aside, data.eval_limit or aside, len(train) - 1)
-    questions = [opening(row) for row in train]
-    chosen = _groups_aside(questions, aside, np.random.default_rng([seed, 0xE7A1]))
-    if aside and not chosen:
-        log(f"{data.source}: all rows begin with the same question, so none are held out")
-    elif aside and len(set(questions)) < len(questions):
-        asked = {questions[i] for i in chosen}
-        log(
-            f"{data.source}: {len(chosen):,} of {len(train):,} rows held out, {len(asked):,} of "
-            f"{len(set(questions)):,} questions; no question is on both sides"
-        )
-    return [c for i, c in enumerate(train) if i not in chosen], [
-        c for i, c in enumerate(train) if i in chosen
-    ]
-
-
-def _groups_aside(questions: list[str], aside: int, rng: np.random.Generator) -> set[int]:
-    """Numbers of about ``aside`` rows, every row of a question or none.
-
-    Questions come in the order in which a permutation of the rows meets them; one with more rows than are
-    still wanted is passed over. Where each has too many, the one with the fewest rows is taken.
-    """
-    members: dict[str, list[int]] = {}
-    for number, question in enumerate(questions):
-        members.setdefault(question, []).append(number)
-    chosen: set[int] = set()
-    for number in rng.permutation(len(questions)).tolist():
-        group = members[questions[number]]
-        if number not in chosen and len(chosen) + len(group) <= aside:
-            chosen.update(group)
-    if aside and not chosen and len(members) > 1:
-        chosen = set(members[min(members, key=lambda question: len(members[question]))])
-    return chosen
-
-
 def encode_rows(
     conversations: list[Conversation],
     data: DataSection,
@@ -194,10 +133,18 @@ def encode_rows(
 ) -> list[Example]:
     """Conversations as examples of at most the recipe's and the model's length.
 
-    Prints what was dropped and cut.
+    Rows of a mixture are encoded as their source says. Prints what was dropped and cut.
 
     Raises UserError when none is left of rows that are ``needed``.
     """
+    if data.sources is not None:
+        return mixture.encode_by_source(
+            conversations,
+            data,
+            lambda rows, part, name: encode_rows(
+                rows, part, tokenizer, context, seed, f"{what} of {name}", needed=needed
+            ),
+        )
     if not conversations:
         return []
     say_specials(([turn.content for turn in c.turns] for c in conversations), tokenizer, what)
@@ -309,7 +256,7 @@ def row_dataset(
     train, held_out = split_rows(data, seed, read_conversations)
     describe(train)
     train = prepare(train)
-    if data.pack and train[0].templated:
+    if data.pack and any(row.templated for row in train):
         raise UserError(
             "data.pack joins plain text: these rows have prompts; leave out data.pack, or give "
             "rows with a column 'text'"
@@ -326,7 +273,7 @@ def row_dataset(
         seed,
         train_rows=train,
         held_out_rows=held_out,
-        untemplated=not train[0].templated,
+        untemplated=not any(row.templated for row in train),
     )
 
 
@@ -360,7 +307,7 @@ def pair_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Datase
         texts = ([*(turn.content for turn in row.prompt), row.chosen, row.rejected] for row in rows)
         say_specials(texts, facts.tokenizer, what)
         pairs, report = encode_pairs(
-            rows, facts.tokenizer, template=str(data.template), max_length=length, needed=needed
+            rows, facts.tokenizer, template=mixture.templates(rows, data), max_length=length, needed=needed
         )
         log(f"{what}: {report}")
         if needed:

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_posttrain.data import drops
+from mlx_posttrain.data.mixture import described
 from mlx_posttrain.data.types import Example, Pair
 from mlx_posttrain.errors import UserError
 
@@ -26,17 +27,22 @@ class Shown:
     """The training rows of a recipe.
 
     rows: for each row the sequences that a model reads of it: one, or the two answers of a pair, the chosen
-    one first. names: what they are called. dropped: rows by reason. tokenizer: the model's.
+    one first. names: what they are called. dropped: rows by reason. tokenizer: the model's. sources: of each
+    row the name of its source in a mixture.
     """
 
     rows: Sequence[Sequence[Example]]
     names: Sequence[str]
     dropped: Counter[str]
     tokenizer: Any
+    sources: Sequence[str]
 
     @property
     def totals(self) -> dict[str, Any]:
-        """``rows`` read for training, ``kept``, ``dropped`` by reason, and ``trained_tokens`` of the kept."""
+        """``rows`` read for training, ``kept``, ``dropped`` by reason, and ``trained_tokens`` of the kept.
+
+        Of a mixture also the ``sources`` of the kept.
+        """
         dropped = dict(self.dropped)
         trained = sum(sum(e.trained) for row in self.rows for e in row)
         return {
@@ -44,6 +50,7 @@ class Shown:
             "kept": len(self.rows),
             "dropped": dropped,
             "trained_tokens": trained,
+            **({"sources": dict(Counter(self.sources))} if any(self.sources) else {}),
         }
 
 
@@ -69,12 +76,12 @@ def read(recipe: Any) -> Shown:
             rollout = recipe.rollout.max_tokens
             asked, _ = prompts.read(recipe.data, facts.tokenizer, facts.context, rollout, recipe.seed)
             rows = [(Example(p.tokens, (False,) * len(p.tokens)),) for p in asked]
-            return Shown(rows, ("prompt",), dropped, facts.tokenizer)
+            return Shown(rows, ("prompt",), dropped, facts.tokenizer, [p.source for p in asked])
         dataset = method.make_dataset(recipe, facts)
         names = ("chosen", "rejected") if isinstance(dataset.train[0], Pair) else ("row",)
         # of an item only what it trains: a labelled answer's mismatched one is for comparison
         found = [dataset.collate.examples(item)[: len(names)] for item in dataset.train]
-        return Shown(found, names, dropped, facts.tokenizer)
+        return Shown(found, names, dropped, facts.tokenizer, [item.source for item in dataset.train])
 
 
 def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -99,7 +106,7 @@ def to_json(shown: Shown, limit: int | None) -> Iterator[str]:
     """A line for each of the first ``limit`` rows, and one of totals.
 
     A row is {"pieces": [[text, trained], ...], "ids": [...]}, that of a pair the chosen answer's, with the
-    same of the other under "rejected".
+    same of the other under "rejected"; of a mixture it has its "source".
     """
 
     def one(example: Example) -> dict[str, Any]:
@@ -108,8 +115,9 @@ def to_json(shown: Shown, limit: int | None) -> Iterator[str]:
             "ids": list(example.tokens),
         }
 
-    for first, *others in shown.rows[:limit]:
+    for (first, *others), source in zip(shown.rows[:limit], shown.sources, strict=False):
         row = one(first) | ({"rejected": one(others[0])} if others else {})
+        row |= {"source": source} if source else {}
         yield json.dumps(row, ensure_ascii=False)
     yield json.dumps(shown.totals, ensure_ascii=False)
 
@@ -117,9 +125,10 @@ def to_json(shown: Shown, limit: int | None) -> Iterator[str]:
 def to_text(shown: Shown, limit: int | None, colour: bool) -> Iterator[str]:
     """The first ``limit`` rows and the totals for people; trained tokens are green, or in brackets."""
     begin, end = COLOUR if colour else TRAINED
-    for number, row in enumerate(shown.rows[:limit], 1):
+    for number, (row, source) in enumerate(zip(shown.rows[:limit], shown.sources, strict=False), 1):
         for name, example in zip(shown.names, row, strict=True):
             which = str(number) if name == "row" else f"{number} {name}"
+            which += f" of {source}" if source else ""
             yield f"--- {which}: {len(example.tokens):,} tokens, {sum(example.trained):,} trained"
             yield "".join(
                 f"{begin}{_printable(text)}{end}" if trained else _printable(text)
@@ -130,6 +139,7 @@ def to_text(shown: Shown, limit: int | None, colour: bool) -> Iterator[str]:
     yield (
         f"--- {totals['kept']:,} of {totals['rows']:,} rows are trained on, with "
         f"{totals['trained_tokens']:,} trained tokens; dropped: {reasons or 'none'}"
+        + (f"; {described(totals['sources'])}" if "sources" in totals else "")
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_posttrain.data.parsers import Record
+from mlx_posttrain.data.cells import Record
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 
 TASK_COLUMNS = ("family", "category", "task")

@@ -30,12 +30,14 @@ class Conversation:
 
     ``templated`` is False for ``text`` and ``prompt``/``completion`` rows, whose text is used exactly as it
     stands; True where a template puts the marks of a chat or instruction format around the turns. ``extra``
-    keeps the row's other columns for checkers and reward functions.
+    keeps the row's other columns for checkers and reward functions. ``source``, here and in what follows, is
+    the name of the row's source in a mixture.
     """
 
     turns: tuple[Turn, ...]
     templated: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
+    source: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Preference:
     rejected: str
     templated: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
+    source: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Labelled:
     label: bool
     templated: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
+    source: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Example:
     tokens: tuple[int, ...]
     trained: tuple[bool, ...]
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    source: str = field(default="", compare=False, repr=False)
 
     @property
     def answer_start(self) -> int:
@@ -90,6 +95,11 @@ class Pair:
     row: Preference
     margin: float = 0.0
 
+    @property
+    def source(self) -> str:
+        """That of the row."""
+        return self.row.source
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -105,3 +115,8 @@ class Judged:
     prompt: int
     row: Labelled
     weight: float = 1.0
+
+    @property
+    def source(self) -> str:
+        """That of the row."""
+        return self.row.source

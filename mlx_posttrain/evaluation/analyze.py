@@ -14,9 +14,10 @@ from mlx_posttrain import runs
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import arrays, hub, names
-from mlx_posttrain.data import batches, encode, templates
+from mlx_posttrain.data import batches, encode, mixture, templates
 from mlx_posttrain.data.read import read_conversations, row_dataset
-from mlx_posttrain.data.types import Conversation
+from mlx_posttrain.data.split import read_parts
+from mlx_posttrain.data.types import Conversation, Example
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
@@ -83,6 +84,8 @@ def comparison_findings(
         check_saturation(comparison),
         findings.overfitting(logs),
         findings.loss_and_quality(comparison),
+        findings.margin_source(logs),
+        findings.better_or_longer(comparison, logs),
     ]
     return [finding for finding in results if finding is not None]
 
@@ -253,19 +256,22 @@ def _training_rows(name: str) -> list[Conversation]:
     if method is None or method.dataset is not row_dataset:
         return []
     data = DataSection(**recipe["data"])
-    rows = read_conversations(
-        data, split=data.split, limit=min(SHIFT_ROWS, data.limit or SHIFT_ROWS), seed=recipe.get("seed", 0)
-    )
+    data = data.model_copy(update={"limit": min(SHIFT_ROWS, data.limit or SHIFT_ROWS)})
+    rows = mixture.interleave(read_parts(data, recipe.get("seed", 0), read_conversations).values())
     return [row for row in rows if row.templated]
 
 
 def _training_loss(model: Model, tokenizer: Any, name: str) -> likelihood.RowLoss:
     """Loss of a run's training rows under a model; without rows where none fits the model's context."""
-    data = runs.reopen(name)[1]["data"]
-    names = [data["template"]] if isinstance(data["template"], str) else data["template"]
-    length = min(data["max_length"], model.context or data["max_length"])
+    data = DataSection(**runs.reopen(name)[1]["data"])
+    length = min(data.max_length, model.context or data.max_length)
+
+    def encoded(rows: list[Conversation], part: DataSection, _: str) -> list[Example]:
+        names = [part.template] if isinstance(part.template, str) else part.template
+        return encode.encode_all(rows, tokenizer, templates=names, max_length=length)[0] if rows else []
+
     try:
-        examples, _ = encode.encode_all(_training_rows(name), tokenizer, templates=names, max_length=length)
+        examples = mixture.encode_by_source(_training_rows(name), data, encoded)
     except UserError:  # none of them fits the base's context
         examples = []
     return likelihood.response_loss(model, examples)

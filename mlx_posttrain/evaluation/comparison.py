@@ -305,3 +305,15 @@ class Comparison:
         return f"{value}{'*' if self.is_significant(metric, model) else ''}\n" + (
             f"{low} to {high}" if interval else ""
         )
+
+
+def paired_test(a: ModelResult, b: ModelResult, metric: str, seed: int) -> tuple[float, float | None]:
+    """The sum of the weighted differences a - b over rows, and its p-value by a sign-flip test.
+
+    The p-value is None where fewer than MIN_ROWS rows have both values.
+    """
+    (rows, weights), (others, _) = a.values[metric], b.values[metric]
+    if rows.shape != others.shape or np.isfinite(rows - others).sum() < MIN_ROWS:
+        return 0.0, None
+    total = float(np.nansum((rows - others) * (1.0 if weights is None else weights)))
+    return total, sign_flip(rows, others, weights=weights, seed=seed)

@@ -60,7 +60,9 @@ class Recipe(config.Recipe):
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
         config.check_training(self)
-        if not isinstance(self.data.template, str):
+        if any(part.template != self.data.template for part in self.data.parts.values()) or not isinstance(
+            self.data.template, str
+        ):
             raise ValueError("data.template takes one name here: all questions must be asked alike")
         return self
 

@@ -205,6 +205,21 @@ class Recipe(rl_config.RolloutRecipe):
         """Whether there is a KL penalty, and so a reference."""
         return self.kl.beta > 0 or (self.kl.controller == "linear" and self.kl.final > 0)
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps after each rollout."""
+        answers = self.rollout.prompts * self.rollout.samples
+        return self.grpo.epochs * -(-answers // (self.train.batch_size * self.train.grad_accumulation))
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything asks for log-probabilities before the update.
+
+        That is a second update, whose ratio is to them, a reference beside them, or a weight against the
+        sampler's.
+        """
+        return self.updates > 1 or self.penalised or self.grpo.importance_cap is not None
+
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
         s, g, fields_of = self.settings, self.grpo, GRPOSection.model_fields
@@ -267,7 +282,8 @@ def policy_loss(recipe: Recipe) -> Loss:
 
         logprobs, entropy, _ = model.policy_terms(batch, temperature)
         xp = ops(logprobs)
-        log_ratios = objective.log_ratio(logprobs, extra["old_logprobs"], mask)
+        old = extra["old_logprobs"] if recipe.measured else xp.stop_gradient(logprobs)
+        log_ratios = objective.log_ratio(logprobs, old, mask)
         still = xp.stop_gradient(log_ratios)
         if s.ratio != "token":
             lengths = extra[LENGTHS] if s.ratio == "sequence" else None
@@ -289,8 +305,10 @@ def policy_loss(recipe: Recipe) -> Loss:
             "val/ratio": per_token(xp.exp(xp.stop_gradient(log_ratios))),
         }
         total = policy
+        if not recipe.measured:
+            metrics["sampling/sampling_logp_difference/mean"] = per_token(abs(old - extra["old_logprobs"]))
         if in_loss:
-            terms = (logprobs, extra["ref_logprobs"], mask, s.estimator, extra["old_logprobs"])
+            terms = (logprobs, extra["ref_logprobs"], mask, s.estimator, old)
             penalty = objective.kl_estimate(*terms)
             total = total + token_mean(extra["beta"] * penalty, mask, batch.total, batch.weight)
             metrics["kl"] = per_token(penalty)
@@ -311,14 +329,11 @@ def algorithm(recipe: Recipe) -> Algorithm:
         missing_eos_score=rollout.missing_eos_score,
         overlong_buffer=section.overlong_buffer,
     )
-    updates = -(
-        -rollout.prompts * rollout.samples // (recipe.train.batch_size * recipe.train.grad_accumulation)
-    )
     note = (
         "a loss near 0 at the first update of a step is expected: the ratio is 1 there, and advantages "
         "average to 0; watch reward and eval/ in metrics.jsonl"
     )
-    if updates * section.epochs == 1:
+    if recipe.updates == 1:
         note += "\none update a step: its ratio is always 1, so nothing is ever clipped"
     return Algorithm(
         loss=policy_loss(recipe),
@@ -333,12 +348,14 @@ def algorithm(recipe: Recipe) -> Algorithm:
             kl_in_reward=s.place == "reward",
             mask_unfinished=section.mask_unfinished,
             importance_cap=section.importance_cap,
+            measured=recipe.measured,
         ),
         epochs=section.epochs,
         aggregation=s.aggregation,
         resample=s.resample,
         greedy=s.baseline == "greedy",
         shape=shape,
+        measured=recipe.measured,
         note=note,
     )
 

@@ -181,7 +181,7 @@ def dataset(recipe: Any, facts: ModelFacts, collate: Collator) -> Dataset:
     if not good or not bad:
         kind, other = ("good", "bad") if good else ("bad", "good")
         raise UserError(
-            f"{recipe.data.source}: all {len(items):,} answers to train on are labelled {kind}, and KTO "
+            f"{recipe.data.origin}: all {len(items):,} answers to train on are labelled {kind}, and KTO "
             f"learns from both kinds: add {other} ones"
             + (", or imitate these with method: sft" if good else "; or look at which labels mean what")
         )

@@ -283,7 +283,7 @@ def dataset(recipe: Any, facts: ModelFacts, collate: Collator) -> Dataset:
         )
         if not any(pair.margin for pair in pairs.train):
             raise UserError(
-                f"{recipe.data.source}: preference.margin=true, and no row has a column 'margin' other than "
+                f"{recipe.data.origin}: preference.margin=true, and no row has a column 'margin' other than "
                 "0, nor scores; name it with data.columns, for example {margin: score_gap}, or leave "
                 "preference.margin out"
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlx_posttrain import config
 from mlx_posttrain.data import sources
@@ -58,6 +58,12 @@ class Recipe(config.Recipe):
     method: Literal["pretrain"] = Field(description="pretrain: a new model from random weights")
     pretrain: PretrainSection = Field(default_factory=lambda: PretrainSection())
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Recipe:
+        if self.data.sources is not None:
+            raise ValueError("pre-training reads one data.source: join the texts in one file or folder")
+        return self
+
 
 def start(recipe: Recipe, folder: Path) -> Path:
     """The folder of the first model: ``pretrain.start``, or ``folder/start`` with new weights and tokenizer.
@@ -69,6 +75,7 @@ def start(recipe: Recipe, folder: Path) -> Path:
     target = folder / "start"
     if not (target / "model.safetensors").is_file():
         data = recipe.data
+        assert data.source is not None
         rows = sources.load_rows(
             data.source, split=data.split, config=data.config, limit=data.limit, seed=recipe.seed
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.models.source import Source, is_hub_id
 
 #: Keys of a recipe that are in a card's other parts, or say nothing of how a model was trained.
-NOT_THE_METHOD = ("method", "seed", "description", "model", "engine", "output", "log", "data", "sample")
+NOT_THE_METHOD = (
+    *("method", "seed", "description", "model", "engine", "output"),
+    *("log", "data", "sample", "mixture"),
+)
 
 #: An absolute path with its last part: alone, in a command or a list, but not behind the colon of an address.
 _PART = r"[^\s'\",\]})/]+"
@@ -45,6 +48,7 @@ def model_card(
     figures = read_json(result) if result.is_file() else {}
     environment = _environment(run)
     adapter = raw.get("adapter") or {}
+    sources = raw.get("data", {}).get("sources") or []
     method = {"method": raw.get("method", "unknown"), "seed": raw.get("seed")}
     method |= {"template": raw.get("data", {}).get("template")}
     for section, value in raw.items():
@@ -55,13 +59,20 @@ def model_card(
             "name": run.name,
             "base_model": base,
             "usage": how_to_use and how_to_use(base),
-            "datasets": raw.get("data", {}).get("source"),
+            "datasets": [one["source"] for one in sources] or raw.get("data", {}).get("source"),
             "library_name": {"peft": "peft", "mlx-lm": "mlx"}.get(to, "transformers"),
             "description": raw.get("description") or f"A model made by {raw.get('method', 'post-training')}.",
-            "data": {k: v for k, v in raw.get("data", {}).items() if v not in (None, {}, [])},
+            "data": {
+                **{
+                    k: v for k, v in raw.get("data", {}).items() if k != "sources" and v not in (None, {}, [])
+                },
+                **_sources(sources, raw.get("mixture")),
+            },
             "method": {k: v for k, v in method.items() if v is not None},
             "figures": {
-                f"held-out {k}" if k in ("loss", "nll", "kl") else k.replace("_", " "): v
+                f"held-out {k.replace('/', ' of ')}"
+                if k.partition("/")[0] in ("loss", "nll", "kl")
+                else k.replace("_", " "): v
                 for k, v in figures.items()
             },
             "command": _portable(environment.get("command")),
@@ -78,6 +89,20 @@ def _portable(value: Any) -> Any:
     if isinstance(value, list):
         return [_portable(inner) for inner in value]
     return _ABSOLUTE.sub(r"\1", value) if isinstance(value, str) else value
+
+
+def _sources(sources: Sequence[Mapping[str, Any]], counted: Any) -> dict[str, str]:
+    """What a mixture is made of: each source's settings and, as the run counted them, its rows."""
+    rows = list(counted.items()) if isinstance(counted, dict) else []
+    found = {}
+    for number, source in enumerate(sources):
+        settings = {k: v for k, v in source.items() if v not in (None, {}, [])}
+        name, numbers = rows[number] if len(rows) == len(sources) else (f"source {number + 1}", {})
+        text = ", ".join(f"{key} {value}" for key, value in settings.items())
+        if numbers:
+            text += f"; {numbers['train']:,} rows trained on, {numbers['held_out']:,} held out"
+        found[name] = text
+    return found
 
 
 def _flat(key: str, value: Any) -> dict[str, Any]:

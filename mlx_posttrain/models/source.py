@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Source:
         # Rows taken as they stand were trained without marks, and are asked without them.
         if data.get("pack") or self.recipe.get("untemplated"):
             return "none"
-        template = data.get("template", "instruction")
+        template = _first_source(data).get("template") or data.get("template", "instruction")
         if isinstance(template, list) and template:
             template = template[0]
         if not isinstance(template, str):
@@ -52,12 +53,19 @@ class Source:
     @property
     def system(self) -> str | None:
         """The system prompt that a run was trained with."""
-        return ((self.recipe or {}).get("data") or {}).get("system")
+        data = (self.recipe or {}).get("data") or {}
+        return _first_source(data).get("system") or data.get("system")
 
     @property
     def quantize(self) -> int | None:
         """Bits of a QLoRA run's base."""
         return ((self.recipe or {}).get("adapter") or {}).get("quantize")
+
+
+def _first_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first source of a recipe's mixture; a model is asked as that one's rows are."""
+    sources = data.get("sources")
+    return sources[0] if isinstance(sources, list) and sources and isinstance(sources[0], dict) else {}
 
 
 def locate(name: str | Path) -> Source:

@@ -110,13 +110,14 @@ def similarity(
     reference_answer: Sequence[Any] | None = None,
     answer: Sequence[Any] | None = None,
     *,
-    metric: Literal["f1", "rouge_l"] = "f1",
+    metric: Literal["f1", "rouge_l", "recall"] = "f1",
 ) -> Scores:
     """Return how alike the answer and the row's own are, from 0 to 1, in words without case or punctuation.
 
-    Both are 2 P R / (P + R). For ``f1`` precision P and recall R count the words in common (Rajpurkar et al.
-    2016, "SQuAD", without its removal of articles); for ``rouge_l`` the longest common subsequence (Lin 2004,
-    with beta 1, of the first LONGEST_COMPARED words of each). Only the text after a thought counts. The
+    ``f1`` and ``rouge_l`` are 2 P R / (P + R). For ``f1`` precision P and recall R count the words in common
+    (Rajpurkar et al. 2016, "SQuAD", without its removal of articles); for ``rouge_l`` the longest common
+    subsequence (Lin 2004, with beta 1, of the first LONGEST_COMPARED words of each). ``recall`` is R of the
+    words in common alone, which an answer can raise by saying more. Only the text after a thought counts. The
     reference is the column ``reference_answer``, or else ``answer``; None where it has no words.
     """
     found: Scores = []
@@ -133,7 +134,7 @@ def similarity(
         common = (
             _subsequence(ours, theirs) if metric == "rouge_l" else (Counter(ours) & Counter(theirs)).total()
         )
-        found.append(2 * common / (len(ours) + len(theirs)))
+        found.append(common / len(theirs) if metric == "recall" else 2 * common / (len(ours) + len(theirs)))
     return found
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_posttrain.data.mixture import interleave
 from mlx_posttrain.data.read import encode_rows, read_conversations
+from mlx_posttrain.data.split import read_parts
 from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.merge import base_folder
@@ -93,5 +95,5 @@ def _ptx_examples(
     if algorithm.ptx is None:
         return []
     data = algorithm.ptx.data
-    rows = read_conversations(data, split=data.split, limit=data.limit, seed=recipe.seed)
+    rows = interleave(read_parts(data, recipe.seed, read_conversations).values())
     return encode_rows(rows, data, tokenizer, context, recipe.seed, "ptx rows")

@@ -42,6 +42,17 @@ def evaluation(
     return metrics
 
 
+def score_by_source(completions: Sequence[Completion], scores: np.ndarray) -> dict[str, float]:
+    """Mean score of each source of a mixture, as ``score/NAME``; of one without a score nothing."""
+    sources = np.array([c.prompt.source for c in completions])
+    found = {}
+    for name in dict.fromkeys(sources.tolist()):
+        known = scores[(sources == name) & np.isfinite(scores)]
+        if name and len(known):
+            found[f"score/{name}"] = float(known.mean())
+    return found
+
+
 def describe(metrics: Mapping[str, float]) -> str:
     """An evaluation in one line."""
     texts = {

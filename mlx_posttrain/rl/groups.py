@@ -63,6 +63,7 @@ def group_experience(
     kl_in_reward: bool = False,
     mask_unfinished: bool = False,
     importance_cap: float | None = None,
+    measured: bool = True,
 ) -> Experience:
     """Advantages of scored completions. Pure: models have been asked before.
 
@@ -77,7 +78,8 @@ def group_experience(
     log-ratio to the reference is taken from the score; else the loss has the penalty. mask_unfinished:
     completions that did not end are compared with but not trained on. importance_cap: the update is weighted
     by min(pi_old / sampler, cap), which corrects for a sampler whose log-probabilities differ from the
-    trainer's (truncated importance sampling, Yao et al. 2025).
+    trainer's (truncated importance sampling, Yao et al. 2025). measured: whether ``old_logprobs`` are the
+    trainer's, and say how far the sampler's are from them.
 
     Returns per token ``old_logprobs``, ``advantages``, and ``ref_logprobs``, ``beta`` and ``importance``
     where they are used. Raises UserError when no completion has a score.
@@ -120,7 +122,10 @@ def group_experience(
     if importance_cap is not None:
         per_token["importance"] = [np.minimum(np.exp(old[i] - sampled[i]), importance_cap) for i in trained]
 
-    metrics = _metrics(raw, compared, groups, completions) | _sampler_metrics(old, sampled)
+    metrics = _metrics(raw, compared, groups, completions)
+    metrics["objective/entropy"] = float(np.mean([-row.sum() for row in old]))
+    if measured:
+        metrics |= _sampler_metrics(old, sampled)
     metrics["unscored"] = len(scores) - len(kept)
     metrics["objective/rlhf_reward"] = float(final.mean())
     if "ref_logprobs" in stats:
@@ -196,7 +201,6 @@ def _sampler_metrics(old: Sequence[np.ndarray], sampled: Sequence[np.ndarray]) -
     """How far the sampler's log-probabilities are from the trainer's, under TRL's names."""
     difference = np.concatenate(old) - np.concatenate(sampled)
     return {
-        "objective/entropy": float(np.mean([-row.sum() for row in old])),
         "sampling/sampling_logp_difference/mean": float(np.abs(difference).mean()),
         "sampling/sampling_logp_difference/max": float(np.abs(difference).max()),
         "sampling/importance_sampling_ratio/mean": float(np.exp(difference).mean()),

@@ -5,6 +5,7 @@ with PPO"):
 
 1. sample completions from the policy's full softmax, and score them;
 2. measure log-probabilities and values in the forward pass that trains, so that the first ratio is 1;
+  where a step has one update and nothing else asks for them, the update's own serve;
 3. turn scores into per-token arrays: the method's ``experience``;
 4. for each epoch, in a new order, minibatches of the method's loss, and of the value loss of a separate
   critic.
@@ -32,7 +33,7 @@ from mlx_posttrain.rewards.scorer import Scores
 from mlx_posttrain.rl import kl, prompts, rollouts
 from mlx_posttrain.rl.aggregation import aggregate
 from mlx_posttrain.rl.config import RolloutRecipe
-from mlx_posttrain.rl.evaluation import describe, evaluation
+from mlx_posttrain.rl.evaluation import describe, evaluation, score_by_source
 from mlx_posttrain.rl.experience import Actors, Experience, measure
 from mlx_posttrain.rl.groups import equal_groups
 from mlx_posttrain.rl.rollouts import Completion, Prompt
@@ -178,7 +179,10 @@ class RolloutLearner:
         if self._baseline is not None:
             given["moving"] = self._baseline
         sampled = time.perf_counter()
-        stats = self._measure(self._last)
+        if self.algorithm.measured:
+            stats = self._measure(self._last)
+        else:
+            stats = {"old_logprobs": [np.array(c.logprobs) for c in self._last]}
         seen = self.algorithm.experience(
             self._last, scores.total, stats, beta, self.actors.value_offset, **given
         )
@@ -303,7 +307,8 @@ class RolloutLearner:
         if not self.data.held_out:
             return None
         stats = self._measure(self._held_out)
-        return evaluation(self._held_out, stats, self._held_scores.total, self.actors.judge)
+        metrics = evaluation(self._held_out, stats, self._held_scores.total, self.actors.judge)
+        return metrics | score_by_source(self._held_out, self._held_scores.total)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         return f"held-out {describe(metrics)}"

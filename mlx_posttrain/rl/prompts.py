@@ -10,14 +10,16 @@ import numpy as np
 
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
-from mlx_posttrain.data import drops, encode
-from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, say_specials, split_rows, with_system
+from mlx_posttrain.data import drops, mixture
+from mlx_posttrain.data.formats import Record
+from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, say_specials, with_system
+from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rl.rollouts import Prompt
 
-# turns before the answer, whether a template goes around them, other columns
-PromptRow = tuple[tuple[Turn, ...], bool, Mapping[str, Any]]
+# turns before the answer, whether a template goes around them, other columns, source of a mixture
+PromptRow = tuple[tuple[Turn, ...], bool, Mapping[str, Any], str]
 
 
 def read(
@@ -30,10 +32,7 @@ def read(
     data.max_length, or one that leaves no room for ``max_tokens`` in the context. Raises UserError when none
     is left to train on.
     """
-    found = [
-        [_prompt_row(with_system(row, data.system)) for row in rows]
-        for rows in split_rows(data, seed, read_rows)
-    ]
+    found = [[_prompt_row(row) for row in rows] for rows in split_rows(data, seed, _read_with_system)]
     room = min(data.max_length, (context or data.max_length + max_tokens) - max_tokens)
     if room < 1:
         raise UserError(
@@ -42,11 +41,11 @@ def read(
         )
     kept = []
     for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
-        encoded = _encode(rows, tokenizer, str(data.template))
+        encoded = _encode(rows, tokenizer, data)
         questions = [q for q in encoded if isinstance(q, Prompt)]
         prompts = [q for q in questions if len(q.tokens) <= room]
         refusals = [q for q in encoded if isinstance(q, UserError)]
-        say_specials(([turn.content for turn in turns] for turns, _, _ in rows), tokenizer, what)
+        say_specials(([turn.content for turn in turns] for turns, *_ in rows), tokenizer, what)
         if rows:
             log(
                 f"{what}: {len(prompts):,} of {len(rows):,} kept ({len(questions) - len(prompts):,} longer "
@@ -57,13 +56,13 @@ def read(
             drops.add(Counter(map(str, refusals)))
         if what == "prompts" and rows and not questions:
             raise UserError(
-                f"{data.source}: no row has a question to answer ({refusals[0]}); give rows with a column "
+                f"{data.origin}: no row has a question to answer ({refusals[0]}); give rows with a column "
                 "'prompt', or another data.template"
             )
         if rows and not prompts:
             if what == "prompts":
                 raise UserError(
-                    f"{data.source}: every prompt is longer than {room} tokens: raise data.max_length or "
+                    f"{data.origin}: every prompt is longer than {room} tokens: raise data.max_length or "
                     "lower rollout.max_tokens"
                 )
             log(NONE_HELD_OUT.format(what=what))
@@ -71,26 +70,28 @@ def read(
     return kept[0], kept[1]
 
 
+def _read_with_system(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Record]:
+    rows = read_rows(data, split=split, limit=limit, seed=seed)
+    return [with_system(row, data.system) for row in rows]
+
+
 def _prompt_row(row: Conversation | Preference | Labelled) -> PromptRow:
     if not isinstance(row, Conversation):
-        return row.prompt, row.templated, row.extra
+        return row.prompt, row.templated, row.extra, row.source
     if row.turns[-1].role != "assistant":
-        return row.turns, row.templated, row.extra
-    return row.turns[:-1], row.templated, {**row.extra, "reference_answer": row.turns[-1].content}
+        return row.turns, row.templated, row.extra, row.source
+    answer = {"reference_answer": row.turns[-1].content}
+    return row.turns[:-1], row.templated, {**row.extra, **answer}, row.source
 
 
-def _encode(rows: list[PromptRow], tokenizer: Any, template: str) -> list[Prompt | UserError]:
+def _encode(rows: list[PromptRow], tokenizer: Any, data: DataSection) -> list[Prompt | UserError]:
     """The rows' prompts, or why a row cannot be asked."""
-    found: dict[int, Prompt | UserError] = {}
-    for templated in (True, False):
-        which = [i for i, row in enumerate(rows) if row[1] is templated]
-        encoded = encode.try_prompts([rows[i][0] for i in which], tokenizer, template, templated=templated)
-        for i, ids in zip(which, encoded, strict=True):
-            if isinstance(ids, UserError):
-                found[i] = ids
-            else:
-                found[i] = Prompt(tuple(ids), rows[i][0][-1].content, rows[i][2])
-    return [found[i] for i in range(len(rows))]
+    templates = {name: mixture.first(part.template) for name, part in data.parts.items()}
+    asked = [(turns, templated, templates[source]) for turns, templated, _, source in rows]
+    return [
+        ids if isinstance(ids, UserError) else Prompt(tuple(ids), turns[-1].content, columns, source)
+        for ids, (turns, _, columns, source) in zip(mixture.try_prompts(asked, tokenizer), rows, strict=True)
+    ]
 
 
 def order(count: int, seed: int, epoch: int) -> list[int]:

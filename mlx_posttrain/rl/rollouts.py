@@ -9,7 +9,7 @@ engine's protocol.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,15 @@ Stats = Mapping[str, Sequence[np.ndarray]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as token ids, the text of its last turn, and the row's other columns for reward functions."""
+    """A prompt as token ids, the text of its last turn, and the row's other columns for reward functions.
+
+    source: the name of the row's source in a mixture.
+    """
 
     tokens: tuple[int, ...]
     text: str
     columns: Mapping[str, Any]
+    source: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mlx_posttrain.console import log
 from mlx_posttrain.data import batches
 from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.engines.base import Trainer
-from mlx_posttrain.errors import UserError
+from mlx_posttrain.errors import Diverged, UserError
 from mlx_posttrain.runs import Run
 
 
@@ -24,14 +24,14 @@ def print_compiled(trainers: Iterable[Trainer]) -> None:
         log(f"steps were compiled {compiled} times: once for each shape of batches")
 
 
-def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> UserError:
+def not_finite(step: int, error: FloatingPointError, run: Run, advice: str) -> Diverged:
     """The error for a loss or gradient that is not finite in ``step``, counted from 0.
 
     The checkpoints stay.
 
     The present weights are not saved: they may be what is wrong, as an update can overflow a step earlier.
     """
-    return UserError(
+    return Diverged(
         f"step {step + 1}: {error}: stopped before the weights took it; {_last_good(run)}. {advice}"
     )
 
@@ -46,7 +46,7 @@ def blown_up(done: int, what: str, run: Run) -> UserError:
             f"before the first step {what}: the model that the run starts from is broken, or the rows are; "
             "nothing was trained"
         )
-    return UserError(
+    return Diverged(
         f"step {done}: {what}: these weights are not saved; {_last_good(run)}. Start anew with "
         "a lower train.lr"
     )

@@ -51,6 +51,8 @@ class Algorithm:
     greedy: whether ``experience`` compares with greedy completions: it is given ``greedy``, one
         (completion, score) for each group.
     shape: scores as they are compared (rl/groups.py), for ``resample``; None: as they are.
+    measured: whether a pass before the updates measures log-probabilities. Without it ``old_logprobs`` are
+        the sampler's, and the loss compares the policy with itself: for one update a step.
     note: for the beginning of a run.
     """
 
@@ -65,6 +67,7 @@ class Algorithm:
     resample: int = 0
     greedy: bool = False
     shape: Shape | None = None
+    measured: bool = True
     note: str = ""
 
 

@@ -14,6 +14,9 @@ from mlx_posttrain.engines.base import Engine, Loss, Model
 from mlx_posttrain.training.checks import check_settings, fingerprint
 from mlx_posttrain.training.optimizer import adamw
 
+#: Held-out figures that a mixture's sources have each: the loss, and the share of pairs that are right.
+BY_SOURCE = ("loss", "accuracy", "rewards/accuracies")
+
 
 class RowLearner:
     """A model, its optimizer, and the dataset that it is trained on; see loop.Learner.
@@ -41,7 +44,7 @@ class RowLearner:
         self.trainer = engine.trainer(model, adamw(dataset.settings))
         self.trainers = {"optimizer": self.trainer}
         self._metrics, self._samples, self._prepare = metrics, samples, prepare
-        self._held_out = dataset.evaluation()
+        self._by_source = dataset.evaluation_by_source()
         self._last: Sequence[Batch] = ()
 
     def check(self) -> None:
@@ -65,7 +68,11 @@ class RowLearner:
     def prepare(self) -> None:
         if self._prepare is not None:
             self._prepare()
-            self._held_out = self.dataset.evaluation()
+            self._by_source = self.dataset.evaluation_by_source()
+
+    @property
+    def _held_out(self) -> list[Batch]:
+        return [batch for batches in self._by_source.values() for batch in batches]
 
     def begin(self) -> None:
         pass
@@ -92,10 +99,25 @@ class RowLearner:
         return None if math.isfinite(after) else f"the loss with the weights that it made is {after}"
 
     def evaluate(self) -> dict[str, float] | None:
-        return self._metrics(self.model.evaluate(self.loss, self._held_out)) if self._held_out else None
+        """Metrics over all held-out items and, of a mixture, those in ``BY_SOURCE`` of each source too."""
+        if not self._by_source:
+            return None
+        found = {name: self.model.evaluate(self.loss, part) for name, part in self._by_source.items()}
+        units = {name: sum(b.count for b in part) for name, part in self._by_source.items()}
+        whole = {
+            metric: sum(found[name][metric] * (units[name] / sum(units.values())) for name in found)
+            for metric in next(iter(found.values()))
+        }
+        metrics = self._metrics(whole)
+        for name, sums in found.items():
+            if name:
+                of_source = self._metrics(sums)
+                metrics |= {f"{m}/{name}": of_source[m] for m in BY_SOURCE if m in of_source}
+        return metrics
 
     def describe(self, metrics: Mapping[str, float]) -> str:
-        return f"held-out loss {metrics['loss']:.4f}"
+        parts = [f"{name} {metrics[f'loss/{name}']:.4f}" for name in self._by_source if name]
+        return f"held-out loss {metrics['loss']:.4f}" + (f" ({', '.join(parts)})" if parts else "")
 
     def write_samples(self, step: int) -> None:
         if self._samples is not None:

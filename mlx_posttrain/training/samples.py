@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlx_posttrain.console import log
-from mlx_posttrain.data import encode
+from mlx_posttrain.data import encode, mixture
 from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
@@ -29,16 +29,18 @@ def answers(session: Session) -> Callable[[int], None]:
     recipe, dataset, model = session.recipe, session.dataset, session.model
     assert dataset is not None
     data, sample, tokenizer = recipe.data, recipe.sample, session.facts.tokenizer
-    template = data.template if isinstance(data.template, str) else data.template[0]
     length = (model.context or data.max_length) - 1
     rows = [_question(row) for row in dataset.held_out_rows]
-    templated = rows[0][1] if rows else not dataset.untemplated
     if sample.prompts:
+        template = mixture.first(next(iter(data.parts.values())).template)
+        templated = not dataset.untemplated
         rows = [((Turn("user", p),), templated, None) for p in sample.prompts]
         encoded = encode.encode_prompts([r[0] for r in rows], tokenizer, template, templated=templated)
     else:
         rows = [] if data.pack or not sample.count else rows
-        found = encode.try_prompts([r[0] for r in rows], tokenizer, template, templated=templated)
+        names = mixture.templates(dataset.held_out_rows[: len(rows)], data)
+        ways = [(turns, templated, name) for (turns, templated, _), name in zip(rows, names, strict=True)]
+        found = mixture.try_prompts(ways, tokenizer)
         asked = [(row, ids) for row, ids in zip(rows, found, strict=True) if not isinstance(ids, UserError)]
         refusals = [error for error in found if isinstance(error, UserError)]
         if refusals:

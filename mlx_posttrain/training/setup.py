@@ -15,6 +15,7 @@ from mlx_posttrain.config import AdapterSection, Recipe, absolute_paths
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
 from mlx_posttrain.convert.files import home, require_space
+from mlx_posttrain.data import mixture
 from mlx_posttrain.data.read import ModelFacts, model_facts
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
@@ -51,8 +52,8 @@ def train(
     """
     engine, run = open_run(recipe, resume)
     with discard_on_failure(run, resume):
-        session = _load(method, recipe, engine, run, bool(resume))
-        chosen = _row_learner(session) if method.trains_on == "rows" else _rollout_learner(session)
+        session = open_session(method, recipe, engine, run, bool(resume))
+        chosen = row_learner(session) if method.trains_on == "rows" else _rollout_learner(session)
         engine.seed(recipe.seed)
     result = fit(engine, chosen, run, recipe.train, resume=bool(resume), callbacks=callbacks)
     if method.report is not None:
@@ -139,7 +140,8 @@ def discard_on_failure(run: runs.Run, resume: Resume) -> Iterator[None]:
         raise
 
 
-def _load(method: Method, recipe: Any, engine: Engine, run: runs.Run, resume: bool) -> Session:
+def open_session(method: Method, recipe: Any, engine: Engine, run: runs.Run, resume: bool = False) -> Session:
+    """The recipe's model, tokenizer and dataset on an engine. Raises UserError where one does not fit."""
     folder = method.start(recipe, run.folder) if method.start else base_folder(recipe.model)
     facts = facts_on(engine, recipe, folder)
     # Before the weights: a mistake in the rows is found at once.
@@ -199,12 +201,13 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
     return model
 
 
-def _row_learner(session: Session) -> Learner:
+def row_learner(session: Session) -> Learner:
+    """What trains on the session's rows, with the reference that the method needs."""
     method, recipe, model, dataset = session.method, session.recipe, session.model, session.dataset
     assert method.loss is not None and dataset is not None
     reference = method.reference(recipe)
-    if dataset.untemplated and not session.resume:
-        session.run.write_recipe(recipe, untemplated=True)
+    facts: dict[str, Any] = {"untemplated": True} if dataset.untemplated else {}
+    _note(session, facts, mixture.tally(recipe.data, dataset.train, dataset.held_out))
     print_parameters(recipe, session.engine, model)
     of = size(session.folder)
     plans.print_plan(lambda: plans.of_rows(recipe, session.engine.name, of, dataset, method.reference))
@@ -226,6 +229,13 @@ def _row_learner(session: Session) -> Learner:
         samples=(method.samples or samples.default_for(session))(session),
         prepare=cache if reference == "distribution" else None,
     )
+
+
+def _note(session: Session, facts: dict[str, Any], sources: dict[str, dict[str, int]]) -> None:
+    """Write into a new run's recipe.yaml what its rows told: ``facts``, and how many each source gives."""
+    facts = {**facts, "mixture": sources} if sources else facts
+    if facts and not session.resume:
+        session.run.write_recipe(session.recipe, **facts)
 
 
 def _keep_reference_logprobs(session: Session) -> None:
@@ -279,6 +289,7 @@ def _rollout_learner(session: Session) -> Learner:
     read = prompts.read(
         recipe.data, session.facts.tokenizer, session.model.context, recipe.rollout.max_tokens, recipe.seed
     )
+    _note(session, {}, mixture.tally(recipe.data, *read))
     # Before reference, critic and scorers are there.
     plans.print_plan(lambda: _plan_rollouts(method, recipe, session.engine.name, session.folder, read))
     algorithm, reference = method.algorithm(recipe), method.reference(recipe)

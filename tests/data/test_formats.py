@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_posttrain.data.formats import Dropped, accepted, detect, fill_prompts, parse, parse_rows
+from mlx_posttrain.data.messages import TOOL_CALLS
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 
@@ -129,7 +130,7 @@ def test_messages_and_sharegpt() -> None:
         {"conversations": []},
     ]
     _, dropped = parse_rows(rows)
-    assert dropped == {"no assistant turn": 2, "role 'tool'": 1, "empty answer": 1, "no messages": 1}
+    assert dropped == {"no assistant turn": 2, TOOL_CALLS: 1, "empty answer": 1, "no messages": 1}
     assert "row 1: column 'messages' must be a list of messages, found str" in fault(
         parse_rows, [{"messages": "hi"}]
     )
@@ -223,7 +224,7 @@ def test_columns_map() -> None:
 def test_named_formats() -> None:
     rows = [{"instruction": "i", "response": "r", "prompt": "p"}]
     assert parse_rows(rows, format="prompt_completion")[0][0].turns == (U("p"), A("r"))
-    assert "format messages needs the column messages|conversations, found instruction" in fault(
+    assert "format messages needs the column messages|conversations|conversation, found instruction" in fault(
         parse_rows, rows, format="messages"
     )
     assert "unknown data format 'alpacca'; did you mean 'alpaca'?" in fault(

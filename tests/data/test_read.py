@@ -8,7 +8,8 @@ import pytest
 
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data.read import opening, read_conversations, read_preferences, read_rows, split_rows
+from mlx_posttrain.data.read import read_conversations, read_preferences, read_rows
+from mlx_posttrain.data.split import opening, split_rows
 from mlx_posttrain.models.tokenizer import load_tokenizer
 from mlx_posttrain.rl import prompts
 from tests.helpers import write_jsonl

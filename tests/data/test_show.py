@@ -132,5 +132,5 @@ def test_validate(source, tmp_path, capfd):
     assert "there is no file" in missing
     assert command("validate", *ppo, "reward=[{function: checker}]")[-1].endswith("the run can start")
     stages = command("validate", "demo", f"output={tmp_path / 'demo'}")
-    assert stages[0] == "pipeline: every key is known" and len(stages) == 9
+    assert stages[0] == "pipeline: every key is known" and len(stages) == 10
     assert "reads no rows itself" in refused(capfd, "data", "demo")

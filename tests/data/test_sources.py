@@ -181,6 +181,16 @@ def test_a_dataset_that_was_downloaded_is_read_offline(hub: Path, capfd: pytest.
     assert "train" in message
 
 
+def test_a_limit_takes_whole_trees_of_a_dataset(hub: Path) -> None:
+    rows = []
+    for i in range(3):
+        rows.append({"message_id": f"q{i}", "parent_id": None, "text": f"q{i}", "role": "prompter"})
+        rows.append({"message_id": f"a{i}", "parent_id": f"q{i}", "text": f"a{i}", "role": "assistant"})
+    fill(hub, "someone/trees", train=rows)
+    found = load_rows("someone/trees", limit=2)
+    assert [[m["content"] for m in row["messages"]] for row in found] == [["q0", "a0"], ["q1", "a1"]]
+
+
 def test_the_error_for_a_missing_dataset_tells_how_to_get_it(hub: Path) -> None:
     message = fault("yahma/alpaca-cleaned")
     assert "`hf download --repo-type dataset yahma/alpaca-cleaned`" in message

@@ -638,7 +638,11 @@ def test_prediction_against_training_of_a_llama(mode: str, tied: bool, tmp_path:
 
 @pytest.mark.parametrize(
     ("mode", "dtype", "checkpointing"),
-    [("full", "bfloat16", False), ("lora", "bfloat16", False), ("full", "float32", True)],
+    [
+        ("full", "bfloat16", False),
+        pytest.param("lora", "bfloat16", False, marks=pytest.mark.exhaustive),
+        ("full", "float32", True),
+    ],
 )
 def test_prediction_against_training_in_half_precision_and_with_checkpoints(
     mode: str, dtype: str, checkpointing: bool
@@ -648,44 +652,49 @@ def test_prediction_against_training_in_half_precision_and_with_checkpoints(
     assert predicted == pytest.approx(peak, rel=0.2)
 
 
-@pytest.mark.parametrize("engine", engines.available())
+KL_SFT = ["model=tiny", "data.source=embedded/tasks", "data.limit=64"]
+RUNS = {
+    "sft": ("demo_sft", ["data.limit=64", "data.eval_limit=16", "train.steps=3"]),
+    "kl": ("06_kl_sft", [*KL_SFT, "train.steps=3"]),
+    # the pass that computes the reference's states is the peak
+    "kl states": (
+        "06_kl_sft",
+        [
+            *KL_SFT,
+            "data.holdout=1",
+            "data.eval_limit=1",
+            "data.clean=null",
+            "adapter.rank=8",
+            "train.lr=1e-3",
+            "train.batch_size=4",
+            "train.gradient_checkpointing=true",
+        ],
+    ),
+    "ppo": (
+        "demo_ppo",
+        [
+            "model=tiny",
+            "reward=[{function: checker}]",
+            "train.steps=1",
+            "rollout.prompts=8",
+            "train.batch_size=8",
+        ],
+    ),
+}
+QUICK = {("sft", "torch"), ("sft", "mlx"), ("kl", "torch"), ("ppo", "mlx")}
+
+
 @pytest.mark.parametrize(
-    ("recipe", "given"),
+    ("name", "engine"),
     [
-        ("demo_sft", ["data.limit=64", "data.eval_limit=16", "train.steps=3"]),
-        ("06_kl_sft", ["model=tiny", "data.source=embedded/tasks", "data.limit=64", "train.steps=3"]),
-        pytest.param(  # the pass that computes the reference's states is the peak
-            "06_kl_sft",
-            [
-                "model=tiny",
-                "data.source=embedded/tasks",
-                "data.limit=64",
-                "data.holdout=1",
-                "data.eval_limit=1",
-                "data.clean=null",
-                "adapter.rank=8",
-                "train.lr=1e-3",
-                "train.batch_size=4",
-                "train.gradient_checkpointing=true",
-            ],
-            marks=pytest.mark.exhaustive,
-        ),
-        (
-            "demo_ppo",
-            [
-                "model=tiny",
-                "reward=[{function: checker}]",
-                "train.steps=1",
-                "rollout.prompts=8",
-                "train.batch_size=8",
-            ],
-        ),
+        pytest.param(name, engine, marks=() if (name, engine) in QUICK else pytest.mark.exhaustive)
+        for name in RUNS
+        for engine in engines.available()
     ],
 )
-def test_every_run_says_it_first_and_comes_near(
-    recipe: str, given: list[str], engine: str, tmp_path: Path
-) -> None:
+def test_every_run_says_it_first_and_comes_near(name: str, engine: str, tmp_path: Path) -> None:
     """A real run of either engine, in a process of its own, as torch's memory is the process's."""
+    recipe, given = RUNS[name]
     settings = [f"engine={engine}", *given, f"output={tmp_path / 'run'}", "sample.count=0"]
     done = subprocess.run(command("run", recipe, *settings), capture_output=True, text=True, check=True)
     lines = done.stderr.splitlines()

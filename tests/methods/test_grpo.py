@@ -233,8 +233,15 @@ def test_a_step_of_one_update_has_a_ratio_of_one(engine, random_gpt2, rows_file,
     assert first["updates"] == 1 and first["val/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert first["loss/policy_avg"] == pytest.approx(0.0, abs=1e-5)
     assert first["clip_ratio/region_mean"] == 0 and first["policy/approxkl_avg"] < 1e-9
-    assert first["sampling/sampling_logp_difference/max"] < 1e-3
+    assert 0 < first["sampling/sampling_logp_difference/mean"] < 1e-3
     assert "objective/kl" not in first and "kl" not in first  # no penalty, so no reference
+
+    # The update is that of log-probabilities measured before it, which a cap on importance asks for.
+    _, measured = run(random_gpt2, rows_file, counting, tmp_path / "other", *more, "grpo.importance_cap=9")
+    (other,) = steps(measured)
+    for name in ("policy/grad_norm", "entropy", "objective/entropy", "reward"):
+        assert first[name] == pytest.approx(other[name], rel=1e-4)
+    assert other["sampling/sampling_logp_difference/max"] < 1e-3
 
 
 @pytest.mark.slow

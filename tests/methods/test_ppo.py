@@ -136,7 +136,7 @@ def test_the_first_ratio_is_one(engine, more, random_gpt2, rows_file, counting, 
     assert {"step", "prompt", "answer", "score"} <= set(samples[0])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2))])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_reward_for_one_letter_is_learned(engine, seed, random_gpt2, rows_file, counting, tmp_path):
     _, done = run(

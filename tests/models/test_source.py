@@ -14,7 +14,8 @@ import pytest
 from mlx_posttrain import config, engines, runs
 from mlx_posttrain.convert import weights
 from mlx_posttrain.data import read
-from mlx_posttrain.data.read import read_rows, split_rows
+from mlx_posttrain.data.read import read_rows
+from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.models.export import export

@@ -72,11 +72,7 @@ PIECES = (
     *("<think>", "</think>", "<think></think>", "<answer>", "</answer>", "<answer>1</answer>"),
     *("You are welcome", "You are welcome. ", "Sure! ", "The answer is ", "Good grief ", "Tom had a dog. "),
 )
-TEXTS = {
-    repr(piece[:20]) + ending: begin + (piece * LENGTH)[:LENGTH] + end
-    for piece in PIECES
-    for ending, begin, end in (("", "", ""), (" between lines", "I say 7.\n", "\nx y"))
-}
+ENDS = {"alone": ("", ""), "between lines": ("I say 7.\n", "\nx y")}
 SPECS = (
     checks.one_of("cold", "7"),
     checks.literal("- a\n- b"),
@@ -113,18 +109,27 @@ KWARGS = {
 REFERENCES = ("7", "Paris", "2\\pi", "(1, 2]")
 
 
-def slowest(functions):
-    """The longest time that one of the functions takes for one of the texts, with their names."""
-    worst = (0.0, "", "")
-    for about, text in TEXTS.items():
-        for name, function in functions.items():
-            start = time.process_time()
-            function(text)
-            worst = max(worst, (time.process_time() - start, name, about))
-    return worst
+@pytest.fixture(params=["alone", pytest.param("between lines", marks=pytest.mark.exhaustive)])
+def slowest(request):
+    """A function that finds the longest time that one of some functions takes for one of the texts, and
+    names both.
+    """
+    begin, end = ENDS[request.param]
+
+    def find(functions):
+        worst = (0.0, "", "")
+        for piece in PIECES:
+            text = begin + (piece * LENGTH)[:LENGTH] + end
+            for name, function in functions.items():
+                start = time.process_time()
+                function(text)
+                worst = max(worst, (time.process_time() - start, name, repr(piece[:20])))
+        return worst
+
+    return find
 
 
-def test_checkers():
+def test_checkers(slowest):
     assert {spec["kind"] for spec in SPECS} == set(checks.KINDS)
     functions = {
         "equations_hold": checks.equations_hold,
@@ -142,17 +147,17 @@ def test_integers_that_int_refuses():
     assert checks.check(checks.worked([3, 4, 2], 9), text) is False
 
 
-def test_ifeval():
+def test_ifeval(slowest):
     functions = {rule: (lambda text, rule=rule: ifeval.follows(rule, KWARGS, text)) for rule in ifeval.RULES}
     assert slowest(functions) < (SECONDS,)
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_answers(reference):
+def test_answers(slowest, reference):
     assert slowest({reference: lambda text: verify({"answer": reference}, text)}) < (SECONDS,)
 
 
-def test_other_rules():
+def test_other_rules(slowest):
     game = {"numbers": [1, 2, 3], "target": 6}
     functions = {
         "countdown": lambda text: verify(game, text),
@@ -163,7 +168,7 @@ def test_other_rules():
     assert slowest(functions) < (SECONDS,)
 
 
-def test_rewards():
+def test_rewards(slowest):
     reference = {"reference_answer": ["so the answer is 1 and a cat. " * 1000]}
     schema = {"type": "object", "additionalProperties": {"type": "array", "items": {"maximum": 3}}}
     functions = {

@@ -76,6 +76,10 @@ def test_similarity():
     assert score("similarity", backwards, {"metric": "rouge_l"}, **reference) == [pytest.approx(3 / 6)]
     # 2 of 2 words right, 2 of 6 found
     assert score("similarity", ["<think>no</think> cat mat"], **reference) == [pytest.approx(2 * 2 / 8)]
+    recall = {"metric": "recall"}
+    assert score("similarity", ["<think>no</think> cat mat"], recall, **reference) == [pytest.approx(2 / 6)]
+    listed = ["a dog or the mat or the cat sat on it"]
+    assert score("similarity", listed, recall, **reference) == [1]
     assert score("similarity", ["", "x"], reference_answer=["a b", None], answer=[None, 7]) == [0, 0]
     assert score("similarity", ["7", "x"], answer=[7, "..."]) == [1, None]
     assert score("similarity", ["x"]) == [None]

@@ -131,7 +131,13 @@ def test_event_files_hold_what_metrics_hold(random_gpt2, rows_file, tmp_path):
 
 
 @needs_tensorboard
-@pytest.mark.parametrize("checkpoint", ["step-000004", None], ids=["after a checkpoint", "before the first"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        pytest.param("step-000004", id="after a checkpoint"),
+        pytest.param(None, id="before the first", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_killed_and_resumed_run_has_each_step_once(checkpoint, random_gpt2, rows_file, tmp_path):
     run = tmp_path / "run"
     more = [

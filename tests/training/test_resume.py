@@ -41,14 +41,27 @@ def settings(model: Path, rows: Path, output: Path, engine: str, *more: str) -> 
     ]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+FULL: list[str] = []
+DROPOUT = ["adapter.rank=4", "adapter.dropout=0.2"]
+KILLED = {
+    "full-torch": ("torch", FULL, ()),
+    "full-mlx": ("mlx", FULL, pytest.mark.exhaustive),
+    "lora with dropout-torch": ("torch", DROPOUT, pytest.mark.exhaustive),
+    "lora with dropout-mlx": ("mlx", DROPOUT, ()),
+    **{
+        f"{name}-{engine}": (engine, ["kl.beta=0.3", *more], pytest.mark.exhaustive)
+        for name, more in (("kl", []), ("kl lora", ["adapter.rank=4"]))
+        for engine in ("torch", "mlx")
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "adapter",
+    "engine, adapter",
     [
-        pytest.param([], id="full"),
-        pytest.param(["adapter.rank=4", "adapter.dropout=0.2"], id="lora with dropout"),
-        pytest.param(["kl.beta=0.3"], id="kl", marks=pytest.mark.exhaustive),
-        pytest.param(["kl.beta=0.3", "adapter.rank=4"], id="kl lora", marks=pytest.mark.exhaustive),
+        pytest.param(engine, adapter, id=name, marks=marks)
+        for name, (engine, adapter, marks) in KILLED.items()
+        if engine in ENGINES
     ],
 )
 def test_kill_and_resume_equals_an_uninterrupted_run(engine, adapter, random_gpt2, rows_file, tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_posttrain.evaluation import charts
-from mlx_posttrain.evaluation.comparison import LEVEL, MIN_ROWS, Comparison, ModelResult
+from mlx_posttrain.evaluation.comparison import LEVEL, MIN_ROWS, Comparison, paired_test
 from mlx_posttrain.evaluation.findings.base import Finding, Verdict
 from mlx_posttrain.evaluation.metric_table import METRICS
 from mlx_posttrain.evaluation.metrics import bootstrap, holm, proportion, seq_rep_n, sign_flip
@@ -201,7 +201,7 @@ def loss_and_quality(comparison: Comparison) -> Finding | None:
         return None
     pairs = list(itertools.combinations(models, 2))
     tests = [
-        [_test_pair(a, b, metric, comparison.seed) for metric in ("response_loss", "accuracy")]
+        [paired_test(a, b, metric, comparison.seed) for metric in ("response_loss", "accuracy")]
         for a, b in pairs
     ]
     tested = [i for i, parts in enumerate(tests) if all(p is not None for _, p in parts)]
@@ -240,15 +240,3 @@ def loss_and_quality(comparison: Comparison) -> Finding | None:
         {"agree": agree, "disagree": disagree, "within_chance": within_chance},
         {"loss_quality": chart},
     )
-
-
-def _test_pair(a: ModelResult, b: ModelResult, metric: str, seed: int) -> tuple[float, float | None]:
-    """(sum of the weighted differences a - b, their p-value).
-
-    The p-value is None where fewer than MIN_ROWS rows have both values.
-    """
-    (rows, weights), (others, _) = a.values[metric], b.values[metric]
-    if rows.shape != others.shape or np.isfinite(rows - others).sum() < MIN_ROWS:
-        return 0.0, None
-    total = float(np.nansum((rows - others) * (1.0 if weights is None else weights)))
-    return total, sign_flip(rows, others, weights=weights, seed=seed)
