@@ -171,7 +171,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Answer prompts, as many at once as memory allows."""
-    from mlx_posttrain import api
+    from mlx_posttrain import api, console
     from mlx_posttrain.errors import UserError
 
     prompts = list(prompt or [])
@@ -204,7 +204,7 @@ def generate(
 
             typer.echo(jsonlib.dumps(a, ensure_ascii=False))
         else:
-            typer.echo(f"> {a['prompt']}\n{a['answer']}\n")
+            typer.echo(console.shown(f"> {a['prompt']}\n{a['answer']}\n"))
 
 
 @app.command()
@@ -217,7 +217,7 @@ def chat(
     template: Annotated[str | None, typer.Option(help="prompt format; default: the run's own")] = None,
     engine: EngineOption = "auto",
 ) -> None:
-    """Talk to a model; answers stream. An empty line or Ctrl-D ends, /new starts over."""
+    """Talk to a model; answers stream. /help lists what else there is to type; an empty line ends."""
     from mlx_posttrain import api
     from mlx_posttrain.generation import chat as module
 
@@ -305,7 +305,7 @@ def analyze(
     json: Annotated[bool, typer.Option("--json", help="findings as JSON")] = False,
     engine: EngineOption = "auto",
 ) -> None:
-    """Report what runs show: forgetting, drift, foreign data, loops, templates, overfitting."""
+    """Compare runs with the model they started from: forgetting, drift, loops, foreign data, overfitting."""
     import json as jsonlib
 
     from mlx_posttrain.evaluation import analyze as module
@@ -340,6 +340,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
     from mlx_posttrain.evaluation import analyze as module
+    from mlx_posttrain.evaluation import charts
     from mlx_posttrain.evaluation import findings as kinds
     from mlx_posttrain.evaluation import report as pages
     from mlx_posttrain.evaluation.suite import model_labels
@@ -349,8 +350,10 @@ def report(
     output = output.expanduser()
     pages.check_target(output)
     if logs_only:
+        labels = model_labels(names)
+        charts.SERIES_ORDER.set(tuple(labels))
         curve = kinds.overfitting(
-            {label: reopen(n)[0].metrics() for n, label in zip(names, model_labels(names), strict=True)}
+            {label: reopen(n)[0].metrics() for n, label in zip(names, labels, strict=True)}
         )
         _page(output, names, None, [curve] if curve else [])
     else:
@@ -382,7 +385,7 @@ def _compare(
     import json as jsonlib
 
     from mlx_posttrain.errors import UserError
-    from mlx_posttrain.evaluation import analyze
+    from mlx_posttrain.evaluation import analyze, charts
     from mlx_posttrain.evaluation import report as pages
     from mlx_posttrain.evaluation import suite as module
 
@@ -399,6 +402,7 @@ def _compare(
         pages.check_target(page)
     names = [_home(name) for name in names]
     names, labels = analyze.add_base(names, module.model_labels(names))
+    charts.SERIES_ORDER.set(tuple(labels))
     found = module.compare(names, suite, engine, labels)
     typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else found.table())
     if page:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.key_names import elsewhere_called
-from mlx_posttrain.yaml_text import parse_yaml
+from mlx_posttrain.yaml_text import flow, parse_yaml, unquoted, with_spaces
 
 #: Largest whole number in a recipe, seeds included: what 32 bits hold, as libraries keep them.
 MAX_INT = 2**31 - 1
@@ -404,6 +404,10 @@ def settings(overrides: list[str]) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise UserError(f"override {setting!r}: write key=value, for example train.lr=1e-5")
+        if whole := unquoted(setting, overrides):
+            raise UserError(
+                f"override {short(setting)}: the shell takes brackets apart; in quotes: '{whole}'"
+            )
         try:
             value = parse_yaml(text) if text else None
         except (yaml.YAMLError, ValueError):
@@ -411,6 +415,10 @@ def settings(overrides: list[str]) -> dict[str, Any]:
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
+        if (spaced := with_spaces(value)) != value:
+            raise UserError(
+                f"override {short(setting)}: a colon needs a space after it: '{key}={flow(spaced)}'"
+            )
         found[key] = value
     return found
 
@@ -588,6 +596,8 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
         return f"unknown key '{key}'; {hint}"
     if error["type"] == "missing":
         return f"the key '{key}' is missing"
+    if path[-1:] and ":" in path[-1] and error["input"] is None:
+        return f"'{key}': a colon needs a space after it: {path[-1].replace(':', ': ', 1)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     # about several keys: the message says which

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -22,6 +23,11 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2
 def printable(text: str) -> str:
     """A text with escapes for characters that would act on a terminal: names come from others' files."""
     return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def shown(text: str) -> str:
+    """A model's text for standard output: with escapes on a terminal, as it is in a file or a pipe."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def log(text: str) -> None:
@@ -46,7 +52,8 @@ class Progress:
         self.begun = self.spoke = time.monotonic()
         self.tokens = 0.0
         self.bar = None
-        if sys.stderr.isatty():
+        # a terminal that cannot move its cursor shows nothing of a bar
+        if sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown"):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress

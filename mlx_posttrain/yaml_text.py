@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -61,3 +63,50 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
         parts = [part for pair in parts for part in pair]
     known[id(node)] = count = 1 + sum(_values(part, known) for part in parts)
     return count
+
+
+def with_spaces(value: Any) -> Any:
+    """A value with ``{a:b}``, a key without a value to YAML, as the ``{a: b}`` that it means."""
+    if isinstance(value, list):
+        return [with_spaces(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found: dict[Any, Any] = {}
+    for key, inner in value.items():
+        name, colon, text = key.partition(":") if isinstance(key, str) else (key, "", "")
+        if colon and inner is None and name and text:
+            found[name] = text
+        else:
+            found[key] = with_spaces(inner)
+    return found
+
+
+def flow(value: Any) -> str:
+    """A value of plain texts and numbers on one line, without quotes, as a person types it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    return "null" if value is None else str(value)
+
+
+def unquoted(setting: str, words: Sequence[str]) -> str | None:
+    """The setting that was meant where a shell took one with brackets apart; None where it is whole.
+
+    At blanks: ``columns={a:`` and ``b}`` for ``columns={a: b}``. Of braces without blanks bash makes a word
+    for each part: ``columns=a:b`` and ``columns=c:d``.
+    """
+    key, _, text = setting.partition("=")
+    if text[:1] in ("{", "[") and _open(text):
+        rest = list(words[list(words).index(setting) + 1 :])
+        while rest and _open(text):
+            text += " " + rest.pop(0)
+        return f"{key}={text}" if not _open(text) else None
+    alike = [word.partition("=")[2] for word in words if word.partition("=")[0] == key]
+    if len(alike) > 1 and all(re.fullmatch(r"\w+:[^{}\[\]\s]+", one) for one in alike):
+        return f"{key}={{{', '.join(one.replace(':', ': ', 1) for one in alike)}}}"
+    return None
+
+
+def _open(text: str) -> bool:
+    return sum(text.count(one) for one in "{[") > sum(text.count(one) for one in "}]")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from mlx_posttrain.console import log, printable
+import pytest
+
+from mlx_posttrain.console import Progress, log, printable, shown
 from mlx_posttrain.errors import UserError
 from tests.helpers import refused
 
@@ -24,3 +26,22 @@ def test_a_column_cannot_write_to_the_terminal(tmp_path, capfd):
 def test_an_error_is_one_line_of_readable_length():
     assert str(UserError("column 'a\r\n  b' is none\n")) == "column 'a b' is none "
     assert len(str(UserError("x" * 100_000))) < 4000
+
+
+@pytest.mark.parametrize(
+    ("terminal", "kind", "bar"), [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)]
+)
+def test_steps_are_lines_where_a_bar_cannot_be_shown(terminal, kind, bar, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", kind)
+    progress = Progress("run", 2)
+    progress.update(1, 0.5, 10, 1.0)
+    progress.close()
+    assert (progress.bar is not None) == bar
+    assert bar or capsys.readouterr().err.startswith("run 1/2  loss 0.500")
+
+
+def test_a_models_text_is_escaped_on_a_terminal_only(monkeypatch):
+    assert shown("a\x1b[2J") == "a\x1b[2J"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert shown("a\x1b[2J\n") == "a\\x1b[2J\n"

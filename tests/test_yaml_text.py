@@ -78,3 +78,46 @@ def test_a_wrong_value_is_shown_in_part():
     with pytest.raises(UserError, match=r"got \[0, 1, 2, .*\.\.\.$") as caught:
         config.parse({"keep": list(range(100_000))}, config.TrainSection, "train")
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (["data.columns={prompt:frage,completion:antwort}"], "{prompt: frage, completion: antwort}"),
+        (
+            ["data.columns={prompt:", "frage,", "completion:", "antwort}"],
+            "{prompt: frage, completion: antwort}",
+        ),
+        (
+            ["data.columns=prompt:frage", "data.columns=completion:antwort"],
+            "{prompt: frage, completion: antwort}",
+        ),
+    ],
+)
+def test_columns_that_the_shell_or_yaml_took_apart_get_the_right_form(words, right):
+    with pytest.raises(UserError) as error:
+        config.settings(["train.lr=1e-4", *words])
+    assert f"'data.columns={right}'" in str(error.value)
+    assert config.settings([f"data.columns={right}"]) == {
+        "data.columns": {"prompt": "frage", "completion": "antwort"}
+    }
+
+
+def test_brackets_and_colons_that_are_right_stay():
+    words = [
+        "reward=[{function: 'a.py:f'}]",
+        "model={sft}",
+        "a={b: {c: null}}",
+        "data.prompt=x {y} z",
+        "n={a:}",
+    ]
+    assert config.settings(words)["reward"] == [{"function": "a.py:f"}]
+    with pytest.raises(UserError, match=r"'reward=\[\{function: a.py:f\}\]'"):
+        config.settings(["reward=[{function:a.py:f}]"])
+
+
+def test_a_colon_without_its_space_in_a_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: sft\ndata: {source: embedded/qa, columns: {prompt:frage}}\n")
+    with pytest.raises(UserError, match="a colon needs a space after it: prompt: frage"):
+        methods.load_recipe(str(path))

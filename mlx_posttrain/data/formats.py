@@ -225,6 +225,11 @@ def short(name: str) -> str:
 def _check_columns(columns: Mapping[str, str], present: list[str], source: str) -> None:
     """Raise UserError where data.columns names what is not there, or misspells one of our names."""
     for ours, name in columns.items():
+        if name not in present and ours in present and set(columns.values()) <= COLUMNS:
+            right = ", ".join(f"{name}: {ours}" for ours, name in columns.items())
+            raise UserError(
+                f"{source}: data.columns is the wrong way round: our name comes first, {{{right}}}"
+            )
         if name not in present:
             hint = f"{nearest(name, present)} (there are {', '.join(present)})"
             raise UserError(f"{source}: data.columns maps {ours} to {name!r}, which is not a column{hint}")

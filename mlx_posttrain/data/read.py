@@ -33,6 +33,8 @@ NONE_HELD_OUT = (
 def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[formats.Record]:
     """The rows of one split of one source as records; prints what was dropped."""
     assert data.source is not None
+    trained = split == data.split
+    own_limit = data.limit if trained else data.eval_limit
     rows = sources.load_rows(
         data.source,
         split=split,
@@ -41,6 +43,8 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
         seed=seed,
         shuffle=data.shuffle,
         families=data.families,
+        split_key="data.split" if trained else "data.eval_split",
+        limit_key=None if limit != own_limit else "data.limit" if trained else "data.eval_limit",
     )
     if data.prompt is not None:
         rows = formats.fill_prompts(rows, data.prompt, data.source)

@@ -35,6 +35,8 @@ SPLIT_NAMES = {
     "test": "test",
     "eval": "test",
 }
+#: Rows that are counted beyond a limit: reading all of a large file would take longer than that is worth.
+COUNTED = 10_000
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -47,13 +49,16 @@ def load_rows(
     seed: int = 0,
     shuffle: bool = False,
     families: Sequence[str] | None = None,
+    split_key: str = "data.split",
+    limit_key: str | None = None,
 ) -> list[Row]:
     """Return the rows of one split as plain dicts.
 
     ``source`` is one of ``EMBEDDED``, a local file or folder, or a Hugging Face dataset id (``config`` names
     its configuration). ``limit`` takes the first rows, or with ``shuffle`` that many drawn by ``seed``.
-    ``families`` selects task families of the data in ``GENERATED``. Raises UserError for anything wrong with
-    the source, in one line with file, line and remedy.
+    ``families`` selects task families of the data in ``GENERATED``. ``split_key`` and ``limit_key`` are what
+    the user knows the two by: a limit that has a key and leaves rows out is printed. Raises UserError for
+    anything wrong with the source, in one line with file, line and remedy.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data limit {limit}: must be at least 1 (leave it out to take every row)")
@@ -63,10 +68,20 @@ def load_rows(
             "data.families=null where a recipe has it"
         )
     if source.startswith("embedded/"):
-        return _pick(_embedded(source, split, limit, seed, families), limit, seed, shuffle)
-    if not is_hub_id(source):
-        return _local(home(source), split, limit, seed, shuffle)
-    return _hub(source, split, config, limit, seed, shuffle)
+        found = _embedded(source, split, limit, seed, families, split_key)
+        rows, total = _pick(found, limit, seed, shuffle), f"{len(found):,}"
+    elif not is_hub_id(source):
+        rows, total = _local(home(source), split, limit, seed, shuffle, split_key)
+    else:
+        rows, total = _hub(source, split, config, limit, seed, shuffle, split_key)
+    if limit_key is not None and total != f"{len(rows):,}":
+        log(f"{source}: {len(rows):,} of {total} rows ({limit_key})")
+    return rows
+
+
+def is_file(source: str) -> bool:
+    """Return whether ``source`` is one file on this machine, which is one split whatever it is called."""
+    return not source.startswith("embedded/") and home(source).is_file()
 
 
 def is_hub_id(source: str) -> bool:
@@ -100,7 +115,7 @@ def _looks_local(source: str) -> bool:
 
 
 def _embedded(
-    source: str, split: str, limit: int | None, seed: int, families: Sequence[str] | None = None
+    source: str, split: str, limit: int | None, seed: int, families: Sequence[str] | None, split_key: str
 ) -> list[Row]:
     if source not in EMBEDDED:
         raise UserError(
@@ -110,7 +125,7 @@ def _embedded(
 
     if source == "embedded/qa":
         if split != "train":
-            raise UserError(f"{source} has no split {split!r}, only 'train'")
+            raise UserError(f"{source} has no split {split!r} ({split_key}), only 'train'")
         return list(tasks.question_answers())
     split = "valid" if SPLIT_NAMES.get(split) == "validation" else split
     if source == "embedded/tasks":
@@ -123,20 +138,22 @@ def _embedded(
 # Local files
 
 
-def _local(path: Path, split: str, limit: int | None, seed: int, shuffle: bool) -> list[Row]:
+def _local(
+    path: Path, split: str, limit: int | None, seed: int, shuffle: bool, split_key: str
+) -> tuple[list[Row], str]:
+    """The rows, and how many there are without the limit."""
     if not path.exists():
         raise UserError(f"{path}: no such file{_near_file(path)}")
-    files = _folder_split(path, split) if path.is_dir() else [path]
+    files = _folder_split(path, split, split_key) if path.is_dir() else [path]
     # Whatever the file is called: its rows would be trained on and held out too.
     if path.is_file() and SPLIT_NAMES.get(split, split) != "train":
         raise UserError(
-            f"{path}: a file is one split, read whole, and has no {split!r} beside it; set "
-            "data.eval_split=null to hold out rows of it, or name a folder with a file for each split"
+            f"{path}: a file is one split, read whole, and has no {split!r} beside it: leave out "
+            f"{split_key}, or name a folder with a file for each split"
         )
     # Reading stops at the limit, so that a few rows of a large file are cheap; a shuffle needs every row.
-    rows, halves = [], 0
-    whole_rows = trees.threads(read_all(files), str(path))
-    for number, row in enumerate(islice(whole_rows, None if shuffle else limit), 1):
+    rows, halves, every = [], 0, trees.threads(read_all(files), str(path))
+    for number, row in enumerate(islice(every, None if shuffle else limit), 1):
         if (characters := bounds.size(row)) > bounds.MAX_ROW:
             raise bounds.too_long(f"{path}, row {number}", characters)
         if (whole := bounds.mended(row)) is not row:
@@ -144,7 +161,16 @@ def _local(path: Path, split: str, limit: int | None, seed: int, shuffle: bool) 
         rows.append(row)
     if halves:
         log(f"{path}: {halves:,} rows with half a surrogate pair (\\ud800 to \\udfff), replaced by \ufffd")
-    return _pick(rows, limit, seed, shuffle)
+    return _pick(rows, limit, seed, shuffle), _total(len(rows), every)
+
+
+def _total(read: int, rest: Iterator[Row]) -> str:
+    """The number of rows of a file in words; of many beyond those ``read``, at most COUNTED are counted."""
+    try:
+        further = sum(1 for _ in islice(rest, COUNTED))
+    except UserError:  # in a row that nobody asked for
+        return "more"
+    return f"{read + further:,}" if further < COUNTED else f"more than {read + further:,}"
 
 
 def _near_file(path: Path) -> str:
@@ -164,7 +190,7 @@ def _split_of(path: Path) -> str | None:
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 
-def _folder_split(folder: Path, split: str) -> list[Path]:
+def _folder_split(folder: Path, split: str, split_key: str) -> list[Path]:
     """Return the folder's files of one split; files whose names contain no split belong to train."""
     files = sorted(
         p
@@ -177,7 +203,9 @@ def _folder_split(folder: Path, split: str) -> list[Path]:
     chosen = [p for p in files if (_split_of(p) or "train") == wanted]
     if not chosen:
         splits = sorted({_split_of(p) or "train" for p in files})
-        raise UserError(f"{folder}: no split {split!r} (its file names give {', '.join(splits)})")
+        raise UserError(
+            f"{folder}: no split {split!r} ({split_key}); its file names give {', '.join(splits)}"
+        )
     return chosen
 
 
@@ -185,9 +213,9 @@ def _folder_split(folder: Path, split: str) -> list[Path]:
 
 
 def _hub(
-    source: str, split: str, config: str | None, limit: int | None, seed: int, shuffle: bool
-) -> list[Row]:
-    """Load a dataset by its id.
+    source: str, split: str, config: str | None, limit: int | None, seed: int, shuffle: bool, split_key: str
+) -> tuple[list[Row], str]:
+    """Load a dataset by its id; returns the rows, and how many there are without the limit.
 
     Without network it comes from the hub cache (``hf download``) or the cache of ``datasets``.
     """
@@ -203,19 +231,21 @@ def _hub(
         raise
     # Exceptions differ between versions of datasets and the hub client: _hub_error sorts them by their text.
     except Exception as e:
-        raise UserError(_hub_error(source, split, e, online)) from e
+        raise UserError(_hub_error(source, split, e, online, split_key)) from e
     if trees.is_table(dataset.column_names):  # whole trees before some of them are taken
-        return _pick(list(trees.threads(dataset.to_list(), source)), limit, seed, shuffle)
+        threads = list(trees.threads(dataset.to_list(), source))
+        return _pick(threads, limit, seed, shuffle), f"{len(threads):,}"
+    total = len(dataset)
     if shuffle:
         dataset = dataset.shuffle(seed=seed)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     if not len(dataset):
         raise UserError(f"dataset {source!r}, split {split!r}: no rows")
-    return list(trees.threads(dataset.to_list(), source))
+    return list(trees.threads(dataset.to_list(), source)), f"{total:,}"
 
 
-def _hub_error(source: str, split: str, error: Exception, online: bool) -> str:
+def _hub_error(source: str, split: str, error: Exception, online: bool, split_key: str) -> str:
     """Return a line that states what is wrong with a dataset id and what to do."""
     message = " ".join(str(error).split())
     name = type(error).__name__
@@ -224,7 +254,7 @@ def _hub_error(source: str, split: str, error: Exception, online: bool) -> str:
         "name a local file"
     )
     if "split" in message.lower() and isinstance(error, ValueError):
-        return f"dataset {source!r}: no split {split!r} ({message})"
+        return f"dataset {source!r}: no split {split!r} ({split_key}: {message})"
     if "config" in message.lower() and isinstance(error, ValueError):
         return f"dataset {source!r}: {message}"
     if not online:

@@ -81,7 +81,14 @@ def _say_shared(
 
 def _own_split(data: DataSection) -> str | None:
     """The split of its source that a section evaluates on; None where rows are set aside."""
-    return data.eval_split or ("valid" if data.source in sources.GENERATED else None)
+    split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
+    if split and data.source is not None and sources.is_file(data.source):
+        log(
+            f"{data.source}: a file is one split and has no {split!r} beside it (data.eval_split), so rows "
+            "of it are held out"
+        )
+        return None
+    return split
 
 
 def _rows_aside(data: DataSection, rows: int) -> int:

@@ -8,6 +8,7 @@ which people with colour vision deficiency can tell apart; lines differ in dash 
 from __future__ import annotations
 
 import io
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,8 @@ SERIES_ORDER: ContextVar[tuple[str, ...]] = ContextVar("SERIES_ORDER", default=(
 def series_style(name: str, number: int) -> dict[str, Any]:
     """Colour and dash of the series called ``name``, which is number ``number`` of its chart."""
     known = SERIES_ORDER.get()
-    place = known.index(name) if name in known else len(known) + number
+    run = next((part for part in name.split(", ") if part in known), name)  # "sft, thinking" is of sft
+    place = known.index(run) if run in known else len(known) + number
     # when colours repeat, the dashes differ
     dash = place // 2 + place // len(COLOURS)
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]}
@@ -85,14 +87,21 @@ def curves(
 
     points: series drawn as marks in the colour of the line of the same name, such as evaluations.
     """
-    figure, (axis,) = _axes(width=5.2)
+    figure, (axis,) = _axes(width=4.4)
     for number, (name, (xs, ys)) in enumerate(series.items()):
         axis.plot(xs, ys, label=name, linewidth=1.4, **series_style(name, number))
         if points and name in points:
             axis.plot(*points[name], "o", markersize=4, color=series_style(name, number)["color"])
     axis.set(xlabel=x, ylabel=y, title=title)
-    axis.legend()
+    _legend(figure, len(series))
     return figure
+
+
+def _legend(figure: Any, count: int) -> None:
+    """Names below the axes, where they lie on no line and no other name; few ticks, for the same reason."""
+    for axis in figure.axes:
+        axis.locator_params(axis="x", nbins=4)
+    figure.legend(loc="outside lower center", ncols=min(3, count))
 
 
 def bars(
@@ -127,17 +136,34 @@ def bars(
         axis.annotate(
             "ceiling", (1, ceiling), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
         )
-    if log:
-        from matplotlib.ticker import FuncFormatter
+    if log and (positive := [bound for one in intervals.values() for bound in one if bound > 0]):
+        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
         axis.set_yscale("log")
-        # plain numbers, and of the minor ticks only 2 and 5: matplotlib's default labels are formulae
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(
-            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[:3] in ("2.0", "5.0") else "")
-        )
+        low, high = min(positive) / 1.3, max(positive) * 1.1
+        axis.set_ylim(low, high)
+        axis.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
     axis.set(ylabel=y, title=title)
     return figure
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Three to nine plain numbers between two positive bounds, for a logarithmic axis."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    decades = range(first, last + 1)
+    fits = [
+        [factor * 10.0**k for k in decades for factor in factors if low <= factor * 10.0**k <= high]
+        for factors in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0))
+    ]
+    for ticks in fits:
+        if len(ticks) >= 3:
+            return ticks[:: math.ceil(len(ticks) / 9)]
+    # a narrow range has none of those: even steps of a round size
+    size = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next((s * size for s in (5.0, 2.0) if (high - low) / (s * size) >= 3), size)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def scatter(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", path: bool = False) -> Any:
@@ -146,7 +172,7 @@ def scatter(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", pat
     path: join the points of a name in their order and draw the last one larger, such as a run's path through
     KL and reward.
     """
-    figure, (axis,) = _axes(width=5.2)
+    figure, (axis,) = _axes(width=4.4)
     for number, (name, (xs, ys)) in enumerate(series.items()):
         line_style = series_style(name, number)
         if path:
@@ -154,11 +180,8 @@ def scatter(series: Mapping[str, Curve], *, x: str, y: str, title: str = "", pat
             axis.plot(xs[-1:], ys[-1:], "o", markersize=8, color=line_style["color"])
         else:
             axis.plot(xs, ys, "o", markersize=7, label=name, color=line_style["color"])
-            for a, b in zip(xs, ys, strict=True):
-                axis.annotate(name, (a, b), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set(xlabel=x, ylabel=y, title=title)
-    if path:
-        axis.legend()
+    _legend(figure, len(series))
     return figure
 
 

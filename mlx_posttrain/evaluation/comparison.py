@@ -81,6 +81,7 @@ class Comparison:
     models: list[ModelResult]
     questions: list[dict[str, Any]]  # prompt, expected answer, family, and the row that the rule reads
     coherence: Coherence | None = None  # None where nothing was continued
+    where: str = ""  # the questions are from, in words
     # places of the models that differ significantly, by metric
     _significant: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
@@ -131,6 +132,11 @@ class Comparison:
             "openings. Lower is not better: text that repeats itself is easy to predict and lies below human "
             "text, text that falls apart above it; the judge's own greedy text always lies low."
         )
+
+    def questions_label(self) -> str:
+        """How many questions are asked, from where, and in which templates, in words."""
+        what = f"{len(self.questions)} questions {self.where}".strip()
+        return f"{what}, {self.templates_label()}"
 
     def templates_label(self) -> str:
         """The templates of the models' prompts, in words."""
@@ -213,6 +219,7 @@ class Comparison:
         return {
             "suite": self.suite,
             "template": self.template,
+            "questions": {"number": len(self.questions), "from": self.where},
             "baseline": self.models[0].name,
             "beyond_chance": SIGNIFICANCE_NOTE,
             "metrics": {
@@ -274,7 +281,7 @@ class Comparison:
         console = Console(width=None if Console().is_terminal else 120)
         label = max(len("best possible"), *(len(m.name) for m in self.models))
         fitting = max(1, (console.width - label - 4) // 18)
-        header = [f"{len(self.questions)} questions, {self.templates_label()}, greedy; with 95 % intervals"]
+        header = [f"{self.questions_label()}, greedy; with 95 % intervals"]
         if len(self.models) > 1:
             header.append(f"* differs from {self.baseline_label} beyond chance: {SIGNIFICANCE_NOTE}")
         header += filter(None, [self.coherence_note()])

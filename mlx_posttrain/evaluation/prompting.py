@@ -30,10 +30,11 @@ def prompt_settings(
     """The prompt settings of each model.
 
     template: one for all models, or ``OWN_TEMPLATE``: a run gets the one it was trained with, and a model
-    that is no run the one of most runs. max_tokens: longest answer, except that of a run that was distilled
-    to think, which is ``think_tokens`` or, where that is None, its longest training row.
+    that is no run the one of most runs, with the system prompt that all runs have.
+    max_tokens: longest answer, except that of a run that was distilled to think, which is ``think_tokens``
+    or, where that is None, its longest training row.
     """
-    default = most_common_template(sources)
+    default, system = most_common_template(sources), common_system(sources)
     if template == OWN_TEMPLATE:
         chosen = [source.template or default for source in sources]
     else:
@@ -45,7 +46,11 @@ def prompt_settings(
                 f"{', '.join(others)}"
             )
     return [
-        PromptSettings(name, source.system, max_answer_tokens(source, max_tokens, think_tokens))
+        PromptSettings(
+            name,
+            source.system if source.recipe else system,
+            max_answer_tokens(source, max_tokens, think_tokens),
+        )
         for name, source in zip(chosen, sources, strict=True)
     ]
 
@@ -57,6 +62,12 @@ def most_common_template(sources: Sequence[Source]) -> str:
     """
     known = Counter(s.template for s in sources if s.template and s.template != "none")
     return known.most_common(1)[0][0] if known else "instruction"
+
+
+def common_system(sources: Sequence[Source]) -> str | None:
+    """The system prompt that all runs were trained with, for their base; None where they differ."""
+    known = {source.system for source in sources if source.recipe is not None}
+    return known.pop() if len(known) == 1 else None
 
 
 def max_answer_tokens(source: Source, max_tokens: int, think_tokens: int | None) -> int:

@@ -16,10 +16,9 @@ from typing import Any
 from mlx_posttrain import jsonl, runs
 from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluation import charts
+from mlx_posttrain.evaluation import charts, stage_table
 from mlx_posttrain.evaluation.comparison import SIGNIFICANCE_NOTE, Comparison
 from mlx_posttrain.evaluation.findings import Finding
-from mlx_posttrain.evaluation.metric_table import METRICS
 from mlx_posttrain.evaluation.suite import check_greedy_answers
 
 CAPTIONS = {
@@ -31,7 +30,7 @@ CAPTIONS = {
     "loops": "Share of greedy continuations that repeat one block from here to their end, by position.",
     "interference": "Entries off the diagonal compare two templates on different rows; the diagonal compares "
     "two halves of the rows in one template.",
-    "curves": "Training loss as lines, held-out loss as dots.",
+    "curves": "Training loss as lines, each point the mean of equally many steps; held-out loss as dots.",
     "loss_quality": "Each model's response loss against its right answers, both on held-out rows.",
     "reward_kl": "Path of each run on rollouts: mean score against the KL from its start. The large dot "
     "is the end.",
@@ -82,9 +81,11 @@ def write(
         for label, folder in folders
         if "bag_of_words" in _read_report(folder)
     ]
+    changes = stage_table.opening(comparison) if comparison else []
     sections = [
+        ("changes", "What changed", changes),
         ("findings", "Findings", findings),
-        ("stages", "Stages", comparison),
+        ("stages", "Side by side", comparison),
         ("charts", "Charts", drawn),
         ("samples", "Samples", comparison),
         ("thoughts", "Reasoning", thoughts),
@@ -102,9 +103,11 @@ def write(
         machine=_machine(),
         sections=[(key, name) for key, name, content in sections if content],
         findings=list(findings),
-        table=_table(comparison),
+        changes=changes,
+        tables=_tables(comparison),
         questions=len(comparison.questions) if comparison else 0,
         templates=comparison.templates_label() if comparison else "",
+        where=comparison.where if comparison else "",
         baseline=comparison.baseline_label if comparison else "",
         significance=SIGNIFICANCE_NOTE,
         reward_model=reward_model_note(comparison) if comparison else "",
@@ -237,35 +240,15 @@ def _caption(chart: str) -> str:
     return CAPTIONS.get(chart) or CAPTIONS.get(chart.partition("_")[0], "")
 
 
-def _table(comparison: Comparison | None) -> list[dict[str, Any]]:
-    rows = []
-    for name in comparison.metrics() if comparison else []:
-        assert comparison is not None
-        metric, cells = METRICS[name], []
-        for model in comparison.models:
-            value, _, interval = comparison.cell(name, model).partition(" [")
-            d = comparison.difference(name, model)
-            tone = ""
-            if d is not None and comparison.is_significant(name, model) and metric.better != "neither":
-                tone = "good" if (d.mean > 0) == (metric.better == "higher") else "bad"
-            change = (comparison.difference_label(name, model) or "").partition(": no difference")[0]
-            cells.append(
-                {
-                    "value": value,
-                    "interval": f"[{interval}" if interval else "",
-                    "change": change,
-                    "tone": tone,
-                }
-            )
-        rows.append(
-            {
-                "label": metric.label,
-                "description": metric.description,
-                "ceiling": comparison.ceiling(name),
-                "cells": cells,
-            }
-        )
-    return rows
+def _tables(comparison: Comparison | None) -> list[list[dict[str, Any]]]:
+    """The rows that a reader sees first, and those that are folded."""
+    if comparison is None:
+        return [[], []]
+    first = stage_table.headlines(comparison)
+    return [
+        stage_table.table(comparison, names)
+        for names in (first, [name for name in comparison.metrics() if name not in first])
+    ]
 
 
 def _samples(comparison: Comparison | None) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from mlx_posttrain.data.read import with_system
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluation import completions, continuations, likelihood, metrics
+from mlx_posttrain.evaluation import completions, continuations, likelihood, metrics, own_rows
 from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
 from mlx_posttrain.evaluation.metric_table import PASS_AT, PER_TOKEN
 from mlx_posttrain.evaluation.prompting import (
@@ -40,9 +40,10 @@ from mlx_posttrain.rewards import verify
 class SuiteSection(config.Section):
     """What models are compared on; ``compare`` and ``eval`` take every key on the command line too."""
 
-    rows: str = Field(
-        "embedded/tasks",
-        description="questions: embedded data, a file, or a hub id; answers are checked by the rows' rules",
+    rows: str | None = Field(
+        None,
+        description="questions: embedded data, a file, or a hub id; answers are checked by the rows' rules; "
+        "null: the held-out rows of the first run, and embedded/tasks where it was trained on embedded data",
     )
     split: str | None = Field(
         None, description="split of the questions; null: the held-out one of embedded data, else `train`"
@@ -50,7 +51,8 @@ class SuiteSection(config.Section):
     config: str | None = Field(None, description="configuration name of a Hugging Face data set of questions")
     format: str = Field("auto", description="format of the questions' rows, as data.format")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="our column name: the file's column name"
+        default_factory=dict,
+        description="our column name: the file's column name; empty: those of the first run, where they fit",
     )
     families: list[str] | None = Field(None, description="kinds of embedded questions to take; null: all")
     limit: int = Field(160, ge=1, description="number of questions, and with `phrasings` as many again")
@@ -144,8 +146,16 @@ def compare(
         max_tokens=suite.max_tokens,
         think_tokens=suite.think_tokens,
     )
-    questions = read_questions(suite)
+    named = suite.rows is not None or suite.families is not None  # families are those of embedded questions
+    asked = None if named else own_rows.read(labels, sources_of_models, suite.limit)
+    if asked is None:
+        suite = own_rows.with_rows(suite, sources_of_models)
+        questions, where = read_questions(suite), f"from {suite.rows}"
+    else:
+        questions, where = [own_rows.with_extras(row) for row in asked.questions], asked.where
     texts, lines = read_base_texts(suite)
+    if asked is not None and asked.texts and suite.texts == "embedded":
+        texts = lines = asked.texts
     split = completions.split_texts(lines, suite.opening_words)[:MAX_OPENINGS]
     openings, human = [opening for opening, _ in split], [rest for _, rest in split]
     coherence = None
@@ -226,7 +236,7 @@ def compare(
         }
         for q in questions
     ]
-    return Comparison(suite.model_dump(mode="json"), suite.template, results, rows, coherence)
+    return Comparison(suite.model_dump(mode="json"), suite.template, results, rows, coherence, where)
 
 
 def read_questions(suite: SuiteSection) -> list[Conversation]:
@@ -235,36 +245,38 @@ def read_questions(suite: SuiteSection) -> list[Conversation]:
     ``extra["held_out"]`` is "content" or "phrasing". A row without an answer gets an empty one. Raises
     UserError as sources.load_rows and formats.parse_rows, and for rows that are no questions.
     """
-    generated = suite.rows in sources.GENERATED
+    source = suite.rows or own_rows.EMBEDDED
+    generated = source in sources.GENERATED
     splits = ["content"]
-    if suite.phrasings and suite.rows == "embedded/tasks" and suite.split is None:
+    if suite.phrasings and source == own_rows.EMBEDDED and suite.split is None:
         splits.append("phrasing")
     questions: list[Conversation] = []
     for held_out in splits:
         split = suite.split or ("phrasing" if held_out == "phrasing" else "valid" if generated else "train")
         rows = sources.load_rows(
-            suite.rows, split=split, config=suite.config, limit=suite.limit, families=suite.families
+            source,
+            split=split,
+            config=suite.config,
+            limit=suite.limit,
+            families=suite.families,
+            split_key="split",
+            limit_key="limit",
         )
-        parsed, dropped = formats.parse_rows(
-            rows, format=suite.format, columns=suite.columns, source=suite.rows
-        )
+        parsed, dropped = formats.parse_rows(rows, format=suite.format, columns=suite.columns, source=source)
         for reason, count in dropped.items():
-            log(f"{suite.rows} {split}: {count} rows dropped: {reason}")
+            log(f"{source} {split}: {count} rows dropped: {reason}")
         for row in parsed:
             if not isinstance(row, Conversation):
                 raise UserError(
-                    f"{suite.rows}: questions have one answer or none, but these rows have two (set "
+                    f"{source}: questions have one answer or none, but these rows have two (set "
                     "suite.format=chosen)"
                 )
             turns = row.turns if row.turns[-1].role == "assistant" else (*row.turns, Turn("assistant", ""))
             if len(turns) < 2:
                 raise UserError(
-                    f"{suite.rows}: these rows are plain text without questions; read them with suite.texts"
+                    f"{source}: these rows are plain text without questions; read them with suite.texts"
                 )
-            extra = {**row.extra, "held_out": held_out}
-            if turns[-1].content:
-                extra.setdefault("answer", turns[-1].content)
-            questions.append(Conversation(turns, row.templated, extra))
+            questions.append(own_rows.with_extras(Conversation(turns, row.templated, row.extra), held_out))
     return questions
 
 
@@ -323,6 +335,8 @@ def _measure_answers(
     prompting: PromptSettings,
 ) -> None:
     """Fill in a model's greedy answers and the metrics of its answers."""
+    if not questions:
+        return
     # a model that was trained with a system prompt is prompted with it
     questions = [with_system(q, prompting.system) for q in questions]
     held_out = np.array([q.extra["held_out"] for q in questions])

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from typing import Any
 
-from mlx_posttrain.console import log
+from mlx_posttrain.console import log, shown
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation.model import LoadedModel
+
+HELP = """\
+/system TEXT   start over with a system prompt; without TEXT, with the model's own
+/reset         start over; what was said is forgotten (/new does the same)
+/help          this list
+an empty line or Ctrl-D ends the chat"""
 
 
 def chat(model: LoadedModel, *, seed: int = 0, **options: Any) -> None:
     """Read lines from standard input and stream answers to standard output until the input ends.
 
-    ``/new`` starts over. A line that leaves no room for an answer in the model's context is refused, and the
-    chat continues. options: as of LoadedModel.chat.
+    ``HELP`` has the commands; any other line is said to the model. A line that leaves no room for an answer
+    in the model's context is refused, and the chat continues. options: as of LoadedModel.chat.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 must not end a chat
+    begin: list[dict[str, str]] = []
     messages: list[dict[str, str]] = []
     answered = 0
+    if sys.stdin.isatty():
+        log(f"talking to {model.name}: type a message; /help lists commands, an empty line ends")
     while True:
         try:
             line = input("you> " if sys.stdin.isatty() else "").strip()
@@ -28,8 +38,18 @@ def chat(model: LoadedModel, *, seed: int = 0, **options: Any) -> None:
             return
         if not line:
             return
-        if line == "/new":
-            messages = []
+        command, _, rest = line.partition(" ")
+        if command == "/help":
+            log(HELP)
+            continue
+        if command == "/system" or line in ("/reset", "/new"):
+            if command == "/system":
+                begin = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
+            messages = [*begin]
+            log("starting over" + (", with this system prompt" if begin else ""))
+            continue
+        if re.fullmatch("/[a-z]+", line):
+            log(f"there is no command {line}; /help lists them")
             continue
         messages.append({"role": "user", "content": line})
         printer = _Printer(model.tokenizer)
@@ -56,7 +76,7 @@ class _Printer:
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens).lstrip()
         if not text.endswith("\ufffd"):
-            sys.stdout.write(text[len(self.printed) :])
+            sys.stdout.write(shown(text[len(self.printed) :]))
             sys.stdout.flush()
             self.printed = text
 

@@ -63,14 +63,21 @@ def load_recipe(name: str, overrides: list[str] | Mapping[str, Any] | None = Non
     """Read a recipe file or a shipped recipe, apply overrides, and check it against its method's recipe.
 
     Raises UserError for a missing file, broken YAML, an unknown method, an unknown key (naming the nearest)
-    or a wrong value.
+    or a wrong value. What a shipped recipe says of its own rows does not hold for another ``data.source``.
     """
-    from mlx_posttrain import config
+    from mlx_posttrain import config, source_keys
 
     path = config.find_recipe(name)
     if not isinstance(overrides, Mapping):
         overrides = config.settings(overrides or [])
-    raw = config.override(config.read_yaml(path), overrides)
+    raw = config.read_yaml(path)
+    several = overrides.get("data.sources") is not None
+    source = "the mixture" if several else overrides.get("data.source")
+    if source is not None and source_keys.is_shipped(path):
+        raw = source_keys.without_them(raw, str(source), path.stem, limited="data.limit" in overrides)
+        if several:
+            raw = config.override(raw, {"data.source": None})
+    raw = config.override(raw, overrides)
     return parse_recipe(raw, path.name, folder=path.parent, output=f"runs/{path.stem}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from mlx_posttrain import config, methods
+from mlx_posttrain import config, methods, source_keys
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.pipeline.grid import Cell, axes, expand
@@ -56,7 +56,7 @@ class Recipe(config.Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _overrides(cls, raw: Any) -> Any:
+    def _overrides(cls, raw: Any, info: ValidationInfo) -> Any:
         """Move ``STAGE.key=value`` of the command line into that stage's ``set``."""
         if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
             return raw
@@ -84,7 +84,13 @@ class Recipe(config.Section):
                         f"'{key}' is a stage: write {key}.key=value, for example {key}.train.lr=1e-5"
                     )
                 if isinstance(stage, dict) and isinstance(stage.get("set") or {}, dict):
-                    stage["set"] = merged(_nested(stage.get("set") or {}), _nested(value))
+                    value = _nested(value)
+                    source = source_keys.named(value)
+                    if source and source_keys.are_shipped(info.context):
+                        value = merged(
+                            {"data": source_keys.defaults(source, limited="limit" in value["data"])}, value
+                        )
+                    stage["set"] = merged(_nested(stage.get("set") or {}), value)
             elif key in cls.model_fields:
                 rest[key] = value
             else:
@@ -129,7 +135,12 @@ class Recipe(config.Section):
                 where = f"stage {name}"
                 if isinstance(stage.recipe, str):
                     where += f" ({Path(stage.recipe).name})"
-                    stage.recipe = _read(stage.recipe, folder)
+                    named, stage.recipe = stage.recipe, _read(stage.recipe, folder)
+                    source = source_keys.named(stage.set)
+                    if source and named in config.shipped() and not source_keys.are_shipped(info.context):
+                        stage.recipe = source_keys.without_them(
+                            stage.recipe, source, where, limited="limit" in stage.set["data"]
+                        )
                 whole = parse(merged(stage.recipe, stage.set), where)
             except UserError as error:
                 text = str(error)
@@ -170,6 +181,7 @@ def sweep(name: str, overrides: list[str], metric: str | None = None) -> Recipe:
             raise UserError(f"{key} has one value for the whole sweep")
     settings = config.settings(fixed)
     path = config.find_recipe(name)
+    shipped = source_keys.is_shipped(path)
     if "stages" in config.read_yaml(path):
         raise UserError(f"{path.name} is a pipeline: copy it, and give one of its stages a grid")
     stage = re.sub(r"\W+", "_", path.stem)
@@ -178,9 +190,16 @@ def sweep(name: str, overrides: list[str], metric: str | None = None) -> Recipe:
         "method": "pipeline",
         "description": f"{path.stem} with {', '.join(values)} varied",
         **{key: settings.pop(key) for key in ("output", "engine") if key in settings},
-        "stages": {stage: {"recipe": str(path), "set": settings, "grid": values, "metric": metric}},
+        "stages": {
+            stage: {
+                "recipe": path.stem if shipped else str(path),
+                "set": settings,
+                "grid": values,
+                "metric": metric,
+            }
+        },
     }
-    found: Recipe = methods.parse_recipe(raw, path.name, folder=path.parent, output=f"runs/sweep-{path.stem}")
+    found: Recipe = methods.parse_recipe(raw, path.name, output=f"runs/sweep-{path.stem}")
     return found
 
 

@@ -333,3 +333,11 @@ def test_a_prompt_made_of_columns():
         fill_prompts(rows, "{num}", "f.jsonl")
     with pytest.raises(UserError, match=r"data.prompt has no \{column\} in it"):
         fill_prompts(rows, "Make {} of it", "f.jsonl")
+
+
+def test_columns_the_wrong_way_round_get_the_right_form() -> None:
+    rows = [{"frage": "a", "antwort": "b"}]
+    message = fault(parse_rows, rows, columns={"frage": "prompt", "antwort": "completion"})
+    assert message.endswith("our name comes first, {prompt: frage, completion: antwort}")
+    message = fault(parse_rows, rows, columns={"prompt": "nothing"})
+    assert "maps prompt to 'nothing', which is not a column" in message

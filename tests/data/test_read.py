@@ -120,3 +120,13 @@ def test_a_given_split_is_kept_and_what_it_shares_is_printed(tmp_path, capsys):
     assert "3 of 5 rows of the split 'test' begin with a question that is also trained on" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("split", ["test", "training"])
+def test_a_file_without_the_split_holds_rows_out(split, tmp_path, capsys):
+    rows = [{"instruction": f"Question {n}?", "output": "a"} for n in range(20)]
+    data = section(tmp_path, rows, eval_split=split, holdout=5)
+    train, held_out = split_rows(data, 0, read_conversations)
+    assert (len(train), len(held_out)) == (15, 5)
+    assert {opening(row) for row in train}.isdisjoint(opening(row) for row in held_out)
+    assert "data.eval_split" in capsys.readouterr().err

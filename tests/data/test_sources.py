@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain.data import bounds
+from mlx_posttrain.data import bounds, sources
 from mlx_posttrain.data.formats import parse_rows
 from mlx_posttrain.data.sources import EMBEDDED, load_rows
 from mlx_posttrain.errors import UserError
@@ -90,7 +90,32 @@ def test_a_folder_is_read_by_the_splits_in_its_file_names(tmp_path: Path) -> Non
     assert load_rows(str(tmp_path), limit=3) == ROWS[:3]
     assert load_rows(str(tmp_path), split="validation") == ROWS[4:5]
     assert load_rows(str(tmp_path / "x-valid.jsonl")) == ROWS[4:5]
-    assert "no split 'test' (its file names give train, validation)" in fault(tmp_path, split="test")
+    assert "no split 'test' (data.split); its file names give train, validation" in fault(
+        tmp_path, split="test"
+    )
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "c.csv", "h.parquet"])
+def test_a_limit_that_leaves_rows_out_says_of_how_many(files: Path, name: str, shuffle: bool, capsys) -> None:
+    source = str(files / name)
+    assert len(load_rows(source, limit=4, shuffle=shuffle, limit_key="data.limit")) == 4
+    assert capsys.readouterr().err == f"{source}: 4 of 10 rows (data.limit)\n"
+    for limit in (10, 11, None):
+        assert load_rows(source, limit=limit, limit_key="data.limit") == ROWS
+    load_rows(source, limit=4)
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_beyond_a_limit_are_counted_up_to_a_bound(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "COUNTED", 5)
+    path = write(tmp_path / "a.jsonl", jsonl(ROWS))
+    load_rows(path, limit=2, limit_key="limit")
+    assert capsys.readouterr().err.endswith("2 of more than 7 rows (limit)\n")
+    # a fault in a row that nobody asked for is no fault
+    path = write(tmp_path / "b.jsonl", jsonl(ROWS[:4]) + "{")
+    assert load_rows(path, limit=3, limit_key="limit") == ROWS[:3]
+    assert capsys.readouterr().err.endswith("3 of more rows (limit)\n")
 
 
 def test_faults_of_files(tmp_path: Path) -> None:
@@ -106,7 +131,8 @@ def test_faults_of_files(tmp_path: Path) -> None:
     assert "is one split, read whole, and has no 'test' beside it" in fault(good, split="test")
     # not even one whose name says so, or it would be both training and held-out rows
     named = write(tmp_path / "pairs-test.jsonl", jsonl(ROWS))
-    assert "data.eval_split=null" in fault(named, split="test") and load_rows(str(named)) == ROWS
+    told = fault(named, split="test", split_key="data.eval_split")
+    assert "leave out data.eval_split" in told and load_rows(str(named)) == ROWS
     assert "must be at least 1" in fault(good, limit=0)
     (tmp_path / "empty").mkdir()
     assert "no data file in this folder" in fault(tmp_path / "empty")
@@ -214,7 +240,7 @@ def test_online_errors_are_classified_by_their_text(monkeypatch: pytest.MonkeyPa
     raising(ConnectionError("Couldn't reach"))
     assert "the hub did not answer (ConnectionError); try again, or run `hf download" in fault("no/such")
     raising(ValueError("Unknown split \"dev\". Should be one of ['train']."))
-    assert "no split 'dev' (Unknown split" in fault("no/such", split="dev")
+    assert "no split 'dev' (data.split: Unknown split" in fault("no/such", split="dev")
     raising(
         ValueError(
             "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"
@@ -244,7 +270,7 @@ def test_embedded_sources_get_split_limit_and_seed(monkeypatch: pytest.MonkeyPat
     assert load_rows("embedded/preferences", split="validation") == ROWS
     assert calls[-1]["split"] == "valid"
     assert "did you mean 'embedded/tasks'?" in fault("embedded/task")
-    assert "embedded/qa has no split 'test', only 'train'" in fault("embedded/qa", split="test")
+    assert "embedded/qa has no split 'test' (data.split), only 'train'" in fault("embedded/qa", split="test")
 
 
 @pytest.mark.parametrize("source", EMBEDDED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -15,8 +16,9 @@ import pytest
 from mlx_posttrain import cli, config, engines, methods
 from mlx_posttrain.data.types import Preference, Turn
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluation import charts, report
-from mlx_posttrain.evaluation.comparison import Comparison, ModelResult
+from mlx_posttrain.evaluation import charts, report, stage_table
+from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
+from mlx_posttrain.evaluation.findings import training
 from mlx_posttrain.evaluation.preference import compare_with_baselines
 
 ENGINE = engines.available()[0]
@@ -92,7 +94,7 @@ def test_the_page_is_complete_and_needs_no_network(journey):
     )
     for text in (
         "What the runs show",
-        "The stages side by side",
+        "The models side by side",
         "Was base text forgotten?",
         "Do templates interfere",
         "sft",
@@ -388,3 +390,63 @@ def test_runs_of_few_rows_and_of_one_name_are_reported(journey, tmp_path, capsys
     rows.unlink()
     cli.app(["analyze", names[0], *SUITE], standalone_mode=False)
     assert "the training rows of run are left out" in capsys.readouterr().err
+
+
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers_within_it():
+    assert charts.log_ticks(0.9, 1100) == [1, 10, 100, 1000]
+    assert charts.log_ticks(3, 60) == [3, 10, 30] and charts.log_ticks(4, 60) == [5, 10, 20, 50]
+    assert charts.log_ticks(4000, 4100) == [4000, 4020, 4040, 4060, 4080, 4100]
+    for low, high in itertools.product((0.003, 1.2, 17.0, 4137.0), (1.001, 1.3, 4, 30, 1e4, 1e12)):
+        ticks = charts.log_ticks(low, low * high)
+        assert 2 <= len(ticks) <= 9 and all(low <= tick <= low * high * (1 + 1e-9) for tick in ticks)
+
+
+def test_a_run_keeps_its_colour_in_bars_named_after_it():
+    charts.SERIES_ORDER.set(("base", "sft"))
+    own = charts.series_style("sft", 0)["color"]
+    assert (
+        charts.series_style("sft, thinking", 5)["color"]
+        == own
+        == charts.series_style("base text, sft", 2)["color"]
+    )
+    assert charts.series_style("other", 0)["color"] not in (own, charts.series_style("base", 0)["color"])
+
+
+def test_points_of_a_curve_are_means_of_equally_many_steps():
+    for count in (1, 59, 60, 61, 119, 120, 121, 222, 1000):
+        smooth = training._smooth([(step, step) for step in range(count)])
+        width = -(-count // 60)
+        assert len(smooth) <= 60 and smooth[-1][0] == (count - width + count - 1) / 2
+        assert smooth[0][0] == (width - 1) / 2
+
+
+def compared(**means):
+    """Two models on 40 questions: of the second, as many are right as said."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=40) / 10
+    models = [ModelResult(name, name, baseline_index=0) for name in ("base", "sft")]
+    for name, (before, after) in means.items():
+        for model, mean in zip(models, (before, after), strict=True):
+            values = (np.arange(40) < 40 * mean).astype(float) if name == "accuracy" else mean + noise
+            model.values[name] = Values(values)
+    return Comparison({}, "own", models, [], where="held out from sft's rows.csv")
+
+
+def test_the_page_opens_with_what_changed_in_words():
+    said = stage_table.opening(compared(accuracy=(0.25, 0.75), response_loss=(3, 2), seq_rep_4=(0.1, 0.1)))
+    assert said == [
+        "sft against base: right answers 25.0% to 75.0%, better; response loss 2.994 to 1.994, better."
+    ]
+    same = compared(accuracy=(0.5, 0.5), response_loss=(3, 3))
+    assert stage_table.opening(same) == ["sft against base: nothing differs beyond chance, of 2 measured."]
+
+
+def test_five_rows_are_shown_and_the_rest_folded():
+    names = ["length", "distinct_2", "accuracy", "ended", "seq_rep_4", "response_loss", "diversity"]
+    comparison = compared(**dict.fromkeys(names, (0.5, 0.75)))
+    first = stage_table.headlines(comparison)
+    assert first == ["accuracy", "response_loss", "seq_rep_4", "ended", "length"]
+    (row,) = stage_table.table(comparison, ["response_loss"])
+    mean, low, high = row["cells"][1]["bar"]
+    assert low < mean < high == 100.0 and row["cells"][0]["bar"][1] == 0.0
+    assert len(stage_table.headlines(compared(distinct_2=(0.5, 0.5)))) == 1

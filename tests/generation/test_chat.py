@@ -11,6 +11,7 @@ import pytest
 from mlx_posttrain import load
 from mlx_posttrain.engines import available
 from mlx_posttrain.generation.chat import _Printer
+from mlx_posttrain.generation.chat import chat as talk
 from mlx_posttrain.generation.model import template_for
 
 
@@ -103,3 +104,31 @@ def test_json_output_is_one_object_a_line(random_gpt2):
     )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 3 and len({a["answer"] for a in answers}) > 1
+
+
+def test_a_chat_explains_itself_and_takes_commands(monkeypatch, capsys):
+    class Talker:
+        name, tokenizer, heard = "talker", None, []
+
+        def chat(self, messages, **options):
+            self.heard.append([(m["role"], m["content"]) for m in messages])
+            return "yes"
+
+    lines = iter(
+        ["/help", "hi", "/system Be kind.", "hi", "/reset", "hi", "/system", "hi", "/bye", "/etc/x is?", ""]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    talk(Talker(), temperature=0.0)
+    kind = ("system", "Be kind.")
+    assert Talker.heard == [
+        [("user", "hi")],
+        [kind, ("user", "hi")],
+        [kind, ("user", "hi")],
+        [("user", "hi")],
+        [("user", "hi"), ("assistant", "yes"), ("user", "/etc/x is?")],
+    ]
+    told = capsys.readouterr().err
+    assert told.startswith("talking to talker: ") and all(
+        c in told for c in ("/system TEXT", "/reset", "no command /bye")
+    )

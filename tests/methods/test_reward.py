@@ -13,6 +13,8 @@ import pytest
 
 from mlx_posttrain import engines, methods
 from mlx_posttrain.data import pairs
+from mlx_posttrain.data.read import read_preferences
+from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.data.types import Example, Pair, Preference
 from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
@@ -22,7 +24,7 @@ from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.tokenizer import pad_id
 from mlx_posttrain.rewards.scorer import score_rows
 from mlx_posttrain.runs import Run
-from tests.helpers import read_jsonl, records, run_recipe, write_jsonl
+from tests.helpers import read_jsonl, records, write_jsonl
 
 ENGINES = engines.available()
 
@@ -254,5 +256,6 @@ def test_a_file_named_after_the_recipes_held_out_split_does_not_serve_both(rando
     rows = [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "no"} for i in range(8)]
     source = write_jsonl(tmp_path / "pairs-test.jsonl", rows)
     given = [f"model={random_gpt2}", f"data.source={source}", f"output={tmp_path / 'run'}"]
-    with pytest.raises(UserError, match=r"pairs-test.jsonl: a file is one split, .* data.eval_split=null"):
-        run_recipe("07_reward", *given)
+    data = methods.load_recipe("07_reward", [*given, "data.eval_split=test"]).data
+    sides = [{row.prompt for row in side} for side in split_rows(data, 0, read_preferences)]
+    assert all(sides) and sides[0].isdisjoint(sides[1])

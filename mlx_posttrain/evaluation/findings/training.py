@@ -276,6 +276,12 @@ def overfitting(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Finding | No
 
 
 def _smooth(points: Sequence[tuple[float, float]], most: int = 60) -> list[tuple[float, float]]:
-    """Means over equal stretches of the points, at most ``most`` of them."""
-    parts = np.array_split(np.asarray(points, np.float64), min(most, len(points)))
+    """Means over stretches of equally many points, at most ``most`` of them.
+
+    The last stretch begins within the one before it where the points do not divide: a shorter one would look
+    less steady than the others.
+    """
+    values, width = np.asarray(points, np.float64), -(-len(points) // most)
+    ends = [*range(width, len(values), width), len(values)]
+    parts = [values[max(0, end - width) : end] for end in ends]
     return [(float(p[:, 0].mean()), float(p[:, 1].mean())) for p in parts]
