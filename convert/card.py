@@ -15,9 +15,9 @@ def model_card(info: Mapping[str, Any]) -> str:
 
     Keys of `info`, all optional but "name": "base_model" and "datasets" (hub ids reach the front matter,
     other names only the text), "license", "language", "library_name" ("transformers", "peft" or "mlx"),
-    "tags", "description", "data" and "method" (text, or {label: value}), "figures" ({name: value}, or rows of
-    equal keys, which become a table), "command", "limitations" (text or a list), "versions" ({package:
-    version}).
+    "tags", "description", "usage" (Markdown), "data" and "method" (text, or {label: value}), "figures"
+    ({name: value}, or rows of equal keys, which become a table), "command", "limitations" (text or a list),
+    "versions" ({package: version}).
 
     Raises:
         KeyError: "name" is missing.
@@ -30,6 +30,8 @@ def model_card(info: Mapping[str, Any]) -> str:
         _section("Method", info.get("method") or "Not recorded."),
         _section("Figures", info.get("figures") or "Not measured."),
     ]
+    if info.get("usage"):
+        sections.insert(3, f"## Use\n\n{info['usage']}")
     if info.get("command"):
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", info["command"])), default=0))
         sections.append(f"## Command\n\n{fence}sh\n{info['command']}\n{fence}")

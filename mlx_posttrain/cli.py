@@ -46,7 +46,9 @@ def run(
 ) -> None:
     """Run a recipe, or continue a run."""
     from mlx_posttrain import api, config
+    from mlx_posttrain.console import log
     from mlx_posttrain.errors import UserError
+    from mlx_posttrain.models.next_steps import next_steps
 
     if resume is not None:
         if recipe or overrides or find_lr:
@@ -66,6 +68,7 @@ def run(
         return
     else:
         done = api.train(recipe, config.settings(overrides or []))
+    log("next:" + "".join(f"\n  {command}" for command in next_steps(Path(done.folder))))
     typer.echo(done.folder)
 
 

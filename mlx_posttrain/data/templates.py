@@ -179,7 +179,7 @@ def begin_answer(prompt: list[Segment], answer: str, template: str | None) -> li
     return [*(prompt or [Segment("", False)]), Segment(lead + answer, False)]
 
 
-_EXACT = Template("{content}", "", system="{content}", after="")
+EXACT = Template("{content}", "", system="{content}", after="")
 
 
 def _render_turns(
@@ -189,7 +189,7 @@ def _render_turns(
 
     ``template`` None keeps the text of the turns exactly; ``add_prompt`` adds the mark before a next answer.
     """
-    used = template or _EXACT
+    used = template or EXACT
     segments: list[Segment] = []
     pending = used.opening
     for place, turn in enumerate(turns):

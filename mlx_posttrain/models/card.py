@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ NOT_THE_METHOD = (
     *("log", "data", "sample", "mixture"),
 )
 
+#: An absolute path with its last part: alone, in a command or a list, but not behind the colon of an address.
+_PART = r"[^\s'\",\]})/]+"
+_ABSOLUTE = re.compile(rf"(?<![^\s='\"\[{{(,])(?:~/(?:{_PART}/)*|/(?:{_PART}/)+)({_PART})/?")
+
 
 def run_card(run: Path) -> str:
     """The card of a run whose ``final/`` is about to be written: a run that has it must have its card."""
@@ -26,9 +31,19 @@ def run_card(run: Path) -> str:
     return model_card(Source(run / "final", None, recipe), run)
 
 
-def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) -> str:
-    """The run's README: base, data, method, figures and the command that made it."""
-    raw: dict[str, Any] = source.recipe or {}
+def model_card(
+    source: Source,
+    run: Path,
+    to: str = "hf",
+    merged: bool = False,
+    how_to_use: Callable[[str], str] | None = None,
+) -> str:
+    """The run's README: base, data, method, figures and the command that made it.
+
+    Without absolute paths, which say nothing on another machine. how_to_use: from the base's name, Markdown.
+    """
+    raw: dict[str, Any] = _portable(source.recipe or {})
+    base = _portable(base_name(source))
     result = run / "result.json"
     figures = read_json(result) if result.is_file() else {}
     environment = _environment(run)
@@ -42,7 +57,8 @@ def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) 
     return card.model_card(
         {
             "name": run.name,
-            "base_model": base_name(source),
+            "base_model": base,
+            "usage": how_to_use and how_to_use(base),
             "datasets": [one["source"] for one in sources] or raw.get("data", {}).get("source"),
             "library_name": {"peft": "peft", "mlx-lm": "mlx"}.get(to, "transformers"),
             "description": raw.get("description") or f"A model made by {raw.get('method', 'post-training')}.",
@@ -59,11 +75,20 @@ def model_card(source: Source, run: Path, to: str = "hf", merged: bool = False) 
                 else k.replace("_", " "): v
                 for k, v in figures.items()
             },
-            "command": environment.get("command"),
+            "command": _portable(environment.get("command")),
             "versions": environment.get("versions"),
             "tags": [t for t in (raw.get("method"), adapter.get("kind"), "merged" if merged else None) if t],
         }
     )
+
+
+def _portable(value: Any) -> Any:
+    """A value with every absolute path in it cut to its last part."""
+    if isinstance(value, dict):
+        return {key: _portable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_portable(inner) for inner in value]
+    return _ABSOLUTE.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def _sources(sources: Sequence[Mapping[str, Any]], counted: Any) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.card import base_name, model_card
 from mlx_posttrain.models.merge import base_bits, model_type, write_merged
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.source import Source, locate
+from mlx_posttrain.models.prompt_format import write_prompt_format
+from mlx_posttrain.models.source import Source, locate, saves_language_model
+from mlx_posttrain.models.usage import usage
 
 FORMATS = ("peft", "hf", "mlx-lm")
 
@@ -87,8 +90,10 @@ def export(
                 weights.convert(intermediate, folder, to="mlx", force=True)
         else:
             write_merged(source, folder, as_base=True)
+        if not _is_classifier(source):
+            write_prompt_format(folder, source)
         note = f"\n## Difference from the run\n\n{summary['note']}\n" if "note" in summary else ""
-        (folder / "README.md").write_text(model_card(source, Path(run), to, merged) + note, encoding="utf-8")
+        (folder / "README.md").write_text(_card(source, run, to, merged) + note, encoding="utf-8")
     return summary
 
 
@@ -99,7 +104,7 @@ def is_export(folder: Path, run: str | Path, to: str, merged: bool) -> bool:
     """
     card_file = folder / "README.md"
     return card_file.is_file() and card_file.read_text(encoding="utf-8").startswith(
-        model_card(locate(run), Path(run), to, merged)
+        _card(locate(run), run, to, merged)
     )
 
 
@@ -122,6 +127,15 @@ def push(folder: Path, repo: str) -> str:
             "login` or restore the network, "
             "and give the same command again"
         ) from None
+
+
+def _card(source: Source, run: str | Path, to: str, merged: bool) -> str:
+    how = None if _is_classifier(source) else partial(usage, source, to, merged)
+    return model_card(source, Path(run), to, merged, how)
+
+
+def _is_classifier(source: Source) -> bool:
+    return not saves_language_model(source.adapter or source.folder)
 
 
 def _write_full(source: Source, folder: Path, to: str) -> None:

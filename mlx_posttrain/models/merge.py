@@ -10,6 +10,7 @@ from mlx_posttrain.console import log
 from mlx_posttrain.convert import adapters, hub, merge, names, weights
 from mlx_posttrain.convert.arrays import like, require_mlx
 from mlx_posttrain.engines import files
+from mlx_posttrain.models.prompt_format import write_prompt_format
 from mlx_posttrain.models.source import Source, starting_folder
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
@@ -57,6 +58,7 @@ def write_merged(source: Source, folder: Path, *, as_base: bool = False) -> None
     head = files.read_head(source.adapter)
     if head is None:
         files.save_model(folder, merged, source.folder)
+        write_prompt_format(folder, source)
         return
     pad = pad_id(hub.check_config(source.folder), load_tokenizer(source.folder))
     files.save_model(

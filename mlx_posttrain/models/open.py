@@ -10,6 +10,7 @@ from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.merge import merge_below
+from mlx_posttrain.models.prompt_format import own_chat_template
 from mlx_posttrain.models.source import Source, locate
 from mlx_posttrain.models.tokenizer import check_vocabulary, load_tokenizer
 
@@ -37,5 +38,7 @@ def open_model(
             "classifier with one label"
         )
     tokenizer = load_tokenizer(source.folder)
+    if source.adapter is not None and (template := own_chat_template(source.adapter)):
+        tokenizer.chat_template = template
     check_vocabulary(tokenizer, model, source.folder)
     return model, tokenizer, source

@@ -193,6 +193,12 @@ def fit(
         return early_stop is not None and state["worse"] >= early_stop
 
     first = _restore(engine, learner, run, state) if resume else 0
+    if resume:
+        log(
+            f"resuming at step {first} of {learner.steps}"
+            if first
+            else "resuming at step 0: the run was stopped before its first checkpoint"
+        )
     engine.reset_memory()
     learner.prepare()
     progress = Progress(run.folder.name, learner.steps, first)

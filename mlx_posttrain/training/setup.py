@@ -25,7 +25,8 @@ from mlx_posttrain.memory.model_size import size
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.models.card import run_card
 from mlx_posttrain.models.merge import base_folder
-from mlx_posttrain.models.source import adapter_folder, is_hub_id, locate
+from mlx_posttrain.models.prompt_format import write_prompt_format
+from mlx_posttrain.models.source import Source, adapter_folder, is_hub_id, locate
 from mlx_posttrain.models.tokenizer import check_vocabulary
 from mlx_posttrain.rl import actors, learner, prompts
 from mlx_posttrain.runs import trackers
@@ -346,6 +347,8 @@ def _saver(session: Session) -> Callable[[Path], None]:
         model.save(folder)
         # A value head is of no use to whoever runs the model.
         (folder / files.HEAD_FILE).unlink(missing_ok=True)
+        _, raw = runs.reopen(session.run.folder)
+        write_prompt_format(folder, Source(session.folder, None, raw))
 
     return save
 

@@ -270,7 +270,7 @@ def test_a_run_on_a_mixture_resumes_exactly_and_both_engines_get_the_same_rows(
     result = json.loads((whole / "result.json").read_text())
     assert result["loss/a"] == evaluated[-1]["eval/loss/a"]
     card = (whole / "card.md").read_text()
-    assert f"- a: source {a}, weight 0.6; 16 rows trained on, 2 held out" in card
+    assert "- a: source a.jsonl, weight 0.6; 16 rows trained on, 2 held out" in card
     assert "held-out loss of b" in card
     assert locate(whole).template == "plain"
 

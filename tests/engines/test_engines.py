@@ -10,7 +10,8 @@ from mlx_posttrain.data.batches import collate
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import AdamW, AdapterSpec
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.methods import sft
+from mlx_posttrain.methods import load_recipe, sft
+from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.models.merge import base_folder
 
 ENGINES = engines.available()
@@ -81,7 +82,7 @@ def test_gpt2_124m_logits_count_and_lora_parameters(engine, tmp_path):
     model = engine.load(tmp_path / "gpt2")
     assert np.abs(model.full_logits(tokens) - wanted).max() < 1e-4
     assert model.parameter_counts() == (124_439_808, 124_439_808)
-    model.add_adapter(AdapterSpec(rank=16, alpha=32, targets=("c_attn", "c_proj")), seed=0)
+    model.add_adapter(adapter_spec(load_recipe("03_lora").adapter), seed=0)
     assert model.parameter_counts() == (126_061_824, 1_622_016)
 
 
