@@ -126,7 +126,7 @@ def test_rows_leave_without_a_wait(
     with counted() as found:
         together = decode(model, 40, stop=stop, samples=4, seed=3)
     tokens = max(len(c.logprobs) for c in together)
-    assert found.waits == tokens and len(left) > 2
+    assert found.waits == tokens and len(left) >= 2
     assert all(after <= before / 2 for before, after in itertools.pairwise(left))
     for number, row in enumerate(together):
         (alone,) = model.generate(

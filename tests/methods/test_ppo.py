@@ -633,6 +633,7 @@ def test_the_shown_functions_and_command(root, random_gpt2, tmp_path, monkeypatc
     assert words[:3] == ["mlx-posttrain", "run", "07_ppo"]
     small = [
         f"model={random_gpt2}",
+        "data.holdout=8",
         "rollout.max_tokens=8",
         "rollout.prompts=8",
         "train.steps=1",
