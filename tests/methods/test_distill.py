@@ -267,8 +267,9 @@ def test_a_system_prompt_is_trained_and_asked_with(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("engine", ENGINES[:1])
 def test_thoughts_are_learned(engine, tmp_path):
-    """Counting a word in a list: after a few minutes three in ten come out right, twice as many as without
-    the thought.
+    """Counting words and following moves: contents that were never trained on come out right with a thought.
+
+    On seeds 0, 1 and 2: 42, 21 and 25 % after thinking, 4, 4 and 6 % when made to answer at once.
     """
     chosen = methods.load_recipe(
         "demo_distill",
@@ -284,9 +285,9 @@ def test_thoughts_are_learned(engine, tmp_path):
     )
     result = methods.run(chosen)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert result["format_rate"] > 0.9 and result["accuracy"] > 0.15
+    assert result["format_rate"] > 0.9 and result["accuracy"] > 0.2
     mean, low, _ = report["thinking_minus_at_once"]
-    assert low > 0 and mean > 0.05  # the thought is used: it was 0.19 when this was written
+    assert low > 0 and mean > 0.1  # the thought is used
     assert result["loss"] < 0.6  # 4.7 before
 
 
