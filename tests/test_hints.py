@@ -20,7 +20,7 @@ from tests.helpers import refused
         ("fuse", "did you mean 'export'?"),
         ("rnu 01_sft", "to train, run a recipe"),
         ("chatt", "did you mean 'chat'?"),
-        ("xyzzy", "there are run, recipes,"),
+        ("xyzzy", "there are run, sweep,"),
         ("run 01_sft --model tiny", "--model is no option: a recipe's settings are words, here model=tiny"),
         ("run 01_sft --learning-rate=1e-4", "here learning_rate=1e-4"),
         ("plan 01_sft --iters", "here iters=VALUE"),

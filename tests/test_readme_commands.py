@@ -46,6 +46,8 @@ DATASETS = {
 }
 #: Commands that a test of their own runs.
 ELSEWHERE = {"demo": test_demo.test_demo_learns_forgets_less_with_kl_reports_and_exports}
+#: Commands whose runs tests/pipeline/test_sweep.py and tests/training/test_find_lr.py cut short.
+SEVERAL = ("sweep", "--find-lr")
 #: Words of commands that train several models, start several processes, or measure a model in every way.
 LONG = ("analyze", "report", "bench", "doctor", "journey", "07_rlhf", "07_tradeoff", "08_budget")
 
@@ -203,7 +205,7 @@ def parameters() -> list[Any]:
             words, id=" ".join(words)[:60], marks=pytest.mark.exhaustive if set(LONG) & set(words) else ()
         )
         for words in ALL
-        if words[0] not in ELSEWHERE
+        if words[0] not in ELSEWHERE and not set(SEVERAL) & set(words)
     ]
 
 

@@ -48,7 +48,9 @@ def model_card(
     figures = read_json(result) if result.is_file() else {}
     environment = _environment(run)
     adapter = raw.get("adapter") or {}
-    sources = raw.get("data", {}).get("sources") or []
+    sources = raw.get("data", {}).get("sources")
+    named = isinstance(sources, list) and all(isinstance(one, dict) and "source" in one for one in sources)
+    sources = sources if named else []
     method = {"method": raw.get("method", "unknown"), "seed": raw.get("seed")}
     method |= {"template": raw.get("data", {}).get("template")}
     for section, value in raw.items():

@@ -63,6 +63,7 @@ def run(random_gpt2, tmp_path):
             f"model={random_gpt2}",
             f"data.source={source}",
             "data.eval_split=null",
+            "data.shuffle=true",
             "data.template=question",
             "data.holdout=4",
             "data.max_length=64",
@@ -376,10 +377,10 @@ def test_it_learns_what_is_good(engine, tmp_path, run):
     [
         ([{**r, "label": "perhaps"} for r in rows()], "row 1: label must be true or false.*'perhaps'"),
         ([{**r, "label": 2} for r in rows()], "row 1: label must be true or false"),
-        ([{**r, "label": None} for r in rows()], "no label: 30"),
+        ([{**r, "label": None} for r in rows()], "rows with prompt, completion and label"),
         ([{**r, "label": True} for r in rows()], "26 answers to train on are labelled good.*method: sft"),
         ([{**r, "label": 0} for r in rows()], "26 answers to train on are labelled bad"),
-        ([{**r, "completion": " "} for r in rows()], "empty answer: 30"),
+        ([{**r, "completion": " "} for r in rows()], "rows with prompt, completion and label"),
         (
             [{**r, "completion": "far " * 100} for r in rows()],
             "no answer left to train on.*26 too long.*raise",

@@ -58,7 +58,7 @@ def test_a_reward_model_is_for_ppo_and_a_pipeline_for_its_page(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
-        ("/home/me/my-data/rows.jsonl", "rows.jsonl"),
+        ("/data/me/my-data/rows.jsonl", "rows.jsonl"),
         (
             "run 03_lora data.source=/a/b/rows.csv output=/a/runs/x",
             "run 03_lora data.source=rows.csv output=x",

@@ -115,7 +115,8 @@ def test_the_second_stage_starts_where_the_first_ended(tmp_path, capfd):
         and kept["adapt"]["result"] == adapted
         and kept["adapt"]["seconds"] > 0
     )
-    table = shown.err.strip().splitlines()[-3:]
+    lines = shown.err.splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("stage  ")) :]
     assert table[0].split() == ["stage", "method", "seconds", "figures"]
     assert table[2].startswith("adapt") and f"loss {adapted['loss']:.4g}" in table[2]
 

@@ -247,9 +247,9 @@ def test_the_reward_is_off_unless_allowed():
 def test_limits_or_walls_that_nothing_can_run_in_are_an_error_and_no_score(monkeypatch):
     columns = {"tests": ["pass"]}
     with pytest.raises(
-        UserError, match=r"a program of one line does not run here within 0\.001 s and 1024 MB"
+        UserError, match=r"a program of one line does not run here within 1e-06 s and 1024 MB"
     ):
-        reward_scores("python_tests", ["x = 1"], {"allow": True, "seconds": 0.001}, **columns)
+        reward_scores("python_tests", ["x = 1"], {"allow": True, "seconds": 1e-6}, **columns)
     python_tests._begin.cache_clear()
     monkeypatch.setattr(sandbox, "walls", lambda: sandbox.Walls(("false",), False))
     with pytest.raises(UserError, match="see whether `false python` starts"):

