@@ -13,7 +13,9 @@ ENGINES = engines.available()
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs mlx and torch")
-@pytest.mark.parametrize("name", ["demo_sft", "demo_lora", "demo_kl"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("demo_sft", marks=pytest.mark.exhaustive), "demo_lora", "demo_kl"]
+)
 def test_twenty_steps_agree(name, tmp_path, record_property):
     curves = []
     for engine in ENGINES:

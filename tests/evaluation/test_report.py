@@ -214,6 +214,7 @@ def _corner(path: Path) -> int:
     return int(255 * float(imread(path)[2, 2, :3].mean()))
 
 
+@pytest.mark.exhaustive
 def test_logs_alone_and_the_stage_of_a_pipeline(journey, tmp_path):
     cli.app(
         ["report", str(journey / "sft"), "--logs-only", "--output", str(tmp_path / "r.html")],

@@ -681,7 +681,7 @@ RUNS = {
         ],
     ),
 }
-QUICK = {("sft", "torch"), ("sft", "mlx"), ("kl", "torch"), ("ppo", "mlx")}
+QUICK = {("sft", "torch"), ("sft", "mlx"), ("ppo", "mlx")}
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,11 @@ def start():
 
 
 @pytest.mark.parametrize(
-    "moment", ["b/checkpoints/step-000002", "a/final"], ids=["inside the second stage", "between stages"]
+    "moment",
+    [
+        pytest.param("b/checkpoints/step-000002", id="inside the second stage"),
+        pytest.param("a/final", id="between stages", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_kill_and_resume_equals_an_uninterrupted_pipeline(moment, three, start, tmp_path):
     """Resumed from another folder, without the pipeline's file: the run directory holds all that is
