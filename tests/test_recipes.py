@@ -231,6 +231,7 @@ def test_the_journey_in_one_command(tmp_path):
         "reward": "reward",
         "judge": "reward",
         "ppo": "ppo",
+        "dpo": "reward",  # cut short as what learns from the same pairs
         "distill": "distill",
     }
     settings = [
@@ -239,7 +240,8 @@ def test_the_journey_in_one_command(tmp_path):
         for s in SMALL[method]
         if not s.startswith("reward=")
     ]
-    settings = [s for s in settings if s not in ("reward.model=tiny", "judge.model=tiny", "ppo.model=tiny")]
+    later = ("reward", "judge", "ppo", "dpo")  # which start from earlier stages
+    settings = [s for s in settings if s not in [f"{stage}.model=tiny" for stage in later]]
     suite = ["limit=4", "max_tokens=6", "text_limit=3", "continuation=12", "samples=2"]
     chosen = methods.load_recipe(
         "journey",
@@ -265,11 +267,16 @@ def test_the_journey_in_one_command(tmp_path):
         "lora",
         "kl",
         "ppo",
+        "dpo",
         "distill",
     ]
     assert "wins" in numbers["models"][1]["figures"] or "score" in numbers["models"][1]["figures"]
     # Each is asked as it was trained, and judged by a reward model that trained none of them.
-    assert [m["template"] for m in numbers["models"]] == ["instruction"] * 5 + ["dialogue", "chatml"]
+    assert [m["template"] for m in numbers["models"]] == ["instruction"] * 5 + [
+        "dialogue",
+        "dialogue",
+        "chatml",
+    ]
     assert "judge, on which none of these runs was trained" in page
     assert any("judge" in key for record in records(tmp_path / "run" / "ppo") for key in record)
 

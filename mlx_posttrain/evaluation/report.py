@@ -297,7 +297,8 @@ def _reward_row(label: str, report: Mapping[str, Any]) -> dict[str, str]:
         "calibration": f"{report['calibration_error']:.3f}",
         # reports of earlier releases have no null
         "null": "{:.3f} [{:.3f}, {:.3f}]".format(*null) if (null := report.get("calibration_null")) else "-",
-        "loss": f"{report['mean_training_loss']:.4f}",
+        # a policy's implicit reward has none of its own
+        "loss": f"{report['mean_training_loss']:.4f}" if "mean_training_loss" in report else "-",
     }
 
 

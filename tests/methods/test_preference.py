@@ -18,6 +18,7 @@ from mlx_posttrain.data.pairs import PairCollator
 from mlx_posttrain.data.types import Example, Pair, Preference
 from mlx_posttrain.engines.base import DeviceBatch
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluation import report as pages
 from mlx_posttrain.evaluation.implicit_reward import displacement, displacement_sentence
 from mlx_posttrain.methods.preference import OBJECTIVES, PreferenceSection, pair_loss
 from mlx_posttrain.training import setup
@@ -137,6 +138,8 @@ def test_metrics_have_trls_names_and_begin_at_zero(engine, tmp_path, run):
     assert {"accuracy", "longer", "bag_of_words", "kl", "length", "reference_length"} <= set(report)
     written = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert any("reference_answer" in row for row in written)
+    page = pages.write(tmp_path / "page.html", [str(tmp_path / "run")], ["ours"], None, []).read_text()
+    assert f"{report['accuracy'][0]:.1%} [" in page  # the implicit reward beside reward models
 
 
 @pytest.mark.parametrize("engine", ENGINES)
