@@ -128,7 +128,7 @@ def demo(
     engine: EngineOption = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of every run")] = 0,
 ) -> None:
-    """Tune the embedded tiny model in seven ways and compare: a few minutes, no network."""
+    """Tune the embedded tiny model in eight ways and compare: a few minutes, no network."""
     from mlx_posttrain import demo as module
 
     module.demo(output.expanduser(), engine, seed)
