@@ -63,7 +63,8 @@ def without_them(raw: dict[str, Any], source: str, name: str, *, limited: bool =
             dropped[key] = section.pop(last)
     if dropped:
         told = ", ".join(f"data.{key}={_short(value)}" for key, value in dropped.items())
-        log(f"{name}: {told} belong to {own} and are not used for {source}")
+        verbs = ("belongs", "is") if len(dropped) == 1 else ("belong", "are")
+        log(f"{name}: {told} {verbs[0]} to {own} and {verbs[1]} not used for {source}")
     return {**raw, "data": left}
 
 
