@@ -21,6 +21,7 @@ _WHOLE = (
 #: Sizes in config.json: of a stack of layers, and of the sides of tensors.
 _LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "n_layers")
 _SIDES = ("n_embd", "hidden_size", "d_model", "n_positions", "vocab_size", "intermediate_size", "n_inner")
+_MOST_LABELS = 100_000  # transformers writes a name for each
 _PACKED = 16  # of a matrix in 2 bits, a side is stored 16 values to an entry
 
 
@@ -34,6 +35,12 @@ def check_kinds(config: Mapping[str, Any], where: str) -> None:
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"{where} has {key} {repr(value)[:40]}; it must be a whole number of at least 1")
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        labels = section.get("num_labels")
+        if labels is not None and (type(labels) is not int or not 0 <= labels <= _MOST_LABELS):
+            raise UserError(
+                f"{where} has num_labels {repr(labels)[:40]}; it must be a whole number to {_MOST_LABELS:,}"
+            )
     for key in ("quantization", "quantization_config", "text_config"):
         if not isinstance(config.get(key), dict | None):
             raise UserError(f"{where} has {key} {repr(config[key])[:40]}; it must be an object")

@@ -1,8 +1,8 @@
-"""One way of training against another over several seeds: paired differences of right answers.
+"""One way of training against another over several seeds: paired differences of one metric.
 
-Two kinds of chance are kept apart. Over questions: the same runs on other questions, by the paired bootstrap.
-Over seeds: other runs of the same recipe, by Student's t over the seeds' gains, whose interval is wide for
-three seeds.
+Two kinds of chance are kept apart. Over rows (questions or texts): the same runs on others, by the paired
+bootstrap. Over seeds: other runs of the same recipe, by Student's t over the seeds' differences, whose
+interval is wide for three seeds.
 """
 
 from __future__ import annotations
@@ -11,11 +11,53 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from pydantic import Field, field_validator
 
+from mlx_posttrain import config
 from mlx_posttrain.evaluation import charts
 from mlx_posttrain.evaluation.comparison import LEVEL, MIN_ROWS, Comparison
 from mlx_posttrain.evaluation.findings import Finding, Verdict
+from mlx_posttrain.evaluation.metric_table import METRICS
 from mlx_posttrain.evaluation.metrics import Interval, paired_bootstrap, sign_flip, student_quantile
+
+
+class Gain(config.Section):
+    """What is to be shown as a gain: the first run of each pair against the second, a pair for each seed."""
+
+    metric: str = Field("accuracy", description="the metric in which the first is to be better")
+    pairs: list[tuple[str, str]] = Field(
+        min_length=1,
+        description="[first, second] by the names in `runs`; of a grid's runs by what comes before the part "
+        "that both share, such as the seed",
+    )
+
+    @field_validator("metric")
+    @classmethod
+    def _one_way_is_better(cls, metric: str) -> str:
+        if metric not in METRICS or METRICS[metric].better == "neither":
+            known = ", ".join(name for name, row in METRICS.items() if row.better != "neither")
+            raise ValueError(f"{metric!r} is no metric that can be a gain; there are {known}")
+        return metric
+
+    def spread(self, runs: Sequence[str]) -> list[tuple[str, str]]:
+        """The pairs by names of runs, ``[a seed=0, b seed=0]`` and so on for ``[a, b]``.
+
+        Raises ValueError for a name that is neither a run nor the beginning of two runs' names.
+        """
+        return [pair for first, second in self.pairs for pair in _spread(first, second, runs)]
+
+
+def _spread(first: str, second: str, runs: Sequence[str]) -> list[tuple[str, str]]:
+    if first in runs and second in runs:
+        return [(first, second)]
+    for name in (first, second):
+        if name not in runs and not any(run.startswith(f"{name} ") for run in runs):
+            raise ValueError(f"names {name!r}, which is none of the runs ({', '.join(runs)})")
+    rest = [run.removeprefix(f"{first} ") for run in runs if run.startswith(f"{first} ")]
+    found = [(f"{first} {part}", f"{second} {part}") for part in rest if f"{second} {part}" in runs]
+    if not found:
+        raise ValueError(f"no run of {first!r} has one of {second!r} beside it with the same seed")
+    return found
 
 
 def over_seeds(gains: Sequence[float]) -> Interval | None:
@@ -30,52 +72,72 @@ def over_seeds(gains: Sequence[float]) -> Interval | None:
     return Interval(mean, mean - reach, mean + reach)
 
 
-def compare_pairs(name: str, comparison: Comparison, pairs: Sequence[Sequence[str]]) -> Finding | None:
-    """Whether the first run of each pair answers more questions right than the second; one pair per seed.
+def compare_pairs(
+    name: str, comparison: Comparison, pairs: Sequence[Sequence[str]], metric: str = "accuracy"
+) -> Finding | None:
+    """Whether the first run of each pair is better in a metric than the second; one pair per seed.
 
-    Yes or no where chance is rejected twice: by a sign-flip test over questions, each averaged over the
-    seeds, and with several seeds by an interval over them that does not contain 0. Otherwise, and with fewer
-    than MIN_ROWS questions, the verdict is "cannot say". None where right answers were not measured for a
-    run.
+    Yes or no where chance is rejected twice: by a sign-flip test over rows, each averaged over the seeds, and
+    with several seeds by an interval over them that does not contain 0. Otherwise, and with fewer than
+    MIN_ROWS rows, the verdict is "cannot say". Differences are the first minus the second, of a perplexity in
+    nats per token. None where the metric was not measured for a run, or on other rows.
     """
-    rows = {m.name: m.values["accuracy"].rows for m in comparison.models if "accuracy" in m.values}
-    if any(run not in rows for pair in pairs for run in pair):
+    found = {m.name: m.values[metric] for m in comparison.models if metric in m.values}
+    names = [run for pair in pairs for run in pair]
+    if any(run not in found for run in names) or len({found[run].rows.shape for run in names}) > 1:
         return None
-    seed = comparison.seed
-    by_pair = {f"{a} - {b}": paired_bootstrap(rows[a], rows[b], seed=seed) for a, b in pairs}
+    about, seed, weights = METRICS[metric], comparison.seed, found[names[0]].weights
+    rows = {run: found[run].rows for run in names}
+    by_pair = {f"{a} - {b}": paired_bootstrap(rows[a], rows[b], weights=weights, seed=seed) for a, b in pairs}
     first, second = (np.mean([rows[pair[side]] for pair in pairs], axis=0) for side in (0, 1))
     pooled, seeds = (
-        paired_bootstrap(first, second, seed=seed),
-        over_seeds([gain.mean for gain in by_pair.values()]),
+        paired_bootstrap(first, second, weights=weights, seed=seed),
+        over_seeds([difference.mean for difference in by_pair.values()]),
     )
-    significant = sign_flip(first, second, seed=seed) <= LEVEL and (
+    significant = sign_flip(first, second, weights=weights, seed=seed) <= LEVEL and (
         seeds is None or seeds.low > 0 or seeds.high < 0
     )
-    verdict: Verdict = (
-        "cannot say" if not significant or len(first) < MIN_ROWS else "yes" if pooled.mean > 0 else "no"
-    )
-    sentence = f"Right answers on {len(first)} questions: " + ", ".join(
-        f"{pair} {_points(gain)}" for pair, gain in by_pair.items()
+    better = (pooled.mean > 0) == (about.better == "higher")
+    verdict: Verdict = "cannot say" if not significant or len(first) < MIN_ROWS else "yes" if better else "no"
+    means = [
+        about.format.format(float(np.mean([_value(comparison, pair[side], metric) for pair in pairs])))
+        for side in (0, 1)
+    ]
+    sentence = (
+        f"{about.label[0].upper()}{about.label[1:]} on {len(first)} rows, means of the runs: "
+        f"{means[0]} against {means[1]}. "
+        + ", ".join(f"{pair} {_amount(d, metric)}" for pair, d in by_pair.items())
     )
     if seeds:
-        sentence += f". Over questions {_points(pooled)}; over {len(pairs)} seeds {_points(seeds)}"
+        sentence += f". Over rows {_amount(pooled, metric)}; over {len(pairs)} seeds {_amount(seeds, metric)}"
     bars = {
-        **{f"pair {number}": gain for number, gain in enumerate(by_pair.values(), 1)},
-        "over questions": pooled,
+        **{f"pair {number}": difference for number, difference in enumerate(by_pair.values(), 1)},
+        "over rows": pooled,
     }
-    chart = charts.bars(
-        {**bars, "over seeds": seeds} if seeds else bars, y="gain in right answers", title=name
-    )
-    stats = {"each": by_pair, "over_questions": pooled, "over_seeds": seeds}
+    unit = f"difference in {about.label}{', nats' if about.transform else ''}"
+    chart = charts.bars({**bars, "over seeds": seeds} if seeds else bars, y=unit, title=name)
+    stats = {"each": by_pair, "over_rows": pooled, "over_seeds": seeds}
     slug = "".join(c if c.isalnum() else "_" for c in name.lower())
-    return Finding(f"Is it a gain: {name}?", f"{sentence}.", verdict, stats, {f"gain_{slug}": chart})
+    question = name if name.endswith("?") else f"Is it a gain: {name}?"
+    return Finding(question, f"{sentence}.", verdict, stats, {f"gain_{slug}": chart})
 
 
-def compare_all_pairs(comparison: Comparison, gains: Mapping[str, Sequence[Sequence[str]]]) -> list[Finding]:
+def _value(comparison: Comparison, run: str, metric: str) -> float:
+    return next(m for m in comparison.models if m.name == run).interval(metric).mean
+
+
+def compare_all_pairs(comparison: Comparison, gains: Mapping[str, Gain]) -> list[Finding]:
     """One finding per name of ``gains``, whose pairs hold names of the comparison's models."""
-    findings = (compare_pairs(name, comparison, pairs) for name, pairs in gains.items())
+    runs = [m.name for m in comparison.models]
+    findings = (
+        compare_pairs(name, comparison, gain.spread(runs), gain.metric) for name, gain in gains.items()
+    )
     return [finding for finding in findings if finding is not None]
 
 
-def _points(d: Interval) -> str:
-    return f"{d.mean:+.1%} [{d.low:+.0%}, {d.high:+.0%}]"
+def _amount(d: Interval, metric: str) -> str:
+    about = METRICS[metric]
+    if about.is_proportion:
+        return f"{d.mean:+.1%} [{d.low:+.0%}, {d.high:+.0%}]"
+    unit = " nats" if about.transform else ""
+    return f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{unit}"

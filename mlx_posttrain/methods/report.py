@@ -15,6 +15,7 @@ from mlx_posttrain import config, console, engines
 from mlx_posttrain import runs as rundirs
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluation.paired_runs import Gain
 from mlx_posttrain.evaluation.suite import SuiteSection
 from mlx_posttrain.training import setup
 from mlx_posttrain.training.loop import Callbacks
@@ -41,10 +42,10 @@ class Recipe(config.Section):
         "not asked the suite's questions",
     )
     suite: SuiteSection = Field(default_factory=lambda: SuiteSection(), description="what is asked and read")
-    gains: dict[str, list[tuple[str, str]]] = Field(
+    gains: dict[str, Gain] = Field(
         default_factory=dict,
-        description="what is to be shown as a gain: pairs of runs, one pair a seed, "
-        "the first against the second",
+        description="what is to be shown as a gain, by the question that the page answers: a metric, and "
+        "pairs of runs",
     )
 
     @model_validator(mode="after")
@@ -54,14 +55,11 @@ class Recipe(config.Section):
                 raise ValueError(
                     f"not_asked names {run!r}, which is none of the runs ({', '.join(self.runs)})"
                 )
-        for name, pairs in self.gains.items():
-            for run in (run for pair in pairs for run in pair):
-                if run not in self.runs:
-                    raise ValueError(
-                        f"gains.{name} names {run!r}, which is none of the runs ({', '.join(self.runs)})"
-                    )
-            if not pairs:
-                raise ValueError(f"gains.{name} names no pair of runs")
+        for name, gain in self.gains.items():
+            try:
+                gain.spread(list(self.runs))
+            except ValueError as error:
+                raise ValueError(f"gains.{name} {error}") from None
         return self
 
 

@@ -60,6 +60,18 @@ def test_a_size_that_is_no_whole_number(key, value, model):
         hub.check_config(model)
 
 
+@pytest.mark.parametrize("labels", [10**9, -1, 2.0, "3", [1]])
+def test_a_number_of_labels_that_cannot_be(labels, model):
+    """transformers writes a name for each, a billion of which do not fit in memory."""
+    for extra in ({"num_labels": labels}, {"model_type": "llama", "vision_config": {"num_labels": labels}}):
+        change(model / "config.json", **extra)
+        with pytest.raises(UserError, match=r"has num_labels .*; it must be a whole number to 100,000"):
+            hub.check_config(model)
+        change(model / "config.json", num_labels=3)
+    change(model / "config.json", vision_config=None)
+    assert hub.check_config(model)["num_labels"] == 3
+
+
 @pytest.mark.parametrize("key", ["quantization", "quantization_config", "text_config"])
 def test_a_section_that_is_none(key, model):
     change(model / "config.json", **{key: "4 bits"})

@@ -38,15 +38,15 @@ def test_students_interval_by_hand():
     assert two is not None and two.high - two.mean == pytest.approx(12.706 * 0.1, rel=1e-4)
 
 
-def test_over_questions_pairs_rows():
+def test_rows_are_paired():
     """Questions are averaged over seeds: 10 of 40 differ in both, and the others do not matter."""
     a, b = np.array([1.0, 1, 0, 1] * 10), np.array([1.0, 0, 0, 1] * 10)
     found = paired_runs.compare_pairs(
         "x", comparison({"a": a, "b": b, "c": a, "d": b}), [("a", "b"), ("c", "d")]
     )
-    assert found is not None and found.stats["over_questions"].mean == pytest.approx(0.25)
-    assert found.stats["each"]["a - b"] == found.stats["each"]["c - d"] == found.stats["over_questions"]
-    assert 0.1 < found.stats["over_questions"].low < 0.25 < found.stats["over_questions"].high < 0.42
+    assert found is not None and found.stats["over_rows"].mean == pytest.approx(0.25)
+    assert found.stats["each"]["a - b"] == found.stats["each"]["c - d"] == found.stats["over_rows"]
+    assert 0.1 < found.stats["over_rows"].low < 0.25 < found.stats["over_rows"].high < 0.42
 
 
 def test_a_gain_is_told_apart_from_none_and_from_a_loss():
@@ -69,18 +69,52 @@ def test_a_gain_is_told_apart_from_none_and_from_a_loss():
     assert one is not None and one.verdict == "yes" and one.stats["over_seeds"] is None
     few = paired_runs.compare_pairs("x", comparison(answers(1.0, 0.0, rows=5)), pairs[:1])
     assert few is not None and few.verdict == "cannot say"
-    assert (
-        paired_runs.compare_all_pairs(comparison(answers(0.5)), {"x": [("a", "b")]}) == []
-    )  # b was not measured
+    unmeasured = comparison(answers(0.5))
+    unmeasured.models.append(ModelResult("b", "b"))
+    assert paired_runs.compare_all_pairs(unmeasured, {"x": paired_runs.Gain(pairs=[("a", "b")])}) == []
+
+
+def test_a_lower_perplexity_is_the_gain():
+    """Losses of .5 less in every row of equal weight; of unequal weight the mean follows the weights."""
+    loss = np.linspace(3.0, 5.0, 40)
+    tokens = np.where(np.arange(40) < 20, 1.0, 3.0)
+    lower = loss - np.where(np.arange(40) < 20, 0.1, 0.5)
+    results = [
+        ModelResult(name, name, {"perplexity": Values(rows, tokens)})
+        for name, rows in (("a seed=0", lower), ("b seed=0", loss), ("a seed=1", lower), ("b seed=1", loss))
+    ]
+    gain = paired_runs.Gain(metric="perplexity", pairs=[("a", "b")])
+    assert gain.spread([m.name for m in results]) == [("a seed=0", "b seed=0"), ("a seed=1", "b seed=1")]
+    [found] = paired_runs.compare_all_pairs(Comparison({}, "own", results, []), {"Is less forgotten?": gain})
+    assert found.question == "Is less forgotten?" and found.verdict == "yes"
+    assert found.stats["over_rows"].mean == pytest.approx(-(20 * 0.1 + 60 * 0.5) / 80)
+    assert "nats" in found.sentence
+    back = paired_runs.Gain(metric="perplexity", pairs=[("b", "a")])
+    assert paired_runs.compare_all_pairs(Comparison({}, "own", results, []), {"x": back})[0].verdict == "no"
+
+
+def test_pairs_of_a_grid():
+    runs = ["lr lr=1e-05 seed=0", "lr lr=1e-05 seed=1", "lr lr=0.1 seed=1", "one"]
+    spread = paired_runs.Gain(pairs=[("lr lr=0.1", "lr lr=1e-05"), ("one", "lr lr=0.1 seed=1")]).spread(runs)
+    assert spread == [("lr lr=0.1 seed=1", "lr lr=1e-05 seed=1"), ("one", "lr lr=0.1 seed=1")]
+    for pair, message in (
+        (("lr lr=0.1", "kl"), "names 'kl'"),
+        (("lr lr=1e-05 seed=0", "one x"), "names 'one x'"),
+        (("lr lr=0.1", "one"), "the same seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paired_runs.Gain(pairs=[pair]).spread(runs)
 
 
 def test_unknown_runs_are_refused():
-    raw = {"method": "report", "runs": {"a": "x"}, "gains": {"g": [["a", "b"]]}}
+    raw = {"method": "report", "runs": {"a": "x"}, "gains": {"g": {"pairs": [["a", "b"]]}}}
     with pytest.raises(UserError, match=r"not_asked names 'b'"):
         config.parse(
             {"method": "report", "runs": {"a": "x"}, "not_asked": ["b"]}, methods.get("report").Recipe, "test"
         )
     with pytest.raises(UserError, match=r"gains.g names 'b'"):
         methods.parse_recipe(raw, "test")
-    with pytest.raises(UserError, match="no pair"):
-        methods.parse_recipe({**raw, "gains": {"g": []}}, "test")
+    with pytest.raises(UserError, match="at least 1"):
+        methods.parse_recipe({**raw, "gains": {"g": {"pairs": []}}}, "test")
+    with pytest.raises(UserError, match="'length' is no metric that can be a gain"):
+        methods.parse_recipe({**raw, "gains": {"g": {"pairs": [["a", "a"]], "metric": "length"}}}, "test")
