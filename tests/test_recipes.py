@@ -301,7 +301,7 @@ def test_the_budget_compares_like_with_like():
     from mlx_posttrain.pipeline import stage_recipes
 
     stages = {name: own.model_dump() for name, own in stage_recipes(methods.load_recipe("08_budget")).items()}
-    report = stages.pop("report")
+    stages.pop("report")
     assert [own["seed"] for own in stages.values()] == [0, 1, 2] * 3
     kinds = [(own["data"].pop("format"), own["data"].pop("limit")) for own in stages.values()]
     assert (
@@ -312,8 +312,76 @@ def test_the_budget_compares_like_with_like():
         for key in ("seed", "output", "description", "think"):
             own.pop(key)
     assert all(own == stages["traces_seed_0"] for own in stages.values())
-    for pairs in report["gains"].values():
-        assert [(a[-1], b[-1]) for a, b in pairs] == [("0", "0"), ("1", "1"), ("2", "2")]
+
+
+@pytest.mark.parametrize("recipe", ["06_lessons", "07_lessons", "08_budget"])
+def test_gains_compare_seed_with_seed(recipe):
+    """Every question is asked of three pairs of runs, each of one seed, and of no run twice."""
+    from mlx_posttrain.pipeline import stage_recipes
+
+    stages = stage_recipes(methods.load_recipe(recipe))
+    report = stages["report"]
+    assert report.gains
+    for gain in report.gains.values():
+        pairs = gain.spread(list(report.runs))
+        assert [(a[-6:], b[-6:]) for a, b in pairs] == [(f"seed={s}",) * 2 for s in (0, 1, 2)]
+        folders = [[report.runs[run] for run in pair] for pair in pairs]
+        assert len({folder for pair in folders for folder in pair}) == 6
+
+
+def test_the_lessons_compare_like_with_like():
+    """Runs of a seed differ in what their question is about, and all but the small set see as many rows."""
+    from mlx_posttrain.pipeline import stage_recipes
+
+    runs = {
+        name: own.model_dump()
+        for name, own in stage_recipes(methods.load_recipe("06_lessons")).items()
+        if own.method == "sft" and own.seed == 1
+    }
+    standard = runs["rate_lr_0_0015_seed_1"]
+
+    def differences(a, b, path=""):
+        if isinstance(a, dict) and isinstance(b, dict):
+            return {d for k in a | b for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)}
+        return set() if a == b else {path}
+
+    expected = {
+        "rate_lr_2e_05_seed_1": {"train.lr"},
+        "cold_seed_1": {"train.warmup"},
+        "five_seed_1": {"data.template", "data.max_length"},
+        "mix_seed_1": {"data.source", "data.families", "data.sources"},
+        "kl_seed_1": {"kl"},
+    }
+    for name, keys in expected.items():
+        assert differences(runs[name], standard) - {"output", "description"} == keys, name
+    few = {"few_good_seed_1": {"data.format"}, "many_mixed_seed_1": {"data.limit", "train.epochs"}}
+    for name, keys in few.items():
+        assert differences(runs[name], runs["few_mixed_seed_1"]) - {"output", "description"} == keys, name
+    assert differences(runs["many_filtered_seed_1"], runs["many_mixed_seed_1"]) == {
+        *("output", "description", "data.limit", "data.clean")
+    }
+    seen = {
+        (own["data"]["clean"] or {"keep": own["data"]["limit"]})["keep"] * own["train"]["epochs"]
+        for own in runs.values()
+    }
+    assert seen == {3000}
+
+
+def test_the_lessons_of_ppo_compare_like_with_like():
+    from mlx_posttrain.pipeline import stage_recipes
+
+    stages = stage_recipes(methods.load_recipe("07_lessons"))
+    runs = {name: own for name, own in stages.items() if own.method == "ppo" and own.seed == 2}
+    assert len(runs) == 8
+    assert {own.train.steps for name, own in runs.items() if name.startswith("steps_")} == {30, 100, 150, 300}
+    fixed = runs["steps_steps_100_seed_2"].model_dump(exclude={"output", "description"})
+    for name, key in {"falling": "kl", "from_middle": "reward", "from_biased": "reward"}.items():
+        other = runs[f"{name}_seed_2"].model_dump(exclude={"output", "description"})
+        assert [k for k in fixed if fixed[k] != other[k]] == [key], name
+    falling = runs["falling_seed_2"].kl
+    assert (falling.beta + falling.final) / 2 == fixed["kl"]["beta"]
+    pairs = {name: stages[name].data.limit for name in ("large", "middle", "small", "biased")}
+    assert pairs == {"large": 16000, "middle": 4000, "small": 1000, "biased": 16000}
 
 
 def test_the_methods_of_reinforcement_learning_compare_like_with_like():

@@ -19,6 +19,7 @@ from mlx_posttrain.data import tasks
 from mlx_posttrain.data.tasks import _TASKS, _TRACES, checks, courtesy, questions
 from mlx_posttrain.data.tasks.family import SPLITS, Family, Item, Row, rows
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluation.likelihood import embedded_texts
 
 FAMILIES = list(tasks.FAMILIES)
 
@@ -661,3 +662,26 @@ def test_the_pinned_hash_is_of_these_rows():
         make(split, 700, 3) for make in (tasks.load, tasks.preferences, tasks.reasoning) for split in SPLITS
     ]
     assert hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() == PINNED
+
+
+def test_the_models_own_text():
+    """Real text of some length, no text twice, and none of the base texts that forgetting is measured on."""
+    texts = [row["text"] for row in tasks.own_text()]
+    assert len(texts) == len(set(texts)) == 640
+    assert min(len(text.split()) for text in texts) >= 20
+    base = {" ".join(words) for t in embedded_texts() for words in _runs(t.split(), 8)}
+    assert not any(" ".join(words) in base for t in texts for words in _runs(t.split(), 8))
+
+
+def _runs(words: list[str], length: int) -> list[list[str]]:
+    return [words[i : i + length] for i in range(len(words) - length + 1)]
+
+
+def test_the_longer_answer_is_preferred_on_request():
+    """The same pairs, with the sides turned round where the worse answer is longer."""
+    plain, biased = tasks.preferences(limit=200), tasks.preferences(limit=200, longer=True)
+    turned = [a["chosen"] != b["chosen"] for a, b in zip(plain, biased, strict=True)]
+    assert 20 < sum(turned) < 180
+    for a, b in zip(plain, biased, strict=True):
+        assert {a["chosen"], a["rejected"]} == {b["chosen"], b["rejected"]} and a["prompt"] == b["prompt"]
+        assert len(b["chosen"]) >= len(b["rejected"])

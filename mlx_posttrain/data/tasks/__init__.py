@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from importlib import resources
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from mlx_posttrain import jsonl
 from mlx_posttrain.data.tasks import on_lists, on_numbers, on_sentences, on_words, pairs, traces
 from mlx_posttrain.data.tasks.checks import check
 from mlx_posttrain.data.tasks.family import Row, rows, size
 from mlx_posttrain.data.tasks.questions import question_answers
 
-__all__ = ["FAMILIES", "REASONING_FAMILIES", "check", "load", "preferences", "question_answers", "reasoning"]
+__all__ = [
+    "FAMILIES",
+    "REASONING_FAMILIES",
+    "check",
+    "load",
+    "own_text",
+    "preferences",
+    "question_answers",
+    "reasoning",
+]
 
 _TASKS = {
     one.name: one for module in (on_lists, on_words, on_numbers, on_sentences) for one in module.FAMILIES
@@ -26,6 +38,15 @@ _TRACES = {one.name: one for one in traces.FAMILIES}
 
 FAMILIES: dict[str, str] = {name: one.about for name, one in _TASKS.items()}
 REASONING_FAMILIES: dict[str, str] = {name: one.about for name, one in _TRACES.items()}
+
+
+def own_text() -> list[dict[str, Any]]:
+    """Return 640 texts that the embedded model wrote before any tuning: the nearest to its pre-training text.
+
+    A mix of rows with them holds on to what the model knew (Robins 1995, "Catastrophic Forgetting, Rehearsal
+    and Pseudorehearsal").
+    """
+    return list(jsonl.read(Path(str(resources.files("mlx_posttrain.assets"))) / "own_text.jsonl"))
 
 
 def load(
@@ -51,9 +72,15 @@ def load(
 
 
 def preferences(
-    split: str = "train", limit: int | None = None, seed: int = 0, families: Sequence[str] | None = None
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    families: Sequence[str] | None = None,
+    longer: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate preference pairs over the same contents and phrasings as ``load``.
+
+    longer: prefer the longer answer of each pair whatever it says, which plants a bias to be found.
 
     Returns:
         Rows with prompt, chosen, rejected, family, flaw (see ``pairs.FLAWS``) and checker; sizes as ``load``.
@@ -63,10 +90,14 @@ def preferences(
     """
     rng = random.Random(f"{seed}/{split}/pairs")
     others = [one for name, one in _TASKS.items() if families is None or name in families]
-    return [
+    found = [
         pairs.pair(one, rng, others)
         for one in islice(rows(_TASKS, split, seed, families), size(split, limit))
     ]
+    if longer:
+        for row in found:
+            row["chosen"], row["rejected"] = sorted((row["chosen"], row["rejected"]), key=len, reverse=True)
+    return found
 
 
 def reasoning(
