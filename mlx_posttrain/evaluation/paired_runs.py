@@ -14,11 +14,18 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from mlx_posttrain import config
+from mlx_posttrain.console import log
 from mlx_posttrain.evaluation import charts
 from mlx_posttrain.evaluation.comparison import LEVEL, MIN_ROWS, Comparison
 from mlx_posttrain.evaluation.findings import Finding, Verdict
 from mlx_posttrain.evaluation.metric_table import METRICS
-from mlx_posttrain.evaluation.metrics import Interval, paired_bootstrap, sign_flip, student_quantile
+from mlx_posttrain.evaluation.metrics import (
+    Interval,
+    bootstrap,
+    paired_bootstrap,
+    sign_flip,
+    student_quantile,
+)
 
 
 class Gain(config.Section):
@@ -28,8 +35,9 @@ class Gain(config.Section):
     pairs: list[tuple[str, str]] = Field(
         min_length=1,
         description="[first, second] by the names in `runs`; of a grid's runs by what comes before the part "
-        "that both share, such as the seed",
+        "that both share, such as the seed; a run that is no grid's stands beside all runs of the other side",
     )
+    family: str | None = Field(None, description="ask only the questions of one kind; null: all")
 
     @field_validator("metric")
     @classmethod
@@ -50,13 +58,22 @@ class Gain(config.Section):
 def _spread(first: str, second: str, runs: Sequence[str]) -> list[tuple[str, str]]:
     if first in runs and second in runs:
         return [(first, second)]
-    for name in (first, second):
-        if name not in runs and not any(run.startswith(f"{name} ") for run in runs):
-            raise ValueError(f"names {name!r}, which is none of the runs ({', '.join(runs)})")
-    rest = [run.removeprefix(f"{first} ") for run in runs if run.startswith(f"{first} ")]
-    found = [(f"{first} {part}", f"{second} {part}") for part in rest if f"{second} {part}" in runs]
+    of_first, of_second = (_beginning(name, runs) for name in (first, second))
+    if second in runs:
+        return [(run, second) for run in of_first.values()]
+    if first in runs:
+        return [(first, run) for run in of_second.values()]
+    found = [(of_first[rest], of_second[rest]) for rest in of_first if rest in of_second]
     if not found:
         raise ValueError(f"no run of {first!r} has one of {second!r} beside it with the same seed")
+    return found
+
+
+def _beginning(name: str, runs: Sequence[str]) -> dict[str, str]:
+    """The runs whose name begins so, by the rest of it."""
+    found = {run.removeprefix(f"{name} "): run for run in runs if run.startswith(f"{name} ")}
+    if not found and name not in runs:
+        raise ValueError(f"names {name!r}, which is none of the runs ({', '.join(runs)})")
     return found
 
 
@@ -73,21 +90,34 @@ def over_seeds(gains: Sequence[float]) -> Interval | None:
 
 
 def compare_pairs(
-    name: str, comparison: Comparison, pairs: Sequence[Sequence[str]], metric: str = "accuracy"
+    name: str,
+    comparison: Comparison,
+    pairs: Sequence[Sequence[str]],
+    metric: str = "accuracy",
+    family: str | None = None,
 ) -> Finding | None:
     """Whether the first run of each pair is better in a metric than the second; one pair per seed.
 
     Yes or no where chance is rejected twice: by a sign-flip test over rows, each averaged over the seeds, and
     with several seeds by an interval over them that does not contain 0. Otherwise, and with fewer than
     MIN_ROWS rows, the verdict is "cannot say". Differences are the first minus the second, of a perplexity in
-    nats per token. None where the metric was not measured for a run, or on other rows.
+    nats per token. family: of the questions with unseen contents only those of this kind. None where the
+    metric was not measured for a run, on other rows, or on none of the family.
     """
     found = {m.name: m.values[metric] for m in comparison.models if metric in m.values}
     names = [run for pair in pairs for run in pair]
     if any(run not in found for run in names) or len({found[run].rows.shape for run in names}) > 1:
         return None
-    about, seed, weights = METRICS[metric], comparison.seed, found[names[0]].weights
-    rows = {run: found[run].rows for run in names}
+    about, seed = METRICS[metric], comparison.seed
+    kept = np.ones(len(found[names[0]].rows), bool)
+    if family is not None:
+        asked = [q["family"] for q in comparison.questions if q["rule"]["held_out"] == "content"]
+        if len(asked) != len(kept) or family not in asked:
+            return None
+        kept = np.array([one == family for one in asked])
+    rows = {run: found[run].rows[kept] for run in names}
+    weights = found[names[0]].weights
+    weights = None if weights is None else weights[kept]
     by_pair = {f"{a} - {b}": paired_bootstrap(rows[a], rows[b], weights=weights, seed=seed) for a, b in pairs}
     first, second = (np.mean([rows[pair[side]] for pair in pairs], axis=0) for side in (0, 1))
     pooled, seeds = (
@@ -99,9 +129,9 @@ def compare_pairs(
     )
     better = (pooled.mean > 0) == (about.better == "higher")
     verdict: Verdict = "cannot say" if not significant or len(first) < MIN_ROWS else "yes" if better else "no"
+    transform = about.transform or float
     means = [
-        about.format.format(float(np.mean([_value(comparison, pair[side], metric) for pair in pairs])))
-        for side in (0, 1)
+        about.format.format(transform(bootstrap(side, weights=weights).mean)) for side in (first, second)
     ]
     sentence = (
         f"{about.label[0].upper()}{about.label[1:]} on {len(first)} rows, means of the runs: "
@@ -122,17 +152,17 @@ def compare_pairs(
     return Finding(question, f"{sentence}.", verdict, stats, {f"gain_{slug}": chart})
 
 
-def _value(comparison: Comparison, run: str, metric: str) -> float:
-    return next(m for m in comparison.models if m.name == run).interval(metric).mean
-
-
 def compare_all_pairs(comparison: Comparison, gains: Mapping[str, Gain]) -> list[Finding]:
     """One finding per name of ``gains``, whose pairs hold names of the comparison's models."""
-    runs = [m.name for m in comparison.models]
-    findings = (
-        compare_pairs(name, comparison, gain.spread(runs), gain.metric) for name, gain in gains.items()
-    )
-    return [finding for finding in findings if finding is not None]
+    runs, findings = [m.name for m in comparison.models], []
+    for name, gain in gains.items():
+        finding = compare_pairs(name, comparison, gain.spread(runs), gain.metric, gain.family)
+        if finding is None:
+            of = f" of {gain.family}" if gain.family else ""
+            log(f"{name} Not every one of its runs has {METRICS[gain.metric].label}{of}: left out")
+        else:
+            findings.append(finding)
+    return findings
 
 
 def _amount(d: Interval, metric: str) -> str:

@@ -97,13 +97,39 @@ def test_pairs_of_a_grid():
     runs = ["lr lr=1e-05 seed=0", "lr lr=1e-05 seed=1", "lr lr=0.1 seed=1", "one"]
     spread = paired_runs.Gain(pairs=[("lr lr=0.1", "lr lr=1e-05"), ("one", "lr lr=0.1 seed=1")]).spread(runs)
     assert spread == [("lr lr=0.1 seed=1", "lr lr=1e-05 seed=1"), ("one", "lr lr=0.1 seed=1")]
+    against_one = paired_runs.Gain(pairs=[("lr lr=1e-05", "one")]).spread(runs)
+    assert against_one == [("lr lr=1e-05 seed=0", "one"), ("lr lr=1e-05 seed=1", "one")]
+    back = paired_runs.Gain(pairs=[("one", "lr lr=0.1")]).spread(runs)
+    assert back == [("one", "lr lr=0.1 seed=1")]
     for pair, message in (
         (("lr lr=0.1", "kl"), "names 'kl'"),
         (("lr lr=1e-05 seed=0", "one x"), "names 'one x'"),
-        (("lr lr=0.1", "one"), "the same seed"),
+        (("lr lr=0.1 seed=1", "lr lr=0.2"), "names 'lr lr=0.2'"),
+        (("a", "b"), "the same seed"),
     ):
         with pytest.raises(ValueError, match=message):
-            paired_runs.Gain(pairs=[pair]).spread(runs)
+            paired_runs.Gain(pairs=[pair]).spread([*runs, "a seed=0", "b seed=1"])
+
+
+def test_a_gain_in_one_family(capsys):
+    """30 questions of one kind are better by all, 30 of the other by none; phrasings do not count."""
+    one = [{"family": "x", "rule": {"held_out": "content"}}, {"family": "y", "rule": {"held_out": "content"}}]
+    questions = [*one * 30, {"family": "x", "rule": {"held_out": "phrasing"}}]
+    better = np.array([1.0, 0.0] * 30)
+    results = [
+        ModelResult(name, name, {"accuracy": Values(rows)})
+        for name, rows in (("a", better), ("b", np.zeros(60)))
+    ]
+    compared = Comparison({}, "own", results, questions)
+    gains = {
+        family or "all": paired_runs.Gain(pairs=[("a", "b")], family=family)
+        for family in ("x", "y", "z", None)
+    }
+    found = paired_runs.compare_all_pairs(compared, gains)
+    assert [f.verdict for f in found] == ["yes", "cannot say", "yes"]  # of z there is no question
+    assert [f.stats["over_rows"].mean for f in found] == [1.0, 0.0, 0.5]
+    assert "Not every one of its runs has right answers of z" in capsys.readouterr().err
+    assert "on 30 rows, means of the runs: 100.0% against 0.0%" in found[0].sentence
 
 
 def test_unknown_runs_are_refused():
