@@ -465,6 +465,7 @@ _PATHS = (
     "texts",
     "last_words",
     "runs",
+    "report",
 )
 
 

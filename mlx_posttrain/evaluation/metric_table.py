@@ -176,3 +176,11 @@ METRICS: dict[str, Metric] = {
         null_value=0.5,
     ),
 }
+
+
+def one_way_is_better(metric: str) -> str:
+    """The name itself, of a metric whose higher or lower values are better; raises ValueError for others."""
+    if metric not in METRICS or METRICS[metric].better == "neither":
+        known = ", ".join(name for name, row in METRICS.items() if row.better != "neither")
+        raise ValueError(f"{metric!r} is no metric of which more or less is better; there are {known}")
+    return metric

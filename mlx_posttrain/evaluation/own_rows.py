@@ -38,11 +38,11 @@ class OwnRows(NamedTuple):
     where: str
 
 
-def read(labels: Sequence[str], models: Sequence[Source], limit: int) -> OwnRows | None:
-    """At most ``limit`` held-out rows of the first run; None where the embedded questions are to be asked.
+def read(labels: Sequence[str], models: Sequence[Source], limit: int, skip: int = 0) -> OwnRows | None:
+    """At most ``limit`` held-out rows of the first run, after ``skip`` of them.
 
-    Prints what is asked where other runs had other rows, or the run held nothing out. Raises UserError where
-    its rows can no longer be read.
+    None where the embedded questions are to be asked. Prints what is asked where other runs had other rows or
+    the run held nothing out. Raises UserError where its rows can no longer be read.
     """
     recipes = {label: model.recipe or {} for label, model in zip(labels, models, strict=True)}
     found = {label: recipe for label, recipe in recipes.items() if _has_rows(recipe)}
@@ -73,7 +73,9 @@ def read(labels: Sequence[str], models: Sequence[Source], limit: int) -> OwnRows
         where += f" (all trained on by {known})"
     if len(held_out) > limit:
         log(f"{source}: {limit:,} of {len(held_out):,} held-out rows (limit)")
-    asked = _without_repeats(held_out)[:limit]
+    asked = _without_repeats(held_out)[skip : skip + limit]
+    if not asked:
+        raise UserError(f"{source}: skip={skip:,} leaves none of {len(held_out):,} held-out rows")
     texts = [
         row.turns[-1].content for row in asked if len(row.turns) == 1 and row.turns[0].role == "assistant"
     ]

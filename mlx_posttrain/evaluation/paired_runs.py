@@ -18,7 +18,7 @@ from mlx_posttrain.console import log
 from mlx_posttrain.evaluation import charts
 from mlx_posttrain.evaluation.comparison import LEVEL, MIN_ROWS, Comparison
 from mlx_posttrain.evaluation.findings import Finding, Verdict
-from mlx_posttrain.evaluation.metric_table import METRICS
+from mlx_posttrain.evaluation.metric_table import METRICS, one_way_is_better
 from mlx_posttrain.evaluation.metrics import (
     Interval,
     bootstrap,
@@ -39,13 +39,7 @@ class Gain(config.Section):
     )
     family: str | None = Field(None, description="ask only the questions of one kind; null: all")
 
-    @field_validator("metric")
-    @classmethod
-    def _one_way_is_better(cls, metric: str) -> str:
-        if metric not in METRICS or METRICS[metric].better == "neither":
-            known = ", ".join(name for name, row in METRICS.items() if row.better != "neither")
-            raise ValueError(f"{metric!r} is no metric that can be a gain; there are {known}")
-        return metric
+    _better = field_validator("metric")(one_way_is_better)
 
     def spread(self, runs: Sequence[str]) -> list[tuple[str, str]]:
         """The pairs by names of runs, ``[a seed=0, b seed=0]`` and so on for ``[a, b]``.

@@ -35,6 +35,7 @@ CAPTIONS = {
     "reward_kl": "Path of each run on rollouts: mean score against the KL from its start. The large dot "
     "is the end.",
     "reward": "Mean score of each step's answers.",
+    "score_kl": "Each run's final answers: at equal KL from its start, the higher point got more for it.",
     "accuracy": "Right answers on held-out questions.",
     "ceiling": "A score that no text can bring to 1; the line is that of text in which nothing occurs twice.",
     "reasoning": "Right answers of each distilled run: after thinking, when made to answer at once, and of "
@@ -69,7 +70,7 @@ def write(
     thoughts = {
         label: _read_report(folder) for label, folder in folders if "format_rate" in _read_report(folder)
     }
-    drawn |= reward_charts(folders) | reasoning_charts(thoughts)
+    drawn |= reward_charts(folders) | reasoning_charts(thoughts) | score_at_kl(folders, comparison)
     for finding in findings:
         drawn |= finding.charts
     chart_folder = path.parent / f"{path.stem}-charts"
@@ -192,6 +193,27 @@ def reward_charts(folders: Sequence[tuple[str, Path]]) -> dict[str, Any]:
             path, x="KL from the start, nats per answer", y="score", title="Reward against KL", path=True
         )
     return {**found, "reward": charts.curves(curve, x="step", y="score", title="Reward in training")}
+
+
+def score_at_kl(folders: Sequence[tuple[str, Path]], comparison: Comparison | None) -> dict[str, Any]:
+    """The judge's score of each run against its KL, a colour for each method or grid; {} below three runs."""
+    scores = (
+        {m.name: m.interval("score").mean for m in comparison.models if "score" in m.values}
+        if comparison
+        else {}
+    )
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for label, folder in folders:
+        result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+        if label in scores and "kl" in result:
+            grid = " ".join(word for word in label.split(" ") if "=" not in word)
+            xs, ys = points.setdefault(grid, ([], []))
+            xs.append(result["kl"])
+            ys.append(scores[label])
+    if sum(len(xs) for xs, _ in points.values()) < 3:
+        return {}
+    x = "KL from the start, nats per answer"
+    return {"score_kl": charts.scatter(points, x=x, y="score", title="Score at equal KL")}
 
 
 def reasoning_charts(thoughts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class SuiteSection(config.Section):
     )
     families: list[str] | None = Field(None, description="kinds of embedded questions to take; null: all")
     limit: int = Field(160, ge=1, description="number of questions, and with `phrasings` as many again")
+    skip: int = Field(0, ge=0, description="questions left out first, which another report has asked")
     phrasings: bool = Field(
         True, description="with embedded/tasks: also ask known contents in held-out phrasings"
     )
@@ -147,7 +148,7 @@ def compare(
         think_tokens=suite.think_tokens,
     )
     named = suite.rows is not None or suite.families is not None  # families are those of embedded questions
-    asked = None if named else own_rows.read(labels, sources_of_models, suite.limit)
+    asked = None if named else own_rows.read(labels, sources_of_models, suite.limit, suite.skip)
     if asked is None:
         suite = own_rows.with_rows(suite, sources_of_models)
         questions, where = read_questions(suite), f"from {suite.rows}"
@@ -257,11 +258,13 @@ def read_questions(suite: SuiteSection) -> list[Conversation]:
             source,
             split=split,
             config=suite.config,
-            limit=suite.limit,
+            limit=suite.skip + suite.limit,
             families=suite.families,
             split_key="split",
             limit_key="limit",
-        )
+        )[suite.skip :]
+        if not rows:
+            raise UserError(f"{source} {split}: skip={suite.skip:,} leaves no question")
         parsed, dropped = formats.parse_rows(rows, format=suite.format, columns=suite.columns, source=source)
         for reason, count in dropped.items():
             log(f"{source} {split}: {count} rows dropped: {reason}")

@@ -15,6 +15,8 @@ from mlx_posttrain import config, console, engines
 from mlx_posttrain import runs as rundirs
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.evaluation import choice
+from mlx_posttrain.evaluation.choice import Choice
 from mlx_posttrain.evaluation.paired_runs import Gain
 from mlx_posttrain.evaluation.suite import SuiteSection
 from mlx_posttrain.training import setup
@@ -42,6 +44,11 @@ class Recipe(config.Section):
         "not asked the suite's questions",
     )
     suite: SuiteSection = Field(default_factory=lambda: SuiteSection(), description="what is asked and read")
+    choose: Choice | None = Field(
+        None,
+        description="of each grid show the best setting only, chosen by an earlier report; its runs are then "
+        "called by their grid and seed",
+    )
     gains: dict[str, Gain] = Field(
         default_factory=dict,
         description="what is to be shown as a gain, by the question that the page answers: a metric, and "
@@ -57,7 +64,7 @@ class Recipe(config.Section):
                 )
         for name, gain in self.gains.items():
             try:
-                gain.spread(list(self.runs))
+                gain.spread(list(self.runs) if self.choose is None else choice.names(list(self.runs)))
             except ValueError as error:
                 raise ValueError(f"gains.{name} {error}") from None
         return self
@@ -81,19 +88,23 @@ def run(recipe: Recipe, resume: Resume, callbacks: Callbacks | None) -> dict[str
     # 0, the default of both, leaves it to the other
     suite = recipe.suite.model_copy(update={"seed": recipe.suite.seed or recipe.seed})
     with setup.discard_on_failure(one, resume):
+        shown, chosen = recipe.runs, []
+        if recipe.choose is not None:
+            shown, finding = choice.choose(recipe.choose, recipe.runs)
+            chosen = [finding]
         comparison, found = analyze.analyze(
-            list(recipe.runs.values()),
+            list(shown.values()),
             suite,
             engine.name,
             base=recipe.base,
-            labels=list(recipe.runs),
+            labels=list(shown),
             not_asked=recipe.not_asked,
         )
-    found = [*paired_runs.compare_all_pairs(comparison, recipe.gains), *found]
+    found = [*chosen, *paired_runs.compare_all_pairs(comparison, recipe.gains), *found]
     said = report.format_text(comparison, found)
 
     def fill(final: Path) -> None:
-        report.write(final / "report.html", list(recipe.runs.values()), list(recipe.runs), comparison, found)
+        report.write(final / "report.html", list(shown.values()), list(shown), comparison, found)
         (final / "report.txt").write_text(said + "\n", encoding="utf-8")
 
     result = {

@@ -142,5 +142,5 @@ def test_unknown_runs_are_refused():
         methods.parse_recipe(raw, "test")
     with pytest.raises(UserError, match="at least 1"):
         methods.parse_recipe({**raw, "gains": {"g": {"pairs": []}}}, "test")
-    with pytest.raises(UserError, match="'length' is no metric that can be a gain"):
+    with pytest.raises(UserError, match="'length' is no metric of which more or less is better"):
         methods.parse_recipe({**raw, "gains": {"g": {"pairs": [["a", "a"]], "metric": "length"}}}, "test")

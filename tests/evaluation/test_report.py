@@ -451,3 +451,17 @@ def test_five_rows_are_shown_and_the_rest_folded():
     mean, low, high = row["cells"][1]["bar"]
     assert low < mean < high == 100.0 and row["cells"][0]["bar"][1] == 0.0
     assert len(stage_table.headlines(compared(distinct_2=(0.5, 0.5)))) == 1
+
+
+def test_score_at_kl_has_a_colour_for_each_grid(tmp_path):
+    results = []
+    for number, name in enumerate(["dpo lr=1 seed=0", "dpo lr=2 seed=0", "ppo seed=0", "sft"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({"kl": float(number)} if number < 3 else {}))
+        results.append(ModelResult(name, name, {"score": Values(np.full(4, 10.0 * number))}))
+    folders = [(m.name, tmp_path / m.name) for m in results]
+    [figure] = report.score_at_kl(folders, Comparison({}, "own", results, [])).values()
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert drawn == {"dpo": [[0.0, 0.0], [1.0, 10.0]], "ppo": [[2.0, 20.0]]}
+    assert report.score_at_kl(folders[:2], Comparison({}, "own", results, [])) == {}
+    assert report.score_at_kl(folders, None) == {}

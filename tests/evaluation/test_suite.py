@@ -302,6 +302,9 @@ def test_labels_templates_and_questions(tmp_path):
     embedded = suite.read_questions(SuiteSection(limit=6))
     assert [q.extra["held_out"] for q in embedded] == ["content"] * 6 + ["phrasing"] * 6
     assert suite.check_answers(embedded, [q.turns[-1].content for q in embedded]).tolist() == [1.0] * 12
+    later = suite.read_questions(SuiteSection(limit=4, skip=2))
+    assert [q.turns for q in later[:4]] == [q.turns for q in embedded[2:6]]
+    assert [q.turns for q in later[4:]] == [q.turns for q in embedded[8:]]
     assert suite.model_labels(["runs/a/sft", "runs/b/sft", "tiny"]) == ["runs/a/sft", "runs/b/sft", "tiny"]
     assert suite.model_labels(["runs/a/sft", "x/lora"]) == ["sft", "lora"]
     path = tmp_path / "q.jsonl"
@@ -311,6 +314,8 @@ def test_labels_templates_and_questions(tmp_path):
         suite.check_answers([question], ["It is 5."])[0] == 1
         and suite.check_answers([question], ["6"])[0] == 0
     )
+    with pytest.raises(UserError, match="skip=1 leaves no question"):
+        suite.read_questions(SuiteSection(rows=str(path), skip=1))
     path.write_text(json.dumps({"text": "plain"}) + "\n")
     with pytest.raises(UserError, match="without questions"):
         suite.read_questions(SuiteSection(rows=str(path)))
