@@ -8,13 +8,17 @@ and are also written to ``NAME-charts/`` as SVG and PNG; its numbers are in ``NA
 from __future__ import annotations
 
 import json
+import platform
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import jsonl, runs
 from mlx_posttrain.convert.files import read_json
+from mlx_posttrain.engines.process import command_output
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import charts, stage_table
 from mlx_posttrain.evaluation.comparison import SIGNIFICANCE_NOTE, Comparison
@@ -44,6 +48,8 @@ CAPTIONS = {
     "gain": "Paired gains with 95 % intervals: of each pair, over questions, and over seeds.",
 }
 SAMPLES = 8
+#: The chart beside what changed: the first of these that there is.
+OPENING = ("accuracy", "perplexity", "reward", "curves")
 
 
 def write(
@@ -83,11 +89,16 @@ def write(
         if "bag_of_words" in _read_report(folder)
     ]
     changes = stage_table.opening(comparison) if comparison else []
+    machine, versions = _machine()
+    shown = [
+        {"name": name, "svg": charts.svg(figure), "caption": _caption(name)} for name, figure in drawn.items()
+    ]
+    opening = next((name for name in OPENING if changes and name in drawn), None)
     sections = [
         ("changes", "What changed", changes),
         ("findings", "Findings", findings),
         ("stages", "Side by side", comparison),
-        ("charts", "Charts", drawn),
+        ("charts", "Charts", drawn.keys() - {opening}),
         ("samples", "Samples", comparison),
         ("thoughts", "Reasoning", thoughts),
         ("rewards", "Reward models", rewards),
@@ -101,7 +112,8 @@ def write(
         title="Post-training report: " + ", ".join(labels)
         if len(labels) <= 4
         else f"Post-training report: {len(labels)} runs",
-        machine=_machine(),
+        machine=machine,
+        versions=versions,
         sections=[(key, name) for key, name, content in sections if content],
         findings=list(findings),
         changes=changes,
@@ -118,10 +130,8 @@ def write(
         thoughts=[_reasoning_row(label, stats) for label, stats in thoughts.items()],
         rewards=rewards,
         runs=run_sections,
-        charts=[
-            {"name": name, "svg": charts.svg(figure), "caption": _caption(name)}
-            for name, figure in drawn.items()
-        ],
+        charts=[one for one in shown if one["name"] != opening],
+        opening=[one for one in shown if one["name"] == opening],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(path, page)
@@ -374,7 +384,15 @@ def _run(label: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _machine() -> str:
+def _machine() -> tuple[str, str]:
+    """When and on what the page was made, in few words; and all versions."""
     facts = runs.environment_info()
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"{facts['time']}, {facts['platform']}, Python {facts['python']}, {versions}"
+    versions = [f"{name} {version}" for name, version in facts["versions"].items()]
+    made = datetime.now().astimezone()
+    if sys.platform == "darwin":
+        chip = command_output("sysctl", "-n", "machdep.cpu.brand_string") or facts["machine"]
+        system = f"macOS {platform.mac_ver()[0]} on {chip}"
+    else:
+        system = f"{platform.system()} on {facts['machine']}"
+    short = f"{made.day} {made:%B %Y, %H:%M}, {system}, {versions[0] if versions else ''}".rstrip(", ")
+    return short, ", ".join([facts["platform"], f"Python {facts['python']}", *versions])

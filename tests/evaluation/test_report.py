@@ -465,3 +465,16 @@ def test_score_at_kl_has_a_colour_for_each_grid(tmp_path):
     assert drawn == {"dpo": [[0.0, 0.0], [1.0, 10.0]], "ppo": [[2.0, 20.0]]}
     assert report.score_at_kl(folders[:2], Comparison({}, "own", results, [])) == {}
     assert report.score_at_kl(folders, None) == {}
+
+
+def test_the_page_opens_with_one_chart_local_time_and_a_short_machine_name(tmp_path):
+    page = report.write(
+        tmp_path / "r.html", ["base", "sft"], ["base", "sft"], compared(accuracy=(0.1, 0.9)), []
+    )
+    text = page.read_text(encoding="utf-8")
+    opening = text.partition('id="changes"')[2].partition("<h2")[0]
+    assert opening.count("<svg") == 1 and 'id="accuracy"' in opening and text.count('id="accuracy"') == 1
+    header = text.partition('<p class="dim"')[2].partition("</p>")[0]
+    shown, versions = header.partition('">')[2], header.partition('">')[0]
+    assert re.fullmatch(r"\d{1,2} \w+ \d{4}, \d\d:\d\d, \w+[^,]* on [^,]+, mlx-posttrain [^,]+", shown)
+    assert "transformers " in versions and "glibc" not in shown
