@@ -148,14 +148,14 @@ def tell(
 def implicit_rewards(
     section: Any, examples: Sequence[Example], logps: np.ndarray, ref_logps: np.ndarray
 ) -> np.ndarray:
-    """[R] rewards of answers as the loss sees them.
+    """[R] rewards of answers: beta times the log-ratio of the whole answer (Rafailov et al. 2023, eq. 5).
 
     section: the recipe's ``preference``; logps, ref_logps: [R] under policy and reference, in nats. Without a
     reference in the loss the reward is beta times the log-prob that it compares: of SimPO and ORPO a token's
     mean.
     """
     values = logps - ref_logps if section.objective.reference else logps
-    if section.by_length:
+    if section.objective.length:
         values = values / np.array([max(1, sum(e.trained[1:])) for e in examples])
     return section.strength * values
 
@@ -206,7 +206,7 @@ def displacement_sentence(moved: Mapping[str, float], remedy: str = "") -> str:
 
 def _formula(section: Any) -> str:
     """What the implicit reward of a section's loss is, in words."""
-    of = "of a token on average" if section.by_length else "of an answer"
+    of = "of a token on average" if section.objective.length else "of an answer"
     what = "log-ratio to the reference" if section.objective.reference else "log-probability"
     return f"{section.strength:g} times the {what} {of}"
 

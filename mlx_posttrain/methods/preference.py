@@ -222,9 +222,10 @@ class Recipe(config.Recipe):
 def pair_loss(section: PreferenceSection) -> Loss:
     """The mean of the section's loss over pairs, with its imitation term.
 
-    Metrics, under TRL's names: rewards/chosen and rewards/rejected (beta times log-ratio; without a reference
-    beta times log-prob), rewards/margins, rewards/accuracies (a tie counts half), logps/chosen and
-    logps/rejected (nats an answer); with an imitation term nll, in nats a token.
+    Metrics, under TRL's names: rewards/chosen and rewards/rejected (beta times log-ratio of the whole answer,
+    also where the loss divides it by the length; without a reference beta times log-prob), rewards/margins,
+    rewards/accuracies (a tie counts half), logps/chosen and logps/rejected (nats an answer); with an
+    imitation term nll, in nats a token.
     """
     objective, imitation = section.objective, section.imitation
 
@@ -242,11 +243,11 @@ def pair_loss(section: PreferenceSection) -> Loss:
         xp = ops(logprobs)
         logps, tokens = per_row(logprobs), xp.maximum(per_row(xp.ones_like(logprobs)), 1.0)
         side = logps - per_row(extra["ref_logprobs"]) if objective.reference else logps
+        reward = section.strength * (side / tokens if objective.length else side)
         if section.by_length:
             side = side / tokens
         margin = extra["margin"] if section.margin else 0.0 * extra["margin"]
         value = mean(objective.value(Sides(side[chosen], side[rejected], margin), section))
-        reward = section.strength * side
         gap = reward[chosen] - reward[rejected]
         right = xp.astype(gap > 0, gap) + 0.5 * xp.astype(gap == 0, gap)
         metrics = {
