@@ -185,8 +185,9 @@ def cuts(words: Iterable[str]) -> list[str]:
         of_method = [f"suite.{s}" for s in SUITE]
         if own.method != "report":
             of_method = [*TRAINING, *CUT.get(own.method, [])]
-        found += [f"{stage}.{s}" for s in of_method]
-    return found
+        cell = chosen.stages[stage].cell  # of a grid all runs are cut by the grid's name
+        found += [f"{cell.grid if cell else stage}.{s}" for s in of_method]
+    return list(dict.fromkeys(found))
 
 
 def make_runs(words: Iterable[str]) -> None:

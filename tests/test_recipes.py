@@ -425,8 +425,8 @@ def test_the_budget_in_one_command(tmp_path):
     methods.run(chosen)
     final = tmp_path / "run" / "report" / "final"
     told = {f["question"]: f for f in json.loads((final / "report-findings.json").read_text())}
-    for name in ("traces over answers, same rows and steps", "traces over answers, same tokens"):
-        found = told[f"Is it a gain: {name}?"]
+    for on in ("the same rows and steps", "as many tokens"):
+        found = told[f"Are traces worth more than answers only, on {on}?"]
         assert (
             len(found["figures"]["each"]) == 3
             and len(found["figures"]["over_seeds"]) == 3
