@@ -422,7 +422,13 @@ def synthesize(
     output: Annotated[
         Path, typer.Argument(dir_okay=False, help="JSONL file to write; an interrupted one is continued")
     ],
-    teacher: Annotated[str, typer.Option(help="a run, a model or adapter folder, `tiny`, or a hub id")],
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="a run, a model or adapter folder, `tiny`, or a hub id; with --teacher-url what the server "
+            "calls its model"
+        ),
+    ],
     prompts: Annotated[
         str,
         typer.Option(help="questions: a file, embedded data, or a hub id, with answers where a rule checks"),
@@ -448,7 +454,27 @@ def synthesize(
     system: Annotated[str | None, typer.Option(help="system prompt; default: the teacher's own")] = None,
     format: Annotated[str, typer.Option(help="shape of a question's row, as data.format")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="ask this many questions")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="fixes what is sampled")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**31 - 1,
+            help="fixes what is sampled; default: 0, and none with --teacher-url",
+            show_default=False,
+        ),
+    ] = None,
+    teacher_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="ask an OpenAI-compatible server instead of loading the teacher, for example "
+            "http://localhost:8080/v1; a key is read from MLX_POSTTRAIN_TEACHER_KEY",
+        ),
+    ] = None,
+    in_flight: Annotated[int, typer.Option(min=1, max=256, help="requests to the server at a time")] = 4,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="seconds that one answer of the server may take")
+    ] = 600,
     engine: EngineOption = "auto",
 ) -> None:
     """Make data for 08_distill: a teacher answers many times, and what is right is kept.
@@ -456,12 +482,16 @@ def synthesize(
     With a reward model, what it likes best is kept instead.
     """
     from mlx_posttrain.generation import synthesize as module
+    from mlx_posttrain.generation.server import Server
 
+    server = Server(teacher_url, teacher, in_flight, timeout) if teacher_url else None
     settings = module.Settings(
         samples, temperature, top_p, max_tokens, template, system, reward, keep, near or None, thoughts, seed
     )
     output = output.expanduser()
-    told = module.synthesize(teacher, prompts, output, settings, engine=engine, limit=limit, format=format)
+    told = module.synthesize(
+        teacher, prompts, output, settings, engine=engine, limit=limit, format=format, server=server
+    )
     typer.echo(f"{output}: " + ", ".join(f"{count} {what}" for what, count in told.items()))
 
 
