@@ -619,6 +619,42 @@ def doctor(
     raise typer.Exit(module.doctor(json=json, model=model))
 
 
+@app.command()
+def verify(
+    anchors: Annotated[
+        bool,
+        typer.Option(
+            "--anchors",
+            help="also measure published figures of GPT-2 124M: loads weights and data from the hub, minutes",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="also write the table to this Markdown file")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="mlx, torch or auto, for --anchors; parity takes all there are")
+    ] = "auto",
+) -> None:
+    """Check that this machine computes what it should: engines and devices against each other.
+
+    Prints a Markdown table to paste; ends with 1 if a check fails.
+    """
+    from mlx_posttrain import runs
+    from mlx_posttrain import verify as module
+    from mlx_posttrain.evaluation import report as pages
+    from mlx_posttrain.verify.checks import failed
+
+    if output:
+        output = output.expanduser()
+        pages.check_target(output)
+    checks = module.verify(anchors, engine)
+    table = module.markdown(checks)
+    typer.echo(table)
+    if output:
+        runs.write_text(output, table + "\n")
+    raise typer.Exit(int(failed(checks)))
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
