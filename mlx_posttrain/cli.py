@@ -336,26 +336,26 @@ def report(
     logs_only: Annotated[
         bool, typer.Option("--logs-only", help="curves, samples and recipes; load and measure no model")
     ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="as --logs-only, written anew while a run goes on; the page reloads itself"
+        ),
+    ] = False,
     engine: EngineOption = "auto",
 ) -> None:
     """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
     from mlx_posttrain.evaluation import analyze as module
-    from mlx_posttrain.evaluation import charts
-    from mlx_posttrain.evaluation import findings as kinds
     from mlx_posttrain.evaluation import report as pages
-    from mlx_posttrain.evaluation.suite import model_labels
-    from mlx_posttrain.runs import reopen
+    from mlx_posttrain.evaluation import watch as logs
 
     names, suite = _suite(runs)
     output = output.expanduser()
     pages.check_target(output)
-    if logs_only:
-        labels = model_labels(names)
-        charts.SERIES_ORDER.set(tuple(labels))
-        curve = kinds.overfitting(
-            {label: reopen(n)[0].metrics() for n, label in zip(names, labels, strict=True)}
-        )
-        _page(output, names, None, [curve] if curve else [])
+    if watch:
+        logs.watch(output, names)
+    if watch or logs_only:
+        typer.echo(logs.write(output, names), err=True)
     else:
         _page(output, names, *module.analyze(names, suite, engine, base=base))
 
