@@ -91,7 +91,7 @@ def synthesize(
                 f"{prompts}: no answer to these questions can be checked; give a reward model with "
                 "--reward, or rows with an answer"
             )
-    source = (
+    source: teachers.Local | teachers.Remote = (
         teachers.Local(teacher, engine, settings) if server is None else teachers.Remote(server, settings)
     )
     reward_model = open_model(settings.reward, engine, scores=True) if settings.reward else None

@@ -74,7 +74,8 @@ class Remote:
     Raises UserError for settings that only a loaded teacher takes.
     """
 
-    template, templated = None, True
+    template: str | None = None
+    templated = True
 
     def __init__(self, server: Server, settings: Settings):
         if settings.template is not None:
