@@ -336,26 +336,26 @@ def report(
     logs_only: Annotated[
         bool, typer.Option("--logs-only", help="curves, samples and recipes; load and measure no model")
     ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="as --logs-only, written anew while a run goes on; the page reloads itself"
+        ),
+    ] = False,
     engine: EngineOption = "auto",
 ) -> None:
     """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
     from mlx_posttrain.evaluation import analyze as module
-    from mlx_posttrain.evaluation import charts
-    from mlx_posttrain.evaluation import findings as kinds
     from mlx_posttrain.evaluation import report as pages
-    from mlx_posttrain.evaluation.suite import model_labels
-    from mlx_posttrain.runs import reopen
+    from mlx_posttrain.evaluation import watch as logs
 
     names, suite = _suite(runs)
     output = output.expanduser()
     pages.check_target(output)
-    if logs_only:
-        labels = model_labels(names)
-        charts.SERIES_ORDER.set(tuple(labels))
-        curve = kinds.overfitting(
-            {label: reopen(n)[0].metrics() for n, label in zip(names, labels, strict=True)}
-        )
-        _page(output, names, None, [curve] if curve else [])
+    if watch:
+        logs.watch(output, names)
+    if watch or logs_only:
+        typer.echo(logs.write(output, names), err=True)
     else:
         _page(output, names, *module.analyze(names, suite, engine, base=base))
 
@@ -422,7 +422,13 @@ def synthesize(
     output: Annotated[
         Path, typer.Argument(dir_okay=False, help="JSONL file to write; an interrupted one is continued")
     ],
-    teacher: Annotated[str, typer.Option(help="a run, a model or adapter folder, `tiny`, or a hub id")],
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="a run, a model or adapter folder, `tiny`, or a hub id; with --teacher-url what the server "
+            "calls its model"
+        ),
+    ],
     prompts: Annotated[
         str,
         typer.Option(help="questions: a file, embedded data, or a hub id, with answers where a rule checks"),
@@ -448,7 +454,27 @@ def synthesize(
     system: Annotated[str | None, typer.Option(help="system prompt; default: the teacher's own")] = None,
     format: Annotated[str, typer.Option(help="shape of a question's row, as data.format")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="ask this many questions")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="fixes what is sampled")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**31 - 1,
+            help="fixes what is sampled; default: 0, and none with --teacher-url",
+            show_default=False,
+        ),
+    ] = None,
+    teacher_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="ask an OpenAI-compatible server instead of loading the teacher, for example "
+            "http://localhost:8080/v1; a key is read from MLX_POSTTRAIN_TEACHER_KEY",
+        ),
+    ] = None,
+    in_flight: Annotated[int, typer.Option(min=1, max=256, help="requests to the server at a time")] = 4,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="seconds that one answer of the server may take")
+    ] = 600,
     engine: EngineOption = "auto",
 ) -> None:
     """Make data for 08_distill: a teacher answers many times, and what is right is kept.
@@ -456,12 +482,16 @@ def synthesize(
     With a reward model, what it likes best is kept instead.
     """
     from mlx_posttrain.generation import synthesize as module
+    from mlx_posttrain.generation.server import Server
 
+    server = Server(teacher_url, teacher, in_flight, timeout) if teacher_url else None
     settings = module.Settings(
         samples, temperature, top_p, max_tokens, template, system, reward, keep, near or None, thoughts, seed
     )
     output = output.expanduser()
-    told = module.synthesize(teacher, prompts, output, settings, engine=engine, limit=limit, format=format)
+    told = module.synthesize(
+        teacher, prompts, output, settings, engine=engine, limit=limit, format=format, server=server
+    )
     typer.echo(f"{output}: " + ", ".join(f"{count} {what}" for what, count in told.items()))
 
 
@@ -587,6 +617,42 @@ def doctor(
     from mlx_posttrain import doctor as module
 
     raise typer.Exit(module.doctor(json=json, model=model))
+
+
+@app.command()
+def verify(
+    anchors: Annotated[
+        bool,
+        typer.Option(
+            "--anchors",
+            help="also measure published figures of GPT-2 124M: loads weights and data from the hub, minutes",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="also write the table to this Markdown file")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="mlx, torch or auto, for --anchors; parity takes all there are")
+    ] = "auto",
+) -> None:
+    """Check that this machine computes what it should: engines and devices against each other.
+
+    Prints a Markdown table to paste; ends with 1 if a check fails.
+    """
+    from mlx_posttrain import runs
+    from mlx_posttrain import verify as module
+    from mlx_posttrain.evaluation import report as pages
+    from mlx_posttrain.verify.checks import failed
+
+    if output:
+        output = output.expanduser()
+        pages.check_target(output)
+    checks = module.verify(anchors, engine)
+    table = module.markdown(checks)
+    typer.echo(table)
+    if output:
+        runs.write_text(output, table + "\n")
+    raise typer.Exit(int(failed(checks)))
 
 
 @app.callback(invoke_without_command=True)

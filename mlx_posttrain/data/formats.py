@@ -46,6 +46,8 @@ ORDER = (
 )
 #: All names: those that are only ever named in a recipe come last.
 NAMES = (*ORDER, *(name for name, format in FORMATS.items() if not format.detected))
+#: Formats that are named first where columns are like none.
+COMMON = ("prompt_completion", "messages", "alpaca", "question_answer", "preference", "text")
 #: Keys of data.columns that formats read; other keys reach checkers and reward functions only.
 COLUMNS = {name for format in FORMATS.values() for name in format.columns}
 #: A reason in what parse_rows counts that is of pairs and not of rows.
@@ -91,16 +93,50 @@ def table() -> list[str]:
 def detect(columns: Iterable[str]) -> str:
     """Return the first format whose columns are all present.
 
-    Raises UserError with the columns found, the formats accepted and how to rename columns.
+    Raises UserError with the columns found, the nearest formats and how to rename columns.
     """
     present = list(columns)
     for name in ORDER:
         if all(any(c in present for c in alternatives) for alternatives in FORMATS[name].needs):
             return name
     raise UserError(
-        f"columns {', '.join(present) or '(none)'} match no format; accepted: {accepted()}; "
-        "rename with data.columns, for example {instruction: your_column, output: your_other_column}"
+        f"columns {', '.join(map(short, present)) or '(none)'} match no format; nearest: "
+        f"{', '.join(_missing(name, present) for name in _nearest(present))}; rename with data.columns, for "
+        "example {instruction: your_column, output: your_other_column}; docs/data.md lists all formats"
     )
+
+
+def _nearest(present: Sequence[str], count: int = 3) -> list[str]:
+    """The formats that these columns are most like, of equally near ones those that most files have.
+
+    A column that a format needs counts 1 where it is there, and by the likeness of its name to another column
+    from 0.7 on. Two columns count at least where there are two: a format that needs one is no better.
+    """
+
+    def score(name: str) -> float:
+        needs = FORMATS[name].needs
+        others = [column for column in present if not any(column in need for need in needs)]
+
+        def likeness(need: Sequence[str]) -> float:
+            if any(column in present for column in need):
+                return 1.0
+            ratios = (
+                difflib.SequenceMatcher(None, ours, theirs.lower()).ratio()
+                for ours in need
+                for theirs in others
+            )
+            return max((ratio for ratio in ratios if ratio >= 0.7), default=0.0)
+
+        return sum(map(likeness, needs)) / max(len(needs), min(2, len(present)))
+
+    names = [*COMMON, *(name for name in ORDER if name not in COMMON)]
+    return sorted(names, key=lambda name: -score(name))[:count]
+
+
+def _missing(name: str, present: Sequence[str]) -> str:
+    """A format's name and the columns that it lacks."""
+    lacks = [need for need in FORMATS[name].needs if not any(column in present for column in need)]
+    return f"{name} (lacks {', '.join('|'.join(need) for need in lacks)})"
 
 
 def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -52,22 +53,36 @@ SAMPLES = 8
 OPENING = ("accuracy", "perplexity", "reward", "curves")
 
 
+@dataclass(frozen=True)
+class Live:
+    """What a page has while its runs go on.
+
+    seconds: after which the page loads itself again. states: how far each run is. charts: figures by name.
+    """
+
+    seconds: int
+    states: Sequence[str]
+    charts: Mapping[str, Any]
+
+
 def write(
     path: Path,
     names: Sequence[str],
     labels: Sequence[str],
     comparison: Comparison | None,
     findings: Sequence[Finding],
+    live: Live | None = None,
 ) -> Path:
     """Write the page, its charts and its numbers; returns the page's path.
 
     names, labels: the runs and their labels; comparison, findings: those of analyze.py, or None and an empty
-    list for a page of logs alone. Raises UserError where it cannot be written.
+    list for a page of logs alone. With ``live`` the page alone is written, whole at every moment. Raises
+    UserError where it cannot be written.
     """
     import jinja2
 
     folders = [(label, Path(name)) for name, label in zip(names, labels, strict=True) if runs.is_run(name)]
-    drawn: dict[str, Any] = {}
+    drawn: dict[str, Any] = dict(live.charts) if live else {}
     if comparison is not None and "accuracy" in comparison.metrics():
         accuracy = {m.name: m.interval("accuracy") for m in comparison.models if "accuracy" in m.values}
         drawn["accuracy"] = charts.bars(
@@ -80,8 +95,9 @@ def write(
     for finding in findings:
         drawn |= finding.charts
     chart_folder = path.parent / f"{path.stem}-charts"
-    for name, figure in drawn.items():
-        charts.save(figure, chart_folder, name)
+    if live is None:
+        for name, figure in drawn.items():
+            charts.save(figure, chart_folder, name)
     run_sections = [_run(label, folder) for label, folder in folders]
     rewards = [
         _reward_row(label, _read_report(folder))
@@ -114,6 +130,7 @@ def write(
         else f"Post-training report: {len(labels)} runs",
         machine=machine,
         versions=versions,
+        live=live,
         sections=[(key, name) for key, name, content in sections if content],
         findings=list(findings),
         changes=changes,

@@ -3,13 +3,14 @@
 Rejection sampling (Yuan et al. 2023, "Scaling Relationship on Learning Mathematical Reasoning"; DeepSeek-AI
 2025, section 2.3.3): sample n candidates for each question and keep those that the row's own rule accepts
 (rewards/verify.py) or, with a reward model, the best of the n; drop near duplicates among the candidates kept
-for one question. Every row records its provenance.
+for one question. Every row records its provenance. The teacher is a model that the engine loads, or one
+behind an address (generation/server.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,21 +22,18 @@ import numpy as np
 from mlx_posttrain import __version__, jsonl, runs
 from mlx_posttrain.console import log
 from mlx_posttrain.convert.files import read_json
-from mlx_posttrain.data import encode, formats, quality, sources
+from mlx_posttrain.data import formats, quality, sources
 from mlx_posttrain.data.pairs import encode_answers
-from mlx_posttrain.data.tokens import stop_ids
 from mlx_posttrain.data.types import Conversation, Turn
-from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import reasoning
-from mlx_posttrain.generation.model import template_for
+from mlx_posttrain.generation import teachers
+from mlx_posttrain.generation.server import Server
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import Source
 from mlx_posttrain.models.tokenizer import pad_id
 from mlx_posttrain.rewards import verify
 from mlx_posttrain.rewards.scorer import score_rows
-
-CHUNK = 64  # questions between two writes of the output: what a crash or Ctrl-C can cost
 
 
 @dataclass
@@ -43,7 +41,8 @@ class Settings:
     """How candidates are sampled and chosen.
 
     ``keep``: candidates kept for one question at most. ``near``: similarity of near duplicates, None to keep
-    them. ``require_thought``: keep only answers of the form ``<think> ... </think> answer``.
+    them. ``require_thought``: keep only answers of the form ``<think> ... </think> answer``. ``seed``: None
+    is 0 for a model that is loaded, and none for a server.
     """
 
     samples: int = 8
@@ -56,7 +55,7 @@ class Settings:
     keep: int = 1
     near: float | None = 0.7
     require_thought: bool = False
-    seed: int = 0
+    seed: int | None = None
 
 
 def synthesize(
@@ -68,6 +67,7 @@ def synthesize(
     engine: str = "auto",
     limit: int | None = None,
     format: str = "auto",
+    server: Server | None = None,
 ) -> Counter[str]:
     """Write the chosen answers to ``output`` (JSONL) and return the counts of candidates by outcome.
 
@@ -76,10 +76,11 @@ def synthesize(
     number, settings and how it was chosen. Without a reward model every question needs a rule that can check
     its answer; questions without one are counted and left out. If the same command was interrupted, it
     continues the existing output after its last question. A question that occurs twice gets no near duplicate
-    of its first answers. Raises UserError for rows without a question, for an output of other settings, and
-    if no question can be judged.
+    of its first answers. ``server``: where ``teacher`` is asked, instead of being loaded. Raises UserError
+    for rows without a question, for an output of other settings, if no question can be judged, and as
+    ``Server.ask``.
     """
-    rows = list(read_questions(prompts, format, limit, settings.seed))
+    rows = list(read_questions(prompts, format, limit, settings.seed or 0))
     counts: Counter[str] = Counter(questions=len(rows))
     if settings.reward is None:
         judged = [row for row in rows if verify.kind(row.extra) is not None]
@@ -90,13 +91,13 @@ def synthesize(
                 f"{prompts}: no answer to these questions can be checked; give a reward model with "
                 "--reward, or rows with an answer"
             )
-    model, tokenizer, source = open_model(teacher, engine)
-    template, templated = template_for(source, tokenizer, settings.template)
-    system = settings.system or source.system
+    source: teachers.Local | teachers.Remote = (
+        teachers.Local(teacher, engine, settings) if server is None else teachers.Remote(server, settings)
+    )
     reward_model = open_model(settings.reward, engine, scores=True) if settings.reward else None
     provenance = {
         "teacher": teacher,
-        "weights": _weights_hash(source),
+        **source.identity,
         "samples": settings.samples,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -106,9 +107,9 @@ def synthesize(
         "thoughts": settings.require_thought,
         "prompts": prompts,
         "format": format,
-        "template": template,
-        "system": system,
-        "seed": settings.seed,
+        "template": source.template,
+        "system": source.system,
+        "seed": source.seed,
         "chosen_by": settings.reward or "rule",
         "mlx_posttrain": __version__,
     }
@@ -123,42 +124,19 @@ def synthesize(
         log(f"{output}: continuing after {begin} questions")
         for earlier in jsonl.read(output):
             responses[quality.normalised(earlier["question"])].append(earlier["response"])
-    for first in range(begin, len(rows), CHUNK):
-        chunk = rows[first : first + CHUNK]
-        done, numbers = first + len(chunk), list(range(first, first + len(chunk)))
-        chats = [
-            ((Turn("system", system),) if system and templated else ()) + _question(row) for row in chunk
-        ]
-        ids = encode.encode_prompts(chats, tokenizer, template, templated=templated)
-        if model.context is not None:
-            fitting = [i for i, row in enumerate(ids) if len(row) < model.context]
-            counts["questions beyond the context"] += len(ids) - len(fitting)
-            numbers = [numbers[i] for i in fitting]
-            chunk, chats, ids = (
-                [chunk[i] for i in fitting],
-                [chats[i] for i in fitting],
-                [ids[i] for i in fitting],
-            )
-        # One seed per chunk: a resumed command samples the same candidates as an uninterrupted one.
-        chunk_seed = int(np.random.SeedSequence([settings.seed, first]).generate_state(1)[0])
-        completions = list(
-            decoding.in_batches(
-                model,
-                ids,
-                max_tokens=settings.max_tokens,
-                samples=settings.samples,
-                stop=stop_ids(tokenizer),
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=chunk_seed,
-            )
-        )
+    first_turn = (Turn("system", source.system),) if source.system and source.templated else ()
+    asked = [first_turn + _question(row) for row in rows]
+    spoke, done = time.monotonic(), begin
+    for answered in source.answers(asked, begin):
         written = []
-        for i, row in enumerate(chunk):
-            candidates = completions[i * settings.samples : (i + 1) * settings.samples]
-            texts = [tokenizer.decode(c.tokens).strip() for c in candidates]
+        if beyond := sum(candidates is None for candidates in answered):
+            counts["questions beyond the context"] += beyond
+        for question, candidates in enumerate(answered, done):
+            if candidates is None:
+                continue
+            row, texts = rows[question], [c.text for c in candidates]
             # Why each candidate is rejected, None while it is not.
-            rejections = [None if c.stopped else "not ended" for c in candidates]
+            rejections = [None if c.stopped else "refused" if c.refusal else "not ended" for c in candidates]
             if settings.require_thought:
                 rejections = [
                     r or (None if reasoning.split_thought(t) else "no thought")
@@ -171,7 +149,7 @@ def synthesize(
                     for r, t in zip(rejections, texts, strict=True)
                 ]
             else:
-                scores = _score(reward_model, chats[i], texts, template)
+                scores = _score(reward_model, asked[question], texts, source.template)
                 rejections = [
                     r or ("not scored" if not np.isfinite(s) else None)
                     for r, s in zip(rejections, scores, strict=True)
@@ -184,12 +162,15 @@ def synthesize(
                     _row(
                         row,
                         texts[number],
-                        {**provenance, "question": numbers[i], "sample": number, "score": score},
+                        {**provenance, "question": question, "sample": number, "score": score},
                     )
                 )
             counts.update("kept" if r is None else r for r in rejections)
+        done += len(answered)
         _append(output, written, {"stamp": provenance, "questions": done})
-        log(f"{done} of {len(rows)} questions, {counts['kept']} candidates kept")
+        if done == len(rows) or time.monotonic() - spoke > 10:
+            log(f"{done} of {len(rows)} questions, {counts['kept']} candidates kept")
+            spoke = time.monotonic()
     counts["written"] = len(jsonl.read(output))
     return counts
 
@@ -222,11 +203,12 @@ def _question(row: Conversation) -> tuple[Turn, ...]:
 
 
 def _score(
-    reward_model: tuple[Any, Any, Source], turns: tuple[Turn, ...], texts: Sequence[str], template: str
+    reward_model: tuple[Any, Any, Source], turns: tuple[Turn, ...], texts: Sequence[str], template: str | None
 ) -> np.ndarray:
     """Return the reward model's scores of the answers ``texts`` to ``turns``, nan for those too long."""
     model, tokenizer, source = reward_model
-    rows = encode_answers([turns] * len(texts), texts, tokenizer, source.template or template, model.context)
+    chosen = source.template or template or "instruction"
+    rows = encode_answers([turns] * len(texts), texts, tokenizer, chosen, model.context)
     scores = np.full(len(texts), np.nan)
     fitting = [i for i, row in enumerate(rows) if row is not None]
     scores[fitting] = score_rows(model, [r for r in rows if r is not None], pad_id(model.config, tokenizer))
@@ -321,14 +303,3 @@ def _append(output: Path, rows: list[dict[str, Any]], state: dict[str, Any]) -> 
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
     runs.write_text(output.with_name(output.name + ".state.json"), json.dumps(state) + "\n")
-
-
-def _weights_hash(source: Source) -> str:
-    """Return 16 hex digits of a hash over the teacher's weight files: a name alone may change its meaning."""
-    digest = hashlib.blake2b(digest_size=8)
-    for folder in (source.folder, source.adapter):
-        for file in sorted(folder.glob("*.safetensors")) if folder is not None else []:
-            with file.open("rb") as f:
-                while block := f.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_posttrain.data.formats import Dropped, accepted, detect, fill_prompts, parse, parse_rows
+from mlx_posttrain.data.formats import Dropped, detect, fill_prompts, parse, parse_rows
 from mlx_posttrain.data.messages import TOOL_CALLS
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
@@ -54,12 +54,29 @@ def test_detect(columns: list, expected: str) -> None:
     assert detect(reversed(columns)) == expected
 
 
-def test_the_error_for_unknown_columns_lists_the_formats_and_how_to_map() -> None:
-    message = fault(parse_rows, [{"query": "a", "reply": "b"}], source="x.jsonl")
-    assert message.startswith("x.jsonl: columns query, reply match no format")
-    assert "alpaca (instruction, output|response)" in message
-    assert "rename with data.columns" in message
-    assert accepted() in message
+@pytest.mark.parametrize(
+    ("columns", "nearest"),
+    [
+        (["question", "reply"], "question_answer (lacks answer|response), "),
+        (["promt", "completion_"], "prompt_completion (lacks prompt, completion|response), "),
+        (["Instructions", "outputs"], "alpaca (lacks instruction, output|response), "),
+        (["input", "target_text"], "input_output (lacks output|targets|target), "),
+        (["message"], "messages (lacks messages|conversations|conversation), "),
+        (["chosen"], "hh (lacks rejected), preference (lacks prompt|question|instruction|input, rejected), "),
+        (["review", "stars"], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
+        ([], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
+    ],
+)
+def test_the_error_for_unknown_columns_names_the_nearest_formats(columns, nearest) -> None:
+    with pytest.raises(UserError) as raised:
+        detect(columns)
+    message = str(raised.value)
+    found = ", ".join(columns) or "(none)"
+    assert message.startswith(f"columns {found} match no format; nearest: {nearest}")
+    assert "rename with data.columns" in message and message.endswith("docs/data.md lists all formats")
+    assert len(message) < 400 and message.count("(lacks") == 3
+    rows = [dict.fromkeys(columns, "a")]
+    assert fault(parse_rows, rows, source="x.jsonl").startswith(f"x.jsonl: columns {found} match no")
 
 
 def test_alpaca() -> None:

@@ -415,7 +415,7 @@ def test_a_run_keeps_its_colour_in_bars_named_after_it():
 
 def test_points_of_a_curve_are_means_of_equally_many_steps():
     for count in (1, 59, 60, 61, 119, 120, 121, 222, 1000):
-        smooth = training._smooth([(step, step) for step in range(count)])
+        smooth = training.smooth([(step, step) for step in range(count)])
         width = -(-count // 60)
         assert len(smooth) <= 60 and smooth[-1][0] == (count - width + count - 1) / 2
         assert smooth[0][0] == (width - 1) / 2

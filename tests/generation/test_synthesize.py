@@ -11,7 +11,7 @@ from mlx_posttrain import engines, methods
 from mlx_posttrain.data import sources
 from mlx_posttrain.engines.base import Generated, initial_head
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.generation import synthesize
+from mlx_posttrain.generation import synthesize, teachers
 from mlx_posttrain.generation.synthesize import Settings
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
@@ -46,7 +46,7 @@ def make(output: Path, questions: Path, settings: Settings = SETTINGS, **more) -
 
 
 def test_only_what_the_rule_accepts_is_kept(questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
+    monkeypatch.setattr(teachers, "stop_ids", _early_stop)
     counts = make(tmp_path / "out.jsonl", questions)
     written = rows(tmp_path / "out.jsonl")
     assert written and counts["written"] == len(written) == counts["kept"]
@@ -64,8 +64,8 @@ def _early_stop(tokenizer) -> tuple[int, ...]:
 
 
 def test_an_interrupted_command_continues_to_the_same_file(questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
-    monkeypatch.setattr(synthesize, "CHUNK", 2)
+    monkeypatch.setattr(teachers, "stop_ids", _early_stop)
+    monkeypatch.setattr(teachers, "CHUNK", 2)
     make(tmp_path / "whole.jsonl", questions)
     calls = []
     append = synthesize._append
@@ -98,7 +98,7 @@ def test_an_interrupted_command_continues_to_the_same_file(questions, tmp_path, 
 
 
 def test_a_deleted_output_is_written_again_and_long_questions_are_left_out(tmp_path, monkeypatch, questions):
-    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
+    monkeypatch.setattr(teachers, "stop_ids", _early_stop)
     path = tmp_path / "q.jsonl"
     long = json.dumps(
         {"prompt": "word " * 600, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
@@ -122,7 +122,7 @@ def test_a_deleted_output_is_written_again_and_long_questions_are_left_out(tmp_p
 
 
 def test_a_reward_model_chooses_the_best(questions, tmp_path, random_gpt2, monkeypatch):
-    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
+    monkeypatch.setattr(teachers, "stop_ids", _early_stop)
     judge, tokenizer, _ = open_model("tiny", ENGINE)
     judge.add_head(initial_head(judge.config["n_embd"], 0))
     judge.save_classifier(tmp_path / "judge", pad_id(judge.config, tokenizer))
@@ -179,8 +179,8 @@ def test_a_question_asked_twice_gets_no_second_copy(tmp_path, monkeypatch):
         tokenizer = load_tokenizer(locate("tiny").folder)
         return [Generated(tokenizer.encode(text), [], True) for text in next(answers)]
 
-    monkeypatch.setattr(synthesize, "CHUNK", 1)
-    monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
+    monkeypatch.setattr(teachers, "CHUNK", 1)
+    monkeypatch.setattr(teachers.decoding, "in_batches", candidates)
     append = synthesize._append
 
     def cut_off(*given):
@@ -223,7 +223,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
         tokenizer = load_tokenizer(locate("tiny").folder)
         return [Generated(tokenizer.encode(text), [], True) for _ in prompts for text in answers]
 
-    monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
+    monkeypatch.setattr(teachers.decoding, "in_batches", candidates)
     path = tmp_path / "q.jsonl"
     path.write_text(
         "".join(json.dumps({"question": f"What is {n} + {5 - n}?", "answer": "5"}) + "\n" for n in range(6))
@@ -267,7 +267,7 @@ def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
 
 
 def test_the_result_trains(questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
+    monkeypatch.setattr(teachers, "stop_ids", _early_stop)
     make(tmp_path / "out.jsonl", questions)
     monkeypatch.undo()
 
@@ -296,8 +296,8 @@ def test_separators_of_unicode_cost_no_row(tmp_path, monkeypatch):
         tokenizer = load_tokenizer(locate("tiny").folder)
         return [Generated(tokenizer.encode(next(answers)), [], True)]
 
-    monkeypatch.setattr(synthesize, "CHUNK", 1)
-    monkeypatch.setattr(synthesize.decoding, "in_batches", candidates)
+    monkeypatch.setattr(teachers, "CHUNK", 1)
+    monkeypatch.setattr(teachers.decoding, "in_batches", candidates)
     settings = Settings(samples=1, max_tokens=12)
     assert make(out, path, settings)["written"] == 3
     before = out.read_bytes()
@@ -307,7 +307,7 @@ def test_separators_of_unicode_cost_no_row(tmp_path, monkeypatch):
 
 
 def test_a_broken_row_stops_the_command_and_loses_nothing(tmp_path, monkeypatch, questions):
-    monkeypatch.setattr(synthesize, "stop_ids", _early_stop)
+    monkeypatch.setattr(teachers, "stop_ids", _early_stop)
     out = tmp_path / "out.jsonl"
     make(out, questions)
     whole = out.read_text()

@@ -7,10 +7,8 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from mlx_posttrain import engines
 from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.models.export import export
 from mlx_posttrain.models.usage import QUESTION
-from tests.helpers import cli, run_recipe
+from tests.helpers import cli, mlx_lm_server, run_recipe
 
 ENGINES = engines.available()
 KINDS = {
@@ -153,36 +151,11 @@ def test_the_programs_of_mlx_lm_answer_as_we_do(runs, tmp_path, capsys):
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout.split("==========")[1].strip() == wanted
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlx_lm", "server", "--model", str(out), "--port", str(port)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        messages = [{"role": "user", "content": QUESTION}]
-        body = {"messages": messages, "max_tokens": 128, "temperature": 0.0}
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 128, "temperature": 0.0}
+    with mlx_lm_server(out) as url:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        for _ in range(120):
-            assert server.poll() is None
-            try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
-                    found = json.load(reply)
-                break
-            except ConnectionError:
-                time.sleep(0.5)
-            except urllib.error.URLError as error:
-                if not isinstance(error.reason, ConnectionError):
-                    raise
-                time.sleep(0.5)
-        assert found["choices"][0]["message"]["content"].strip() == wanted
-    finally:
-        server.terminate()
-        server.wait(30)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            found = json.load(reply)
+    assert found["choices"][0]["message"]["content"].strip() == wanted

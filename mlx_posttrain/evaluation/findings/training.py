@@ -233,8 +233,8 @@ def overfitting(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Finding | No
         if len(held_out) < 2:
             continue
         unit = "per pair" if any("margin" in r for r in records) else "per token"
-        smooth, (lines, marks) = _smooth(train), drawn[unit]
-        lines[name] = ([s for s, _ in smooth], [v for _, v in smooth])
+        means, (lines, marks) = smooth(train), drawn[unit]
+        lines[name] = ([s for s, _ in means], [v for _, v in means])
         marks[name] = ([s for s, _ in held_out], [v for _, v in held_out])
         best, last = min(h for _, h in held_out), held_out[-1][1]
         train_last = float(np.mean([v for _, v in train[-max(1, len(train) // 10) :]]))
@@ -275,7 +275,7 @@ def overfitting(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Finding | No
     )
 
 
-def _smooth(points: Sequence[tuple[float, float]], most: int = 60) -> list[tuple[float, float]]:
+def smooth(points: Sequence[tuple[float, float]], most: int = 60) -> list[tuple[float, float]]:
     """Means over stretches of equally many points, at most ``most`` of them.
 
     The last stretch begins within the one before it where the points do not divide: a shorter one would look

@@ -1,0 +1,36 @@
+"""``mlx-posttrain verify``: does this machine compute what it should? A Markdown table to paste.
+
+Parity compares this machine's engines and devices with each other on small models and needs no network.
+Anchors compare published figures with what is measured here, and need weights and data of the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mlx_posttrain.verify.checks import Check
+
+
+def verify(anchors: bool = False, engine: str = "auto") -> list[Check]:
+    """Make all checks of parity and, with ``anchors``, those of published figures on ``engine``."""
+    from mlx_posttrain.verify import anchors as published
+    from mlx_posttrain.verify import parity
+
+    return parity.compare() + (published.measure(engine) if anchors else [])
+
+
+def markdown(checks: Iterable[Check]) -> str:
+    """The machine, its versions and the table of checks."""
+    from mlx_posttrain.bench import describe_machine
+
+    facts = describe_machine()
+    name = ", ".join(facts[key] for key in ("chip", "memory", "system") if facts.get(key))
+    versions = ", ".join(
+        f"{key} {value}"
+        for key, value in facts.items()
+        if key not in ("chip", "memory", "system", "MLX's BLAS")
+    )
+    rows = [("check", "expected", "measured", "tolerance", "verdict")]
+    rows += [(c.name, c.expected, c.measured, c.tolerance, c.verdict) for c in checks]
+    cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([f"**{name}**", "", versions, "", cells[0], "|---" * len(rows[0]) + "|", *cells[1:]])
