@@ -676,7 +676,7 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
         (["--engines", "cuda"], "mlx-gpu, mlx-cpu, torch-cpu"),
         (["--what", "sft,,lora"], "'sft,,lora'"),
         (["--what", "sft,sft"], "once each"),
-        (["--what", ""], "give one or more of grpo, grpo-twice, grpo-lora, ppo"),
+        (["--what", ""], "give one or more of grpo, grpo-twice, grpo-lora, kto"),
         (["--engines", ""], "give one or more of mlx-gpu"),
         (["--rows", "12", "--peers"], "no multiple of --batch-size 8"),
         (
