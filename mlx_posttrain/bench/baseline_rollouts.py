@@ -165,11 +165,13 @@ def surprise(net: Any, asked: Sequence[Sequence[int]], answers: Sequence[Sequenc
     """Mean negative log-likelihood, in nats per token, of answers under an mlx-lm model."""
     import mlx.core as mx
     import mlx.nn as nn
+    import numpy as np
 
     total = 0.0
     for prompt, answer in zip(asked, answers, strict=True):
         logits = net(mx.array([[*prompt, *answer][:-1]]))[0, len(prompt) - 1 :]
-        total += nn.losses.cross_entropy(logits, mx.array(answer), reduction="sum").item()
+        losses = nn.losses.cross_entropy(logits, mx.array(list(answer)))
+        total += float(np.array(losses).sum())
     return total / sum(map(len, answers))
 
 
@@ -189,7 +191,8 @@ def mlx_lm_lora_grpo(spec: dict[str, Any], gate: Gate) -> None:
     train_parts(net, kind.adapter)
     asked = prompts(config["vocab_size"], shape.length)
     sampled: list[tuple[list[int], list[int]]] = []
-    generate, first = grpo_trainer.generate_grpo, {}
+    generate = grpo_trainer.generate_grpo
+    first: dict[str, float] = {}
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         completions, texts, indices = generate(*args, **kwargs)
