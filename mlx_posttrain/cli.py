@@ -569,7 +569,9 @@ def bench(
     peers: Annotated[
         bool,
         typer.Option(
-            "--peers", help="also mlx-lm's, transformers' and TRL's own trainers, where they are installed"
+            "--peers",
+            help="also the trainers of mlx-lm, mlx-lm-lora, unsloth-zoo, transformers and TRL, where "
+            "they are installed",
         ),
     ] = False,
     units: Annotated[
@@ -578,7 +580,11 @@ def bench(
     rows: Annotated[int, typer.Option(min=1, help="rows of a training unit")] = 32,
     length: Annotated[
         int | None,
-        typer.Option(min=8, help="tokens of every row; default: prompts of 20 to 60, answers of 10 to 200"),
+        typer.Option(
+            min=8,
+            help="tokens of every row, or of every prompt that is answered; default: prompts of 20 to 60, "
+            "answers of 10 to 200, or of 10 to 100 where something is trained on pairs",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     output: Annotated[

@@ -72,18 +72,38 @@ def test_a_baseline_is_compared_with_our_engine_on_its_library() -> None:
 
 def test_baselines_are_timed_on_the_chosen_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: True)
-    assert baselines.installed(["mlx-cpu"]) == {"mlx-lm-cpu": "mlx-cpu"}
-    both = baselines.installed(["mlx-gpu", "mlx-cpu", "torch-cpu"])
+    assert baselines.installed(["mlx-cpu"], ["sft"]) == {"mlx-lm-cpu": "mlx-cpu"}
+    both = baselines.installed(["mlx-gpu", "mlx-cpu", "torch-cpu"], ["sft"])
     assert both == {
         "mlx-lm-gpu": "mlx-gpu",
         "mlx-lm-cpu": "mlx-cpu",
         "transformers-cpu": "torch-cpu",
         "trl-cpu": "torch-cpu",
     }
-    assert (
-        {baselines.baseline_name(name) for name in both}
-        == set(baselines.BASELINES)
-        == set(baselines.TRAINERS)
+    assert baselines.installed(["mlx-cpu"], ["grpo-twice"]) == {}  # mlx-lm-lora updates once a rollout
+    of_pairs = baselines.installed(["mlx-cpu", "torch-cpu"], ["dpo", "kto"])
+    assert set(of_pairs) == {"mlx-lm-lora-cpu", "trl-cpu", "trl-kept-cpu"}
+    assert baselines.find_baseline("trl-kept-cpu", "dpo") and not baselines.find_baseline("torch-cpu", "dpo")
+    kinds = set(training_kinds()) | {"generate"}
+    assert all(kinds.issuperset(baseline.kinds) for baseline in baselines.BASELINES.values())
+
+
+def test_a_missing_baseline_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    lines = baselines.missing(["mlx-cpu", "torch-cpu"], ["dpo", "sft"])
+    assert lines == [
+        "mlx-lm is not timed, mlx_lm missing: pip install mlx-lm",
+        "mlx-lm-lora is not timed, mlx_lm_lora missing: pip install mlx-lm-lora==5.10.2",
+        "transformers is not timed, torch, accelerate, peft missing: pip install torch accelerate peft",
+        "trl is not timed, trl, accelerate, peft missing: pip install trl==1.16.0 accelerate peft",
+    ]
+    assert baselines.missing(["mlx-cpu"], ["grpo-twice"]) == []
+    arguments = ["bench", "--what", "dpo,kto", "--engines", "torch-cpu", "--peers", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception) == (
+        "--peers: no other trainer that does dpo, kto is installed and runs on torch-cpu; "
+        "trl is not timed, trl, accelerate, peft missing: pip install trl==1.16.0 accelerate peft"
     )
 
 
@@ -253,6 +273,41 @@ def test_rows_are_reproducible_and_of_the_stated_length() -> None:
     assert {len(e.tokens) for e in rows(Shape(rows=4, length=40), 4096)} == {40}
 
 
+def test_paired_rows_share_their_prompts() -> None:
+    found = rows(Shape(rows=64, paired=True), 4096)
+    for chosen, rejected in zip(found[::2], found[1::2], strict=True):
+        start = chosen.answer_start
+        assert 20 <= start == rejected.answer_start <= 60
+        assert chosen.tokens[:start] == rejected.tokens[:start] and chosen.tokens != rejected.tokens
+        assert all(10 <= sum(e.trained) <= 100 for e in (chosen, rejected))
+    assert {len(e.tokens) for e in rows(Shape(rows=4, length=40, paired=True), 4096)} == {40}
+
+
+def test_a_mismatched_answer_is_the_one_before_it_in_the_batch() -> None:
+    examples = rows(Shape(rows=8, paired=True), 4096)
+    first, second, third, fourth = items = inputs.labelled(examples, 2)
+    assert [item.answer for item in items] == examples[::2] and [item.good for item in items] == [1, 0, 1, 0]
+    for item, other in ((first, second), (second, first), (third, fourth), (fourth, third)):
+        start, begins = item.answer.answer_start, other.answer.answer_start
+        assert item.mismatched.tokens == item.answer.tokens[:start] + other.answer.tokens[begins:]
+
+
+def test_the_clock_can_stop_before_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, float]] = []
+    clock = iter([10.0, 12.0, 20.0, 23.0])
+    monkeypatch.setattr(harness.Gate, "_send", lambda self, **record: sent.append(record))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # a gate takes it
+    gate = harness.Gate()
+    monkeypatch.setattr(sys, "stdin", type("Lines", (), {"readline": staticmethod(lambda: "go\n")}))
+    gate.open()
+    gate.stop()
+    gate.report(loss=1.0)
+    gate.open()
+    gate.report(loss=2.0)
+    assert [record["seconds"] for record in sent if "seconds" in record] == [2.0, 3.0]
+
+
 def test_training_flops_by_hand() -> None:
     tiny = Size(
         1,
@@ -270,11 +325,15 @@ def test_training_flops_by_hand() -> None:
     assert (
         flops.training_flops(tiny, kinds["kl-lora"], shape) == 6 * (12 * 4 * 8 + 2 * 10 * 7) + 4 * attention
     )
+    # one answer and one mismatched answer, which no gradient flows into
+    assert flops.training_flops(tiny, kinds["kto"], Shape(rows=2, length=8, batch_size=2)) == (
+        (6 + 2) * (12 * 4 * 8 + 2 * 10 * 7) + (3 + 1) * attention
+    )
     # a reward model's head is one number per row
     assert flops.training_flops(tiny, kinds["reward"], shape) == 6 * 12 * 4 * 8 + 3 * attention
 
 
-def test_ppo_flops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollout_flops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Size(
         1,
         2,
@@ -286,13 +345,22 @@ def test_ppo_flops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         {"h.0.attn.c_attn.weight": (2, 6), "h.0.mlp.c_fc.weight": (2, 18), "wte.weight": (10, 2)},
     )
     small_rollout(monkeypatch, prompts=1, samples=2, max_tokens=4)
-    monkeypatch.setattr(flops, "prompts", lambda vocabulary: [[1, 2, 3]])
+    monkeypatch.setattr(flops, "prompts", lambda vocabulary, length: [[1, 2, 3]])
     # a forward pass of one answer: 3 + 4 tokens, 4 of them with logits
     body, attention, head = 2 * 48 * 7, 2 * 2 * 2 * 49 / 2, 2 * 2 * 10 * 4
     decoding = 2 * (2 * 48 * 4 + attention + head) + 2 * 48 * 3  # both samples share one pass over the prompt
-    assert flops.ppo_flops(tiny) == decoding + 2 * (4 * (body + attention) + 2 * head) + 2 * 2 * (
-        6 * (body + attention) + 3 * head
+    kinds, shape = training_kinds(), Shape()
+    assert flops.rollout_flops(tiny, kinds["ppo"], shape) == decoding + 2 * (
+        4 * (body + attention) + 2 * head
+    ) + 2 * 2 * (6 * (body + attention) + 3 * head)
+    # without a critic: one update needs no pass before it, two updates do
+    update = 2 * 3 * (body + attention + head)
+    assert flops.rollout_flops(tiny, kinds["grpo"], shape) == decoding + update
+    assert flops.rollout_flops(tiny, kinds["grpo-twice"], shape) == decoding + 2 * update + 2 * (
+        body + attention + head
     )
+    frozen = 2 * (2 * (body + head) + 3 * attention)
+    assert flops.rollout_flops(tiny, kinds["grpo-lora"], shape) == decoding + frozen
 
 
 def test_decoding_row_by_row_reads_the_weights_for_every_row() -> None:
@@ -379,9 +447,12 @@ def test_engines_take_turns_on_the_embedded_model(what: str, tmp_path: Path) -> 
 @pytest.mark.exhaustive
 def test_other_kinds_of_work_on_the_embedded_model() -> None:
     result = bench.bench(
-        "tiny", ["kl", "kl-lora", "reward", "ppo", "grpo"], units=1, shape=Shape(rows=8, batch_size=4)
+        "tiny",
+        ["kl", "kl-lora", "reward", "ppo", "grpo", "grpo-twice", "dpo", "kto"],
+        units=1,
+        shape=Shape(rows=8, batch_size=4),
     )
-    assert len(result["timings"]) == 5 * len(bench.available_engines())
+    assert len(result["timings"]) == 8 * len(bench.available_engines())
     for t in result["timings"]:
         assert t["error"] is None and t["mismatch"] is None, (
             t["what"],
@@ -460,6 +531,48 @@ def test_a_unit_ends_when_its_update_has_finished(
     assert events.count("step") >= 1 and events[-2:] == ["wait", "unit"]
 
 
+@pytest.mark.parametrize(
+    ("other", "mismatch"),
+    [
+        ((8, 100, 10.6), None),
+        ((8, 90, 10.6), "it decoded 90 tokens of 8 answers, ours 100 of 8"),
+        ((8, 100, 4.0), "log-likelihoods of the answers differ by 62.3%"),  # a cut distribution
+    ],
+)
+def test_a_baseline_must_decode_as_many_answers_as_likely(
+    other: tuple[int, int, float], mismatch: str | None
+) -> None:
+    base = timing("mlx-cpu", [1.0], [10.6], what="generate")
+    theirs = timing("it-cpu", [2.0], [other[2]], what="generate", against="mlx-cpu", version="1")
+    theirs.rows, theirs.tokens = other[0], other[1]
+    comparison.compare([base, theirs])
+    assert theirs.mismatch == mismatch
+
+
+def test_the_loss_of_pairs_falls_from_its_own_start() -> None:
+    """From ln 2, and not from the negative log-likelihood that the first batch is compared by."""
+    base = timing("torch-cpu", [1.0], [0.5], what="dpo", first={"rows": ROWS, "start": 0.69})
+    other = baseline(losses=(0.6, 0.595))
+    other.what, other.seconds = "dpo", [3.0]
+    other.losses = [0.595]
+    comparison.compare([base, other])
+    assert other.mismatch is None and other.fall == pytest.approx(0.5) and other.ratio == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("what", ["grpo", "generate", "dpo,kto"])
+def test_installed_baselines_of_preferences_and_rollouts_do_the_same_work(what: str) -> None:
+    kinds, engine_names = what.split(","), bench.available_engines()
+    names = baselines.installed(engine_names, kinds)
+    if not names:
+        pytest.skip("; ".join(baselines.missing(engine_names, kinds)))
+    result = bench.bench("tiny", kinds, baselines=True, units=1, shape=Shape(rows=8))
+    others = [t for t in result["timings"] if t["engine"] not in bench.ENGINES]
+    assert {t["engine"] for t in others} == set(names)
+    for t in others:
+        assert t["error"] is None and t["mismatch"] is None, (t["engine"], t["error"], t["mismatch"])
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("what", ["sft", "lora"])
 def test_installed_baselines_do_the_same_work(what: str) -> None:
@@ -471,7 +584,7 @@ def test_installed_baselines_do_the_same_work(what: str) -> None:
     others = [t for t in result["timings"] if t["engine"] not in bench.ENGINES]
     assert (
         {baselines.baseline_name(t["engine"]) for t in others}
-        == {baselines.baseline_name(name) for name in baselines.installed(bench.available_engines())}
+        == {baselines.baseline_name(name) for name in baselines.installed(bench.available_engines(), [what])}
         != set()
     )
     for t in others:
@@ -563,7 +676,7 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
         (["--engines", "cuda"], "mlx-gpu, mlx-cpu, torch-cpu"),
         (["--what", "sft,,lora"], "'sft,,lora'"),
         (["--what", "sft,sft"], "once each"),
-        (["--what", ""], "give one or more of grpo, ppo, dpo, dpo-lora, reward, sft"),
+        (["--what", ""], "give one or more of grpo, grpo-twice, grpo-lora, kto"),
         (["--engines", ""], "give one or more of mlx-gpu"),
         (["--rows", "12", "--peers"], "no multiple of --batch-size 8"),
         (

@@ -15,16 +15,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_posttrain.bench.baselines import BASELINES, baseline_name, installed
+from mlx_posttrain.bench.baselines import BASELINES, baseline_name, installed, missing
 from mlx_posttrain.bench.comparison import Timing, compare, relative_costs
-from mlx_posttrain.bench.flops import decode_bytes, ppo_flops, training_flops
+from mlx_posttrain.bench.flops import decode_bytes, rollout_flops, training_flops
 from mlx_posttrain.bench.harness import ROLLOUT, prompts
 from mlx_posttrain.bench.inputs import SIZES, Shape, model_folder, reward_folder, rows
-from mlx_posttrain.bench.kinds import kind_names, training_kinds
+from mlx_posttrain.bench.kinds import kind_names, on_rollouts, training_kinds
 from mlx_posttrain.bench.scaling import ROWS as SCALING_ROWS
 from mlx_posttrain.console import log
 from mlx_posttrain.errors import UserError
@@ -77,11 +77,12 @@ def bench(
 ) -> dict[str, Any]:
     """Time engines at each kind of work; returns timings, the machine's peaks and its description.
 
-    what: kinds of work, see kinds.py. engines: of ``ENGINES``, by default all that this machine can run.
-    baselines: also time other trainers that are installed, each against our engine on the same library and
-    device. units: timed units after the warm-up; a unit is one pass over the rows, one PPO iteration, one
-    batch of answers, or for ``scaling`` two steps of every case. Raises UserError for an unknown kind of work
-    or engine, for a model that cannot be found, and for rows longer than it reads. An engine that fails is
+    what: kinds of work, see kinds.py; where one of them trains on pairs, the rows of all are pairs. engines:
+    of ``ENGINES``, by default all that this machine can run. baselines: also time other trainers that are
+    installed, each against our engine on the same library and device. units: timed units after the warm-up;
+    a unit is one pass over the rows, one iteration on rollouts, one batch of answers, or for ``scaling`` two
+    steps of every case. Raises UserError for an unknown kind of work or engine, for a model that cannot be
+    found, and for rows longer than it reads. An engine that fails is
     reported in its timing; where none finished anything, that is a UserError too.
     """
     shape = shape or Shape()
@@ -108,11 +109,17 @@ def bench(
                 f"--batch-size {shape.batch_size}: an iteration of {name} has 32 answers; give a "
                 "number that divides 32"
             )
-    extra = installed(engines) if baselines else {}
-    if baselines and not extra:
-        raise UserError(
-            f"--peers: none of {', '.join(BASELINES)} is installed and runs on {', '.join(engines)}"
-        )
+    shape = replace(shape, paired=any(kind.rows_per_item == 2 for kind in training.values()))
+    extra = installed(engines, what) if baselines else {}
+    if baselines:
+        absent = missing(engines, what)
+        if not extra:
+            raise UserError(
+                f"--peers: no other trainer that does {', '.join(what)} is installed and runs on "
+                f"{', '.join(engines)}" + "".join(f"; {line}" for line in absent)
+            )
+        for line in absent:
+            log(f"--peers: {line}")
     timings: list[Timing] = []
     scaled: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mlx-posttrain-bench-") as scratch:
@@ -121,7 +128,7 @@ def bench(
         _check_context(model, size, what, shape)
         machine, peaks = describe_machine(), {name: measure_peaks(name) for name in engines}
         spec: dict[str, Any] = {"folder": str(folder), "shape": asdict(shape)}
-        if any(kind.on_rollouts for kind in training.values()):
+        if any(kind.on_rollouts and kind.scored_by_model for kind in training.values()):
             spec["reward"] = str(reward_folder(folder, Path(scratch)))
         for kind in what:
             if kind == "scaling":
@@ -165,15 +172,11 @@ def _check_context(model: str, size: plan.Size, what: Sequence[str], shape: Shap
 
     The longer cases of scaling are not checked, because those that do not fit are left out.
     """
-    decoded = max(map(len, prompts(size.vocabulary))) + ROLLOUT["max_tokens"]
+    decoded = max(map(len, prompts(size.vocabulary, shape.length))) + ROLLOUT["max_tokens"]
     longest = max(len(e.tokens) for e in rows(shape, size.vocabulary))
-    # kinds of work whose rows do not depend on --length
-    fixed = {
-        "scaling": SCALING_ROWS[0].length,
-        "ppo": decoded,
-        "generate": decoded,
-        "generate-single": decoded,
-    }
+    # kinds of work whose rows are not of --length
+    fixed = {"scaling": SCALING_ROWS[0].length, "generate": decoded, "generate-single": decoded}
+    fixed |= {name: decoded for name in what if on_rollouts(name)}
     for kind in what:
         tokens = fixed.get(kind, longest)
         if size.context is not None and tokens > size.context:
@@ -221,10 +224,11 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
                 if t.error is not None:
                     continue
                 t.peak_gb, t.process_gb, t.device = record["peak_gb"], record["process_gb"], record["device"]
-                t.shapes, t.version, t.first = (
+                t.shapes, t.version, t.first, t.planned_gb = (
                     record.get("shapes"),
                     record.get("version", ""),
                     record.get("first", {}),
+                    record.get("planned_gb"),
                 )
     finally:
         for w in workers:
@@ -270,7 +274,7 @@ def _add_peak_shares(t: Timing, size: plan.Size, shape: Shape, peaks: dict[str, 
         )
     else:
         kind = training_kinds()[t.what]
-        flops = ppo_flops(size) if kind.on_rollouts else training_flops(size, kind, shape)
+        flops = (rollout_flops if kind.on_rollouts else training_flops)(size, kind, shape)
         t.flops_share = flops / seconds / 1e9 / peaks["gflops"]
 
 

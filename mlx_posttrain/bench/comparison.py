@@ -2,9 +2,10 @@
 
 Our engines are compared with the first of them. A baseline (another trainer) is compared with our engine on
 the same library and device. It must start and learn alike: on its first batch, before any update, the same
-tokens must count and give the same loss, and over the units the loss must fall about as far. PPO's first
+tokens must count and give the same loss (of pairs and labelled answers their negative log-likelihood, since
+the loss is the same for every model then), and over the units the loss must fall about as far. The first
 rollout comes from unchanged weights: its KL from the reference must be 0, and other answers of the same
-policy must get the same mean score within its standard error.
+policy must get the same mean score within its standard error. Decoded answers must be as many and as likely.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class Timing:
 
     against: the engine it is compared with, None where there is none. first: values before the first update.
     In training that is, for our engines, ``rows``: the summed negative log-likelihood and number of trained
-    tokens of every row; for a baseline the ``rows`` of its first batch, their trained ``tokens`` and their
-    ``loss``. In PPO it is ``kl``, ``score`` and, for our engines, ``score_std`` and ``entropy``.
+    tokens of every row, and ``start``, the loss where that is another; for a baseline the ``rows`` of its
+    first batch, their trained ``tokens`` and their ``loss`` per token. On rollouts it is ``kl``, ``score``
+    and, for our engines, ``score_std`` and ``entropy``.
     """
 
     engine: str
@@ -52,6 +54,7 @@ class Timing:
     steps: int | None = None  # optimizer steps of a unit
     peak_gb: float = 0.0
     process_gb: float = 0.0
+    planned_gb: float | None = None  # what `plan` predicts for peak_gb
     device: str = ""
     version: str = ""
     shapes: int | None = None
@@ -113,7 +116,20 @@ def _engine_mismatch(t: Timing, base: Timing) -> str | None:
 
 
 def _baseline_mismatch(t: Timing, base: Timing) -> str | None:
+    if t.what == "generate":
+        return _decoding_mismatch(t, base)
     return _rollout_mismatch(t, base) if on_rollouts(t.what) else _training_mismatch(t, base)
+
+
+def _decoding_mismatch(t: Timing, base: Timing) -> str | None:
+    if (t.rows, t.tokens) != (base.rows, base.tokens):
+        return (
+            f"it decoded {t.tokens:.0f} tokens of {t.rows:.0f} answers, ours {base.tokens:.0f} of "
+            f"{base.rows:.0f}"
+        )
+    assert t.disagreement is not None
+    different = t.disagreement > ENTROPY_TOLERANCE
+    return f"log-likelihoods of the answers differ by {t.disagreement:.1%}" if different else None
 
 
 def _training_mismatch(t: Timing, base: Timing) -> str | None:
@@ -124,7 +140,7 @@ def _training_mismatch(t: Timing, base: Timing) -> str | None:
     t.disagreement = _relative_difference(first["loss"], nll / count)
     if t.disagreement > FIRST_LOSS_TOLERANCE:
         return f"losses before training differ by {t.disagreement:.2%}"
-    start = sum(row[0] for row in untrained) / sum(row[1] for row in untrained)
+    start = base.first.get("start", sum(row[0] for row in untrained) / sum(row[1] for row in untrained))
     t.fall = (start - t.losses[-1]) / (start - base.losses[-1])
     alike = 1 / MAX_FALL_RATIO <= t.fall <= MAX_FALL_RATIO
     return None if alike else f"its loss fell {t.fall:.2f} times as far as ours"
@@ -145,7 +161,14 @@ def _rollout_mismatch(t: Timing, base: Timing) -> str | None:
 
 
 #: Pairs of kinds of work: the cost of the first is given relative to the second.
-RELATIVE_TO = (("kl", "sft"), ("kl-lora", "lora"), ("lora", "sft"), ("generate-single", "generate"))
+RELATIVE_TO = (
+    ("kl", "sft"),
+    ("kl-lora", "lora"),
+    ("lora", "sft"),
+    ("dpo", "sft"),
+    ("dpo-lora", "lora"),
+    ("generate-single", "generate"),
+)
 
 
 def relative_costs(timings: Sequence[Timing]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import os
 import time
 
 from mlx_posttrain.bench.harness import ROLLOUT, open_engine, prompts
-from mlx_posttrain.bench.inputs import Shape, rows
+from mlx_posttrain.bench.inputs import Shape, labelled, rows
 from mlx_posttrain.bench.kinds import Kind
 from mlx_posttrain.memory.model_size import Size
 
@@ -18,18 +18,22 @@ def training_flops(size: Size, kind: Kind, shape: Shape) -> float:
     Each weight costs 2 per token forward, 2 for the gradient of its input and, where it is trained, 2 for its
     own gradient (Kaplan et al. 2020, section 2.1). Attention grows with the square of the length and is
     halved because it is causal. The head counts at trained positions only. The reference's forward pass is
-    included; padding and recomputation are not.
+    included, and that of mismatched answers; padding, shared prompts and recomputation are not.
     """
     per_token = sum(map(math.prod, size.linear.values()))
     factor = 4 if kind.adapter else 6
     reference = 2 if kind.reference_pass else 0
+    examples = rows(shape, size.vocabulary)
+    work = [(e, factor + reference, 3 + reference / 2) for e in examples]
+    if kind.labelled:
+        judged = labelled(examples, max(1, shape.batch_size // 2))
+        work = [(item.answer, factor, 3) for item in judged] + [(item.mismatched, 2, 1) for item in judged]
     total = 0.0
-    for e in rows(shape, size.vocabulary):
+    for e, passes, attended in work:
         # a reward model's head is one number a row
         length, trained = len(e.tokens), 0 if kind.scores else sum(e.trained)
-        total += (factor + reference) * (per_token * length + size.width * size.vocabulary * trained) + (
-            3 + reference / 2
-        ) * _attention(size, length)
+        total += passes * (per_token * length + size.width * size.vocabulary * trained)
+        total += attended * _attention(size, length)
     return total
 
 
@@ -38,23 +42,29 @@ def _attention(size: Size, length: int) -> float:
     return 2 * 2 * size.layers * size.width * length**2 / 2
 
 
-def ppo_flops(size: Size) -> float:
-    """Floating-point operations of one PPO iteration of the benchmark, with answers of full length.
+def rollout_flops(size: Size, kind: Kind, shape: Shape) -> float:
+    """Floating-point operations of one iteration on rollouts, with answers of full length.
 
-    Counted are decoding with a cache, which reads each prompt once; one pass of policy, reference, critic and
-    reward model over all answers; and two epochs of policy and critic. The vocabulary's head counts in
-    decoding, in the passes of policy and reference, and in the policy's epochs.
+    Counted are decoding with a cache, which reads each prompt once; the passes over all answers before the
+    updates, of the policy and for PPO of reference, critic and reward model; and the epochs of updates. The
+    vocabulary's head counts in decoding, in the passes of policy and reference, and in the policy's epochs.
     """
     samples, generated = ROLLOUT["samples"], ROLLOUT["max_tokens"]
     per_token = 2 * sum(map(math.prod, size.linear.values()))
     head = 2 * size.width * size.vocabulary * generated
+    algorithm = kind.algorithm
     total = 0.0
-    for prompt in map(len, prompts(size.vocabulary)):
+    for prompt in map(len, prompts(size.vocabulary, shape.length)):
         attention = _attention(size, prompt + generated)
-        forward = per_token * (prompt + generated) + attention
+        linear = per_token * (prompt + generated)
+        forward = linear + attention
         decoding = per_token * (generated + prompt / samples) + attention + head
-        scoring, training = 4 * forward + 2 * head, 2 * (2 * 3 * forward + 3 * head)
-        total += samples * (decoding + scoring + training)
+        before = forward + head if algorithm.measured else 0
+        updates = (2 if kind.adapter else 3) * (linear + head) + 3 * attention
+        if algorithm.critic is not None:
+            before += 3 * forward + head
+            updates += 3 * forward
+        total += samples * (decoding + before + algorithm.epochs * updates)
     return total
 
 

@@ -25,12 +25,18 @@ def learning_rate(adapter: bool) -> float:
     return 3e-4 if adapter else 1e-5
 
 
-def prompts(vocabulary: int) -> list[list[int]]:
-    """Prompts to decode from: the prompt tokens of the first ``ROLLOUT["prompts"]`` rows."""
-    return [
-        list(e.tokens[: sum(not t for t in e.trained)])
-        for e in rows(Shape(rows=ROLLOUT["prompts"]), vocabulary)
-    ]
+def prompts(vocabulary: int, length: int | None = None) -> list[list[int]]:
+    """Prompts to decode from: the prompt tokens of the first ``ROLLOUT["prompts"]`` rows.
+
+    length: tokens of each; where given, they are whole rows of it.
+    """
+    found = rows(Shape(rows=ROLLOUT["prompts"], length=length), vocabulary)
+    return [list(e.tokens if length else e.tokens[: e.answer_start]) for e in found]
+
+
+def characters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A reward that costs nothing: the number of characters of each answer."""
+    return [float(len(text)) for text in completions]
 
 
 class Gate:
@@ -45,6 +51,7 @@ class Gate:
         self._out = sys.stdout
         sys.stdout = sys.stderr  # what libraries print must not mix with the records
         self._sent_ready = False
+        self._seconds: float | None = None
 
     def open(self) -> bool:
         """Wait for the next unit; False when there is none."""
@@ -52,12 +59,18 @@ class Gate:
             self._send(ready=True)
             self._sent_ready = True
         go = sys.stdin.readline().strip() == "go"
-        self._begun = time.perf_counter()
+        self._begun, self._seconds = time.perf_counter(), None
         return go
+
+    def stop(self) -> None:
+        """Stop the clock early, before the unit's stats are computed."""
+        self._seconds = time.perf_counter() - self._begun
 
     def report(self, **stats: Any) -> None:
         """Send the unit's seconds and stats; everything it computed must be done."""
-        self._send(seconds=time.perf_counter() - self._begun, **stats)
+        if self._seconds is None:
+            self.stop()
+        self._send(seconds=self._seconds, **stats)
 
     def close(self, **stats: Any) -> None:
         """Send the memory used by all units, and stats.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data.types import Example
+from mlx_posttrain.data.labelled import exchange
+from mlx_posttrain.data.types import Example, Judged, Labelled
 from mlx_posttrain.engines.base import hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 
@@ -29,11 +31,13 @@ class Shape:
     """Number and size of a benchmark's rows.
 
     Every row has ``length`` tokens, or where that is None a prompt of 20 to 60 and an answer of 10 to 200.
+    paired: every two neighbours have one prompt, and answers of 10 to 100.
     """
 
     rows: int = 32
     length: int | None = None
     batch_size: int = 8
+    paired: bool = False
 
 
 def rows(shape: Shape, vocabulary: int, seed: int = 0) -> list[Example]:
@@ -42,14 +46,32 @@ def rows(shape: Shape, vocabulary: int, seed: int = 0) -> list[Example]:
     Token frequencies follow Zipf's law.
     """
     rng = np.random.default_rng([seed, 0xBE7C4])
-    found = []
-    for _ in range(shape.rows):
-        prompt, answer = int(rng.integers(20, 61)), int(rng.integers(10, 201))
+    found: list[Example] = []
+    for i in range(shape.rows):
+        second = shape.paired and i % 2 == 1
+        asked = found[-1].tokens[: found[-1].answer_start] if second else ()
+        prompt = len(asked) or int(rng.integers(20, 61))
+        answer = int(rng.integers(10, 101 if shape.paired else 201))
         if shape.length is not None:
             prompt = max(1, shape.length // 8)
             answer = shape.length - prompt
         tokens = np.minimum(rng.zipf(1.2, prompt + answer), vocabulary - 2)
+        tokens[: len(asked)] = asked
         found.append(Example(tuple(tokens.tolist()), (False,) * prompt + (True,) * answer))
+    return found
+
+
+def labelled(examples: Sequence[Example], batch_size: int) -> list[Judged]:
+    """The first of every two rows as an answer, good and bad in turns, with its mismatched answer.
+
+    That is the answer before it, or the last one, of the same batch of ``batch_size`` answers, as in TRL.
+    """
+    answers, found = examples[::2], []
+    for begin in range(0, len(answers), batch_size):
+        part = answers[begin : begin + batch_size]
+        for i, answer in enumerate(part):
+            row = Labelled(prompt=(), completion="", label=i % 2 == 0)
+            found.append(Judged(answer, exchange(answer, part[i - 1]), row.label, begin + i, row))
     return found
 
 

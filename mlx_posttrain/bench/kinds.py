@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_posttrain.bench.harness import ROLLOUT
+from mlx_posttrain.bench.harness import ROLLOUT, characters
+from mlx_posttrain.data.labelled import LabelledCollator
 from mlx_posttrain.data.read import ModelFacts
 from mlx_posttrain.methods import METHODS
-from mlx_posttrain.training.method import Method
+from mlx_posttrain.rewards import functions
+from mlx_posttrain.training.method import Algorithm, Method
 
 #: Kinds of work that no method names.
 OTHER = ("generate", "generate-single", "scaling")
@@ -45,10 +47,29 @@ class Kind:
         return self.method.saves(self._default_recipe()) == "classifier"
 
     @property
+    def scored_by_model(self) -> bool:
+        """Whether answers are scored by a reward model rather than by their number of characters."""
+        return "critic" in self.method.Recipe.model_fields
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What an iteration on rollouts does."""
+        assert self.method.algorithm is not None
+        return self.method.algorithm(self._default_recipe())
+
+    @property
     def rows_per_item(self) -> int:
-        """1 where rows are trained on, 2 where neighbouring rows make pairs."""
+        """1 where rows are trained on; 2 for pairs of rows, and for answers beside mismatched ones."""
+        return 1 if self.on_rollouts else self._collator().rows_per_item
+
+    @property
+    def labelled(self) -> bool:
+        """Whether single answers are trained on, each beside a mismatched one."""
+        return not self.on_rollouts and isinstance(self._collator(), LabelledCollator)
+
+    def _collator(self) -> Any:
         facts = ModelFacts(SimpleNamespace(pad_token_id=0, eos_token_id=0), None, {})
-        return 1 if self.on_rollouts else self.method.collator(self._default_recipe(), facts).rows_per_item
+        return self.method.collator(self._default_recipe(), facts)
 
     def _default_recipe(self) -> Any:
         return self.recipe("tiny", "auto", 8, None)
@@ -70,7 +91,10 @@ class Kind:
             accumulation = max(1, answers // batch_size)
             keys["train"] = {"batch_size": batch_size, "grad_accumulation": accumulation}
             keys["rollout"] = {**ROLLOUT, "missing_eos_penalty": None}
-            keys["reward"] = [{"model": reward or "tiny"}]
+            scored = {"model": reward or "tiny"}
+            if not self.scored_by_model:
+                scored = {"function": functions.register(characters)}
+            keys["reward"] = [scored]
         else:
             keys["train"] = {"batch_size": batch_size}
         return self.method.Recipe.model_validate({**keys, **self.keys})

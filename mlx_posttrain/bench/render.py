@@ -17,8 +17,9 @@ from mlx_posttrain.errors import UserError
 NOTE = (
     "Time against: median, smallest and largest ratio of units timed next to each other. Losses differ: the "
     "largest relative difference between losses of a unit; for another trainer, that between losses of its "
-    "first batch before any update, and how far its loss fell over the units relative to ours. Peak GB: the "
-    "arrays of mlx and mlx-lm, the whole process of the others. Of product peak: the matrix products that "
+    "first batch before any update (of preferences: log-likelihoods), and how far its loss fell over the "
+    "units relative to ours. Peak GB: the arrays of mlx and of what builds on it, the whole process of the "
+    "others. Planned GB: what `plan` predicts. Of product peak: the matrix products that "
     "the work requires, without padding and recomputation. Of read peak: reading every weight once per token "
     "of a decode batch, where 1 is the rate of a sum on all cores."
 )
@@ -34,6 +35,7 @@ COLUMNS = (
     "time against",
     "losses differ",
     "peak GB",
+    "planned GB",
     "of product peak",
     "of read peak",
 )
@@ -60,6 +62,7 @@ def table(result: Mapping[str, Any]) -> str:
                     _ratio(t),
                     _agreement(t),
                     f"{t['peak_gb']:.2f}",
+                    "" if t["planned_gb"] is None else f"{t['planned_gb']:.2f}",
                     *(
                         "" if t[name] is None else f"{t[name]:.0%}"
                         for name in ("flops_share", "bandwidth_share")
@@ -100,8 +103,9 @@ def _relation(r: Mapping[str, Any]) -> str:
 def markdown(result: Mapping[str, Any]) -> str:
     """Machine, versions, table and notes in Markdown, to paste into an issue."""
     shape = result["shape"]
-    rows = f"{shape['rows']} rows of " + (
-        f"{shape['length']} tokens" if shape["length"] else "20 to 60 and 10 to 200 tokens"
+    longest = 100 if shape.get("paired") else 200
+    rows = f"{shape['rows']} rows{' in pairs' if shape.get('paired') else ''} of " + (
+        f"{shape['length']} tokens" if shape["length"] else f"20 to 60 and 10 to {longest} tokens"
     )
     peaks = "; ".join(
         f"{name} {p['gflops']:.0f} GFLOP/s, {p['gb_per_s']:.1f} GB/s" for name, p in result["peaks"].items()

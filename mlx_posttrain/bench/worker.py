@@ -9,6 +9,7 @@ used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -20,9 +21,11 @@ import numpy as np
 
 from mlx_posttrain.bench import baselines, scaling
 from mlx_posttrain.bench.harness import ROLLOUT, Gate, learning_rate, open_engine, prompts
-from mlx_posttrain.bench.inputs import Shape, rows
+from mlx_posttrain.bench.inputs import Shape, labelled, rows
 from mlx_posttrain.bench.kinds import on_rollouts, training_kinds
 from mlx_posttrain.data.types import Example
+from mlx_posttrain.errors import UserError
+from mlx_posttrain.memory import plan
 from mlx_posttrain.training.reference import cache_logprobs
 
 
@@ -44,7 +47,7 @@ def untrained_losses(model: Any, examples: Sequence[Example], batch_size: int) -
 def train(spec: dict[str, Any], gate: Gate) -> None:
     """One pass over the rows per unit, for methods that train on rows.
 
-    Where a method trains on pairs, neighbouring rows are one.
+    Where a method trains on pairs, neighbouring rows are one; where on labelled answers, the first of two.
     """
     from mlx_posttrain.data.dataset import Dataset
     from mlx_posttrain.data.read import model_facts
@@ -66,19 +69,29 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
         model.keep_reference()
     examples = rows(shape, model.config["vocab_size"])
     items: list[Any] = examples
-    if collate.rows_per_item == 2:
+    if kind.labelled:
+        items = labelled(examples, recipe.train.batch_size)
+        examples = [item.answer for item in items]
+    elif collate.rows_per_item == 2:
         row = Preference(prompt=(), chosen="", rejected="")
         sides = zip(examples[::2], examples[1::2], strict=True)
         items = [Pair(chosen, rejected, i, row) for i, (chosen, rejected) in enumerate(sides)]
     dataset = Dataset(items, [], collate, recipe.train, 0)
+    first: dict[str, Any] = {}
+    if spec.get("baselines"):
+        first = {"rows": untrained_losses(model, examples, shape.batch_size)}
     if method.reference(recipe) == "logprobs":
         with tempfile.TemporaryDirectory() as scratch:
             cache_logprobs(dataset, Path(scratch) / "reference.safetensors", "", lambda: model)
-    first = {"rows": untrained_losses(model, examples, shape.batch_size)} if spec.get("baselines") else {}
     trainer, loss, rate = engine.trainer(model, AdamW()), method.loss(recipe), learning_rate(kind.adapter)
+    steps = [dataset.micro_batches(dataset.rows(step)) for step in range(dataset.steps_per_epoch)]
+    if first and method.reference(recipe) == "logprobs":
+        first["start"] = model.evaluate(loss, [b for step in steps for b in step])["loss"]
+    planned = _planned_gb(
+        lambda: plan.of_rows(recipe, engine.name, plan.size(folder), dataset, method.reference)
+    )
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
-    steps = [dataset.micro_batches(dataset.rows(step)) for step in range(dataset.steps_per_epoch)]
     while gate.open():
         total = units = tokens = 0.0
         for step in steps:
@@ -92,7 +105,15 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
         device=engine.device(),
         shapes=len({b.tokens.shape + b.index.shape for step in steps for b in step}),
         first=first,
+        planned_gb=planned,
     )
+
+
+def _planned_gb(make: Callable[[], plan.Plan]) -> float | None:
+    """The peak that ``plan`` predicts, in GB; None for a model that it does not know."""
+    with contextlib.suppress(UserError):
+        return make().total_gb
+    return None
 
 
 def generate(spec: dict[str, Any], gate: Gate) -> None:
@@ -102,7 +123,8 @@ def generate(spec: dict[str, Any], gate: Gate) -> None:
     """
     engine = open_engine(spec["engine"])
     model = engine.load(Path(spec["folder"]))
-    prompt_rows, samples = prompts(model.config["vocab_size"]), ROLLOUT["samples"]
+    prompt_rows = prompts(model.config["vocab_size"], Shape(**spec.get("shape", {})).length)
+    samples = ROLLOUT["samples"]
     settings: dict[str, Any] = {
         "max_tokens": ROLLOUT["max_tokens"],
         "stop": None,
@@ -128,20 +150,21 @@ def generate(spec: dict[str, Any], gate: Gate) -> None:
 def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     """One iteration on rollouts per unit, for methods that train on them.
 
-    It samples 32 answers of 64 tokens, scores them with a reward model, and updates policy and critic.
+    It samples 32 answers of 64 tokens, scores them, and updates the policy and where there is one the critic.
     """
     from mlx_posttrain.models.tokenizer import load_tokenizer
     from mlx_posttrain.rl.actors import make_actors
     from mlx_posttrain.rl.learner import RolloutLearner
     from mlx_posttrain.rl.rollouts import Prompt
-    from mlx_posttrain.training.setup import load_model
+    from mlx_posttrain.training.setup import load_model, plan_rollouts
 
     kind, engine, folder = training_kinds()[spec["what"]], open_engine(spec["engine"]), Path(spec["folder"])
-    recipe = kind.recipe(folder, engine.name, spec["shape"]["batch_size"], spec["reward"])
+    recipe = kind.recipe(folder, engine.name, spec["shape"]["batch_size"], spec.get("reward"))
     assert kind.method.algorithm is not None
     algorithm, reference = kind.method.algorithm(recipe), kind.method.reference(recipe)
     policy = load_model(engine, recipe, folder, recipe.adapter)
-    prompt_rows = [Prompt(tuple(p), "", {}) for p in prompts(policy.config["vocab_size"])]
+    asked = prompts(policy.config["vocab_size"], Shape(**spec.get("shape", {})).length)
+    prompt_rows = [Prompt(tuple(p), "", {}) for p in asked]
     actors, data = make_actors(
         engine, recipe, algorithm, reference, folder, policy, load_tokenizer(folder), (prompt_rows, [])
     )
@@ -149,6 +172,7 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     learner = RolloutLearner(
         engine, actors, algorithm, recipe, data, reference, lambda record: None, stop=stop
     )
+    planned = _planned_gb(lambda: plan_rollouts(kind.method, recipe, engine.name, folder, (prompt_rows, [])))
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
     step, first = 0, {}
@@ -163,7 +187,7 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
             first = {"entropy": entropy, "kl": divergence, "score": scores.mean(), "score_std": scores.std()}
         step += 1
         gate.report(loss=entropy, rows=answers, tokens=tokens)
-    gate.close(device=engine.device(), first=first)
+    gate.close(device=engine.device(), first=first, planned_gb=planned)
 
 
 def find_work(what: str) -> Callable[[dict[str, Any], Gate], None]:
@@ -176,7 +200,7 @@ def main() -> None:
     """Do the work that the first argument describes as JSON; a failure is written as one line too."""
     spec, gate = json.loads(sys.argv[1]), Gate()
     try:
-        work = baselines.TRAINERS.get(baselines.baseline_name(spec["engine"])) or find_work(spec["what"])
+        work = baselines.find_baseline(spec["engine"], spec["what"]) or find_work(spec["what"])
         work(spec, gate)
     except Exception as error:
         gate.fail(error)

@@ -366,5 +366,9 @@ METHOD = Method(
     Recipe=Recipe,
     algorithm=algorithm,
     reference=lambda recipe: "logprobs" if recipe.penalised else None,
-    bench={"grpo": {}},
+    bench={
+        "grpo": {},
+        "grpo-twice": {"grpo": {"epochs": 2}},
+        "grpo-lora": {"adapter": {"rank": 16, "alpha": 32}},
+    },
 )

@@ -219,4 +219,5 @@ METHOD = Method(
     metrics=by_label,
     reference=lambda recipe: "logprobs",
     report=labelled_reward.report,
+    bench={"kto": {}, "kto-lora": {"adapter": {"rank": 16, "alpha": 32}}},
 )

@@ -81,7 +81,7 @@ def plan(method: Method, recipe: Any) -> list[plans.Plan]:
             assert method.dataset is not None
             return [plans.of_rows(recipe, engine, of, method.make_dataset(recipe, facts), method.reference)]
         read = prompts.read(recipe.data, facts.tokenizer, of.context, recipe.rollout.max_tokens, recipe.seed)
-        return [_plan_rollouts(method, recipe, engine, folder, read)]
+        return [plan_rollouts(method, recipe, engine, folder, read)]
 
 
 def validate(method: Method, recipe: Any) -> list[str]:
@@ -291,7 +291,7 @@ def _rollout_learner(session: Session) -> Learner:
     )
     _note(session, {}, mixture.tally(recipe.data, *read))
     # Before reference, critic and scorers are there.
-    plans.print_plan(lambda: _plan_rollouts(method, recipe, session.engine.name, session.folder, read))
+    plans.print_plan(lambda: plan_rollouts(method, recipe, session.engine.name, session.folder, read))
     algorithm, reference = method.algorithm(recipe), method.reference(recipe)
     made, data = actors.make_actors(
         session.engine,
@@ -309,9 +309,10 @@ def _rollout_learner(session: Session) -> Learner:
     )
 
 
-def _plan_rollouts(
+def plan_rollouts(
     method: Method, recipe: Any, engine: str, folder: Path, read: tuple[Sequence[Any], Sequence[Any]]
 ) -> plans.Plan:
+    """The plan of a run on rollouts; ``read`` are its training and held-out prompts."""
     training, held_out = ([len(p.tokens) for p in part] for part in read)
     first = prompts.order(len(training), recipe.seed, -1)[: learner.NORMALISE_ON]
     lengths = plans.PromptLengths(max(training), [training[i] for i in first], held_out)
