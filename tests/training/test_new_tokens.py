@@ -20,7 +20,9 @@ ENGINES = engines.available()
 ENGINE = ENGINES[0]
 TOKENS = ["<think>", "</think>", "<|call|>"]
 TEXT = "Say <think>the cat</think> sat.<|call|>"
-PROBE = np.array([[5, 400, 7, 401, 9, 402, 30, 400]])
+BASE = 382  # tokens that random_gpt2 has
+NEW = [BASE, BASE + 1, BASE + 2]
+PROBE = np.array([[5, BASE, 7, BASE + 1, 9, BASE + 2, 30, BASE]])
 LORA = ("adapter.rank=4", "adapter.targets=[c_attn]")
 
 
@@ -62,10 +64,10 @@ def runs(random_gpt2, rows, tmp_path_factory):
 def test_rows_show_new_tokens_as_single_ids(random_gpt2, rows, tmp_path, capsys):
     shown = show.read(methods.load_recipe("01_sft", list(given(random_gpt2, rows, tmp_path / "run"))))
     for (example,) in shown.rows:
-        assert [example.tokens.count(i) for i in (400, 401, 402)] == [1, 1, 1]
+        assert [example.tokens.count(i) for i in NEW] == [1, 1, 1]
     text = json.loads(next(show.to_json(shown, 1)))["pieces"]
     assert "<think>number" in "".join(piece for piece, _ in text)
-    assert "3 new, ids 400 to 402; the embedding grows by 3 rows" in capsys.readouterr().err
+    assert f"3 new, ids {BASE} to {BASE + 2}; the embedding grows by 3 rows" in capsys.readouterr().err
 
 
 def test_tokens_that_are_there_are_not_added(random_gpt2, rows, tmp_path, capsys):
@@ -78,7 +80,7 @@ def test_tokens_that_are_there_are_not_added(random_gpt2, rows, tmp_path, capsys
     assert planned.parameters == planned.trained == plain.parameters + 64
     said = capsys.readouterr().err
     assert "<|endoftext|> is in the vocabulary already, id 0: not added" in said
-    assert "1 new, ids 400 to 400" in said
+    assert f"1 new, ids {BASE} to {BASE}" in said
 
 
 def test_a_plan_counts_the_rows(random_gpt2, rows, tmp_path):
@@ -101,9 +103,9 @@ def test_exports_have_equal_logits_and_ids_in_other_libraries(engine, kind, runs
 
     run = runs(engine, *(LORA if kind == "lora" else ()))
     ours, tokenizer, _ = open_model(run, engine)
-    assert tokenizer.convert_tokens_to_ids(TOKENS) == [400, 401, 402]
+    assert tokenizer.convert_tokens_to_ids(TOKENS) == NEW
     wanted = ours.full_logits(PROBE)
-    assert wanted.shape[-1] == 403
+    assert wanted.shape[-1] == BASE + 3
     exports = [(tmp_path / "hf", AutoModelForCausalLM)]
     export(run, tmp_path / "hf", "hf", merged=kind == "lora")
     if kind == "lora":
@@ -179,7 +181,7 @@ def test_a_run_on_top_of_a_run_has_its_tokens(runs, rows, tmp_path, capsys):
     )
     assert planned.trained == sum(v.size for v in final_weights(tmp_path / "second").values())
     model, tokenizer, _ = open_model(tmp_path / "second", ENGINE)
-    assert model.full_logits(PROBE).shape[-1] == len(tokenizer) == 403
+    assert model.full_logits(PROBE).shape[-1] == len(tokenizer) == BASE + 3
 
 
 def test_an_adapter_to_start_from_keeps_its_tokens(runs, random_gpt2, rows, tmp_path):
@@ -194,7 +196,7 @@ def test_an_adapter_to_start_from_keeps_its_tokens(runs, random_gpt2, rows, tmp_
 
 
 def test_rows_of_a_padded_embedding_are_used(random_gpt2, rows, tmp_path, capsys):
-    """A table of 408 rows for 400 tokens has room for three more."""
+    """A table with eight rows more than there are tokens has room for three new ones."""
     import shutil
 
     from safetensors.numpy import load_file, save_file
@@ -205,26 +207,26 @@ def test_rows_of_a_padded_embedding_are_used(random_gpt2, rows, tmp_path, capsys
     weights["transformer.wte.weight"] = np.concatenate([table, 2 * table[:8]])
     save_file(weights, padded / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((padded / "config.json").read_text())
-    (padded / "config.json").write_text(json.dumps({**config, "vocab_size": 408}))
+    (padded / "config.json").write_text(json.dumps({**config, "vocab_size": BASE + 8}))
     run_recipe("01_sft", *given(padded, rows, tmp_path / "run", *LORA, "train.lr=1e-9"))
     assert "the embedding has rows for them" in capsys.readouterr().err
     saved = final_weights(tmp_path / "run")
     (name,) = [name for name in saved if "token" in name]
     assert np.abs(saved[name] - 2 * table[:3]).max() < 1e-5
     model, _, _ = open_model(tmp_path / "run", ENGINE)
-    assert model.full_logits(PROBE).shape[-1] == 408
+    assert model.full_logits(PROBE).shape[-1] == BASE + 8
 
 
 @pytest.mark.skipif("mlx" not in ENGINES, reason="quantised training needs MLX")
 def test_qlora(random_gpt2, rows, runs, tmp_path):
     run = runs("mlx", *LORA, "adapter.quantize=4", "adapter.group_size=32")
     model, _, _ = open_model(run, "mlx")
-    assert model.full_logits(PROBE).shape[-1] == 403
+    assert model.full_logits(PROBE).shape[-1] == BASE + 3
     export(run, tmp_path / "hf", "hf", merged=True)
     merged, _, _ = open_model(tmp_path / "hf", "mlx")
     assert np.abs(merged.full_logits(PROBE) - model.full_logits(PROBE)).max() < 1e-3
     export(run, tmp_path / "mlx", "mlx-lm", merged=True, force=True)
-    assert open_model(tmp_path / "mlx", "mlx")[0].full_logits(PROBE).shape[-1] == 403
+    assert open_model(tmp_path / "mlx", "mlx")[0].full_logits(PROBE).shape[-1] == BASE + 3
 
 
 @pytest.mark.skipif("mlx" not in ENGINES, reason="quantised folders need MLX")
@@ -255,7 +257,7 @@ def test_models_beside_the_policy_have_its_vocabulary(random_gpt2, rows, tmp_pat
         *("data.special_tokens=[<think>]", "adapter.rank=2", "adapter.targets=[c_attn]"),
     )
     scorer, own, _ = open_model(tmp_path / "rm", ENGINE, scores=True)
-    assert own.convert_tokens_to_ids("<think>") == 400 and scorer.has_head
+    assert own.convert_tokens_to_ids("<think>") == BASE and scorer.has_head
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say <think> {i}."} for i in range(8)])
     run_recipe(
         "07_ppo",
@@ -265,7 +267,7 @@ def test_models_beside_the_policy_have_its_vocabulary(random_gpt2, rows, tmp_pat
         *("adapter.rank=2", "adapter.targets=[c_attn]"),
     )
     assert "has not learnt 2 of the tokens here" in capsys.readouterr().err
-    assert open_model(tmp_path / "ppo", ENGINE)[0].full_logits(PROBE).shape[-1] == 403
+    assert open_model(tmp_path / "ppo", ENGINE)[0].full_logits(PROBE).shape[-1] == BASE + 3
 
 
 def test_a_named_reference_gets_the_tokens(random_gpt2, rows, tmp_path):
@@ -290,4 +292,4 @@ def test_a_token_must_have_text(random_gpt2, rows, tmp_path):
 def test_added_tokens_stay_in_decoded_text(random_gpt2):
     tokenizer = load_tokenizer(random_gpt2, TOKENS)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"], skip_special_tokens=True) == TEXT
-    assert len(load_tokenizer(random_gpt2)) == 400
+    assert len(load_tokenizer(random_gpt2)) == BASE

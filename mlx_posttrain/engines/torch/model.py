@@ -148,7 +148,7 @@ class TorchModel:
 
     def _fused_head(self, net: Any) -> tuple[torch.Tensor, torch_fused.Rows] | None:
         """The head's weight [V, d] and its trained rows; None for a head that is not one plain matrix."""
-        layer = net.get_output_embeddings() if self._split else None
+        layer: Any = net.get_output_embeddings() if self._split else None
         if type(layer) is token_rows.RowLinear and layer.on:
             return layer.whole(), (layer.index, layer.rows)
         plain = type(layer) in (torch.nn.Linear, token_rows.RowLinear) and layer.bias is None
