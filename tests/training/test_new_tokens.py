@@ -17,7 +17,7 @@ from mlx_posttrain.training.loop import Callbacks
 from tests.helpers import final_weights, records, resume_run, run_recipe, same_weights, write_jsonl
 
 ENGINES = engines.available()
-ENGINE = ENGINES[0]
+ENGINE = ENGINES[-1]  # torch compiles nothing
 TOKENS = ["<think>", "</think>", "<|call|>"]
 TEXT = "Say <think>the cat</think> sat.<|call|>"
 BASE = 382  # tokens that random_gpt2 has
@@ -71,7 +71,7 @@ def test_rows_show_new_tokens_as_single_ids(random_gpt2, rows, tmp_path, capsys)
 
 
 def test_tokens_that_are_there_are_not_added(random_gpt2, rows, tmp_path, capsys):
-    tokens = ["<|endoftext|>", "the", "<think>", "<think>"]
+    tokens = ["<|endoftext|>", "a", "<think>", "<think>"]
     recipe = methods.load_recipe("01_sft", list(given(random_gpt2, rows, tmp_path / "run", tokens=tokens)))
     (planned,) = methods.plan(recipe)
     (plain,) = methods.plan(
