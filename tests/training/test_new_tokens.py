@@ -149,6 +149,7 @@ def test_engines_agree_and_open_each_others_runs(kind, runs):
         assert np.abs(one - other).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_resumed_run_is_the_same(engine, more, runs, random_gpt2, rows, tmp_path):
@@ -217,6 +218,7 @@ def test_rows_of_a_padded_embedding_are_used(random_gpt2, rows, tmp_path, capsys
     assert model.full_logits(PROBE).shape[-1] == BASE + 8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("mlx" not in ENGINES, reason="quantised training needs MLX")
 def test_qlora(random_gpt2, rows, runs, tmp_path):
     run = runs("mlx", *LORA, "adapter.quantize=4", "adapter.group_size=32")
@@ -246,8 +248,9 @@ def test_a_quantised_embedding_is_refused(random_gpt2, rows, tmp_path):
         run_recipe("01_sft", *given(tmp_path / "packed", rows, tmp_path / "run", *LORA, engine="mlx"))
 
 
+@pytest.mark.slow
 def test_models_beside_the_policy_have_its_vocabulary(random_gpt2, rows, tmp_path, capsys):
-    """PPO with a critic, a named reference's kind of copy, and a reward model of the base's tokens."""
+    """PPO with a critic, and a reward model that was trained with one of three tokens."""
     pairs = [{"prompt": f"Say {i}.", "chosen": f"{i} it is.", "rejected": f"no {i}"} for i in range(12)]
     pairs_file = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     common = ("train.batch_size=4", "train.steps=1", "data.max_length=48", f"engine={ENGINE}")
