@@ -22,13 +22,11 @@ from .files import read_json, require_space, write_atomically, write_json
 from .gpt2 import CONV1D
 from .hub import check_folder
 from .names import hf_path, mlx_path
-from .token_rows import TokenRows
+from .token_rows import CONFIG, PREFIX, TENSORS, TokenRows
 
 Module = dict[str, Any]
 Modules = dict[str, Module]
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = token_rows.PREFIX
 HEAD = "score.weight"  # of a sequence classifier
 
 # In files the magnitude's key has no ".weight"; PEFT adds it when loading. Keys of a raw state dict may
@@ -194,7 +192,7 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
 
     The modules are in mlx-lm's layout, as NumPy float32 arrays. Ranks and scales may differ between modules
     (`rank_pattern`, `alpha_pattern`): use `rank_of` and `scale_of`. A classifier's head is left out, which
-    engines/files.py reads, and rows of an embedding, which `read_rows` returns.
+    engines/files.py reads, and rows of an embedding, which `token_rows.read_rows` returns.
 
     Raises:
         UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly, which the
@@ -252,22 +250,6 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
     modules = {path: modules[path] for path in sorted(modules, key=_natural)}
     _check_against_config(modules, config, model_type, UserError)
     return config, modules
-
-
-def has_rows(folder: Path) -> bool:
-    """Return whether a PEFT adapter folder has rows of an embedding beside its matrices."""
-    return bool(read_json(folder / CONFIG).get(token_rows.INDICES))
-
-
-def read_rows(folder: Path) -> TokenRows | None:
-    """Return the rows of an embedding that a PEFT adapter folder has beside its matrices; None without any.
-
-    Raises:
-        UserError: damaged files, or rows that do not fit the config.
-    """
-    if not has_rows(folder):
-        return None
-    return token_rows.read(read_float32(folder / TENSORS), read_json(folder / CONFIG), folder / CONFIG)
 
 
 def to_mlx_lm(

@@ -12,12 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_posttrain.errors import UserError
 
-from .arrays import like, to_float32
+from .arrays import like, read_float32, to_float32
+from .files import read_json
 
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 INDICES = "trainable_token_indices"
 EMBEDDINGS, HEADS = ("wte", "embed_tokens", "embed_in"), ("lm_head", "embed_out")
@@ -102,6 +105,18 @@ def read(tensors: Mapping[str, Any], config: Mapping[str, Any], where: object) -
         if head is not None and head_table is not None:
             head = np.concatenate([head, head_table[behind.start :]])
     return TokenRows(tokens, path, rows, head)
+
+
+def has_rows(folder: Path) -> bool:
+    """Return whether a PEFT adapter folder has rows of an embedding beside its matrices."""
+    return bool(read_json(folder / CONFIG).get(INDICES))
+
+
+def read_rows(folder: Path) -> TokenRows | None:
+    """Return the rows that a PEFT adapter folder has; None without any. Raises UserError as `read`."""
+    if not has_rows(folder):
+        return None
+    return read(read_float32(folder / TENSORS), read_json(folder / CONFIG), folder / CONFIG)
 
 
 def _indices(given: Any, where: object) -> tuple[int, ...]:

@@ -192,7 +192,7 @@ def read_rows(folder: Path, tokens: Sequence[int]) -> token_rows.TokenRows:
 
     Raises UserError when the adapter's are others.
     """
-    rows = adapters.read_rows(folder)
+    rows = token_rows.read_rows(folder)
     if rows is None or rows.tokens != tuple(tokens):
         raise UserError(
             f"{folder}: the adapter's new tokens and the model's differ: it belongs to another run"
@@ -213,7 +213,7 @@ def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
         )
     # The layers themselves, not target_modules: PEFT also writes patterns and "all-linear" there.
     config["target_modules"] = sorted(adapters.hf_path(path) for path in modules)
-    rows = adapters.read_rows(folder)
+    rows = token_rows.read_rows(folder)
     return AdapterSpec(
         kind="dora" if config.get("use_dora") else "lora",
         rank=config["r"],

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain import engines
-from mlx_posttrain.convert import adapters, merge, weights
+from mlx_posttrain.convert import adapters, merge, token_rows, weights
 from mlx_posttrain.convert.arrays import require_mlx
 from mlx_posttrain.convert.files import home, output_folder, read_json
 from mlx_posttrain.engines import files
@@ -77,7 +77,7 @@ def export(
         elif not merged:
             if to == "peft":
                 _write_peft(source, folder)
-            elif adapters.has_rows(source.adapter):
+            elif token_rows.has_rows(source.adapter):
                 raise UserError(
                     f"{run} has new tokens, for which mlx-lm's adapters have no place: add --merge, or use "
                     "--to peft"
@@ -97,7 +97,7 @@ def export(
             write_merged(source, folder, as_base=True)
         if not _is_classifier(source):
             write_prompt_format(folder, source)
-        elif source.adapter is not None and adapters.has_rows(source.adapter):
+        elif source.adapter is not None and token_rows.has_rows(source.adapter):
             write_tokenizer(folder, source)
         note = f"\n## Difference from the run\n\n{summary['note']}\n" if "note" in summary else ""
         (folder / "README.md").write_text(_card(source, run, to, merged) + note, encoding="utf-8")

@@ -55,7 +55,7 @@ def write_merged(source: Source, folder: Path, *, as_base: bool = False) -> None
     base = _base_weights(source, as_base)
     base.pop(files.HEAD, None)
     merged = merge.merge(base, modules, config, model_type(source))
-    rows = adapters.read_rows(source.adapter)
+    rows = token_rows.read_rows(source.adapter)
     if rows is not None:
         tied = hub.check_config(source.folder).get("tie_word_embeddings", model_type(source) == "gpt2")
         merged = token_rows.merge(merged, rows, tied)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import runs
-from mlx_posttrain.convert import adapters, hub
+from mlx_posttrain.convert import adapters, hub, token_rows
 from mlx_posttrain.convert.files import home, read_json
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
@@ -38,7 +38,7 @@ class Source:
     @property
     def tokenizer_folder(self) -> Path:
         """The folder of the model's tokenizer: of an adapter with new tokens its own."""
-        if self.adapter is not None and adapters.has_rows(self.adapter) and has_tokenizer(self.adapter):
+        if self.adapter is not None and token_rows.has_rows(self.adapter) and has_tokenizer(self.adapter):
             return self.adapter
         if self.unmerged is None or self.folder.is_dir():
             return self.folder

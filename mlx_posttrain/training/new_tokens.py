@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain.console import log
-from mlx_posttrain.convert import adapters
+from mlx_posttrain.convert import token_rows
 from mlx_posttrain.data.read import ModelFacts, model_facts
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
@@ -62,7 +62,7 @@ def facts(recipe: Any, folder: Path, tokenizer: Path | None = None) -> ModelFact
 
 
 def _of_adapter(plain: ModelFacts, start: Path) -> ModelFacts:
-    if not adapters.has_rows(start):
+    if not token_rows.has_rows(start):
         return plain
     tokens = files.spec_of(start).tokens
     tokenizer = load_tokenizer(start) if has_tokenizer(start) else plain.tokenizer
