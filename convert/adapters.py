@@ -16,17 +16,17 @@ from typing import Any
 
 from mlx_posttrain.errors import UserError
 
+from . import token_rows
 from .arrays import read_float32, to_float32
 from .files import read_json, require_space, write_atomically, write_json
 from .gpt2 import CONV1D
 from .hub import check_folder
 from .names import hf_path, mlx_path
+from .token_rows import CONFIG, PREFIX, TENSORS, TokenRows
 
 Module = dict[str, Any]
 Modules = dict[str, Module]
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 HEAD = "score.weight"  # of a sequence classifier
 
 # In files the magnitude's key has no ".weight"; PEFT adds it when loading. Keys of a raw state dict may
@@ -41,7 +41,6 @@ _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Options of PEFT's LoRA that add parameters or change the formula.
 UNSUPPORTED = (
-    "trainable_token_indices",
     "layers_to_transform",
     "layer_replication",
     "target_parameters",
@@ -135,13 +134,15 @@ def save_adapter(
     extra_config: Mapping[str, Any] | None = None,
     model_type: str = "gpt2",
     head: Any | None = None,
+    rows: TokenRows | None = None,
 ) -> None:
     """Write mlx-lm modules as PEFT's adapter_config.json and adapter_model.safetensors (float32).
 
     The modules hold NumPy, MLX or torch arrays. With `head` (1, width) the task type is SEQ_CLS, and the
-    head, trained in full, is among the tensors. `targets` are module name endings as PEFT matches them, a
-    regular expression, or None for the full paths of the modules. `fan_in_fan_out` is True for GPT-2's
-    Conv1D, else False. The config is written last, so that a half-written folder is not an adapter.
+    head, trained in full, is among the tensors. `rows`: of an embedding, trained beside the modules.
+    `targets` are module name endings as PEFT matches them, a regular expression, or None for the full paths
+    of the modules. `fan_in_fan_out` is True for GPT-2's Conv1D, else False. The config is written last, so
+    that a half-written folder is not an adapter.
 
     Raises:
         UserError: not enough disk space, or a module with parts missing.
@@ -167,6 +168,7 @@ def save_adapter(
         "use_rslora": rslora,
         "use_dora": dora,
         "init_lora_weights": True,
+        **({} if rows is None else {token_rows.INDICES: rows.config}),
         **(extra_config or {}),
     }
     _check_against_config(modules, config, model_type, ValueError)
@@ -176,6 +178,8 @@ def save_adapter(
     }
     if head is not None:
         tensors[PREFIX + HEAD] = to_float32(head).copy(order="C")
+    if rows is not None:
+        tensors |= rows.tensors
     data = save(tensors, metadata={"format": "pt"})
     require_space(folder, len(data))
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,8 +191,8 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
     """Return (config, modules) of a PEFT LoRA or DoRA adapter folder.
 
     The modules are in mlx-lm's layout, as NumPy float32 arrays. Ranks and scales may differ between modules
-    (`rank_pattern`, `alpha_pattern`): use `rank_of` and `scale_of`. A classifier's head is left out;
-    engines/files.py reads it.
+    (`rank_pattern`, `alpha_pattern`): use `rank_of` and `scale_of`. A classifier's head is left out, which
+    engines/files.py reads, and rows of an embedding, which `token_rows.read_rows` returns.
 
     Raises:
         UserError: missing or damaged files, or an adapter of a kind that cannot be applied exactly, which the
@@ -231,9 +235,10 @@ def read_adapter(folder: Path, model_type: str = "gpt2") -> tuple[dict[str, Any]
     config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, **config}
     _check_values(config, str(where))
     tensors = read_float32(folder / TENSORS)
-    modules = peft_to_mlx(
-        {key: value for key, value in tensors.items() if key.removeprefix(PREFIX) != HEAD}, model_type
-    )
+    left_out = {key for key in tensors if key.removeprefix(PREFIX) == HEAD}
+    if token_rows.read(tensors, config, where) is not None:
+        left_out |= {key for key in tensors if token_rows.is_table(key)}
+    modules = peft_to_mlx({key: tensors[key] for key in tensors if key not in left_out}, model_type)
     if not modules:
         raise UserError(f"{folder / TENSORS} holds no tensor")
     for key, value in tensors.items():

@@ -15,7 +15,7 @@ Weights = dict[str, Any]
 
 # The first that fits counts.
 _TO_HF = {
-    "gpt2": (("model.h.", "transformer.h."),),
+    "gpt2": (("model.h.", "transformer.h."), ("model.wte", "transformer.wte")),
     "gpt_neox": (
         ("model.h.", "gpt_neox.layers."),
         ("model.embed_out.", "embed_out."),

@@ -148,6 +148,10 @@ class DataSection(Section):
         description="a row longer than max_length: cut its answer's end, or drop the row; both are counted",
     )
     system: str | None = Field(None, description="system prompt put before every conversation that has none")
+    special_tokens: list[str] = Field(
+        default_factory=list,
+        description="tokens to add to the vocabulary, <think> for example; those that it has already stay",
+    )
     pack: bool = Field(False, description="join text rows into blocks of max_length tokens (pre-training)")
     clean: CleanSection | None = Field(None, description="data-quality filters; null: none")
     eval_split: str | None = Field(
@@ -170,6 +174,8 @@ class DataSection(Section):
                 raise ValueError(f"split and eval_split are both {split!r}: the same rows cannot serve both")
             if section.families == []:
                 raise ValueError("families is empty: name at least one kind, or null for all")
+        if bad := [token for token in self.special_tokens if not token.strip()]:
+            raise ValueError(f"special_tokens has {bad[0]!r}: a token must have text")
         if self.holdout >= 1 and self.holdout != int(self.holdout):
             raise ValueError(f"holdout is a share below 1 or a whole number of rows, not {self.holdout}")
         return self

@@ -53,6 +53,7 @@ OTHER_NAMES = {
     "data.template": "chat_template prompt_template",
     "data.train_on": "train_on_inputs completion_only_loss assistant_only_loss mask_prompt",
     "data.pack": "packing sample_packing",
+    "data.special_tokens": "additional_special_tokens new_special_tokens add_tokens",
     "data.system": "system_prompt default_system",
     "train.lr": "learning_rate",
     "train.epochs": "num_train_epochs num_epochs",

@@ -156,6 +156,7 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     from mlx_posttrain.rl.actors import make_actors
     from mlx_posttrain.rl.learner import RolloutLearner
     from mlx_posttrain.rl.rollouts import Prompt
+    from mlx_posttrain.memory.model_size import size
     from mlx_posttrain.training.setup import load_model, plan_rollouts
 
     kind, engine, folder = training_kinds()[spec["what"]], open_engine(spec["engine"]), Path(spec["folder"])
@@ -172,7 +173,9 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     learner = RolloutLearner(
         engine, actors, algorithm, recipe, data, reference, lambda record: None, stop=stop
     )
-    planned = _planned_gb(lambda: plan_rollouts(kind.method, recipe, engine.name, folder, (prompt_rows, [])))
+    planned = _planned_gb(
+        lambda: plan_rollouts(kind.method, recipe, engine.name, size(folder), (prompt_rows, []))
+    )
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
     step, first = 0, {}

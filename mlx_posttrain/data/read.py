@@ -211,11 +211,17 @@ def say_specials(texts: Iterable[Iterable[str]], tokenizer: Any, what: str) -> N
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a dataset needs to know of a model: its tokenizer, longest sequence in tokens, and config.json."""
+    """What a dataset needs to know of a model: its tokenizer, longest sequence in tokens, and config.json.
+
+    new_tokens: ids that the recipe adds to the vocabulary, or whose rows an adapter to start from has.
+    vocabulary: rows that the embedding then needs; 0: as many as it has.
+    """
 
     tokenizer: Any
     context: int | None
     config: Mapping[str, Any]
+    new_tokens: tuple[int, ...] = ()
+    vocabulary: int = 0
 
     @property
     def pad(self) -> int:

@@ -60,9 +60,8 @@ def read(recipe: Any) -> Shown:
     Raises UserError as running it does, and for a recipe that trains nothing.
     """
     from mlx_posttrain import engines, methods
-    from mlx_posttrain.models.source import locate
     from mlx_posttrain.rl import prompts
-    from mlx_posttrain.training.setup import facts_on
+    from mlx_posttrain.training.setup import shape_facts
 
     method = methods.get(recipe.method)
     if method.trains_on is None:
@@ -71,7 +70,7 @@ def read(recipe: Any) -> Shown:
         )
     with TemporaryDirectory() as scratch, drops.collect() as dropped:
         made = method.start and method.start(recipe, Path(scratch))
-        facts = facts_on(engines.get(recipe.engine), recipe, made or locate(recipe.model).shape_folder)
+        _, facts = shape_facts(engines.get(recipe.engine), recipe, made)
         if method.trains_on == "rollouts":
             rollout = recipe.rollout.max_tokens
             asked, _ = prompts.read(recipe.data, facts.tokenizer, facts.context, rollout, recipe.seed)

@@ -80,6 +80,7 @@ class AdapterSpec:
     """A LoRA or DoRA adapter.
 
     targets: ends of layer paths, or words of ``config.TARGET_WORDS``; None: the architecture's usual layers.
+    tokens: ids whose rows of the embedding, and of a head that is not tied to it, are trained beside it.
     """
 
     kind: str = "lora"
@@ -88,6 +89,7 @@ class AdapterSpec:
     dropout: float = 0.0
     rslora: bool = False
     targets: tuple[str, ...] | None = None
+    tokens: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -357,8 +359,14 @@ class Engine(Protocol):
         quantize: int | None = None,
         group_size: int = 64,
         gradient_checkpointing: bool = False,
+        vocabulary: int = 0,
     ) -> Model:
-        """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised."""
+        """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised.
+
+        vocabulary: rows that embedding and head have at least; new ones are the mean of the old, see
+        :func:`mlx_posttrain.convert.token_rows.grow`. Raises UserError where a table that is quantised would
+        have to grow.
+        """
 
     def context(self, folder: Path) -> int | None:
         """The longest sequence in tokens of a folder's model on this engine; None without a limit."""

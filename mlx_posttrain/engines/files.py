@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_posttrain.convert import adapters, gpt2, weights
+from mlx_posttrain.convert import adapters, gpt2, token_rows, weights
 from mlx_posttrain.convert import names as layer_names
 from mlx_posttrain.convert.arrays import read_float32
 from mlx_posttrain.convert.files import copy_tokenizer, write_json
@@ -32,7 +33,7 @@ def save_model(folder: Path, tensors: Mapping[str, Any], base: Path, pad: int | 
 
     tensors: weights under Hugging Face's names; with ``score.weight`` among them the folder becomes a
     sequence classifier with one label that pools by ``pad``. base: the folder whose config and tokenizer
-    files are taken.
+    files are taken; ``vocab_size`` is that of the tensors.
     """
     given = check_config(base)
     if given["model_type"] == "gpt_neox":
@@ -46,6 +47,7 @@ def save_model(folder: Path, tensors: Mapping[str, Any], base: Path, pad: int | 
         for k, v in given.items()
         if k not in ("torch_dtype", "_name_or_path", "quantization", "quantization_config")
     }
+    config["vocab_size"] = token_rows.vocabulary(tensors) or config.get("vocab_size")
     config["dtype"] = str(next(iter(tensors.values())).dtype).rpartition(".")[2]
     if config.get("model_type") == "gpt2":
         config = {**gpt2.completed(config), "architectures": ["GPT2LMHeadModel"]}
@@ -141,11 +143,15 @@ def save_adapter(
     model_type: str,
     base: str,
     head: np.ndarray | None = None,
+    rows: token_rows.TokenRows | None = None,
 ) -> None:
     """Write a PEFT adapter folder.
 
-    With ``head`` [1, width] the task type is SEQ_CLS and the head is among the tensors.
+    With ``head`` [1, width] the task type is SEQ_CLS and the head is among the tensors. Such a model has no
+    other head, and so no rows of it.
     """
+    if rows is not None and head is not None:
+        rows = replace(rows, head=None)
     adapters.save_adapter(
         folder,
         modules,
@@ -158,6 +164,7 @@ def save_adapter(
         dora=spec.kind == "dora",
         fan_in_fan_out=model_type == "gpt2",
         head=head,
+        rows=rows,
     )
 
 
@@ -180,6 +187,19 @@ def read_adapter(folder: Path, layers: Sequence[str]) -> Adapter:
     }
 
 
+def read_rows(folder: Path, tokens: Sequence[int]) -> token_rows.TokenRows:
+    """Read the rows of an embedding in a PEFT adapter folder, for exactly these tokens.
+
+    Raises UserError when the adapter's are others.
+    """
+    rows = token_rows.read_rows(folder)
+    if rows is None or rows.tokens != tuple(tokens):
+        raise UserError(
+            f"{folder}: the adapter's new tokens and the model's differ: it belongs to another run"
+        )
+    return rows
+
+
 def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
     """The spec of a PEFT adapter folder, to put the same adapter on a model before loading it.
 
@@ -193,6 +213,7 @@ def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
         )
     # The layers themselves, not target_modules: PEFT also writes patterns and "all-linear" there.
     config["target_modules"] = sorted(adapters.hf_path(path) for path in modules)
+    rows = token_rows.read_rows(folder)
     return AdapterSpec(
         kind="dora" if config.get("use_dora") else "lora",
         rank=config["r"],
@@ -200,6 +221,7 @@ def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
         dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout,
         rslora=bool(config.get("use_rslora")),
         targets=tuple(config["target_modules"]),
+        tokens=() if rows is None else rows.tokens,
     )
 
 

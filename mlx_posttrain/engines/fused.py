@@ -9,6 +9,8 @@ matrix products of the array library in place of kernels. A gradient is made in 
   formed while the logits are there: nothing is computed twice. It holds for any cotangent, since a position's
   value depends on its own hidden state only. Where two values are known to enter a loss as one sum, the sum's
   gradient is formed, with one product.
+  A few rows of W that are trained all the same, those of new tokens, have their gradient from their own few
+  logits, as below.
 - *cached and recomputed*, otherwise: W's gradient is a sum over positions weighted by their cotangents, which
   the forward pass does not know. It caches the gradients with respect to the logits of the first positions,
   up to CACHED_BYTES, for the backward pass, which follows at once. The backward pass forms the logits of the
@@ -72,13 +74,21 @@ class NegGrad(NamedTuple):
     set.
 
     at(z, rows, part): minus the gradient, [n, v], at the logits z of the positions ``rows`` and the
-    vocabulary entries ``part``. cached: the same of the first chunks, [n, V] each. target: [N] ids, where the
-    value is a log-probability.
+    vocabulary entries ``part``, a slice or ids [v]. cached: the same of the first chunks, [n, V] each.
+    target: [N] ids, where the value is a log-probability.
     """
 
-    at: Callable[[Array, slice, slice], Array]
+    at: Callable[[Array, slice, Any], Array]
     cached: list[Array]
     target: Array | None = None
+
+
+def neg_grad_of(neg_grad: NegGrad, z: Array, ids: Array) -> Array:
+    """Minus the gradient with respect to the logits z [N, v] of the entries ``ids`` [v], complete."""
+    found = neg_grad.at(z, slice(None), ids)
+    if neg_grad.target is None:
+        return found
+    return ops(z).where(neg_grad.target[:, None] == ids, found - 1.0, found)
 
 
 def softmax(z: Array) -> tuple[Array, Array]:

@@ -169,7 +169,7 @@ def ask_reference(session: Session, function: Callable[[Model], T]) -> T:
     if session.recipe.reference is None and adapter is not None and adapter.path is None:
         with session.model.adapters_off():
             return function(session.model)
-    return function(load_reference(session.engine, session.recipe, session.folder))
+    return function(load_reference(session.engine, session.recipe, session.folder, session.facts))
 
 
 def displacement(records: Sequence[Mapping[str, float]]) -> dict[str, float]:

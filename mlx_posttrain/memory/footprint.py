@@ -234,6 +234,11 @@ class Training:
             min(most, each * len(chunks)) * chunk * beside + self.number * self.size.vocabulary * cached
         ) / GB
 
+    def head_copy(self) -> float:
+        """GB of a frozen head with the rows of new tokens in it, which a micro-batch's losses read."""
+        rows = self.size.vocabulary if self.adapter and self.size.new_tokens else 0
+        return self.number * rows * self.size.width / GB
+
     def head(self) -> float:
         """GB of the head's gradient, which is made before the blocks have freed anything.
 
@@ -259,7 +264,8 @@ class Training:
         found: list[tuple[str, dict[str, float]]] = []
         beside = self.trained_bytes / GB if self.grad_accumulation else 0.0
         for b in self.batches:
-            kept, logits, gradients = self.activations(b), self.logits(b), self.head() + beside
+            kept, gradients = self.activations(b), self.head() + beside
+            logits = self.logits(b) + self.head_copy()
             if self.checkpointing:
                 inputs = self.inputs(b)
                 found.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_posttrain.convert import gpt2, hub
@@ -23,7 +23,7 @@ class Size:
 
     tensors: shapes by name; of a packed weight the shape of the weight that it stands for. file_bytes: their
     size on disk. packed: whether the folder is quantised; packed_head: whether its head is too. keys: width
-    of all key heads together, where it is not ``width``.
+    of all key heads together, where it is not ``width``. new_tokens: rows trained beside an adapter.
     """
 
     layers: int
@@ -38,6 +38,7 @@ class Size:
     packed: bool = False
     packed_head: bool = False
     keys: int | None = None
+    new_tokens: int = 0
 
     @property
     def key_width(self) -> int:
@@ -131,6 +132,17 @@ def size(folder: Path) -> Size:
     )
 
 
+def grown(of: Size, vocabulary: int, new_tokens: int) -> Size:
+    """The size with embedding and head of at least ``vocabulary`` rows; see ``Size.new_tokens``."""
+    names = {f"{name}.weight" for name in (*_HEADS, "gpt_neox.embed_in", "embed_out")}
+    tensors = {
+        name: (max(shape[0], vocabulary), *shape[1:]) if name in names else shape
+        for name, shape in of.tensors.items()
+    }
+    most = max(of.vocabulary, vocabulary)
+    return replace(of, tensors=tensors, vocabulary=most, new_tokens=new_tokens)
+
+
 def adapted(of: Size, spec: AdapterSpec) -> list[tuple[int, int]]:
     """(in, out) of every layer that an adapter stands on. Raises UserError when a target matches none."""
     targets = spec.resolved(of.model_type, of.linear).targets or ()
@@ -144,9 +156,10 @@ def adapter_parameters(of: Size, spec: AdapterSpec) -> int:
     """Number of parameters of an adapter.
 
     rank * (in + out) for each target (Hu et al. 2021, section 4.1), and out more with DoRA, for its
-    magnitudes. Raises UserError when a target matches no layer.
+    magnitudes; and the rows of new tokens, in the embedding and in a head that is not tied. Raises
+    UserError when a target matches no layer.
     """
     return sum(
         spec.rank * (enters + leaves) + (leaves if spec.kind == "dora" else 0)
         for enters, leaves in adapted(of, spec)
-    )
+    ) + of.new_tokens * of.width * (1 if of.tied else 2)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain import engines
-from mlx_posttrain.convert import adapters, merge, weights
+from mlx_posttrain.convert import adapters, merge, token_rows, weights
 from mlx_posttrain.convert.arrays import require_mlx
 from mlx_posttrain.convert.files import home, output_folder, read_json
 from mlx_posttrain.engines import files
@@ -26,7 +26,7 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.card import base_name, model_card
 from mlx_posttrain.models.merge import base_bits, model_type, write_merged
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.prompt_format import write_prompt_format
+from mlx_posttrain.models.prompt_format import write_prompt_format, write_tokenizer
 from mlx_posttrain.models.source import Source, locate, saves_language_model
 from mlx_posttrain.models.usage import usage
 
@@ -77,6 +77,11 @@ def export(
         elif not merged:
             if to == "peft":
                 _write_peft(source, folder)
+            elif token_rows.has_rows(source.adapter):
+                raise UserError(
+                    f"{run} has new tokens, for which mlx-lm's adapters have no place: add --merge, or use "
+                    "--to peft"
+                )
             else:
                 config, modules = adapters.read_adapter(source.adapter, model_type(source))
                 adapters.to_mlx_lm(folder, modules, config, model_type(source))
@@ -92,6 +97,8 @@ def export(
             write_merged(source, folder, as_base=True)
         if not _is_classifier(source):
             write_prompt_format(folder, source)
+        elif source.adapter is not None and token_rows.has_rows(source.adapter):
+            write_tokenizer(folder, source)
         note = f"\n## Difference from the run\n\n{summary['note']}\n" if "note" in summary else ""
         (folder / "README.md").write_text(_card(source, run, to, merged) + note, encoding="utf-8")
     return summary
@@ -187,8 +194,9 @@ def _on_unquantised_base(source: Source, run: str | Path) -> dict[str, Any]:
     adapted = model.full_logits(probe)
     with model.adapters_off():
         base = model.full_logits(probe)
-    other = engines.get("mlx").load(source.folder)
-    other.add_adapter(files.spec_of(source.adapter), seed=0)
+    spec = files.spec_of(source.adapter)
+    other = engines.get("mlx").load(source.folder, vocabulary=max(spec.tokens, default=-1) + 1)
+    other.add_adapter(spec, seed=0)
     other.load_trained(source.adapter)
     drift = merge.logit_drift(adapted, other.full_logits(probe), base)
     return {

@@ -7,10 +7,10 @@ from typing import Any
 
 from mlx_posttrain import runs
 from mlx_posttrain.console import log
-from mlx_posttrain.convert import adapters, hub, merge, names, weights
+from mlx_posttrain.convert import adapters, hub, merge, names, token_rows, weights
 from mlx_posttrain.convert.arrays import like, require_mlx
 from mlx_posttrain.engines import files
-from mlx_posttrain.models.prompt_format import write_prompt_format
+from mlx_posttrain.models.prompt_format import write_prompt_format, write_tokenizer
 from mlx_posttrain.models.source import Source, starting_folder
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
 
@@ -55,6 +55,10 @@ def write_merged(source: Source, folder: Path, *, as_base: bool = False) -> None
     base = _base_weights(source, as_base)
     base.pop(files.HEAD, None)
     merged = merge.merge(base, modules, config, model_type(source))
+    rows = token_rows.read_rows(source.adapter)
+    if rows is not None:
+        tied = hub.check_config(source.folder).get("tie_word_embeddings", model_type(source) == "gpt2")
+        merged = token_rows.merge(merged, rows, tied)
     head = files.read_head(source.adapter)
     if head is None:
         files.save_model(folder, merged, source.folder)
@@ -64,6 +68,7 @@ def write_merged(source: Source, folder: Path, *, as_base: bool = False) -> None
     files.save_model(
         folder, {**merged, files.HEAD: like(head, next(iter(merged.values())))}, source.folder, pad
     )
+    write_tokenizer(folder, source)
 
 
 def _base_weights(source: Source, as_base: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_posttrain.convert.files import TRANSFORMERS_5_TOKENIZERS, copy_tokenizer, read_json, write_json
@@ -10,7 +11,7 @@ from mlx_posttrain.data import encode
 from mlx_posttrain.data.jinja import as_jinja
 from mlx_posttrain.data.types import Turn
 from mlx_posttrain.models.source import Source
-from mlx_posttrain.models.tokenizer import load_tokenizer
+from mlx_posttrain.models.tokenizer import load_tokenizer, missing_tokens
 
 #: What may stand before a prompt, tried in turn: a tokenizer may put a BOS there, and a mark of a word.
 PREFIXES = ("", "{{ bos_token }}", "{{ bos_token + ' ' }}")
@@ -23,15 +24,29 @@ def carried_template(source: Source) -> str | None:
     return None if packed or source.template == "chat" else source.template
 
 
-def write_prompt_format(folder: Path, source: Source) -> None:
-    """Write the tokenizer of a run's model into a folder, with the run's prompt format as chat template.
+def write_tokenizer(folder: Path, source: Source, tokenizer: Any = None) -> Any:
+    """Write the tokenizer of a run's model into a folder, and return it.
+
+    tokenizer: the same with tokens that the run adds, which are then written too.
+    """
+    own = load_tokenizer(source.tokenizer_folder)
+    if tokenizer is None or not missing_tokens(tokenizer, own):
+        copy_tokenizer(source.tokenizer_folder, folder)
+        return own
+    with TemporaryDirectory() as made:
+        tokenizer.save_pretrained(made)
+        copy_tokenizer(Path(made), folder)
+    return tokenizer
+
+
+def write_prompt_format(folder: Path, source: Source, tokenizer: Any = None) -> None:
+    """:func:`write_tokenizer` with the run's prompt format as chat template.
 
     A run of the template ``chat``, of packed text, and a model that is no run keep the tokenizer's own.
     """
-    copy_tokenizer(source.shape_folder, folder)
+    tokenizer = write_tokenizer(folder, source, tokenizer)
     file = folder / "tokenizer_config.json"
     config: dict[str, Any] = read_json(file) if file.is_file() else {}
-    tokenizer = load_tokenizer(source.shape_folder)
     name = carried_template(source)
     if name is not None:
         # transformers would read these instead

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import runs
-from mlx_posttrain.convert import adapters, hub
+from mlx_posttrain.convert import adapters, hub, token_rows
 from mlx_posttrain.convert.files import home, read_json
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.models.tokenizer import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Source:
     def shape_folder(self) -> Path:
         """A folder of the same architecture and size that exists, merged or not."""
         return self.folder if self.unmerged is None else self.unmerged.shape_folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the model's tokenizer: of an adapter with new tokens its own."""
+        if self.adapter is not None and token_rows.has_rows(self.adapter) and has_tokenizer(self.adapter):
+            return self.adapter
+        if self.unmerged is None or self.folder.is_dir():
+            return self.folder
+        return self.unmerged.tokenizer_folder
 
     @property
     def template(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from mlx_posttrain.errors import UserError
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tokenizer_config.json")
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, added: Sequence[str] = ()) -> Any:
     """Return the folder's fast tokenizer. Raises UserError if there is none or it is damaged.
+
+    added: texts that it gets as tokens of their own, where its vocabulary does not have them.
 
     Its ``stop_token_ids`` are the ids that the folder's configs name as ends of a text.
     """
@@ -23,7 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     # without any of these files transformers would make an empty tokenizer
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise UserError(
             f"{folder} has no tokenizer: copy its base's tokenizer.json and tokenizer_config.json there"
         )
@@ -35,7 +38,39 @@ def load_tokenizer(folder: Path) -> Any:
             f"({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from None
     tokenizer.stop_token_ids = listed_ends(folder)
+    add_tokens(tokenizer, added)
     return tokenizer
+
+
+def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
+    """Give a tokenizer tokens for the texts that its vocabulary does not have; returns the new ids, in order.
+
+    They are not marked as special: decoding keeps them in the text, where parsers and rewards look for them,
+    as the marks of a thought are in the tokenizers of models that reason.
+    """
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in new])
+    return tuple(tokenizer.convert_tokens_to_ids(new)) if new else ()
+
+
+def missing_tokens(tokenizer: Any, other: Any) -> list[str]:
+    """The added tokens of a tokenizer that another one does not have, by their ids."""
+    known = other.get_vocab()
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    return [token.content for _, token in added if token.content not in known]
+
+
+def rows_needed(tokenizer: Any) -> int:
+    """One more than a tokenizer's largest id: how many rows its model's embedding has at least."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def listed_ends(folder: Path) -> tuple[int, ...]:

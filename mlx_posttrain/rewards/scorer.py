@@ -218,7 +218,7 @@ def _numbered(names: Sequence[str]) -> list[str]:
 
 
 def _reward_model(name: str, engine: Engine, tokenizer: Any, template: str) -> tuple[Model, int]:
-    model, own, source = open_model(name, engine.name, scores=True)
+    model, own, source = open_model(name, engine.name, scores=True, beside=tokenizer)
     # Tokens of its own, a pad token for one, do no harm: no answer has them.
     known = own.get_vocab()
     if any(known.get(token) != number for token, number in tokenizer.get_vocab().items()):

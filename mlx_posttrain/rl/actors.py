@@ -83,7 +83,11 @@ def _critic(
         return None
     reward = critic_source(recipe, section)
     source = base_folder(reward) if reward else folder
-    critic = engine.load(source, gradient_checkpointing=recipe.train.gradient_checkpointing)
+    critic = engine.load(
+        source,
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+        vocabulary=policy.config.get("vocab_size") or 0,
+    )
     if not critic.has_head:
         critic.add_head(initial_head(hidden_size(critic.config), None))
     return critic

@@ -16,21 +16,21 @@ from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
 from mlx_posttrain.convert.files import home, require_space
 from mlx_posttrain.data import mixture
-from mlx_posttrain.data.read import ModelFacts, model_facts
+from mlx_posttrain.data.read import ModelFacts
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan as plans
-from mlx_posttrain.memory.model_size import size
+from mlx_posttrain.memory.model_size import Size, grown, size
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.models.card import run_card
 from mlx_posttrain.models.merge import base_folder
-from mlx_posttrain.models.prompt_format import write_prompt_format
+from mlx_posttrain.models.prompt_format import write_prompt_format, write_tokenizer
 from mlx_posttrain.models.source import Source, adapter_folder, is_hub_id, locate
-from mlx_posttrain.models.tokenizer import check_vocabulary
+from mlx_posttrain.models.tokenizer import check_vocabulary, load_tokenizer
 from mlx_posttrain.rl import actors, learner, prompts
 from mlx_posttrain.runs import trackers
-from mlx_posttrain.training import edits, samples
+from mlx_posttrain.training import edits, new_tokens, samples
 from mlx_posttrain.training.checks import check_warmup
 from mlx_posttrain.training.loop import Callbacks, Learner, fit
 from mlx_posttrain.training.method import Method, Resume
@@ -73,15 +73,14 @@ def plan(method: Method, recipe: Any) -> list[plans.Plan]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         made = method.start and method.start(recipe, Path(scratch))
-        folder = made or locate(recipe.model).shape_folder
         chosen = engines.get(recipe.engine)
-        engine, facts = chosen.name, facts_on(chosen, recipe, folder)
-        of = replace(size(folder), context=facts.context)
+        folder, facts = shape_facts(chosen, recipe, made)
+        engine, of = chosen.name, _size(folder, facts)
         if method.trains_on == "rows":
             assert method.dataset is not None
             return [plans.of_rows(recipe, engine, of, method.make_dataset(recipe, facts), method.reference)]
         read = prompts.read(recipe.data, facts.tokenizer, of.context, recipe.rollout.max_tokens, recipe.seed)
-        return [plan_rollouts(method, recipe, engine, folder, read)]
+        return [plan_rollouts(method, recipe, engine, of, read)]
 
 
 def validate(method: Method, recipe: Any) -> list[str]:
@@ -146,7 +145,7 @@ def open_session(method: Method, recipe: Any, engine: Engine, run: runs.Run, res
     facts = facts_on(engine, recipe, folder)
     # Before the weights: a mistake in the rows is found at once.
     dataset = method.make_dataset(recipe, facts) if method.dataset else None
-    model = load_model(engine, recipe, folder, getattr(recipe, "adapter", None))
+    model = load_model(engine, recipe, folder, getattr(recipe, "adapter", None), facts)
     check_vocabulary(facts.tokenizer, model, folder)
     if method.saves(recipe) == "classifier":
         if not model.has_head:
@@ -159,12 +158,21 @@ def open_session(method: Method, recipe: Any, engine: Engine, run: runs.Run, res
     return Session(method, recipe, engine, run, resume, folder, model, facts, dataset)
 
 
-def facts_on(engine: Engine, recipe: Recipe, folder: Path) -> ModelFacts:
-    """The facts of a recipe's model on an engine.
+def shape_facts(engine: Engine, recipe: Any, made: Path | None) -> tuple[Path, ModelFacts]:
+    """(folder of the model's shape, facts) of a recipe before it runs; ``made``: as Method.start made it."""
+    if made is not None:
+        return made, facts_on(engine, recipe, made)
+    source = locate(recipe.model)
+    return source.shape_folder, facts_on(engine, recipe, source.shape_folder, source.tokenizer_folder)
 
-    Raises UserError where the recipe's rows may be longer than what the engine computes right.
+
+def facts_on(engine: Engine, recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> ModelFacts:
+    """The facts of a recipe's model on an engine, its new tokens included.
+
+    tokenizer: the folder that has it, where that is another. Raises UserError where the recipe's rows may be
+    longer than what the engine computes right, and as new_tokens.facts.
     """
-    facts, context = model_facts(folder), engine.context(folder)
+    facts, context = new_tokens.facts(recipe, folder, tokenizer), engine.context(folder)
     if context == facts.context or context is None:
         return facts
     if recipe.data.max_length > context:
@@ -175,8 +183,14 @@ def facts_on(engine: Engine, recipe: Recipe, folder: Path) -> ModelFacts:
     return replace(facts, context=context)
 
 
-def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSection | None) -> Model:
-    """The recipe's model on an engine, with a new adapter or one to start from."""
+def load_model(
+    engine: Engine,
+    recipe: Recipe,
+    folder: Path,
+    adapter: AdapterSection | None,
+    facts: ModelFacts | None = None,
+) -> Model:
+    """The recipe's model on an engine, with a new adapter or one to start from, and the ``facts``' tokens."""
     quantize = adapter.quantize if adapter else None
     if quantize and hub.check_config(folder).get("quantization"):
         raise UserError(f"{recipe.model} is quantised already: leave out adapter.quantize")
@@ -186,10 +200,13 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
         quantize=quantize,
         group_size=adapter.group_size if adapter else 64,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
+        vocabulary=facts.vocabulary if facts else 0,
     )
     model.base_name = recipe.model if is_hub_id(recipe.model) else str(folder)
     if adapter is not None:
         spec = adapter_spec(adapter)
+        if facts is not None:
+            spec = replace(spec, tokens=facts.new_tokens)
         model.add_adapter(spec, recipe.seed)
         if adapter.path is not None:
             start = adapter_folder(adapter.path)
@@ -209,7 +226,7 @@ def row_learner(session: Session) -> Learner:
     facts: dict[str, Any] = {"untemplated": True} if dataset.untemplated else {}
     _note(session, facts, mixture.tally(recipe.data, dataset.train, dataset.held_out))
     print_parameters(recipe, session.engine, model)
-    of = size(session.folder)
+    of = _size(session.folder, session.facts)
     plans.print_plan(lambda: plans.of_rows(recipe, session.engine.name, of, dataset, method.reference))
     if reference == "distribution":
         model.keep_reference()
@@ -254,7 +271,9 @@ def _keep_reference_logprobs(session: Session) -> None:
         dataset,
         session.run.folder / runs.REFERENCE,
         digest(folders),
-        lambda: load_reference(session.engine, recipe, session.folder) if named else session.model,
+        lambda: (
+            load_reference(session.engine, recipe, session.folder, session.facts) if named else session.model
+        ),
     )
     if gap is None or named:
         return
@@ -266,21 +285,22 @@ def _keep_reference_logprobs(session: Session) -> None:
         )
 
 
-def load_reference(engine: Engine, recipe: Any, folder: Path) -> Model:
+def load_reference(engine: Engine, recipe: Any, folder: Path, facts: ModelFacts) -> Model:
     """The model that a policy is compared with: the recipe's ``reference``, or the one it starts from.
 
-    Raises UserError for a reference with another vocabulary.
+    facts: the policy's, whose new tokens the reference gets too. Raises UserError for a reference with
+    another vocabulary.
     """
     if recipe.reference is None:
-        return load_model(engine, recipe, folder, recipe.adapter)
+        return load_model(engine, recipe, folder, recipe.adapter, facts)
     other = base_folder(recipe.reference)
-    ours, theirs = (model_facts(one) for one in (folder, other))
-    if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
+    theirs = load_tokenizer(other, recipe.data.special_tokens)
+    if facts.tokenizer.get_vocab() != theirs.get_vocab():
         raise UserError(
             f"reference: {recipe.reference} has another vocabulary than {recipe.model}, so their "
             "log-probabilities cannot be compared; name a model with the same tokenizer"
         )
-    return engine.load(other, dtype=recipe.dtype)
+    return engine.load(other, dtype=recipe.dtype, vocabulary=facts.vocabulary)
 
 
 def _rollout_learner(session: Session) -> Learner:
@@ -291,7 +311,8 @@ def _rollout_learner(session: Session) -> Learner:
     )
     _note(session, {}, mixture.tally(recipe.data, *read))
     # Before reference, critic and scorers are there.
-    plans.print_plan(lambda: plan_rollouts(method, recipe, session.engine.name, session.folder, read))
+    of = _size(session.folder, session.facts)
+    plans.print_plan(lambda: plan_rollouts(method, recipe, session.engine.name, of, read))
     algorithm, reference = method.algorithm(recipe), method.reference(recipe)
     made, data = actors.make_actors(
         session.engine,
@@ -310,7 +331,7 @@ def _rollout_learner(session: Session) -> Learner:
 
 
 def plan_rollouts(
-    method: Method, recipe: Any, engine: str, folder: Path, read: tuple[Sequence[Any], Sequence[Any]]
+    method: Method, recipe: Any, engine: str, of: Size, read: tuple[Sequence[Any], Sequence[Any]]
 ) -> plans.Plan:
     """The plan of a run on rollouts; ``read`` are its training and held-out prompts."""
     training, held_out = ([len(p.tokens) for p in part] for part in read)
@@ -319,9 +340,12 @@ def plan_rollouts(
     named = [entry.model for entry in [*recipe.reward, *recipe.judge] if entry.model]
     scorers = [size(locate(name).shape_folder) for name in named]
     assert method.algorithm is not None
-    return plans.of_rollouts(
-        recipe, engine, size(folder), lengths, scorers, method.algorithm, method.reference
-    )
+    return plans.of_rollouts(recipe, engine, of, lengths, scorers, method.algorithm, method.reference)
+
+
+def _size(folder: Path, facts: ModelFacts) -> Size:
+    """A model's size with its new tokens, and the context that its engine computes right."""
+    return replace(grown(size(folder), facts.vocabulary, len(facts.new_tokens)), context=facts.context)
 
 
 def print_parameters(recipe: Recipe, engine: Engine, model: Model) -> None:
@@ -341,17 +365,21 @@ def print_parameters(recipe: Recipe, engine: Engine, model: Model) -> None:
 def _saver(session: Session) -> Callable[[Path], None]:
     """A function that writes the trained model into a folder, as what the method says it is."""
     model = session.model
-    if session.method.saves(session.recipe) == "classifier":
-        return lambda folder: model.save_classifier(folder, session.facts.pad)
+    _, raw = runs.reopen(session.run.folder)
+    source, tokenizer = Source(session.folder, None, raw), session.facts.tokenizer
+
+    def classifier(folder: Path) -> None:
+        model.save_classifier(folder, session.facts.pad)
+        if session.facts.new_tokens:
+            write_tokenizer(folder, source, tokenizer)
 
     def save(folder: Path) -> None:
         model.save(folder)
         # A value head is of no use to whoever runs the model.
         (folder / files.HEAD_FILE).unlink(missing_ok=True)
-        _, raw = runs.reopen(session.run.folder)
-        write_prompt_format(folder, Source(session.folder, None, raw))
+        write_prompt_format(folder, source, tokenizer)
 
-    return save
+    return classifier if session.method.saves(session.recipe) == "classifier" else save
 
 
 def finish(run: runs.Run, result: dict[str, Any], write: Callable[[Path], None]) -> None:

@@ -363,7 +363,7 @@ def test_contradictions_between_modules_and_settings(tmp_path):
             r"\(merge_and_unload\)",
         ),
         ({"layers_to_transform": [0]}, "layers_to_transform is not supported"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is not supported"),
+        ({"trainable_token_indices": [1]}, "no rows of an embedding"),
         ({"lora_bias": True}, "lora_bias is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base model's weights"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights 'pissa_niter_16' changed"),

@@ -40,17 +40,19 @@ class MLXEngine:
         quantize: int | None = None,
         group_size: int = 64,
         gradient_checkpointing: bool = False,
+        vocabulary: int = 0,
     ) -> MLXModel:
-        config = hub.check_config(folder)
-        if config["model_type"] != "gpt2":
-            _tell_limits(folder, mlx_config.readable(folder, config))
+        given = hub.check_config(folder)
+        if given["model_type"] != "gpt2":
+            _tell_limits(folder, mlx_config.readable(folder, given))
 
         def read() -> nn.Module:
-            return mlx_load.load(folder, config, dtype, quantize, group_size)
+            return mlx_load.load(folder, given, dtype, quantize, group_size, vocabulary)
 
         net = read()
         if gradient_checkpointing:
             mlx_load.checkpoint_blocks(net)
+        config = {**given, "vocab_size": max(given.get("vocab_size") or 0, vocabulary)}
         return MLXModel(net, folder, config, self.context(folder), read)
 
     def context(self, folder: Path) -> int | None:

@@ -16,12 +16,17 @@ import mlx.core as mx
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.mlx.cpu.exp import exp_below, softmax_and_lse
 
+Rows = tuple[mx.array, mx.array] | None
 
-def logprobs(h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool) -> mx.array:
+
+def logprobs(
+    h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool, rows: Rows = None
+) -> mx.array:
     """[N] log-probabilities of the targets.
 
     trained: whether w takes a gradient. training: whether a gradient is about to be asked for, so that it is
-    streamed (a frozen w) or cached (a trained one).
+    streamed (a frozen w) or cached (a trained one). rows: ids [n] and rows [n, d] of a frozen w, in which
+    they stand, that are trained.
     """
 
     def values(h: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
@@ -35,15 +40,15 @@ def logprobs(h: mx.array, w: mx.array, target: mx.array, *, trained: bool, train
 
     (value, lse, *grad_h), cached = _map_chunks(values, trained and training, w, h, target)
     neg_grad = fused.NegGrad(_softmax_from(lse), cached, target)
-    return _with_gradient(value, h, w, grad_h, neg_grad, trained)[:, 0]
+    return _with_gradient(value, h, w, grad_h, neg_grad, trained, rows)[:, 0]
 
 
 def logprobs_and_entropy(
-    h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool
+    h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool, rows: Rows = None
 ) -> tuple[mx.array, mx.array]:
     """[N] log-probabilities of the targets and [N] entropies.
 
-    The gradient of the entropies is recomputed, since PPO only reports them. trained, training: as in
+    The gradient of the entropies is recomputed, since PPO only reports them. trained, training, rows: as in
     :func:`logprobs`.
     """
 
@@ -59,9 +64,9 @@ def logprobs_and_entropy(
     def neg_grad_of_entropy(z: mx.array, rows: slice, part: slice) -> mx.array:
         return -fused.entropy_grad(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
-    value = _with_gradient(value, h, w, grad_h, fused.NegGrad(softmax, cached, target), trained)
+    value = _with_gradient(value, h, w, grad_h, fused.NegGrad(softmax, cached, target), trained, rows)
     entropy_neg_grad = fused.NegGrad(neg_grad_of_entropy, [])
-    return value[:, 0], _with_gradient(entropy, h, w, [], entropy_neg_grad, trained)[:, 0]
+    return value[:, 0], _with_gradient(entropy, h, w, [], entropy_neg_grad, trained, rows)[:, 0]
 
 
 def logprobs_and_kl(
@@ -75,12 +80,13 @@ def logprobs_and_kl(
     *,
     trained: bool,
     training: bool,
+    rows: Rows = None,
 ) -> tuple[mx.array, mx.array]:
     """[N] log-probabilities of the targets and [N] divergences from the reference.
 
     No gradient flows into the reference. beta: as in
     :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl`; the log-probabilities alone then carry the
-    gradient of both. trained, training: as in :func:`logprobs`.
+    gradient of both. trained, training, rows: as in :func:`logprobs`.
     """
 
     def values(h: mx.array, h_ref: mx.array, target: mx.array) -> tuple[list[mx.array], mx.array]:
@@ -109,9 +115,10 @@ def logprobs_and_kl(
         return softmax(z, rows, part) - (beta or 0.0) * neg_grad_of_kl(z, rows, part)
 
     neg_grad = fused.NegGrad(softmax if beta is None else neg_grad_of_both, cached, target)
-    value = _with_gradient(value, h, w, grads_h[:1], neg_grad, trained)
+    value = _with_gradient(value, h, w, grads_h[:1], neg_grad, trained, rows)
     if beta is None:
-        kl_with_grad = _with_gradient(kl, h, w, grads_h[1:], fused.NegGrad(neg_grad_of_kl, []), trained)
+        kl_neg_grad = fused.NegGrad(neg_grad_of_kl, [])
+        kl_with_grad = _with_gradient(kl, h, w, grads_h[1:], kl_neg_grad, trained, rows)
         return value[:, 0], kl_with_grad[:, 0]
     return value[:, 0], kl[:, 0]
 
@@ -157,13 +164,26 @@ def _map_chunks(
 
 
 def _with_gradient(
-    value: mx.array, h: mx.array, w: mx.array, grad_h: list[mx.array], neg_grad: fused.NegGrad, trained: bool
+    value: mx.array,
+    h: mx.array,
+    w: mx.array,
+    grad_h: list[mx.array],
+    neg_grad: fused.NegGrad,
+    trained: bool,
+    rows: Rows,
 ) -> mx.array:
     """Give ``value`` [N, 1] its gradient: ``grad_h`` [N, d] where it was streamed, else from ``neg_grad``."""
     if grad_h:
         # what is added is zero
-        return value + mx.sum((h - mx.stop_gradient(h)) * grad_h[0], axis=-1, keepdims=True)
-    return _attach_gradient(value, h, w, neg_grad, trained)
+        found = value + mx.sum((h - mx.stop_gradient(h)) * grad_h[0], axis=-1, keepdims=True)
+    else:
+        found = _attach_gradient(value, h, w, neg_grad, trained)
+    if rows is None:
+        return found
+    # The gradient of the rows comes from their own few logits; what is added is zero.
+    z = _logits(mx.stop_gradient(h), rows[1].astype(h.dtype))
+    minus = mx.stop_gradient(fused.neg_grad_of(neg_grad, mx.stop_gradient(z), rows[0]))
+    return found - mx.sum(minus * (z - mx.stop_gradient(z)), axis=-1, keepdims=True)
 
 
 def _attach_gradient(

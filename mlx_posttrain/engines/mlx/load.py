@@ -15,7 +15,7 @@ from mlx_posttrain.convert import checks, hub, merge, mlx_config, names
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.mlx import exact
+from mlx_posttrain.engines.mlx import exact, token_rows
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
 from mlx_posttrain.engines.mlx.cpu import gelu as mlx_gelu
@@ -30,12 +30,18 @@ def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.arr
 
 
 def load(
-    folder: Path, config: dict[str, Any], dtype: str, quantize: int | None, group_size: int
+    folder: Path,
+    config: dict[str, Any],
+    dtype: str,
+    quantize: int | None,
+    group_size: int,
+    vocabulary: int = 0,
 ) -> nn.Module:
     """A network from a folder, in ``dtype`` and, with ``quantize``, with linear layers of so many bits.
 
-    A quantised network is frozen. Raises UserError for a folder that cannot be loaded or has settings that
-    mlx-lm would not compute, and for a group size that does not divide a layer's width.
+    A quantised network is frozen. vocabulary: as in engines.base.Engine.load. Raises UserError for a folder
+    that cannot be loaded or has settings that mlx-lm would not compute, for a group size that does not divide
+    a layer's width, and for a quantised embedding that would have to grow.
     """
     from mlx_lm.utils import load_model
 
@@ -73,6 +79,8 @@ def load(
         if bad:
             raise UserError(f"adapter.group_size={group_size} does not divide the width of {bad[0]}; use 32")
         nn.quantize(net, group_size=group_size, bits=quantize, class_predicate=_packs)
+    if vocabulary > (config.get("vocab_size") or 0):
+        token_rows.enlarge(net, vocabulary)
     if quantised or quantize:
         net.freeze()
     mx.eval(net.parameters())
@@ -176,11 +184,14 @@ def save_requantised(model: Any, folder: Path, probe: np.ndarray) -> dict[str, f
     from mlx_lm.utils import save_config
 
     net = model.net.eval()
+    rows = token_rows.read(net, model.config["model_type"])
     adapted = model.full_logits(probe)
     with model.adapters_off():
         base = model.full_logits(probe)
     quantised = next(m.linear for _, m in model.adapted())
     net.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in model.adapted()]))
+    if rows is not None:
+        token_rows.fold(net)
     drift = merge.logit_drift(adapted, model.full_logits(probe), base)
     weights, model_type = dict(tree_flatten(net.parameters())), model.config["model_type"]
     if model_type != "gpt2":

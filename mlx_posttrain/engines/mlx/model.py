@@ -29,7 +29,7 @@ from mlx_posttrain.engines.base import (
     match_targets,
     micro_batch_totals,
 )
-from mlx_posttrain.engines.mlx import device
+from mlx_posttrain.engines.mlx import device, token_rows
 from mlx_posttrain.engines.mlx import fused as mlx_fused
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx import load as mlx_load
@@ -105,7 +105,7 @@ class MLXModel:
         with self._frozen() as net:
             return mx.stop_gradient(self._logits(net, batch))
 
-    def _fused_head(self, net: nn.Module) -> tuple[mx.array, dict[str, bool]] | None:
+    def _fused_head(self, net: nn.Module) -> tuple[mx.array, dict[str, Any]] | None:
         """The head's weight [V, d] and how its gradient is made, as arguments of engines/mlx/fused.py.
 
         None for a head that is not one plain matrix.
@@ -115,7 +115,10 @@ class MLXModel:
         layer = _head_layer(net)
         if not isinstance(layer, nn.Linear | nn.Embedding) or "bias" in layer:
             return None
-        return layer.weight, {"trained": "weight" in layer.trainable_parameters(), "training": net.training}
+        how = {"trained": "weight" in layer.trainable_parameters(), "training": net.training}
+        if token_rows.active(layer):
+            return layer.whole(), {**how, "rows": (layer._index, layer.rows)}
+        return layer.weight, how
 
     def _logprobs(self, net: nn.Module, batch: DeviceBatch, temperature: float) -> mx.array:
         head = self._fused_head(net)
@@ -193,7 +196,8 @@ class MLXModel:
         layers = self.adapted()
         self.net.update_modules(tree_unflatten([(path, m.linear) for path, m in layers]))
         try:
-            yield
+            with token_rows.off(self.net):
+                yield
         finally:
             self.net.update_modules(tree_unflatten(layers))
 
@@ -249,6 +253,8 @@ class MLXModel:
             if spec.kind == "dora":  # train the magnitude, as PEFT does
                 layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
         self.net.update_modules(tree_unflatten(list(layers.items())))
+        if spec.tokens:
+            token_rows.add(self.net, spec.tokens)
         mx.eval(self.net.parameters())
 
     @property
@@ -363,7 +369,7 @@ class MLXModel:
 
     def save(self, folder: Path) -> None:
         if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.config["model_type"], self.base_name)
+            self._save_adapter(folder)
         else:
             files.save_model(folder, {n: v for n, v in self._full().items() if n != files.HEAD}, self.folder)
         if self.has_head:
@@ -371,11 +377,15 @@ class MLXModel:
 
     def save_classifier(self, folder: Path, pad: int) -> None:
         if self.spec is not None:
-            files.save_adapter(
-                folder, self._adapter(), self.spec, self.config["model_type"], self.base_name, self.head()
-            )
+            self._save_adapter(folder, self.head())
         else:
             files.save_model(folder, self._full(), self.folder, pad)
+
+    def _save_adapter(self, folder: Path, head: np.ndarray | None = None) -> None:
+        assert self.spec is not None
+        kind = self.config["model_type"]
+        rows = token_rows.read(self.net, kind)
+        files.save_adapter(folder, self._adapter(), self.spec, kind, self.base_name, head, rows)
 
     def _full(self) -> dict[str, mx.array]:
         return names.to_hf(dict(tree_flatten(self.net.parameters())), self.config["model_type"])
@@ -395,6 +405,8 @@ class MLXModel:
             for path, layer in self.adapted():
                 for name, value in modules[self._hf_path(path)].items():
                     setattr(layer, name, mx.array(np.ascontiguousarray(value)))
+            if self.spec.tokens:
+                token_rows.write(self.net, files.read_rows(folder, self.spec.tokens))
         head = files.read_head(folder)
         if head is not None:
             self.add_head(head)

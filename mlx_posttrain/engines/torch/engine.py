@@ -16,6 +16,7 @@ from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdamW
 from mlx_posttrain.engines.process import forget_process_peak, process_peak
 from mlx_posttrain.engines.torch import packed as torch_packed
+from mlx_posttrain.engines.torch import token_rows
 from mlx_posttrain.engines.torch.model import TorchModel, load_weights
 from mlx_posttrain.engines.torch.trainer import TorchTrainer
 from mlx_posttrain.errors import UserError
@@ -34,6 +35,7 @@ class TorchEngine:
         quantize: int | None = None,
         group_size: int = 64,
         gradient_checkpointing: bool = False,
+        vocabulary: int = 0,
     ) -> TorchModel:
         if quantize:
             raise UserError(
@@ -57,6 +59,9 @@ class TorchEngine:
                 f"{folder}: cannot be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             ) from None
         checks.check_finite(net.named_parameters(), folder)
+        if vocabulary > (config.get("vocab_size") or 0):
+            token_rows.enlarge(net, vocabulary)
+            config = {**config, "vocab_size": vocabulary}
         if gradient_checkpointing:
             net.gradient_checkpointing_enable({"use_reentrant": False})
         return TorchModel(net.eval(), folder, config)

@@ -20,10 +20,14 @@ import torch
 from mlx_posttrain.engines import fused
 
 Tensor = torch.Tensor
+Rows = tuple[Tensor, Tensor] | None
 
 
-def logprobs(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
-    """[N] log-probabilities of the targets."""
+def logprobs(h: Tensor, w: Tensor, target: Tensor, rows: Rows = None) -> Tensor:
+    """[N] log-probabilities of the targets.
+
+    rows: ids [n] and rows [n, d] of a frozen w, in which they stand, that are trained.
+    """
     streamed, trained = _gradient_mode(h, w)
 
     def values(cache: bool, h: Tensor, target: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -37,13 +41,13 @@ def logprobs(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
 
     (value, lse, *grad_h), cached = _map_chunks(values, trained, w, h, target)
     neg_grad = fused.NegGrad(_softmax_from(lse), cached, target)
-    return _with_gradient(value, h, w, grad_h, neg_grad, trained)[:, 0]
+    return _with_gradient(value, h, w, grad_h, neg_grad, trained, rows)[:, 0]
 
 
-def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor, rows: Rows = None) -> tuple[Tensor, Tensor]:
     """[N] log-probabilities of the targets and [N] entropies.
 
-    The gradient of the entropies is recomputed, since PPO only reports them.
+    The gradient of the entropies is recomputed, since PPO only reports them. rows: as in :func:`logprobs`.
     """
     streamed, trained = _gradient_mode(h, w)
 
@@ -59,9 +63,10 @@ def logprobs_and_entropy(h: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, 
     def neg_grad_of_entropy(z: Tensor, rows: slice, part: slice) -> Tensor:
         return -fused.entropy_grad(z, softmax(z, rows, part), lse[rows], entropy[rows])
 
-    value = _with_gradient(value, h, w, grad_h, fused.NegGrad(softmax, cached, target), trained)
+    value = _with_gradient(value, h, w, grad_h, fused.NegGrad(softmax, cached, target), trained, rows)
     entropy_neg_grad = fused.NegGrad(neg_grad_of_entropy, [])
-    return value[:, 0], _with_gradient(entropy, h, w, [], entropy_neg_grad, trained or streamed)[:, 0]
+    attach = trained or streamed
+    return value[:, 0], _with_gradient(entropy, h, w, [], entropy_neg_grad, attach, rows)[:, 0]
 
 
 def logprobs_and_kl(
@@ -72,12 +77,13 @@ def logprobs_and_kl(
     target: Tensor,
     direction: str,
     beta: float | None = None,
+    rows: Rows = None,
 ) -> tuple[Tensor, Tensor]:
     """[N] log-probabilities of the targets and [N] divergences from the reference.
 
     No gradient flows into the reference. beta: as in
     :meth:`mlx_posttrain.engines.base.Model.logprobs_and_kl`; the log-probabilities alone then carry the
-    gradient of both.
+    gradient of both. rows: as in :func:`logprobs`.
     """
     streamed, trained = _gradient_mode(h, w)
 
@@ -107,9 +113,10 @@ def logprobs_and_kl(
         return softmax(z, rows, part) - (beta or 0.0) * neg_grad_of_kl(z, rows, part)
 
     neg_grad = fused.NegGrad(softmax if beta is None else neg_grad_of_both, cached, target)
-    value = _with_gradient(value, h, w, grads_h[:1], neg_grad, trained)
+    value = _with_gradient(value, h, w, grads_h[:1], neg_grad, trained, rows)
     if beta is None:
-        kl_with_grad = _with_gradient(kl, h, w, grads_h[1:], fused.NegGrad(neg_grad_of_kl, []), trained)
+        kl_neg_grad = fused.NegGrad(neg_grad_of_kl, [])
+        kl_with_grad = _with_gradient(kl, h, w, grads_h[1:], kl_neg_grad, trained, rows)
         return value[:, 0], kl_with_grad[:, 0]
     return value[:, 0], kl[:, 0]
 
@@ -177,15 +184,28 @@ def _map_chunks(
 
 
 def _with_gradient(
-    value: Tensor, h: Tensor, w: Tensor, grad_h: list[Tensor], neg_grad: fused.NegGrad, attach: bool
+    value: Tensor,
+    h: Tensor,
+    w: Tensor,
+    grad_h: list[Tensor],
+    neg_grad: fused.NegGrad,
+    attach: bool,
+    rows: Rows,
 ) -> Tensor:
     """Give ``value`` [N, 1] its gradient: ``grad_h`` [N, d] where it was streamed, else from ``neg_grad``.
 
     attach: whether there is a gradient to take from ``neg_grad``; without it ``value`` is returned as it is.
     """
     if grad_h:
-        return value + ((h - h.detach()) * grad_h[0]).sum(-1, keepdim=True)  # what is added is zero
-    return _AttachGradient.apply(value, h, w, neg_grad) if attach else value
+        found = value + ((h - h.detach()) * grad_h[0]).sum(-1, keepdim=True)  # what is added is zero
+    else:
+        found = _AttachGradient.apply(value, h, w, neg_grad) if attach else value
+    if rows is None or not torch.is_grad_enabled():
+        return found
+    # The gradient of the rows comes from their own few logits; what is added is zero.
+    z = logits(h.detach(), rows[1].to(h.dtype))
+    minus = fused.neg_grad_of(neg_grad, z.detach(), rows[0])
+    return found - (minus * (z - z.detach())).sum(-1, keepdim=True)
 
 
 class _AttachGradient(torch.autograd.Function):

@@ -28,6 +28,7 @@ from mlx_posttrain.engines.base import (
 )
 from mlx_posttrain.engines.torch import fused as torch_fused
 from mlx_posttrain.engines.torch import packed as torch_packed
+from mlx_posttrain.engines.torch import token_rows
 from mlx_posttrain.engines.torch.decoding import TorchDecoder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
@@ -145,16 +146,20 @@ class TorchModel:
         with self._frozen() as net:
             return self._logits(net, batch)
 
-    def _fused_head(self, net: Any) -> torch.Tensor | None:
-        """The head's weight [V, d]; None for a head that is not one plain matrix."""
-        layer = net.get_output_embeddings() if self._split else None
-        return layer.weight if type(layer) is torch.nn.Linear and layer.bias is None else None
+    def _fused_head(self, net: Any) -> tuple[torch.Tensor, torch_fused.Rows] | None:
+        """The head's weight [V, d] and its trained rows; None for a head that is not one plain matrix."""
+        layer: Any = net.get_output_embeddings() if self._split else None
+        if type(layer) is token_rows.RowLinear and layer.on:
+            return layer.whole(), (layer.index, layer.rows)
+        plain = type(layer) in (torch.nn.Linear, token_rows.RowLinear) and layer.bias is None
+        return (layer.weight, None) if plain else None
 
     def _logprobs(self, net: Any, batch: DeviceBatch, temperature: float) -> torch.Tensor:
-        weight = self._fused_head(net)
-        if weight is None:
+        head = self._fused_head(net)
+        if head is None:
             return token_logprobs(self._logits(net, batch) / temperature, batch.target)
-        return torch_fused.logprobs(self._hidden(net, batch) / temperature, weight, batch.target)
+        hidden = self._hidden(net, batch) / temperature
+        return torch_fused.logprobs(hidden, head[0], batch.target, head[1])
 
     def logprobs(self, batch: DeviceBatch, temperature: float = 1.0) -> torch.Tensor:
         return self._logprobs(self.net, batch, temperature)
@@ -166,8 +171,8 @@ class TorchModel:
     def logprobs_and_kl(
         self, batch: DeviceBatch, direction: str, beta: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = self._fused_head(self.net)
-        if weight is None:
+        head = self._fused_head(self.net)
+        if head is None:
             logits = self.logits(batch)
             return token_logprobs(logits, batch.target), full_kl(
                 logits, self.reference_logits(batch), direction
@@ -176,13 +181,20 @@ class TorchModel:
             reference_weight, cached = net.get_output_embeddings().weight, batch.extra.get(REFERENCE_HIDDEN)
             hidden = self._hidden(net, batch) if cached is None else cached.to(reference_weight.dtype)
         return torch_fused.logprobs_and_kl(
-            self._hidden(self.net, batch), weight, hidden, reference_weight, batch.target, direction, beta
+            self._hidden(self.net, batch),
+            head[0],
+            hidden,
+            reference_weight,
+            batch.target,
+            direction,
+            beta,
+            head[1],
         )
 
     @property
     def reference_width(self) -> int | None:
-        weight = self._fused_head(self.net)
-        return None if weight is None else weight.shape[1]
+        head = self._fused_head(self.net)
+        return None if head is None else head[0].shape[1]
 
     def reference_hidden(self, batch: Batch) -> np.ndarray:
         self.net.eval()
@@ -192,8 +204,8 @@ class TorchModel:
     def policy_terms(
         self, batch: DeviceBatch, temperature: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        weight = self._fused_head(self.net)
-        if weight is None:
+        head = self._fused_head(self.net)
+        if head is None:
             logits = self.logits(batch) / temperature
             return (
                 token_logprobs(logits, batch.target),
@@ -201,7 +213,7 @@ class TorchModel:
                 self.scores(batch) if self.has_head else None,
             )
         hidden = self._hidden(self.net, batch)
-        terms = torch_fused.logprobs_and_entropy(hidden / temperature, weight, batch.target)
+        terms = torch_fused.logprobs_and_entropy(hidden / temperature, head[0], batch.target, head[1])
         return *terms, self.net.score(hidden)[:, 0].float() if self.has_head else None
 
     def scores(self, batch: DeviceBatch) -> torch.Tensor:
@@ -258,6 +270,8 @@ class TorchModel:
             for path, layer in layers.items():
                 layer.lora_A["default"].weight.copy_(torch.from_numpy(initial[path]))
                 layer.lora_B["default"].weight.zero_()
+        if spec.tokens:
+            token_rows.add(self.net, spec.tokens)
 
     @property
     def has_head(self) -> bool:
@@ -281,8 +295,10 @@ class TorchModel:
         if self.peft is None:
             self._reference = copy.deepcopy(self.net).requires_grad_(False).eval()
 
-    def adapters_off(self) -> contextlib.AbstractContextManager[Any]:
-        return self.peft.disable_adapter()
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        with self.peft.disable_adapter(), token_rows.off(self.net):
+            yield
 
     @torch.no_grad()
     def evaluate(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, float]:
@@ -342,8 +358,9 @@ class TorchModel:
     ) -> list[Generated]:
         # Switches off dropout and gradient checkpointing, which would silently empty the cache.
         self.net.eval()
+        head = self._fused_head(self.net)
         return decoding.decode(
-            TorchDecoder(self.net, self._fused_head(self.net)),
+            TorchDecoder(self.net, None if head is None else head[0]),
             prompts,
             context=self.context,
             max_tokens=max_tokens,
@@ -361,7 +378,7 @@ class TorchModel:
 
     def save(self, folder: Path) -> None:
         if self.spec is not None:
-            files.save_adapter(folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name)
+            self._save_adapter(folder)
         else:
             files.save_model(
                 folder, {n: p.detach() for n, p in self.trained_parameters() if n != files.HEAD}, self.folder
@@ -371,11 +388,14 @@ class TorchModel:
 
     def save_classifier(self, folder: Path, pad: int) -> None:
         if self.spec is not None:
-            files.save_adapter(
-                folder, self._adapter(), self.spec, self.net.config.model_type, self.base_name, self.head()
-            )
+            self._save_adapter(folder, self.head())
         else:
             files.save_model(folder, {n: p.detach() for n, p in self.trained_parameters()}, self.folder, pad)
+
+    def _save_adapter(self, folder: Path, head: np.ndarray | None = None) -> None:
+        assert self.spec is not None
+        kind, rows = self.net.config.model_type, token_rows.read(self.net)
+        files.save_adapter(folder, self._adapter(), self.spec, kind, self.base_name, head, rows)
 
     def head(self) -> np.ndarray:
         return self.net.score.weight.detach().float().numpy()
@@ -391,6 +411,8 @@ class TorchModel:
                         layer.lora_magnitude_vector["default"].weight.copy_(
                             torch.from_numpy(modules[path]["m"])
                         )
+            if self.spec.tokens:
+                token_rows.write(self.net, files.read_rows(folder, self.spec.tokens))
         else:
             load_weights(self.net, folder, self.config)
         head = files.read_head(folder)
