@@ -152,11 +152,11 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
 
     It samples 32 answers of 64 tokens, scores them, and updates the policy and where there is one the critic.
     """
+    from mlx_posttrain.memory.model_size import size
     from mlx_posttrain.models.tokenizer import load_tokenizer
     from mlx_posttrain.rl.actors import make_actors
     from mlx_posttrain.rl.learner import RolloutLearner
     from mlx_posttrain.rl.rollouts import Prompt
-    from mlx_posttrain.memory.model_size import size
     from mlx_posttrain.training.setup import load_model, plan_rollouts
 
     kind, engine, folder = training_kinds()[spec["what"]], open_engine(spec["engine"]), Path(spec["folder"])
