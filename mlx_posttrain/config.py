@@ -339,8 +339,10 @@ class Recipe(Section):
     engine: Literal["auto", "mlx", "torch"] = Field(
         "auto", description="mlx, torch, or the first of them that this machine has"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="number format of the weights"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="number format of the weights; null: float32, and on a GPU that of the files under an "
+        "adapter, which itself is float32",
     )
     output: str | None = Field(None, description="run directory; null: runs/<recipe's name>")
     seed: int = Field(0, ge=0, description="fixes data order, new parameters, dropout and samples")
@@ -514,7 +516,7 @@ def check_training(recipe: Any) -> None:
     They are number format, adapter and checkpointing.
     """
     if recipe.adapter is None:
-        if recipe.dtype != "float32":
+        if recipe.dtype not in (None, "float32"):
             raise ValueError(
                 "full training needs dtype float32: smaller formats round most updates away; "
                 "use an adapter, or float32"

@@ -349,6 +349,10 @@ class Engine(Protocol):
 
     name: str
 
+    @property
+    def gpu(self) -> bool:
+        """Whether a GPU computes."""
+
     def load(
         self,
         folder: Path,

@@ -68,16 +68,17 @@ def synthesize(
     engine: str = "auto",
     limit: int | None = None,
     format: str = "auto",
+    dtype: str | None = None,
 ) -> Counter[str]:
     """Write the chosen answers to ``output`` (JSONL) and return the counts of candidates by outcome.
 
-    prompts: questions in any source and format that recipes accept. A written row has question, thinking (if
-    the answer has a thought), answer, response and provenance: teacher, hash of its weights, seed, sample
-    number, settings and how it was chosen. Without a reward model every question needs a rule that can check
-    its answer; questions without one are counted and left out. If the same command was interrupted, it
-    continues the existing output after its last question. A question that occurs twice gets no near duplicate
-    of its first answers. Raises UserError for rows without a question, for an output of other settings, and
-    if no question can be judged.
+    prompts: questions in any source and format that recipes accept. dtype: of the teacher; None: its own. A
+    written row has question, thinking (if the answer has a thought), answer, response and provenance:
+    teacher, hash of its weights, seed, sample number, settings and how it was chosen. Without a reward model
+    every question needs a rule that can check its answer; questions without one are counted and left out. If
+    the same command was interrupted, it continues the existing output after its last question. A question
+    that occurs twice gets no near duplicate of its first answers. Raises UserError for rows without a
+    question, for an output of other settings, and if no question can be judged.
     """
     rows = list(read_questions(prompts, format, limit, settings.seed))
     counts: Counter[str] = Counter(questions=len(rows))
@@ -90,7 +91,7 @@ def synthesize(
                 f"{prompts}: no answer to these questions can be checked; give a reward model with "
                 "--reward, or rows with an answer"
             )
-    model, tokenizer, source = open_model(teacher, engine)
+    model, tokenizer, source = open_model(teacher, engine, dtype)
     template, templated = template_for(source, tokenizer, settings.template)
     system = settings.system or source.system
     reward_model = open_model(settings.reward, engine, scores=True) if settings.reward else None
@@ -111,6 +112,7 @@ def synthesize(
         "seed": settings.seed,
         "chosen_by": settings.reward or "rule",
         "mlx_posttrain": __version__,
+        **({"dtype": dtype} if dtype else {}),
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

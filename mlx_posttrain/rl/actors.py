@@ -83,7 +83,8 @@ def _critic(
         return None
     reward = critic_source(recipe, section)
     source = base_folder(reward) if reward else folder
-    critic = engine.load(source, gradient_checkpointing=recipe.train.gradient_checkpointing)
+    # Trained as a whole, whatever format the policy's frozen base has.
+    critic = engine.load(source, dtype="float32", gradient_checkpointing=recipe.train.gradient_checkpointing)
     if not critic.has_head:
         critic.add_head(initial_head(hidden_size(critic.config), None))
     return critic

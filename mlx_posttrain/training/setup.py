@@ -22,6 +22,7 @@ from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.memory.model_size import size
+from mlx_posttrain.models import dtypes
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.models.card import run_card
 from mlx_posttrain.models.merge import base_folder
@@ -76,12 +77,13 @@ def plan(method: Method, recipe: Any) -> list[plans.Plan]:
         folder = made or locate(recipe.model).shape_folder
         chosen = engines.get(recipe.engine)
         engine, facts = chosen.name, facts_on(chosen, recipe, folder)
+        recipe = recipe.model_copy(update={"dtype": dtypes.of_recipe(recipe, chosen)})
         of = replace(size(folder), context=facts.context)
         if method.trains_on == "rows":
             assert method.dataset is not None
             return [plans.of_rows(recipe, engine, of, method.make_dataset(recipe, facts), method.reference)]
         read = prompts.read(recipe.data, facts.tokenizer, of.context, recipe.rollout.max_tokens, recipe.seed)
-        return [_plan_rollouts(method, recipe, engine, folder, read)]
+        return [_plan_rollouts(method, recipe, chosen, folder, read)]
 
 
 def validate(method: Method, recipe: Any) -> list[str]:
@@ -104,15 +106,16 @@ def validate(method: Method, recipe: Any) -> list[str]:
 def open_run(recipe: Any, resume: Resume) -> tuple[Engine, runs.Run]:
     """The recipe's engine and its run directory, new or reopened, locked for this process.
 
-    Paths in the recipe are made absolute, and its engine is named, so that the run can be opened from any
-    folder and is never resumed on another engine. Raises UserError for a recipe that was edited since the
-    run's last checkpoint, unless ``resume`` is "edited".
+    Paths in the recipe are made absolute, and its engine and number format are named, so that the run can be
+    opened from any folder and is never resumed on another engine or in another format. Raises UserError for a
+    recipe that was edited since the run's last checkpoint, unless ``resume`` is "edited".
     """
     trackers.check(recipe.log)
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
     recipe.output = str(home(recipe.output))
     recipe.engine = engine.name
+    recipe.dtype = dtypes.of_recipe(recipe, engine)
     absolute_paths(recipe)
     if resume:
         run, _ = runs.reopen(recipe.output, write=True)
@@ -182,7 +185,7 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
         raise UserError(f"{recipe.model} is quantised already: leave out adapter.quantize")
     model = engine.load(
         folder,
-        dtype=recipe.dtype,
+        dtype=dtypes.of_recipe(recipe, engine),
         quantize=quantize,
         group_size=adapter.group_size if adapter else 64,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
@@ -280,7 +283,7 @@ def load_reference(engine: Engine, recipe: Any, folder: Path) -> Model:
             f"reference: {recipe.reference} has another vocabulary than {recipe.model}, so their "
             "log-probabilities cannot be compared; name a model with the same tokenizer"
         )
-    return engine.load(other, dtype=recipe.dtype)
+    return engine.load(other, dtype=dtypes.of_recipe(recipe, engine))
 
 
 def _rollout_learner(session: Session) -> Learner:
@@ -291,7 +294,7 @@ def _rollout_learner(session: Session) -> Learner:
     )
     _note(session, {}, mixture.tally(recipe.data, *read))
     # Before reference, critic and scorers are there.
-    plans.print_plan(lambda: _plan_rollouts(method, recipe, session.engine.name, session.folder, read))
+    plans.print_plan(lambda: _plan_rollouts(method, recipe, session.engine, session.folder, read))
     algorithm, reference = method.algorithm(recipe), method.reference(recipe)
     made, data = actors.make_actors(
         session.engine,
@@ -310,16 +313,17 @@ def _rollout_learner(session: Session) -> Learner:
 
 
 def _plan_rollouts(
-    method: Method, recipe: Any, engine: str, folder: Path, read: tuple[Sequence[Any], Sequence[Any]]
+    method: Method, recipe: Any, engine: Engine, folder: Path, read: tuple[Sequence[Any], Sequence[Any]]
 ) -> plans.Plan:
     training, held_out = ([len(p.tokens) for p in part] for part in read)
     first = prompts.order(len(training), recipe.seed, -1)[: learner.NORMALISE_ON]
     lengths = plans.PromptLengths(max(training), [training[i] for i in first], held_out)
     named = [entry.model for entry in [*recipe.reward, *recipe.judge] if entry.model]
-    scorers = [size(locate(name).shape_folder) for name in named]
+    sources = [locate(name) for name in named]
+    scorers = [(size(of.shape_folder), dtypes.of_source(of, engine)) for of in sources]
     assert method.algorithm is not None
     return plans.of_rollouts(
-        recipe, engine, size(folder), lengths, scorers, method.algorithm, method.reference
+        recipe, engine.name, size(folder), lengths, scorers, method.algorithm, method.reference
     )
 
 
@@ -331,8 +335,9 @@ def print_parameters(recipe: Recipe, engine: Engine, model: Model) -> None:
             f"{recipe.model} is quantised, so none of its weights can be trained: add an adapter, for "
             "example adapter.rank=16"
         )
+    half = "" if recipe.dtype in (None, "float32") else f" in {recipe.dtype}"
     log(
-        f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train "
+        f"{recipe.model}{half} on {engine.device()}: {trained:,} of {total:,} parameters train "
         f"({trained / total:.2%})"
     )
 

@@ -32,6 +32,10 @@ class MLXEngine:
         blas.load()  # on Linux MLX would otherwise multiply with the reference BLAS
         device.prepare()
 
+    @property
+    def gpu(self) -> bool:
+        return device.on_gpu()
+
     def load(
         self,
         folder: Path,

@@ -156,14 +156,15 @@ def checkpoint_blocks(net: nn.Module) -> None:
         layer.__class__ = classes.setdefault(type(layer), checkpointed(type(layer)))
 
 
-def dequantised_weights(folder: Path, bits: int | None, group_size: int) -> dict[str, mx.array]:
+def dequantised_weights(folder: Path, bits: int | None, group_size: int, dtype: str) -> dict[str, mx.array]:
     """A folder's weights rounded to the quantisation grid and back: what a QLoRA adapter was trained on.
 
-    A folder that is already quantised has its own grid; ``bits`` and ``group_size`` are then ignored.
+    dtype: in which it was trained. A folder that is already quantised has its own grid; ``bits`` and
+    ``group_size`` are then ignored.
     """
     from mlx_lm.utils import dequantize_model
 
-    net = load(folder, hub.check_config(folder), "float32", bits, group_size)
+    net = load(folder, hub.check_config(folder), dtype, bits, group_size)
     return dict(tree_flatten(dequantize_model(net).parameters()))
 
 

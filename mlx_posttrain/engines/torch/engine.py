@@ -25,6 +25,7 @@ class TorchEngine:
     """PyTorch on the CPU as an :class:`~mlx_posttrain.engines.base.Engine`."""
 
     name = "torch"
+    gpu = False
 
     def load(
         self,

@@ -202,10 +202,10 @@ class TorchModel:
             )
         hidden = self._hidden(self.net, batch)
         terms = torch_fused.logprobs_and_entropy(hidden / temperature, weight, batch.target)
-        return *terms, self.net.score(hidden)[:, 0].float() if self.has_head else None
+        return *terms, self.net.score(hidden.float())[:, 0] if self.has_head else None
 
     def scores(self, batch: DeviceBatch) -> torch.Tensor:
-        return self.net.score(self._hidden(self.net, batch))[:, 0].float()
+        return self.net.score(self._hidden(self.net, batch).float())[:, 0]
 
     @torch.no_grad()
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
