@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +81,11 @@ class MLXModel:
         # see data/batches.py.
         if not self._split:
             return net(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
-        return _head(net, self._hidden(net, batch)).astype(mx.float32)
+        return _head(net, self._hidden(net, batch))
 
     def _hidden(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
         check_fits(batch.tokens.shape[1], self.context)
-        return net.model(batch.tokens).flatten(0, 1)[batch.index]
+        return net.model(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
 
     def logits(self, batch: DeviceBatch) -> mx.array:
         return self._logits(self.net, batch)
@@ -141,10 +140,7 @@ class MLXModel:
             )
         with self._frozen() as net:
             weight, cached = _head_layer(net).weight, batch.extra.get(REFERENCE_HIDDEN)
-            if cached is None:
-                hidden = mx.stop_gradient(self._hidden(net, batch))
-            else:
-                hidden = cached.astype(weight.dtype)
+            hidden = mx.stop_gradient(self._hidden(net, batch)) if cached is None else cached
         return mlx_fused.logprobs_and_kl(
             self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, beta, **head[1]
         )
@@ -158,7 +154,7 @@ class MLXModel:
         device.begin("evaluation")
         self.net.eval()
         with self._frozen() as net:
-            return np.array(self._hidden(net, to_device(batch, 1.0)).astype(mx.float32))
+            return np.array(self._hidden(net, to_device(batch, 1.0)))
 
     def policy_terms(
         self, batch: DeviceBatch, temperature: float = 1.0
@@ -173,14 +169,28 @@ class MLXModel:
             )
         hidden = self._hidden(self.net, batch)
         terms = mlx_fused.logprobs_and_entropy(hidden / temperature, head[0], batch.target, **head[1])
-        return *terms, self.net.score(hidden)[:, 0].astype(mx.float32) if self.has_head else None
+        return *terms, self.net.score(hidden)[:, 0] if self.has_head else None
 
     def scores(self, batch: DeviceBatch) -> mx.array:
-        return self.net.score(self._hidden(self.net, batch))[:, 0].astype(mx.float32)
+        return self.net.score(self._hidden(self.net, batch))[:, 0]
 
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
         check_fits(tokens.shape[1], self.context)
-        return np.array(self.net.eval()(mx.array(tokens.astype(np.int32))).astype(mx.float32))
+        net, ids = self.net.eval(), mx.array(tokens.astype(np.int32))
+        logits = _head(net, net.model(ids).astype(mx.float32)) if self._split else net(ids)
+        return np.array(logits.astype(mx.float32))
+
+    def decoding_head(self) -> Callable[[mx.array], mx.array] | None:
+        """A function from hidden states [R, d] to float32 logits [R, V], for many tokens.
+
+        A copy in float32 of a head in half precision is multiplied with. None where the model's logits are
+        more than its head's output.
+        """
+        head = self._fused_head(self.net)
+        if head is None or head[0].dtype == mx.float32:
+            return (lambda hidden: _head(self.net, hidden.astype(mx.float32))) if self._split else None
+        weight = head[0].astype(mx.float32)
+        return lambda hidden: hidden.astype(mx.float32) @ weight.T
 
     def adapted(self) -> list[tuple[str, nn.Module]]:
         """The adapted layers and their paths in the network."""
@@ -345,7 +355,7 @@ class MLXModel:
         device.begin("rollout")
         with device.wired():
             return decoding.decode(
-                MLXDecoder(self.net, partial(_head, self.net) if self._split else None),
+                MLXDecoder(self.net, self.decoding_head()),
                 prompts,
                 context=self.context,
                 max_tokens=max_tokens,
@@ -426,6 +436,7 @@ def _head_layer(net: nn.Module) -> nn.Module:
 
 
 def _head(net: nn.Module, hidden: mx.array) -> mx.array:
+    """Logits of hidden states, in the wider of the two number formats."""
     layer = _head_layer(net)
     return layer(hidden) if "lm_head" in net else layer.as_linear(hidden)
 

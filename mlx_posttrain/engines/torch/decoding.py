@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from mlx_posttrain.data.batches import round_up
 from mlx_posttrain.engines import decoding
-from mlx_posttrain.engines.torch import fused as torch_fused
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -63,12 +62,12 @@ class _PreallocatedLayer(DynamicLayer):
 class TorchDecoder:
     """A transformers model as a :class:`~mlx_posttrain.engines.decoding.Decoder`.
 
-    head: the head's weight [V, d]; None where the model's logits are more than products with it.
+    head: gives the float32 logits of hidden states; None where the model's logits are more than its output.
     """
 
     ahead, leave_at = False, 0.0
 
-    def __init__(self, net: Any, head: torch.Tensor | None):
+    def __init__(self, net: Any, head: Callable[[torch.Tensor], torch.Tensor] | None):
         self.net = net
         self.head = head
 
@@ -83,9 +82,8 @@ class TorchDecoder:
         if self.head is None:
             logits = self.net(**inputs, logits_to_keep=1).logits[:, -1].float()
         else:
-            logits = torch_fused.logits(
-                getattr(self.net, self.net.base_model_prefix)(**inputs).last_hidden_state[:, -1], self.head
-            )
+            backbone = getattr(self.net, self.net.base_model_prefix)
+            logits = self.head(backbone(**inputs).last_hidden_state[:, -1])
         if self.cache.get_seq_length() != self.mask.shape[1]:
             raise RuntimeError(
                 f"the key/value cache holds {self.cache.get_seq_length()} tokens, not {self.mask.shape[1]}"
