@@ -361,8 +361,12 @@ class Engine(Protocol):
         quantize: int | None = None,
         group_size: int = 64,
         gradient_checkpointing: bool = False,
+        mixed: bool = False,
     ) -> Model:
-        """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised."""
+        """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised.
+
+        mixed: its blocks compute in bfloat16, in training and otherwise, and its weights are float32.
+        """
 
     def context(self, folder: Path) -> int | None:
         """The longest sequence in tokens of a folder's model on this engine; None without a limit."""

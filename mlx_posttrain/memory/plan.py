@@ -56,7 +56,7 @@ class Plan:
     shapes: number of batch shapes, for each of which MLX compiles a step. sure: whether the blocks were
     measured for this architecture. metal: whether ``memory_gb`` is the working set that Metal advises to keep
     within, and the parts count the unused buffers that MLX keeps; else it is this machine's memory. dtype:
-    of the weights.
+    of the weights and, where it is another, of what is computed with them.
     """
 
     name: str
@@ -166,7 +166,7 @@ def peak(
         shapes=len(training.batches),
         sure=training.sure,
         metal=bool(metal),
-        dtype=training.dtype,
+        dtype=training.dtype + (", computed in bfloat16" if training.mixed else ""),
     )
 
 
@@ -446,12 +446,13 @@ def _rollout(
     lengths: tokens of each prompt.
     """
     most = min(max_tokens, model.size.context or max_tokens)
+    dtype = "bfloat16" if model.mixed else model.dtype
     for batch, at_once in split(lengths, samples, most, token_budget):
         prompts = Shape(len(lengths[batch]), max(lengths[batch]), 0)
         block = CACHE_BLOCK if model.engine == "mlx" else TORCH_CACHE_BLOCK
         room = round_up(prompts.length + most, block)
         read, held = (
-            cache(model.size, rows * room, model.dtype) for rows in (prompts.rows, prompts.rows * at_once)
+            cache(model.size, rows * room, dtype) for rows in (prompts.rows, prompts.rows * at_once)
         )
         yield (
             "as a rollout reads its prompts",
@@ -459,7 +460,10 @@ def _rollout(
         )
         yield (
             "in a rollout",
-            {"cache": held, "logits": 4 * 4 * prompts.rows * at_once * model.size.vocabulary / GB},
+            {
+                "cache": held,
+                "logits": 4 * 4 * prompts.rows * at_once * model.size.vocabulary / GB + model.decoding_head(),
+            },
         )
 
 
@@ -471,7 +475,8 @@ def _training(recipe: Any, engine: str, of: Size) -> Training:
     section, dtype = getattr(recipe, "adapter", None), recipe.dtype or "float32"
     checkpointing = recipe.train.gradient_checkpointing
     if section is None:
-        return Training(engine, of, of.parameters, False, dtype, checkpointing=checkpointing)
+        mixed = recipe.train.precision == "mixed"
+        return Training(engine, of, of.parameters, False, dtype, mixed, checkpointing=checkpointing)
     spec = adapter_spec(section)
     return Training(
         engine,
@@ -479,6 +484,7 @@ def _training(recipe: Any, engine: str, of: Size) -> Training:
         adapter_parameters(of, spec),
         True,
         dtype,
+        False,
         section.quantize,
         section.group_size,
         adapted(of, spec),

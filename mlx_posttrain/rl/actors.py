@@ -84,7 +84,12 @@ def _critic(
     reward = critic_source(recipe, section)
     source = base_folder(reward) if reward else folder
     # Trained as a whole, whatever format the policy's frozen base has.
-    critic = engine.load(source, dtype="float32", gradient_checkpointing=recipe.train.gradient_checkpointing)
+    critic = engine.load(
+        source,
+        dtype="float32",
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+        mixed=recipe.train.precision == "mixed",
+    )
     if not critic.has_head:
         critic.add_head(initial_head(hidden_size(critic.config), None))
     return critic

@@ -189,6 +189,7 @@ def load_model(engine: Engine, recipe: Recipe, folder: Path, adapter: AdapterSec
         quantize=quantize,
         group_size=adapter.group_size if adapter else 64,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
+        mixed=recipe.train.precision == "mixed",
     )
     model.base_name = recipe.model if is_hub_id(recipe.model) else str(folder)
     if adapter is not None:
@@ -262,7 +263,7 @@ def _keep_reference_logprobs(session: Session) -> None:
     if gap is None or named:
         return
     log(f"reference: the starting model, so log-ratios begin at 0 (within {gap:.1g} nats an answer)")
-    if gap > START_WITHIN and recipe.dtype == "float32":
+    if gap > START_WITHIN and recipe.dtype == "float32" and recipe.train.precision == "float32":
         raise UserError(
             f"the starting model differs from itself as the reference by {gap:.3g} nats an answer: a defect "
             "of this engine on this machine; try the other engine, and report it with the output of doctor"
@@ -283,7 +284,8 @@ def load_reference(engine: Engine, recipe: Any, folder: Path) -> Model:
             f"reference: {recipe.reference} has another vocabulary than {recipe.model}, so their "
             "log-probabilities cannot be compared; name a model with the same tokenizer"
         )
-    return engine.load(other, dtype=dtypes.of_recipe(recipe, engine))
+    mixed = recipe.train.precision == "mixed"
+    return engine.load(other, dtype=dtypes.of_recipe(recipe, engine), mixed=mixed)
 
 
 def _rollout_learner(session: Session) -> Learner:
@@ -336,6 +338,7 @@ def print_parameters(recipe: Recipe, engine: Engine, model: Model) -> None:
             "example adapter.rank=16"
         )
     half = "" if recipe.dtype in (None, "float32") else f" in {recipe.dtype}"
+    half = " in mixed precision" if recipe.train.precision == "mixed" else half
     log(
         f"{recipe.model}{half} on {engine.device()}: {trained:,} of {total:,} parameters train "
         f"({trained / total:.2%})"

@@ -18,6 +18,7 @@ from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdamW
 from mlx_posttrain.engines.mlx import device
 from mlx_posttrain.engines.mlx import load as mlx_load
+from mlx_posttrain.engines.mlx import mixed as mlx_mixed
 from mlx_posttrain.engines.mlx.cpu import blas
 from mlx_posttrain.engines.mlx.model import MLXModel
 from mlx_posttrain.engines.mlx.trainer import MLXTrainer
@@ -44,18 +45,20 @@ class MLXEngine:
         quantize: int | None = None,
         group_size: int = 64,
         gradient_checkpointing: bool = False,
+        mixed: bool = False,
     ) -> MLXModel:
         config = hub.check_config(folder)
         if config["model_type"] != "gpt2":
             _tell_limits(folder, mlx_config.readable(folder, config))
 
-        def read() -> nn.Module:
-            return mlx_load.load(folder, config, dtype, quantize, group_size)
+        def read() -> tuple[nn.Module, dict[str, mx.array]]:
+            net = mlx_load.load(folder, config, dtype, quantize, group_size, mixed)
+            return net, mlx_mixed.use_in(net) if mixed else {}
 
-        net = read()
+        net, weights = read()
         if gradient_checkpointing:
             mlx_load.checkpoint_blocks(net)
-        return MLXModel(net, folder, config, self.context(folder), read)
+        return MLXModel(net, folder, config, self.context(folder), lambda: read()[0], weights)
 
     def context(self, folder: Path) -> int | None:
         config = hub.check_config(folder)

@@ -30,12 +30,18 @@ def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.arr
 
 
 def load(
-    folder: Path, config: dict[str, Any], dtype: str, quantize: int | None, group_size: int
+    folder: Path,
+    config: dict[str, Any],
+    dtype: str,
+    quantize: int | None,
+    group_size: int,
+    mixed: bool = False,
 ) -> nn.Module:
     """A network from a folder, in ``dtype`` and, with ``quantize``, with linear layers of so many bits.
 
-    A quantised network is frozen. Raises UserError for a folder that cannot be loaded or has settings that
-    mlx-lm would not compute, and for a group size that does not divide a layer's width.
+    A quantised network is frozen. mixed: whether it will compute in half precision. Raises UserError for a
+    folder that cannot be loaded or has settings that mlx-lm would not compute, and for a group size that does
+    not divide a layer's width.
     """
     from mlx_lm.utils import load_model
 
@@ -62,7 +68,7 @@ def load(
     exact.use_in(net, config)
     if config["model_type"] == "gpt2":
         mlx_lean.use_in(net)
-        if dtype == "float32":
+        if dtype == "float32" and not mixed:
             mlx_gelu.use_in(net)
             mlx_attention.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())

@@ -32,6 +32,7 @@ from mlx_posttrain.engines.mlx import device
 from mlx_posttrain.engines.mlx import fused as mlx_fused
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx import load as mlx_load
+from mlx_posttrain.engines.mlx import mixed as mlx_mixed
 from mlx_posttrain.engines.mlx.decoding import MLXDecoder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
@@ -47,7 +48,8 @@ class MLXModel:
     """An mlx-lm model.
 
     Adapters are mlx-lm's LoRALinear and DoRALinear, in place of the layers they adapt. reload: reads the
-    network again, for a copy that serves as the reference.
+    network again, for a copy that serves as the reference. weights: in mixed precision the float32 weights by
+    name, of which the network has copies.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class MLXModel:
         config: dict[str, Any],
         context: int | None,
         reload: Callable[[], nn.Module],
+        weights: dict[str, mx.array],
     ):
         self.net = net
         self.folder = folder
@@ -65,6 +68,7 @@ class MLXModel:
         self.context = context
         self.spec: AdapterSpec | None = None
         self._reload = reload
+        self._weights = weights
         self._reference: nn.Module | None = None
         self._split = _splits(net)
         head = files.read_head(folder)
@@ -222,6 +226,21 @@ class MLXModel:
                 )
         total = sum(v.size for _, v in tree_flatten(self.net.parameters())) + packed
         return total, sum(v.size for _, v in tree_flatten(self.net.trainable_parameters()))
+
+    def trained(self) -> Any:
+        """The tree of what is trained, in mixed precision with the float32 weights."""
+        tree = self.net.trainable_parameters()
+        if not self._weights:
+            return tree
+        return tree_unflatten([(name, self._weights.get(name, v)) for name, v in tree_flatten(tree)])
+
+    def set_trained(self, values: Mapping[str, mx.array]) -> list[mx.array]:
+        """Replace trained parameters by name; returns the copies of them that the network computes with."""
+        copied = {name: value for name, value in values.items() if name in self._weights}
+        self._weights |= copied
+        if whole := [(name, value) for name, value in values.items() if name not in copied]:
+            self.net.update(tree_unflatten(whole))
+        return mlx_mixed.place(self.net, copied)
 
     def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
         from mlx_lm.tuner.dora import DoRALinear
@@ -388,7 +407,8 @@ class MLXModel:
             files.save_model(folder, self._full(), self.folder, pad)
 
     def _full(self) -> dict[str, mx.array]:
-        return names.to_hf(dict(tree_flatten(self.net.parameters())), self.config["model_type"])
+        weights = {**dict(tree_flatten(self.net.parameters())), **self._weights}
+        return names.to_hf(weights, self.config["model_type"])
 
     def head(self) -> np.ndarray:
         return np.array(self.net.score.weight.astype(mx.float32))
@@ -400,6 +420,7 @@ class MLXModel:
             # The head is read below, from whichever file holds it.
             weights += [(files.HEAD, current[files.HEAD])] if self.has_head else []
             self.net.load_weights(weights, strict=True)
+            self.set_trained({name: value for name, value in weights if name in self._weights})
         else:
             modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self.adapted()])
             for path, layer in self.adapted():
@@ -418,7 +439,7 @@ class MLXModel:
         return modules
 
     def weights(self) -> Mapping[str, np.ndarray]:
-        trained = dict(tree_flatten(self.net.trainable_parameters()))
+        trained = dict(tree_flatten(self.trained()))
         if self.spec is None:
             trained = names.to_hf(trained, self.config["model_type"])
         return {name: np.array(v.astype(mx.float32)) for name, v in trained.items()}

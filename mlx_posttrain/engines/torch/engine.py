@@ -35,6 +35,7 @@ class TorchEngine:
         quantize: int | None = None,
         group_size: int = 64,
         gradient_checkpointing: bool = False,
+        mixed: bool = False,
     ) -> TorchModel:
         if quantize:
             raise UserError(
@@ -60,7 +61,7 @@ class TorchEngine:
         checks.check_finite(net.named_parameters(), folder)
         if gradient_checkpointing:
             net.gradient_checkpointing_enable({"use_reentrant": False})
-        return TorchModel(net.eval(), folder, config)
+        return TorchModel(net.eval(), folder, config, mixed)
 
     def context(self, folder: Path) -> int | None:
         config = hub.check_config(folder)

@@ -73,7 +73,7 @@ def load_weights(net: Any, folder: Path, config: dict[str, Any]) -> None:
 class TorchModel:
     """A transformers causal model; ``net`` is the bare model, ``peft`` the wrapper once an adapter is on."""
 
-    def __init__(self, net: Any, folder: Path, config: dict[str, Any]):
+    def __init__(self, net: Any, folder: Path, config: dict[str, Any], mixed: bool):
         self.net = net
         self.peft: Any = None
         self.spec: AdapterSpec | None = None
@@ -83,6 +83,7 @@ class TorchModel:
         self.context: int | None = getattr(net.config, "n_positions", None) or getattr(
             net.config, "max_position_embeddings", None
         )
+        self._mixed = mixed
         self._reference: Any = None
         self._split, self._embeds = _splits(net), _embeds(net)
         head = files.read_head(folder)
@@ -100,7 +101,9 @@ class TorchModel:
         # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask,
         # see data/batches.py.
         if not self._split:
-            return net(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[batch.index].float()
+            with self._precision():
+                logits = net(input_ids=batch.tokens, use_cache=False).logits
+            return logits.flatten(0, 1)[batch.index].float()
         return _head(net, self._hidden(net, batch))
 
     def _hidden(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
@@ -123,9 +126,14 @@ class TorchModel:
                 if in_place
                 else {"input_ids": tokens}
             )
-            return backbone(**inputs, use_cache=False, **arguments).last_hidden_state
+            with self._precision():
+                return backbone(**inputs, use_cache=False, **arguments).last_hidden_state
 
         return run
+
+    def _precision(self) -> torch.autocast:
+        """A context in which blocks compute in bfloat16 where precision is mixed; losses stay outside."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._mixed)
 
     def logits(self, batch: DeviceBatch) -> torch.Tensor:
         return self._logits(self.net, batch)
@@ -213,7 +221,8 @@ class TorchModel:
         net, ids = self.net.eval(), torch.from_numpy(tokens).long()
         if self._split:
             return _head(net, self._backbone(net)(ids)).numpy()
-        return net(input_ids=ids, use_cache=False).logits.float().numpy()
+        with self._precision():
+            return net(input_ids=ids, use_cache=False).logits.float().numpy()
 
     def decoding_head(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """A function from hidden states [R, d] to float32 logits [R, V], for many tokens.
@@ -356,7 +365,7 @@ class TorchModel:
         # Switches off dropout and gradient checkpointing, which would silently empty the cache.
         self.net.eval()
         return decoding.decode(
-            TorchDecoder(self.net, self.decoding_head()),
+            TorchDecoder(self.net, self.decoding_head(), self._precision),
             prompts,
             context=self.context,
             max_tokens=max_tokens,
