@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,20 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
         length = int.from_bytes(f.read(8), "little")
         header: dict[str, Any] = json.loads(f.read(length))
     return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+def stored_dtype(folder: Path, shards: list[str]) -> str:
+    """Return the number format of most of a model folder's weights: float32, bfloat16 or float16.
+
+    Packed weights do not count, and formats that are only read (float64) are float32 here.
+    """
+    numbers: Counter[str] = Counter()
+    for shard in shards:
+        for tensor in _header(folder / shard).values():
+            numbers[str(tensor["dtype"])] += math.prod(tensor["shape"])
+    halves = {"BF16": "bfloat16", "F16": "float16"}
+    floats = {kind: count for kind, count in numbers.items() if kind.startswith(("F", "BF"))}
+    return halves.get(max(floats, key=lambda kind: floats[kind], default=""), "float32")
 
 
 def check_links(folder: Path) -> None:

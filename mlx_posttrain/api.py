@@ -42,7 +42,8 @@ class Run:
 def load(name: str | Path, engine: str = "auto", dtype: str | None = None) -> LoadedModel:
     """Open a run, a model or adapter folder, ``tiny``, or a hub id.
 
-    engine: mlx, torch or auto. dtype: float32, bfloat16 or float16; None: float32. Raises UserError saying
+    engine: mlx, torch or auto. dtype: float32, bfloat16 or float16; None: the run's own, and of
+    other models float32, or on a GPU that of their files. Raises UserError saying
     what is missing and what to do.
     """
     return LoadedModel(name, engine, dtype)
@@ -111,23 +112,29 @@ def _with_loss(method: Method, loss: Loss) -> Method:
     return replace(method, algorithm=lambda recipe: replace(algorithm(recipe), loss=loss))
 
 
-def evaluate(name: str | Path, *, engine: str = "auto", **suite: Any) -> Any:
+def evaluate(name: str | Path, *, engine: str = "auto", dtype: str | None = None, **suite: Any) -> Any:
     """Ask and read one model: right answers, losses, perplexity, repetition, each with its interval.
 
     suite: its keys, listed by ``mlx-posttrain keys suite``. Returns as :func:`compare`.
     """
-    return compare([name], engine=engine, **suite)
+    return compare([name], engine=engine, dtype=dtype, **suite)
 
 
 def compare(
-    names: Sequence[str | Path], *, labels: Sequence[str] | None = None, engine: str = "auto", **suite: Any
+    names: Sequence[str | Path],
+    *,
+    labels: Sequence[str] | None = None,
+    engine: str = "auto",
+    dtype: str | None = None,
+    **suite: Any,
 ) -> Any:
     """Measure several models on the same questions and texts; the first is the baseline.
 
-    Returns an evaluate.comparison.Comparison: ``.table()`` is text, ``.to_dict()`` everything. Raises
-    UserError for an unknown key of the suite and for a model that cannot be opened.
+    dtype: as of :func:`load`, of every model. Returns an evaluate.comparison.Comparison: ``.table()`` is
+    text, ``.to_dict()`` everything. Raises UserError for an unknown key of the suite and for a model that
+    cannot be opened.
     """
     from mlx_posttrain.evaluation import suite as module
 
     settings = config.parse(dict(suite), module.SuiteSection, "settings")
-    return module.compare([str(n) for n in names], settings, engine, labels)
+    return module.compare([str(n) for n in names], settings, engine, labels, dtype=dtype)

@@ -21,7 +21,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _dtype(given: str | None) -> str | None:
+    from mlx_posttrain.engines.precision import check_dtype
+
+    return check_dtype(given)
+
+
 EngineOption = Annotated[str, typer.Option("--engine", help="mlx, torch or auto")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; default: the model's own", callback=_dtype),
+]
 
 
 @app.command(cls=Settings)
@@ -139,7 +150,7 @@ def convert(
     src: Annotated[str, typer.Argument(help="a model folder or a hub id")],
     dst: Annotated[Path, typer.Argument(help="folder to write")],
     to: Annotated[str, typer.Option(help="mlx or hf")] = "mlx",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as it is")] = None,
+    dtype: DtypeOption = None,
     quantize: Annotated[int | None, typer.Option(help="bits of an MLX-quantised model")] = None,
     force: Annotated[bool, typer.Option(help="write into a folder that is not empty")] = False,
 ) -> None:
@@ -168,6 +179,7 @@ def generate(
         str | None, typer.Option(help="prompt format; default: the run's own, `none` for a plain model")
     ] = None,
     engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
     json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Answer prompts, as many at once as memory allows."""
@@ -189,7 +201,7 @@ def generate(
             ) from None
     if not prompts:
         raise UserError("give a prompt: --prompt TEXT (several times if you like) or --file FILE")
-    answers = api.load(_home(model), engine).answers(
+    answers = api.load(_home(model), engine, dtype).answers(
         prompts,
         template=template,
         max_tokens=max_tokens,
@@ -216,13 +228,14 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
     template: Annotated[str | None, typer.Option(help="prompt format; default: the run's own")] = None,
     engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Talk to a model; answers stream. /help lists what else there is to type; an empty line ends."""
     from mlx_posttrain import api
     from mlx_posttrain.generation import chat as module
 
     module.chat(
-        api.load(_home(model), engine),
+        api.load(_home(model), engine, dtype),
         template=template,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -268,12 +281,13 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
     engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Measure one model: right answers, losses, perplexity, repetition, each with its interval.
 
     `keys suite` lists the settings.
     """
-    _compare([model], settings, json, engine)
+    _compare([model], settings, json, engine, dtype)
 
 
 @app.command()
@@ -287,9 +301,11 @@ def compare(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
     engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Measure several models on the same questions and texts, and mark differences beyond chance."""
-    _compare([m for m in models if not _setting(m)], [m for m in models if _setting(m)], json, engine, report)
+    names, settings = [m for m in models if not _setting(m)], [m for m in models if _setting(m)]
+    _compare(names, settings, json, engine, dtype, report)
 
 
 @app.command()
@@ -304,6 +320,7 @@ def analyze(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="findings as JSON")] = False,
     engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Compare runs with the model they started from: forgetting, drift, loops, foreign data, overfitting."""
     import json as jsonlib
@@ -315,7 +332,7 @@ def analyze(
     if output:
         output = output.expanduser()
         pages.check_target(output)
-    comparison, found = module.analyze(names, suite, engine, base=base)
+    comparison, found = module.analyze(names, suite, engine, base=base, dtype=dtype)
     if json:
         typer.echo(jsonlib.dumps([f.to_dict() for f in found], indent=2, ensure_ascii=False))
     else:
@@ -343,6 +360,7 @@ def report(
         ),
     ] = False,
     engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
     from mlx_posttrain.evaluation import analyze as module
@@ -357,7 +375,7 @@ def report(
     if watch or logs_only:
         typer.echo(logs.write(output, names), err=True)
     else:
-        _page(output, names, *module.analyze(names, suite, engine, base=base))
+        _page(output, names, *module.analyze(names, suite, engine, base=base, dtype=dtype))
 
 
 def _home(name: str) -> str:
@@ -380,7 +398,12 @@ def _suite(arguments: list[str]) -> tuple[list[str], Any]:
 
 
 def _compare(
-    names: list[str], settings: list[str] | None, json: bool, engine: str, page: Path | None = None
+    names: list[str],
+    settings: list[str] | None,
+    json: bool,
+    engine: str,
+    dtype: str | None,
+    page: Path | None = None,
 ) -> None:
     import json as jsonlib
 
@@ -403,7 +426,7 @@ def _compare(
     names = [_home(name) for name in names]
     names, labels = analyze.add_base(names, module.model_labels(names))
     charts.SERIES_ORDER.set(tuple(labels))
-    found = module.compare(names, suite, engine, labels)
+    found = module.compare(names, suite, engine, labels, dtype=dtype)
     typer.echo(jsonlib.dumps(found.to_dict(), indent=2, ensure_ascii=False) if json else found.table())
     if page:
         findings = analyze.comparison_findings(found, analyze.read_logs(names, labels))
@@ -476,6 +499,7 @@ def synthesize(
         float, typer.Option(min=1, help="seconds that one answer of the server may take")
     ] = 600,
     engine: EngineOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Make data for 08_distill: a teacher answers many times, and what is right is kept.
 
@@ -490,7 +514,15 @@ def synthesize(
     )
     output = output.expanduser()
     told = module.synthesize(
-        teacher, prompts, output, settings, engine=engine, limit=limit, format=format, server=server
+        teacher,
+        prompts,
+        output,
+        settings,
+        engine=engine,
+        limit=limit,
+        format=format,
+        server=server,
+        dtype=dtype,
     )
     typer.echo(f"{output}: " + ", ".join(f"{count} {what}" for what, count in told.items()))
 

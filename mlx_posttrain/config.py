@@ -254,6 +254,11 @@ class OptimizerSection(Section):
         None, ge=1, description="steps between checkpoints; null: as often as evaluation"
     )
     keep: int = Field(2, ge=1, description="checkpoints kept, besides the best")
+    precision: Literal["float32", "mixed"] = Field(
+        "float32",
+        description="of training all weights: float32, or mixed: blocks compute in bfloat16, and weights, "
+        "summed gradients and moments are float32",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third slower"
     )
@@ -345,8 +350,10 @@ class Recipe(Section):
     engine: Literal["auto", "mlx", "torch"] = Field(
         "auto", description="mlx, torch, or the first of them that this machine has"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="number format of the weights"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="number format of the weights; null: float32, and on a GPU that of the files under an "
+        "adapter, which itself is float32",
     )
     output: str | None = Field(None, description="run directory; null: runs/<recipe's name>")
     seed: int = Field(0, ge=0, description="fixes data order, new parameters, dropout and samples")
@@ -518,13 +525,22 @@ def listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
 def check_training(recipe: Any) -> None:
     """Raise ValueError for settings that together would train something else than they say.
 
-    They are number format, adapter and checkpointing.
+    They are number formats, adapter and checkpointing.
     """
+    whole, mixed = recipe.dtype in (None, "float32"), recipe.train.precision == "mixed"
+    if mixed and recipe.adapter is not None:
+        raise ValueError(
+            "train.precision=mixed is for training all weights: an adapter is float32 anyway, and "
+            "dtype=bfloat16 puts the frozen weights under it into half precision"
+        )
+    if mixed and not whole:
+        why = "float16 would need loss scaling" if recipe.dtype == "float16" else "and keeps float32 weights"
+        raise ValueError(f"train.precision=mixed computes in bfloat16 ({why}): leave dtype out")
     if recipe.adapter is None:
-        if recipe.dtype != "float32":
+        if not whole:
             raise ValueError(
-                "full training needs dtype float32: smaller formats round most updates away; "
-                "use an adapter, or float32"
+                "full training needs dtype float32: smaller formats round most updates away; use an adapter, "
+                "float32, or train.precision=mixed, which computes in bfloat16"
             )
     elif recipe.adapter.dropout and recipe.train.gradient_checkpointing:
         raise ValueError(

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlx_posttrain.engines import probe
+from mlx_posttrain.engines.precision import model_dtype
 from mlx_posttrain.engines.process import command_output, memory
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -65,6 +66,7 @@ def collect() -> list[Check]:
         _disk,
         _packages,
         _devices,
+        _dtypes,
         _tf32,
         _blas,
         _compiler,
@@ -91,7 +93,7 @@ def compare_engines(model: str) -> list[Check]:
     found = {}
     for engine in engines.available():
         try:
-            opened, _, _ = open_model(model, engine, scores=None)
+            opened, _, _ = open_model(model, engine, "float32", scores=None)
         except UserError as error:
             return [Check("model", f"{model} on {engine}", FAIL, str(error))]
         length = min(TOKENS, opened.context or TOKENS)
@@ -267,6 +269,15 @@ def _devices() -> list[Check]:
         + "), cpu"
     )
     return [Check("MLX devices", f"{value}; default {devices.default}")]
+
+
+def _dtypes() -> list[Check]:
+    if not _version("mlx"):
+        return []
+    gpu, files = probe.mlx_devices().default == "gpu", "as its files have it"
+    trained, frozen = (model_dtype(None, gpu=gpu, trained=t, stored=lambda: files) for t in (True, False))
+    value = f"on MLX trained weights {trained}, a frozen model {frozen}; --dtype changes it"
+    return [Check("number format", value)]
 
 
 def _tf32() -> list[Check]:

@@ -38,6 +38,7 @@ def present_names(raw: dict[str, Any]) -> dict[str, Any]:
 OTHER_NAMES = {
     "model": "model_name_or_path model_name base_model pretrained_model_name_or_path",
     "output": "output_dir adapter_path save_dir",
+    "dtype": "torch_dtype",
     "log": "report_to",
     "data.source": "dataset_name dataset data_path train_file dataset_path",
     "data.sources": "datasets dataset_mixer",
@@ -71,6 +72,7 @@ OTHER_NAMES = {
     "train.save_every": "save_steps",
     "train.keep": "save_total_limit",
     "train.early_stop": "early_stopping_patience",
+    "train.precision": "bf16 fp16 mixed_precision",
     "train.gradient_checkpointing": "grad_checkpoint",
     "adapter.rank": "r lora_r lora_rank",
     "adapter.alpha": "lora_alpha scale",

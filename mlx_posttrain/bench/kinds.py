@@ -84,6 +84,7 @@ class Kind:
             "method": self.method.name,
             "model": str(model),
             "engine": engine,
+            "dtype": "float32",  # as the other trainers
             "data": data,
         }
         if self.on_rollouts:

@@ -173,9 +173,7 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     learner = RolloutLearner(
         engine, actors, algorithm, recipe, data, reference, lambda record: None, stop=stop
     )
-    planned = _planned_gb(
-        lambda: plan_rollouts(kind.method, recipe, engine.name, size(folder), (prompt_rows, []))
-    )
+    planned = _planned_gb(lambda: plan_rollouts(kind.method, recipe, engine, size(folder), (prompt_rows, [])))
     gate.peak = lambda: engine.memory()["peak_gb"]
     engine.reset_memory()
     step, first = 0, {}

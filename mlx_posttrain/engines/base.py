@@ -351,6 +351,10 @@ class Engine(Protocol):
 
     name: str
 
+    @property
+    def gpu(self) -> bool:
+        """Whether a GPU computes."""
+
     def load(
         self,
         folder: Path,
@@ -360,12 +364,14 @@ class Engine(Protocol):
         group_size: int = 64,
         gradient_checkpointing: bool = False,
         vocabulary: int = 0,
+        mixed: bool = False,
     ) -> Model:
         """A model from a Hugging Face or MLX folder, every parameter trainable unless quantised.
 
         vocabulary: rows that embedding and head have at least; new ones are the mean of the old, see
-        :func:`mlx_posttrain.convert.token_rows.grow`. Raises UserError where a table that is quantised would
-        have to grow.
+        :func:`mlx_posttrain.convert.token_rows.grow`. mixed: its blocks compute in bfloat16, in training and
+        otherwise, and its weights are float32. Raises UserError where a table that is quantised would have to
+        grow.
         """
 
     def context(self, folder: Path) -> int | None:

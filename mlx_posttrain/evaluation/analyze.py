@@ -107,12 +107,13 @@ def analyze(
     base: str | None = None,
     labels: Sequence[str] | None = None,
     not_asked: Sequence[str] = (),
+    dtype: str | None = None,
 ) -> tuple[Comparison, list[Finding]]:
     """Compare every run with the model that it started from, or all with ``base``, and derive the findings.
 
     A model that is no run is compared with the model that the first run started from. Of reward models, and
-    of runs whose label is in ``not_asked``, only the training curves are used. Raises UserError where no
-    other run is left.
+    of runs whose label is in ``not_asked``, only the training curves are used. dtype: of every model; None:
+    its own. Raises UserError where no other run is left.
     """
     names = [str(name) for name in names]
     labels = list(labels) if labels else model_labels(names)
@@ -138,6 +139,7 @@ def analyze(
         engine,
         [*bases.values(), *(label for _, label in compared)],
         places,
+        dtype,
     )
     results: list[Finding | None] = [*comparison_findings(comparison, read_logs(names, labels))]
     results.append(findings.drift({label: weight_changes(starts[label], n) for n, label in compared}))
@@ -148,17 +150,21 @@ def analyze(
                 supervised[label] = n
         except UserError as error:  # a missing file must cost its finding only, not the analysis
             log(f"the training rows of {label} are left out: {error}")
-    results += starting_model_findings(supervised, starts, suite, engine)
+    results += starting_model_findings(supervised, starts, suite, engine, dtype)
     if supervised:
         try:
-            results.append(compare_decoding(*next(iter(supervised.items())), engine, suite.seed))
+            results.append(compare_decoding(*next(iter(supervised.items())), engine, suite.seed, dtype))
         except UserError as error:  # a question that fills the context
             log(f"decoding without a cache is left out: {error}")
     return comparison, [finding for finding in results if finding is not None]
 
 
 def starting_model_findings(
-    supervised: Mapping[str, str], starts: Mapping[str, str], suite: SuiteSection, engine: str
+    supervised: Mapping[str, str],
+    starts: Mapping[str, str],
+    suite: SuiteSection,
+    engine: str,
+    dtype: str | None = None,
 ) -> list[Finding | None]:
     """Findings from runs' training rows under the models that the runs started from.
 
@@ -170,7 +176,7 @@ def starting_model_findings(
     plain: dict[str, likelihood.RowLoss] = {}
     interference: Finding | None = None
     for start in dict.fromkeys(starts[label] for label in supervised):
-        model, tokenizer, source = open_model(start, engine)
+        model, tokenizer, source = open_model(start, engine, dtype)
         if texts:
             text = text_loss(model, tokenizer, texts, suite)
             losses = {
@@ -193,12 +199,12 @@ def starting_model_findings(
     return [findings.data_shift(training, plain, suite.seed), interference]
 
 
-def compare_decoding(label: str, name: str, engine: str, seed: int = 0) -> Finding:
+def compare_decoding(label: str, name: str, engine: str, seed: int = 0, dtype: str | None = None) -> Finding:
     """Decode a supervised run's training questions with the key/value cache and without.
 
     See :func:`findings.empty_cache`.
     """
-    model, tokenizer, source = open_model(name, engine)
+    model, tokenizer, source = open_model(name, engine, dtype)
     options: dict[str, Any] = {"template": source.template, "max_tokens": CACHE_TOKENS}
     rows = _training_rows(name)[:GRADIENT_ROWS]
     cached = [a.tokens for a in completions.generate_answers(model, tokenizer, rows, **options)]

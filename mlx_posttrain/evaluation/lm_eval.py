@@ -60,7 +60,7 @@ class MLXPosttrainLM(TemplateLM):
         pretrained: str,
         *,
         engine: str = "auto",
-        dtype: str = "float32",
+        dtype: str | None = None,
         batch_size: int | str = 32,
         max_length: int | None = None,
         max_gen_toks: int = 256,

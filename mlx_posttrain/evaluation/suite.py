@@ -130,13 +130,14 @@ def compare(
     engine: str = "auto",
     labels: Sequence[str] | None = None,
     baselines: Sequence[int] | None = None,
+    dtype: str | None = None,
 ) -> Comparison:
     """Measure every model on the suite.
 
     names: anything that ``models.source.locate`` knows. Differences, the KL and wins are against the first
     model or, with ``baselines``, against the one at the place given for each model: itself or an earlier one.
-    Raises UserError for unknown models or rows, and where models that do not share a tokenizer would be
-    compared token by token.
+    dtype: of every model; None: its own. Raises UserError for unknown models or rows, and where models that
+    do not share a tokenizer would be compared token by token.
     """
     baselines = list(baselines) if baselines else [0] * len(names)
     labels = list(labels) if labels else model_labels(names)
@@ -171,7 +172,7 @@ def compare(
     written: list[dict[str, list[str]]] = []  # continuations by metric of coherence
     for place, (name, label, prompting) in enumerate(zip(names, labels, settings, strict=True)):
         log(f"measuring {label}")
-        model, tokenizer, _ = open_model(name, engine)
+        model, tokenizer, _ = open_model(name, engine, dtype)
         baseline = baselines[place]
         result = ModelResult(
             label, str(name), template=prompting.template, baseline_index=baseline, seed=suite.seed

@@ -26,7 +26,7 @@ class LoadedModel:
     """A model that generates and scores. Open one with :func:`load`."""
 
     def __init__(self, name: str | Path, engine: str = "auto", dtype: str | None = None):
-        self.model, self.tokenizer, self.source = open_model(name, engine, dtype or "float32", scores=None)
+        self.model, self.tokenizer, self.source = open_model(name, engine, dtype, scores=None)
         self.name = str(name)
 
     def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:

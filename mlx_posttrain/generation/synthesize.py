@@ -68,6 +68,7 @@ def synthesize(
     limit: int | None = None,
     format: str = "auto",
     server: Server | None = None,
+    dtype: str | None = None,
 ) -> Counter[str]:
     """Write the chosen answers to ``output`` (JSONL) and return the counts of candidates by outcome.
 
@@ -76,9 +77,9 @@ def synthesize(
     number, settings and how it was chosen. Without a reward model every question needs a rule that can check
     its answer; questions without one are counted and left out. If the same command was interrupted, it
     continues the existing output after its last question. A question that occurs twice gets no near duplicate
-    of its first answers. ``server``: where ``teacher`` is asked, instead of being loaded. Raises UserError
-    for rows without a question, for an output of other settings, if no question can be judged, and as
-    ``Server.ask``.
+    of its first answers. server: where ``teacher`` is asked, instead of being loaded. dtype: of a teacher
+    that is loaded; None: its own. Raises UserError for rows without a question, for an output of other
+    settings, if no question can be judged, for a dtype beside a server, and as ``Server.ask``.
     """
     rows = list(read_questions(prompts, format, limit, settings.seed or 0))
     counts: Counter[str] = Counter(questions=len(rows))
@@ -91,8 +92,12 @@ def synthesize(
                 f"{prompts}: no answer to these questions can be checked; give a reward model with "
                 "--reward, or rows with an answer"
             )
+    if server is not None and dtype is not None:
+        raise UserError("--dtype belongs to a teacher that is loaded here; a server has its own")
     source: teachers.Local | teachers.Remote = (
-        teachers.Local(teacher, engine, settings) if server is None else teachers.Remote(server, settings)
+        teachers.Local(teacher, engine, settings, dtype)
+        if server is None
+        else teachers.Remote(server, settings)
     )
     reward_model = open_model(settings.reward, engine, scores=True) if settings.reward else None
     provenance = {
@@ -112,6 +117,7 @@ def synthesize(
         "seed": source.seed,
         "chosen_by": settings.reward or "rule",
         "mlx_posttrain": __version__,
+        **({"dtype": dtype} if dtype else {}),
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -34,8 +34,8 @@ class Local:
     ``identity``: what tells it from others of its name.
     """
 
-    def __init__(self, name: str, engine: str, settings: Settings):
-        self.model, self.tokenizer, source = open_model(name, engine)
+    def __init__(self, name: str, engine: str, settings: Settings, dtype: str | None = None):
+        self.model, self.tokenizer, source = open_model(name, engine, dtype)
         self.template, self.templated = template_for(source, self.tokenizer, settings.template)
         self.identity = {"weights": _weights_hash(source)}
         self.system = settings.system or source.system

@@ -90,9 +90,9 @@ def distinct(found: Iterable[Shape]) -> list[Shape]:
 class Training:
     """One network in training: how it is trained, and the shapes of its batches.
 
-    adapted: (in, out) of the layers that an adapter stands on. divergence: whether the loss has one from the
-    reference, over the whole vocabulary. beside: whether evaluations run the reference's blocks too, because
-    its hidden states are not cached.
+    mixed: whether its blocks compute in bfloat16 with float32 weights. adapted: (in, out) of the layers that
+    an adapter stands on. divergence: whether the loss has one from the reference, over the whole vocabulary.
+    beside: whether evaluations run the reference's blocks too, because its hidden states are not cached.
     """
 
     engine: str
@@ -100,6 +100,7 @@ class Training:
     trained: int
     adapter: bool
     dtype: str = "float32"
+    mixed: bool = False
     bits: int | None = None
     group_size: int = 64
     adapted: Sequence[tuple[int, int]] = ()
@@ -115,8 +116,21 @@ class Training:
 
     @property
     def number(self) -> int:
-        """Bytes of one number of the model's weights and activations."""
+        """Bytes of one number of the activations, and of the weights but in mixed precision.
+
+        Between products torch keeps them in float32 there: what it saves of them is not counted.
+        """
+        return 2 if self.mixed and self.engine == "mlx" else self.held
+
+    @property
+    def held(self) -> int:
+        """Bytes of one number of the weights."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def copies(self) -> float:
+        """GB of the copies in bfloat16 of the blocks' weights; torch makes them anew in every pass."""
+        return 2 * (self.size.parameters - self.size.outer) / GB if self.mixed else 0.0
 
     @property
     def shares_prefixes(self) -> bool:
@@ -131,24 +145,27 @@ class Training:
 
         An adapter's are float32.
         """
-        return self.trained * (4 if self.adapter else self.number)
+        return self.trained * (4 if self.adapter else self.held)
 
     def weights(self) -> float:
         """GB of the weights in memory, an adapter's included."""
         adapter = 4 * self.trained if self.adapter else 0
         if self.size.packed:
             return (self.size.file_bytes + adapter) / GB
-        number = self.number
+        number = self.held
         saved = 0.0
         if self.bits:  # the linear layers, each group of weights with a scale and an offset
             saved = sum(map(math.prod, self.size.linear.values())) * (
                 number - self.bits / 8 - 2 * number / self.group_size
             )
-        return (self.size.parameters * number + adapter - saved) / GB
+        return (self.size.parameters * number + adapter - saved) / GB + self.copies
 
     def reference_copy(self) -> float:
         """GB of the frozen reference: 0 with an adapter, whose base is the reference."""
-        return self.size.parameters * self.number / GB if self.reference and not self.adapter else 0.0
+        if not self.reference or self.adapter:
+            return 0.0
+        every = self.size.parameters * self.held / GB
+        return every - self.copies if self.engine == "mlx" else every
 
     def optimizer(self) -> float:
         """GB of AdamW's two moments."""
@@ -157,9 +174,12 @@ class Training:
     def gradients(self) -> float:
         """GB of the gradients, on MLX also of a micro-batch's beside the sum of those before.
 
-        torch adds to that sum weight by weight.
+        torch adds to that sum weight by weight. On MLX a micro-batch's are in the format of its blocks.
         """
-        return self.trained_bytes * (2 if self.grad_accumulation and self.engine == "mlx" else 1) / GB
+        if self.engine != "mlx":
+            return self.trained_bytes / GB
+        one = self.trained_bytes / GB - self.copies
+        return one + (self.trained_bytes / GB if self.grad_accumulation else 0.0)
 
     def activations(self, batch: Shape) -> float:
         """GB that the blocks keep for the backward pass, with what an adapter adds.
@@ -231,7 +251,7 @@ class Training:
         each, most = CHUNKS_ALIVE[self.engine][self.adapter]
         cached = 0 if self.adapter else fused.cached_positions(batch.positions, self.size.vocabulary)
         return (
-            min(most, each * len(chunks)) * chunk * beside + self.number * self.size.vocabulary * cached
+            min(most, each * len(chunks)) * chunk * beside + self.held * self.size.vocabulary * cached
         ) / GB
 
     def head_copy(self) -> float:
@@ -245,7 +265,12 @@ class Training:
         0 with an adapter, whose head is frozen, and where torch adds it to that of earlier micro-batches.
         """
         there = self.adapter or (self.grad_accumulation and self.engine == "torch")
-        return 0.0 if there else self.number * self.size.vocabulary * self.size.width / GB
+        return 0.0 if there else self.held * self.size.vocabulary * self.size.width / GB
+
+    def decoding_head(self) -> float:
+        """GB of the copy in float32 with which decoding multiplies where the head is in half precision."""
+        half = self.held < 4 and not self.size.packed_head
+        return 4 * self.size.vocabulary * self.size.width / GB if half else 0.0
 
     def forward(self, batch: Shape, pairs: dict[str, float] = PAIRS) -> float:
         """GB of a pass without gradients: one block's arrays.
@@ -305,9 +330,7 @@ class Training:
 
         On MLX of a group of parameters, or of the largest parameter; torch updates in place.
         """
-        largest = max(
-            [UPDATE_BYTES, *(self.number * math.prod(shape) for shape in self.size.tensors.values())]
-        )
+        largest = max([UPDATE_BYTES, *(self.held * math.prod(shape) for shape in self.size.tensors.values())])
         return 3 * min(self.trained_bytes, largest) / GB if self.engine == "mlx" else 0.0
 
     @property

@@ -64,6 +64,15 @@ class Size:
         return sum(math.prod(shape) for shape in self.tensors.values())
 
     @property
+    def outer(self) -> int:
+        """Number of parameters of embeddings and heads, which mixed precision does not copy."""
+        return sum(
+            math.prod(shape)
+            for name, shape in self.tensors.items()
+            if _NO_LINEAR.search(name.removesuffix(".weight"))
+        )
+
+    @property
     def linear(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the linear layers' weights by the layers' paths, without embeddings and heads."""
         found = {

@@ -55,7 +55,8 @@ class Plan:
     the model reads, padding included. parts: GB at the peak by what they hold. phase: when the peak is.
     shapes: number of batch shapes, for each of which MLX compiles a step. sure: whether the blocks were
     measured for this architecture. metal: whether ``memory_gb`` is the working set that Metal advises to keep
-    within, and the parts count the unused buffers that MLX keeps; else it is this machine's memory.
+    within, and the parts count the unused buffers that MLX keeps; else it is this machine's memory. dtype:
+    of the weights and, where it is another, of what is computed with them.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Plan:
     shapes: int
     sure: bool = True
     metal: bool = False
+    dtype: str = "float32"
     advice: list[str] = field(default_factory=list)
 
     @property
@@ -103,7 +105,8 @@ class Plan:
     def text(self) -> str:
         """The plan in lines for people."""
         lines = [
-            f"{self.name} on {self.engine}: {self.trained:,} of {self.parameters:,} parameters train",
+            f"{self.name} on {self.engine} in {self.dtype}: {self.trained:,} of {self.parameters:,} "
+            "parameters train",
             f"{self.steps:,} steps of about {self.trained_a_step:,.0f} trained tokens "
             f"({self.positions_a_step:,.0f} read, padding included); "
             f"{self.steps * self.trained_a_step:,.0f} trained in all; {self.shapes} "
@@ -163,6 +166,7 @@ def peak(
         shapes=len(training.batches),
         sure=training.sure,
         metal=bool(metal),
+        dtype=training.dtype + (", computed in bfloat16" if training.mixed else ""),
     )
 
 
@@ -348,13 +352,13 @@ def of_rollouts(
     engine: str,
     of: Size,
     prompts: PromptLengths,
-    rewards: Sequence[Size],
+    rewards: Sequence[tuple[Size, str]],
     algorithm: Callable[[Any], Any],
     reference: ReferenceOf,
 ) -> Plan:
     """The plan of a run on rollouts.
 
-    rewards: sizes of the reward models and judges. algorithm, reference: of the Method.
+    rewards: sizes and number formats of the reward models and judges. algorithm, reference: of the Method.
     """
     r = recipe.rollout
     changes = [*_alternatives(recipe, engine, of)]
@@ -382,7 +386,7 @@ def _rollouts(
     engine: str,
     of: Size,
     prompts: PromptLengths,
-    rewards: Sequence[Size],
+    rewards: Sequence[tuple[Size, str]],
     algorithm: Any,
     reference: str | None,
 ) -> Plan:
@@ -413,7 +417,7 @@ def _rollouts(
         longest = padded_length(min(ptx.data.max_length, of.context or ptx.data.max_length))
         texts = Shape(ptx.batch_size, longest, ptx.batch_size * longest)
         policy = replace(policy, batches=[*policy.batches, texts])
-    more = {"reward": sum(s.parameters for s in rewards) * 4 / GB}
+    more = {"reward": sum(of.parameters * DTYPE_BYTES[dtype] for of, dtype in rewards) / GB}
     untrained = {"optimizer": 0.0}  # moments come with the first update
     others: list[tuple[str, dict[str, float]]] = []
     if algorithm.critic is not None and algorithm.critic.kind == "separate":
@@ -442,12 +446,13 @@ def _rollout(
     lengths: tokens of each prompt.
     """
     most = min(max_tokens, model.size.context or max_tokens)
+    dtype = "bfloat16" if model.mixed else model.dtype
     for batch, at_once in split(lengths, samples, most, token_budget):
         prompts = Shape(len(lengths[batch]), max(lengths[batch]), 0)
         block = CACHE_BLOCK if model.engine == "mlx" else TORCH_CACHE_BLOCK
         room = round_up(prompts.length + most, block)
         read, held = (
-            cache(model.size, rows * room, model.dtype) for rows in (prompts.rows, prompts.rows * at_once)
+            cache(model.size, rows * room, dtype) for rows in (prompts.rows, prompts.rows * at_once)
         )
         yield (
             "as a rollout reads its prompts",
@@ -455,7 +460,10 @@ def _rollout(
         )
         yield (
             "in a rollout",
-            {"cache": held, "logits": 4 * 4 * prompts.rows * at_once * model.size.vocabulary / GB},
+            {
+                "cache": held,
+                "logits": 4 * 4 * prompts.rows * at_once * model.size.vocabulary / GB + model.decoding_head(),
+            },
         )
 
 
@@ -464,17 +472,19 @@ def _name(recipe: Any) -> str:
 
 
 def _training(recipe: Any, engine: str, of: Size) -> Training:
-    section = getattr(recipe, "adapter", None)
+    section, dtype = getattr(recipe, "adapter", None), recipe.dtype or "float32"
     checkpointing = recipe.train.gradient_checkpointing
     if section is None:
-        return Training(engine, of, of.parameters, False, recipe.dtype, checkpointing=checkpointing)
+        mixed = recipe.train.precision == "mixed"
+        return Training(engine, of, of.parameters, False, dtype, mixed, checkpointing=checkpointing)
     spec = adapter_spec(section)
     return Training(
         engine,
         of,
         adapter_parameters(of, spec),
         True,
-        recipe.dtype,
+        dtype,
+        False,
         section.quantize,
         section.group_size,
         adapted(of, spec),

@@ -96,7 +96,7 @@ def report(session: Session) -> dict[str, Any]:
         with student.adapters_off():
             base = reasoning.measure_reasoning(student, tokenizer, rows, **ask)
     elif recipe.think.base:
-        start = session.engine.load(session.folder, vocabulary=session.facts.vocabulary)
+        start = session.engine.load(session.folder, dtype=recipe.dtype, vocabulary=session.facts.vocabulary)
         base = reasoning.measure_reasoning(start, tokenizer, rows, **ask)
     kept = len(dataset.train) / len(dataset.train_rows)  # the others were too long
     figures = reasoning.summarize(thinking, at_once, base, kept)

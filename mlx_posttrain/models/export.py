@@ -23,6 +23,7 @@ from mlx_posttrain.convert.arrays import require_mlx
 from mlx_posttrain.convert.files import home, output_folder, read_json
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.models import dtypes
 from mlx_posttrain.models.card import base_name, model_card
 from mlx_posttrain.models.merge import base_bits, model_type, write_merged
 from mlx_posttrain.models.open import open_model
@@ -194,8 +195,10 @@ def _on_unquantised_base(source: Source, run: str | Path) -> dict[str, Any]:
     adapted = model.full_logits(probe)
     with model.adapters_off():
         base = model.full_logits(probe)
-    spec = files.spec_of(source.adapter)
-    other = engines.get("mlx").load(source.folder, vocabulary=max(spec.tokens, default=-1) + 1)
+    spec, mlx = files.spec_of(source.adapter), engines.get("mlx")
+    other = mlx.load(
+        source.folder, dtype=dtypes.of_source(source, mlx), vocabulary=max(spec.tokens, default=-1) + 1
+    )
     other.add_adapter(spec, seed=0)
     other.load_trained(source.adapter)
     drift = merge.logit_drift(adapted, other.full_logits(probe), base)

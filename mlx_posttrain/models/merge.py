@@ -77,10 +77,11 @@ def _base_weights(source: Source, as_base: bool) -> dict[str, Any]:
         from mlx_posttrain.engines.mlx.load import dequantised_weights
 
         group = ((source.recipe or {}).get("adapter") or {}).get("group_size", 64)
-        found = dequantised_weights(source.folder, source.quantize, group)
+        dtype = source.dtype or "float32"
+        found = dequantised_weights(source.folder, source.quantize, group, dtype)
     else:
         found = weights.load_weights(source.folder)
-    if not as_base and (source.recipe or {}).get("dtype", "float32") == "float32":
+    if not as_base and source.dtype in (None, "float32"):
         found = {name: weights.cast(name, value, "float32") for name, value in found.items()}
     return names.hf_weights(found, hub.check_config(source.folder))
 

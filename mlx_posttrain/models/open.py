@@ -10,6 +10,7 @@ from mlx_posttrain.console import log
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.models import dtypes
 from mlx_posttrain.models.merge import merge_below
 from mlx_posttrain.models.prompt_format import own_chat_template
 from mlx_posttrain.models.source import Source, locate
@@ -19,16 +20,16 @@ from mlx_posttrain.models.tokenizer import add_tokens, check_vocabulary, load_to
 def open_model(
     name: str | Path,
     engine: str = "auto",
-    dtype: str = "float32",
+    dtype: str | None = None,
     *,
     scores: bool | None = False,
     beside: Any = None,
 ) -> tuple[Model, Any, Source]:
     """(model, tokenizer, source) ready to generate or evaluate.
 
-    beside: a tokenizer whose added tokens the model gets too, where it lacks them, as a new run would.
-
-    Raises UserError for a reward model, or with ``scores`` for a model that is none; None takes both.
+    dtype: None: as models.dtypes.of_source has it. beside: a tokenizer whose added tokens the model gets too,
+    where it lacks them, as a new run would. Raises UserError for a reward model, or with ``scores`` for a
+    model that is none; None takes both.
     """
     source = locate(name)
     merge_below(source)
@@ -42,7 +43,7 @@ def open_model(
     ids += spec.tokens if spec is not None else ()
     model = chosen.load(
         source.folder,
-        dtype=dtype,
+        dtype=dtypes.of_source(source, chosen, dtype),
         quantize=source.quantize,
         group_size=group,
         vocabulary=max(ids, default=-1) + 1,

@@ -71,6 +71,11 @@ class Source:
         """Bits of a QLoRA run's base."""
         return ((self.recipe or {}).get("adapter") or {}).get("quantize")
 
+    @property
+    def dtype(self) -> str | None:
+        """The number format of a run's weights; None for a model that is no run."""
+        return (self.recipe or {}).get("dtype")
+
 
 def _first_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """The first source of a recipe's mixture; a model is asked as that one's rows are."""

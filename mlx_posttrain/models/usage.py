@@ -57,7 +57,7 @@ def usage(source: Source, to: str, merged: bool, base: str) -> str:
     adapter = source.adapter is not None and not merged
     gpt2 = read_json(source.shape_folder / "config.json").get("model_type") == "gpt2"
     words = {"messages": _messages(source), "question": QUESTION}
-    dtype = (source.recipe or {}).get("dtype", "float32")
+    dtype = source.dtype or "float32"
     mlx_asking = (_MLX_CHAT if chat else _MLX_TEXT).format(**words)
     parts = [_format(source, chat)]
     if to == "mlx-lm" and adapter:

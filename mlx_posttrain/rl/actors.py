@@ -83,10 +83,13 @@ def _critic(
         return None
     reward = critic_source(recipe, section)
     source = base_folder(reward) if reward else folder
+    # Trained as a whole, whatever format the policy's frozen base has.
     critic = engine.load(
         source,
+        dtype="float32",
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         vocabulary=policy.config.get("vocab_size") or 0,
+        mixed=recipe.train.precision == "mixed",
     )
     if not critic.has_head:
         critic.add_head(initial_head(hidden_size(critic.config), None))

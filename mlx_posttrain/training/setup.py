@@ -22,6 +22,7 @@ from mlx_posttrain.engines.base import Engine, Model, hidden_size, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan as plans
 from mlx_posttrain.memory.model_size import Size, grown, size
+from mlx_posttrain.models import dtypes
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.models.card import run_card
 from mlx_posttrain.models.merge import base_folder
@@ -75,12 +76,13 @@ def plan(method: Method, recipe: Any) -> list[plans.Plan]:
         made = method.start and method.start(recipe, Path(scratch))
         chosen = engines.get(recipe.engine)
         folder, facts = shape_facts(chosen, recipe, made)
+        recipe = recipe.model_copy(update={"dtype": dtypes.of_recipe(recipe, chosen)})
         engine, of = chosen.name, _size(folder, facts)
         if method.trains_on == "rows":
             assert method.dataset is not None
             return [plans.of_rows(recipe, engine, of, method.make_dataset(recipe, facts), method.reference)]
         read = prompts.read(recipe.data, facts.tokenizer, of.context, recipe.rollout.max_tokens, recipe.seed)
-        return [plan_rollouts(method, recipe, engine, of, read)]
+        return [plan_rollouts(method, recipe, chosen, of, read)]
 
 
 def validate(method: Method, recipe: Any) -> list[str]:
@@ -103,15 +105,16 @@ def validate(method: Method, recipe: Any) -> list[str]:
 def open_run(recipe: Any, resume: Resume) -> tuple[Engine, runs.Run]:
     """The recipe's engine and its run directory, new or reopened, locked for this process.
 
-    Paths in the recipe are made absolute, and its engine is named, so that the run can be opened from any
-    folder and is never resumed on another engine. Raises UserError for a recipe that was edited since the
-    run's last checkpoint, unless ``resume`` is "edited".
+    Paths in the recipe are made absolute, and its engine and number format are named, so that the run can be
+    opened from any folder and is never resumed on another engine or in another format. Raises UserError for a
+    recipe that was edited since the run's last checkpoint, unless ``resume`` is "edited".
     """
     trackers.check(recipe.log)
     engine = engines.get(recipe.engine)
     assert recipe.output is not None
     recipe.output = str(home(recipe.output))
     recipe.engine = engine.name
+    recipe.dtype = dtypes.of_recipe(recipe, engine)
     absolute_paths(recipe)
     if resume:
         run, _ = runs.reopen(recipe.output, write=True)
@@ -196,11 +199,12 @@ def load_model(
         raise UserError(f"{recipe.model} is quantised already: leave out adapter.quantize")
     model = engine.load(
         folder,
-        dtype=recipe.dtype,
+        dtype=dtypes.of_recipe(recipe, engine),
         quantize=quantize,
         group_size=adapter.group_size if adapter else 64,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
         vocabulary=facts.vocabulary if facts else 0,
+        mixed=recipe.train.precision == "mixed",
     )
     model.base_name = recipe.model if is_hub_id(recipe.model) else str(folder)
     if adapter is not None:
@@ -278,7 +282,7 @@ def _keep_reference_logprobs(session: Session) -> None:
     if gap is None or named:
         return
     log(f"reference: the starting model, so log-ratios begin at 0 (within {gap:.1g} nats an answer)")
-    if gap > START_WITHIN and recipe.dtype == "float32":
+    if gap > START_WITHIN and recipe.dtype == "float32" and recipe.train.precision == "float32":
         raise UserError(
             f"the starting model differs from itself as the reference by {gap:.3g} nats an answer: a defect "
             "of this engine on this machine; try the other engine, and report it with the output of doctor"
@@ -300,7 +304,10 @@ def load_reference(engine: Engine, recipe: Any, folder: Path, facts: ModelFacts)
             f"reference: {recipe.reference} has another vocabulary than {recipe.model}, so their "
             "log-probabilities cannot be compared; name a model with the same tokenizer"
         )
-    return engine.load(other, dtype=recipe.dtype, vocabulary=facts.vocabulary)
+    mixed = recipe.train.precision == "mixed"
+    return engine.load(
+        other, dtype=dtypes.of_recipe(recipe, engine), vocabulary=facts.vocabulary, mixed=mixed
+    )
 
 
 def _rollout_learner(session: Session) -> Learner:
@@ -312,7 +319,7 @@ def _rollout_learner(session: Session) -> Learner:
     _note(session, {}, mixture.tally(recipe.data, *read))
     # Before reference, critic and scorers are there.
     of = _size(session.folder, session.facts)
-    plans.print_plan(lambda: plan_rollouts(method, recipe, session.engine.name, of, read))
+    plans.print_plan(lambda: plan_rollouts(method, recipe, session.engine, of, read))
     algorithm, reference = method.algorithm(recipe), method.reference(recipe)
     made, data = actors.make_actors(
         session.engine,
@@ -331,16 +338,17 @@ def _rollout_learner(session: Session) -> Learner:
 
 
 def plan_rollouts(
-    method: Method, recipe: Any, engine: str, of: Size, read: tuple[Sequence[Any], Sequence[Any]]
+    method: Method, recipe: Any, engine: Engine, of: Size, read: tuple[Sequence[Any], Sequence[Any]]
 ) -> plans.Plan:
     """The plan of a run on rollouts; ``read`` are its training and held-out prompts."""
     training, held_out = ([len(p.tokens) for p in part] for part in read)
     first = prompts.order(len(training), recipe.seed, -1)[: learner.NORMALISE_ON]
     lengths = plans.PromptLengths(max(training), [training[i] for i in first], held_out)
     named = [entry.model for entry in [*recipe.reward, *recipe.judge] if entry.model]
-    scorers = [size(locate(name).shape_folder) for name in named]
+    sources = [locate(name) for name in named]
+    scorers = [(size(source.shape_folder), dtypes.of_source(source, engine)) for source in sources]
     assert method.algorithm is not None
-    return plans.of_rollouts(recipe, engine, of, lengths, scorers, method.algorithm, method.reference)
+    return plans.of_rollouts(recipe, engine.name, of, lengths, scorers, method.algorithm, method.reference)
 
 
 def _size(folder: Path, facts: ModelFacts) -> Size:
@@ -356,8 +364,10 @@ def print_parameters(recipe: Recipe, engine: Engine, model: Model) -> None:
             f"{recipe.model} is quantised, so none of its weights can be trained: add an adapter, for "
             "example adapter.rank=16"
         )
+    half = "" if recipe.dtype in (None, "float32") else f" in {recipe.dtype}"
+    half = " in mixed precision" if recipe.train.precision == "mixed" else half
     log(
-        f"{recipe.model} on {engine.device()}: {trained:,} of {total:,} parameters train "
+        f"{recipe.model}{half} on {engine.device()}: {trained:,} of {total:,} parameters train "
         f"({trained / total:.2%})"
     )
 

@@ -101,6 +101,7 @@ KINDS = {
     "dora with dropout": ["adapter.rank=4", "adapter.kind=dora", "adapter.dropout=0.2"],
     "qlora": ["adapter.rank=4", "adapter.quantize=4"],
     "adapter to start from": ["adapter.path={adapter}"],
+    "mixed precision": ["train.precision=mixed"],
     "recomputed activations": ["train.gradient_checkpointing=true"],
 }
 

@@ -27,7 +27,7 @@ class _Cache(BatchKVCache):
 class MLXDecoder:
     """An mlx-lm model as a :class:`~mlx_posttrain.engines.decoding.Decoder`.
 
-    head: gives the logits of hidden states; None where the model's logits are more than its head's output.
+    head: gives the float32 logits of hidden states; None where the model's logits are more than its output.
 
     Prompts are padded on the left where every layer has a KV cache. Other caches hold a single row: prefill
     raises UserError for several.
@@ -61,7 +61,7 @@ class MLXDecoder:
         if self.head is None:
             logits = self.net(tokens, cache=self.caches)[:, -1].astype(mx.float32)
         else:  # at the last position only
-            logits = self.head(self.net.model(tokens, cache=self.caches)[:, -1]).astype(mx.float32)
+            logits = self.head(self.net.model(tokens, cache=self.caches)[:, -1])
         mx.async_eval(logits, [c.state for c in self.caches])
         return logits
 

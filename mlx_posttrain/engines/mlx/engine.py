@@ -18,6 +18,7 @@ from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import AdamW
 from mlx_posttrain.engines.mlx import device
 from mlx_posttrain.engines.mlx import load as mlx_load
+from mlx_posttrain.engines.mlx import mixed as mlx_mixed
 from mlx_posttrain.engines.mlx.cpu import blas
 from mlx_posttrain.engines.mlx.model import MLXModel
 from mlx_posttrain.engines.mlx.trainer import MLXTrainer
@@ -32,6 +33,10 @@ class MLXEngine:
         blas.load()  # on Linux MLX would otherwise multiply with the reference BLAS
         device.prepare()
 
+    @property
+    def gpu(self) -> bool:
+        return device.on_gpu()
+
     def load(
         self,
         folder: Path,
@@ -41,19 +46,21 @@ class MLXEngine:
         group_size: int = 64,
         gradient_checkpointing: bool = False,
         vocabulary: int = 0,
+        mixed: bool = False,
     ) -> MLXModel:
         given = hub.check_config(folder)
         if given["model_type"] != "gpt2":
             _tell_limits(folder, mlx_config.readable(folder, given))
 
-        def read() -> nn.Module:
-            return mlx_load.load(folder, given, dtype, quantize, group_size, vocabulary)
+        def read() -> tuple[nn.Module, dict[str, mx.array]]:
+            net = mlx_load.load(folder, given, dtype, quantize, group_size, vocabulary, mixed)
+            return net, mlx_mixed.use_in(net) if mixed else {}
 
-        net = read()
+        net, weights = read()
         if gradient_checkpointing:
             mlx_load.checkpoint_blocks(net)
         config = {**given, "vocab_size": max(given.get("vocab_size") or 0, vocabulary)}
-        return MLXModel(net, folder, config, self.context(folder), read)
+        return MLXModel(net, folder, config, self.context(folder), lambda: read()[0], weights)
 
     def context(self, folder: Path) -> int | None:
         config = hub.check_config(folder)

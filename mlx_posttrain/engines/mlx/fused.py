@@ -2,8 +2,8 @@
 
 engines/fused.py says how, and what *streamed* and *cached* mean.
 
-Shapes: N positions, d hidden size, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's
-weight; target: [N] token ids.
+Shapes: N positions, d hidden size, V vocabulary entries; h: [N, d] float32 hidden states; w: [V, d] the
+head's weight; target: [N] token ids.
 """
 
 from __future__ import annotations
@@ -124,12 +124,30 @@ def logprobs_and_kl(
 
 
 def _logits(h: mx.array, w: mx.array) -> mx.array:
-    return (h @ w.T).astype(mx.float32)
+    """[n, v] float32 logits; see engines/fused.py for heads in half precision."""
+    if w.dtype == mx.float32:
+        return h @ w.T
+    parts: list[mx.array] = []
+    for part in fused.chunks(*w.shape):
+        parts.append(h @ _rows(w, part, parts).T)
+    return mx.concatenate(parts, axis=-1)
 
 
 def _to_hidden(grad: mx.array, w: mx.array) -> mx.array:
     """The gradient with respect to the hidden states, [n, d], from the one with respect to the logits."""
-    return grad.astype(w.dtype) @ w
+    if w.dtype == mx.float32:
+        return grad @ w
+    found: list[mx.array] = []
+    for part in fused.chunks(*w.shape):
+        product = grad[:, part] @ _rows(w, part, found)
+        found = [found[0] + product if found else product]
+    return found[0]
+
+
+def _rows(w: mx.array, part: slice, after: list[mx.array]) -> mx.array:
+    """A part of the head in float32, made only when the last of ``after`` is there."""
+    rows = mx.depends([w[part]], after[-1:])[0] if after else w[part]
+    return rows.astype(mx.float32)
 
 
 def _gather(z: mx.array, target: mx.array) -> mx.array:
@@ -210,7 +228,7 @@ def _attach_gradient(
             hidden = mx.depends([h], [d_h, *d_w[-1:]])[0]
             rows = [chunk[:, part] for chunk in neg_grad.cached]
             if rest.start < rest.stop:
-                rows.append(neg_grad.at(_logits(hidden[rest], w[part]), rest, part).astype(w.dtype))
+                rows.append(neg_grad.at(_logits(hidden[rest], w[part]), rest, part))
             neg_grads = mx.concatenate(rows)
             d_h = mx.addmm(d_h, neg_grads, w[part])
             if trained:
@@ -220,7 +238,7 @@ def _attach_gradient(
         if neg_grad.target is not None:
             d_h = d_h + g * w[neg_grad.target]
             d_head = d_head.at[neg_grad.target].add(g * h) if trained else d_head
-        return [d_h, d_head, mx.zeros_like(value)]
+        return [d_h, d_head.astype(w.dtype), mx.zeros_like(value)]
 
     attached: Any = attach(h, w, value)
     return attached

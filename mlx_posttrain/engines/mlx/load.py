@@ -36,12 +36,14 @@ def load(
     quantize: int | None,
     group_size: int,
     vocabulary: int = 0,
+    mixed: bool = False,
 ) -> nn.Module:
     """A network from a folder, in ``dtype`` and, with ``quantize``, with linear layers of so many bits.
 
-    A quantised network is frozen. vocabulary: as in engines.base.Engine.load. Raises UserError for a folder
-    that cannot be loaded or has settings that mlx-lm would not compute, for a group size that does not divide
-    a layer's width, and for a quantised embedding that would have to grow.
+    A quantised network is frozen. vocabulary: as in engines.base.Engine.load. mixed: whether it will compute
+    in half precision. Raises UserError for a folder that cannot be loaded or has settings that mlx-lm would
+    not compute, for a group size that does not divide a layer's width, and for a quantised embedding that
+    would have to grow.
     """
     from mlx_lm.utils import load_model
 
@@ -68,7 +70,7 @@ def load(
     exact.use_in(net, config)
     if config["model_type"] == "gpt2":
         mlx_lean.use_in(net)
-        if dtype == "float32":
+        if dtype == "float32" and not mixed:
             mlx_gelu.use_in(net)
             mlx_attention.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
@@ -164,14 +166,15 @@ def checkpoint_blocks(net: nn.Module) -> None:
         layer.__class__ = classes.setdefault(type(layer), checkpointed(type(layer)))
 
 
-def dequantised_weights(folder: Path, bits: int | None, group_size: int) -> dict[str, mx.array]:
+def dequantised_weights(folder: Path, bits: int | None, group_size: int, dtype: str) -> dict[str, mx.array]:
     """A folder's weights rounded to the quantisation grid and back: what a QLoRA adapter was trained on.
 
-    A folder that is already quantised has its own grid; ``bits`` and ``group_size`` are then ignored.
+    dtype: in which it was trained. A folder that is already quantised has its own grid; ``bits`` and
+    ``group_size`` are then ignored.
     """
     from mlx_lm.utils import dequantize_model
 
-    net = load(folder, hub.check_config(folder), "float32", bits, group_size)
+    net = load(folder, hub.check_config(folder), dtype, bits, group_size)
     return dict(tree_flatten(dequantize_model(net).parameters()))
 
 

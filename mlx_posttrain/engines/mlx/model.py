@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from mlx_posttrain.engines.mlx import device, token_rows
 from mlx_posttrain.engines.mlx import fused as mlx_fused
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx import load as mlx_load
+from mlx_posttrain.engines.mlx import mixed as mlx_mixed
 from mlx_posttrain.engines.mlx.decoding import MLXDecoder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
@@ -48,7 +48,8 @@ class MLXModel:
     """An mlx-lm model.
 
     Adapters are mlx-lm's LoRALinear and DoRALinear, in place of the layers they adapt. reload: reads the
-    network again, for a copy that serves as the reference.
+    network again, for a copy that serves as the reference. weights: in mixed precision the float32 weights by
+    name, of which the network has copies.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class MLXModel:
         config: dict[str, Any],
         context: int | None,
         reload: Callable[[], nn.Module],
+        weights: dict[str, mx.array],
     ):
         self.net = net
         self.folder = folder
@@ -66,6 +68,7 @@ class MLXModel:
         self.context = context
         self.spec: AdapterSpec | None = None
         self._reload = reload
+        self._weights = weights
         self._reference: nn.Module | None = None
         self._split = _splits(net)
         head = files.read_head(folder)
@@ -82,11 +85,11 @@ class MLXModel:
         # see data/batches.py.
         if not self._split:
             return net(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
-        return _head(net, self._hidden(net, batch)).astype(mx.float32)
+        return _head(net, self._hidden(net, batch))
 
     def _hidden(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
         check_fits(batch.tokens.shape[1], self.context)
-        return net.model(batch.tokens).flatten(0, 1)[batch.index]
+        return net.model(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
 
     def logits(self, batch: DeviceBatch) -> mx.array:
         return self._logits(self.net, batch)
@@ -144,10 +147,7 @@ class MLXModel:
             )
         with self._frozen() as net:
             weight, cached = _head_layer(net).weight, batch.extra.get(REFERENCE_HIDDEN)
-            if cached is None:
-                hidden = mx.stop_gradient(self._hidden(net, batch))
-            else:
-                hidden = cached.astype(weight.dtype)
+            hidden = mx.stop_gradient(self._hidden(net, batch)) if cached is None else cached
         return mlx_fused.logprobs_and_kl(
             self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, beta, **head[1]
         )
@@ -161,7 +161,7 @@ class MLXModel:
         device.begin("evaluation")
         self.net.eval()
         with self._frozen() as net:
-            return np.array(self._hidden(net, to_device(batch, 1.0)).astype(mx.float32))
+            return np.array(self._hidden(net, to_device(batch, 1.0)))
 
     def policy_terms(
         self, batch: DeviceBatch, temperature: float = 1.0
@@ -176,14 +176,28 @@ class MLXModel:
             )
         hidden = self._hidden(self.net, batch)
         terms = mlx_fused.logprobs_and_entropy(hidden / temperature, head[0], batch.target, **head[1])
-        return *terms, self.net.score(hidden)[:, 0].astype(mx.float32) if self.has_head else None
+        return *terms, self.net.score(hidden)[:, 0] if self.has_head else None
 
     def scores(self, batch: DeviceBatch) -> mx.array:
-        return self.net.score(self._hidden(self.net, batch))[:, 0].astype(mx.float32)
+        return self.net.score(self._hidden(self.net, batch))[:, 0]
 
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
         check_fits(tokens.shape[1], self.context)
-        return np.array(self.net.eval()(mx.array(tokens.astype(np.int32))).astype(mx.float32))
+        net, ids = self.net.eval(), mx.array(tokens.astype(np.int32))
+        logits = _head(net, net.model(ids).astype(mx.float32)) if self._split else net(ids)
+        return np.array(logits.astype(mx.float32))
+
+    def decoding_head(self) -> Callable[[mx.array], mx.array] | None:
+        """A function from hidden states [R, d] to float32 logits [R, V], for many tokens.
+
+        A copy in float32 of a head in half precision is multiplied with. None where the model's logits are
+        more than its head's output.
+        """
+        head = self._fused_head(self.net)
+        if head is None or head[0].dtype == mx.float32:
+            return (lambda hidden: _head(self.net, hidden.astype(mx.float32))) if self._split else None
+        weight = head[0].astype(mx.float32)
+        return lambda hidden: hidden.astype(mx.float32) @ weight.T
 
     def adapted(self) -> list[tuple[str, nn.Module]]:
         """The adapted layers and their paths in the network."""
@@ -216,6 +230,21 @@ class MLXModel:
                 )
         total = sum(v.size for _, v in tree_flatten(self.net.parameters())) + packed
         return total, sum(v.size for _, v in tree_flatten(self.net.trainable_parameters()))
+
+    def trained(self) -> Any:
+        """The tree of what is trained, in mixed precision with the float32 weights."""
+        tree = self.net.trainable_parameters()
+        if not self._weights:
+            return tree
+        return tree_unflatten([(name, self._weights.get(name, v)) for name, v in tree_flatten(tree)])
+
+    def set_trained(self, values: Mapping[str, mx.array]) -> list[mx.array]:
+        """Replace trained parameters by name; returns the copies of them that the network computes with."""
+        copied = {name: value for name, value in values.items() if name in self._weights}
+        self._weights |= copied
+        if whole := [(name, value) for name, value in values.items() if name not in copied]:
+            self.net.update(tree_unflatten(whole))
+        return mlx_mixed.place(self.net, copied)
 
     def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
         from mlx_lm.tuner.dora import DoRALinear
@@ -351,7 +380,7 @@ class MLXModel:
         device.begin("rollout")
         with device.wired():
             return decoding.decode(
-                MLXDecoder(self.net, partial(_head, self.net) if self._split else None),
+                MLXDecoder(self.net, self.decoding_head()),
                 prompts,
                 context=self.context,
                 max_tokens=max_tokens,
@@ -388,7 +417,8 @@ class MLXModel:
         files.save_adapter(folder, self._adapter(), self.spec, kind, self.base_name, head, rows)
 
     def _full(self) -> dict[str, mx.array]:
-        return names.to_hf(dict(tree_flatten(self.net.parameters())), self.config["model_type"])
+        weights = {**dict(tree_flatten(self.net.parameters())), **self._weights}
+        return names.to_hf(weights, self.config["model_type"])
 
     def head(self) -> np.ndarray:
         return np.array(self.net.score.weight.astype(mx.float32))
@@ -400,6 +430,7 @@ class MLXModel:
             # The head is read below, from whichever file holds it.
             weights += [(files.HEAD, current[files.HEAD])] if self.has_head else []
             self.net.load_weights(weights, strict=True)
+            self.set_trained({name: value for name, value in weights if name in self._weights})
         else:
             modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self.adapted()])
             for path, layer in self.adapted():
@@ -420,7 +451,7 @@ class MLXModel:
         return modules
 
     def weights(self) -> Mapping[str, np.ndarray]:
-        trained = dict(tree_flatten(self.net.trainable_parameters()))
+        trained = dict(tree_flatten(self.trained()))
         if self.spec is None:
             trained = names.to_hf(trained, self.config["model_type"])
         return {name: np.array(v.astype(mx.float32)) for name, v in trained.items()}
@@ -438,6 +469,7 @@ def _head_layer(net: nn.Module) -> nn.Module:
 
 
 def _head(net: nn.Module, hidden: mx.array) -> mx.array:
+    """Logits of hidden states, in the wider of the two number formats."""
     layer = _head_layer(net)
     return layer(hidden) if "lm_head" in net else layer.as_linear(hidden)
 

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines.base import UPDATE_BYTES, AdamW, DeviceBatch, Loss, micro_batch_totals
@@ -42,7 +42,7 @@ class MLXTrainer:
             weight_decay=settings.weight_decay,
             bias_correction=True,
         )
-        self.optimizer.init(model.net.trainable_parameters())
+        self.optimizer.init(model.trained())
         self._state: dict[str, mx.array] = dict(tree_flatten(self.optimizer.state))
         self._gradients: dict[Loss, Callable[..., Any]] = {}
         self._update = _compile(self._update_plain)
@@ -76,7 +76,7 @@ class MLXTrainer:
     ) -> Any:
         self.optimizer.state = {"step": step, "learning_rate": lr}
         updated = [
-            self.optimizer.apply_single(g * factor.astype(g.dtype), p, m)
+            self.optimizer.apply_single(g.astype(p.dtype) * factor.astype(p.dtype), p, m)
             for g, p, m in zip(gradients, parameters, moments, strict=True)
         ]
         # A gradient may be transposed and pass its strides on to the weight; a weight read from a checkpoint
@@ -90,7 +90,7 @@ class MLXTrainer:
         All at once, memory would hold every weight and moment twice. gradients: emptied, so that each group's
         memory can be freed. factor: of clipping, on every gradient.
         """
-        net, state = self.model.net, self._state
+        state = self._state
         rate = mx.array(lr, mx.float32)
         state["step"] = state["step"] + 1
         while gradients:
@@ -99,7 +99,7 @@ class MLXTrainer:
                 group.append(gradients.pop())
                 size += group[-1][1].nbytes
             names = [name for name, _ in group]
-            known = dict(tree_flatten(net.trainable_parameters()))
+            known = dict(tree_flatten(self.model.trained()))
             updated, moments = self._update(
                 [g for _, g in group],
                 [known.pop(name) for name in names],
@@ -108,7 +108,7 @@ class MLXTrainer:
                 rate,
                 factor,
             )
-            net.update(tree_unflatten(list(zip(names, updated, strict=True))))
+            copies = self.model.set_trained(dict(zip(names, updated, strict=True)))
             state |= {
                 f"{name}.{m}": value
                 for name, pair in zip(names, moments, strict=True)
@@ -117,7 +117,7 @@ class MLXTrainer:
             # Only the work in progress refers to the old arrays now, so memory of what is done goes to what
             # follows.
             del group, known
-            mx.async_eval(updated, moments)
+            mx.async_eval(updated, moments, copies)
 
     def step(self, loss: Loss, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         device.begin("training")
@@ -132,7 +132,7 @@ class MLXTrainer:
             for batch in batches:
                 self._shapes.add((loss, batch.tokens.shape, batch.index.shape, *sorted(batch.extra)))
                 (value, metrics), part = gradient(parameters, vars(to_device(batch, totals[batch.term])))
-                gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+                gradients = part if gradients is None else tree_map(_add, gradients, part)
                 for name, m in {**metrics, "loss": value}.items():
                     sums[name] = sums[name] + m if name in sums else m
                 mx.async_eval(sums, gradients)  # the next micro-batch is prepared meanwhile
@@ -169,6 +169,11 @@ class MLXTrainer:
                 "belongs to another run"
             )
         self._state = state
+
+
+def _add(a: mx.array, b: mx.array) -> mx.array:
+    """The sum of two micro-batches' gradients, in float32 whatever format the blocks compute in."""
+    return a.astype(mx.float32) + b.astype(mx.float32)
 
 
 def _logged(gradients: list[mx.array], metrics: list[mx.array]) -> mx.array:

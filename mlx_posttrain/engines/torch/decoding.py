@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from mlx_posttrain.data.batches import round_up
 from mlx_posttrain.engines import decoding
-from mlx_posttrain.engines.torch import fused as torch_fused
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -63,14 +63,21 @@ class _PreallocatedLayer(DynamicLayer):
 class TorchDecoder:
     """A transformers model as a :class:`~mlx_posttrain.engines.decoding.Decoder`.
 
-    head: the head's weight [V, d]; None where the model's logits are more than products with it.
+    head: gives the float32 logits of hidden states; None where the model's logits are more than its output.
+    precision: makes the context in which the model runs.
     """
 
     ahead, leave_at = False, 0.0
 
-    def __init__(self, net: Any, head: torch.Tensor | None):
+    def __init__(
+        self,
+        net: Any,
+        head: Callable[[torch.Tensor], torch.Tensor] | None,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ):
         self.net = net
         self.head = head
+        self.precision = precision
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         inputs = {
@@ -80,12 +87,14 @@ class TorchDecoder:
             "past_key_values": self.cache,
             "use_cache": True,
         }
-        if self.head is None:
-            logits = self.net(**inputs, logits_to_keep=1).logits[:, -1].float()
-        else:
-            logits = torch_fused.logits(
-                getattr(self.net, self.net.base_model_prefix)(**inputs).last_hidden_state[:, -1], self.head
-            )
+        backbone = getattr(self.net, self.net.base_model_prefix)
+        with self.precision():
+            if self.head is None:
+                logits = self.net(**inputs, logits_to_keep=1).logits[:, -1].float()
+            else:
+                hidden = backbone(**inputs).last_hidden_state[:, -1]
+        if self.head is not None:
+            logits = self.head(hidden)
         if self.cache.get_seq_length() != self.mask.shape[1]:
             raise RuntimeError(
                 f"the key/value cache holds {self.cache.get_seq_length()} tokens, not {self.mask.shape[1]}"

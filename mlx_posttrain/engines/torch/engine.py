@@ -26,6 +26,7 @@ class TorchEngine:
     """PyTorch on the CPU as an :class:`~mlx_posttrain.engines.base.Engine`."""
 
     name = "torch"
+    gpu = False
 
     def load(
         self,
@@ -36,6 +37,7 @@ class TorchEngine:
         group_size: int = 64,
         gradient_checkpointing: bool = False,
         vocabulary: int = 0,
+        mixed: bool = False,
     ) -> TorchModel:
         if quantize:
             raise UserError(
@@ -64,7 +66,7 @@ class TorchEngine:
             config = {**config, "vocab_size": vocabulary}
         if gradient_checkpointing:
             net.gradient_checkpointing_enable({"use_reentrant": False})
-        return TorchModel(net.eval(), folder, config)
+        return TorchModel(net.eval(), folder, config, mixed)
 
     def context(self, folder: Path) -> int | None:
         config = hub.check_config(folder)

@@ -6,8 +6,8 @@ The gradient of a weight of V rows is as large as the weight. Autograd would all
 in every micro-batch, for an embedding filled with zeros first, and add it to the others. Here contributions
 are added to ``w.grad`` in place, so only ``Tensor.backward`` finds them.
 
-Shapes: N positions, d hidden size, V vocabulary entries; h: [N, d] hidden states; w: [V, d] the head's
-weight; target: [N] token ids.
+Shapes: N positions, d hidden size, V vocabulary entries; h: [N, d] float32 hidden states; w: [V, d] the
+head's weight; target: [N] token ids.
 """
 
 from __future__ import annotations
@@ -137,14 +137,24 @@ def _gradient_mode(h: Tensor, w: Tensor) -> tuple[bool, bool]:
 
 def logits(h: Tensor, w: Tensor) -> Tensor:
     """[n, v] float32 logits of hidden states [n, d] for the rows of w [v, d]."""
+    if w.dtype != torch.float32:  # see engines/fused.py
+        z = h.new_empty((len(h), len(w)))
+        for part in fused.chunks(*w.shape):
+            z[:, part] = h @ w[part].float().T
+        return z
     # With few positions BLAS takes as little as two thirds of the time the other way round, and the copy to
     # rows costs a tenth of that; with many it costs more.
-    return (h @ w.T if len(h) > 2 * fused.PANEL else (w @ h.T).T.contiguous()).float()
+    return h @ w.T if len(h) > 2 * fused.PANEL else (w @ h.T).T.contiguous()
 
 
 def _to_hidden(grad: Tensor, w: Tensor) -> Tensor:
     """The gradient with respect to the hidden states, [n, d], from the one with respect to the logits."""
-    return grad.to(w.dtype) @ w
+    if w.dtype == torch.float32:
+        return grad @ w
+    found = grad.new_zeros((len(grad), w.shape[1]))
+    for part in fused.chunks(*w.shape):
+        found.addmm_(grad[:, part], w[part].float())
+    return found
 
 
 def _gather(z: Tensor, target: Tensor) -> Tensor:
@@ -231,7 +241,8 @@ class _AttachGradient(torch.autograd.Function):
         d_w = _grad_buffer(w) if w.requires_grad else None
 
         def add(neg_grads: Tensor, rows: slice, part: slice) -> None:
-            d_h[rows].addmm_(neg_grads, w[part])
+            neg_grads = neg_grads.float()
+            d_h[rows].addmm_(neg_grads, w[part].float())
             if d_w is not None:
                 _head_gradient(d_w[part], neg_grads, weighted[rows])
 
@@ -243,12 +254,12 @@ class _AttachGradient(torch.autograd.Function):
             del chunk
         rest = slice(begin, len(h))
         for part in fused.chunks(w.shape[0], len(h) - begin) if begin < len(h) else []:
-            add(neg_grad.at(logits(h[rest], w[part]), rest, part).to(w.dtype), rest, part)
+            add(neg_grad.at(logits(h[rest], w[part]), rest, part), rest, part)
         d_h *= -g
         if neg_grad.target is not None:
             d_h += g * w[neg_grad.target]
             if d_w is not None:
-                d_w.index_add_(0, neg_grad.target, g * h)
+                d_w.index_add_(0, neg_grad.target, (g * h).to(d_w.dtype))
         return None, d_h, None, None
 
 
@@ -271,4 +282,7 @@ def _grad_buffer(w: Tensor) -> Tensor:
 
 
 def _head_gradient(d_w: Tensor, neg_grad: Tensor, weighted: Tensor) -> None:
-    d_w.addmm_(neg_grad.T, weighted)
+    if d_w.dtype == torch.float32:
+        d_w.addmm_(neg_grad.T, weighted)
+    else:
+        d_w += neg_grad.T @ weighted

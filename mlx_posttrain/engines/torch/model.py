@@ -74,7 +74,7 @@ def load_weights(net: Any, folder: Path, config: dict[str, Any]) -> None:
 class TorchModel:
     """A transformers causal model; ``net`` is the bare model, ``peft`` the wrapper once an adapter is on."""
 
-    def __init__(self, net: Any, folder: Path, config: dict[str, Any]):
+    def __init__(self, net: Any, folder: Path, config: dict[str, Any], mixed: bool):
         self.net = net
         self.peft: Any = None
         self.spec: AdapterSpec | None = None
@@ -84,6 +84,7 @@ class TorchModel:
         self.context: int | None = getattr(net.config, "n_positions", None) or getattr(
             net.config, "max_position_embeddings", None
         )
+        self._mixed = mixed
         self._reference: Any = None
         self._split, self._embeds = _splits(net), _embeds(net)
         head = files.read_head(folder)
@@ -101,16 +102,18 @@ class TorchModel:
         # Hidden states first, so that the head runs at trained positions only. Right padding needs no mask,
         # see data/batches.py.
         if not self._split:
-            return net(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[batch.index].float()
-        return net.get_output_embeddings()(self._hidden(net, batch)).float()
+            with self._precision():
+                logits = net(input_ids=batch.tokens, use_cache=False).logits
+            return logits.flatten(0, 1)[batch.index].float()
+        return _head(net, self._hidden(net, batch))
 
     def _hidden(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
         check_fits(batch.tokens.shape[1], self.context)
         run = self._backbone(net)
         # Rows cannot share a prefix under dropout, whose mask differs from row to row.
         if self.shares_prefixes and not (net.training and self.spec is not None and self.spec.dropout):
-            return torch_packed.hidden(run, batch.tokens, batch.index)
-        return run(batch.tokens).flatten(0, 1)[batch.index]
+            return torch_packed.hidden(run, batch.tokens, batch.index).float()
+        return run(batch.tokens).flatten(0, 1)[batch.index].float()
 
     def _backbone(self, net: Any) -> Callable[..., torch.Tensor]:
         """A function from ids [B, T] and the backbone's other arguments to its hidden states [B, T, d]."""
@@ -124,9 +127,14 @@ class TorchModel:
                 if in_place
                 else {"input_ids": tokens}
             )
-            return backbone(**inputs, use_cache=False, **arguments).last_hidden_state
+            with self._precision():
+                return backbone(**inputs, use_cache=False, **arguments).last_hidden_state
 
         return run
+
+    def _precision(self) -> torch.autocast:
+        """A context in which blocks compute in bfloat16 where precision is mixed; losses stay outside."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._mixed)
 
     def logits(self, batch: DeviceBatch) -> torch.Tensor:
         return self._logits(self.net, batch)
@@ -179,7 +187,7 @@ class TorchModel:
             )
         with self._frozen() as net:
             reference_weight, cached = net.get_output_embeddings().weight, batch.extra.get(REFERENCE_HIDDEN)
-            hidden = self._hidden(net, batch) if cached is None else cached.to(reference_weight.dtype)
+            hidden = self._hidden(net, batch) if cached is None else cached
         return torch_fused.logprobs_and_kl(
             self._hidden(self.net, batch),
             head[0],
@@ -199,7 +207,7 @@ class TorchModel:
     def reference_hidden(self, batch: Batch) -> np.ndarray:
         self.net.eval()
         with self._frozen() as net:
-            return self._hidden(net, to_device(batch, 1.0)).float().numpy()
+            return self._hidden(net, to_device(batch, 1.0)).numpy()
 
     def policy_terms(
         self, batch: DeviceBatch, temperature: float = 1.0
@@ -214,17 +222,31 @@ class TorchModel:
             )
         hidden = self._hidden(self.net, batch)
         terms = torch_fused.logprobs_and_entropy(hidden / temperature, head[0], batch.target, head[1])
-        return *terms, self.net.score(hidden)[:, 0].float() if self.has_head else None
+        return *terms, self.net.score(hidden)[:, 0] if self.has_head else None
 
     def scores(self, batch: DeviceBatch) -> torch.Tensor:
-        return self.net.score(self._hidden(self.net, batch))[:, 0].float()
+        return self.net.score(self._hidden(self.net, batch))[:, 0]
 
     @torch.no_grad()
     def full_logits(self, tokens: np.ndarray) -> np.ndarray:
         check_fits(tokens.shape[1], self.context)
-        return (
-            self.net.eval()(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.float().numpy()
-        )
+        net, ids = self.net.eval(), torch.from_numpy(tokens).long()
+        if self._split:
+            return _head(net, self._backbone(net)(ids)).numpy()
+        with self._precision():
+            return net(input_ids=ids, use_cache=False).logits.float().numpy()
+
+    def decoding_head(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """A function from hidden states [R, d] to float32 logits [R, V], for many tokens.
+
+        A copy in float32 of a head in half precision is multiplied with. None where the model's logits are
+        more than its head's output.
+        """
+        head = self._fused_head(self.net)
+        if head is None:
+            return (lambda hidden: _head(self.net, hidden)) if self._split else None
+        whole = head[0].float()
+        return lambda hidden: torch_fused.logits(hidden.float(), whole)
 
     # Around training.
 
@@ -358,9 +380,8 @@ class TorchModel:
     ) -> list[Generated]:
         # Switches off dropout and gradient checkpointing, which would silently empty the cache.
         self.net.eval()
-        head = self._fused_head(self.net)
         return decoding.decode(
-            TorchDecoder(self.net, None if head is None else head[0]),
+            TorchDecoder(self.net, self.decoding_head(), self._precision),
             prompts,
             context=self.context,
             max_tokens=max_tokens,
@@ -436,6 +457,15 @@ class TorchModel:
 
     def weights(self) -> Mapping[str, np.ndarray]:
         return {name: p.detach().float().numpy().copy() for name, p in self.trained_parameters()}
+
+
+def _head(net: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Float32 logits of hidden states; see engines/fused.py for heads in half precision."""
+    layer = net.get_output_embeddings()
+    if isinstance(layer, torch.nn.Linear):
+        bias = None if layer.bias is None else layer.bias.float()
+        return torch.nn.functional.linear(hidden.float(), layer.weight.float(), bias)
+    return layer(hidden.to(layer.weight.dtype)).float()
 
 
 @torch.no_grad()
