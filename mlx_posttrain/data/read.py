@@ -59,7 +59,8 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
         log(f"data.ranked={data.ranked} is not used: these rows have no list of answers with scores")
     if split == data.split:
         drops.add({reason: count for reason, count in dropped.items() if reason != formats.TIES})
-    if data.config is not None and split == data.split and not sources.is_hub_id(data.source):
+    known = sources.is_hub_id(data.source) or data.config in sources.CONFIGURATIONS.get(data.source, ())
+    if data.config is not None and split == data.split and not known:
         log(
             f"data.config={data.config} is not used: only data sets on the hub have configurations, and "
             f"{data.source} is none"

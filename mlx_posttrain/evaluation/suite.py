@@ -277,9 +277,7 @@ def read_questions(suite: SuiteSection) -> list[Conversation]:
                 )
             turns = row.turns if row.turns[-1].role == "assistant" else (*row.turns, Turn("assistant", ""))
             if len(turns) < 2:
-                raise UserError(
-                    f"{source}: these rows are plain text without questions; read them with suite.texts"
-                )
+                raise UserError(f"{source}: these rows are plain text; read them with suite.texts")
             questions.append(own_rows.with_extras(Conversation(turns, row.templated, row.extra), held_out))
     return questions
 

@@ -100,9 +100,9 @@ class Training:
     trained: int
     adapter: bool
     dtype: str = "float32"
-    mixed: bool = False
     bits: int | None = None
     group_size: int = 64
+    mixed: bool = False
     adapted: Sequence[tuple[int, int]] = ()
     dora: bool = False
     checkpointing: bool = False

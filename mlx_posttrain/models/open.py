@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_posttrain import engines
 from mlx_posttrain.console import log
+from mlx_posttrain.convert import hub
 from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
@@ -35,6 +36,7 @@ def open_model(
     merge_below(source)
     chosen = engines.get(engine)
     group = ((source.recipe or {}).get("adapter") or {}).get("group_size", 64)
+    hub.check_config(source.folder)  # in words of ours: the tokenizer's library reads it too
     tokenizer = load_tokenizer(source.tokenizer_folder)
     ids: list[int] = [] if beside is None else [*add_tokens(tokenizer, missing_tokens(beside, tokenizer))]
     if ids:

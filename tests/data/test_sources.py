@@ -271,8 +271,6 @@ def test_embedded_sources_get_split_limit_and_seed(monkeypatch: pytest.MonkeyPat
     assert calls[-1]["split"] == "valid"
     assert "did you mean 'embedded/tasks'?" in fault("embedded/task")
     assert "embedded/qa has no split 'test' (data.split), only 'train'" in fault("embedded/qa", split="test")
-    assert "embedded/qa has no configuration 'x' (data.config), none" in fault("embedded/qa", config="x")
-    assert "'x' (data.config), only longer" in fault("embedded/preferences", config="x")
 
 
 @pytest.mark.parametrize("source", EMBEDDED)

@@ -306,8 +306,8 @@ def test_torch_decodes_through_the_whole_model_where_logits_are_more_than_produc
     heads = []
 
     class Watched(torch_decoding.TorchDecoder):
-        def __init__(self, net, head):
-            super().__init__(net, head)
+        def __init__(self, net, head, precision):
+            super().__init__(net, head, precision)
             heads.append(head)
 
     monkeypatch.setattr(torch_model, "TorchDecoder", Watched)

@@ -317,7 +317,7 @@ def test_labels_templates_and_questions(tmp_path):
     with pytest.raises(UserError, match="skip=1 leaves no question"):
         suite.read_questions(SuiteSection(rows=str(path), skip=1))
     path.write_text(json.dumps({"text": "plain"}) + "\n")
-    with pytest.raises(UserError, match="without questions"):
+    with pytest.raises(UserError, match="plain text; read them"):
         suite.read_questions(SuiteSection(rows=str(path)))
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
     with pytest.raises(UserError, match="have two"):

@@ -462,7 +462,7 @@ class TorchModel:
 def _head(net: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Float32 logits of hidden states; see engines/fused.py for heads in half precision."""
     layer = net.get_output_embeddings()
-    if isinstance(layer, torch.nn.Linear):
+    if type(layer) is torch.nn.Linear:
         bias = None if layer.bias is None else layer.bias.float()
         return torch.nn.functional.linear(hidden.float(), layer.weight.float(), bias)
     return layer(hidden.to(layer.weight.dtype)).float()
