@@ -406,8 +406,8 @@ def test_memory_of_the_loss_depends_on_neither_positions_nor_vocabulary(
     assert large < small + 12 and large < 2048 * 16384 * 4 / 2**20 / 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["sft", pytest.param("sft,generate", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("what", ["sft", "sft,generate"])
 def test_engines_take_turns_on_the_embedded_model(what: str, tmp_path: Path) -> None:
     have = bench.available_engines()
     done = CliRunner().invoke(

@@ -476,7 +476,7 @@ def _training(recipe: Any, engine: str, of: Size) -> Training:
     checkpointing = recipe.train.gradient_checkpointing
     if section is None:
         mixed = recipe.train.precision == "mixed"
-        return Training(engine, of, of.parameters, False, dtype, mixed, checkpointing=checkpointing)
+        return Training(engine, of, of.parameters, False, dtype, mixed=mixed, checkpointing=checkpointing)
     spec = adapter_spec(section)
     return Training(
         engine,
@@ -484,11 +484,10 @@ def _training(recipe: Any, engine: str, of: Size) -> Training:
         adapter_parameters(of, spec),
         True,
         dtype,
-        False,
-        section.quantize,
-        section.group_size,
-        adapted(of, spec),
-        spec.kind == "dora",
-        checkpointing,
-        section.dropout > 0,
+        bits=section.quantize,
+        group_size=section.group_size,
+        adapted=adapted(of, spec),
+        dora=spec.kind == "dora",
+        checkpointing=checkpointing,
+        dropout=section.dropout > 0,
     )

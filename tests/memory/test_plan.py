@@ -639,7 +639,7 @@ def test_prediction_against_training_of_a_llama(mode: str, tied: bool, tmp_path:
 @pytest.mark.parametrize(
     ("mode", "dtype", "checkpointing"),
     [
-        ("full", "bfloat16", False),
+        pytest.param("full", "bfloat16", False, marks=pytest.mark.exhaustive),
         pytest.param("lora", "bfloat16", False, marks=pytest.mark.exhaustive),
         ("full", "float32", True),
     ],
@@ -681,7 +681,7 @@ RUNS = {
         ],
     ),
 }
-QUICK = {("sft", "torch"), ("sft", "mlx"), ("ppo", "mlx")}
+QUICK = {("sft", "torch"), ("sft", "mlx")}
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_a_step_of_one_update_has_a_ratio_of_one(engine, random_gpt2, rows_file,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.exhaustive) for s in (1, 2))])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "preset", [pytest.param(p, marks=[pytest.mark.exhaustive] * (p != "grpo")) for p in grpo.PRESETS]

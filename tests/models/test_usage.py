@@ -89,12 +89,17 @@ def run_snippet(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str
     [
         ("question", "peft", False),
         ("question", "hf", True),
-        ("question", "mlx-lm", False),
-        ("question", "mlx-lm", True),
-        ("several", "hf", False),
         ("several", "mlx-lm", False),
-        ("chat", "peft", False),
         ("chat", "mlx-lm", True),
+        *(
+            pytest.param(*more, marks=pytest.mark.exhaustive)
+            for more in (
+                ("question", "mlx-lm", False),
+                ("question", "mlx-lm", True),
+                ("several", "hf", False),
+                ("chat", "peft", False),
+            )
+        ),
     ],
 )
 def test_the_code_of_a_card_answers_as_we_do(kind, to, merged, runs, bases, tmp_path, monkeypatch, capsys):

@@ -44,7 +44,7 @@ def settings(model: Path, rows: Path, output: Path, engine: str, *more: str) -> 
 FULL: list[str] = []
 DROPOUT = ["adapter.rank=4", "adapter.dropout=0.2"]
 KILLED = {
-    "full-torch": ("torch", FULL, ()),
+    "full-torch": ("torch", FULL, pytest.mark.exhaustive),
     "full-mlx": ("mlx", FULL, pytest.mark.exhaustive),
     "lora with dropout-torch": ("torch", DROPOUT, pytest.mark.exhaustive),
     "lora with dropout-mlx": ("mlx", DROPOUT, ()),
