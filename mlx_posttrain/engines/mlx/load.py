@@ -130,7 +130,7 @@ def _classes(settings: dict[str, Any], config: dict[str, Any]) -> tuple[type, ty
 
 
 def _packs(path: str, module: nn.Module) -> bool:
-    """Whether quantising shares_prefixes a layer: the linear layers that adapters stand on.
+    """Whether quantising packs a layer: the linear layers that adapters stand on.
 
     Embeddings stay as they are (Dettmers et al. 2023, section 3), and so do heads, as in bitsandbytes: a tied
     head is an embedding, and packed weights cannot give logits a chunk at a time.
