@@ -52,9 +52,8 @@ def _steps(adapter: bool, count: int) -> tuple[list[dict], dict, float]:
     return found, dict(model.weights()), engine.memory()["peak_gb"]
 
 
-@pytest.mark.parametrize(
-    "adapter", [pytest.param(False, marks=pytest.mark.exhaustive), True], ids=["full", "lora"]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_same_metrics_with_less_memory(adapter: bool) -> None:
     stock, lean = steps(float("inf"), adapter), steps(0, adapter)
     for a, b in zip(stock[0], lean[0], strict=True):

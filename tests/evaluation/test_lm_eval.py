@@ -251,7 +251,8 @@ def test_the_harness_knows_it_by_name():
     assert isinstance(lm, MLXPosttrainLM) and lm.max_length == 64
 
 
-@pytest.mark.parametrize("lm", ["mlx", pytest.param("torch", marks=pytest.mark.exhaustive)], indirect=True)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("lm", ["mlx", "torch"], indirect=True)
 def test_whole_tasks_offline(lm, tmp_path):
     """Multiple choice, perplexity and continuations through ``lm_eval.simple_evaluate``."""
     import lm_eval

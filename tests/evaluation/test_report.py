@@ -279,6 +279,7 @@ def test_reports_in_one_folder_keep_their_files_apart(journey, tmp_path):
     assert not (tmp_path / "comparison.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_python_of_the_documentation_runs(journey, root, tmp_path, monkeypatch, capsys):
     """The code of recipes/README.md, on the runs of this module and with fewer rows."""
     text = (root / "recipes" / "README.md").read_text().partition("From Python:\n")[2]

@@ -617,7 +617,10 @@ def measured(
     return predicted, engine.memory()["peak_gb"]
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "dora", "qlora", "qdora"])
+@pytest.mark.parametrize(
+    "mode",
+    ["full", "lora", "dora", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("qlora", "qdora"))],
+)
 def test_prediction_against_training(mode: str) -> None:
     """MLX counts its own arrays, so the embedded model will do; of torch only a whole process can be
     measured.

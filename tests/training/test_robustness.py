@@ -280,9 +280,8 @@ def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
 # a full disk
 
 
-@pytest.mark.parametrize(
-    "engine", [ENGINES[0], *(pytest.param(e, marks=pytest.mark.exhaustive) for e in ENGINES[1:])]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(engine, random_gpt2, rows_file, tmp_path):
     """A limit on the size of a file that the weights meet and the optimizer's moments do not, in a real
     process.
