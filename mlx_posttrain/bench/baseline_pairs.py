@@ -20,6 +20,7 @@ from mlx_posttrain.bench.baseline_parts import (
     common_arguments,
     lend_device_facts,
     mlx_adam,
+    mlx_arguments,
     mlx_model,
     peft_config,
     row_numbers,
@@ -166,13 +167,7 @@ def mlx_lm_lora(spec: dict[str, Any], gate: Gate) -> None:
         dpo_trainer.iterate_dpo_batches = batches
         with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Finished):
             settings = dpo_trainer.DPOTrainingArgs(
-                batch_size=batch_size,
-                iters=10**6,
-                steps_per_report=1,
-                steps_per_eval=10**9,
-                steps_per_save=10**9,
-                max_seq_length=config["n_positions"],
-                adapter_file=f"{scratch}/adapters.safetensors",
+                batch_size=batch_size, **mlx_arguments(scratch, config["n_positions"])
             )
             adam = mlx_adam(learning_rate(kind.adapter))
             dpo_trainer.train_dpo(net, reference, adam, data, args=settings, training_callback=UnitCallback())

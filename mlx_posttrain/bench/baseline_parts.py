@@ -66,6 +66,18 @@ def mlx_adam(rate: float) -> Any:
     return optim.AdamW(learning_rate=rate, weight_decay=0.0, bias_correction=True)
 
 
+def mlx_arguments(scratch: str, context: int) -> dict[str, Any]:
+    """Arguments of mlx-lm's trainer and of those that build on it: steps without end, nothing saved."""
+    return {
+        "iters": 10**6,
+        "steps_per_report": 1,
+        "steps_per_eval": 10**9,
+        "steps_per_save": 10**9,
+        "max_seq_length": context,
+        "adapter_file": f"{scratch}/adapters.safetensors",
+    }
+
+
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 

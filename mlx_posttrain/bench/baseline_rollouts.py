@@ -24,6 +24,7 @@ from mlx_posttrain.bench.baseline_parts import (
     common_arguments,
     lend_device_facts,
     mlx_adam,
+    mlx_arguments,
     mlx_model,
     peft_config,
     torch_model,
@@ -227,12 +228,7 @@ def mlx_lm_lora_grpo(spec: dict[str, Any], gate: Gate) -> None:
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
-                iters=10**6,
-                steps_per_report=1,
-                steps_per_eval=10**9,
-                steps_per_save=10**9,
-                max_seq_length=config["n_positions"],
-                adapter_file=f"{scratch}/adapters.safetensors",
+                **mlx_arguments(scratch, config["n_positions"]),
             )
             grpo_trainer.train_grpo(
                 net,

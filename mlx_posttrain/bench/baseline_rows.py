@@ -19,6 +19,7 @@ from mlx_posttrain.bench.baseline_parts import (
     Finished,
     common_arguments,
     mlx_adam,
+    mlx_arguments,
     mlx_model,
     peft_config,
     row_numbers,
@@ -85,13 +86,7 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     if gate.open():
         with tempfile.TemporaryDirectory() as scratch:
             settings = trainer.TrainingArgs(
-                batch_size=shape.batch_size,
-                iters=10**6,
-                steps_per_report=1,
-                steps_per_eval=10**9,
-                steps_per_save=10**9,
-                max_seq_length=config["n_positions"],
-                adapter_file=f"{scratch}/adapters.safetensors",
+                batch_size=shape.batch_size, **mlx_arguments(scratch, config["n_positions"])
             )
             with contextlib.suppress(Finished):
                 adam = mlx_adam(learning_rate(kind.adapter))

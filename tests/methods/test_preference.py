@@ -423,6 +423,17 @@ def test_the_loss_of_a_batch_equals_its_formula(keys, library):
     )
     value, metrics = pair_loss(section)(Fixed(array(library, logprobs)), device)
     assert float(value) == pytest.approx(expected, rel=1e-5)
+    # rewards are of whole answers, also where the loss is by length; SimPO's and ORPO's are of a token
+    weights = by_row(batch, batch.weight)
+    whole = [
+        sum(w * (x - y * section.objective.reference) for w, x, y in zip(*row, strict=True))
+        / (sum(row[0]) if section.loss in ("simpo", "orpo") else 1)
+        for row in zip(weights, ours, theirs, strict=True)
+    ]
+    margins = [
+        section.strength * (whole[int(w)] - whole[int(r)]) for w, r in zip(chosen, rejected, strict=True)
+    ]
+    assert float(metrics["rewards/margins"]) == pytest.approx(np.mean(margins), rel=1e-5)
     assert float(metrics["logps/rejected"]) == pytest.approx(
         np.mean(
             [
