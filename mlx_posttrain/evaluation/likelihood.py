@@ -8,13 +8,11 @@ is the same for every model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_posttrain import jsonl
+from mlx_posttrain import assets
 from mlx_posttrain.data.batches import Batch, by_length, padded_length, padded_positions
 from mlx_posttrain.data.tokens import Place, bos_ids, start_ids, tokenise_pieces
 from mlx_posttrain.data.types import Example
@@ -292,5 +290,4 @@ def make_batch(rows: Sequence[ScoredRow], context: int | None) -> Batch:
 
 def embedded_texts() -> list[str]:
     """The embedded passages of plain English, written for this project and held out of its training data."""
-    path = Path(str(resources.files("mlx_posttrain.assets"))) / "base_text.jsonl"
-    return [row["text"] for row in jsonl.read(path)]
+    return [row["text"] for row in assets.rows("base_text.jsonl")]

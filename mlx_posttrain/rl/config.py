@@ -77,6 +77,12 @@ class PTXSection(config.Section):
     )
     batch_size: int = Field(4, ge=1, description="rows beside each optimizer step")
 
+    @model_validator(mode="after")
+    def _no_vocabulary_of_its_own(self) -> PTXSection:
+        if self.data.special_tokens:
+            raise ValueError("data.special_tokens here has no effect: name them in the recipe's own data")
+        return self
+
 
 class RolloutTrainSection(config.OptimizerSection):
     """The optimizer and its loop, with the defaults of RL."""

@@ -15,6 +15,7 @@ from mlx_posttrain import engines, methods
 from mlx_posttrain.data import batches, pairs
 from mlx_posttrain.data.types import Example
 from mlx_posttrain.engines.base import initial_head
+from mlx_posttrain.errors import UserError
 from mlx_posttrain.methods import ppo
 from mlx_posttrain.rl import rollouts
 from mlx_posttrain.rl.experience import Actors, Experience
@@ -370,3 +371,10 @@ def test_minibatches_take_every_row_once_within_their_limits(shares_prefixes):
     # Steps are drawn at random, not cut from a list that is sorted by length.
     assert max(lengths[i] for part in cut[0] for i in part) > min(lengths[i] for part in cut[1] for i in part)
     assert max(lengths[i] for part in cut[1] for i in part) > min(lengths[i] for part in cut[0] for i in part)
+
+
+def test_the_mixed_in_rows_add_no_tokens_to_the_vocabulary():
+    with pytest.raises(
+        UserError, match=r"ptx.*special_tokens here has no effect: name them in the recipe's own"
+    ):
+        load("ptx={data: {source: rows.jsonl, special_tokens: ['<think>']}}")

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from importlib import resources
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from mlx_posttrain import jsonl
+from mlx_posttrain import assets
 from mlx_posttrain.data.tasks import on_lists, on_numbers, on_sentences, on_words, pairs, traces
 from mlx_posttrain.data.tasks.checks import check
 from mlx_posttrain.data.tasks.family import Row, rows, size
@@ -46,7 +44,7 @@ def own_text() -> list[dict[str, Any]]:
     A mix of rows with them holds on to what the model knew (Robins 1995, "Catastrophic Forgetting, Rehearsal
     and Pseudorehearsal").
     """
-    return list(jsonl.read(Path(str(resources.files("mlx_posttrain.assets"))) / "own_text.jsonl"))
+    return assets.rows("own_text.jsonl")
 
 
 def load(
