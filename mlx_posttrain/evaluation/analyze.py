@@ -22,6 +22,7 @@ from mlx_posttrain.engines import files
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import charts, completions, findings, likelihood
+from mlx_posttrain.evaluation.best_of import BestOf
 from mlx_posttrain.evaluation.comparison import Comparison
 from mlx_posttrain.evaluation.findings import Finding
 from mlx_posttrain.evaluation.saturation import check_saturation
@@ -108,12 +109,13 @@ def analyze(
     labels: Sequence[str] | None = None,
     not_asked: Sequence[str] = (),
     dtype: str | None = None,
+    chosen: Mapping[str, BestOf] | None = None,
 ) -> tuple[Comparison, list[Finding]]:
     """Compare every run with the model that it started from, or all with ``base``, and derive the findings.
 
     A model that is no run is compared with the model that the first run started from. Of reward models, and
     of runs whose label is in ``not_asked``, only the training curves are used. dtype: of every model; None:
-    its own. Raises UserError where no other run is left.
+    its own. chosen: as compare. Raises UserError where no other run is left.
     """
     names = [str(name) for name in names]
     labels = list(labels) if labels else model_labels(names)
@@ -131,7 +133,8 @@ def analyze(
         start: "base" if not place else f"base of {next(label for label in starts if starts[label] == start)}"
         for place, start in enumerate(dict.fromkeys(starts.values()))
     }
-    charts.SERIES_ORDER.set((*bases.values(), *labels))
+    best = [label for name, one in (chosen or {}).items() for label in one.labels(name)]
+    charts.SERIES_ORDER.set((*bases.values(), *labels, *best))
     places = [*range(len(bases)), *(list(bases).index(starts[label]) for _, label in compared)]
     comparison = compare(
         [*bases, *(n for n, _ in compared)],
@@ -140,6 +143,7 @@ def analyze(
         [*bases.values(), *(label for _, label in compared)],
         places,
         dtype,
+        chosen,
     )
     results: list[Finding | None] = [*comparison_findings(comparison, read_logs(names, labels))]
     results.append(findings.drift({label: weight_changes(starts[label], n) for n, label in compared}))

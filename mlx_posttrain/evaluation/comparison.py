@@ -60,6 +60,7 @@ class ModelResult:
     template: str = ""  # of its prompts
     baseline_index: int = 0  # place in the comparison of the model that it is compared with
     seed: int = 0  # of its intervals
+    answer_kl: float | None = None  # nats from the baseline, of answers that come from no run of their own
 
     def interval(self, metric: str) -> Interval:
         """Mean and 95 % interval, by metrics.proportion for a proportion and else by the bootstrap."""

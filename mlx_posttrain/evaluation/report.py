@@ -24,7 +24,7 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import charts, stage_table
 from mlx_posttrain.evaluation.comparison import SIGNIFICANCE_NOTE, Comparison
 from mlx_posttrain.evaluation.findings import Finding
-from mlx_posttrain.evaluation.suite import check_greedy_answers
+from mlx_posttrain.evaluation.right_answers import check_greedy_answers
 
 CAPTIONS = {
     "perplexity": "How well each model still predicts plain text: the lower the bar, the less was forgotten. "
@@ -229,14 +229,18 @@ def score_at_kl(folders: Sequence[tuple[str, Path]], comparison: Comparison | No
         if comparison
         else {}
     )
-    points: dict[str, tuple[list[float], list[float]]] = {}
+    kls: dict[str, float] = {}
     for label, folder in folders:
         result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
-        if label in scores and "kl" in result:
-            grid = " ".join(word for word in label.split(" ") if "=" not in word)
-            xs, ys = points.setdefault(grid, ([], []))
-            xs.append(result["kl"])
-            ys.append(scores[label])
+        kls |= {label: result["kl"]} if "kl" in result else {}
+    if comparison:
+        kls |= {m.name: m.answer_kl for m in comparison.models if m.answer_kl is not None}
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for label in (label for label in kls if label in scores):
+        grid = " ".join(word for word in label.split(" ") if "=" not in word)
+        xs, ys = points.setdefault(grid, ([], []))
+        xs.append(kls[label])
+        ys.append(scores[label])
     if sum(len(xs) for xs, _ in points.values()) < 3:
         return {}
     x = "KL from the start, nats per answer"

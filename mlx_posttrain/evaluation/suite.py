@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mlx_posttrain.data.read import with_system
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluation import completions, continuations, likelihood, metrics, own_rows
+from mlx_posttrain.evaluation import best_of, completions, continuations, likelihood, metrics, own_rows
 from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
 from mlx_posttrain.evaluation.metric_table import PASS_AT, PER_TOKEN
 from mlx_posttrain.evaluation.prompting import (
@@ -32,9 +32,9 @@ from mlx_posttrain.evaluation.prompting import (
     prompt_settings,
 )
 from mlx_posttrain.evaluation.reward_scoring import add_reward_metrics, score_answers
+from mlx_posttrain.evaluation.right_answers import add_accuracy, check_answers
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
-from mlx_posttrain.rewards import verify
 
 
 class SuiteSection(config.Section):
@@ -131,13 +131,15 @@ def compare(
     labels: Sequence[str] | None = None,
     baselines: Sequence[int] | None = None,
     dtype: str | None = None,
+    chosen: Mapping[str, best_of.BestOf] | None = None,
 ) -> Comparison:
     """Measure every model on the suite.
 
     names: anything that ``models.source.locate`` knows. Differences, the KL and wins are against the first
     model or, with ``baselines``, against the one at the place given for each model: itself or an earlier one.
-    dtype: of every model; None: its own. Raises UserError for unknown models or rows, and where models that
-    do not share a tokenizer would be compared token by token.
+    dtype: of every model; None: its own. chosen: answers of the first model, the best of several by a reward
+    model, which come after the models. Raises UserError for unknown models or rows, and where models that do
+    not share a tokenizer would be compared token by token.
     """
     baselines = list(baselines) if baselines else [0] * len(names)
     labels = list(labels) if labels else model_labels(names)
@@ -169,6 +171,7 @@ def compare(
     kept: dict[int, Model] = {}  # models that later ones are compared with
     results: list[ModelResult] = []
     scores: list[tuple[np.ndarray, np.ndarray]] = []
+    best_results: list[ModelResult] = []
     written: list[dict[str, list[str]]] = []  # continuations by metric of coherence
     for place, (name, label, prompting) in enumerate(zip(names, labels, settings, strict=True)):
         log(f"measuring {label}")
@@ -178,6 +181,10 @@ def compare(
             label, str(name), template=prompting.template, baseline_index=baseline, seed=suite.seed
         )
         _measure_answers(result, model, tokenizer, questions, suite, prompting)
+        if place == 0:
+            for own, best in (chosen or {}).items():
+                found = best_of.measure(own, best, str(name), model, tokenizer, questions, prompting, engine)
+                best_results += found
         if texts:
             loss = text_loss(model, tokenizer, texts, suite)
             result.values["perplexity"] = Values(loss.per_token, loss.tokens)
@@ -223,10 +230,16 @@ def compare(
         kept = {p: m for p, m in kept.items() if p in baselines[place + 1 :]}
         del model
         gc.collect()  # a model in a reference cycle would take memory next to the following one
-    if reward_model is not None:
-        add_reward_metrics(results, scores)
+    for result in best_results:
+        add_accuracy(result, questions)
+        if reward_model is not None:
+            template = most_common_template(sources_of_models)
+            scores.append(score_answers(reward_model, questions, result.answers, template))
     if coherence is not None:
         continuations.measure_coherence(results, written, openings, coherence, engine)
+    results += best_results
+    if reward_model is not None:
+        add_reward_metrics(results, scores)
     for result in results:  # a metric without a value in any row has no mean
         result.values = {k: v for k, v in result.values.items() if np.isfinite(v.rows).any()}
     rows = [
@@ -341,16 +354,12 @@ def _measure_answers(
         return
     # a model that was trained with a system prompt is prompted with it
     questions = [with_system(q, prompting.system) for q in questions]
-    held_out = np.array([q.extra["held_out"] for q in questions])
     options: dict[str, Any] = {"template": prompting.template, "max_tokens": prompting.max_tokens}
     greedy = completions.generate_answers(model, tokenizer, questions, **options)
     result.answers = [a.text for a in greedy]
     result.values["ended"] = Values(np.array([a.stopped for a in greedy], np.float64))
     result.values["length"] = Values(np.array([len(a.tokens) for a in greedy], np.float64))
-    correct = check_answers(questions, result.answers)
-    for metric, kind in (("accuracy", "content"), ("accuracy_phrasing", "phrasing")):
-        if np.isfinite(correct[held_out == kind]).any():
-            result.values[metric] = Values(correct[held_out == kind])
+    add_accuracy(result, questions)
     unseen = [q for q in questions if q.extra["held_out"] == "content"]
     if suite.samples:
         sampled = completions.generate_answers(
@@ -391,25 +400,6 @@ def _measure_answers(
         rows, tokens = np.full(len(answered), np.nan), np.zeros(len(answered), np.int64)
         rows[fitting], tokens[fitting] = loss.per_token, loss.tokens
         result.values["response_loss"] = Values(rows, tokens)
-
-
-def check_answers(questions: Sequence[Conversation], answers: Sequence[str]) -> np.ndarray:
-    """1 for each answer that its row's rule accepts, 0 for each other: [R] float64.
-
-    nan for a row without a rule.
-    """
-    return _check([q.extra for q in questions], answers)
-
-
-def check_greedy_answers(comparison: Comparison) -> dict[str, np.ndarray]:
-    """``check_answers`` of each model's greedy answers, by the model's name: [questions] float64."""
-    rules = [q["rule"] for q in comparison.questions]
-    return {m.name: _check(rules, m.answers) for m in comparison.models}
-
-
-def _check(rules: Sequence[dict[str, Any]], answers: Sequence[str]) -> np.ndarray:
-    verdicts = [verify.verify(rule, text) for rule, text in zip(rules, answers, strict=True)]
-    return np.array([np.nan if v is None else float(v) for v in verdicts])
 
 
 def text_loss(model: Model, tokenizer: Any, texts: Sequence[str], suite: SuiteSection) -> likelihood.RowLoss:

@@ -16,6 +16,7 @@ from mlx_posttrain import runs as rundirs
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import choice
+from mlx_posttrain.evaluation.best_of import BestOf
 from mlx_posttrain.evaluation.choice import Choice
 from mlx_posttrain.evaluation.paired_runs import Gain
 from mlx_posttrain.evaluation.suite import SuiteSection
@@ -49,6 +50,10 @@ class Recipe(config.Section):
         description="of each grid show the best setting only, chosen by an earlier report; its runs are then "
         "called by their grid and seed",
     )
+    best_of: dict[str, BestOf] = Field(
+        default_factory=dict,
+        description="answers of the base to show beside the runs', the best of several by a reward model",
+    )
     gains: dict[str, Gain] = Field(
         default_factory=dict,
         description="what is to be shown as a gain, by the question that the page answers: a metric, and "
@@ -62,9 +67,14 @@ class Recipe(config.Section):
                 raise ValueError(
                     f"not_asked names {run!r}, which is none of the runs ({', '.join(self.runs)})"
                 )
+        shown = list(self.runs) if self.choose is None else choice.names(list(self.runs))
+        for name, best in self.best_of.items():
+            if taken := [label for label in best.labels(name) if label in shown]:
+                raise ValueError(f"best_of: a run is already called {taken[0]!r}")
+            shown += best.labels(name)
         for name, gain in self.gains.items():
             try:
-                gain.spread(list(self.runs) if self.choose is None else choice.names(list(self.runs)))
+                gain.spread(shown)
             except ValueError as error:
                 raise ValueError(f"gains.{name} {error}") from None
         return self
@@ -99,6 +109,7 @@ def run(recipe: Recipe, resume: Resume, callbacks: Callbacks | None) -> dict[str
             base=recipe.base,
             labels=list(shown),
             not_asked=recipe.not_asked,
+            chosen=recipe.best_of,
         )
     found = [*chosen, *paired_runs.compare_all_pairs(comparison, recipe.gains), *found]
     said = report.format_text(comparison, found)

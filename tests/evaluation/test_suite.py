@@ -11,7 +11,7 @@ import pytest
 from mlx_posttrain import cli, engines
 from mlx_posttrain.engines.base import initial_head
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.evaluation import comparison, likelihood, suite
+from mlx_posttrain.evaluation import comparison, likelihood, right_answers, suite
 from mlx_posttrain.evaluation.comparison import Comparison, ModelResult, Values
 from mlx_posttrain.evaluation.metric_table import METRICS, PER_TOKEN
 from mlx_posttrain.evaluation.metrics import distinct_n, perplexity, proportion
@@ -301,7 +301,9 @@ def test_a_win_rate_that_lengths_prevent_is_reported_as_missing(capsys):
 def test_labels_templates_and_questions(tmp_path):
     embedded = suite.read_questions(SuiteSection(limit=6))
     assert [q.extra["held_out"] for q in embedded] == ["content"] * 6 + ["phrasing"] * 6
-    assert suite.check_answers(embedded, [q.turns[-1].content for q in embedded]).tolist() == [1.0] * 12
+    assert (
+        right_answers.check_answers(embedded, [q.turns[-1].content for q in embedded]).tolist() == [1.0] * 12
+    )
     later = suite.read_questions(SuiteSection(limit=4, skip=2))
     assert [q.turns for q in later[:4]] == [q.turns for q in embedded[2:6]]
     assert [q.turns for q in later[4:]] == [q.turns for q in embedded[8:]]
@@ -311,8 +313,8 @@ def test_labels_templates_and_questions(tmp_path):
     path.write_text(json.dumps({"question": "2 + 3?", "answer": "2 + 3 = 5 #### 5"}) + "\n")
     (question,) = suite.read_questions(SuiteSection(rows=str(path)))
     assert (
-        suite.check_answers([question], ["It is 5."])[0] == 1
-        and suite.check_answers([question], ["6"])[0] == 0
+        right_answers.check_answers([question], ["It is 5."])[0] == 1
+        and right_answers.check_answers([question], ["6"])[0] == 0
     )
     with pytest.raises(UserError, match="skip=1 leaves no question"):
         suite.read_questions(SuiteSection(rows=str(path), skip=1))
