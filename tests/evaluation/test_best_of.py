@@ -1,4 +1,4 @@
-"""Best of n: the choice by hand, its KL against an enumeration, and a real model's answers beside the runs'."""
+"""Best of n: the choice by hand, its KL against an enumeration, and a model's answers beside the runs'."""
 
 from __future__ import annotations
 
