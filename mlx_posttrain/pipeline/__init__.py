@@ -108,7 +108,11 @@ def _summarise(recipe: Recipe, state: Mapping[str, Any], whole: Path) -> None:
     for name, stage in recipe.stages.items():
         if stage.cell is not None:
             grids.setdefault(stage.cell.grid, {})[name] = stage.cell
-    results = {name: stage["result"] for name, stage in state.items() if stage["result"] is not None}
+    results = {
+        name: stage["result"] | summary.cost(whole / name)
+        for name, stage in state.items()
+        if stage["result"] is not None
+    }
     for name, cells in grids.items():
         for line in ["", *summary.write(whole, name, cells, results)]:
             log(line)

@@ -39,6 +39,19 @@ class Row:
     diverged: int
 
 
+def cost(folder: Path) -> dict[str, float]:
+    """What a run's steps took: wall-clock ``seconds`` together, and the most memory, ``peak_gb``.
+
+    Evaluations between steps are not in it. {} for a run without steps.
+    """
+    records = runs.Run(folder).metrics()
+    found: dict[str, float] = {}
+    for key, over in (("seconds", math.fsum), ("peak_gb", max)):
+        values = [float(record[key]) for record in records if key in record]
+        found |= {key: over(values)} if values else {}
+    return found
+
+
 def summarise(cells: Mapping[str, Cell], results: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[Row]]:
     """The compared figure's name and one row for each setting other than the seed, in the grid's order.
 

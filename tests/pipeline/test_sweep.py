@@ -195,6 +195,12 @@ def test_a_sweep_goes_on_after_a_run_that_diverges(small, tmp_path, capfd):
     result = json.loads((out / "01_sft_lr_0_001_seed_1" / "result.json").read_text())
     kept = json.loads((out / "01_sft.json").read_text())
     assert kept["rows"][0]["seeds"]["1"][kept["metric"]] == result[kept["metric"]]
+    lines = (out / "01_sft_lr_0_001_seed_1" / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "seconds" in record]
+    cost = {key: kept["rows"][0]["seeds"]["1"][key] for key in ("seconds", "peak_gb")}
+    assert len(steps) == 2 and cost["seconds"] == pytest.approx(sum(s["seconds"] for s in steps))
+    assert cost["peak_gb"] == max(s["peak_gb"] for s in steps)
+    assert "| seconds | peak_gb |" in table.splitlines()[0]
     assert (out / "01_sft.svg").stat().st_size > 1000
     assert "nothing to resume" in refused(capfd, "run", "--resume", str(out))
 
