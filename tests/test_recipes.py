@@ -384,6 +384,34 @@ def test_the_lessons_of_ppo_compare_like_with_like():
     assert pairs == {"large": 16000, "middle": 4000, "small": 1000, "biased": 16000}
 
 
+def test_methods_of_preference_compare_like_with_like():
+    """Six settings and three seeds each, from one model on the same pairs, judged on questions of its own."""
+    from mlx_posttrain.evaluation import choice
+    from mlx_posttrain.pipeline import stage_recipes
+
+    stages = stage_recipes(methods.load_recipe("09_versus"))
+    grids = {}
+    for name, own in stages.items():
+        grids.setdefault(name.split("_")[0], []).append(own)
+    tried = [grids[name] for name in ("dpo", "ipo", "orpo", "simpo", "kto", "ppo")]
+    assert [len(grid) for grid in tried] == [18] * 6
+    for grid in tried:
+        settings = [str(own.model_dump(exclude={"output", "seed"})) for own in grid]
+        assert [settings.count(one) for one in settings] == [3] * 18 and {own.seed for own in grid} == {0, 1, 2}
+        assert {own.model for own in grid} == {grids["reward"][0].model} == {grid[0].model}
+    reward, judge = stages["reward"], stages["judge"]
+    # the others learn from the reward model's pairs; the judge's are others
+    for own in [own for grid in tried[:5] for own in grid]:
+        assert (own.data.source, own.data.families) == (reward.data.source, reward.data.families)
+        assert own.data.limit == reward.data.limit and own.train.select == "last"
+    assert judge.seed not in {own.seed for grid in tried for own in grid} | {reward.seed}
+    first, second = stages["tried"], stages["report"]
+    assert second.suite.skip == first.suite.limit and second.choose.report == first.output
+    shown = [*choice.names(list(second.runs)), *second.best_of["Best of 8"].labels("Best of 8")]
+    for gain in second.gains.values():
+        assert [(a[-6:], b[-6:]) for a, b in gain.spread(shown)] == [(f"seed={s}",) * 2 for s in (0, 1, 2)]
+
+
 def test_the_methods_of_reinforcement_learning_compare_like_with_like():
     """Three seeds of each; the critic's run differs in its method's own keys only."""
     from mlx_posttrain.pipeline import stage_recipes
