@@ -445,19 +445,33 @@ def override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
     return raw
 
 
-def holder(raw: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """(mapping, last part) of ``key.sub`` in a nested mapping; missing sections are made.
+def holder(raw: dict[str, Any], key: str) -> tuple[Any, Any]:
+    """What holds the last part of ``key.sub`` in nested mappings and lists, and that part.
 
-    Raises UserError where one of them is a value.
+    Missing sections are made; an entry of a list is named by its number from 0, ``data.sources.0.weight``.
+    Raises UserError where a part is a value, or a list has no such entry.
     """
+    found: Any = raw
     *parents, last = key.split(".")
     for parent in parents:
-        if raw.get(parent) is None:
-            raw[parent] = {}
-        raw = raw[parent]
-        if not isinstance(raw, dict):
+        place = _place(found, parent, key)
+        if isinstance(found, dict) and found.get(place) is None:
+            found[place] = {}
+        found = found[place]
+        if not isinstance(found, dict | list):
             raise UserError(f"setting '{key}': {parent!r} is a value, not a section")
-    return raw, last
+    return found, _place(found, last, key)
+
+
+def _place(section: Any, name: str, key: str) -> str | int:
+    """A part of a key as what finds it: a mapping's own, or the number of a list's entry."""
+    if isinstance(section, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(section):
+        raise UserError(
+            f"setting '{key}': a list of {len(section)} has no entry {name!r}; they are numbered from 0"
+        )
+    return int(name)
 
 
 #: What a run's recipe.yaml says besides the recipe.

@@ -10,6 +10,7 @@ from mlx_posttrain import config, key_names, methods, runs
 from mlx_posttrain.cli import app
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation.suite import SuiteSection
+from mlx_posttrain.pipeline.recipe import merged
 
 EVERY_METHOD = {
     name: [key for key, _, _ in config.describe(methods.get(name).Recipe)] for name in methods.METHODS
@@ -130,3 +131,24 @@ def test_recipes_fit_80_columns():
     lines = CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "80"}).stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert {line.split()[0] for line in lines if not line.startswith(" ")} == set(config.shipped())
+
+
+def test_an_entry_of_a_list_is_named_by_its_number():
+    raw = {"data": {"sources": [{"weight": 1.0}, {"weight": 2.0, "columns": {"a": "b"}}]}}
+    found = config.override(raw, {"data.sources.1.weight": 3.0, "data.sources.0.columns.text": "t"})
+    assert found == {
+        "data": {
+            "sources": [{"weight": 1.0, "columns": {"text": "t"}}, {"weight": 3.0, "columns": {"a": "b"}}]
+        }
+    }
+    assert config.override(raw, {"data.sources.0": {"weight": 5}})["data"]["sources"][0] == {"weight": 5}
+    assert merged(raw, {"data": {"sources": {"1": {"weight": 3.0}}}})["data"]["sources"] == [
+        {"weight": 1.0},
+        {"weight": 3.0, "columns": {"a": "b"}},
+    ]
+    assert merged([1, 2], {"2": 3}) == {"2": 3}  # what the recipe's class then refuses
+    for key in ("data.sources.2.weight", "data.sources.last.weight", "data.sources.-1"):
+        with pytest.raises(UserError, match=f"'{key}': a list of 2 has no entry"):
+            config.override(raw, {key: 1})
+    with pytest.raises(UserError, match="'weight' is a value, not a section"):
+        config.override(raw, {"data.sources.0.weight.x": 1})

@@ -397,7 +397,11 @@ def test_methods_of_preference_compare_like_with_like():
     assert [len(grid) for grid in tried] == [18] * 6
     for grid in tried:
         settings = [str(own.model_dump(exclude={"output", "seed"})) for own in grid]
-        assert [settings.count(one) for one in settings] == [3] * 18 and {own.seed for own in grid} == {0, 1, 2}
+        assert [settings.count(one) for one in settings] == [3] * 18 and {own.seed for own in grid} == {
+            0,
+            1,
+            2,
+        }
         assert {own.model for own in grid} == {grids["reward"][0].model} == {grid[0].model}
     reward, judge = stages["reward"], stages["judge"]
     # the others learn from the reward model's pairs; the judge's are others

@@ -216,8 +216,12 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(below: Any, above: Any) -> Any:
+    """``above`` laid over ``below``; a list's entries are named by their numbers, as in config.holder."""
     if isinstance(below, dict) and isinstance(above, dict):
         return {**below, **{k: merged(below.get(k), v) for k, v in above.items()}}
+    numbers = {str(i) for i in range(len(below))} if isinstance(below, list) else set()
+    if isinstance(above, dict) and above and set(above) <= numbers:
+        return [merged(entry, above[str(i)]) if str(i) in above else entry for i, entry in enumerate(below)]
     return above
 
 
