@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.key_names import elsewhere_called
-from mlx_posttrain.yaml_text import flow, parse_yaml, unquoted, with_spaces
+from mlx_posttrain.yaml_text import MAX_CHARACTERS, flow, parse_yaml, unquoted, with_spaces
 
 #: Largest whole number in a recipe, seeds included: what 32 bits hold, as libraries keep them.
 MAX_INT = 2**31 - 1
@@ -389,10 +389,10 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"no recipe {name!r}: not a file, and no shipped recipe has that name; {hint}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError naming file and line."""
+def read_yaml(path: Path, most: int = MAX_CHARACTERS) -> dict[str, Any]:
+    """The mapping in a YAML file of at most ``most`` characters. Raises UserError naming file and line."""
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"), most)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -8,10 +8,9 @@ from typing import Any
 
 import yaml
 
-#: Longest text in characters: PyYAML reads about 100,000 a second.
-MAX_CHARACTERS = 200_000
-#: Most values that a text may stand for, what an alias repeats counted each time.
-MAX_VALUES = 100_000
+#: Longest text in characters: PyYAML reads about 100,000 a second. MAX_OF_A_RUN: of what a run has written; a
+#: pipeline writes 2,500 characters for each run of its grids.
+MAX_CHARACTERS, MAX_OF_A_RUN = 200_000, 3_000_000
 #: Most brackets within brackets: PyYAML's time for a bracket grows with the number around it.
 MAX_DEPTH = 100
 
@@ -23,21 +22,23 @@ class _Loader(yaml.SafeLoader):
         super().fetch_flow_collection_start(token_class)
 
 
-def parse_yaml(text: str) -> Any:
-    """Return the value of one YAML document.
+def parse_yaml(text: str, most: int = MAX_CHARACTERS) -> Any:
+    """Return the value of one YAML document of at most ``most`` characters and half as many values.
+
+    What an alias repeats is counted each time.
 
     Raises yaml.YAMLError, and ValueError for a value that is out of range, an anchor that contains itself,
     and a text beyond the bounds.
     """
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{len(text):,} characters, more than {MAX_CHARACTERS:,}")
+    if len(text) > most:
+        raise ValueError(f"{len(text):,} characters, more than {most:,}")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _values(node, {}) > MAX_VALUES:
-            raise ValueError(f"its aliases make more than {MAX_VALUES:,} values of it")
+        if _values(node, {}) > most // 2:
+            raise ValueError(f"its aliases make more than {most // 2:,} values of it")
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

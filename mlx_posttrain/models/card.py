@@ -13,6 +13,7 @@ from mlx_posttrain.config import read_yaml
 from mlx_posttrain.convert import card
 from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.models.source import Source, is_hub_id
+from mlx_posttrain.yaml_text import MAX_OF_A_RUN
 
 #: Keys of a recipe that are in a card's other parts, or say nothing of how a model was trained.
 NOT_THE_METHOD = (
@@ -126,7 +127,7 @@ def base_name(source: Source) -> str:
 
 def _environment(run: Path) -> dict[str, Any]:
     path = run / "recipe.yaml"
-    found = read_yaml(path).get("environment") if path.is_file() else None
+    found = read_yaml(path, MAX_OF_A_RUN).get("environment") if path.is_file() else None
     if not isinstance(found, dict):
         return {}
     kinds = {"command": str, "versions": dict}

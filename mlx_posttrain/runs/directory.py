@@ -46,6 +46,7 @@ from mlx_posttrain.runs.checkpoints import (
     write_state,
 )
 from mlx_posttrain.runs.trackers import Tracker, close_all
+from mlx_posttrain.yaml_text import MAX_OF_A_RUN
 
 #: What whoever opens a run reads of its recipe, which its method need not know: (key, type, what that is).
 _SHAPE: tuple[tuple[str, Any, str], ...] = (
@@ -147,7 +148,7 @@ class Run:
 
     def note_changes(self, change: Mapping[str, Any]) -> None:
         """Add an entry to ``changes`` in recipe.yaml, unless it is there already."""
-        raw = read_yaml(self.folder / "recipe.yaml")
+        raw = read_yaml(self.folder / "recipe.yaml", MAX_OF_A_RUN)
         noted = raw.get("changes")
         noted = noted if isinstance(noted, list) else []
         if change not in noted:
@@ -336,7 +337,7 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
     run = Run(folder)
     if write:
         run.lock()
-    raw = read_yaml(folder / "recipe.yaml")
+    raw = read_yaml(folder / "recipe.yaml", MAX_OF_A_RUN)
     raw.pop("environment", None)
     for key, kind, what in _SHAPE:
         if key in raw and not isinstance(raw[key], kind):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import engines, methods, pipeline
+from mlx_posttrain import engines, methods, pipeline, runs
 from mlx_posttrain.console import Interrupted
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.pipeline import grid, summary
 from mlx_posttrain.pipeline.grid import Cell
+from mlx_posttrain.yaml_text import MAX_CHARACTERS
 from tests.helpers import cli, refused
 
 ENGINE = engines.available()[0]
@@ -223,6 +224,16 @@ def test_an_interrupted_sweep_goes_on(small, tmp_path, monkeypatch):
     assert cli("run", "--resume", str(tmp_path / "sweep")) == 0
     kept = json.loads((tmp_path / "sweep" / "01_sft.json").read_text())
     assert list(kept["rows"][0]["seeds"]) == ["0", "1", "2"] and kept["rows"][0]["interval"] is not None
+
+
+def test_a_pipeline_of_more_runs_than_a_recipe_may_be_long_is_read_again(tmp_path):
+    """09_versus has 108 runs in grids: spread out they are more text than is read of a file of the user's."""
+    raw = methods.load_recipe("09_versus", [f"output={tmp_path / 'run'}"])
+    runs.create(tmp_path / "run", raw).close()
+    assert (tmp_path / "run" / "recipe.yaml").stat().st_size > MAX_CHARACTERS
+    assert len(runs.reopen(tmp_path / "run")[1]["stages"]) == 114
+    with pytest.raises(UserError, match="more than 200,000"):
+        methods.load_recipe(str(tmp_path / "run" / "recipe.yaml"))
 
 
 def test_one_stage_of_a_pipeline_has_a_grid(small, tmp_path):
