@@ -54,7 +54,9 @@ def padded_positions(n: int) -> int:
 #: for each token and unit of width, on MLX two to three times as many, a training step 15 to 25 in every
 #: block.
 EVALUATION_FACTOR = 4
-WORTHWHILE = 0.95  # of the padded tokens: packing more than that gains less than gathering rows costs
+#: The share of the padded tokens up to which packing gains more than gathering rows costs and, on MLX, than
+#: compiling further shapes.
+WORTHWHILE, MLX_WORTHWHILE = 0.95, 0.7
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,13 @@ def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch
     return Batch(tokens, flat(index), flat(target), flat(row), mask, np.ones(padded, np.float32))
 
 
-def layout(tokens: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def layout(
+    tokens: np.ndarray, index: np.ndarray, worthwhile: float = WORTHWHILE, multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray] | None:
     """How rows are packed into one piece, in which shared beginnings stand once.
 
-    Nothing behind the last output asked for is in it. None where packing would not pay.
+    Nothing behind the last output asked for is in it. None where the piece, padded to a multiple of
+    ``multiple`` tokens, would be more than ``worthwhile`` of the padded rows.
 
     tokens: [B, T] right-padded ids; index: [N] outputs asked for, into B * T flattened. A row shares its
     beginning with the earlier row that it has most in common with: a template with all rows, and behind it a
@@ -161,7 +166,8 @@ def layout(tokens: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarra
             place[r, :shared] = place[nearest, :shared]
         place[r, shared:n] = np.arange(len(owner), len(owner) + n - shared)
         owner += range(r * place.shape[1] + shared, r * place.shape[1] + n)
-    return (place, np.array(owner, np.int64)) if len(owner) <= WORTHWHILE * tokens.size else None
+    pays = round_up(len(owner), multiple) <= worthwhile * tokens.size
+    return (place, np.array(owner, np.int64)) if pays else None
 
 
 def by_row(batch: Batch, values: np.ndarray) -> list[np.ndarray]:

@@ -11,6 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: Arrays that the attention of packed rows keeps spread out to whole rows: queries, keys, values and its
+#: output, of which one is gathered again.
+SPREAD = 4.0
+
 
 class Block(NamedTuple):
     """A transformer block's sizes in features.
@@ -43,19 +47,26 @@ class Kept(NamedTuple):
     again: float
 
     def numbers(
-        self, block: Block, blocks: float, rows: int, length: int, packed: int | None = None
+        self,
+        block: Block,
+        blocks: float,
+        rows: int,
+        length: int,
+        packed: int | None = None,
+        spread: float = SPREAD,
     ) -> float:
         """The numbers that ``blocks`` blocks keep together.
 
-        rows, length: of the batch, padded. packed: its tokens where rows are packed into one.
+        rows, length: of the batch, padded. packed: its tokens where rows are packed into one; spread: how
+        many arrays are kept for whole rows then, of which one is gathered again.
         """
         tokens, pairs = rows * length if packed is None else packed, rows * block.heads * length**2
         each = (
             tokens * (self.width * block.width + self.inner * block.inner + self.keys * block.keys)
             + self.pairs * pairs
         )
-        if packed is not None:
-            each += (SPREAD * rows * length - (SPREAD - 1) * packed) * block.width
+        if packed is not None and spread:
+            each += (spread * rows * length - (spread - 1) * packed) * block.width
         return blocks * each + tokens * self.working * block.width + self.working_pairs * pairs
 
 
@@ -73,10 +84,6 @@ KEPT = {
     "torch gated": Kept(11.0, 5.5, 2.75, 0.0, 0.0, 0.0, 2.0),
     "torch gated, adapter": Kept(9.5, 5.2, 3.5, 0.0, 0.0, 0.0, 2.0),
 }
-
-#: Arrays that the attention of packed rows keeps spread out to whole rows: queries, keys, values and its
-#: output, of which one is gathered again.
-SPREAD = 4.0
 
 #: Further copies that every DoRA layer keeps: of its output, and of its weight.
 DORA = {"mlx": (1.0, 0.0), "torch": (2.0, 2.0)}

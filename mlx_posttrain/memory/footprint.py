@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_posttrain.data.batches import Batch, layout
+from mlx_posttrain.data.batches import MLX_WORTHWHILE, WORTHWHILE, Batch, layout, round_up
 from mlx_posttrain.engines import fused, sizes
-from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
+from mlx_posttrain.engines.base import LEAN_ABOVE, PACKED_MULTIPLE, UPDATE_BYTES, block_bytes
 from mlx_posttrain.memory.coefficients import (
     CHUNKS_ALIVE,
     DORA,
@@ -26,6 +26,7 @@ from mlx_posttrain.memory.coefficients import (
     PAIRS,
     PAIRS_BESIDE,
     REFERENCE_ALIVE,
+    SPREAD,
     STOCK_ATTENTION,
     STOCK_GELU,
     Block,
@@ -38,6 +39,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: Architectures on which the blocks' coefficients were measured, and engines on which DoRA's were.
 MEASURED = {"mlx": ("gpt2", "llama"), "torch": ("gpt2",)}
 MEASURED_DORA = ("mlx",)
+
+#: By engine, the share of padded tokens up to which rows are packed, and the multiple of tokens they fill.
+PACKING = {"mlx": (MLX_WORTHWHILE, PACKED_MULTIPLE), "torch": (WORTHWHILE, 1)}
 
 
 class Shape(NamedTuple):
@@ -68,13 +72,15 @@ class Shape(NamedTuple):
         )
 
 
-def shapes(batches: Iterable[Batch], shares_prefixes: bool = False) -> list[Shape]:
-    """The distinct shapes of batches, for a model that shares prefixes or not."""
+def shapes(batches: Iterable[Batch], packs: str | None = None) -> list[Shape]:
+    """The distinct shapes of batches; packs: the engine that packs their rows (``Training.packs``)."""
     found = []
     for b in batches:
-        packed = layout(b.tokens, b.index) if shares_prefixes else None
+        most, multiple = PACKING[packs or "torch"]
+        packed = layout(b.tokens, b.index, most, multiple) if packs else None
         rows, length = b.tokens.shape
-        found.append(Shape(rows, length, len(b.index), len(packed[1]) if packed else None))
+        tokens = round_up(len(packed[1]), multiple) if packed else None
+        found.append(Shape(rows, length, len(b.index), tokens))
     return distinct(found)
 
 
@@ -133,11 +139,13 @@ class Training:
         return 2 * (self.size.parameters - self.size.outer) / GB if self.mixed else 0.0
 
     @property
-    def shares_prefixes(self) -> bool:
-        """Whether rows are packed into one, with shared prefixes: engines/torch/packed.py."""
-        return (
-            self.engine == "torch" and self.size.model_type == "gpt2" and not (self.adapter and self.dropout)
-        )
+    def packs(self) -> str | None:
+        """The engine, where it packs rows into one with shared prefixes; else None.
+
+        See engines/torch/packed.py and engines/mlx/packed.py.
+        """
+        gpt2 = self.size.model_type == "gpt2" and not (self.adapter and self.dropout)
+        return self.engine if gpt2 and not (self.engine == "mlx" and self.checkpointing) else None
 
     @property
     def trained_bytes(self) -> int:
@@ -193,7 +201,8 @@ class Training:
             kept = kept._replace(inner=kept.inner + STOCK_GELU, pairs=kept.pairs + weights)
         block = Block(of.width, of.inner, of.key_width, of.heads)
         blocks = min(kept.again, of.layers) if self.checkpointing else of.layers
-        numbers = kept.numbers(block, blocks, batch.rows, batch.length, batch.packed)
+        spread = 0.0 if "lean" in blocks_are else SPREAD  # recomputed
+        numbers = kept.numbers(block, blocks, batch.rows, batch.length, batch.packed, spread)
         return (numbers * self.number + blocks / of.layers * self._beside(batch.tokens)) / GB
 
     def inputs(self, batch: Shape) -> float:

@@ -30,7 +30,7 @@ from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.engines.decoding import CACHE_BLOCK, TORCH_CACHE_BLOCK, split
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory.coefficients import PAIRS_OF_PROMPTS
-from mlx_posttrain.memory.footprint import DTYPE_BYTES, GB, Shape, Training, distinct, shapes
+from mlx_posttrain.memory.footprint import DTYPE_BYTES, GB, PACKING, Shape, Training, distinct, shapes
 from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, size  # noqa: F401  (size is re-exported)
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.training import reference as references
@@ -249,16 +249,16 @@ ReferenceOf = Callable[[Any], str | None]
 
 def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: ReferenceOf) -> Plan:
     """The plan of a run on a dataset; reference: Method.reference."""
-    shares_prefixes = _training(recipe, engine, of).shares_prefixes
+    packs = _training(recipe, engine, of).packs
     known: list[Shape] = []
     trained = read = steps = most = 0.0
     for step in range(min(dataset.steps, dataset.steps_per_epoch)):
         micro = dataset.micro_batches(dataset.rows(step))
-        known += shapes(micro, shares_prefixes)
+        known += shapes(micro, packs)
         trained += sum(b.trained_tokens for b in micro)
         read += sum(b.tokens.size for b in micro)
         steps, most = steps + 1, max(most, len(micro))
-    known, evaluated = distinct(known), shapes(dataset.evaluation(), shares_prefixes)
+    known, evaluated = distinct(known), shapes(dataset.evaluation(), packs)
     limit = recipe.kl.cache_gb if reference(recipe) == "distribution" else 0.0
     cached = references.share(dataset, of.width, limit) if limit else references.Share()
     lengths = dataset.lengths
@@ -403,8 +403,11 @@ def _rollouts(
         length = padded_length(longest + r.max_tokens)
         rows = min(completions, most, max(1, budget // length) if budget else most)
         packed = None
-        if training.shares_prefixes:
-            packed = min(rows, distinct_prompts) * longest + rows * r.max_tokens
+        if training.packs:
+            most, multiple = PACKING[training.packs]
+            tokens = min(rows, distinct_prompts) * longest + rows * r.max_tokens
+            packed = round_up(tokens, multiple)
+            packed = packed if packed <= most * rows * length else None
         return Shape(rows, length, padded_positions(rows * r.max_tokens), packed)
 
     completions = r.prompts * r.samples

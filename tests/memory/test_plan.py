@@ -99,7 +99,7 @@ def test_logits_do_not_grow_with_the_batch() -> None:
         assert many == pytest.approx(few, rel=0.1) and many < 0.35
 
 
-def test_rows_that_torch_packs_are_counted_once() -> None:
+def test_rows_that_are_packed_are_counted_once() -> None:
     """Two answers of 4 and 6 tokens to one prompt of 10: with the last token read by nobody 10 + 3 + 5, where
     padding makes 2 x 16.
     """
@@ -108,15 +108,16 @@ def test_rows_that_torch_packs_are_counted_once() -> None:
         Example((*prompt, *range(first, first + n)), (False,) * 10 + (True,) * n)
         for first, n in ((20, 4), (40, 6))
     ]
-    (padded,), (packed,) = (shapes([collate(rows)], shares_prefixes) for shares_prefixes in (False, True))
+    (padded,), (packed,), (coarse,) = (shapes([collate(rows)], packs) for packs in (None, "torch", "mlx"))
     assert padded == Shape(2, 16, 64) and packed == Shape(2, 16, 64, 18)
+    assert coarse == padded  # 64 tokens would be more
     assert distinct([padded, packed, Shape(2, 16, 64, 17)]) == [padded]
     full = Training("torch", gpt2(), 124_439_808, False)
-    assert (
-        full.shares_prefixes
-        and not replace(full, engine="mlx").shares_prefixes
-        and not replace(full, adapter=True, dropout=True).shares_prefixes
-    )
+    on_mlx = replace(full, engine="mlx")
+    assert (full.packs, on_mlx.packs) == ("torch", "mlx")
+    assert replace(full, adapter=True, dropout=True).packs is None
+    assert replace(full, checkpointing=True).packs == "torch"
+    assert replace(on_mlx, checkpointing=True).packs is None
     assert full.inputs(packed) == pytest.approx(full.inputs(padded) * 18 / 32)
     assert full.forward(packed) < full.forward(padded)
     assert full.activations(packed) < full.activations(padded)
@@ -201,7 +202,7 @@ def test_advice_keeps_its_promises(
 def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(
     recipe: str, too_long: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["model=tiny", "data.limit=600", f"data.too_long={too_long}"]
+    given = ["model=tiny", "data.limit=600", "train.batch_size=64", f"data.too_long={too_long}"]
     (found,) = methods.plan(methods.load_recipe(recipe, given))
     (less,) = [less for less in found.advice if "max_length" in less]
     counts = {fate: int(n) for fate, n in re.findall(r"(cuts|drops) (\d+)", less)}
@@ -313,7 +314,9 @@ def test_prediction_of_an_evaluation_on_mlx(
     """Blocks are the most, or logits, those of one chunk and of several, and a reference's beside them."""
     folder = base_folder("tiny")
     model = engines.get("mlx").load(folder)
-    batch = collate([Example((5,) * length, (False,) * (length - trained) + (True,) * trained)] * rows, 512)
+    shape = (False,) * (length - trained) + (True,) * trained
+    # rows that begin alike would be packed
+    batch = collate([Example((row, *(5,) * (length - 1)), shape) for row in range(rows)], 512)
     training = Training(
         "mlx",
         size(folder),
@@ -577,10 +580,10 @@ def test_a_guess_is_called_one() -> None:
 
 
 def measured(
-    folder: Path, mode: str, rows: int, length: int, dtype: str = "float32", **more: bool
+    folder: Path, mode: str, rows: int, length: int, dtype: str = "float32", shared: int = 0, **more: bool
 ) -> tuple[float, float]:
     """(predicted, measured) peak in GB of a training step on MLX: full, lora, dora, or a q before those for a
-    base of 4 bits.
+    base of 4 bits. shared: tokens that all rows begin with.
     """
     bits = 4 if mode.startswith("q") else None
     engine = engines.get("mlx")
@@ -604,16 +607,18 @@ def measured(
         training.trained,
     ) == model.parameter_counts()
     rng = np.random.default_rng(0)
-    row = Example(
-        tuple(rng.integers(1, of.vocabulary - 1, length).tolist()),
-        (False,) * (length // 4) + (True,) * (length - length // 4),
-    )
-    batch = collate([row] * rows, model.context)
+    begun = max(shared, length // 4)
+    tokens = rng.integers(1, of.vocabulary - 1, (rows, length))
+    tokens[:, :shared] = tokens[0, :shared]
+    trained_here = (False,) * begun + (True,) * (length - begun)
+    batch = collate([Example(tuple(row.tolist()), trained_here) for row in tokens], model.context)
+    (shape,) = shapes([batch], training.packs)
+    assert (shape.packed is not None) == (shared > 0)
     trainer = engine.trainer(model, AdamW())
     trainer.step(sft.loss, [batch], 1e-4)
     engine.reset_memory()
     trainer.step(sft.loss, [batch], 1e-4)
-    predicted = plan.peak("run", replace(training, batches=shapes([batch])), 1, (1, 1)).total_gb
+    predicted = plan.peak("run", replace(training, batches=[shape]), 1, (1, 1)).total_gb
     return predicted, engine.memory()["peak_gb"]
 
 
@@ -627,6 +632,15 @@ def test_prediction_against_training(mode: str) -> None:
     """
     pytest.importorskip("mlx")
     predicted, peak = measured(base_folder("tiny"), mode, 4, 256)
+    assert predicted == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(8, 128), (32, 128)])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_prediction_of_packed_rows(mode: str, rows: int, length: int) -> None:
+    """Blocks keep what they did of the packed tokens; the larger batch's are lean."""
+    pytest.importorskip("mlx")
+    predicted, peak = measured(base_folder("tiny"), mode, rows, length, shared=length // 2)
     assert predicted == pytest.approx(peak, rel=0.15)
 
 

@@ -14,6 +14,7 @@ the reference in tests/engines/test_mlx_lean.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -30,23 +31,41 @@ class LeanBlock(TransformerBlock):
     """mlx-lm's block: the same numbers, of which fewer are kept."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        attn, mlp = self.attn, self.mlp
-        if (
-            not self.training
-            or cache is not None
-            or block_bytes(x.shape[0], x.shape[1], x.shape[2], attn.n_head) <= sizes.scale() * LEAN_ABOVE
-        ):
+        if cache is not None or not self._lean(*x.shape[:2]):
             return super().__call__(x, mask, cache)
+        attend = partial(self.attended, mask=mask)
+        # the CPU's own attention keeps no attention weights anyway
+        own = mlx_attention.applies(self.attn, mask, None)
+        return self._recomputing(x, attend if own else partial(_recomputed, [], attend))
+
+    def with_attention(
+        self, x: mx.array, attend: Callable[[mx.array], mx.array], rows: Sequence[int]
+    ) -> mx.array:
+        """The block on [..., P, d] with another attention between its products.
+
+        attend: from queries, keys and values [..., P, 3 d] to [..., P, d]. rows: (B, T) of what it works on.
+        """
+        if self._lean(*rows):
+            return self._recomputing(x, partial(_recomputed, [], attend))
+        h = x + self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x))))
+        return h + self.mlp(self.ln_2(h))
+
+    def _lean(self, rows: int, length: int) -> bool:
+        size = block_bytes(rows, length, self.n_embd, self.n_head)
+        return self.training and size > sizes.scale() * LEAN_ABOVE
+
+    def _recomputing(self, x: mx.array, attend: Callable[[mx.array], mx.array]) -> mx.array:
+        attn, mlp = self.attn, self.mlp
         qkv = _recomputed([self.ln_1, attn.c_attn], lambda x: attn.c_attn(self.ln_1(x)), x)
-        h = x + attn.c_proj(self._attended(qkv, mask))
+        h = x + attn.c_proj(attend(qkv))
         inner = _recomputed([self.ln_2, mlp.c_fc], lambda h: mlp.c_fc(self.ln_2(h)), h)
         return h + _recomputed([mlp.c_proj], lambda inner: mlp.c_proj(_activation(mlp)(inner)), inner)
 
-    def _attended(self, qkv: mx.array, mask: Any) -> mx.array:
-        attn = self.attn
-        if mlx_attention.applies(attn, mask, None):  # which keeps no attention weights anyway
-            return mlx_attention.causal(qkv, attn.n_head)
-        return _recomputed([], lambda qkv: _attention(qkv, attn.n_head, attn.scale, mask), qkv)
+    def attended(self, qkv: mx.array, mask: Any) -> mx.array:
+        """[B, T, d] what attention returns for queries, keys and values [B, T, 3 d]."""
+        if mlx_attention.applies(self.attn, mask, None):
+            return mlx_attention.causal(qkv, self.attn.n_head)
+        return _attention(qkv, self.attn.n_head, self.attn.scale, mask)
 
 
 def use_in(net: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,11 @@ from mlx_posttrain.engines.mlx import fused as mlx_fused
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx import load as mlx_load
 from mlx_posttrain.engines.mlx import mixed as mlx_mixed
+from mlx_posttrain.engines.mlx import packed as mlx_packed
 from mlx_posttrain.engines.mlx.decoding import MLXDecoder
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
 from mlx_posttrain.losses.sft import full_kl, token_logprobs
-
-
-def to_device(batch: Batch, total: float) -> DeviceBatch:
-    """The batch as MLX arrays; total: see :class:`~mlx_posttrain.engines.base.DeviceBatch`."""
-    return device_batch(batch, total, mx.array)
 
 
 class MLXModel:
@@ -75,7 +72,14 @@ class MLXModel:
         if head is not None:
             self.add_head(head)
 
-    shares_prefixes = False  # mlx-lm's models count positions themselves
+    @property
+    def shares_prefixes(self) -> bool:
+        return self._split and mlx_packed.applies(self.net)
+
+    def to_device(self, batch: Batch, total: float) -> DeviceBatch:
+        """The batch as MLX arrays; total: see :class:`~mlx_posttrain.engines.base.DeviceBatch`."""
+        packing = mlx_packed.arrays(batch) if self.shares_prefixes else {}
+        return device_batch(replace(batch, extra={**batch.extra, **packing}), total, mx.array)
 
     # The vocabulary of losses.
 
@@ -89,6 +93,8 @@ class MLXModel:
 
     def _hidden(self, net: nn.Module, batch: DeviceBatch) -> mx.array:
         check_fits(batch.tokens.shape[1], self.context)
+        if f"{mlx_packed.PREFIX}tokens" in batch.extra:
+            return mlx_packed.hidden(net.model, batch.extra).astype(mx.float32)
         return net.model(batch.tokens).flatten(0, 1)[batch.index].astype(mx.float32)
 
     def logits(self, batch: DeviceBatch) -> mx.array:
@@ -161,7 +167,7 @@ class MLXModel:
         device.begin("evaluation")
         self.net.eval()
         with self._frozen() as net:
-            return np.array(self._hidden(net, to_device(batch, 1.0)))
+            return np.array(self._hidden(net, self.to_device(batch, 1.0)))
 
     def policy_terms(
         self, batch: DeviceBatch, temperature: float = 1.0
@@ -320,7 +326,7 @@ class MLXModel:
         totals = micro_batch_totals(batches)
         sums: dict[str, float] = {}
         for batch in batches:
-            value, metrics = loss(self, to_device(batch, totals[batch.term]))
+            value, metrics = loss(self, self.to_device(batch, totals[batch.term]))
             metrics = {**metrics, "loss": value}
             mx.eval(metrics)
             for name, part in metrics.items():
@@ -330,7 +336,7 @@ class MLXModel:
     def token_logprobs(self, batches: Sequence[Batch]) -> list[np.ndarray]:
         device.begin("evaluation")
         self.net.eval()
-        return [np.array(self.logprobs(to_device(batch, 1.0))) for batch in batches]
+        return [np.array(self.logprobs(self.to_device(batch, 1.0))) for batch in batches]
 
     def apply(
         self,
@@ -341,7 +347,7 @@ class MLXModel:
         device.begin("evaluation")
         for model in (self, *beside):
             model.net.eval()
-        return [_to_numpy(function(self, to_device(batch, batch.count))) for batch in batches]
+        return [_to_numpy(function(self, self.to_device(batch, batch.count))) for batch in batches]
 
     def gradient(self, loss: Loss, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
         self.net.eval()
@@ -355,7 +361,7 @@ class MLXModel:
         gradients: Any = None
         try:
             for batch in batches:
-                part = mx.grad(value)(parameters, to_device(batch, totals[batch.term]))
+                part = mx.grad(value)(parameters, self.to_device(batch, totals[batch.term]))
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 mx.eval(gradients)
         finally:

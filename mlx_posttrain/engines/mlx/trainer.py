@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines.base import UPDATE_BYTES, AdamW, DeviceBatch, Loss, micro_batch_totals
 from mlx_posttrain.engines.mlx import device
-from mlx_posttrain.engines.mlx.model import MLXModel, to_device
+from mlx_posttrain.engines.mlx.model import MLXModel
 from mlx_posttrain.errors import UserError
 
 
@@ -130,8 +130,10 @@ class MLXTrainer:
         gradients: Any = None
         try:
             for batch in batches:
-                self._shapes.add((loss, batch.tokens.shape, batch.index.shape, *sorted(batch.extra)))
-                (value, metrics), part = gradient(parameters, vars(to_device(batch, totals[batch.term])))
+                arrays = self.model.to_device(batch, totals[batch.term])
+                extra = sorted((name, value.shape) for name, value in arrays.extra.items())
+                self._shapes.add((loss, batch.tokens.shape, batch.index.shape, *extra))
+                (value, metrics), part = gradient(parameters, vars(arrays))
                 gradients = part if gradients is None else tree_map(_add, gradients, part)
                 for name, m in {**metrics, "loss": value}.items():
                     sums[name] = sums[name] + m if name in sums else m
