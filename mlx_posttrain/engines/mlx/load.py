@@ -43,7 +43,7 @@ def load(
     A quantised network is frozen. vocabulary: as in engines.base.Engine.load. mixed: whether it will compute
     in half precision. Raises UserError for a folder that cannot be loaded or has settings that mlx-lm would
     not compute, for a group size that does not divide a layer's width, and for a quantised embedding that
-    would have to grow.
+    would have to grow. Beside the result no more than one of the files' tensors is held.
     """
     from mlx_lm.utils import load_model
 
@@ -58,7 +58,10 @@ def load(
                 **headless,
             }
         net, _ = load_model(
-            folder, model_config=settings, get_model_classes=partial(_classes, {**config, **settings})
+            folder,
+            lazy=True,
+            model_config=settings,
+            get_model_classes=partial(_classes, {**config, **settings}),
         )
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
@@ -85,9 +88,21 @@ def load(
         token_rows.enlarge(net, vocabulary)
     if quantised or quantize:
         net.freeze()
-    mx.eval(net.parameters())
+    try:
+        _evaluate(net)
+    except RuntimeError as error:  # a file that cannot be read to its end
+        raise UserError(f"{folder}: cannot be loaded: {(str(error).splitlines() or [''])[0]}") from None
     checks.check_finite(tree_flatten(net.parameters()), folder)
     return net
+
+
+def _evaluate(net: nn.Module) -> None:
+    """Read, cast and quantise a network's weights one by one, the largest first.
+
+    That is the embedding as a rule, of which both number formats are then held before anything else is.
+    """
+    for _, weight in sorted(tree_flatten(net.parameters()), key=lambda named: -named[1].nbytes):
+        mx.eval(weight)
 
 
 def _classes(settings: dict[str, Any], config: dict[str, Any]) -> tuple[type, type]:
