@@ -18,11 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gpt2 import TransformerBlock
 
 from mlx_posttrain.engines import sizes
 from mlx_posttrain.engines.base import LEAN_ABOVE, block_bytes
+from mlx_posttrain.engines.mlx import long_rows
 from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
 
 
@@ -46,7 +46,13 @@ class LeanBlock(TransformerBlock):
         attn = self.attn
         if mlx_attention.applies(attn, mask, None):  # which keeps no attention weights anyway
             return mlx_attention.causal(qkv, attn.n_head)
-        return _recomputed([], lambda qkv: _attention(qkv, attn.n_head, attn.scale, mask), qkv)
+
+        def attend(qkv: mx.array) -> mx.array:
+            return _attention(qkv, attn.n_head, attn.scale, mask)
+
+        if len(sizes.query_chunks(qkv.shape[0], attn.n_head, qkv.shape[1])) > 1:  # which keep none either
+            return attend(qkv)
+        return _recomputed([], attend, qkv)
 
 
 def use_in(net: nn.Module) -> None:
@@ -82,7 +88,7 @@ def _recomputed(
 
 def _attention(qkv: mx.array, heads: int, scale: float, mask: Any) -> mx.array:
     q, k, v = (mlx_attention.split_heads(part, heads) for part in mx.split(qkv, 3, axis=-1))
-    return mlx_attention.join_heads(scaled_dot_product_attention(q, k, v, cache=None, scale=scale, mask=mask))
+    return mlx_attention.join_heads(long_rows.attention(q, k, v, scale, mask))
 
 
 def _activation(mlp: nn.Module) -> Callable[[mx.array], mx.array]:

@@ -15,7 +15,7 @@ from mlx_posttrain.convert import checks, hub, merge, mlx_config, names
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.mlx import exact, token_rows
+from mlx_posttrain.engines.mlx import exact, long_rows, token_rows
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
 from mlx_posttrain.engines.mlx.cpu import gelu as mlx_gelu
@@ -76,6 +76,7 @@ def load(
         if dtype == "float32" and not mixed:
             mlx_gelu.use_in(net)
             mlx_attention.use_in(net)
+    long_rows.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
     # In a quantised network this sets the dtype of the scales and of all weights that are not packed.
     net.set_dtype(getattr(mx, dtype))
