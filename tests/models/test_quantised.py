@@ -16,7 +16,8 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.export import export, is_export
 from mlx_posttrain.models.merge import base_folder
 from mlx_posttrain.models.open import open_model
-from tests.helpers import cli, run_recipe
+from tests.helpers import cli, records, run_recipe
+from tests.random_models import SMALL, random_model
 
 pytestmark = pytest.mark.skipif("mlx" not in engines.available(), reason="needs mlx")
 TOKENS = np.arange(3, 51)[None].repeat(2, 0)
@@ -118,3 +119,33 @@ def test_a_merged_export_has_the_bases_format_and_a_further_run_starts_from_floa
 def test_qlora_of_a_quantised_folder_is_refused(packed, rows_file, tmp_path):
     with pytest.raises(UserError, match=r"is quantised already: leave out adapter\.quantize"):
         train(packed, rows_file, tmp_path / "run", "adapter.quantize=4")
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def community(request, random_gpt2, tmp_path_factory) -> Path:
+    """A folder as those of mlx-community: embedding and head are packed as well; a Llama's are apart."""
+    folder = tmp_path_factory.mktemp("community")
+    sizes = {**SMALL, "model_type": request.param, "tie_word_embeddings": request.param == "qwen2"}
+    random_model(folder / "plain", sizes, "bfloat16", random_gpt2)
+    convert(folder / "plain", folder / "q4", quantize=4)
+    return folder / "q4"
+
+
+def test_a_folder_with_a_packed_head_trains_answers_and_merges(community, rows_file, tmp_path, capfd):
+    run = train(community, rows_file, tmp_path / "run", "dtype=float32")
+    losses = [record["loss"] for record in records(run) if "loss" in record]
+    assert losses[-1] < losses[0] - 0.1
+    assert cli("generate", str(run), "--prompt", "Say", "--max-tokens", "4") == 0 and capfd.readouterr().out
+    own, base = logits(run), logits(community)
+    assert np.abs(own - base).max() > 1e-2
+    export(run, tmp_path / "hf", "hf", merged=True)
+    assert "quantization" not in json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (
+        np.abs(logits(tmp_path / "hf") - own).max() < 0.1 * np.abs(own - base).max()
+    )  # bfloat16, as the base
+    export(run, tmp_path / "mlx-lm", "mlx-lm", merged=True)
+    settings = json.loads((tmp_path / "mlx-lm" / "config.json").read_text())
+    assert settings["quantization"]["bits"] == 4
+    assert np.abs(logits(tmp_path / "mlx-lm") - own).max() < 0.5 * np.abs(own - base).max()
+    adapter = export(run, tmp_path / "peft", "peft")
+    assert adapter and (tmp_path / "peft" / "adapter_model.safetensors").is_file()

@@ -3,7 +3,7 @@
 engines/fused.py says how, and what *streamed* and *cached* mean.
 
 Shapes: N positions, d hidden size, V vocabulary entries; h: [N, d] float32 hidden states; w: [V, d] the
-head's weight; target: [N] token ids.
+head's weight, perhaps packed; target: [N] token ids.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import mlx.core as mx
 
 from mlx_posttrain.engines import fused
 from mlx_posttrain.engines.mlx.cpu.exp import exp_below, softmax_and_lse
+from mlx_posttrain.engines.mlx.packed_head import PackedHead
 
+Head = mx.array | PackedHead
 Rows = tuple[mx.array, mx.array] | None
 
 
 def logprobs(
-    h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool, rows: Rows = None
+    h: mx.array, w: Head, target: mx.array, *, trained: bool, training: bool, rows: Rows = None
 ) -> mx.array:
     """[N] log-probabilities of the targets.
 
@@ -35,7 +37,7 @@ def logprobs(
         return [
             _gather(z, target) - lse,
             lse,
-            *([w[target] - _to_hidden(p, w)] if training and not trained else []),
+            *([_dense(w, target) - _to_hidden(p, w)] if training and not trained else []),
         ], p
 
     (value, lse, *grad_h), cached = _map_chunks(values, trained and training, w, h, target)
@@ -44,7 +46,7 @@ def logprobs(
 
 
 def logprobs_and_entropy(
-    h: mx.array, w: mx.array, target: mx.array, *, trained: bool, training: bool, rows: Rows = None
+    h: mx.array, w: Head, target: mx.array, *, trained: bool, training: bool, rows: Rows = None
 ) -> tuple[mx.array, mx.array]:
     """[N] log-probabilities of the targets and [N] entropies.
 
@@ -56,7 +58,7 @@ def logprobs_and_entropy(
         z = _logits(h, w)
         p, lse = softmax_and_lse(z)
         outputs = [_gather(z, target) - lse, fused.entropy(z, p, lse), lse]
-        return [*outputs, *([w[target] - _to_hidden(p, w)] if training and not trained else [])], p
+        return [*outputs, *([_dense(w, target) - _to_hidden(p, w)] if training and not trained else [])], p
 
     (value, entropy, lse, *grad_h), cached = _map_chunks(values, trained and training, w, h, target)
     softmax = _softmax_from(lse)
@@ -71,9 +73,9 @@ def logprobs_and_entropy(
 
 def logprobs_and_kl(
     h: mx.array,
-    w: mx.array,
+    w: Head,
     h_ref: mx.array,
-    w_ref: mx.array,
+    w_ref: Head,
     target: mx.array,
     direction: str,
     beta: float | None = None,
@@ -97,7 +99,7 @@ def logprobs_and_kl(
         kl_grad = fused.kl_grad(z, p, lse, z_ref, p_ref, lse_ref, kl, direction)
         neg_grad = p if beta is None else p + beta * kl_grad
         if training and not trained:
-            outputs += [w[target] - _to_hidden(neg_grad, w)]
+            outputs += [_dense(w, target) - _to_hidden(neg_grad, w)]
             outputs += [_to_hidden(kl_grad, w)] if beta is None else []
         return outputs, neg_grad
 
@@ -123,8 +125,10 @@ def logprobs_and_kl(
     return value[:, 0], kl[:, 0]
 
 
-def _logits(h: mx.array, w: mx.array) -> mx.array:
+def _logits(h: mx.array, w: Head) -> mx.array:
     """[n, v] float32 logits; see engines/fused.py for heads in half precision."""
+    if isinstance(w, PackedHead):
+        return w.logits(h)
     if w.dtype == mx.float32:
         return h @ w.T
     parts: list[mx.array] = []
@@ -133,8 +137,10 @@ def _logits(h: mx.array, w: mx.array) -> mx.array:
     return mx.concatenate(parts, axis=-1)
 
 
-def _to_hidden(grad: mx.array, w: mx.array) -> mx.array:
+def _to_hidden(grad: mx.array, w: Head) -> mx.array:
     """The gradient with respect to the hidden states, [n, d], from the one with respect to the logits."""
+    if isinstance(w, PackedHead):
+        return w.to_hidden(grad)
     if w.dtype == mx.float32:
         return grad @ w
     found: list[mx.array] = []
@@ -150,6 +156,11 @@ def _rows(w: mx.array, part: slice, after: list[mx.array]) -> mx.array:
     return rows.astype(mx.float32)
 
 
+def _dense(w: Head, ids: mx.array) -> mx.array:
+    """[n, d] rows of the head."""
+    return w[ids].dense() if isinstance(w, PackedHead) else w[ids]
+
+
 def _gather(z: mx.array, target: mx.array) -> mx.array:
     return mx.take_along_axis(z, target[:, None], axis=-1)
 
@@ -159,7 +170,7 @@ def _softmax_from(lse: mx.array) -> Callable[[mx.array, slice, slice], mx.array]
 
 
 def _map_chunks(
-    function: Callable[..., tuple[list[mx.array], mx.array]], cache: bool, w: mx.array, *rows: mx.array
+    function: Callable[..., tuple[list[mx.array], mx.array]], cache: bool, w: Head, *rows: mx.array
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Call ``function`` on chunks of ``rows``, without gradient.
 
@@ -184,7 +195,7 @@ def _map_chunks(
 def _with_gradient(
     value: mx.array,
     h: mx.array,
-    w: mx.array,
+    w: Head,
     grad_h: list[mx.array],
     neg_grad: fused.NegGrad,
     trained: bool,
@@ -205,7 +216,7 @@ def _with_gradient(
 
 
 def _attach_gradient(
-    value: mx.array, h: mx.array, w: mx.array, neg_grad: fused.NegGrad, trained: bool
+    value: mx.array, h: mx.array, w: Head, neg_grad: fused.NegGrad, trained: bool
 ) -> mx.array:
     """``value`` with its gradients with respect to h and, when ``trained``, w.
 
@@ -214,33 +225,40 @@ def _attach_gradient(
     """
 
     @mx.custom_function
-    def attach(h: mx.array, w: mx.array, value: mx.array) -> mx.array:
+    def attach(h: mx.array, value: mx.array, *w: mx.array) -> mx.array:
         return value
 
     @attach.vjp
     def attach_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: Any) -> list[mx.array]:
-        h, w, value = primals
+        h, value = primals[:2]
+        head = primals[2] if trained else w
         g = cotangent.astype(h.dtype)
         weighted, d_h = -g * h, mx.zeros(h.shape, h.dtype)
         rest = slice(sum(chunk.shape[0] for chunk in neg_grad.cached), h.shape[0])
         d_w: list[mx.array] = []
-        for part in fused.chunks(w.shape[0], h.shape[0]):
+        for part in fused.chunks(head.shape[0], h.shape[0]):
             hidden = mx.depends([h], [d_h, *d_w[-1:]])[0]
             rows = [chunk[:, part] for chunk in neg_grad.cached]
             if rest.start < rest.stop:
-                rows.append(neg_grad.at(_logits(hidden[rest], w[part]), rest, part))
+                rows.append(neg_grad.at(_logits(hidden[rest], head[part]), rest, part))
             neg_grads = mx.concatenate(rows)
-            d_h = mx.addmm(d_h, neg_grads, w[part])
+            if isinstance(head, PackedHead):
+                d_h = d_h + head[part].to_hidden(neg_grads)
+            else:
+                d_h = mx.addmm(d_h, neg_grads, head[part])
             if trained:
                 d_w.append(_head_gradient(neg_grads, weighted))
-        d_head = mx.concatenate(d_w) if trained else mx.zeros_like(w)
         d_h = -g * d_h
         if neg_grad.target is not None:
-            d_h = d_h + g * w[neg_grad.target]
-            d_head = d_head.at[neg_grad.target].add(g * h) if trained else d_head
-        return [d_h, d_head.astype(w.dtype), mx.zeros_like(value)]
+            d_h = d_h + g * _dense(head, neg_grad.target)
+        if not trained:
+            return [d_h, mx.zeros_like(value)]
+        d_head = mx.concatenate(d_w)
+        if neg_grad.target is not None:
+            d_head = d_head.at[neg_grad.target].add(g * h)
+        return [d_h, mx.zeros_like(value), d_head.astype(head.dtype)]
 
-    attached: Any = attach(h, w, value)
+    attached: Any = attach(h, value, *([w] if trained else []))
     return attached
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.gpt2 import TransformerBlock
 
 from mlx_posttrain.engines import sizes
 from mlx_posttrain.engines.base import LEAN_ABOVE, block_bytes
+from mlx_posttrain.engines.mlx import long_rows
 from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
 
 
@@ -34,9 +34,11 @@ class LeanBlock(TransformerBlock):
         if cache is not None or not self._lean(*x.shape[:2]):
             return super().__call__(x, mask, cache)
         attend = partial(self.attended, mask=mask)
-        # the CPU's own attention keeps no attention weights anyway
-        own = mlx_attention.applies(self.attn, mask, None)
-        return self._recomputing(x, attend if own else partial(_recomputed, [], attend))
+        # neither the CPU's own attention nor one of a chunk of queries at a time keeps attention weights
+        keeps_none = mlx_attention.applies(self.attn, mask, None) or (
+            len(sizes.query_chunks(x.shape[0], self.n_head, x.shape[1])) > 1
+        )
+        return self._recomputing(x, attend if keeps_none else partial(_recomputed, [], attend))
 
     def with_attention(
         self, x: mx.array, attend: Callable[[mx.array], mx.array], rows: Sequence[int]
@@ -101,7 +103,7 @@ def _recomputed(
 
 def _attention(qkv: mx.array, heads: int, scale: float, mask: Any) -> mx.array:
     q, k, v = (mlx_attention.split_heads(part, heads) for part in mx.split(qkv, 3, axis=-1))
-    return mlx_attention.join_heads(scaled_dot_product_attention(q, k, v, cache=None, scale=scale, mask=mask))
+    return mlx_attention.join_heads(long_rows.attention(q, k, v, scale, mask))
 
 
 def _activation(mlp: nn.Module) -> Callable[[mx.array], mx.array]:

@@ -15,7 +15,7 @@ from mlx_posttrain.convert import checks, hub, merge, mlx_config, names
 from mlx_posttrain.convert import weights as weight_files
 from mlx_posttrain.convert.files import copy_tokenizer
 from mlx_posttrain.engines import files
-from mlx_posttrain.engines.mlx import exact, token_rows
+from mlx_posttrain.engines.mlx import exact, long_rows, token_rows
 from mlx_posttrain.engines.mlx import lean as mlx_lean
 from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention
 from mlx_posttrain.engines.mlx.cpu import gelu as mlx_gelu
@@ -43,7 +43,7 @@ def load(
     A quantised network is frozen. vocabulary: as in engines.base.Engine.load. mixed: whether it will compute
     in half precision. Raises UserError for a folder that cannot be loaded or has settings that mlx-lm would
     not compute, for a group size that does not divide a layer's width, and for a quantised embedding that
-    would have to grow.
+    would have to grow. Beside the result no more than one of the files' tensors is held.
     """
     from mlx_lm.utils import load_model
 
@@ -58,7 +58,10 @@ def load(
                 **headless,
             }
         net, _ = load_model(
-            folder, model_config=settings, get_model_classes=partial(_classes, {**config, **settings})
+            folder,
+            lazy=True,
+            model_config=settings,
+            get_model_classes=partial(_classes, {**config, **settings}),
         )
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
@@ -73,6 +76,7 @@ def load(
         if dtype == "float32" and not mixed:
             mlx_gelu.use_in(net)
             mlx_attention.use_in(net)
+    long_rows.use_in(net)
     quantised = any(isinstance(m, nn.QuantizedLinear) for m in net.modules())
     # In a quantised network this sets the dtype of the scales and of all weights that are not packed.
     net.set_dtype(getattr(mx, dtype))
@@ -85,9 +89,21 @@ def load(
         token_rows.enlarge(net, vocabulary)
     if quantised or quantize:
         net.freeze()
-    mx.eval(net.parameters())
+    try:
+        _evaluate(net)
+    except RuntimeError as error:  # a file that cannot be read to its end
+        raise UserError(f"{folder}: cannot be loaded: {(str(error).splitlines() or [''])[0]}") from None
     checks.check_finite(tree_flatten(net.parameters()), folder)
     return net
+
+
+def _evaluate(net: nn.Module) -> None:
+    """Read, cast and quantise a network's weights one by one, the largest first.
+
+    That is the embedding as a rule, of which both number formats are then held before anything else is.
+    """
+    for _, weight in sorted(tree_flatten(net.parameters()), key=lambda named: -named[1].nbytes):
+        mx.eval(weight)
 
 
 def _classes(settings: dict[str, Any], config: dict[str, Any]) -> tuple[type, type]:

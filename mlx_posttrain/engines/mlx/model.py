@@ -36,6 +36,7 @@ from mlx_posttrain.engines.mlx import load as mlx_load
 from mlx_posttrain.engines.mlx import mixed as mlx_mixed
 from mlx_posttrain.engines.mlx import packed as mlx_packed
 from mlx_posttrain.engines.mlx.decoding import MLXDecoder
+from mlx_posttrain.engines.mlx.packed_head import PackedHead, packed_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.losses.policy import entropy
 from mlx_posttrain.losses.sft import full_kl, token_logprobs
@@ -114,15 +115,19 @@ class MLXModel:
         with self._frozen() as net:
             return mx.stop_gradient(self._logits(net, batch))
 
-    def _fused_head(self, net: nn.Module) -> tuple[mx.array, dict[str, Any]] | None:
+    def _fused_head(self, net: nn.Module) -> tuple[mlx_fused.Head, dict[str, Any]] | None:
         """The head's weight [V, d] and how its gradient is made, as arguments of engines/mlx/fused.py.
 
-        None for a head that is not one plain matrix.
+        None for a head that is not one matrix.
         """
         if not self._split:
             return None
         layer = _head_layer(net)
-        if not isinstance(layer, nn.Linear | nn.Embedding) or "bias" in layer:
+        if "bias" in layer:
+            return None
+        if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            return packed_head(layer), {"trained": False, "training": net.training}
+        if not isinstance(layer, nn.Linear | nn.Embedding):
             return None
         how = {"trained": "weight" in layer.trainable_parameters(), "training": net.training}
         if token_rows.active(layer):
@@ -152,7 +157,9 @@ class MLXModel:
                 logits, self.reference_logits(batch), direction
             )
         with self._frozen() as net:
-            weight, cached = _head_layer(net).weight, batch.extra.get(REFERENCE_HIDDEN)
+            reference = self._fused_head(net)
+            assert reference is not None
+            weight, cached = reference[0], batch.extra.get(REFERENCE_HIDDEN)
             hidden = mx.stop_gradient(self._hidden(net, batch)) if cached is None else cached
         return mlx_fused.logprobs_and_kl(
             self._hidden(self.net, batch), head[0], hidden, weight, batch.target, direction, beta, **head[1]
@@ -200,7 +207,7 @@ class MLXModel:
         more than its head's output.
         """
         head = self._fused_head(self.net)
-        if head is None or head[0].dtype == mx.float32:
+        if head is None or isinstance(head[0], PackedHead) or head[0].dtype == mx.float32:
             return (lambda hidden: _head(self.net, hidden.astype(mx.float32))) if self._split else None
         weight = head[0].astype(mx.float32)
         return lambda hidden: hidden.astype(mx.float32) @ weight.T

@@ -4,8 +4,9 @@ That backend's softmax computes exp one element at a time and takes as long as h
 weights. This one uses the vectorised exp of engines/mlx/cpu/exp.py. Its backward pass recomputes the
 attention weights, whose number grows with the square of the length, from queries and keys instead of keeping
 them; in place of the row sums of P * dP it uses those of O * dO (Dao et al. 2022, "FlashAttention", appendix
-B.2). mlx-lm's own attention stays on other devices, in decoding and under padding masks, and is the reference
-in tests/engines/test_mlx_attention.py.
+B.2). Long rows take a chunk of queries at a time, as in engines/mlx/long_rows.py. mlx-lm's own attention
+stays on other devices, in decoding and under padding masks, and is the reference in
+tests/engines/test_mlx_attention.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.gpt2 import Attention
 
+from mlx_posttrain.engines import sizes
 from mlx_posttrain.engines.mlx.cpu.exp import exp_below, is_scalar
+from mlx_posttrain.engines.mlx.long_rows import chunking
 
 #: Added to the scores of later positions, for which exp_below then gives 0.
 MASKED = -1e9
@@ -34,9 +37,9 @@ def join_heads(x: mx.array) -> mx.array:
 
 
 def _scores(q: mx.array, k: mx.array) -> mx.array:
-    """q k' with later positions masked, [B, heads, T, T]."""
-    length = q.shape[2]
-    mask = mx.where(mx.tril(mx.ones((length, length))) > 0, 0.0, MASKED)
+    """q k' with later positions masked, [B, heads, t, T], of the last t of T positions."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = mx.where(mx.tril(mx.ones((queries, keys)), keys - queries) > 0, 0.0, MASKED)
     return mx.addmm(mask, q, k.swapaxes(-1, -2))
 
 
@@ -58,25 +61,45 @@ def _attention(heads: int) -> Any:
         )
         return [q * q.shape[-1] ** -0.5, k, v]
 
+    def cut(part: slice, arrays: list[mx.array], after: list[mx.array]) -> list[mx.array]:
+        """A chunk's part of the first arrays, and of the last two the keys and values that it sees."""
+        *rows, k, v = arrays
+        chunk = [*(a[:, :, part] for a in rows), k[:, :, : part.stop], v[:, :, : part.stop]]
+        return mx.depends(chunk, after) if after else chunk
+
     # Returns the output and the log-sum-exp of every row of scores.
     @mx.custom_function
     def attention(qkv: mx.array) -> tuple[mx.array, mx.array]:
-        q, k, v = parts(qkv)
-        scores = _scores(q, k)
-        top = mx.max(scores, axis=-1, keepdims=True)
-        e = exp_below(scores, top)
-        total = mx.sum(e, axis=-1, keepdims=True)
-        return join_heads((e @ v) / total), top + mx.log(total)
+        arrays = parts(qkv)
+        outputs: list[mx.array] = []
+        lse: list[mx.array] = []
+        for part in sizes.query_chunks(*arrays[0].shape[:3]):
+            q, k, v = cut(part, arrays, outputs[-1:])
+            scores = _scores(q, k)
+            top = mx.max(scores, axis=-1, keepdims=True)
+            e = exp_below(scores, top)
+            total = mx.sum(e, axis=-1, keepdims=True)
+            outputs.append((e @ v) / total)
+            lse.append(top + mx.log(total))
+        return join_heads(mx.concatenate(outputs, axis=2)), mx.concatenate(lse, axis=2)
 
     @attention.vjp
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
         q, k, v = parts(primals[0] if isinstance(primals, list | tuple) else primals)
-        d_o, o = split_heads(cotangents[0], heads), split_heads(outputs[0], heads)
-        p = exp_below(_scores(*_minus_row(q, outputs[1], k)), mx.array(0.0))
-        a, b = _minus_row(d_o, mx.sum(d_o * o, axis=-1, keepdims=True), v)
-        d_s = p * (a @ b.swapaxes(-1, -2))
-        d_q, d_k, d_v = (d_s @ k) * q.shape[-1] ** -0.5, d_s.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ d_o
-        return mx.concatenate([join_heads(d) for d in (d_q, d_k, d_v)], axis=-1)
+        rows = [q, split_heads(cotangents[0], heads), split_heads(outputs[0], heads), outputs[1]]
+        d_q: list[mx.array] = []
+        d_kv: list[mx.array] = []
+        for part in reversed(sizes.query_chunks(*q.shape[:3])):  # the last one sees all keys
+            q, d_o, o, lse, seen_k, seen_v = cut(part, [*rows, k, v], d_kv)
+            p = exp_below(_scores(*_minus_row(q, lse, seen_k)), mx.array(0.0))
+            a, b = _minus_row(d_o, mx.sum(d_o * o, axis=-1, keepdims=True), seen_v)
+            d_s = p * (a @ b.swapaxes(-1, -2))
+            d_q.insert(0, (d_s @ seen_k) * q.shape[-1] ** -0.5)
+            found = [d_s.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ d_o]
+            d_kv = [
+                sums.at[:, :, : part.stop].add(one) for sums, one in zip(d_kv, found, strict=False)
+            ] or found
+        return mx.concatenate([join_heads(d) for d in (mx.concatenate(d_q, axis=2), *d_kv)], axis=-1)
 
     return attention
 
@@ -86,13 +109,13 @@ def causal(qkv: mx.array, heads: int) -> mx.array:
 
     qkv: queries, keys and values of all heads, concatenated, [B, T, 3 * heads * d]. Returns [B, T, heads *
     d]. The backward pass recomputes the attention weights from queries, keys and each row's log-sum-exp (Dao
-    et al. 2022, algorithm 4, without its tiles).
+    et al. 2022, algorithm 4, with chunks of queries only).
     """
     output: mx.array = _attention(heads)(qkv)[0]
     return output
 
 
-class CausalAttention(Attention):
+class CausalAttention(chunking(Attention)):  # type: ignore[misc]
     """mlx-lm's attention: the same numbers, faster."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
