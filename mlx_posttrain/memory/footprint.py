@@ -16,12 +16,12 @@ from mlx_posttrain.data.batches import MLX_WORTHWHILE, WORTHWHILE, Batch, layout
 from mlx_posttrain.engines import fused, sizes
 from mlx_posttrain.engines.base import LEAN_ABOVE, PACKED_MULTIPLE, UPDATE_BYTES, block_bytes
 from mlx_posttrain.memory.coefficients import (
+    CHUNK_PAIRS,
     CHUNKS_ALIVE,
     DORA,
     EVALUATED_ALIVE,
     FORWARD,
     KEPT,
-    LOGITS_ALIVE,
     OVERLAP,
     PAIRS,
     PAIRS_BESIDE,
@@ -159,7 +159,7 @@ class Training:
         """GB of the weights in memory, an adapter's included."""
         adapter = 4 * self.trained if self.adapter else 0
         if self.size.packed:
-            return (self.size.file_bytes + adapter) / GB
+            return (self.size.packed_bytes + self.size.plain * self.held + adapter) / GB
         number = self.held
         saved = 0.0
         if self.bits:  # the linear layers, each group of weights with a scale and an offset
@@ -199,11 +199,18 @@ class Training:
         if self.engine == "mlx" and not of.gated and (self.number < 4 or sys.platform != "linux"):
             weights = 0.0 if "lean" in blocks_are else STOCK_ATTENTION
             kept = kept._replace(inner=kept.inner + STOCK_GELU, pairs=kept.pairs + weights)
+        if (share := self._queries(batch)) < 1:
+            kept = kept._replace(pairs=0.0, working_pairs=CHUNK_PAIRS * share)
         block = Block(of.width, of.inner, of.key_width, of.heads)
         blocks = min(kept.again, of.layers) if self.checkpointing else of.layers
         spread = 0.0 if "lean" in blocks_are else SPREAD  # recomputed
         numbers = kept.numbers(block, blocks, batch.rows, batch.length, batch.packed, spread)
         return (numbers * self.number + blocks / of.layers * self._beside(batch.tokens)) / GB
+
+    def _queries(self, batch: Shape) -> float:
+        """The share of a row's positions whose attention weights exist at once."""
+        parts = sizes.query_chunks(batch.rows, self.size.heads, batch.length)
+        return parts[0].stop / batch.length if self.engine == "mlx" else 1.0
 
     def inputs(self, batch: Shape) -> float:
         """GB of every block's input: what checkpointing keeps."""
@@ -243,15 +250,13 @@ class Training:
         )
 
     def logits(self, batch: Shape, training: bool = True) -> float:
-        """GB of the chunks of logits that are alive, or of all logits at a quantised head.
+        """GB of the chunks of logits that are alive.
 
         With a divergence the reference's logits are included, and in training the gradients that are cached
         for a trained head.
         """
         every = 4 * batch.positions * self.size.vocabulary
         beside = REFERENCE_ALIVE[self.engine] if self.divergence else 1.0
-        if self.size.packed_head or (self.bits is not None and not self.size.tied):
-            return LOGITS_ALIVE * every * beside / GB
         chunks = fused.chunks(batch.positions, self.size.vocabulary)
         chunk = 4 * chunks[0].stop * self.size.vocabulary
         if not training:
@@ -289,7 +294,7 @@ class Training:
         s, tokens = self.size, batch.tokens
         block = (
             tokens * (6 * s.width + (3 if s.gated else 2) * s.inner)
-            + pairs[self.engine] * batch.rows * s.heads * batch.length**2
+            + pairs[self.engine] * self._queries(batch) * batch.rows * s.heads * batch.length**2
         )
         return FORWARD[self.engine] * self.number * block / GB
 

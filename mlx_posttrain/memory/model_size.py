@@ -22,8 +22,9 @@ class Size:
     """A model as its files describe it.
 
     tensors: shapes by name; of a packed weight the shape of the weight that it stands for. file_bytes: their
-    size on disk. packed: whether the folder is quantised; packed_head: whether its head is too. keys: width
-    of all key heads together, where it is not ``width``. new_tokens: rows trained beside an adapter.
+    size on disk. packed_bytes: of packed weights, 0 where the folder is not quantised; plain: its other
+    numbers, scales and offsets included. packed_head: whether its head is packed too. keys: width of all key
+    heads together, where it is not ``width``. new_tokens: rows trained beside an adapter.
     """
 
     layers: int
@@ -35,10 +36,16 @@ class Size:
     model_type: str
     tensors: Mapping[str, tuple[int, ...]]
     file_bytes: int = 0
-    packed: bool = False
+    packed_bytes: int = 0
+    plain: int = 0
     packed_head: bool = False
     keys: int | None = None
     new_tokens: int = 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether the folder is quantised."""
+        return self.packed_bytes > 0
 
     @property
     def key_width(self) -> int:
@@ -106,11 +113,13 @@ def size(folder: Path) -> Size:
     bits = (config.get("quantization") or {}).get("bits", 0)
     head = next((name for name in _HEADS if f"{name}.weight" in tensors), "lm_head")
     packed_head = f"{head}.scales" in tensors
+    plain, packed_bytes = sum(map(math.prod, tensors.values())), 0
     for scales in [name for name in tensors if name.endswith(".scales")] if bits else []:
         path = scales.removesuffix(".scales")
         if len(tensors.get(f"{path}.weight", ())) != 2:
             raise UserError(f"{folder}: {scales} stands without the packed matrix that it belongs to")
         out, packed = tensors[f"{path}.weight"]
+        plain, packed_bytes = plain - out * packed, packed_bytes + 4 * out * packed
         tensors[f"{path}.weight"] = (out, packed * 32 // bits)
         del tensors[scales]
         tensors.pop(f"{path}.biases", None)
@@ -136,7 +145,8 @@ def size(folder: Path) -> Size:
         model_type=config["model_type"],
         tensors=tensors,
         file_bytes=sum((folder / name).stat().st_size for name in files),
-        packed=bits > 0,
+        packed_bytes=packed_bytes,
+        plain=plain,
         packed_head=packed_head,
     )
 

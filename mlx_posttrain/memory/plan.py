@@ -42,6 +42,8 @@ WARN_ABOVE, WARN_ABOVE_METAL = 0.75, 0.95
 KEPT_ROWS = 0.9
 #: A change is advised where its peak is below this share of the recipe's.
 LESS = 0.97
+#: The longest row that a plan looks at, and the steps in which it does.
+LONGEST, ROW_STEP = 2**17, 64
 #: GB of the interpreter and libraries: the torch engine's memory is that of the whole process, MLX counts its
 #: arrays only.
 PROGRAM = {"mlx": 0.0, "torch": 0.48}
@@ -56,7 +58,8 @@ class Plan:
     shapes: number of batch shapes, for each of which MLX compiles a step. sure: whether the blocks were
     measured for this architecture. metal: whether ``memory_gb`` is the working set that Metal advises to keep
     within, and the parts count the unused buffers that MLX keeps; else it is this machine's memory. dtype:
-    of the weights and, where it is another, of what is computed with them.
+    of the weights and, where it is another, of what is computed with them. longest: tokens of the longest
+    rows that fit, and how many of them there are in such a batch; None where that was not asked.
     """
 
     name: str
@@ -74,6 +77,12 @@ class Plan:
     metal: bool = False
     dtype: str = "float32"
     advice: list[str] = field(default_factory=list)
+    longest: tuple[int, int] | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether no warning is due."""
+        return self.share <= (WARN_ABOVE_METAL if self.metal else WARN_ABOVE)
 
     @property
     def total_gb(self) -> float:
@@ -96,7 +105,7 @@ class Plan:
             f"memory: about {self.total_gb:.2f} GB at the peak ({self.share:.0%} of "
             f"{owner} {self.memory_gb:.0f} GB)"
         )
-        if self.share > (WARN_ABOVE_METAL if self.metal else WARN_ABOVE):
+        if not self.fits:
             text += "; that may not fit" + (
                 "; with less: " + ", or ".join(self.advice) if self.advice else ""
             )
@@ -122,6 +131,13 @@ class Plan:
                 "and DoRA too, and not for this"
             )
         lines += [f"  with less: {less}" for less in self.advice]
+        if self.longest is not None:
+            tokens, rows = self.longest
+            lines.append(
+                f"  longest rows that fit, {rows} in a batch: {tokens:,} tokens"
+                if tokens
+                else f"  not even rows of {ROW_STEP} tokens fit, {rows} in a batch"
+            )
         return "\n".join(lines)
 
 
@@ -265,8 +281,13 @@ def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: Ref
     together = for_evaluation(lengths, recipe.train.batch_size, recipe.train.token_budget)
     reading = distinct(Shape(len(rows), padded_length(max(lengths[i] for i in rows)), 0) for rows in together)
 
-    def of_recipe(changed: Any, longest: int | None = None, cached: references.Share = cached) -> Plan:
-        """The plan of the recipe, or with another one's settings of the same rows, cut to ``longest``."""
+    def of_recipe(
+        changed: Any, longest: int | None = None, cached: references.Share = cached, only: Shape | None = None
+    ) -> Plan:
+        """The plan of the recipe, or with another one's settings of the same rows, cut to ``longest``.
+
+        only: the one batch there is, instead of the rows.
+        """
         old, new = recipe.train.batch_size, changed.train.batch_size
         kind = reference(changed)
         training = replace(
@@ -275,10 +296,12 @@ def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: Ref
             divergence=kind == "distribution",
             beside=kind == "distribution" and not cached.held_out,
             grad_accumulation=most > 1 or new < old,
-            batches=_at_most(known, old, new, longest),
-            evaluations=_at_most(evaluated, evaluation_limits(old)[0], evaluation_limits(new)[0], longest),
+            batches=[only] if only else _at_most(known, old, new, longest),
+            evaluations=[]
+            if only
+            else _at_most(evaluated, evaluation_limits(old)[0], evaluation_limits(new)[0], longest),
         )
-        once = reading if cached.training or kind == "logprobs" else []
+        once = reading if (cached.training or kind == "logprobs") and not only else []
         once = _at_most(once, evaluation_limits(old)[0], evaluation_limits(new)[0], longest)
         others = [
             ("as the reference's states are computed", {"activations": training.forward(b), "optimizer": 0.0})
@@ -294,7 +317,26 @@ def of_rows(recipe: Any, engine: str, of: Size, dataset: Dataset, reference: Ref
         options.append((shorter[1], partial(of_recipe, recipe, longest=shorter[0])))
     if cached.gb:
         options.append(("kl.cache_gb=0", partial(of_recipe, recipe, cached=references.Share())))
-    return _advised(of_recipe(recipe), options)
+    found = _advised(of_recipe(recipe), options)
+    rows, budget = max(b.rows for b in known), recipe.train.token_budget
+
+    def batch(length: int) -> Shape:
+        count = max(1, min(rows, budget // length)) if budget else rows
+        return Shape(count, length, count * length)
+
+    longest = _longest(lambda length: of_recipe(recipe, only=batch(length)).fits, of.context)
+    return replace(found, longest=(longest, batch(max(longest, 1)).rows))
+
+
+def _longest(fits: Callable[[int], bool], context: int | None) -> int:
+    """The most tokens that fit, in steps of ROW_STEP up to a model's context, or 0."""
+    few, many = 0, max(1, min(context or LONGEST, LONGEST) // ROW_STEP)
+    if fits(many * ROW_STEP):
+        return min(many * ROW_STEP, context or LONGEST)
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if fits(middle * ROW_STEP) else (few, middle)
+    return few * ROW_STEP
 
 
 def _shorter(recipe: Any, data: Any) -> tuple[int, str] | None:

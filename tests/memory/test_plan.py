@@ -29,6 +29,7 @@ from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, s
 from mlx_posttrain.methods import ppo, sft
 from mlx_posttrain.models.merge import base_folder
 from tests.helpers import command, read_jsonl, run_recipe
+from tests.random_models import SMALL, random_model
 
 
 def gpt2() -> Size:
@@ -470,6 +471,29 @@ def test_much_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     assert all(f"with less: {less}" in found[64].text() for less in found[64].advice)
 
 
+def test_the_longest_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_posttrain.engines import process
+
+    recipe = methods.load_recipe("demo_sft", ["data.limit=64", "engine=auto"])
+    of = size(base_folder("tiny"))
+    training = Training(engines.get("auto").name, of, of.parameters, False)
+    for gb, most in ((64, of.context), (0.5, 0)):
+        memory = int(gb * 2**30) + int(2**30 * plan.PROGRAM[training.engine])
+        monkeypatch.setattr(process, "memory", lambda memory=memory: (memory, 0))
+        (found,) = methods.plan(recipe)
+        assert found.longest is not None
+        tokens, rows = found.longest
+        assert rows == recipe.train.batch_size and f"{rows} in a batch: {tokens:,} tokens" in found.text()
+        if most:
+            assert tokens == most
+            continue
+        fitting, next_to_it = (
+            plan.peak("", replace(training, batches=[Shape(rows, n, rows * n)]), 1, (1, 1)).fits
+            for n in (tokens, tokens + plan.ROW_STEP)
+        )
+        assert 0 < tokens < (of.context or 0) and fitting and not next_to_it
+
+
 def llama_folder(folder: Path, tied: bool) -> Path:
     """A random Llama with grouped-query attention: 3 layers of width 96, 6 heads, 2 key heads."""
     from safetensors.numpy import save_file
@@ -560,13 +584,23 @@ def test_what_dora_keeps_by_hand() -> None:
     )
 
 
-def test_a_quantised_head_has_all_logits() -> None:
+def test_no_head_has_all_logits_at_once() -> None:
     batch = Shape(16, 512, 8192)
     untied = replace(gpt2(), tensors={**gpt2().tensors, "lm_head.weight": (50257, 768)})
     lora = Training("mlx", untied, 1_622_016, True)
-    assert lora.logits(batch) < 0.3 and replace(lora, bits=4).logits(batch) > 4 * 8192 * 50257 / 2**30
-    # an embedding is not quantised, so neither is a tied head
-    assert replace(lora, bits=4, size=gpt2()).logits(batch) < 0.3
+    packed = replace(lora, size=replace(untied, packed_bytes=1, packed_head=True))
+    assert lora.logits(batch) == replace(lora, bits=4).logits(batch) == packed.logits(batch) < 0.3
+
+
+def test_long_rows_keep_no_attention_weights() -> None:
+    """12 heads: of 1,024 tokens 48 MB of weights a block, of 4,096 768 MB, taken 192 queries at a time."""
+    llama = replace(gpt2(), model_type="llama", tensors={"model.layers.0.mlp.gate_proj.weight": (1, 1)})
+    one = Training("mlx", llama, 1, True)
+    short, long, twice = (one.activations(Shape(1, n, n)) for n in (1024, 4096, 8192))
+    width, all_pairs = 4 * short, 4 * 12 * 4096**2 / 2**30
+    assert long < width + 5 * all_pairs * 192 / 4096
+    assert twice < 2.3 * long
+    assert replace(one, engine="torch")._queries(Shape(1, 4096, 1)) == 1
 
 
 def test_a_guess_is_called_one() -> None:
@@ -650,6 +684,32 @@ def test_prediction_of_packed_rows(mode: str, rows: int, length: int) -> None:
 def test_prediction_against_training_of_a_llama(mode: str, tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("mlx")
     predicted, peak = measured(llama_folder(tmp_path / "llama", tied), mode, 8, 128)
+    assert predicted == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.exhaustive)])
+def test_prediction_against_training_of_long_rows(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads of 2,048 tokens, whose attention weights would be 32 MB a block, in chunks of 4 MB."""
+    pytest.importorskip("mlx")
+    from mlx_posttrain.engines import sizes
+
+    monkeypatch.setattr(sizes, "ATTENTION_ABOVE", 2**24)
+    monkeypatch.setattr(sizes, "ATTENTION_CHUNK", 2**22)
+    folder = random_model(tmp_path / "llama", {**SMALL, "model_type": "llama", "num_attention_heads": 2})
+    predicted, peak = measured(folder, mode, 1, 2048)
+    assert predicted == pytest.approx(peak, rel=0.15)
+
+
+def test_prediction_with_a_packed_head(tmp_path: Path) -> None:
+    """A folder as mlx-lm's converter makes it, with many logits."""
+    pytest.importorskip("mlx")
+    from mlx_posttrain.convert.weights import convert
+
+    random_model(tmp_path / "plain", {**SMALL, "vocab_size": 16_384}, "bfloat16", base_folder("tiny"))
+    convert(tmp_path / "plain", tmp_path / "q4", quantize=4)
+    predicted, peak = measured(tmp_path / "q4", "lora", 8, 128)
     assert predicted == pytest.approx(peak, rel=0.15)
 
 
