@@ -248,8 +248,12 @@ def chat(
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run")],
     output: Annotated[Path | None, typer.Option(help="folder to write; default: RUN/export-FORMAT")] = None,
-    to: Annotated[str, typer.Option(help="peft, hf or mlx-lm")] = "peft",
+    to: Annotated[str, typer.Option(help="peft, hf, mlx-lm or gguf (llama.cpp, Ollama)")] = "peft",
     merge: Annotated[bool, typer.Option(help="fold the adapter into its base")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of a GGUF file: float32, float16 (the default), bfloat16 or q8_0 (8 bits)"),
+    ] = None,
     force: Annotated[
         bool, typer.Option(help="write into a folder that is not empty; merge in spite of a large drift")
     ] = False,
@@ -257,14 +261,14 @@ def export(
         str | None, typer.Option(metavar="REPO", help="also upload to this hub repository")
     ] = None,
 ) -> None:
-    """Write a run for PEFT, transformers or mlx-lm, with a model card."""
+    """Write a run for PEFT, transformers, mlx-lm or llama.cpp, with a model card."""
     from mlx_posttrain.models import export as module
 
     run = run.expanduser()
     target = (output or run / f"export-{to}").expanduser()
     # what an upload that failed left is uploaded as it is
-    if not (push and not force and module.is_export(target, run, to, merge)):
-        done = module.export(run, target, to, merged=merge, force=force)
+    if not (push and not force and module.is_export(target, run, to, merge, dtype)):
+        done = module.export(run, target, to, merged=merge, force=force, dtype=dtype)
         if "note" in done:
             typer.echo(done["note"])
     typer.echo(target)

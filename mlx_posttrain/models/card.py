@@ -62,7 +62,7 @@ def model_card(
             "base_model": base,
             "usage": how_to_use and how_to_use(base),
             "datasets": [one["source"] for one in sources] or raw.get("data", {}).get("source"),
-            "library_name": {"peft": "peft", "mlx-lm": "mlx"}.get(to, "transformers"),
+            "library_name": {"peft": "peft", "mlx-lm": "mlx", "gguf": "gguf"}.get(to, "transformers"),
             "description": raw.get("description") or f"A model made by {raw.get('method', 'post-training')}.",
             "data": {
                 **{
