@@ -654,11 +654,28 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="also compare the logits of this model or run on the two engines")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="also compute on the GPU and on the CPU, and say whether they agree"),
+    ] = False,
 ) -> None:
-    """Show what this machine has, what is used, and what to fix."""
-    from mlx_posttrain import doctor as module
+    """Show what this machine has, what is used, and what to fix.
 
-    raise typer.Exit(module.doctor(json=json, model=model))
+    With --check a block to paste follows: logits, a training step and texts of the embedded model on every
+    device; without a GPU the installed engines on the CPU.
+    """
+    from mlx_posttrain import doctor as module
+    from mlx_posttrain import verify
+    from mlx_posttrain.errors import UserError
+
+    if json and check:
+        raise UserError("--check prints Markdown: leave out --json")
+    code = module.doctor(json=json, model=model)
+    if check:
+        block, holds = verify.machine()
+        typer.echo(f"\n{block}")
+        code = code or int(not holds)
+    raise typer.Exit(code)
 
 
 @app.command()
