@@ -610,9 +610,7 @@ def bench(
             "they are installed",
         ),
     ] = False,
-    units: Annotated[
-        int, typer.Option(min=1, help="timed units of each engine, after one that warms up")
-    ] = 3,
+    units: Annotated[int, typer.Option(min=1, help="timed units of each engine, of 2 seconds or more")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="rows of a training unit")] = 32,
     length: Annotated[
         int | None,
@@ -623,9 +621,20 @@ def bench(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="of weights that are not trained: float32, bfloat16 or float16")
+    ] = "float32",
     output: Annotated[
         Path, typer.Option(file_okay=False, help="folder for bench.json, bench.md and the chart")
     ] = Path("runs/bench"),
+    publish: Annotated[
+        bool,
+        typer.Option(
+            "--publish",
+            help="also write publish.md, one block with machine, versions, command and figures to send to "
+            "others; nothing is sent",
+        ),
+    ] = False,
 ) -> None:
     """Time engines in turns on the same weights and rows; ratios only where the losses agree."""
     from mlx_posttrain import bench as module
@@ -643,9 +652,11 @@ def bench(
             baselines=peers,
             units=units,
             shape=module.Shape(rows, length, batch_size),
+            dtype=dtype,
         )
         typer.echo(render.markdown(result))
-        typer.echo(f"{output}: {', '.join(render.write(result, output))}", err=True)
+        command = ["mlx-posttrain", *sys.argv[1:]] if publish else None
+        typer.echo(f"{output}: {', '.join(render.write(result, output, command))}", err=True)
 
 
 @app.command()

@@ -42,8 +42,8 @@ def model_card(
 
     Without absolute paths, which say nothing on another machine. how_to_use: from the base's name, Markdown.
     """
-    raw: dict[str, Any] = _portable(source.recipe or {})
-    base = _portable(base_name(source))
+    raw: dict[str, Any] = portable(source.recipe or {})
+    base = portable(base_name(source))
     result = run / "result.json"
     figures = read_json(result) if result.is_file() else {}
     environment = _environment(run)
@@ -77,19 +77,19 @@ def model_card(
                 else k.replace("_", " "): v
                 for k, v in figures.items()
             },
-            "command": _portable(environment.get("command")),
+            "command": portable(environment.get("command")),
             "versions": environment.get("versions"),
             "tags": [t for t in (raw.get("method"), adapter.get("kind"), "merged" if merged else None) if t],
         }
     )
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """A value with every absolute path in it cut to its last part."""
     if isinstance(value, dict):
-        return {key: _portable(inner) for key, inner in value.items()}
+        return {key: portable(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_portable(inner) for inner in value]
+        return [portable(inner) for inner in value]
     return _ABSOLUTE.sub(r"\1", value) if isinstance(value, str) else value
 
 
