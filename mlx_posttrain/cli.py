@@ -248,8 +248,12 @@ def chat(
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run")],
     output: Annotated[Path | None, typer.Option(help="folder to write; default: RUN/export-FORMAT")] = None,
-    to: Annotated[str, typer.Option(help="peft, hf or mlx-lm")] = "peft",
+    to: Annotated[str, typer.Option(help="peft, hf, mlx-lm or gguf (llama.cpp, Ollama)")] = "peft",
     merge: Annotated[bool, typer.Option(help="fold the adapter into its base")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of a GGUF file: float32, float16 (the default), bfloat16 or q8_0 (8 bits)"),
+    ] = None,
     force: Annotated[
         bool, typer.Option(help="write into a folder that is not empty; merge in spite of a large drift")
     ] = False,
@@ -257,14 +261,14 @@ def export(
         str | None, typer.Option(metavar="REPO", help="also upload to this hub repository")
     ] = None,
 ) -> None:
-    """Write a run for PEFT, transformers or mlx-lm, with a model card."""
+    """Write a run for PEFT, transformers, mlx-lm or llama.cpp, with a model card."""
     from mlx_posttrain.models import export as module
 
     run = run.expanduser()
     target = (output or run / f"export-{to}").expanduser()
     # what an upload that failed left is uploaded as it is
-    if not (push and not force and module.is_export(target, run, to, merge)):
-        done = module.export(run, target, to, merged=merge, force=force)
+    if not (push and not force and module.is_export(target, run, to, merge, dtype)):
+        done = module.export(run, target, to, merged=merge, force=force, dtype=dtype)
         if "note" in done:
             typer.echo(done["note"])
     typer.echo(target)
@@ -606,9 +610,7 @@ def bench(
             "they are installed",
         ),
     ] = False,
-    units: Annotated[
-        int, typer.Option(min=1, help="timed units of each engine, after one that warms up")
-    ] = 3,
+    units: Annotated[int, typer.Option(min=1, help="timed units of each engine, of 2 seconds or more")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="rows of a training unit")] = 32,
     length: Annotated[
         int | None,
@@ -619,9 +621,20 @@ def bench(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="of weights that are not trained: float32, bfloat16 or float16")
+    ] = "float32",
     output: Annotated[
         Path, typer.Option(file_okay=False, help="folder for bench.json, bench.md and the chart")
     ] = Path("runs/bench"),
+    publish: Annotated[
+        bool,
+        typer.Option(
+            "--publish",
+            help="also write publish.md, one block with machine, versions, command and figures to send to "
+            "others; nothing is sent",
+        ),
+    ] = False,
 ) -> None:
     """Time engines in turns on the same weights and rows; ratios only where the losses agree."""
     from mlx_posttrain import bench as module
@@ -639,9 +652,11 @@ def bench(
             baselines=peers,
             units=units,
             shape=module.Shape(rows, length, batch_size),
+            dtype=dtype,
         )
         typer.echo(render.markdown(result))
-        typer.echo(f"{output}: {', '.join(render.write(result, output))}", err=True)
+        command = ["mlx-posttrain", *sys.argv[1:]] if publish else None
+        typer.echo(f"{output}: {', '.join(render.write(result, output, command))}", err=True)
 
 
 @app.command()
@@ -650,11 +665,28 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="also compare the logits of this model or run on the two engines")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="also compute on the GPU and on the CPU, and say whether they agree"),
+    ] = False,
 ) -> None:
-    """Show what this machine has, what is used, and what to fix."""
-    from mlx_posttrain import doctor as module
+    """Show what this machine has, what is used, and what to fix.
 
-    raise typer.Exit(module.doctor(json=json, model=model))
+    With --check a block to paste follows: logits, a training step and texts of the embedded model on every
+    device; without a GPU the installed engines on the CPU.
+    """
+    from mlx_posttrain import doctor as module
+    from mlx_posttrain import verify
+    from mlx_posttrain.errors import UserError
+
+    if json and check:
+        raise UserError("--check prints Markdown: leave out --json")
+    code = module.doctor(json=json, model=model)
+    if check:
+        block, holds = verify.machine()
+        typer.echo(f"\n{block}")
+        code = code or int(not holds)
+    raise typer.Exit(code)
 
 
 @app.command()

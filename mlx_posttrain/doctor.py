@@ -11,6 +11,7 @@ import importlib.metadata
 import json as _json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -58,24 +59,9 @@ def collect() -> list[Check]:
 
     Takes a few seconds, mostly to import MLX and PyTorch.
     """
-    checks: list[Check] = []
-    for check in (
-        _system,
-        _python,
-        _memory,
-        _disk,
-        _packages,
-        _devices,
-        _dtypes,
-        _tf32,
-        _blas,
-        _compiler,
-        _torch,
-        _wired,
-        _hub,
-    ):
-        checks += _safely(check)
-    return checks
+    machine = (_system, _python, _memory, _disk, _thermal)
+    libraries = (_packages, _devices, _dtypes, _tf32, _blas, _compiler, _torch, _wired, _hub)
+    return [found for check in (*machine, *libraries) for found in _safely(check)]
 
 
 def compare_engines(model: str) -> list[Check]:
@@ -225,6 +211,18 @@ def _disk() -> list[Check]:
     return [Check("disk", value)]
 
 
+def _thermal() -> list[Check]:
+    if sys.platform != "darwin":
+        return []
+    said = command_output("pmset", "-g", "therm")
+    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", said)
+    level = re.search(r"(?i)warning level\s*[=:]\s*([1-9]\d*)", said)
+    if level is None and (limit is None or int(limit[1]) >= 100):
+        return [Check("temperature", "no limit recorded" if said else "not known")]
+    value = f"warning level {level[1]}" if level else f"clocks limited to {limit and limit[1]} %"
+    return [Check("temperature", value, WARN, "the machine is slowed down: let it cool before timing")]
+
+
 def _packages() -> list[Check]:
     intel_mac = sys.platform == "darwin" and platform.machine() == "x86_64"
     needed = {
@@ -263,12 +261,13 @@ def _devices() -> list[Check]:
         )
         return [Check("MLX devices", "cpu", WARN if advice else OK, advice)]
     budget = int(devices.gpu.get("max_recommended_working_set_size", 0)) / _GIB
-    value = (
-        f"gpu ({devices.gpu.get('device_name', 'unknown')}"
-        + (f", working set {budget:.1f} GiB" if budget else "")
-        + "), cpu"
-    )
-    return [Check("MLX devices", f"{value}; default {devices.default}")]
+    limit = f", working set {budget:.1f} GiB" if budget else ""
+    value = f"gpu ({devices.gpu.get('device_name', 'unknown')}{limit}), cpu; default {devices.default}"
+    checks = [Check("MLX devices", value)]
+    if devices.default == "gpu":
+        rate = probe.measure_gflops(size=4096)
+        checks.append(Check("GPU", f"{rate:.0f} GFLOP/s (float32 matmul)"))
+    return checks
 
 
 def _dtypes() -> list[Check]:
@@ -302,11 +301,9 @@ def _blas() -> list[Check]:
     from mlx_posttrain.engines.mlx.cpu import blas
 
     info = blas.load(quiet=True)
-    rate = probe.measure_gflops()
-    value = (
-        f"{info.name or ('reference BLAS' if info.path else 'unknown BLAS')}, {rate:.0f} GFLOP/s "
-        "(float32 matmul, default device)"
-    )
+    value = info.name or ("reference BLAS" if info.path else "unknown BLAS")
+    if probe.mlx_devices().default == "cpu":
+        value += f", {probe.measure_gflops():.0f} GFLOP/s (float32 matmul)"
     if sys.platform == "linux" and info.name is None:
         return [
             Check("MLX's BLAS", value, WARN, info.advice or f"{blas.ENV}=none is set: unset it for speed")

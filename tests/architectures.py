@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -231,8 +232,8 @@ def measure(case: Case, version: int) -> float:
         return difference(model.full_logits(ids), theirs)
 
 
-def page() -> str:
-    """docs/models.md."""
+def page(support: Sequence[str]) -> str:
+    """docs/models.md. support: the lines of its second table."""
     rows = []
     for kind in sorted({case.kind for case in CASES}):
         cases = [case for case in CASES if case.kind == kind]
@@ -243,7 +244,14 @@ def page() -> str:
             f"| {kind} | {', '.join(case.about for case in cases)} | "
             f"{', '.join(limits) or '-'} | < 1e{bound} |"
         )
-    return TEXT.replace("{rows}", "\n".join(rows))
+    return TEXT.replace("{rows}", "\n".join(rows)).replace("{support}", "\n".join(support))
+
+
+def written_support() -> list[str]:
+    """The lines of the page's second table as they stand there."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    begin = lines.index(next(line for line in lines if line.startswith("| `model_type` | LoRA")))
+    return lines[begin : lines.index("", begin)]
 
 
 TEXT = """# Models
@@ -264,9 +272,17 @@ refused.
 |---|---|---|---|
 {rows}
 
-Written by `python -m tests.architectures`. Any other architecture that both libraries know loads on
-MLX with a line that says it is not tested; `mlx-posttrain doctor --model FOLDER` compares the two
-engines on the model itself.
+{support}
+
+What works beside logits, on the first of these models of each architecture (of Gemma 2 with a
+window as long as the context): a LoRA adapter that learns alike on both engines; QLoRA at 4 bits,
+which exists on MLX only; greedy decoding that gives the tokens of transformers' `generate`; and
+exports of an adapter, trained on MLX or on torch, whose logits are ours in the program that they
+are for: PEFT, transformers and mlx-lm with the adapter merged, and for `gguf` transformers again.
+
+Both tables are written by `python -m tests.architectures`. Any other architecture that both
+libraries know loads on MLX with a line that says it is not tested; `mlx-posttrain doctor --model
+FOLDER` compares the two engines on the model itself.
 
 ## Adapters
 
@@ -285,5 +301,7 @@ before training: all weights of a Mixtral, whose experts both engines join into 
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    from tests.architecture_support import table
+
+    PAGE.write_text(page(table()), encoding="utf-8")
     print(PAGE)

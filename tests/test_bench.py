@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,108 @@ def test_the_table_shows_what_was_collected() -> None:
     assert "- trl: 1.16.0" in render.markdown(result)
 
 
+class FakeWorker:
+    """A worker whose first pass is slow, as one that compiles."""
+
+    sent: list[str] = []
+
+    def __init__(self, spec: dict[str, Any]):
+        self.spec, self.number = spec, 0
+
+    def receive(self) -> dict[str, Any]:
+        return {"ready": True}
+
+    def send(self, command: str) -> dict[str, Any]:
+        if command == "end":
+            return {"peak_gb": 1.0, "process_gb": 1.0, "device": "it"}
+        self.sent.append(self.spec["engine"])
+        self.number += 1
+        if self.spec.get("fails") == self.number:
+            return {"error": "out of memory"}
+        seconds = 9.0 if self.number == 1 else self.spec["seconds"]
+        return {"seconds": seconds, "loss": float(self.number), "rows": 8, "tokens": 100, "steps": 2}
+
+    def kill(self) -> None:
+        pass
+
+
+def test_a_unit_is_two_seconds_of_the_fastest_engine_after_a_pass_that_warms_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 0.6 s a pass units have 4, those of the slow engine too: its losses would be others otherwise."""
+    monkeypatch.setattr(bench, "_Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "sent", [])
+    specs: list[dict[str, Any]] = [
+        {"engine": "mlx-gpu", "what": "lora", "seconds": 0.6},
+        {"engine": "mlx-cpu", "what": "lora", "seconds": 3.0, "dtype": "float16"},
+    ]
+    fast, slow = bench._take_turns(specs, 2)
+    assert fast.seconds == pytest.approx([2.4, 2.4]) and slow.seconds == pytest.approx([12.0, 12.0])
+    assert fast.losses == slow.losses == [7.0, 12.0]  # of the last passes: 2 + 5 and 2 + 10
+    assert (fast.passes, fast.rows, fast.tokens, fast.steps) == (4, 32, 400, 8)
+    assert (fast.dtype, slow.dtype) == ("float32", "float16")
+    turns = [(engine, len(list(group))) for engine, group in groupby(FakeWorker.sent)]
+    assert turns == [("mlx-gpu", 2), ("mlx-cpu", 2), ("mlx-gpu", 5), ("mlx-cpu", 10), ("mlx-gpu", 5)]
+    specs[0]["fails"] = 6
+    failed, other = bench._take_turns(specs, 1)
+    assert failed.error == "out of memory" and not failed.seconds and other.seconds == [12.0]
+
+
+def test_no_share_of_a_peak_is_above_one() -> None:
+    size = Size(1, 2, 8, 1, 10, 32, "gpt2", {"wte.weight": (10, 2)})
+    shape, kind = Shape(rows=1, length=8), training_kinds()["sft"]
+    once = flops.training_flops(size, kind, shape)
+    quick = timing("mlx-cpu", [2.0], [3.0], passes=4)
+    slow = timing("mlx-cpu", [4.0], [3.0], passes=4)
+    decode = timing("mlx-cpu", [2.0], [3.0], what="generate", passes=3, dtype="float16")
+    failed = timing("mlx-cpu", [], [], error="no")
+    peaks = {"mlx-cpu": {"gflops": 1e-9, "gb_per_s": 1.0}}
+    bench._add_peak_shares([quick, slow, decode, failed], size, shape, peaks)
+    assert quick.flops_share == 1 and slow.flops_share == pytest.approx(0.5)
+    assert peaks["mlx-cpu"]["gflops"] == pytest.approx(4 * once / 2 / 1e9)
+    # 3 passes of 64 tokens read 20 numbers of 2 bytes in 2 s
+    assert decode.bandwidth_share == pytest.approx(3 * 64 * 20 * 2 / 2 / 1e9)
+
+
+def test_a_mac_times_its_cpu_beside_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    mx = pytest.importorskip("mlx.core")
+    monkeypatch.setattr(mx, "is_available", lambda device: True)
+    monkeypatch.setattr("mlx_posttrain.engines.available", lambda: ["mlx", "torch"])
+    assert bench.available_engines() == ["mlx-gpu", "mlx-cpu", "torch-cpu"]
+
+
+@pytest.mark.parametrize(
+    ("what", "off", "differs"),
+    [("lora", 9e-3, False), ("lora", 2e-2, True), ("generate", 4e-2, False), ("generate", 6e-2, True)],
+)
+def test_half_precision_may_round_losses(what: str, off: float, differs: bool) -> None:
+    more: dict[str, Any] = {"what": what, "dtype": "bfloat16"}
+    ours = timing("mlx-cpu", [1.0], [3.0], **more)
+    other = timing("torch-cpu", [2.0], [3 * (1 + off)], against="mlx-cpu", **more)
+    comparison.compare([ours, other])
+    assert (other.mismatch is not None) == differs
+
+
+def test_a_block_to_publish_has_command_machine_and_numbers_and_no_path() -> None:
+    result = {
+        "shape": vars(Shape()),
+        "peaks": {"mlx-gpu": {"gflops": 1.0, "gb_per_s": 2.0}},
+        "machine": {"system": "macOS 26", "chip": "Apple M9", "memory": "16 GiB", "mlx": "0.32"},
+        "model": "/Users/me/models/mine",
+        "units": 2,
+        "dtype": "float16",
+        "relations": [],
+        "scaling": {},
+        "timings": [vars(ours())],
+    }
+    command = ["mlx-posttrain", "bench", "--model", "/Users/me/models/mine", "--publish"]
+    text = render.publication(result, command)
+    assert text.startswith("### Apple M9, 16 GiB, macOS 26\n\n```sh\nmlx-posttrain bench --model mine")
+    assert "/Users" not in text and "number format of frozen weights: float16" in text and "| sft |" in text
+    numbers = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
+    assert numbers["timings"][0]["seconds"] == [1.0, 2.0] and numbers["machine"]["mlx"] == "0.32"
+
+
 def test_rows_are_reproducible_and_of_the_stated_length() -> None:
     shape = Shape(rows=64)
     assert rows(shape, 4096) == rows(shape, 4096)
@@ -364,8 +467,10 @@ def test_rollout_flops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_decoding_row_by_row_reads_the_weights_for_every_row() -> None:
-    tiny = Size(1, 2, 8, 1, 10, 32, "gpt2", {}, file_bytes=1000)
+    tiny = Size(1, 2, 8, 1, 10, 32, "gpt2", {"a": (10, 20), "b": (50,)}, file_bytes=500)
     assert flops.decode_bytes(tiny) == 64_000 and flops.decode_bytes(tiny, 32) == 32 * 64_000
+    assert flops.decode_bytes(tiny, dtype="float16") == 32_000
+    assert flops.decode_bytes(dataclasses.replace(tiny, packed=True)) == 500 * 64
 
 
 def test_scaling_in_markdown() -> None:
@@ -683,6 +788,9 @@ def test_random_weights_of_a_named_size(tmp_path: Path, monkeypatch: pytest.Monk
             ["--model", "tiny", "--length", "600"],
             "sft takes rows of 600 tokens, and tiny reads 512 at most: give a shorter --length",
         ),
+        (["--dtype", "half"], "unknown dtype 'half'"),
+        (["--dtype", "float16"], "--dtype float16: sft, kl trains all weights, in float32"),
+        (["--dtype", "float16", "--what", "lora", "--peers"], "leave out --peers"),
         (["--what", "reward", "--rows", "9", "--batch-size", "3"], "give an even number"),
         (["--what", "ppo", "--rows", "10", "--batch-size", "5"], "give a number that divides 32"),
     ],

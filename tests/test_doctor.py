@@ -160,10 +160,68 @@ def test_a_mac_is_told_of_tf32_and_its_working_set(monkeypatch, given, state):
     assert tf32.value.startswith(f"{state}: ") and ("=0" in tf32.value) == (state == "on")
     facts = {"device_name": "Apple M3", "max_recommended_working_set_size": 12 * 2**30}
     monkeypatch.setattr(doctor.probe, "mlx_devices", lambda: doctor.probe.Devices(facts, "gpu"))
-    (devices,) = doctor._devices()
+    monkeypatch.setattr(doctor.probe, "measure_gflops", lambda engine="mlx", size=1024: 3000.0)
+    devices, rate = doctor._devices()
+    assert rate.value == "3000 GFLOP/s (float32 matmul)"
     assert devices.value == "gpu (Apple M3, working set 12.0 GiB), cpu; default gpu"
     monkeypatch.setattr(doctor, "_apple_silicon", lambda: False)
     assert doctor._tf32() == []
+
+
+@pytest.mark.parametrize(
+    ("said", "value", "status"),
+    [
+        ("Note: No thermal warning level has been recorded\nNote: No performance warning level has been "
+         "recorded\nCPU_Speed_Limit \t= 100", "no limit recorded", doctor.OK),
+        ("CPU_Scheduler_Limit = 100\nCPU_Available_CPUs = 8\nCPU_Speed_Limit \t= 67",
+         "clocks limited to 67 %", doctor.WARN),
+        ("Thermal Warning Level = 2", "warning level 2", doctor.WARN),
+        ("", "not known", doctor.OK),
+    ],
+)  # fmt: skip
+def test_a_hot_mac_is_told(monkeypatch, said, value, status):
+    monkeypatch.setattr(doctor, "command_output", lambda *words: said if words[0] == "pmset" else "")
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    assert doctor._thermal() == []
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    (check,) = doctor._thermal()
+    assert (check.value, check.status) == (value, status) and bool(check.advice) == (status == doctor.WARN)
+
+
+def test_a_gpus_rate_is_not_its_blas(monkeypatch):
+    pytest.importorskip("mlx")
+    monkeypatch.setattr(doctor.probe, "measure_gflops", lambda engine="mlx", size=1024: float(size))
+    facts = {"device_name": "Apple M3"}
+    for gpu, default in ((facts, "gpu"), (None, "cpu")):
+        found = doctor.probe.Devices(gpu, default)
+        monkeypatch.setattr(doctor.probe, "mlx_devices", lambda found=found: found)
+        rates = {c.name: "GFLOP/s" in c.value for c in doctor._devices() + doctor._blas()}
+        wanted = {"MLX devices": False, "GPU": True, "MLX's BLAS": False}
+        assert rates == (wanted if gpu else {"MLX devices": False, "MLX's BLAS": True})
+
+
+def test_chained_products_keep_their_size_and_the_rate_is_per_product(monkeypatch):
+    """A clock on which each product takes a second: 2 n^3 in a second, however many are chained."""
+    mx = pytest.importorskip("mlx.core")
+    from mlx_posttrain.engines import probe
+
+    clock, last = [0.0], []
+    evaluate = mx.eval
+
+    class Counted:
+        def __init__(self, value):
+            self.value = value
+
+        def __matmul__(self, other):
+            clock[0] += 1
+            return Counted(self.value @ other.value)
+
+    uniform = mx.random.uniform
+    monkeypatch.setattr(mx.random, "uniform", lambda **sizes: Counted(uniform(**sizes)))
+    monkeypatch.setattr(mx, "eval", lambda x: (evaluate(x.value), last.append(x.value)))
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+    assert probe.measure_gflops("mlx", 64, seconds=1000) == pytest.approx(2 * 64**3 / 1e9)
+    assert 0.1 < float(mx.mean(last[-1])) * 64 < 10  # and not 1e18 or 0 after 64 of them
 
 
 def test_memory_on_a_mac_is_read_from_its_own_tools(monkeypatch):

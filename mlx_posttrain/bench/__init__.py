@@ -1,15 +1,18 @@
 """Time engines, and other trainers, on the same work: `mlx-posttrain bench`.
 
 Every engine runs in its own process (worker.py). All processes are open at once and take turns, one unit of
-work at a time in alternating order, so that other load on the machine affects all of them alike. The first
-unit is a warm-up, in which engines compile. A ratio is the median of the ratios of units timed next to each
-other, given with the smallest and the largest; there is none where the work differed (comparison.py).
+work at a time in alternating order, so that other load on the machine affects all of them alike. A unit is
+as many passes over the work as the fastest engine needs for two seconds, after one that warms up: engines
+compile in their first, and a GPU's clocks fall while the others have their turns. A ratio is the median of
+the ratios of units timed next to each other, given with the smallest and the largest; there is none where the
+work differed (comparison.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,10 +30,13 @@ from mlx_posttrain.bench.inputs import SIZES, Shape, model_folder, reward_folder
 from mlx_posttrain.bench.kinds import kind_names, on_rollouts, training_kinds
 from mlx_posttrain.bench.scaling import ROWS as SCALING_ROWS
 from mlx_posttrain.console import log
+from mlx_posttrain.engines.precision import check_dtype
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory import plan
 
 ENGINES = ("mlx-gpu", "mlx-cpu", "torch-cpu")
+#: Seconds that a unit takes at least, on the fastest engine.
+UNIT_SECONDS = 2.0
 
 
 class _Worker:
@@ -74,16 +80,17 @@ def bench(
     baselines: bool = False,
     units: int = 3,
     shape: Shape | None = None,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Time engines at each kind of work; returns timings, the machine's peaks and its description.
 
     what: kinds of work, see kinds.py; where one of them trains on pairs, the rows of all are pairs. engines:
     of ``ENGINES``, by default all that this machine can run. baselines: also time other trainers that are
-    installed, each against our engine on the same library and device. units: timed units after the warm-up;
-    a unit is one pass over the rows, one iteration on rollouts, one batch of answers, or for ``scaling`` two
-    steps of every case. Raises UserError for an unknown kind of work or engine, for a model that cannot be
-    found, and for rows longer than it reads. An engine that fails is
-    reported in its timing; where none finished anything, that is a UserError too.
+    installed, each against our engine on the same library and device. units: timed units; a pass of one is
+    over the rows, an iteration on rollouts, or a batch of answers; a unit of ``scaling`` is two steps of
+    every case. dtype: of the weights that are not trained. Raises UserError for an unknown kind of work,
+    engine or number format, for a model that cannot be found, and for rows longer than it reads. An engine
+    that fails is reported in its timing; where none finished anything, that is a UserError too.
     """
     shape = shape or Shape()
     engines = list(engines or available_engines())
@@ -99,6 +106,15 @@ def bench(
             "would drop the remaining rows"
         )
     training = {name: kind for name, kind in training_kinds().items() if name in what}
+    if check_dtype(dtype) != "float32":
+        adapted = {name for name, kind in training.items() if kind.adapter}
+        whole = [name for name in what if name not in adapted and not name.startswith("generate")]
+        if whole:
+            raise UserError(
+                f"--dtype {dtype}: {', '.join(whole)} trains all weights, in float32; leave it out of --what"
+            )
+        if baselines:
+            raise UserError(f"--dtype {dtype}: other trainers are timed in float32; leave out --peers")
     for name, kind in training.items():
         if kind.rows_per_item == 2 and shape.rows % 2:
             raise UserError(
@@ -127,7 +143,7 @@ def bench(
         size = plan.size(folder)
         _check_context(model, size, what, shape)
         machine, peaks = describe_machine(), {name: measure_peaks(name) for name in engines}
-        spec: dict[str, Any] = {"folder": str(folder), "shape": asdict(shape)}
+        spec: dict[str, Any] = {"folder": str(folder), "shape": asdict(shape), "dtype": dtype}
         if any(kind.on_rollouts and kind.scored_by_model for kind in training.values()):
             spec["reward"] = str(reward_folder(folder, Path(scratch)))
         for kind in what:
@@ -148,10 +164,8 @@ def bench(
             ]
             timed = _take_turns(specs, units)
             compare(timed)
-            for t in timed:
-                if t.error is None and t.engine in peaks:
-                    _add_peak_shares(t, size, shape, peaks[t.engine])
             timings += timed
+        _add_peak_shares(timings, size, shape, peaks)
     errors = [t.error for t in timings] + [result.get("error") for result in scaled.values()]
     if all(errors):
         raise UserError(f"no engine finished: {errors[0]}")
@@ -159,6 +173,7 @@ def bench(
         "model": f"{model}, random weights" if model in SIZES else model,
         "shape": asdict(shape),
         "units": units,
+        "dtype": dtype,
         "machine": machine,
         "peaks": peaks,
         "timings": [asdict(t) for t in timings],
@@ -194,29 +209,35 @@ def available_engines() -> list[str]:
     if "mlx" in engines.available():
         import mlx.core as mx
 
-        names = ["mlx-gpu"] if mx.is_available(mx.Device(mx.gpu)) else ["mlx-cpu"]
+        names = ["mlx-gpu", "mlx-cpu"] if mx.is_available(mx.Device(mx.gpu)) else ["mlx-cpu"]
     return names + (["torch-cpu"] if "torch" in engines.available() else [])
 
 
 def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
-    """Time one kind of work on several engines, one unit each in turn, in alternating order."""
-    timings = [Timing(spec["engine"], spec["what"], spec.get("against")) for spec in specs]
+    """Time one kind of work on several engines, one unit each in turn, in alternating order.
+
+    All have units of as many passes, so that they train alike.
+    """
+    timings = [
+        Timing(spec["engine"], spec["what"], spec.get("against"), dtype=spec.get("dtype", "float32"))
+        for spec in specs
+    ]
     workers = [_Worker(spec) for spec in specs]
     try:
         for t, w in zip(timings, workers, strict=True):
             t.error = w.receive().get("error")
-        for unit in range(units + 1):
-            pairs = list(zip(timings, workers, strict=True))
+        pairs = list(zip(timings, workers, strict=True))
+        quickest = float("inf")
+        for t, w in pairs:
+            compiled = _passes(t, w, 2)
+            quickest = min([quickest, *(record["seconds"] for record in compiled[1:])])
+        passes = max(1, math.ceil(UNIT_SECONDS / max(quickest, 1e-6)))
+        for unit in range(1, units + 1):
             for t, w in pairs if unit % 2 else reversed(pairs):
-                if t.error is not None:
-                    continue
-                record = w.send("go")
-                t.error = record.get("error")
-                if t.error is None and unit:
-                    t.seconds.append(record["seconds"])
-                    t.losses.append(record["loss"])
-                    t.rows, t.tokens, t.steps = record["rows"], record["tokens"], record.get("steps")
-                    log(f"{t.what} {t.engine}, unit {unit} of {units}: {record['seconds']:.2f} s")
+                records = _passes(t, w, 1 + passes)[1:]
+                if t.error is None:
+                    _add_unit(t, records)
+                    log(f"{t.what} {t.engine}, unit {unit} of {units}: {t.seconds[-1]:.2f} s")
         for t, w in zip(timings, workers, strict=True):
             if t.error is None:
                 record = w.send("end")
@@ -234,6 +255,23 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
         for w in workers:
             w.kill()
     return timings
+
+
+def _passes(t: Timing, worker: _Worker, number: int) -> list[dict[str, Any]]:
+    """The records of passes of a worker that works; its first failure is noted in its timing."""
+    records: list[dict[str, Any]] = []
+    while t.error is None and len(records) < number:
+        records.append(worker.send("go"))
+        t.error = records[-1].get("error")
+    return records if t.error is None else []
+
+
+def _add_unit(t: Timing, records: Sequence[dict[str, Any]]) -> None:
+    t.seconds.append(sum(record["seconds"] for record in records))
+    t.losses.append(records[-1]["loss"])
+    t.passes = len(records)
+    t.rows, t.tokens = (sum(record[key] for record in records) for key in ("rows", "tokens"))
+    t.steps = sum(record["steps"] for record in records) if "steps" in records[0] else None
 
 
 def _time_scaling(spec: dict[str, Any], units: int) -> dict[str, Any]:
@@ -262,20 +300,34 @@ def _time_scaling(spec: dict[str, Any], units: int) -> dict[str, Any]:
     return {"cases": merged, "loss": record["loss"]}
 
 
-def _add_peak_shares(t: Timing, size: plan.Size, shape: Shape, peaks: dict[str, float]) -> None:
+def _add_peak_shares(
+    timings: Sequence[Timing], size: plan.Size, shape: Shape, peaks: dict[str, dict[str, float]]
+) -> None:
     """Fill in the share of the machine's peaks that the necessary work reached.
 
-    That is arithmetic for training, and reading the weights for decoding.
+    That is arithmetic for training, and reading the weights for decoding. Work that is faster than what was
+    measured as a peak becomes the peak.
     """
-    seconds = statistics.median(t.seconds)
-    if t.what.startswith("generate"):
-        t.bandwidth_share = (
-            decode_bytes(size, 1 if t.what == "generate" else int(t.rows)) / seconds / 1e9 / peaks["gb_per_s"]
-        )
-    else:
-        kind = training_kinds()[t.what]
-        flops = (rollout_flops if kind.on_rollouts else training_flops)(size, kind, shape)
-        t.flops_share = flops / seconds / 1e9 / peaks["gflops"]
+    rates: list[tuple[Timing, str, float]] = []
+    for t in timings:
+        if t.error is not None or t.engine not in peaks:
+            continue
+        if t.what.startswith("generate"):
+            batches = t.passes if t.what == "generate" else int(t.rows)
+            key, work = "gb_per_s", decode_bytes(size, batches, t.dtype)
+        else:
+            kind = training_kinds()[t.what]
+            once = (rollout_flops if kind.on_rollouts else training_flops)(size, kind, shape)
+            key, work = "gflops", t.passes * once
+        rates.append((t, key, work / statistics.median(t.seconds) / 1e9))
+    for t, key, rate in rates:
+        peaks[t.engine][key] = max(peaks[t.engine][key], rate)
+    for t, key, rate in rates:
+        share = rate / peaks[t.engine][key]
+        if key == "gflops":
+            t.flops_share = share
+        else:
+            t.bandwidth_share = share
 
 
 def measure_peaks(engine: str) -> dict[str, float]:
@@ -308,6 +360,8 @@ def describe_machine() -> dict[str, str]:
         "peft",
         "transformers",
         "MLX's BLAS",
+        "MLX devices",
+        "temperature",
     )
     facts = {c.name: c.value for c in doctor.collect() if c.name in wanted}
     facts["Python"] = facts.get("Python", "").split(" (")[0]

@@ -21,6 +21,8 @@ from mlx_posttrain.bench.kinds import on_rollouts
 #: Largest relative difference between losses of our engines, which compute the same: in training, and of
 #: sampled answers, where one draw on the other side of a boundary changes every later token.
 LOSS_TOLERANCE, SAMPLED_TOLERANCE = 1e-3, 5e-3
+#: The same in half precision: rounding to 8 bits of mantissa moves a loss by less than a hundredth.
+HALF_LOSS_TOLERANCE, HALF_SAMPLED_TOLERANCE = 1e-2, 5e-2
 #: Largest relative difference between a baseline's loss and ours before any update, and between entropies in
 #: PPO, where a baseline samples its own answers. Our engines sample the same answers until the first update:
 #: two of 32 answers that differed there changed the policies and with them all later answers.
@@ -35,13 +37,14 @@ MAX_FIRST_KL, MAX_SCORE_ERRORS = 1e-2, 4.0
 
 @dataclass
 class Timing:
-    """Seconds, losses and memory of one engine or baseline at one kind of work, without the warm-up unit.
+    """Seconds, losses and memory of one engine or baseline at one kind of work, without warm-ups.
 
-    against: the engine it is compared with, None where there is none. first: values before the first update.
-    In training that is, for our engines, ``rows``: the summed negative log-likelihood and number of trained
-    tokens of every row, and ``start``, the loss where that is another; for a baseline the ``rows`` of its
-    first batch, their trained ``tokens`` and their ``loss`` per token. On rollouts it is ``kl``, ``score``
-    and, for our engines, ``score_std`` and ``entropy``.
+    seconds: of each unit, with its ``passes``, whose rows, tokens and steps are counted together; losses: of
+    the last pass of each. against: the engine it is compared with, None where there is none. first: values
+    before the first update. In training that is, for our engines, ``rows``: the summed negative
+    log-likelihood and number of trained tokens of every row, and ``start``, the loss where that is another;
+    for a baseline the ``rows`` of its first batch, their trained ``tokens`` and their ``loss`` per token. On
+    rollouts it is ``kl``, ``score`` and, for our engines, ``score_std`` and ``entropy``.
     """
 
     engine: str
@@ -52,6 +55,8 @@ class Timing:
     rows: float = 0.0
     tokens: float = 0.0
     steps: int | None = None  # optimizer steps of a unit
+    passes: int = 1
+    dtype: str = "float32"
     peak_gb: float = 0.0
     process_gb: float = 0.0
     planned_gb: float | None = None  # what `plan` predicts for peak_gb
@@ -104,14 +109,17 @@ def _relative_difference(a: float, b: float) -> float:
 def _engine_mismatch(t: Timing, base: Timing) -> str | None:
     """Why one of our engines did not do the same work as another; None where it did."""
     assert t.disagreement is not None
+    whole = t.dtype == "float32"
+    loss = LOSS_TOLERANCE if whole else HALF_LOSS_TOLERANCE
+    sampled = SAMPLED_TOLERANCE if whole else HALF_SAMPLED_TOLERANCE
     if on_rollouts(t.what):
         difference = _relative_difference(t.first["entropy"], base.first["entropy"])
         return (
             f"entropies of the first rollout differ by {difference:.2%}"
-            if difference > SAMPLED_TOLERANCE
+            if difference > sampled
             else _rollout_mismatch(t, base)
         )
-    allowed = SAMPLED_TOLERANCE if t.what.startswith("generate") else LOSS_TOLERANCE
+    allowed = sampled if t.what.startswith("generate") else loss
     return f"losses differ by {t.disagreement:.2%}" if t.disagreement > allowed else None
 
 
@@ -150,7 +158,8 @@ def _rollout_mismatch(t: Timing, base: Timing) -> str | None:
     for side in (t, base):
         if abs(side.first["kl"]) > MAX_FIRST_KL:
             return f"{side.engine}'s first KL from the reference is {side.first['kl']:.3f}, not 0"
-    error = base.first["score_std"] * math.sqrt(2 / base.rows)
+    answers = base.rows / base.passes
+    error = base.first["score_std"] * math.sqrt(2 / answers)
     if abs(t.first["score"] - base.first["score"]) > MAX_SCORE_ERRORS * error:
         return (
             f"mean scores of the first rollout differ: {t.first['score']:.3f} against "

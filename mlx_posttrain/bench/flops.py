@@ -68,21 +68,23 @@ def rollout_flops(size: Size, kind: Kind, shape: Shape) -> float:
     return total
 
 
-def decode_bytes(size: Size, batches: int = 1) -> float:
+def decode_bytes(size: Size, batches: int = 1, dtype: str = "float32") -> float:
     """Bytes of weights that decoding reads: all of them per token of each of ``batches`` decode batches."""
-    return float(size.file_bytes * ROLLOUT["max_tokens"] * batches)
+    width = 4 if dtype == "float32" else 2
+    weights = size.file_bytes if size.packed else width * sum(map(math.prod, size.tensors.values()))
+    return float(weights * ROLLOUT["max_tokens"] * batches)
 
 
 def peaks(engine: str, seconds: float = 0.5) -> dict[str, float]:
     """This machine's peaks on an engine's device.
 
-    ``gflops`` is that of the fastest float32 matrix product, in GFLOP/s; ``gb_per_s`` the highest rate, in
-    GB/s, at which all cores together read and sum half a gigabyte.
+    ``gflops`` is that of the fastest chained float32 matrix products of up to 4,096 rows, in GFLOP/s;
+    ``gb_per_s`` the highest rate, in GB/s, at which all cores together read and sum half a gigabyte.
     """
     from mlx_posttrain.engines.probe import measure_gflops
 
     name = open_engine(engine).name
-    rate = max(measure_gflops(name, n, seconds) for n in (1024, 2048))
+    rate = max(measure_gflops(name, n, seconds) for n in (1024, 2048, 4096))
     if name == "mlx":
         import mlx.core as mx
 

@@ -74,17 +74,24 @@ class Kind:
     def _default_recipe(self) -> Any:
         return self.recipe("tiny", "auto", 8, None)
 
-    def recipe(self, model: str | Path, engine: str, batch_size: int, reward: str | None) -> Any:
+    def recipe(
+        self,
+        model: str | Path,
+        engine: str,
+        batch_size: int,
+        reward: str | None,
+        dtype: str = "float32",  # as the other trainers
+    ) -> Any:
         """The recipe of a unit.
 
-        reward: the reward model of a method that trains on rollouts.
+        reward: the reward model of a method that trains on rollouts. dtype: of a frozen base.
         """
         data = {"source": "embedded/tasks", "template": "none"}
         keys: dict[str, Any] = {
             "method": self.method.name,
             "model": str(model),
             "engine": engine,
-            "dtype": "float32",  # as the other trainers
+            "dtype": dtype,
             "data": data,
         }
         if self.on_rollouts:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from mlx_posttrain.bench import scaling
 from mlx_posttrain.bench.baselines import baseline_name
 from mlx_posttrain.convert.files import write_atomically
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.models.card import portable
 
 NOTE = (
     "Time against: median, smallest and largest ratio of units timed next to each other. Losses differ: the "
@@ -21,7 +24,8 @@ NOTE = (
     "units relative to ours. Peak GB: the arrays of mlx and of what builds on it, the whole process of the "
     "others. Planned GB: what `plan` predicts. Of product peak: the matrix products that "
     "the work requires, without padding and recomputation. Of read peak: reading every weight once per token "
-    "of a decode batch, where 1 is the rate of a sum on all cores."
+    "of a decode batch, where 1 is the rate of a sum on all cores. Work that was faster than a peak's own "
+    "measurement is the peak."
 )
 
 COLUMNS = (
@@ -113,7 +117,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     facts = [f"{name}: {value}" for name, value in result["machine"].items()]
     facts += [
         f"model: {result['model']}",
-        f"{rows}, batch {shape['batch_size']}, {result['units']} units after a warm-up",
+        f"{rows}, batch {shape['batch_size']}, {result['units']} units, each after a warm-up",
+        f"number format of frozen weights: {result.get('dtype', 'float32')}",
         f"measured peaks: {peaks}",
     ]
     versions = {baseline_name(t["engine"]): t["version"] for t in result["timings"] if t["version"]}
@@ -135,6 +140,19 @@ def markdown(result: Mapping[str, Any]) -> str:
             else ["", *scaling.markdown_lines(engine, scaled)]
         )
     return "\n".join(text) + "\n"
+
+
+def publication(result: Mapping[str, Any], command: Sequence[str]) -> str:
+    """One Markdown block for others: the machine, the command, the tables, and all numbers as JSON.
+
+    Absolute paths in it are cut to their last part.
+    """
+    shown = portable({**result, "command": shlex.join(command)})
+    machine = shown["machine"]
+    title = ", ".join(machine[key] for key in ("chip", "memory", "system") if key in machine)
+    parts = [f"### {title}", f"```sh\n{shown['command']}\n```", markdown(shown).rstrip()]
+    numbers = f"```json\n{json.dumps(shown)}\n```"
+    return "\n\n".join([*parts, f"<details><summary>All numbers</summary>\n\n{numbers}\n\n</details>"]) + "\n"
 
 
 @contextlib.contextmanager
@@ -159,20 +177,19 @@ def reserve_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def write(result: Mapping[str, Any], folder: Path) -> list[str]:
+def write(result: Mapping[str, Any], folder: Path, command: Sequence[str] | None = None) -> list[str]:
     """Write a benchmark's files into a folder and return their names.
 
-    They are ``bench.json``, ``bench.md`` and, where an engine finished, ``bench.svg`` and ``bench.png`` with
-    its trained or sampled tokens per second. Raises UserError where they cannot be written.
+    They are ``bench.json``, ``bench.md``, with a ``command`` ``publish.md`` (:func:`publication`) and, where
+    an engine finished, ``bench.svg`` and ``bench.png`` with its trained or sampled tokens per second. Raises
+    UserError where they cannot be written.
     """
+    texts = {"bench.json": json.dumps(result, indent=2) + "\n", "bench.md": markdown(result)}
+    if command is not None:
+        texts["publish.md"] = publication(result, command)
     try:
-        write_atomically(
-            folder / "bench.json",
-            lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"),
-        )
-        write_atomically(
-            folder / "bench.md", lambda path: path.write_text(markdown(result), encoding="utf-8")
-        )
+        for name, text in texts.items():
+            write_atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written: {error.strerror}") from None
     finished = [t for t in result["timings"] if not t["error"]]
@@ -187,4 +204,4 @@ def write(result: Mapping[str, Any], folder: Path) -> list[str]:
         charts.save(
             charts.bars(bars, y="trained or sampled tokens/s", title=str(result["model"])), folder, "bench"
         )
-    return ["bench.json", "bench.md", *(["bench.svg", "bench.png"] if finished else [])]
+    return [*texts, *(["bench.svg", "bench.png"] if finished else [])]

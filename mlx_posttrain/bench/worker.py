@@ -59,7 +59,7 @@ def train(spec: dict[str, Any], gate: Gate) -> None:
     kind, engine = training_kinds()[what], open_engine(spec["engine"])
     method, facts = kind.method, model_facts(folder)
     assert method.loss is not None
-    recipe = kind.recipe(folder, engine.name, shape.batch_size, None)
+    recipe = kind.recipe(folder, engine.name, shape.batch_size, None, spec.get("dtype", "float32"))
     collate = method.collator(recipe, facts)
     recipe.train.batch_size = max(1, shape.batch_size // collate.rows_per_item)
     model = load_model(engine, recipe, folder, getattr(recipe, "adapter", None))
@@ -122,7 +122,7 @@ def generate(spec: dict[str, Any], gate: Gate) -> None:
     ``generate`` decodes them in one batch, ``generate-single`` row by row.
     """
     engine = open_engine(spec["engine"])
-    model = engine.load(Path(spec["folder"]))
+    model = engine.load(Path(spec["folder"]), dtype=spec.get("dtype", "float32"))
     prompt_rows = prompts(model.config["vocab_size"], Shape(**spec.get("shape", {})).length)
     samples = ROLLOUT["samples"]
     settings: dict[str, Any] = {
@@ -160,7 +160,8 @@ def roll_out(spec: dict[str, Any], gate: Gate) -> None:
     from mlx_posttrain.training.setup import load_model, plan_rollouts
 
     kind, engine, folder = training_kinds()[spec["what"]], open_engine(spec["engine"]), Path(spec["folder"])
-    recipe = kind.recipe(folder, engine.name, spec["shape"]["batch_size"], spec.get("reward"))
+    size_and_reward = (spec["shape"]["batch_size"], spec.get("reward"))
+    recipe = kind.recipe(folder, engine.name, *size_and_reward, spec.get("dtype", "float32"))
     assert kind.method.algorithm is not None
     algorithm, reference = kind.method.algorithm(recipe), kind.method.reference(recipe)
     policy = load_model(engine, recipe, folder, recipe.adapter)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 #: Share of Metal's working set that MLX's unused buffers may take.
 CACHE_SHARE = 0.25
+#: Products that are waited for together at most.
+LONGEST_CHAIN = 64
 
 
 class Devices(NamedTuple):
@@ -42,28 +44,38 @@ def torch_threads() -> int:
 def measure_gflops(engine: str = "mlx", size: int = 1024, seconds: float = 0.25) -> float:
     """Return the best float32 matmul rate of an engine in GFLOP/s.
 
-    ``engine`` is mlx or torch, on its default device. The measurement takes about ``seconds``.
+    ``engine`` is mlx or torch, on its default device. Products are chained, each of the last one's result,
+    and waited for together, so that a GPU does not pause between them. The measurement takes about
+    ``seconds``, and at least the time of two products.
     """
+    # numbers of mean 1 / size: every product has the same size as its factors
     if engine == "torch":
         import torch
 
-        a = torch.rand(size, size)
+        a = torch.rand(size, size) * (2 / size)
 
-        def multiply() -> None:
-            torch.mm(a, a)
+        def multiply(times: int) -> None:
+            y = a
+            for _ in range(times):
+                y = torch.mm(y, a)
     else:
         import mlx.core as mx
 
-        b = mx.random.uniform(shape=(size, size))
+        b = mx.random.uniform(high=2 / size, shape=(size, size))
         mx.eval(b)
 
-        def multiply() -> None:
-            mx.eval(b @ b)
+        def multiply(times: int) -> None:
+            x = b
+            for _ in range(times):
+                x = x @ b
+            mx.eval(x)
 
-    multiply()  # starts the threads; with the reference BLAS one product of this size takes .4 s
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
+    multiply(1)  # starts the threads; with the reference BLAS one product of this size takes .4 s
+    best, times, end = 0.0, 1, time.perf_counter() + seconds
+    while not best or time.perf_counter() < end:
         start = time.perf_counter()
-        multiply()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+        multiply(times)
+        took = time.perf_counter() - start
+        best = max(best, times / took)
+        times = min(2 * times, LONGEST_CHAIN) if took < seconds / 8 else times
+    return 2 * size**3 * best / 1e9

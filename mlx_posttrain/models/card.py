@@ -43,8 +43,8 @@ def model_card(
 
     Without absolute paths, which say nothing on another machine. how_to_use: from the base's name, Markdown.
     """
-    raw: dict[str, Any] = _portable(source.recipe or {})
-    base = _portable(base_name(source))
+    raw: dict[str, Any] = portable(source.recipe or {})
+    base = portable(base_name(source))
     result = run / "result.json"
     figures = read_json(result) if result.is_file() else {}
     environment = _environment(run)
@@ -63,7 +63,7 @@ def model_card(
             "base_model": base,
             "usage": how_to_use and how_to_use(base),
             "datasets": [one["source"] for one in sources] or raw.get("data", {}).get("source"),
-            "library_name": {"peft": "peft", "mlx-lm": "mlx"}.get(to, "transformers"),
+            "library_name": {"peft": "peft", "mlx-lm": "mlx", "gguf": "gguf"}.get(to, "transformers"),
             "description": raw.get("description") or f"A model made by {raw.get('method', 'post-training')}.",
             "data": {
                 **{
@@ -78,19 +78,19 @@ def model_card(
                 else k.replace("_", " "): v
                 for k, v in figures.items()
             },
-            "command": _portable(environment.get("command")),
+            "command": portable(environment.get("command")),
             "versions": environment.get("versions"),
             "tags": [t for t in (raw.get("method"), adapter.get("kind"), "merged" if merged else None) if t],
         }
     )
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """A value with every absolute path in it cut to its last part."""
     if isinstance(value, dict):
-        return {key: _portable(inner) for key, inner in value.items()}
+        return {key: portable(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_portable(inner) for inner in value]
+        return [portable(inner) for inner in value]
     return _ABSOLUTE.sub(r"\1", value) if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Export of a run for PEFT, transformers or mlx-lm, merged or not, with a model card.
+"""Export of a run for PEFT, transformers, mlx-lm or llama.cpp, merged or not, with a model card.
 
 Runs already use Hugging Face's formats, so most of this is copying. An adapter trained on a quantised base
 needs more care: when it is merged into that base, rounding to the grid swallows small updates, and on the
@@ -18,20 +18,26 @@ from typing import Any
 import numpy as np
 
 from mlx_posttrain import engines
-from mlx_posttrain.convert import adapters, merge, token_rows, weights
+from mlx_posttrain.convert import adapters, gguf_file, merge, token_rows, weights
 from mlx_posttrain.convert.arrays import require_mlx
 from mlx_posttrain.convert.files import home, output_folder, read_json
+from mlx_posttrain.data.tokens import bos_ids, stop_ids
 from mlx_posttrain.engines import files
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models import dtypes
 from mlx_posttrain.models.card import base_name, model_card
-from mlx_posttrain.models.merge import base_bits, model_type, write_merged
+from mlx_posttrain.models.merge import base_bits, merge_below, model_type, write_merged
+from mlx_posttrain.models.ollama import NO_TEMPLATE, modelfile
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.prompt_format import write_prompt_format, write_tokenizer
+from mlx_posttrain.models.prompt_format import own_chat_template, write_prompt_format, write_tokenizer
 from mlx_posttrain.models.source import Source, locate, saves_language_model
-from mlx_posttrain.models.usage import usage
+from mlx_posttrain.models.tokenizer import load_tokenizer
+from mlx_posttrain.models.usage import gguf_usage, usage
 
-FORMATS = ("peft", "hf", "mlx-lm")
+FORMATS = ("peft", "hf", "mlx-lm", "gguf")
+
+#: A GGUF file's number format unless another is asked for: llama.cpp's own quantiser starts from it.
+GGUF_DTYPE = "float16"
 
 #: Largest share of the adapter's effect on the logits that a merge into a quantised base may lose. At .25 the
 #: greedy answers of the embedded model still agree almost everywhere; a small adapter on a 4-bit base loses
@@ -40,12 +46,19 @@ MAX_LOST = 0.25
 
 
 def export(
-    run: str | Path, destination: str | Path, to: str = "peft", *, merged: bool = False, force: bool = False
+    run: str | Path,
+    destination: str | Path,
+    to: str = "peft",
+    *,
+    merged: bool = False,
+    force: bool = False,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Write a finished run for another program.
 
     Formats: peft, an adapter folder; hf, a model folder for transformers (an adapter run needs ``merged``);
-    mlx-lm, a model folder or, for an adapter run without ``merged``, an adapter folder, for mlx-lm.
+    mlx-lm, a model folder or, for an adapter run without ``merged``, an adapter folder, for mlx-lm; gguf, one
+    file for llama.cpp and Ollama with an adapter merged, in the number format ``dtype`` (GGUF_DTYPE if None).
 
     Returns {"path", "format", "merged"} and, if the export differs from the run, "drift" and a "note". Raises
     UserError for an unknown format, a run that cannot be written in that format, a destination in use
@@ -54,6 +67,10 @@ def export(
     """
     if to not in FORMATS:
         raise UserError(f"cannot export to {to!r}; formats: {', '.join(FORMATS)}")
+    if dtype is not None and to != "gguf":
+        raise UserError(f"--dtype is for --to gguf; --to {to} keeps the run's number format")
+    if dtype is not None and dtype not in gguf_file.TYPES:
+        raise UserError(f"a GGUF file has no --dtype {dtype}; there are {', '.join(gguf_file.TYPES)}")
     source = locate(run)
     target = home(destination)
     if source.adapter is None and to == "peft":
@@ -70,10 +87,12 @@ def export(
     summary: dict[str, Any] = {
         "path": str(target),
         "format": to,
-        "merged": merged and source.adapter is not None,
+        "merged": (merged or to == "gguf") and source.adapter is not None,
     }
     with output_folder(target, force) as folder:
-        if source.adapter is None:
+        if to == "gguf":
+            summary |= _write_gguf(source, Path(run), folder, dtype or GGUF_DTYPE)
+        elif source.adapter is None:
             _write_full(source, folder, to)
         elif not merged:
             if to == "peft":
@@ -96,24 +115,31 @@ def export(
                 weights.convert(intermediate, folder, to="mlx", force=True)
         else:
             write_merged(source, folder, as_base=True)
-        if not _is_classifier(source):
+        if to == "gguf":
+            pass  # tokenizer and prompt format are in the file
+        elif not _is_classifier(source):
             write_prompt_format(folder, source)
         elif source.adapter is not None and token_rows.has_rows(source.adapter):
             write_tokenizer(folder, source)
         note = f"\n## Difference from the run\n\n{summary['note']}\n" if "note" in summary else ""
-        (folder / "README.md").write_text(_card(source, run, to, merged) + note, encoding="utf-8")
+        (folder / "README.md").write_text(_card(source, run, to, merged, dtype) + note, encoding="utf-8")
     return summary
 
 
-def is_export(folder: Path, run: str | Path, to: str, merged: bool) -> bool:
+def is_export(folder: Path, run: str | Path, to: str, merged: bool, dtype: str | None = None) -> bool:
     """Return whether ``folder`` holds the export that :func:`export` writes with these arguments.
 
     It compares the card, which is written last.
     """
     card_file = folder / "README.md"
     return card_file.is_file() and card_file.read_text(encoding="utf-8").startswith(
-        _card(locate(run), run, to, merged)
+        _card(locate(run), run, to, merged, dtype)
     )
+
+
+def gguf_name(dtype: str) -> str:
+    """The name of an export's GGUF file."""
+    return f"model-{gguf_file.TYPES[dtype].lower()}.gguf"
 
 
 def push(folder: Path, repo: str) -> str:
@@ -137,9 +163,11 @@ def push(folder: Path, repo: str) -> str:
         ) from None
 
 
-def _card(source: Source, run: str | Path, to: str, merged: bool) -> str:
+def _card(source: Source, run: str | Path, to: str, merged: bool, dtype: str | None) -> str:
     how = None if _is_classifier(source) else partial(usage, source, to, merged)
-    return model_card(source, Path(run), to, merged, how)
+    if to == "gguf":
+        how = partial(gguf_usage, source, gguf_name(dtype or GGUF_DTYPE))
+    return model_card(source, Path(run), to, source.adapter is not None and (merged or to == "gguf"), how)
 
 
 def _is_classifier(source: Source) -> bool:
@@ -153,6 +181,41 @@ def _write_full(source: Source, folder: Path, to: str) -> None:
     for file in source.folder.iterdir():
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
+
+
+def _write_gguf(source: Source, run: Path, folder: Path, dtype: str) -> dict[str, Any]:
+    """Write a GGUF file and a Modelfile, and say where Ollama's prompts are not the run's."""
+    gguf_file.require_gguf()
+    if _is_classifier(source):
+        raise UserError(f"{run} is a reward model, which llama.cpp does not run: use --to hf")
+    merge_below(source)
+    with _temporary(folder) as made:
+        if source.adapter is None:
+            model = source.folder
+            for name in ("config.json", "generation_config.json"):  # which names ends of answers
+                if (model / name).is_file():
+                    shutil.copyfile(model / name, made / name)
+            write_prompt_format(made, source)
+        else:
+            model = made
+            write_merged(source, model, as_base=True)
+        tokenizer, template = load_tokenizer(made), own_chat_template(made)
+        config, ends, bos = gguf_file.check_model(model), stop_ids(tokenizer), bool(bos_ids(tokenizer))
+        gguf_file.write_gguf(
+            model,
+            folder / gguf_name(dtype),
+            tokenizer,
+            dtype=dtype,
+            name=run.resolve().name,
+            template=template,
+            ends=ends,
+            bos=bos,
+        )
+    context = gguf_file.context_length(config)
+    recipe = modelfile(gguf_name(dtype), tokenizer, template, ends, context)
+    (folder / "Modelfile").write_text(recipe, encoding="utf-8")
+    missing = [line for line in recipe.splitlines() if line.startswith(NO_TEMPLATE)]
+    return {"note": f"The Modelfile has {missing[0].removeprefix('# ')}"} if missing else {}
 
 
 def _write_peft(source: Source, folder: Path) -> None:

@@ -78,6 +78,26 @@ def usage(source: Source, to: str, merged: bool, base: str) -> str:
     return "\n\n".join(parts)
 
 
+_GGUF = """With Ollama, in this folder:
+
+```sh
+ollama create my-model -f Modelfile
+ollama run my-model "{question}"
+```
+
+With llama.cpp, which reads the format of the prompts from the file:
+
+```sh
+llama-cli -m {file} -p "{question}"
+```"""
+
+
+def gguf_usage(source: Source, file: str, base: str) -> str:
+    """The Markdown of :func:`usage` for a GGUF file and its Modelfile."""
+    chat = carried_template(source) is not None or own_chat_template(source.shape_folder) is not None
+    return "\n\n".join([_format(source, chat), _GGUF.format(question=QUESTION, file=file)])
+
+
 def _messages(source: Source) -> str:
     messages = [{"role": "user", "content": QUESTION}]
     if source.template == "chat" and source.system:  # other templates have it in them

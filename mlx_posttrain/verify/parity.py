@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -47,8 +49,11 @@ class Measured:
     sampled: list[list[int]]
 
 
-def compare() -> list[Check]:
-    """Compare every two engines of this machine on the embedded model, a random GPT-2 and a random Llama."""
+def compare(only: str | None = None) -> list[Check]:
+    """Compare every two engines of this machine on the embedded model, a random GPT-2 and a random Llama.
+
+    only: one of the three.
+    """
     names = engine_names()
     if len(names) < 2:
         have = ", ".join(names) or "none"
@@ -56,7 +61,7 @@ def compare() -> list[Check]:
             skipped("engines against each other", f"{have} alone: `pip install -e '.[torch]'` adds another")
         ]
     with tempfile.TemporaryDirectory(prefix="mlx-posttrain-verify-") as scratch:
-        folders = models(Path(scratch))
+        folders = {name: at for name, at in models(Path(scratch)).items() if only in (None, name)}
         found: dict[str, dict[str, Measured] | str] = {}
         for name in names:
             log(f"verify: {name} ...")
@@ -118,16 +123,33 @@ def _verdict(holds: bool) -> str:
 
 
 def _in_own_process(name: str, folders: dict[str, str]) -> dict[str, Measured] | str:
-    """What an engine computes from each model, or in one line why it does not."""
+    """What an engine computes from each model, or in one line why it does not.
+
+    In full float32: with TF32, which is faster, a GPU's results would differ by design.
+    """
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with _environment("MLX_ENABLE_TF32", "0"), ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(measure_all, name, folders).result()
     except BrokenProcessPool:
         return "its process ended"
     except Exception as error:  # whatever an engine raises here is what this command is to find
         first = (str(error).splitlines() or [""])[0]
         return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for processes that start meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def measure_all(name: str, folders: dict[str, str]) -> dict[str, Measured]:

@@ -138,8 +138,16 @@ def test_an_untested_architecture_loads_with_a_line_and_an_unknown_one_does_not(
 
 @pytest.mark.slow
 def test_the_page_is_what_is_measured():
-    """Written by ``python -m tests.architectures``."""
-    assert made.PAGE.read_text(encoding="utf-8") == made.page()
+    """Written by ``python -m tests.architectures``; its second table has a test of its own."""
+    assert made.PAGE.read_text(encoding="utf-8") == made.page(made.written_support())
+
+
+@pytest.mark.exhaustive
+def test_the_page_says_what_works():
+    pytest.importorskip("gguf")
+    from tests.architecture_support import table
+
+    assert made.written_support() == table()
 
 
 def test_the_text_part_of_a_model_of_images_and_text_is_translated_too(tmp_path):

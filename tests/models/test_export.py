@@ -267,8 +267,8 @@ def test_refusals(runs, tmp_path):
         export(full, tmp_path / "a", "peft")
     with pytest.raises(UserError, match="--merge"):
         export(lora, tmp_path / "a", "hf")
-    with pytest.raises(UserError, match="formats: peft, hf, mlx-lm"):
-        export(lora, tmp_path / "a", "gguf")
+    with pytest.raises(UserError, match="formats: peft, hf, mlx-lm, gguf"):
+        export(lora, tmp_path / "a", "onnx")
     with pytest.raises(UserError, match="the folder runs/nosuch does not exist"):
         export("runs/nosuch", tmp_path / "a", "peft")
     (tmp_path / "used").mkdir()

@@ -71,6 +71,6 @@ def test_a_reward_model_is_for_ppo_and_a_pipeline_for_its_page(tmp_path, monkeyp
     ],
 )
 def test_cards_have_no_absolute_paths(given, shown):
-    from mlx_posttrain.models.card import _portable
+    from mlx_posttrain.models.card import portable
 
-    assert _portable(given) == shown
+    assert portable(given) == shown

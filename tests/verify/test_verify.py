@@ -201,6 +201,56 @@ def test_the_command_compares_in_processes_of_their_own(capsys):
     assert sum(line.endswith("| pass |") for line in lines) == 15 * math.comb(len(parity.engine_names()), 2)
 
 
+def test_doctor_compares_the_devices_and_gives_a_block(monkeypatch, capsys):
+    """With a GPU that agrees, one that does not, none, and one engine alone."""
+    from mlx_posttrain import doctor
+
+    monkeypatch.setattr(doctor, "collect", lambda: [doctor.Check("chip", "Apple M9, 8 cores")])
+    good = Check("tiny, mlx-gpu against mlx-cpu: logits", "0", "1e-6", "1e-03", PASSED)
+    bad = dataclasses.replace(good, measured="2e-1", verdict=FAILED)
+    both, cpus = ["mlx-gpu", "mlx-cpu"], ["mlx-cpu", "torch-cpu"]
+    asked = []
+    for names, checks, code, said in (
+        (both, [good, good], 0, "The GPU and the CPU compute the same: 2 of 2 checks hold."),
+        (both, [good, bad], 1, f"The GPU and the CPU do NOT compute the same: {good.name}. Train with"),
+        (cpus, [good], 0, "There is no GPU; mlx-cpu and torch-cpu compute the same: 1 of 1 checks hold."),
+        (["mlx-cpu"], None, 0, "Nothing was compared: mlx-cpu alone"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(parity, "engine_names", lambda names=names: names)
+            if checks is not None:
+                patched.setattr(
+                    parity, "compare", lambda only=None, checks=checks: (asked.append(only), checks)[1]
+                )
+            assert cli("doctor", "--check") == code
+        out = capsys.readouterr().out
+        assert out.splitlines()[-1].startswith(said), out
+        assert "**Apple M9, 8 cores**" in out and "| check | expected |" in out
+    assert asked == ["tiny"] * 3
+
+
+def test_doctors_block_is_not_json(capfd):
+    assert "leave out --json" in refused(capfd, "doctor", "--check", "--json")
+
+
+def test_devices_are_compared_without_tf32_and_the_variable_is_as_before(monkeypatch):
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    with parity._environment("MLX_ENABLE_TF32", "0"):
+        assert parity.os.environ["MLX_ENABLE_TF32"] == "0"
+    assert "MLX_ENABLE_TF32" not in parity.os.environ
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
+    with parity._environment("MLX_ENABLE_TF32", "0"):
+        pass
+    assert parity.os.environ["MLX_ENABLE_TF32"] == "1"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(len(ENGINES) < 2, reason="needs both engines")
+def test_doctors_check_computes_on_this_machine(capsys):
+    assert cli("doctor", "--check") == 0
+    assert "checks hold." in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_target_that_cannot_be_written_is_found_first(capfd, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(capfd, "verify", "--output", str(tmp_path / "file" / "x.md"))
