@@ -42,6 +42,7 @@ ORDER = (
     "question_answer",
     "problem_solution",
     "input_output",
+    "text_code",
     "role_content",
     "text",
     "prompt",
