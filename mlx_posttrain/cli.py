@@ -189,6 +189,8 @@ def generate(
     prompts = list(prompt or [])
     if file is not None:
         try:
+            if file.expanduser().exists() and not file.expanduser().is_file():  # a pipe would be waited for
+                raise UserError(f"--file {file}: not a regular file; save the prompts as one")
             prompts += [
                 line for line in file.expanduser().read_text(encoding="utf-8-sig").split("\n") if line.strip()
             ]

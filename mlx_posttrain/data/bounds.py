@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ MAX_ROW = 2_000_000
 MAX_LINE = 8
 #: A compressed file may unpack to so many times its size (text gives 3 to 20), and to so many bytes anyway.
 MAX_RATIO, MAX_UNPACKED = 100, 50_000_000
+#: Bytes of JSON that is one value, which is held whole and takes several times as much as Python's objects.
+MAX_WHOLE = 1_000_000_000
+_PIECE = 1 << 20
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -33,23 +37,34 @@ def lines(path: Path, file: Any) -> Iterator[bytes]:
     unpacks to far too much.
     """
     number = total = 0
-    most = _most(path)
+    most = _most(path) if isinstance(file, gzip.GzipFile) else None
     while line := file.readline(MAX_LINE * MAX_ROW + 1):
         number, total = number + 1, total + len(line)
         if len(line) > MAX_LINE * MAX_ROW:
             raise too_long(f"{path}, line {number}")
-        if total > most:
+        if most is not None and total > most:
             raise _bomb(path, most)
         yield line
 
 
-def whole(path: Path, file: Any) -> bytes:
-    """Return all of a binary file. Raises UserError for a compressed one that unpacks to far too much."""
-    most = _most(path)
-    data: bytes = file.read(most + 1)
-    if len(data) > most:
-        raise _bomb(path, most)
+def whole(path: Path, file: Any) -> bytes | bytearray:
+    """Return all of a binary file. Raises UserError for one beyond MAX_WHOLE, or that unpacks to too much."""
+    most = min(_most(path), MAX_WHOLE) if isinstance(file, gzip.GzipFile) else MAX_WHOLE
+    if os.path.getsize(path) > MAX_WHOLE:
+        raise _too_large(path)
+    data = bytearray()
+    while piece := file.read(_PIECE):  # a read allocates as many bytes as it may give
+        data += piece
+        if len(data) > most:
+            raise _too_large(path) if most == MAX_WHOLE else _bomb(path, most)
     return data
+
+
+def _too_large(path: Path) -> UserError:
+    return UserError(
+        f"{path}: more than {MAX_WHOLE:,} bytes of JSON, which is read whole; give each row a line of "
+        "its own, in a file named .jsonl"
+    )
 
 
 def _most(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, TypeVar
 
 from mlx_posttrain.data.types import Conversation, Labelled, Preference
@@ -113,6 +114,17 @@ def text(row: Row, name: str, where: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return "" if value != value else str(value)
     raise UserError(f"{where}: column {name!r} must be text, found {type(value).__name__}")
+
+
+def number(value: Any) -> float | None:
+    """A finite number, also one that is written as text, as every value of a CSV file is; else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        found = float("" if isinstance(value, str) and "_" in value else value)
+    except (ValueError, OverflowError):
+        return None
+    return found if isfinite(found) else None
 
 
 def content(text: str) -> str:

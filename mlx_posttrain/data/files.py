@@ -58,6 +58,8 @@ def _read(path: Path) -> Iterator[Row]:
     name = path.name.lower().removesuffix(".gz")
     if not name.endswith(EXTENSIONS):
         raise UserError(f"{path}: unknown extension {path.suffix!r}; accepted are {', '.join(EXTENSIONS)}")
+    if not path.is_file():  # a pipe would be waited for, and a device has no end
+        raise UserError(f"{path}: not a regular file; save the rows as one")
     try:
         with path.open("rb") as plain:
             head = _head(plain)
@@ -108,7 +110,7 @@ def _check_kind(path: Path, head: bytes) -> None:
             raise UserError(f"{path}: this is {kind}; {advice}")
 
 
-def _decode(path: Path, line: int, raw: bytes) -> str:
+def _decode(path: Path, line: int, raw: bytes | bytearray) -> str:
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as e:
@@ -144,7 +146,7 @@ def _read_jsonl(path: Path, lines: Any) -> Iterator[Row]:
         yield _row(value, f"{path}, line {number}")
 
 
-def _read_json(path: Path, raw: bytes) -> Iterator[Row]:
+def _read_json(path: Path, raw: bytes | bytearray) -> Iterator[Row]:
     """Yield the rows of a file of JSON.
 
     It holds a list of objects, an object with one such list (``{"data": [...]}``), or JSON lines.
@@ -263,7 +265,7 @@ def _check_header(path: Path, names: Any) -> None:
     """Raise UserError where two columns have one name: the second would take the first one's place."""
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise UserError(f"{path}: two columns are called {twice!r}; rename one of them in the header")
+        raise UserError(f"{path}: two columns are called {twice!r}; rename one of them")
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -272,7 +274,30 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+            _check_header(path, file.schema_arrow.names)
+            # Few at once: a text that many rows share is stored once, and unpacked for each.
+            for batch in file.iter_batches(batch_size=32):
+                yield from _rows(path, batch)
     except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not a readable Parquet file ({str(e).splitlines()[0]})") from e
+        raise UserError(f"{path}: not a readable Parquet file ({_first_line(e)})") from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _rows(path: Path, batch: Any) -> list[Row]:
+    """A batch's rows. Raises UserError for a value that Python cannot hold, such as a date in year 12000."""
+    import pyarrow
+
+    columns = {}
+    for name, values in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns[name] = values.to_pylist()
+        # a time zone that is not known is a KeyError; text that is not UTF-8 a ValueError
+        except (pyarrow.ArrowException, OverflowError, ValueError, KeyError) as e:
+            raise UserError(
+                f"{path}: the column {name!r} has a value that cannot be read ({_first_line(e)}); save "
+                "the file without it, or with text in its place"
+            ) from e
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

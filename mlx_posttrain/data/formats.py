@@ -16,11 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_posttrain.data import bounds
 from mlx_posttrain.data import ranked as ranked_rows
 from mlx_posttrain.data.cells import FORMATS, Dropped, Noted, Record, Row, filled
-from mlx_posttrain.data.messages import TOOL_CALLS, have_tools
+from mlx_posttrain.data.messages import TOOL_CALLS, have_tools, only_asked
 from mlx_posttrain.data.paired import LATER
 from mlx_posttrain.data.sources import nearest
+from mlx_posttrain.data.types import Conversation, Preference
 from mlx_posttrain.errors import UserError
 
 #: Formats in the order in which they are tried. chosen and rejected take precedence over all other columns,
@@ -40,6 +42,7 @@ ORDER = (
     "question_answer",
     "problem_solution",
     "input_output",
+    "text_code",
     "role_content",
     "text",
     "prompt",
@@ -158,10 +161,11 @@ def other_case(present: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def fill_prompts(rows: Sequence[Row], text: str, source: str) -> list[dict[str, Any]]:
+def fill_prompts(rows: Sequence[Row], text: str, source: str) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Return the rows with a column ``prompt``: the text, with each {column} replaced by the row's value.
 
-    Raises UserError for a column that no row has, and for a text without columns.
+    Also counts, by reason, the rows that are left out since such a value is no text, number or list of them.
+    Raises UserError for a column that no row has or that has text in none, and for a text without columns.
     """
     names = list(dict.fromkeys(re.findall(r"\{(\w+)\}", text)))
     known = list(dict.fromkeys(name for row in rows for name in row))
@@ -170,10 +174,25 @@ def fill_prompts(rows: Sequence[Row], text: str, source: str) -> list[dict[str, 
         what = "has no {column} in it" if unknown is None else f"names the column {unknown!r}"
         hint = nearest(unknown or "", known)
         raise UserError(f"data.prompt {what}{hint}; the columns of {source} are {', '.join(known)}")
-    return [
-        {**row, "prompt": re.sub(r"\{(\w+)\}", lambda match: str(row.get(match[1], "")), text)}  # noqa: B023
-        for row in rows
-    ]
+    found: list[dict[str, Any]] = []
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        said = {name: row[name] for name in names if _is_said(row.get(name))}
+        if lacks := [name for name in names if name not in said]:
+            dropped[f"the column {lacks[0]!r} of data.prompt has no text"] += 1
+            continue
+        prompt = re.sub(r"\{(\w+)\}", lambda match: str(said[match[1]]), text)  # noqa: B023
+        found.append({**row, "prompt": prompt})
+    if rows and not found:
+        raise UserError(f"{source}: none of the {len(rows)} rows can be used: {', '.join(dropped)}")
+    return found, dropped
+
+
+def _is_said(value: Any) -> bool:
+    """Whether a value reads as it is written: text, a number, or a list of them."""
+    if isinstance(value, list):
+        return all(isinstance(part, (str, int, float)) for part in value)
+    return isinstance(value, (str, int, float)) and value == value
 
 
 def parse(row: Row, format: str, columns: Mapping[str, str] | None = None, where: str = "row") -> Record:
@@ -220,6 +239,9 @@ def parse_all(
     columns = other_case(list(rename(dict.fromkeys(present), columns))) | dict(columns)
     renamed = rename(dict.fromkeys(present), columns)
     chosen = _format_of(rows, format, columns, source)
+    if format == "auto" and chosen == "messages" and (name := only_asked(rows, columns)):
+        chosen, columns = "prompt", {k: v for k, v in columns.items() if v != name} | {"prompt": name}
+        renamed = rename(dict.fromkeys(present), columns)
     missing = [need for need in FORMATS[chosen].needs if not any(c in renamed for c in need)]
     if missing:
         names = ", ".join("|".join(alternatives) for alternatives in missing)
@@ -240,6 +262,7 @@ def parse_all(
                 dropped.update({TIES: ties} if ties else {})
             else:
                 records.append(FORMATS[chosen].parse(noted, where))
+                _check_size(records[-1], where)
         except Dropped as e:
             dropped[TOOL_CALLS if have_tools(noted, FORMATS[chosen].columns) else str(e)] += 1
         except RecursionError:
@@ -252,6 +275,16 @@ def parse_all(
     return Parsed(chosen, records, dropped, [n for n in renamed if n in valued - read])
 
 
+def _check_size(record: Record, where: str) -> None:
+    """Raise UserError for messages that are longer together than a row may be."""
+    turns = record.turns if isinstance(record, Conversation) else record.prompt
+    size = sum(len(turn.content) for turn in turns)
+    if isinstance(record, Preference):
+        size += max(len(record.chosen), len(record.rejected))
+    if size > bounds.MAX_ROW:
+        raise bounds.too_long(where, size)
+
+
 def short(name: str) -> str:
     """A column's name as it is printed: at most 30 characters of one line, in quotes if it is blank."""
     words = " ".join(name.split())
@@ -261,6 +294,11 @@ def short(name: str) -> str:
 def _check_columns(columns: Mapping[str, str], present: list[str], source: str) -> None:
     """Raise UserError where data.columns names what is not there, or misspells one of our names."""
     for ours, name in columns.items():
+        same = next((other for other in columns if columns[other] == name), ours)
+        if same != ours:
+            raise UserError(
+                f"{source}: data.columns maps both {same} and {ours} to {name!r}; a column can be read as one"
+            )
         if name not in present and ours in present and set(columns.values()) <= COLUMNS:
             right = ", ".join(f"{name}: {ours}" for ours, name in columns.items())
             raise UserError(

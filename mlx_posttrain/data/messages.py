@@ -169,6 +169,23 @@ def until_answer(found: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return found[: last + 1]
 
 
+def only_asked(rows: Iterable[Row], columns: Mapping[str, str]) -> str | None:
+    """The file's name of the column of messages in which only users speak: prompts, not conversations.
+
+    None where somebody answers. columns: {our name: the file's name}.
+    """
+    names = [columns.get(name, name) for name in ("messages", "conversations", "conversation")]
+    found: set[str] = set()
+    for row in rows:
+        name = first(row, names)
+        said = as_list(peek(row, name)) or []
+        roles = {ROLES.get(_spelling(str(m[first(m, ROLE_KEYS)]))) if _has_role(m) else None for m in said}
+        if not said or not roles <= {"user", "system"} or "user" not in roles:
+            return None
+        found.add(name)
+    return found.pop() if len(found) == 1 else None
+
+
 def asked(row: Row, name: str, where: str) -> tuple[Turn, ...]:
     """The turns of a prompt: messages, or the user's text after the turns of ``history``.
 
@@ -217,7 +234,7 @@ def _history(row: Row, where: str) -> tuple[Turn, ...]:
         )
     sides = [{"question": question, "answer": answer} for question, answer in value]
     return tuple(
-        Turn(role, content(text(side, key, f"{where}, history")))
+        Turn(role, content(require(text(side, key, f"{where}, history"), "an empty turn in the history")))
         for side in sides
         for role, key in (("user", "question"), ("assistant", "answer"))
     )

@@ -8,8 +8,21 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from mlx_posttrain.convert.files import parse_json
 from mlx_posttrain.data import messages
-from mlx_posttrain.data.cells import Dropped, Record, Row, content, first, peek, reads, require, text
+from mlx_posttrain.data.cells import (
+    Dropped,
+    Noted,
+    Record,
+    Row,
+    content,
+    filled,
+    first,
+    peek,
+    reads,
+    require,
+    text,
+)
 from mlx_posttrain.data.messages import EARLIER, SYSTEM_COLUMNS
 from mlx_posttrain.data.parsers import INPUTS, instruction
 from mlx_posttrain.data.templates import stable_hash
@@ -17,7 +30,7 @@ from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
 
 #: Alternative names of a pair's prompt.
-PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "input", "trajectory", "conversations")
 SIDES = (("chosen",), ("rejected",))
 #: Columns that are read later: how much better an answer is.
 LATER = ("margin", "score_chosen", "score_rejected")
@@ -37,6 +50,7 @@ def preference(row: Row, where: str) -> Preference:
     ``chosen`` and ``rejected`` are text, or messages that end with the answer; any earlier messages are the
     prompt.
     """
+    row = _turn_by_turn(row)
     prompt, used = _prompt(row, where)
     chosen_prompt, chosen = _side(row, "chosen", where)
     rejected_prompt, rejected = _side(row, "rejected", where)
@@ -51,17 +65,61 @@ def preference(row: Row, where: str) -> Preference:
 def _prompt(row: Row, where: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """(the turns of a pair's prompt, the columns that they stand in)."""
     name = first(row, PROMPT_COLUMNS)
-    if name != "instruction" or messages.as_list(peek(row, name)) is not None:
+    value = peek(row, name)
+    if isinstance(value, str) and (said := _said(value)) and said[-1] == Turn("assistant", ""):
+        row.get(name)  # rm-static and full-hh of Dahoas
+        return messages.after_system(row, said[:-1]), (name,)
+    if name != "instruction" or messages.as_list(value) is not None:
         return messages.asked(row, name, where), (name,)
     about = first(row, INPUTS)
     return messages.earlier(row, where, instruction(row, about, where)), (name, about)
 
 
+def _turn_by_turn(row: Row) -> Row:
+    """The row with messages for texts that are JSON lists of what each side said, as LMSYS has them."""
+    names = ("prompt", "chosen", "rejected")
+    asked, *sides = (_texts(peek(row, name)) for name in names)
+    if asked is None or None in sides:
+        return row
+    if any(len(side or ()) != len(asked) for side in sides):
+        raise Dropped("as many answers as questions are needed")
+    if not all(map(filled, (*asked, *(part for side in sides for part in side or ())))):
+        raise Dropped("an empty turn")
+    roles = ("user", "assistant")
+    said = {
+        name: [
+            {"role": role, "content": part}
+            for pair in zip(asked, side or (), strict=True)
+            for role, part in zip(roles, pair, strict=True)
+        ]
+        for name, side in zip(names[1:], sides, strict=True)
+    }
+    changed = Noted({**row, "prompt": asked[0], **said})
+    if isinstance(row, Noted):
+        changed.read = row.read
+    return changed
+
+
+def _texts(value: Any) -> list[str | None] | None:
+    """The texts of a JSON list of them, of which some may be null; None for another value."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        found = parse_json(value)
+    except ValueError:
+        return None
+    texts = isinstance(found, list) and found and all(isinstance(part, str | None) for part in found)
+    return found if texts else None
+
+
 def _side(row: Row, name: str, where: str) -> tuple[tuple[Turn, ...], str]:
-    """(turns before the answer, answer) of one side of a pair."""
-    if messages.as_list(peek(row, name)) is None:
+    """(turns before the answer, answer) of one side of a pair: text, messages or one message."""
+    value = peek(row, name)
+    one = isinstance(value, dict) and any(isinstance(value.get(key), str) for key in messages.ROLE_KEYS)
+    if messages.as_list(value) is None and not one:
         return (), content(text(row, name, where))
-    turns = _ends_with_answer(messages.turns(row.get(name), name, where))
+    row.get(name)
+    turns = _ends_with_answer(messages.turns([value] if one else value, name, where))
     return turns[:-1], turns[-1].content
 
 
@@ -75,13 +133,18 @@ def _dialogue(row: Row, name: str, where: str) -> tuple[Turn, ...]:
     """The turns of a dialogue: messages, or text as ``\\n\\nHuman: ... \\n\\nAssistant: ...``."""
     if messages.as_list(peek(row, name)) is not None:
         return messages.turns(row.get(name), name, where)
-    before, *pieces = _HH_MARK.split(text(row, name, where).replace("\r\n", "\n"))
-    if before.strip() or not pieces:
+    said = _said(text(row, name, where))
+    if not said:
         raise Dropped("not a Human/Assistant dialogue")
+    return said
+
+
+def _said(dialogue: str) -> tuple[Turn, ...]:
+    """The turns of ``\\n\\nHuman: ... \\n\\nAssistant: ...``; none of another text."""
+    before, *pieces = _HH_MARK.split(dialogue.replace("\r\n", "\n"))
     roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(
-        Turn(roles[mark], content.strip()) for mark, content in zip(pieces[::2], pieces[1::2], strict=True)
-    )
+    said = zip(pieces[::2], pieces[1::2], strict=True)
+    return () if before.strip() else tuple(Turn(roles[mark], content.strip()) for mark, content in said)
 
 
 @reads(

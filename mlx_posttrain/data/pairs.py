@@ -5,13 +5,13 @@ The position of a score is decided here once, for training, scoring, PPO and exp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mlx_posttrain.data.batches import Batch, collate, padded_length, with_extra
+from mlx_posttrain.data.cells import number as as_number
 from mlx_posttrain.data.dataset import ExtraRows
 from mlx_posttrain.data.encode import encode_each
 from mlx_posttrain.data.fitting import Asked, fit
@@ -146,9 +146,10 @@ def encode_answers(
 
 def _margin(row: Preference, number: int) -> float:
     value = row.extra.get("margin", 0.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    margin = as_number(value)
+    if margin is None:
         raise UserError(f"pair {number + 1}: the column 'margin' must be a finite number, found {value!r}")
-    return float(value)
+    return margin
 
 
 def collate_scores(rows: Sequence[Sequence[int]], pad: int | None, context: int | None = None) -> Batch:

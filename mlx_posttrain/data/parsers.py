@@ -6,9 +6,10 @@ See :class:`mlx_posttrain.data.cells.Format` for what a parser takes and raises.
 from __future__ import annotations
 
 import re
+from string import ascii_uppercase
 
 from mlx_posttrain.data import messages
-from mlx_posttrain.data.cells import Dropped, Row, content, first, peek, reads, require, text
+from mlx_posttrain.data.cells import Dropped, Row, content, filled, first, peek, reads, require, text
 from mlx_posttrain.data.messages import EARLIER, SYSTEM_COLUMNS
 from mlx_posttrain.data.thoughts import from_marks, split_thought, with_thought
 from mlx_posttrain.data.types import Conversation, Turn
@@ -51,30 +52,72 @@ def instruction(row: Row, asked: str, where: str) -> str:
     "input_output",
     ("input", "inputs"),
     ("output", "targets", "target"),
-    may=EARLIER,
+    may=("definition", *EARLIER),
     example={"input": "2 + 3", "output": "5"},
 )
 def _input_output(row: Row, where: str) -> Conversation:
-    """An input and its output."""
+    """An input and its output; of Super-NaturalInstructions below the task's definition."""
     asked, answer = first(row, ("input", "inputs")), first(row, ("output", "targets", "target"))
-    return _answered(row, where, content(text(row, asked, where)), answer, asked)
+    parts = [content(text(row, name, where)) for name in ("definition", asked)]
+    question = "\n\n".join(filter(None, parts)) if parts[1] else ""
+    return _answered(row, where, question, answer, asked, "definition")
+
+
+@reads(
+    "text_code",
+    ("text",),
+    ("code",),
+    ("test_list",),
+    may=EARLIER,
+    example={
+        "text": "Write a function f that adds two numbers.",
+        "code": "def f(a, b):\n    return a + b",
+        "test_list": ["assert f(2, 3) == 5"],
+    },
+)
+def _text_code(row: Row, where: str) -> Conversation:
+    """MBPP: what a function shall do, its code, and tests for checkers."""
+    row.get("test_list")
+    return _answered(row, where, content(text(row, "text", where)), "code", "text")
 
 
 @reads(
     "question_answer",
     ("question", "query"),
-    ("answer", "response"),
-    may=EARLIER,
+    ("answer", "response", "reference_answer"),
+    may=("solution", "choices", *EARLIER),
     example={"question": "What is 2 + 3?", "answer": "5"},
 )
 def _question_answer(row: Row, where: str) -> Conversation:
-    """A question and its answer, which checkers and reward functions see too.
+    """A question and its answer, or whole solution; an answer that numbers ``choices``, from 0, is a letter.
 
-    With a column ``response`` alone, as in OpenOrca and MetaMathQA, that is the answer.
+    Checkers and reward functions see the short answer too. With a column ``response`` alone, as in OpenOrca
+    and MetaMathQA, that is the answer.
     """
-    question, answer = first(row, ("question", "query")), first(row, ("answer", "response"))
-    found = _answered(row, where, content(text(row, question, where)), answer, question)
-    return Conversation(found.turns, extra=messages.rest(row, question))
+    question, answer = (
+        first(row, ("question", "query")),
+        first(row, ("answer", "response", "reference_answer")),
+    )
+    asked = content(text(row, question, where))
+    if asked and answer == "answer" and (chosen := _letter(row)):
+        asked += "".join(f"\n{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"]))
+        turns = (*messages.earlier(row, where, asked), Turn("assistant", chosen))
+        return Conversation(turns, extra=messages.rest(row, question) | {"answer": chosen})
+    if filled(peek(row, "solution")):  # LIMO
+        answer = "solution"
+    turns = _answered(row, where, asked, answer, question).turns
+    return Conversation(turns, extra=messages.rest(row, question))
+
+
+def _letter(row: Row) -> str | None:
+    """The letter of an answer that is the number of one of the row's ``choices``, as in MMLU; else None."""
+    number, choices = peek(row, "answer"), peek(row, "choices")
+    if not isinstance(number, int) or isinstance(number, bool) or not isinstance(choices, list):
+        return None
+    if not 0 <= number < len(choices) <= len(ascii_uppercase) or not all(isinstance(c, str) for c in choices):
+        raise Dropped("an answer that numbers none of the choices")
+    row.get("answer")
+    return ascii_uppercase[number]
 
 
 @reads(
@@ -102,12 +145,13 @@ def _answered(row: Row, where: str, question: str, answer: str, *used: str) -> C
     "prompt_completion",
     ("prompt",),
     ("completion", "response"),
+    may=EARLIER,
     example={"prompt": "The capital of France is", "completion": " Paris."},
 )
 def _prompt_completion(row: Row, where: str) -> Conversation:
-    """A text and how it goes on, both kept exactly and without a template; or two lists of messages.
+    """A text and how it goes on, kept exactly; two lists of messages; or, as ``response``, a prompt's answer.
 
-    An empty prompt is allowed; the completion is then a text without a beginning.
+    An empty prompt is allowed where a text goes on; the completion is then a text without a beginning.
     """
     answer = first(row, ("completion", "response"))
     if messages.as_list(peek(row, "prompt")) is not None:  # TRL's conversational form
@@ -117,6 +161,8 @@ def _prompt_completion(row: Row, where: str) -> Conversation:
             last = (Turn("assistant", text(row, answer, where)),)
         turns = messages.until_answer(messages.asked(row, "prompt", where) + last)
         return Conversation(turns, extra=messages.rest(row, "prompt", answer))
+    if answer == "response":  # GPT4All, Glaive
+        return _answered(row, where, content(text(row, "prompt", where)), answer, "prompt")
     prompt, completion = text(row, "prompt", where), require(text(row, answer, where), "empty answer")
     return Conversation(
         (Turn("user", prompt), Turn("assistant", completion)),
@@ -248,11 +294,14 @@ def _with_trace(row: Row, where: str, question: str, trace: str, answer: str, *u
     return Conversation(turns, extra=messages.rest(row, *used) | {"answer": answer})
 
 
-@reads("prompt", ("prompt",), may=EARLIER, example={"prompt": "Tell a story about a fox."})
+@reads("prompt", ("prompt",), may=("reward_model", *EARLIER), example={"prompt": "Tell a story about a fox."})
 def _prompt_alone(row: Row, where: str) -> Conversation:
     """A prompt to be answered by reinforcement learning: text, or messages that end with the user's."""
     turns = messages.asked(row, "prompt", where)
     if not turns or turns[-1].role == "assistant":
         raise Dropped("a prompt that ends with an answer")
     require(turns[-1].content, "empty prompt")
-    return Conversation(turns, extra=messages.rest(row, "prompt"))
+    extra, checked = messages.rest(row, "prompt"), row.get("reward_model")
+    if not filled(extra.get("answer")) and isinstance(checked, dict) and filled(checked.get("ground_truth")):
+        extra["answer"] = checked["ground_truth"]  # verl
+    return Conversation(turns, extra=extra)

@@ -9,12 +9,11 @@ that UltraFeedback's binarised form has. Equal scores make no pair. Source: Cui 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal
 
-from mlx_posttrain.data.cells import Dropped, Noted, Record, Row, filled, first, reads
+from mlx_posttrain.data.cells import Dropped, Noted, Record, Row, filled, first, number, reads
 from mlx_posttrain.data.messages import EARLIER
 from mlx_posttrain.data.paired import PROMPT_COLUMNS, preference
 from mlx_posttrain.data.parsers import INPUTS
@@ -24,6 +23,8 @@ from mlx_posttrain.errors import UserError
 #: Which answers are paired: the best with the worst, the best with a worse one drawn by seed, or all.
 Ranked = Literal["best_worst", "best_random", "all"]
 ANSWERS = ("completions", "responses")
+#: Pairs that one row may give: its share of what is learned is as large.
+MAX_PAIRS = 10_000
 SCORE_CHOSEN, SCORE_REJECTED = "score_chosen", "score_rejected"
 _TEXT_KEYS = ("response", "content", "text")
 _SCORE_KEYS = ("overall_score", "score", "fine-grained_score")
@@ -63,6 +64,11 @@ def pairs(row: Row, where: str, ranked: Ranked = "best_worst", seed: int = 0) ->
     best, *others = answers
     lower = [one for one in others if one[1] < best[1]]
     if ranked == "all":
+        if (count := len(answers) * (len(answers) - 1) // 2) > MAX_PAIRS:
+            raise UserError(
+                f"{where}: {len(answers):,} answers make {count:,} pairs with data.ranked=all, and a row may "
+                f"give {MAX_PAIRS:,}; take data.ranked=best_worst or best_random"
+            )
         chosen = list(combinations(answers, 2))
     elif not lower:
         raise Dropped("all answers have one score")
@@ -94,11 +100,19 @@ def among(rows: Sequence[Row], columns: Mapping[str, str]) -> bool:
 
 
 def score_gap(extra: Mapping[str, Any]) -> float:
-    """By how much a pair's chosen answer has the higher score; 0 where its row has no scores."""
-    scores = [extra.get(name) for name in (SCORE_CHOSEN, SCORE_REJECTED)]
-    if not all(_is_score(score) for score in scores):
-        return 0.0
-    return float(scores[0]) - float(scores[1])  # type: ignore[arg-type]
+    """By how much a pair's chosen answer has the higher score; 0 where its row has no scores.
+
+    Raises UserError for a score that is no number.
+    """
+    scores = []
+    for name in (SCORE_CHOSEN, SCORE_REJECTED):
+        value = extra.get(name)
+        if not filled(value):
+            return 0.0
+        if (score := number(value)) is None:
+            raise UserError(f"the column {name!r} must be a finite number, found {str(value)[:40]!r}")
+        scores.append(score)
+    return scores[0] - scores[1]
 
 
 def _scored(row: Row, name: str, where: str) -> list[tuple[Any, float]]:
@@ -113,7 +127,8 @@ def _scored(row: Row, name: str, where: str) -> list[tuple[Any, float]]:
     elif answers and not any(isinstance(one, Mapping) and set(_SCORE_KEYS) & one.keys() for one in answers):
         raise UserError(
             f"{where}: the answers in {name!r} have no scores: give a column 'scores' with one number for "
-            f"each, or one of {', '.join(_SCORE_KEYS)} in each answer"
+            f"each, or one of {', '.join(_SCORE_KEYS)} in each answer, or name another format, such as "
+            "data.format=question_answer"
         )
     found = []
     for i, answer in enumerate(answers):
@@ -121,12 +136,12 @@ def _scored(row: Row, name: str, where: str) -> list[tuple[Any, float]]:
         text = _first(answer, _TEXT_KEYS) if isinstance(answer, Mapping) else answer
         if not isinstance(text, str | list | None):
             raise UserError(f"{where}: answer {i + 1} in {name!r} must be text, found {type(text).__name__}")
-        if not _is_score(score):
-            if score is None or (isinstance(score, float) and math.isnan(score)):
-                continue
+        if not filled(score):
+            continue
+        if (known := number(score)) is None:
             raise UserError(f"{where}: the score of answer {i + 1} must be a finite number, found {score!r}")
         if text and (isinstance(text, list) or text.strip()):
-            found.append((text, float(score)))
+            found.append((text, known))
     return found
 
 
@@ -144,7 +159,3 @@ def _first(answer: Any, keys: Sequence[str]) -> Any:
     if not isinstance(answer, Mapping):
         return None
     return next((answer[key] for key in keys if filled(answer.get(key))), None)
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,12 +47,13 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
         split_key="data.split" if trained else "data.eval_split",
         limit_key=None if limit != own_limit else "data.limit" if trained else "data.eval_limit",
     )
+    unfilled: Counter[str] = Counter()
     if data.prompt is not None:
-        rows = formats.fill_prompts(rows, data.prompt, data.source)
+        rows, unfilled = formats.fill_prompts(rows, data.prompt, data.source)
     parsed = formats.parse_all(
         rows, format=data.format, columns=data.columns, source=data.source, ranked=data.ranked, seed=seed
     )
-    dropped = parsed.dropped
+    dropped = unfilled + parsed.dropped
     for reason, count in dropped.items():
         unit = "pairs left out" if reason == formats.TIES else "rows dropped"
         log(f"{data.source} {split}: {count} {unit}: {reason}")

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 from mlx_posttrain.console import log
+from mlx_posttrain.errors import UserError
 
 Row = dict[str, Any]
 TABLE = frozenset(("message_id", "parent_id", "text", "role"))
@@ -53,6 +54,11 @@ def _of_table(rows: list[Row], source: str) -> Iterator[Row]:
     lost = sum(str(row["parent_id"]) not in known for row in others)
     if lost:
         log(f"{source}: {lost:,} messages answer one that is not in the file; they are left out")
+    if not roots:
+        raise UserError(
+            f"{source}: every message has a parent_id, so no conversation has a beginning; the first "
+            "message of each has none"
+        )
     said = ("message_id", "parent_id", "text", "role", "rank", "deleted", "review_result")
     for root in roots:
         messages = _path(root, lambda message: replies.get(str(message.get("message_id"))))

@@ -161,3 +161,55 @@ def test_files_that_would_be_misread_are_named(name, data, words, tmp_path: Path
     with pytest.raises(UserError) as error:
         load_rows(write(tmp_path / name, data))
     assert f"{name}: {words}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (("timestamp", "s"), 2 * 253402300800),  # year 12000 and later
+        (("date32",), 10**7),
+        (("timestamp", "us", "Nowhere/Land"), 1),
+        (("string",), b"\xff\xfe"),
+    ],
+    ids=["timestamp", "date", "time zone", "text"],
+)
+def test_values_of_parquet_that_python_cannot_hold_are_named(kind, value, tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    name, *options = kind
+    if name == "string":
+        raw = pyarrow.array([value])
+        values = pyarrow.Array.from_buffers(pyarrow.string(), 1, raw.buffers())
+    else:
+        values = pyarrow.array([value], pyarrow.int32() if name == "date32" else pyarrow.int64())
+        values = values.view(getattr(pyarrow, name)(*options))
+    table = pyarrow.table({"instruction": ["a"], "output": ["b"], "when": values})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: the column 'when' has a value that cannot be read"):
+        load_rows(str(tmp_path / "a.parquet"))
+
+
+def test_two_columns_of_parquet_with_one_name_are_refused(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array([x]) for x in "abc"], ["instruction", "output", "output"]
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="two columns are called 'output'"):
+        load_rows(str(tmp_path / "a.parquet"))
+
+
+def test_texts_that_parquet_stores_once_are_not_unpacked_by_the_thousand(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 600, pyarrow.int32()), ["w " * 500_000])
+    table = pyarrow.table({"instruction": ["a"] * 600, "output": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    before = pyarrow.default_memory_pool().max_memory()
+    assert len(load_rows(str(tmp_path / "a.parquet"), limit=2)) == 2
+    most = pyarrow.default_memory_pool().max_memory()
+    assert most == before or most < 200_000_000

@@ -57,12 +57,16 @@ def test_detect(columns: list, expected: str) -> None:
 @pytest.mark.parametrize(
     ("columns", "nearest"),
     [
-        (["question", "reply"], "question_answer (lacks answer|response), "),
+        (["question", "reply"], "question_answer (lacks answer|response|reference_answer), "),
         (["promt", "completion_"], "prompt_completion (lacks prompt, completion|response), "),
         (["Instructions", "outputs"], "alpaca (lacks instruction, output|response), "),
         (["input", "target_text"], "input_output (lacks output|targets|target), "),
         (["message"], "messages (lacks messages|conversations|conversation), "),
-        (["chosen"], "hh (lacks rejected), preference (lacks prompt|question|instruction|input, rejected), "),
+        (
+            ["chosen"],
+            "hh (lacks rejected), preference (lacks prompt|question|instruction|input|trajectory|conversations, "
+            "rejected), ",
+        ),
         (["review", "stars"], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
         ([], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
     ],
@@ -343,7 +347,7 @@ def test_a_message_of_weight_0_is_not_trained() -> None:
 
 def test_a_prompt_made_of_columns():
     rows = [{"target": 19, "nums": [49, 27, 3]}, {"target": 7, "nums": [1, 6], "{x}": 1}]
-    found = fill_prompts(rows, "Make {target} from {nums}: {target}!", "f.jsonl")
+    found, _ = fill_prompts(rows, "Make {target} from {nums}: {target}!", "f.jsonl")
     assert [row["prompt"] for row in found] == ["Make 19 from [49, 27, 3]: 19!", "Make 7 from [1, 6]: 7!"]
     assert found[0]["nums"] == [49, 27, 3]  # for the reward
     with pytest.raises(UserError, match=r"names the column 'num'; did you mean 'nums'\?; the columns"):
@@ -358,3 +362,30 @@ def test_columns_the_wrong_way_round_get_the_right_form() -> None:
     assert message.endswith("our name comes first, {prompt: frage, completion: antwort}")
     message = fault(parse_rows, rows, columns={"prompt": "nothing"})
     assert "maps prompt to 'nothing', which is not a column" in message
+
+
+def test_a_prompt_from_columns_leaves_out_rows_without_text_in_them():
+    rows = [{"a": value, "n": "x"} for value in (None, {"b": "c"}, float("nan"), [None], "", 0)] + [
+        {"n": "x"}
+    ]
+    found, dropped = fill_prompts(rows, "Make {a} from {n}.", "f.jsonl")
+    assert [row["prompt"] for row in found] == ["Make  from x.", "Make 0 from x."]
+    assert dropped == {"the column 'a' of data.prompt has no text": 5}
+    with pytest.raises(UserError, match=r"f\.jsonl: none of the 2 rows can be used: the column 'a' of data"):
+        fill_prompts(rows[:2], "Make {a}", "f.jsonl")
+
+
+def test_one_column_is_read_as_one():
+    with pytest.raises(UserError, match=r"data\.columns maps both instruction and output to 'q'"):
+        parse_rows([{"q": "a", "z": "c"}], columns={"instruction": "q", "output": "q"})
+
+
+def test_messages_are_bounded_as_texts_are():
+    row = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "words" * 400_000 + "end"},
+        ]
+    }
+    with pytest.raises(UserError, match="data, row 1: 2,000,004 characters, and a row has at most"):
+        parse_rows([row])

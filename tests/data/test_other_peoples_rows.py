@@ -162,6 +162,8 @@ def test_a_history_of_another_kind():
     assert parsed.unread == ["history"] and parsed.records[0].extra == {"history": "we spoke before"}
     with pytest.raises(UserError, match=r"row 1: column 'history' must be a list of pairs"):
         parse_rows([{**row, "history": [["q1", "a1", "more"]]}])
+    _, dropped = parse_rows([row, {**row, "history": [["q1", None]]}])
+    assert dropped == {"an empty turn in the history": 1}
 
 
 def test_columns_that_nothing_reads_are_named_once(tmp_path: Path, capsys):
@@ -386,6 +388,79 @@ def test_pairs_of_other_shapes():
         ("user", "i\n\nx"),
         A,
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "q", "solution": "a", "answer": "5"}, [Q, A]),  # LIMO
+        ({"question": "q", "solution": None, "answer": "a"}, [Q, A]),
+        ({"question": "q", "reference_answer": "a"}, [Q, A]),
+        ({"text": "q", "code": "a", "test_list": ["assert f()"]}, [Q, A]),  # MBPP
+        (
+            {"question": "q", "choices": ["x", "y"], "answer": 1},
+            [("user", "q\nA. x\nB. y"), ("assistant", "B")],
+        ),
+        ({"question": "q", "choices": ["x", "y"], "answer": "a"}, [Q, A]),
+        ({"definition": "d", "inputs": "q", "targets": "a"}, [("user", "d\n\nq"), A]),
+        ({"prompt": " q", "response": "a ", "source": "x", "system": "s"}, [S, Q, A]),  # GPT4All
+        (chat(("user", "q"), ground_truth="5"), [Q]),  # RLVR
+        ({"conversation": [{"from": "human", "value": "q"}]}, [Q]),
+    ],
+)
+def test_questions_of_other_shapes(row, expected):
+    assert turns(row) == expected and parse_rows([row])[0][0].templated
+
+
+def test_what_stands_beside_a_question_stays_for_checkers():
+    def extra(**row: Any) -> dict[str, Any]:
+        return parse_rows([row])[0][0].extra
+
+    assert extra(question="q", solution="a", answer="5")["answer"] == "5"
+    assert extra(question="q", choices=["x", "y"], answer=0)["answer"] == "A"
+    assert extra(text="q", code="a", test_list=["t"])["test_list"] == ["t"]
+    verl = {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "34"}}
+    assert extra(**verl)["answer"] == "34" and extra(**verl, answer="1")["answer"] == "1"
+    fits = {"question": "q", "choices": ["x", "y"], "answer": 1}
+    assert parse_rows([fits, {**fits, "answer": 2}])[1] == {"an answer that numbers none of the choices": 1}
+    # a text and how it goes on
+    assert not parse_rows([{"prompt": " q", "completion": " a"}])[0][0].templated
+
+
+def test_messages_that_somebody_answers_are_no_prompts():
+    rows = [chat(("user", "q"), ("assistant", "a")), chat(("user", "q"))]
+    records, dropped = parse_rows(rows)
+    assert [len(r.turns) for r in records] == [2] and dropped == {"no assistant turn": 1}
+
+
+def test_pairs_whose_prompt_is_a_conversation():
+    sides = {"chosen": "a", "rejected": "b"}
+    human = [{"from": "human", "value": "q"}]
+    dialogue = "\n\nHuman: q0\n\nAssistant: a0\n\nHuman: q\n\nAssistant:"
+    for row, expected in (
+        ({"prompt": dialogue, "response": " a", **sides}, [("user", "q0"), ("assistant", "a0"), Q]),
+        ({"trajectory": human, **sides}, [Q]),
+        ({"conversations": human, **{k: {"from": "gpt", "value": v} for k, v in sides.items()}}, [Q]),
+        ({"prompt": '["q"]', "chosen": '["a"]', "rejected": '["b"]'}, [Q]),
+        (
+            {"prompt": '["q0", "q"]', "chosen": '["a0", "a"]', "rejected": '["a0", "b"]'},
+            [("user", "q0"), ("assistant", "a0"), Q],
+        ),
+    ):
+        parsed = parse_all([row])
+        (pair,) = parsed.records
+        assert (pair.chosen, pair.rejected) == ("a", "b") and set(parsed.unread) <= {"response"}
+        assert [(t.role, t.content) for t in pair.prompt] == expected
+    good = {"prompt": '["q"]', "chosen": '["a"]', "rejected": '["b"]'}
+    longer = {"prompt": '["q", "r"]', "chosen": '["a", "c"]', "rejected": '["b", "d"]'}
+    others = [{**good, "chosen": "[null]"}, {**good, "prompt": '["q", "r"]'}, longer]
+    assert parse_rows([good, *others])[1] == {
+        "an empty turn": 1,
+        "as many answers as questions are needed": 1,
+        "chosen and rejected answer different prompts": 1,
+    }
+    # one text in brackets is a text
+    assert parse_rows([{**good, "rejected": "b"}])[0][0].chosen == '["a"]'
 
 
 def test_text_that_looks_like_a_list_stays_text():

@@ -102,7 +102,12 @@ def test_margin_is_the_column(tiny):
     ]
 
 
-@pytest.mark.parametrize("margin", ["much", True, None, float("nan"), float("inf")])
+def test_a_margin_of_a_csv_file_is_text(tiny):
+    rows = [Preference(QUESTION, "4", "5", extra={"margin": " 0.5"})]
+    assert encode_pairs(rows, tiny, template="instruction", max_length=64)[0][0].margin == 0.5
+
+
+@pytest.mark.parametrize("margin", ["much", "1_0", "inf", "", True, None, float("nan"), float("inf")])
 def test_a_margin_that_is_no_number_names_its_pair(tiny, margin):
     rows = [Preference(QUESTION, "4", "5"), Preference(QUESTION, "4", "6", extra={"margin": margin})]
     with pytest.raises(UserError, match=r"pair 2: the column 'margin' must be a finite number, found"):

@@ -171,3 +171,21 @@ def test_a_row_without_answers_among_ranked_ones_is_dropped():
     records, dropped = parse_rows([{}, {"prompt": "a", "completions": answers}])
     assert [(r.chosen, r.rejected) for r in records] == [("y", "x")]
     assert dropped["no list of answers"] == 1
+
+
+def test_scores_of_a_csv_file_are_text():
+    assert score_gap({"score_chosen": "9", "score_rejected": 2}) == 7.0
+    assert score_gap({"score_chosen": "", "score_rejected": "2"}) == 0.0
+    with pytest.raises(UserError, match="the column 'score_rejected' must be a finite number, found 'low'"):
+        score_gap({"score_chosen": 9, "score_rejected": "low"})
+    (pair,), _ = parse_rows([{"prompt": "q", "completions": ["a", "b"], "scores": ["1", "2"]}])
+    assert sides([pair]) == [("b", "a", 1.0)]
+
+
+def test_the_pairs_of_one_row_are_bounded():
+    row = {"prompt": "q", "completions": [f"a{i}" for i in range(5000)], "scores": list(range(5000))}
+    with pytest.raises(
+        UserError, match=r"data, row 1: 5,000 answers make 12,497,500 pairs with data\.ranked=all"
+    ):
+        parse_rows([row], ranked="all")
+    assert len(parse_rows([row])[0]) == 1

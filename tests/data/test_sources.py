@@ -5,7 +5,9 @@ Every foreseeable error is one line that names the place.
 
 import gzip
 import json
+import os
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -93,6 +95,89 @@ def test_a_folder_is_read_by_the_splits_in_its_file_names(tmp_path: Path) -> Non
     assert "no split 'test' (data.split); its file names give train, validation" in fault(
         tmp_path, split="test"
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "validation", "test"),
+    [
+        (["training", "evaluation", "holdout"], [0], None, [1, 2]),
+        (["testset", "trainset", "validation_set"], [1], [2], [0]),
+        (["TrainData", "val-data", "held_out"], [0], [1], [2]),
+        (["train1", "dev1", "evalset1"], [0], [1], [2]),
+        (["a", "b", "test-prompts"], [0, 1], None, [2]),
+        (["my_train", "contest", "other"], [0], None, None),  # the others say nothing
+    ],
+)
+def test_names_of_splits_in_file_names(tmp_path: Path, names, train, validation, test, capsys) -> None:
+    for number, name in enumerate(names):
+        write(tmp_path / f"{name}.jsonl", jsonl([ROWS[number]]))
+    for split, numbers in (("train", train), ("validation", validation), ("test", test)):
+        if numbers is None:
+            assert f"no split '{split}'" in fault(tmp_path, split=split)
+        else:
+            assert sorted(row["prompt"] for row in load_rows(str(tmp_path), split=split)) == [
+                f"p{n}" for n in numbers
+            ]
+    left_out = f"{tmp_path}: left out contest.jsonl, other.jsonl: "
+    assert (left_out in capsys.readouterr().err) is ("contest" in names)
+
+
+def test_a_split_by_the_name_of_its_files(tmp_path: Path) -> None:
+    for number, name in enumerate(("train_sft", "train_gen", "test_sft")):
+        write(tmp_path / f"{name}-00000-of-00001.jsonl", jsonl([ROWS[number]]))
+    assert load_rows(str(tmp_path), split="train_gen") == [ROWS[1]]
+    assert "no split 'train[:1]'" in fault(tmp_path, split="train[:1]")
+
+
+def test_a_numbered_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    for n in (0, 2):
+        write(tmp_path / f"train-0000{n}-of-00003.jsonl", jsonl([ROWS[n]]))
+    assert "train-00001-of-00003.jsonl is missing" in fault(tmp_path)
+    write(tmp_path / "train-00001-of-00003.jsonl", jsonl([ROWS[1]]))
+    assert load_rows(str(tmp_path)) == ROWS[:3]
+    for n in (1, 2):  # numbered from 1
+        write(tmp_path / f"test-{n}-of-2.jsonl", jsonl([ROWS[n]]))
+    assert load_rows(str(tmp_path), split="test") == ROWS[1:3]
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "one"))
+    both = {"train": Dataset.from_list(ROWS[:8]), "dev": Dataset.from_list(ROWS[8:])}
+    DatasetDict(both).save_to_disk(str(tmp_path / "two"))
+    assert load_rows(str(tmp_path / "one")) == ROWS
+    assert load_rows(str(tmp_path / "one"), limit=3) == ROWS[:3]
+    assert load_rows(str(tmp_path / "two")) == ROWS[:8]
+    assert load_rows(str(tmp_path / "two"), split="validation") == ROWS[8:]
+    assert "no split 'test' (data.split); it has train, dev" in fault(tmp_path / "two", split="test")
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    arrow.unlink()
+    assert "not a data set that save_to_disk wrote in full" in fault(tmp_path / "one")
+
+
+def test_a_copy_of_a_repository_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train-00000-of-00001.jsonl", jsonl(ROWS))
+    write(tmp_path / "dataset_infos.json", '{"default": {"features": {}}}')
+    write(tmp_path / "README.md", "about")
+    assert load_rows(str(tmp_path)) == ROWS
+
+
+def test_what_may_not_be_read_and_what_is_no_file(tmp_path: Path, monkeypatch) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for name in ("pipe.jsonl", "zero.json"):
+        assert f"{name}: not a regular file" in fault(tmp_path / name)
+    assert "loop.jsonl: a link to 'loop.jsonl', which leads to no file" in fault(tmp_path / "loop.jsonl")
+
+    def refuse(self: Path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert f"{tmp_path}: cannot be read (Permission denied)" in fault(tmp_path)
+    assert "no such file in " in fault(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -325,6 +410,20 @@ def test_a_file_that_unpacks_to_far_too_much(tmp_path: Path, monkeypatch, name: 
     for data in (b" " * 10_000_000, b"\n" * 10_000_000, b'{"text": "a"}\n' * 1_000_000):
         packed = write(tmp_path / name, gzip.compress(data))
         assert "unpacks to more than" in fault(packed)
+
+
+def test_json_that_is_read_whole_takes_no_more_than_its_size(tmp_path: Path, monkeypatch) -> None:
+    row = {"text": "a", "more": "b" * 1_900_000}
+    path = write(tmp_path / "a.json", json.dumps([row] * 4))
+    tracemalloc.start()
+    assert len(load_rows(path, limit=1)) == 1
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 6 * os.path.getsize(path)
+    monkeypatch.setattr(bounds, "MAX_WHOLE", 1_000_000)
+    for name, data in (("a.json", None), ("a.json.gz", gzip.compress(json.dumps([row]).encode()))):
+        packed = path if data is None else write(tmp_path / name, data)
+        assert "more than 1,000,000 bytes of JSON, which is read whole" in fault(packed)
 
 
 def test_a_gzip_file_with_a_damaged_middle(tmp_path: Path) -> None:

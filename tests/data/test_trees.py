@@ -10,6 +10,7 @@ import pytest
 
 from mlx_posttrain.data.formats import parse_all
 from mlx_posttrain.data.sources import load_rows
+from mlx_posttrain.errors import UserError
 from tests.helpers import write_jsonl
 
 
@@ -99,3 +100,9 @@ def test_messages_of_one_name_make_no_endless_thread(tmp_path: Path):
 def test_rows_that_are_no_trees_stay_as_they_are(tmp_path: Path):
     rows = [{"prompt": "q", "completion": "a"}, {"prompt": {"replies": 7}}, {"text": "a", "role": "b"}]
     assert load_rows(str(write_jsonl(tmp_path / "rows.jsonl", rows))) == rows
+
+
+def test_messages_that_answer_each_other_in_a_circle(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", [message("a", "b", "prompter"), message("b", "a", "assistant")])
+    with pytest.raises(UserError, match="every message has a parent_id, so no conversation has a beginning"):
+        load_rows(str(path))
