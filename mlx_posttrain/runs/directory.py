@@ -391,8 +391,15 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _cannot_write(path: Path, error: Exception) -> UserError:
-    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if not path.parent.is_dir():
+        what = (
+            "is a file: move it away"
+            if path.parent.exists()
+            else "is gone: something deleted it or changed the working directory, a reward function perhaps"
+        )
+        return UserError(f"{path} cannot be written ({reason}): {path.parent} {what}")
+    free = shutil.disk_usage(path.parent).free / 2**30
     return UserError(
         f"{path} cannot be written ({reason}; {free:.1f} GB free): make room, then continue with --resume"
     )

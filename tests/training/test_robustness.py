@@ -322,6 +322,16 @@ def test_a_log_on_a_full_disk_is_one_line(tmp_path):
         run.log({"step": 1})
 
 
+def test_a_folder_that_is_gone_is_no_lack_of_room(tmp_path):
+    """As a reward function leaves it that deletes the run or changes the working directory."""
+    with pytest.raises(UserError, match=r"gone/metrics.jsonl cannot .*: .*/gone is gone: .* reward function"):
+        runs.Run(tmp_path / "gone").log({"step": 1})
+    run = runs.Run(tmp_path)
+    run.checkpoints.write_text("")
+    with pytest.raises(UserError, match=r"best-000001 cannot .*: .*/checkpoints is a file: move it away$"):
+        run.save_best(1, lambda folder: None)
+
+
 # data that are not those of before
 
 
