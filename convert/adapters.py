@@ -34,11 +34,23 @@ HEAD = "score.weight"  # of a sequence classifier
 _KEY = re.compile(
     r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.(?!weight$)[^.]+)?(\.weight)?$"
 )
+#: Longest path of a layer and half that of a pattern: what a pattern takes grows with a power of the path.
+_LONGEST = 128
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 
 # Initialisations that leave the base weights unchanged. The others (pissa, olora, corda, loftq, lora_ga) move
 # part of the base into the adapter, so that the adapter is meaningless on the original base.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# Keys of rank_pattern and alpha_pattern: parts of layer names, a few of them repeated, and lists of
+# alternatives. Other regular expressions may take for ever.
+_CLASS = r"\\[dw]|\[(?:0-9|\w+)\]"
+_ONE, _SOME = rf"(?:[\w\-]|\\?\.|{_CLASS})", rf"(?:\.|{_CLASS})[*+]"
+_PATTERN = re.compile(rf"\^?(?:{_SOME}|{_ONE}|\((?:\?:)?(?:{_SOME}|{_ONE}|\|)+\)|\|)+\$?")
+_MOST_REPEATED, _MOST_LISTS = 3, 2
+_PATTERNS = (
+    f"a pattern is a layer's name, with at most {_MOST_REPEATED} of .* and \\d+, {_MOST_LISTS} lists (a|b), "
+    "^ and $"
+)
 # Options of PEFT's LoRA that add parameters or change the formula.
 UNSUPPORTED = (
     "layers_to_transform",
@@ -68,14 +80,19 @@ def peft_to_mlx(tensors: Mapping[str, Any], model_type: str = "gpt2") -> Modules
     modules: Modules = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key.removeprefix(PREFIX))
-        if match is None:
+        if match is None or len(match["path"]) > _LONGEST:
             raise UserError(
-                f"the adapter holds {key}, which is not a LoRA or DoRA matrix of a linear layer; "
-                "such adapters are not supported"
+                f"the adapter holds {key[:200]}, which is not a LoRA or DoRA matrix of a linear layer; such "
+                "adapters are not supported"
             )
         part = _PARTS[match["part"]]
-        value = tensor.reshape(-1) if part == "m" else tensor.T
-        modules.setdefault(mlx_path(match["path"], model_type), {})[part] = value
+        module = modules.setdefault(mlx_path(match["path"], model_type), {})
+        if part in module:
+            raise UserError(
+                f"the adapter holds {match['part']} of {match['path']} twice, under two adapters' names: "
+                "save the one that is meant with PEFT (save_pretrained, selected_adapters)"
+            )
+        module[part] = tensor.reshape(-1) if part == "m" else tensor.T
     for path, module in modules.items():
         _check_module(path, module)
     return modules
@@ -331,6 +348,9 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
             or (isinstance(value, dict) and all(map(known, value.values())) and all(map(_is_pattern, value)))
         )
 
+    def truth(value: Any) -> bool:
+        return isinstance(value, bool)
+
     kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
         "r": (rank, "a whole number above 0"),
         "lora_alpha": (number, "a finite number"),
@@ -338,8 +358,10 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
             lambda value: number(value) and 0 <= value < 1,
             "a number of at least 0 and below 1",
         ),
-        "rank_pattern": (named(rank), "a mapping of patterns to whole numbers above 0"),
-        "alpha_pattern": (named(number), "a mapping of patterns to finite numbers"),
+        "rank_pattern": (named(rank), f"a mapping of patterns to whole numbers above 0; {_PATTERNS}"),
+        "alpha_pattern": (named(number), f"a mapping of patterns to finite numbers; {_PATTERNS}"),
+        "use_rslora": (truth, "true or false"),
+        "use_dora": (truth, "true or false"),
         "base_model_name_or_path": (lambda value: isinstance(value, str | None), "text"),
     }
     for key, (right, what) in kinds.items():
@@ -348,10 +370,10 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
 
 
 def _is_pattern(text: str) -> bool:
-    try:
-        return bool(re.compile(text))
-    except re.error:
+    """Whether a key is a layer's name or a pattern that takes little time on any other."""
+    if len(text) > 2 * _LONGEST or not _PATTERN.fullmatch(text):
         return False
+    return len(re.findall(_SOME, text)) <= _MOST_REPEATED and text.count("(") <= _MOST_LISTS
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

@@ -14,6 +14,7 @@ from mlx_posttrain.errors import UserError
 
 from .arrays import library
 from .files import count_tokens, read_json
+from .mlx_config import ARCHITECTURES
 
 #: Sizes in config.json that are one whole number in every architecture.
 _WHOLE = (
@@ -46,6 +47,12 @@ def check_kinds(config: Mapping[str, Any], where: str) -> None:
     for key in ("quantization", "quantization_config", "text_config"):
         if not isinstance(config.get(key), dict | None):
             raise UserError(f"{where} has {key} {repr(config[key])[:40]}; it must be an object")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method in ("awq", "gptq"):
+        raise UserError(
+            f"{where}: the weights are quantised by {method}, which is not supported: give the model that "
+            "they were made from"
+        )
     bits = (config.get("quantization") or {}).get("bits", 4)
     if bits not in range(1, 17):
         raise UserError(f"{where} has quantization.bits {repr(bits)[:40]}; it must be a whole number to 16")
@@ -55,9 +62,17 @@ def check_sizes(folder: Path, shards: list[str]) -> None:
     """Compare a config's sizes with the headers of the weight files, before anything of that size is made.
 
     Raises:
-        UserError: a size far beyond what the files hold, or weights that are whole numbers or truth values.
+        UserError: sizes by another architecture's names or far beyond what the files hold, or weights that
+            are whole numbers or truth values.
     """
     config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    others = [name for name in ARCHITECTURES if name != "gpt2"]
+    if kind in others and "n_embd" in config and "hidden_size" not in config:
+        raise UserError(
+            f"{folder}: config.json has model_type {kind!r} and the sizes of a GPT-2 (n_embd): one of the "
+            "two is wrong"
+        )
     tensors: dict[str, dict[str, Any]] = {}
     for shard in shards:
         tensors |= _header(folder / shard)

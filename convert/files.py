@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -190,7 +191,8 @@ def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
     earlier model are removed (loaders read every `model*.safetensors`) and other files stay.
 
     Raises:
-        UserError: `path` is a file, or a folder that is not empty and `force` is not set.
+        UserError: `path` is a file, or a folder that is not empty and `force` is not set, or it cannot be
+            written, as on a full disk.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder to write to")
@@ -216,6 +218,12 @@ def output_folder(path: Path, force: bool = False) -> Iterator[Path]:
                 stale.unlink()
         for file in sorted(temporary.iterdir()):
             os.replace(file, path / file.name)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise UserError(
+            f"{path} cannot be written ({error.strerror if full else error})"
+            f"{': free some space or choose another folder' if full else ''}"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(handle)

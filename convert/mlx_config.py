@@ -103,7 +103,7 @@ def transformers_config(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # A damaged or unknown config fails in whatever way its class does.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"{folder}: transformers {transformers.__version__} cannot read its config.json ({reason}); "
             "correct it, or update transformers"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_posttrain.config import MAX_INT
 from mlx_posttrain.hints import Commands, Settings
 from mlx_posttrain.methods import METHODS
 
@@ -167,13 +168,13 @@ def generate(
     model: Annotated[str, typer.Argument(help="a run, a model or adapter folder, `tiny`, or a hub id")],
     prompt: Annotated[list[str] | None, typer.Option(help="prompt; may be given several times")] = None,
     file: Annotated[Path | None, typer.Option(help="one prompt a line, as UTF-8 text")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_INT, help="longest answer in tokens")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
     top_p: Annotated[
         float,
         typer.Option(min=0.01, max=1, help="sample from the smallest set of tokens with this probability"),
     ] = 1.0,
-    samples: Annotated[int, typer.Option(min=1, help="answers per prompt")] = 1,
+    samples: Annotated[int, typer.Option(min=1, max=MAX_INT, help="answers per prompt")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="fixes what is sampled")] = 0,
     template: Annotated[
         str | None, typer.Option(help="prompt format; default: the run's own, `none` for a plain model")
@@ -224,7 +225,7 @@ def generate(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="a run, a model or adapter folder, `tiny`, or a hub id")],
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_INT)] = 256,
     temperature: Annotated[float, typer.Option(min=0)] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
@@ -462,7 +463,7 @@ def synthesize(
         str,
         typer.Option(help="questions: a file, embedded data, or a hub id, with answers where a rule checks"),
     ],
-    samples: Annotated[int, typer.Option(min=1, help="candidates drawn for each question")] = 8,
+    samples: Annotated[int, typer.Option(min=1, max=MAX_INT, help="candidates drawn for each question")] = 8,
     keep: Annotated[int, typer.Option(min=1, help="candidates kept of each question at most")] = 1,
     reward: Annotated[
         str | None, typer.Option(help="a reward model that chooses the best, instead of the row's rule")
@@ -472,7 +473,7 @@ def synthesize(
     ] = False,
     temperature: Annotated[float, typer.Option(min=0.01)] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_INT, help="longest answer in tokens")] = 512,
     near: Annotated[
         float,
         typer.Option(
@@ -718,7 +719,7 @@ def verify(
 
     if output:
         output = output.expanduser()
-        pages.check_target(output)
+        pages.check_target(output, page=False)
     checks = module.verify(anchors, engine)
     table = module.markdown(checks)
     typer.echo(table)

@@ -13,7 +13,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from stat import S_ISREG
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,6 +33,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, given: Any) -> Any:
+        """Refuse true for a number, which it would be 1: YAML reads yes, on and true so."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else set()
+            parts = value if isinstance(value, list) else [value]
+            if kinds & {int, float} and bool not in kinds and any(isinstance(one, bool) for one in parts):
+                raise ValueError(f"{name} takes a number, not {str(value).lower()}")
+        return given
+
     @model_validator(mode="after")
     def _within_bounds(self) -> Section:
         for name in type(self).model_fields:
@@ -42,6 +54,12 @@ class Section(BaseModel):
                 if isinstance(value, str) and "\0" in value:
                     raise ValueError(f"{name} has a NUL character in it: {short(value)}")
         return self
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of, those of sections aside."""
+    inner = get_args(annotation)
+    return {kind for one in inner for kind in _kinds(one)} if inner else {annotation}
 
 
 S = TypeVar("S", bound=Section)
@@ -392,6 +410,11 @@ def find_recipe(name: str) -> Path:
 def read_yaml(path: Path, most: int = MAX_CHARACTERS) -> dict[str, Any]:
     """The mapping in a YAML file of at most ``most`` characters. Raises UserError naming file and line."""
     try:
+        found = path.stat()
+        if not S_ISREG(found.st_mode):
+            raise UserError(f"{path}: cannot be read: it is no file")
+        if found.st_size > 4 * most:  # no character has more bytes
+            raise ValueError(f"{found.st_size:,} bytes, more than {most:,} characters have")
         raw = parse_yaml(path.read_text(encoding="utf-8"), most)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None

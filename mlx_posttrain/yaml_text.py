@@ -15,11 +15,39 @@ MAX_CHARACTERS, MAX_OF_A_RUN = 200_000, 3_000_000
 MAX_DEPTH = 100
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _Loader(yaml.SafeLoader):
+    """YAML 1.1 but for two kinds of numbers that nobody means: 010 is 10 here, not 8, and 1:30 a text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "").lower()
+        return int(text, {"0b": 2, "0x": 16}.get(text.lstrip("+-")[:2], 10))
+
     def fetch_flow_collection_start(self, token_class: Any) -> None:
         if self.flow_level >= MAX_DEPTH:  # type: ignore[has-type]
             raise ValueError("it is nested too deeply")
         super().fetch_flow_collection_start(token_class)
+
+
+_Loader.add_constructor(_NUMBERS[0], _Loader.construct_yaml_int)
+_Loader.add_implicit_resolver(
+    _NUMBERS[0], re.compile(r"[-+]?(0[0-7_]*|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _NUMBERS[1],
+    re.compile(
+        r"([-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
 
 
 def parse_yaml(text: str, most: int = MAX_CHARACTERS) -> Any:
@@ -27,8 +55,8 @@ def parse_yaml(text: str, most: int = MAX_CHARACTERS) -> Any:
 
     What an alias repeats is counted each time.
 
-    Raises yaml.YAMLError, and ValueError for a value that is out of range, an anchor that contains itself,
-    and a text beyond the bounds.
+    Raises yaml.YAMLError, for a key that is there twice too, and ValueError for a value that is out of range,
+    an anchor that contains itself, and a text beyond the bounds.
     """
     if len(text) > most:
         raise ValueError(f"{len(text):,} characters, more than {most:,}")
@@ -61,9 +89,23 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
         node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     parts: list[Any] = list(node.value) if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
         parts = [part for pair in parts for part in pair]
     known[id(node)] = count = 1 + sum(_values(part, known) for part in parts)
     return count
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Raise a YAMLError, with its line, for a key that is there twice: the first would be lost."""
+    met: dict[tuple[str, str], yaml.Node] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if (first := met.setdefault((key.tag, key.value), key)) is not key:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key.value!r:.80} is there twice, on line {first.start_mark.line + 1} too",
+                problem_mark=key.start_mark,
+            )
 
 
 def with_spaces(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -20,6 +21,49 @@ def test_reads_what_pyyaml_reads():
     text = "a: 1\nb: [x, 2.5, null, true]\nc: &c {d: 2021-01-02}\ne: {<<: *c, f: *c}\n"
     assert parse_yaml(text) == yaml.safe_load(text) and parse_yaml("") is None
     assert len(parse_yaml("[" + "x," * 90_000 + "]")) == 90_000 < MAX_CHARACTERS // 2
+
+
+def test_numbers_are_what_people_mean():
+    text = "[010, -017, 0, 1_000, 0x1F, 0b11, +5, 1.5, 1.0e+3, .5, 08, 1:30, 1:30.5, 1e3]"
+    assert parse_yaml(text) == [10, -17, 0, 1000, 31, 3, 5, 1.5, 1000.0, 0.5, "08", "1:30", "1:30.5", "1e3"]
+    assert parse_yaml("[.inf, -.inf]") == [float("inf"), float("-inf")]
+    # what a run has written is read back
+    texts = ["08", "010", "1:30", "0x1F", "1_0", "5", ".5", "1e3", "yes", "<<", "2024-01-01"]
+    assert parse_yaml(yaml.safe_dump(texts)) == texts
+    assert config.parse({"steps": "08"}, config.TrainSection, "train").steps == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train:\n  steps: 1\n  lr: 1\n  steps: 2\n", 4),
+        ("a: {b: 1, 'b': 2}", 1),
+        ("a: &x {b: 1}\nc: {<<: *x, d: 1, d: 2}", 2),
+        ("- [{a: 1}, {a: 1,\n a: 2}]", 2),
+    ],
+)
+def test_a_key_that_is_there_twice(text, line, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=rf"r.yaml:{line}: not valid YAML: the key '.*' is there twice, on line"
+    ):
+        config.read_yaml(tmp_path / "r.yaml")
+
+
+def test_merged_keys_are_no_repeated_ones():
+    text = "a: &x {b: 1, c: 1}\nd: &y {b: 2, e: 3}\nf: {<<: [*x, *y], c: 4}\ng: {<<: *x, <<: *y}"
+    assert parse_yaml(text) == yaml.safe_load(text)
+    assert parse_yaml(text)["f"] == {"b": 1, "c": 4, "e": 3}
+
+
+def test_what_is_no_file_of_a_fair_size_is_not_read(tmp_path):
+    with (tmp_path / "big.yaml").open("wb") as file:
+        file.truncate(6 * 2**30)  # without using the disk
+    with pytest.raises(UserError, match=r"big.yaml: not valid YAML: 6,442,450,944 bytes, more than"):
+        config.read_yaml(tmp_path / "big.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match=r"pipe.yaml: cannot be read: it is no file"):
+        config.read_yaml(tmp_path / "pipe.yaml")
 
 
 @pytest.mark.parametrize(
@@ -63,8 +107,13 @@ def test_a_file_that_stands_for_too_much_is_one_line(text, words, tmp_path):
         ("train.lr=" + "[" * 2000, ""),
         ("train.lr={a: &a [*a]}", ""),
         ("sample.prompts=²e5", ""),
+        ("train.steps=true", "'train': steps takes a number, not true"),
+        ("train.lr=yes", "'train': lr takes a number, not true"),
+        ("train.batch_size=on", "'train': batch_size takes a number, not true"),
+        ("seed=off", "seed takes a number, not false"),
+        ("train.steps=1:30", "'train.steps': input should be a valid integer"),
     ],
-    ids=range(11),
+    ids=range(16),
 )
 def test_settings_that_nothing_can_take_are_one_line(setting, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

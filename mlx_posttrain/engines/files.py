@@ -168,10 +168,10 @@ def save_adapter(
     )
 
 
-def read_adapter(folder: Path, layers: Sequence[str]) -> Adapter:
+def read_adapter(folder: Path, layers: Mapping[str, tuple[int, int]]) -> Adapter:
     """Read the tensors of a PEFT adapter folder for exactly these layers.
 
-    Raises UserError when the adapter's layers are others.
+    layers: (in, out) of each, their widths. Raises UserError when the adapter's layers are others.
     """
     _, modules = adapters.read_adapter(folder)
     modules = {adapters.hf_path(path): parts for path, parts in modules.items()}
@@ -181,6 +181,13 @@ def read_adapter(folder: Path, layers: Sequence[str]) -> Adapter:
             f"{folder}: the adapter and the model's adapted layers differ, for example in {odd}; set "
             "adapter.targets to the adapter's own"
         )
+    for path, parts in modules.items():
+        a, b = parts["lora_a"].shape, parts["lora_b"].shape
+        if (a[0], b[1]) != layers[path]:
+            raise UserError(
+                f"{folder}: the adapter was made for another model: its matrices of {path} are {a} and {b}, "
+                f"and the layer is {layers[path]} (in, out)"
+            )
     return {
         path: {name: np.asarray(value, np.float32) for name, value in parts.items()}
         for path, parts in modules.items()
@@ -219,7 +226,7 @@ def spec_of(folder: Path, dropout: float | None = None) -> AdapterSpec:
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout,
-        rslora=bool(config.get("use_rslora")),
+        rslora=config["use_rslora"],
         targets=tuple(config["target_modules"]),
         tokens=() if rows is None else rows.tokens,
     )

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_posttrain.errors import UserError
+
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -248,9 +250,13 @@ def svg(figure: Any) -> str:
 
 
 def save(figure: Any, folder: Path, name: str) -> None:
-    """Write NAME.svg and NAME.png on white into a folder, ink in black."""
+    """Write NAME.svg and NAME.png on white into a folder, ink in black. Raises UserError on a full disk."""
     _fix_layout(figure)
-    folder.mkdir(parents=True, exist_ok=True)
     for ending in ("svg", "png"):
         options: dict[str, Any] = {"metadata": {"Date": None}} if ending == "svg" else {}
-        figure.savefig(folder / f"{name}.{ending}", dpi=150, facecolor="white", **options)
+        path = folder / f"{name}.{ending}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150, facecolor="white", **options)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -165,8 +165,13 @@ def write(
     return path
 
 
-def check_target(path: Path) -> None:
-    """Raise UserError where no page can be written, so that nothing is measured in vain."""
+def check_target(path: Path, page: bool = True) -> None:
+    """Raise UserError where no page can be written, so that nothing is measured in vain.
+
+    With ``page`` the name must be that of one: other files stay as they are.
+    """
+    if page and path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{path} is no name of a page: give one that ends in .html")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / f".{path.name}.tmp").write_bytes(b"")

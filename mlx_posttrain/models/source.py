@@ -83,13 +83,17 @@ def _first_source(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return sources[0] if isinstance(sources, list) and sources and isinstance(sources[0], dict) else {}
 
 
-def locate(name: str | Path) -> Source:
-    """Find a model's parts; writes nothing. Raises UserError saying what is missing and what to do."""
+def locate(name: str | Path, above: tuple[Path, ...] = ()) -> Source:
+    """Find a model's parts; writes nothing. Raises UserError saying what is missing and what to do.
+
+    above: the runs that are made of this one, by way of their recipes.
+    """
     path = home(name)
     if runs.is_run(path):
+        above = _below(path, above)
         run, recipe = runs.reopen(path)
         if "stages" in recipe:
-            return locate(last_language_model(path, list(recipe["stages"])))
+            return locate(last_language_model(path, list(recipe["stages"])), above)
         if not run.finished:
             raise UserError(
                 f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`"
@@ -97,7 +101,7 @@ def locate(name: str | Path) -> Source:
         if (run.final / "adapter_config.json").is_file():
             if "model" not in recipe:
                 raise UserError(f"{path / 'recipe.yaml'} names no model for the adapter: put it right")
-            folder, unmerged = starting_folder(recipe["model"])
+            folder, unmerged = starting_folder(recipe["model"], above)
             return Source(folder, run.final, recipe, unmerged=unmerged)
         hub.check_folder(run.final)
         return Source(run.final, None, recipe)
@@ -107,13 +111,23 @@ def locate(name: str | Path) -> Source:
     return _adapter(found, str(name)) if hub.holds_adapter(found) else Source(found)
 
 
-def starting_folder(name: str | Path) -> tuple[Path, Source | None]:
+def _below(path: Path, above: tuple[Path, ...]) -> tuple[Path, ...]:
+    """``above`` and a run's own folder. Raises UserError for a run that is made of itself."""
+    if path.resolve() in above:
+        raise UserError(
+            f"{path / 'recipe.yaml'}: the run's model is made of the run itself: put `model` right"
+        )
+    return (*above, path.resolve())
+
+
+def starting_folder(name: str | Path, above: tuple[Path, ...] = ()) -> tuple[Path, Source | None]:
     """(folder of full weights that a new run on ``name`` starts from, adapter run to merge into it first).
 
-    The second is None where nothing has to be merged any more. Raises UserError for an adapter that cannot be
-    merged: of a QLoRA run, which others continue by its adapter, and one that is no run.
+    The second is None where nothing has to be merged any more. above: as in locate. Raises UserError for an
+    adapter that cannot be merged: of a QLoRA run, which others continue by its adapter, and one that is no
+    run.
     """
-    source = locate(name)
+    source = locate(name, above)
     if source.adapter is None:
         return source.folder, None
     if source.quantize:
@@ -160,7 +174,9 @@ def starting_model(name: str | Path, *, trained: bool = False) -> str:
     Of a model that was pre-trained here those are random weights or, with ``trained``, the pre-trained model.
     Raises UserError for a report.
     """
+    above: tuple[Path, ...] = ()
     while runs.is_run(name):
+        above = _below(home(name), above)
         recipe = runs.reopen(name)[1]
         if "stages" in recipe:
             name = last_language_model(Path(name), list(recipe["stages"]))

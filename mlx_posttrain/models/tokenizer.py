@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain.convert.files import read_json
+from mlx_posttrain.convert.mlx_config import transformers_config
 from mlx_posttrain.engines.base import Model
 from mlx_posttrain.errors import UserError
 
@@ -33,10 +34,17 @@ def load_tokenizer(folder: Path, added: Sequence[str] = ()) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises anything, depending on the library that reads it
+        if (folder / "config.json").is_file():
+            transformers_config(folder)  # a wrong value there is no fault of the tokenizer's
         raise UserError(
             f"{folder}: no tokenizer can be loaded from it "
             f"({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from None
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'} has model_max_length {longest!r:.40}; it must be a number"
+        )
     tokenizer.stop_token_ids = listed_ends(folder)
     add_tokens(tokenizer, added)
     return tokenizer

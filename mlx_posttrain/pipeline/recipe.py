@@ -66,9 +66,10 @@ class Recipe(config.Section):
         }
         rest = {}
         for name, stage in stages.items():
-            if not re.fullmatch(r"\w+", name) or name in cls.model_fields:
+            if not re.fullmatch(r"\w+", name) or len(name.encode()) > 100 or name in cls.model_fields:
                 raise ValueError(
-                    f"stage {name!r}: a name has letters, digits and underscores and is no key of a pipeline"
+                    f"stage {config.short(name)}: a name has letters, digits and underscores, at most 100 "
+                    "bytes, and is no key of a pipeline"
                 )
             for key in stage if isinstance(stage, dict) else ():
                 if key not in StageSection.model_fields:

@@ -17,8 +17,9 @@ import math
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,8 +56,10 @@ BUILT_IN = {
     "repetition": "shape",
     "similarity": "stock",
 }
-#: Seconds that one call of a function may take.
+#: Seconds that one call of a function may take, and the import of its file.
 TIMEOUT = 60.0
+#: Largest score, without its sign: float32 loses the spread of larger ones, and their squares overflow.
+MAX_SCORE = 1e6
 #: Callables given in Python, by the name that a recipe has for them.
 _CALLABLE = "python:"
 _REGISTERED: dict[str, RewardFunction] = {}
@@ -71,12 +74,12 @@ def register(function: RewardFunction) -> str:
     return name
 
 
-def load(spec: str) -> RewardFunction:
+def load(spec: str, timeout: float | None = TIMEOUT) -> RewardFunction:
     """Return the function of ``package.module:function``, ``path/to/file.py:function``, or of BUILT_IN.
 
     A file is named on standard error before it is run, once in a process. Raises a one-line UserError for a
-    missing file, module or function, for an object that cannot be called, and for any exception that the file
-    raises on import.
+    missing file, module or function, for an object that cannot be called, for any exception that the file
+    raises on import, and for an import that takes longer than ``timeout`` seconds.
     """
     if spec in BUILT_IN:
         module = importlib.import_module(f"mlx_posttrain.rewards.{BUILT_IN[spec]}")
@@ -94,7 +97,7 @@ def load(spec: str) -> RewardFunction:
             f"reward function {spec!r}: write module:function or file.py:function, or one of "
             f"{', '.join(BUILT_IN)}{nearest(spec, list(BUILT_IN))}"
         )
-    module = _module(where, name)
+    module = _module(where, name, timeout)
     function = getattr(module, name, None)
     if function is None:
         known = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
@@ -146,13 +149,13 @@ def _checked(function: RewardFunction, args: Mapping[str, Any], name: str) -> di
     return {n: getattr(checked, n) for n in fields}
 
 
-def _module(where: str, function: str) -> ModuleType:
+def _module(where: str, function: str, timeout: float | None) -> ModuleType:
     path = home(where).absolute()  # as in tracebacks
     try:
         if not where.endswith(".py"):
             found = importlib.util.find_spec(where)
             _name_file(f"{found.origin if found and found.has_location else where}:{function}")
-            return importlib.import_module(where)
+            return limits.within(timeout, lambda: importlib.import_module(where))
         if not path.is_file():
             raise UserError(f"reward function: there is no file {path}")
         _name_file(f"{path}:{function}")
@@ -160,11 +163,16 @@ def _module(where: str, function: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        limits.within(timeout, partial(spec.loader.exec_module, module))
         return module
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # a script without a main guard may call sys.exit
+    except limits.Expired:
+        raise UserError(
+            f"reward function: the import of {where} took longer than {timeout:g} s, its `timeout`; raise "
+            "that, or look for what it waits for"
+        ) from None
+    except BaseException as error:  # a script without a main guard may call sys.exit
         raise UserError(
             f"reward function: {where} cannot be imported: {_describe(error, str(path))}"
         ) from None
@@ -187,26 +195,31 @@ def call(
     """Return the function's scores as float64 [R], nan for None.
 
     timeout: seconds that the call may take, None for any. Raises UserError, with the function's name, when
-    they are up, for a column that it needs and the rows lack, an exception inside it, a result that is not a
-    list or has another length, and a score that is not a finite number.
+    they are up, for a column that it needs and the rows lack, an exception inside it, SystemExit too, a
+    result that is not a list or has another length, and a score that is not a number of at most MAX_SCORE.
     """
+    count = len(completions)
     positional, by_name = _arguments(function, prompts, completions, columns, name)
 
     def ask() -> Any:
         returned = limits.awaited(function(*positional, **by_name))
         iterable = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping)
-        return list(returned) if iterable else returned
+        # without a length it may have no end
+        most = None if isinstance(returned, Sized) else count + 1
+        return list(islice(returned, most)) if iterable else returned
 
     try:
         values = limits.within(timeout, ask)
     except limits.Expired:
         raise UserError(
             f"reward function {name}: it took longer than {timeout:g} s, its `timeout`, for "
-            f"{len(completions)} answer(s); raise that, or look for what it waits for"
+            f"{count} answer(s); raise that, or look for what it waits for"
         ) from None
     except UserError as error:
         raise UserError(f"reward function {name}: {error}") from None
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() would end the run without a word
         inner = function.func if isinstance(function, partial) else function
         code = getattr(inspect.unwrap(inner), "__code__", None)
         raise UserError(f"reward function {name}: {_describe(error, code and code.co_filename)}") from None
@@ -215,25 +228,32 @@ def call(
             f"reward function {name}: it must return a list with a number or None per answer, "
             f"found {type(values).__name__}"
         )
-    if len(values) != len(completions):
-        raise UserError(f"reward function {name}: {len(values)} scores for {len(completions)} answers")
+    if len(values) != count:
+        raise UserError(f"reward function {name}: {len(values)} scores for {count} answers")
     scores = np.full(len(values), np.nan)
     for i, value in enumerate(values):
         if value is None:
             continue
         try:
-            number = None if isinstance(value, str) else float(value)
-        except (TypeError, ValueError, OverflowError):
+            number = None if isinstance(value, str | bytes) else float(value)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # of a class of the user's
             number = None
         if number is None:
             raise UserError(
                 f"reward function {name}: the score of answer {i + 1} must be a number or None, "
-                f"found {value!r:.60}"
+                f"found {_written(value, repr):.60}"
             )
         if not math.isfinite(number):
             raise UserError(
-                f"reward function {name}: the score of answer {i + 1} is {value}; return None "
+                f"reward function {name}: the score of answer {i + 1} is {number}; return None "
                 "where an answer cannot be scored"
+            )
+        if abs(number) > MAX_SCORE:
+            raise UserError(
+                f"reward function {name}: the score of answer {i + 1} is {number:g}, beyond {MAX_SCORE:g}: "
+                "divide its scores"
             )
         scores[i] = number
     return scores
@@ -307,7 +327,17 @@ def _describe(error: BaseException, file: str | None) -> str:
     ]
     frames = [f for f in frames if f.filename == file] or frames
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}{where}"
+    return f"{type(error).__name__}: {(_written(error).splitlines() or ['no message'])[0]}{where}"
+
+
+def _written(value: Any, how: Callable[[Any], str] = str) -> str:
+    """An object of the user's as text, whose methods may raise anything."""
+    try:
+        return how(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def combine(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:

@@ -42,10 +42,11 @@ class RewardEntry(Section):
     timeout: float | None = Field(
         None,
         gt=0,
+        le=86_400,
         description=f"seconds that one call of the function may take; null: {functions.TIMEOUT:g}, or for "
         "python_tests only what each answer may take",
     )
-    weight: float = Field(1.0, description="of this reward in the sum")
+    weight: float = Field(1.0, ge=-1e6, le=1e6, description="of this reward in the sum")
     normalise: bool | None = Field(
         None,
         description="bring scores to mean 0 and standard deviation 1 on the reference's answers; "
@@ -86,7 +87,7 @@ class RewardEntry(Section):
 
     def load(self) -> functions.RewardFunction:
         """Return the function with its arguments filled in; see functions.load and functions.bind."""
-        return functions.bind(functions.load(self.name), self.args, self.name)
+        return functions.bind(functions.load(self.name, self.limit), self.args, self.name)
 
 
 @dataclass(frozen=True)

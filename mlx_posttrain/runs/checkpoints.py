@@ -57,6 +57,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json. Raises Damaged where it is not what was written."""
+    if not (checkpoint / "state.json").is_file():  # a pipe would be waited for
+        raise Damaged("state.json cannot be read")
     try:
         state = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

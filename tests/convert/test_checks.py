@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -147,6 +148,15 @@ def test_links_within_the_folder_and_the_hubs_cache_are_followed(model, tmp_path
     assert convert(snapshot, tmp_path / "out").model_type == "gpt2"
 
 
+def test_what_weights_cannot_be(model):
+    change(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match=r"weights are quantised by gptq, which is not supported: give the"):
+        hub.check_config(model)
+    change(model / "config.json", quantization_config=None, model_type="llama")
+    with pytest.raises(UserError, match=r"model_type 'llama' and the sizes of a GPT-2 \(n_embd\)"):
+        hub.resolve(model)
+
+
 # adapters
 
 
@@ -172,6 +182,12 @@ def adapter(tmp_path) -> Path:
         ("rank_pattern", {"(": 2}, "it must be a mapping of patterns"),
         ("alpha_pattern", {"c_attn": float("nan")}, "it must be a mapping of patterns to finite numbers"),
         ("base_model_name_or_path", ["tiny"], "it must be text"),
+        ("rank_pattern", {"(([a-z_.0-9])*)*x": 2}, "a pattern is a layer's name, with at most 3 of .*"),
+        ("alpha_pattern", {"(x+x+)+y": 2}, "a pattern is a layer's name"),
+        ("alpha_pattern", {".*.*.*.*": 2}, "a pattern is a layer's name"),
+        ("alpha_pattern", {"(a|a)(a|a)(a|a)": 2}, "2 lists (a|b)"),
+        ("use_rslora", "false", "'false'; it must be true or false"),
+        ("use_dora", 1, "1; it must be true or false"),
     ],
 )
 def test_a_value_of_the_wrong_kind_in_an_adapter(key, value, words, adapter):
@@ -179,6 +195,33 @@ def test_a_value_of_the_wrong_kind_in_an_adapter(key, value, words, adapter):
     with pytest.raises(UserError, match=rf"adapter_config\.json has {key} ") as caught:
         adapters.read_adapter(adapter)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "c_attn",
+        r"h\.0\.attn\.c_attn",
+        "transformer.h.0.attn.c_attn",
+        "^transformer.h.[0-9]+.attn.c_attn$",
+        r".*\.h\.\d+\.attn\.(c_attn|c_proj)$",
+        r"h\.[01]\.attn\..*",
+        "c_proj|c_attn",
+    ],
+)
+def test_the_usual_patterns_of_ranks(pattern, adapter):
+    change(adapter / "adapter_config.json", r=5, rank_pattern={"c_fc": 3, pattern: 2})
+    config, modules = adapters.read_adapter(adapter)
+    assert adapters.rank_of(config, next(iter(modules))) == 2
+
+
+def test_the_slowest_pattern_takes_little_time():
+    begun = time.process_time()
+    for pattern in (".*.*.*x", "(.*|.*)(.*|a)x", f"({'a|' * 60}a)({'a|' * 60}a)x"):
+        config = {"r": 4, "rank_pattern": {pattern: 2}}
+        adapters._check_values(config, "config")
+        assert adapters.rank_of(config, "a." * 64) == 4
+    assert time.process_time() - begun < 2
 
 
 def test_nan_in_an_adapter(adapter):
@@ -190,7 +233,15 @@ def test_nan_in_an_adapter(adapter):
         adapters.read_adapter(adapter)
 
 
-# what a kill leaves
+# what a kill and a full disk leave
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    said = r"/out cannot be written \(No space left on device\): free some space"
+    with pytest.raises(UserError, match=said), output_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_export_leaves_nothing_for_good(tmp_path):

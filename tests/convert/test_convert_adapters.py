@@ -431,6 +431,18 @@ def test_broken_adapter_folders(tmp_path):
             },
             r"magnitude vector of model.h.0.x has shape \(8,\), expected \(9,\)",
         ),
+        (
+            {
+                "transformer.h.0.x.lora_A.weight": (4, 8),
+                "transformer.h.0.x.lora_A.other.weight": (4, 8),
+                "transformer.h.0.x.lora_B.weight": (9, 4),
+            },
+            "holds lora_A of transformer.h.0.x twice, under two adapters' names",
+        ),
+        (
+            {f"transformer.h.0.{'x' * 200}.lora_A.weight": (4, 8)},
+            "holds transformer.h.0.x{184}, which is not a LoRA",
+        ),
     ],
 )
 def test_tensors_that_are_not_lora(tensors, message):

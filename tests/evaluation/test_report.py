@@ -422,6 +422,17 @@ def test_points_of_a_curve_are_means_of_equally_many_steps():
         assert smooth[0][0] == (width - 1) / 2
 
 
+def test_a_chart_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    figure = charts.bars({"a": (0.5, 0.4, 0.6)}, y="right")
+
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", full)
+    with pytest.raises(UserError, match=r"/right.svg cannot be written: No space left on device$"):
+        charts.save(figure, tmp_path / "charts", "right")
+
+
 def compared(**means):
     """Two models on 40 questions: of the second, as many are right as said."""
     rng = np.random.default_rng(0)

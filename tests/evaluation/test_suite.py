@@ -445,6 +445,8 @@ def test_another_tokenizer_has_no_metrics_per_token(engine, random_gpt2, questio
         (["eval", "tiny", "limt"], "is no setting"),
         (["compare", "tiny", "--report", "{here}/x.html"], "cannot be written"),
         (["report", "tiny", "--logs-only"], "not a run"),
+        (["report", "tiny", "--logs-only", "--output", "recipe.yaml"], "give one that ends in .html"),
+        (["compare", "tiny", "--report", "{here}"], "give one that ends in .html"),
     ],
 )
 def test_mistakes_give_one_line(arguments, message, capsys, tmp_path, monkeypatch):

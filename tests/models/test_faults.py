@@ -13,12 +13,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_posttrain import engines
-from mlx_posttrain.convert import gpt2, hub
+from mlx_posttrain.convert import adapters, gpt2, hub
 from mlx_posttrain.convert.weights import convert
 from mlx_posttrain.data.batches import Batch
 from mlx_posttrain.engines import decoding
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.open import open_model
+from mlx_posttrain.models.tokenizer import load_tokenizer
 from tests.helpers import cli, command, refused
 
 ENGINES = engines.available()
@@ -242,6 +243,54 @@ def test_a_config_that_contradicts_its_weights_is_one_line(engine, random_gpt2, 
             capfd, "generate", str(folder), "--prompt", "Hi", "--max-tokens", "2", "--engine", engine
         )
         assert str(folder) in said or "config" in said, (key, said)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapter_for_another_width_is_one_line(engine, random_gpt2, tmp_path, capfd):
+    layers = {
+        f"model.h.{i}.attn.c_attn": {"lora_a": np.ones((65, 2)), "lora_b": np.ones((2, 192))}
+        for i in range(2)
+    }
+    adapters.save_adapter(
+        tmp_path / "a", layers, base_model=str(random_gpt2), rank=2, alpha=4, targets=["c_attn"]
+    )
+    said = refused(capfd, "generate", str(tmp_path / "a"), "--prompt", "Hi", "--engine", engine)
+    assert said.endswith(
+        "the adapter was made for another model: its matrices of transformer.h.0.attn.c_attn are (65, 2) and "
+        "(2, 192), and the layer is (64, 192) (in, out)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        (
+            "tokenizer_config.json",
+            "model_max_length",
+            "abc",
+            "has model_max_length 'abc'; it must be a number",
+        ),
+        ("config.json", "layer_norm_epsilon", "1e-5", "cannot read its config.json .*layer_norm_epsilon"),
+        ("config.json", "layer_norm_epsilon", -1, "cannot read its config.json .*layer_norm_epsilon"),
+        ("config.json", "tie_word_embeddings", "no", "cannot read its config.json .*tie_word_embeddings"),
+        ("config.json", "eos_token_id", "x", "cannot read its config.json .*eos_token_id"),
+        ("config.json", "activation_function", ["a"], "cannot read its config.json .*activation_function"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(file, key, value, said, random_gpt2, tmp_path):
+    folder = Path(shutil.copytree(random_gpt2, tmp_path / "model"))
+    given = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(given | {key: value}))
+    with pytest.raises(UserError, match=said) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["--max-tokens", "--samples"])
+def test_a_number_that_no_machine_holds(option, capfd):
+    assert "less than or equal to 2147483647" in refused(
+        capfd, "generate", "tiny", "--prompt", "a", option, "9" * 20
+    )
 
 
 def test_a_folder_without_a_tokenizer(random_gpt2, tmp_path, capfd):

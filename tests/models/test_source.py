@@ -4,6 +4,7 @@ one line where it is nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation.model import LoadedModel
 from mlx_posttrain.models.export import export
 from mlx_posttrain.models.merge import base_folder
+from mlx_posttrain.models.source import locate, starting_folder, starting_model
 from tests.helpers import cli, refused, run_recipe, write_jsonl
 
 ENGINES = engines.available()
@@ -194,6 +196,46 @@ def test_a_configuration_that_a_file_does_not_have_is_not_used_in_silence(tmp_pa
 
 
 # folders and names
+
+
+def test_a_run_that_is_made_of_itself(tmp_path):
+    for name, below in (("a", "b"), ("b", "a"), ("pipeline", None)):
+        final = tmp_path / name / "final" if below else tmp_path / name / "c" / "final"
+        final.mkdir(parents=True)
+        (final / "adapter_config.json").write_text("{}")
+        recipe = {"method": "sft", "model": str(tmp_path / (below or "pipeline"))}
+        (final.parent / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "pipeline" / "recipe.yaml").write_text('{"method": "pipeline", "stages": {"c": {}}}')
+    for name in ("a", "pipeline"):
+        for find in (locate, starting_folder, starting_model):
+            with pytest.raises(
+                UserError, match=rf"/{name}/recipe.yaml: the run's model is made of the run it"
+            ):
+                find(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"adapter": {"quantize": "x", "group_size": 64}}, r"recipe.yaml, adapter: 'quantize': .* got 'x'$"),
+        ({"adapter": {"group_size": []}}, r"recipe.yaml, adapter: 'group_size': .* got \[\]$"),
+        ({"data": {"system": 5}}, "'data.system' is 5, not text: put it right"),
+    ],
+)
+def test_a_runs_recipe_with_a_value_of_the_wrong_kind(section, said, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"method": "sft", "model": "tiny", **section}))
+    with pytest.raises(UserError, match=said):
+        locate(tmp_path)
+
+
+def test_an_export_onto_a_full_disk_is_one_line(lora, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match=r"/e cannot be written \(No space left on device\): free some space"):
+        export(lora, tmp_path / "e")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tilde_is_the_home_folder(random_gpt2, rows_file, tmp_path, monkeypatch, capfd):

@@ -529,3 +529,13 @@ def test_a_pipelines_folder_is_located(three, tmp_path):
     shutil.rmtree(tmp_path / "out" / "c" / "final")
     with pytest.raises(UserError, match=rf"unfinished.*stage: .*{tmp_path / 'out' / 'b'}$"):
         locate(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "\u00e9" * 51, "../a"])
+def test_a_stage_whose_name_is_no_folders(name, tmp_path):
+    path = write(tmp_path / "long.yaml", {name: {"recipe": "01_sft"}})
+    with pytest.raises(
+        UserError, match="a name has letters, digits and underscores, at most 100 bytes"
+    ) as error:
+        methods.load_recipe(str(path), [])
+    assert len(str(error.value)) < 300

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
+import itertools
+import sys
+
 import numpy as np
 import pytest
 
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rewards import functions, stock
+from mlx_posttrain.rewards.scorer import RewardEntry
 
 FILE = """
 import json, math
@@ -161,6 +166,71 @@ def test_a_file_is_named_before_it_is_run_once(tmp_path, monkeypatch, capfd):
 def test_faults_inside(path, name, said):
     with pytest.raises(UserError, match=said):
         functions.call(functions.load(f"{path}:{name}"), ["p"] * 2, ["a", "b"], {"answers": [1, 2]}, name)
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+class Weightless:
+    def __float__(self):
+        raise RuntimeError("no\nnumber")
+
+    def __repr__(self):
+        raise SystemExit
+
+
+def raises(error):
+    def reward(prompts, completions):
+        raise error
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        (raises(SystemExit(0)), r"SystemExit: 0 \(test_functions\.py, line \d+\)"),
+        (raises(GeneratorExit("g")), r"GeneratorExit: g \("),
+        (raises(Unspeakable()), r"Unspeakable: a Unspeakable that cannot be shown \("),
+        (
+            lambda p, c: [Weightless()] * 2,
+            "the score of answer 1 must be a number or None, found a Weightless that",
+        ),
+        (lambda p, c: [1.0, b"2"], "the score of answer 2 must be a number or None, found b'2'"),
+        (lambda p, c: itertools.repeat(1.0), "3 scores for 2 answers"),
+        (lambda p, c: [1e6, -1e308], r"the score of answer 2 is -1e\+308, beyond 1e\+06"),
+    ],
+)
+def test_what_would_end_the_run_without_a_word(function, said):
+    with pytest.raises(UserError, match=rf"^reward function mine: {said}.*$"):
+        functions.call(function, ["p"] * 2, ["a", "b"], {}, "mine")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 has groups of exceptions")
+def test_a_group_of_interrupts_is_the_functions_own():
+    with pytest.raises(UserError, match=r"^reward function mine: BaseExceptionGroup: two \("):
+        functions.call(raises(builtins.BaseExceptionGroup("two", [KeyboardInterrupt()])), [], [], {}, "mine")
+    with pytest.raises(KeyboardInterrupt):
+        functions.call(raises(KeyboardInterrupt()), [], [], {}, "mine")
+
+
+def test_a_function_that_empties_its_answers():
+    def reward(prompts, completions):
+        completions.clear()
+        return [1.0, 2.0]
+
+    assert functions.call(reward, ["p"] * 2, ["a", "b"], {}, "mine").tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("key, value", [("timeout", 1e300), ("timeout", 86_401), ("weight", -1e300)])
+def test_an_entry_is_bounded(key, value):
+    with pytest.raises(ValueError, match=f"{key}\n.*(less|greater) than or equal to"):
+        RewardEntry(function="format", **{key: value})
+    assert RewardEntry(function="format", timeout=86_400).limit == 86_400
 
 
 def test_a_function_whose_arguments_cannot_be_read():

@@ -69,10 +69,9 @@ def swallows(prompts, completions):
             time.sleep(0.01)
 
 
-def never_ends(prompts, completions):
-    while True:
-        yield 1.0
-        time.sleep(0.01)
+def never_begins(prompts, completions):
+    time.sleep(60)
+    yield 1.0
 
 
 async def waits(prompts, completions):
@@ -85,7 +84,7 @@ async def spins_too(prompts, completions):
 
 
 @PLACES
-@pytest.mark.parametrize("function", [spins, sleeps, swallows, never_ends, waits, spins_too])
+@pytest.mark.parametrize("function", [spins, sleeps, swallows, never_begins, waits, spins_too])
 def test_a_hang_ends_in_one_line(place, function):
     begun = time.monotonic()
     with pytest.raises(
@@ -185,3 +184,12 @@ def test_faults_of_asynchronous_functions(place):
     ):
         with pytest.raises(UserError, match=f"^reward function mine: .*{said}"):
             place(lambda f=function: call(f))
+
+
+@pytest.mark.parametrize("named", ["slow.py:f", "slow_module:f"])
+def test_an_import_that_hangs_ends_in_one_line(tmp_path, monkeypatch, named):
+    (tmp_path / f"{named.removesuffix(':f').removesuffix('.py')}.py").write_text("while True: pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"the import of slow\S* took longer than 0\.2 s, its `timeout`"):
+        functions.load(named, 0.2)

@@ -15,6 +15,7 @@ import pytest
 
 from mlx_posttrain import engines, runs
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.runs.checkpoints import Damaged, read_state
 from tests.helpers import cli, command, read_jsonl, records, refused, resume_run, run_recipe, write_jsonl
 
 ENGINES = engines.available()
@@ -320,6 +321,22 @@ def test_a_log_on_a_full_disk_is_one_line(tmp_path):
         r".*--resume",
     ):
         run.log({"step": 1})
+
+
+def test_a_folder_that_is_gone_is_no_lack_of_room(tmp_path):
+    """As a reward function leaves it that deletes the run or changes the working directory."""
+    with pytest.raises(UserError, match=r"gone/metrics.jsonl cannot .*: .*/gone is gone: .* reward function"):
+        runs.Run(tmp_path / "gone").log({"step": 1})
+    run = runs.Run(tmp_path)
+    run.checkpoints.write_text("")
+    with pytest.raises(UserError, match=r"best-000001 cannot .*: .*/checkpoints is a file: move it away$"):
+        run.save_best(1, lambda folder: None)
+
+
+def test_a_pipe_in_place_of_a_state_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "state.json")
+    with pytest.raises(Damaged, match=r"state\.json cannot be read"):
+        read_state(tmp_path)
 
 
 # data that are not those of before

@@ -445,7 +445,11 @@ class MLXModel:
             self.net.load_weights(weights, strict=True)
             self.set_trained({name: value for name, value in weights if name in self._weights})
         else:
-            modules = files.read_adapter(folder, [self._hf_path(p) for p, _ in self.adapted()])
+            widths = {
+                self._hf_path(path): (layer.lora_a.shape[0], layer.lora_b.shape[1])
+                for path, layer in self.adapted()
+            }
+            modules = files.read_adapter(folder, widths)
             for path, layer in self.adapted():
                 for name, value in modules[self._hf_path(path)].items():
                     setattr(layer, name, mx.array(np.ascontiguousarray(value)))

@@ -423,7 +423,11 @@ class TorchModel:
 
     def load_trained(self, folder: Path) -> None:
         if self.spec is not None:
-            modules = files.read_adapter(folder, [path for path, _ in self._adapted()])
+            widths = {
+                path: (layer.lora_A["default"].in_features, layer.lora_B["default"].out_features)
+                for path, layer in self._adapted()
+            }
+            modules = files.read_adapter(folder, widths)
             with torch.no_grad():
                 for path, layer in self._adapted():
                     layer.lora_A["default"].weight.copy_(torch.from_numpy(modules[path]["lora_a"]).T)
