@@ -611,16 +611,28 @@ def _floats(value: Any) -> Any:
     return value
 
 
+def meant(cls: type[BaseModel], name: str, *, close: bool = False) -> list[str]:
+    """The keys of a recipe class that ``name`` may mean: `lr` is train.lr, and so is others' `learning_rate`.
+
+    close: where none is called so, those with the most similar name.
+    """
+    every = _all_keys(cls)
+    called: dict[str, list[str]] = {}
+    for key in every:
+        called.setdefault(key.rsplit(".", 1)[-1], []).append(key)
+    found = [key for key in every if key == name] + called.get(name, [])
+    found += [key for key in elsewhere_called(name) if key in every]
+    near = difflib.get_close_matches(name, called, n=1, cutoff=0.8) if close and not found else []
+    return found + [key for match in near for key in called[match]]
+
+
 def _explain(error: Any, cls: type[BaseModel]) -> str:
     path = [str(p) for p in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _keys(cls, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        every = _all_keys(cls)
-        # `lr` at the top means train.lr; `learning_rate` is what others call it
-        elsewhere = [k for k in every if k.rsplit(".", 1)[-1] == path[-1]]
-        elsewhere += [k for k in elsewhere_called(path[-1]) if k in every]
+        elsewhere = meant(cls, path[-1])
         # of several, the one of this section
         section = [part for part in path[:-1] if not part.isdigit()]
         elsewhere.sort(key=lambda k: k.split(".")[:-1] != section)
