@@ -83,7 +83,7 @@ def test_bad_settings(run, override, words, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ["empty"]),
+        ("", ["bad.jsonl: the file has no rows"]),
         ('{"instruction": "a", "output": "b"}\n{"instruction": "a", output: "b"}\n', ["2"]),
         ('{"x": 1, "y": 2}\n', ["x, y", "alpaca"]),
         ('{"instruction": "a", "output": ""}\n', ["no"]),
