@@ -86,6 +86,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def from_here(name: str | Path) -> str:
+    """Return a name for a message: a path below the present folder without that folder."""
+    path = Path(name)
+    if path.is_absolute() and path.is_relative_to(here := Path.cwd()) and path != here:
+        return str(path.relative_to(here))
+    return str(name)
+
+
 def home(name: str | Path) -> Path:
     """Return the path of a name, its `~` filled in: a shell leaves that of `output=~/x` to us.
 

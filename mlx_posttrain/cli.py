@@ -29,6 +29,7 @@ def _dtype(given: str | None) -> str | None:
     return check_dtype(given)
 
 
+TOP_P = "sample from the smallest set of tokens with this probability"
 EngineOption = Annotated[str, typer.Option("--engine", help="mlx, torch or auto")]
 DtypeOption = Annotated[
     str | None,
@@ -92,10 +93,13 @@ def sweep(
         typer.Argument(help="settings; a key with several values is varied: train.lr=1e-5,1e-4 seed=0,1,2"),
     ],
     metric: Annotated[
-        str | None, typer.Option(help="the figure of result.json to compare; default: its first")
+        str | None, typer.Option(help="the figure of result.json to compare; default: the first one in it")
     ] = None,
 ) -> None:
-    """Run a recipe for every combination of some settings, and compare over seeds."""
+    """Run a recipe for every combination of settings, and compare.
+
+    Combinations are compared over seeds.
+    """
     from mlx_posttrain import methods, pipeline
 
     whole = pipeline.sweep(recipe, overrides, metric)
@@ -120,14 +124,24 @@ def keys(
     of: Annotated[
         str,
         typer.Argument(
-            metavar="METHOD", help=f"a method ({', '.join(METHODS)}), or suite", show_default=True
+            metavar="METHOD",
+            help=f"a method ({', '.join(METHODS)}), suite, or a word to find in the keys of all",
+            show_default=True,
         ),
     ] = "sft",
 ) -> None:
-    """List every key a recipe may have, with its default; `keys suite`: those of eval and compare."""
+    """List a recipe's keys with their defaults, or find a key.
+
+    `keys suite`: those of eval and compare; `keys WORD`: those of any method that have this word in their
+    name or description.
+    """
     from mlx_posttrain import config, console, methods
     from mlx_posttrain.evaluation.suite import SuiteSection
 
+    if of != "suite" and of not in METHODS and (found := methods.find_keys(of)):
+        for line in found:
+            typer.echo(line)
+        return
     section = SuiteSection if of == "suite" else methods.get(of).Recipe
     for key, default, description in config.describe(section):
         typer.echo(f"{key}: {default}".rstrip())
@@ -140,7 +154,10 @@ def demo(
     engine: EngineOption = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of every run")] = 0,
 ) -> None:
-    """Tune the embedded tiny model in eight ways and compare: a few minutes, no network."""
+    """Tune the embedded tiny model in eight ways and compare.
+
+    Takes a few minutes and no network.
+    """
     from mlx_posttrain import demo as module
 
     module.demo(output.expanduser(), engine, seed)
@@ -170,10 +187,7 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="one prompt a line, as UTF-8 text")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=MAX_INT, help="longest answer in tokens")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0.01, max=1, help="sample from the smallest set of tokens with this probability"),
-    ] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help=TOP_P)] = 1.0,
     samples: Annotated[int, typer.Option(min=1, max=MAX_INT, help="answers per prompt")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="fixes what is sampled")] = 0,
     template: Annotated[
@@ -225,15 +239,18 @@ def generate(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="a run, a model or adapter folder, `tiny`, or a hub id")],
-    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_INT)] = 256,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_INT, help="longest answer in tokens")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help=TOP_P)] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="fixes what is sampled")] = 0,
     template: Annotated[str | None, typer.Option(help="prompt format; default: the run's own")] = None,
     engine: EngineOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
-    """Talk to a model; answers stream. /help lists what else there is to type; an empty line ends."""
+    """Talk to a model; answers stream.
+
+    /help lists what else there is to type; an empty line ends.
+    """
     from mlx_posttrain import api
     from mlx_posttrain.generation import chat as module
 
@@ -264,7 +281,10 @@ def export(
         str | None, typer.Option(metavar="REPO", help="also upload to this hub repository")
     ] = None,
 ) -> None:
-    """Write a run for PEFT, transformers, mlx-lm or llama.cpp, with a model card."""
+    """Write a run for PEFT, transformers, mlx-lm or llama.cpp.
+
+    A model card is written with it.
+    """
     from mlx_posttrain.models import export as module
 
     run = run.expanduser()
@@ -290,9 +310,9 @@ def evaluate(
     engine: EngineOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
-    """Measure one model: right answers, losses, perplexity, repetition, each with its interval.
+    """Measure one model: right answers, losses, perplexity.
 
-    `keys suite` lists the settings.
+    Each figure has its interval. `keys suite` lists the settings.
     """
     _compare([model], settings, json, engine, dtype)
 
@@ -310,7 +330,10 @@ def compare(
     engine: EngineOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
-    """Measure several models on the same questions and texts, and mark differences beyond chance."""
+    """Measure several models on the same questions and texts.
+
+    Differences beyond chance are marked.
+    """
     names, settings = [m for m in models if not _setting(m)], [m for m in models if _setting(m)]
     _compare(names, settings, json, engine, dtype, report)
 
@@ -329,7 +352,10 @@ def analyze(
     engine: EngineOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
-    """Compare runs with the model they started from: forgetting, drift, loops, foreign data, overfitting."""
+    """Compare runs with the model they started from.
+
+    Looks for forgetting, drift, loops, foreign data and overfitting.
+    """
     import json as jsonlib
 
     from mlx_posttrain.evaluation import analyze as module
@@ -369,7 +395,10 @@ def report(
     engine: EngineOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
-    """Write one self-contained HTML page about runs: findings, table, charts, samples, recipes."""
+    """Write one self-contained HTML page about runs.
+
+    It has findings, a table, charts, samples and recipes.
+    """
     from mlx_posttrain.evaluation import analyze as module
     from mlx_posttrain.evaluation import report as pages
     from mlx_posttrain.evaluation import watch as logs
@@ -471,13 +500,16 @@ def synthesize(
     thoughts: Annotated[
         bool, typer.Option("--thoughts", help="keep only answers of the form <think> ... </think> answer")
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.01)] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
+    temperature: Annotated[float, typer.Option(min=0.01, help="the higher, the more varied")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help=TOP_P)] = 0.95,
     max_tokens: Annotated[int, typer.Option(min=1, max=MAX_INT, help="longest answer in tokens")] = 512,
     near: Annotated[
         float,
         typer.Option(
-            min=0, max=1, help="drop kept answers of one question that share this much; 0: keep all"
+            min=0,
+            max=1,
+            help="of answers to one question whose word 5-grams have this Jaccard similarity or more, keep "
+            "one; 0: keep all",
         ),
     ] = 0.7,
     template: Annotated[str | None, typer.Option(help="prompt format; default: the teacher's own")] = None,
@@ -508,9 +540,10 @@ def synthesize(
     engine: EngineOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
-    """Make data for 08_distill: a teacher answers many times, and what is right is kept.
+    """Make data for 08_distill by rejection sampling.
 
-    With a reward model, what it likes best is kept instead.
+    A teacher answers many times, and what is right is kept; with a reward model, what it likes best is kept
+    instead.
     """
     from mlx_posttrain.generation import synthesize as module
     from mlx_posttrain.generation.server import Server
@@ -540,7 +573,10 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
     json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """Show what a recipe needs before it runs: parameters, steps, tokens, memory, and advice."""
+    """Show what a recipe needs: parameters, steps, memory.
+
+    Nothing is trained or written; where memory may be short, advice follows.
+    """
     from mlx_posttrain import methods
 
     found = methods.plan(methods.load_recipe(recipe, overrides))
@@ -563,9 +599,9 @@ def data(
         bool, typer.Option("--json", help="a JSON object for each row, then one of totals")
     ] = False,
 ) -> None:
-    """Show the rows that a recipe trains on as its model sees them, and what is dropped and why.
+    """Show a recipe's rows as its model sees them.
 
-    Trained tokens are green, or in [[brackets]] where there is no colour.
+    Also what is dropped and why. Trained tokens are green, or in [[brackets]] where there is no colour.
     """
     from mlx_posttrain import methods
     from mlx_posttrain.data import show
@@ -584,7 +620,10 @@ def validate(
     recipe: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value settings, as of `run`")] = None,
 ) -> None:
-    """Check what a run would check before its first step, in seconds; nothing is trained or written."""
+    """Check a recipe, its data and its model in seconds.
+
+    These are the checks that a run makes before its first step; nothing is trained or written.
+    """
     from mlx_posttrain import methods
 
     for line in methods.validate(methods.load_recipe(recipe, overrides)):
@@ -639,7 +678,10 @@ def bench(
         ),
     ] = False,
 ) -> None:
-    """Time engines in turns on the same weights and rows; ratios only where the losses agree."""
+    """Time the engines on the same weights and rows.
+
+    They take turns, and ratios are given only where their losses agree.
+    """
     from mlx_posttrain import bench as module
     from mlx_posttrain.bench import render
 
@@ -708,9 +750,10 @@ def verify(
         str, typer.Option("--engine", help="mlx, torch or auto, for --anchors; parity takes all there are")
     ] = "auto",
 ) -> None:
-    """Check that this machine computes what it should: engines and devices against each other.
+    """Check that this machine computes what it should.
 
-    Prints a Markdown table to paste; ends with 1 if a check fails.
+    Engines and devices are compared with each other. Prints a Markdown table to paste; ends with 1 if a
+    check fails.
     """
     from mlx_posttrain import runs
     from mlx_posttrain import verify as module

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mlx_posttrain.convert.files import home
+from mlx_posttrain.convert.files import from_here, home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.key_names import elsewhere_called
 from mlx_posttrain.yaml_text import MAX_CHARACTERS, flow, parse_yaml, unquoted, with_spaces
@@ -128,7 +128,7 @@ class DataSection(Section):
     source: str | None = Field(
         None,
         description="embedded/tasks, a .json/.jsonl/.csv/.parquet file, or a Hugging Face data-set id; null: "
-        "there are `sources`",
+        "rows come from `sources`",
     )
     split: str = Field("train", description="split of the source to train on")
     config: str | None = Field(None, description="configuration name of a Hugging Face data set")
@@ -241,7 +241,7 @@ class DataSection(Section):
     @property
     def origin(self) -> str:
         """Where the rows come from, for a message."""
-        return ", ".join(str(part.source) for part in self.parts.values())
+        return ", ".join(from_here(str(part.source)) for part in self.parts.values())
 
 
 class OptimizerSection(Section):
@@ -634,16 +634,40 @@ def _floats(value: Any) -> Any:
     return value
 
 
+#: What a value must be, by pydantic's type of the error, where its message is about parsing.
+_MUST = {
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+}
+
+
+def meant(cls: type[BaseModel], name: str, *, close: bool = False) -> list[str]:
+    """The keys of a recipe class that ``name`` may mean: `lr` is train.lr, and so is others' `learning_rate`.
+
+    close: where none is called so, those with the most similar name.
+    """
+    every = _all_keys(cls)
+    called: dict[str, list[str]] = {}
+    for key in every:
+        called.setdefault(key.rsplit(".", 1)[-1], []).append(key)
+    found = [key for key in every if key == name] + called.get(name, [])
+    found += [key for key in elsewhere_called(name) if key in every]
+    near = difflib.get_close_matches(name, called, n=1, cutoff=0.8) if close and not found else []
+    return found + [key for match in near for key in called[match]]
+
+
 def _explain(error: Any, cls: type[BaseModel]) -> str:
     path = [str(p) for p in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _keys(cls, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        every = _all_keys(cls)
-        # `lr` at the top means train.lr; `learning_rate` is what others call it
-        elsewhere = [k for k in every if k.rsplit(".", 1)[-1] == path[-1]]
-        elsewhere += [k for k in elsewhere_called(path[-1]) if k in every]
+        elsewhere = meant(cls, path[-1])
         # of several, the one of this section
         section = [part for part in path[:-1] if not part.isdigit()]
         elsewhere.sort(key=lambda k: k.split(".")[:-1] != section)
@@ -658,6 +682,9 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
         return f"the key '{key}' is missing"
     if path[-1:] and ":" in path[-1] and error["input"] is None:
         return f"'{key}': a colon needs a space after it: {path[-1].replace(':', ': ', 1)}"
+    if error["msg"].startswith("Input should be "):
+        must = _MUST.get(error["type"]) or error["msg"].removeprefix("Input should be ")
+        return f"'{key}': must be {must}, not {short(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     # about several keys: the message says which

@@ -134,7 +134,7 @@ def interruptible(folder: Path) -> Iterator[list[str]]:
         if caught:
             raise KeyboardInterrupt
         caught.append(signal.Signals(number).name)
-        log("stopping after this step (once more to break off at once) ...")
+        log("stopping after this step (interrupt again to stop at once) ...")
 
     try:
         previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}

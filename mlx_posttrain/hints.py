@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from typing import Any
 
@@ -51,7 +52,7 @@ class Commands(TyperGroup):
 
 
 class Settings(TyperCommand):
-    """A command whose settings are words, key=value: an option in their place is answered with the word."""
+    """A command whose settings are words, key=value: an option in their place is answered with the key."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         known = {"-h", "--help", *(name for p in self.params for name in (*p.opts, *p.secondary_opts))}
@@ -59,13 +60,26 @@ class Settings(TyperCommand):
             name, equals, value = arg.partition("=")
             if name.startswith("--") and len(name) > 2 and name not in known:
                 value = value if equals else following
-                word = name[2:].replace("-", "_")
                 value = "VALUE" if not value or value.startswith("-") else value
+                key = _key(name[2:].replace("-", "_"), args)
+                here = f", here {key}={value}" if key else ""
                 raise UserError(
-                    f"{name} is no option: a recipe's settings are words, here {word}={value}; "
+                    f"there is no option {name}: settings are written key=value{here}; "
                     "`mlx-posttrain keys` lists them"
                 )
         return super().parse_args(ctx, args)
+
+
+def _key(name: str, args: list[str]) -> str | None:
+    """The key of the recipe in ``args`` that ``name`` means; None where none is like it."""
+    from mlx_posttrain import config, methods
+
+    method = "sft"
+    with contextlib.suppress(UserError):  # no recipe, or none that can be read: said once the option is right
+        recipe = next((arg for arg in args if not arg.startswith("-") and "=" not in arg), "")
+        method = str(config.read_yaml(config.find_recipe(recipe)).get("method"))
+    known = methods.get(method if method in METHODS else "sft").Recipe
+    return next(iter(config.meant(known, name, close=True)), None)
 
 
 def _to_train(recipe: str) -> str:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_posttrain.console import log
+
+if TYPE_CHECKING:
+    from mlx_posttrain.config import DataSection
 
 #: Keys of `data` that say how the rows of one source are found and read.
 DESCRIBING = ("split", "config", "format", "families", "columns", "eval_split")
@@ -44,28 +47,42 @@ def named(settings: Mapping[str, Any]) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def without_them(raw: dict[str, Any], source: str, name: str, *, limited: bool = False) -> dict[str, Any]:
-    """A shipped recipe's keys without those about its own source, where ``source`` is another; says which.
+def without_them(
+    raw: dict[str, Any], source: str, *, limited: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A shipped recipe's keys without those about its own source, where ``source`` is another, and these.
 
-    raw: nested keys; a changed copy is returned. The recipe of ``name`` keeps what it says where it has no
-    data of its own but the name of a file to come (``texts.jsonl``). limited: the user sets a limit, so that
-    the recipe's ``shuffle`` has a meaning.
+    raw: nested keys; a changed copy is returned. A recipe keeps what it says where it has no data of its own
+    but the name of a file to come (``texts.jsonl``). limited: the user sets a limit, so that the recipe's
+    ``shuffle`` has a meaning.
     """
     from mlx_posttrain.data import sources
 
     own = named(raw)
     if own is None or own == source or not (own.startswith("embedded/") or sources.is_hub_id(own)):
-        return raw
+        return raw, {}
     left, dropped = _copy(raw["data"]), {}
     for key in _keys(source, limited):
         section, last = _holder(left, key)
         if section is not None and section.get(last):
             dropped[key] = section.pop(last)
-    if dropped:
-        told = ", ".join(f"data.{key}={_short(value)}" for key, value in dropped.items())
-        verbs = ("belongs", "is") if len(dropped) == 1 else ("belong", "are")
-        log(f"{name}: {told} {verbs[0]} to {own} and {verbs[1]} not used for {source}")
-    return {**raw, "data": left}
+    return {**raw, "data": left}, dropped
+
+
+def say(
+    name: str, own: str | None, source: str | None, dropped: Mapping[str, Any], data: DataSection
+) -> None:
+    """Print which keys of the recipe ``name`` were ``dropped``, and which rows its ``data`` holds out now."""
+    from mlx_posttrain.data import sources
+
+    told = ", ".join(f"data.{key}={_short(value)}" for key, value in dropped.items())
+    verbs = ("belongs", "is") if len(dropped) == 1 else ("belong", "are")
+    line = f"{name}: {told} {verbs[0]} to {own} and {verbs[1]} not used for {source}"
+    aside = data.eval_split is None and source not in sources.GENERATED
+    if aside and {"holdout", "eval_split"} & set(dropped):
+        share = f"{data.holdout:.0%}" if data.holdout < 1 else f"{data.holdout:g}"
+        line += f", of which {share} of the rows are held out (data.holdout={data.holdout:g})"
+    log(line)
 
 
 def defaults(source: str, *, limited: bool = False) -> dict[str, Any]:

@@ -57,9 +57,11 @@ def refused(result, *words: str) -> None:
         ("train.learning_rat=1", ["'train.learning_rat'"]),
         ("data.tempate=plain", ["'data.tempate'", "'data.template'"]),
         ("lr=1e-4", ["'lr'", "'train.lr'"]),
-        ("train.lr=fast", ["'train.lr'", "number", "'fast'"]),
-        ("train.lr=-1", ["'train.lr'", "greater than 0"]),
-        ("train.batch_size=2.5", ["'train.batch_size'", "2.5"]),
+        ("train.lr=fast", ["'train.lr': must be a number, not 'fast'"]),
+        ("train.lr=-1", ["'train.lr': must be greater than 0, not -1"]),
+        ("train.batch_size=2.5", ["'train.batch_size': must be a whole number, not 2.5"]),
+        ("data.shuffle=perhaps", ["'data.shuffle': must be true or false, not 'perhaps'"]),
+        ("train.schedule=step", ["'train.schedule': must be 'cosine', 'linear' or 'constant', not 'step'"]),
         ("method=sftt", ["'sftt'", "'sft'"]),
         ("engine=jax", ["'engine'", "mlx"]),
         ("adapter.quantize=5", ["quantize"]),
@@ -81,7 +83,7 @@ def test_bad_settings(run, override, words, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ["empty"]),
+        ("", ["bad.jsonl: the file has no rows"]),
         ('{"instruction": "a", "output": "b"}\n{"instruction": "a", output: "b"}\n', ["2"]),
         ('{"x": 1, "y": 2}\n', ["x, y", "alpaca"]),
         ('{"instruction": "a", "output": ""}\n', ["no"]),
@@ -161,6 +163,41 @@ def test_help_and_recipe_errors_answer_at_once():
     assert refused.returncode == 2 and "trian" in refused.stderr.splitlines()[-1]
     assert "pydantic" in packages and not packages & heavy
     assert len(loaded) < 600
+
+
+def test_a_file_is_named_as_it_is_typed(run, tmp_path):
+    rows = [{"instruction": f"q{n}", "output": "a" if n else ""} for n in range(12)]
+    write_jsonl(tmp_path / "mine.jsonl", rows)
+    for source in ("mine.jsonl", str(tmp_path / "mine.jsonl")):
+        result = run(f"data.source={source}", "data.limit=11", "data.holdout=0", f"output=out{len(source)}")
+        assert result.code == 0
+        assert "mine.jsonl: 11 of 12 rows (data.limit)\n" in result.err
+        assert "mine.jsonl train: 1 rows dropped: an empty answer\n" in result.err
+        assert (
+            f"{tmp_path}/mine.jsonl:" not in result.err and f"{tmp_path}/mine.jsonl train" not in result.err
+        )
+    (tmp_path / "mine.jsonl").write_text("{")
+    result = run("data.source=mine.jsonl", "output=broken")
+    assert result.last.startswith("mlx-posttrain: mine.jsonl, line 1: broken JSON")
+
+
+def test_no_summary_of_a_command_is_cut_off(monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli("--help") == 0
+    commands = capfd.readouterr().out.partition("Commands:\n")[2].splitlines()
+    assert len(commands) >= 20
+    assert not [line for line in commands if not line.endswith(".") or line.endswith("...")]
+
+
+def test_keys_with_a_word(capfd):
+    assert cli("keys", "max_grad_norm") == 0
+    (line,) = capfd.readouterr().out.splitlines()
+    assert line.startswith("train.max_grad_norm (every method that trains): largest global gradient norm")
+    assert cli("keys", "LR") == 0
+    found = capfd.readouterr().out
+    assert "\ntrain.lr (every method that trains): peak learning rate\n" in f"\n{found}"
+    assert cli("keys", "cliprange_value_of_nothing") == 2
+    assert "unknown method 'cliprange_value_of_nothing'" in capfd.readouterr().err
 
 
 def test_every_key_is_described(capfd):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+
+from mlx_posttrain import engines
+from tests.helpers import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -49,3 +55,42 @@ def test_pages_are_wrapped(page):
         code ^= line.startswith("```")
         free = code or line.startswith(("|", "    ", "![")) or "http" in line
         assert free or len(line) <= 100, f"{page.name}:{number} has {len(line)} columns"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(
+    "mlx" not in engines.available() or sys.platform == "darwin", reason="the transcript is of MLX on a CPU"
+)
+def test_the_run_in_the_readme_prints_what_stands_there(tmp_path, monkeypatch, capfd):
+    """Counts and answers exactly; losses and memory within what other rounding makes of 60 steps."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text[text.index("    $ mlx-posttrain run demo_sft ") :].partition("\n\n")[0]
+    shown, _, samples = re.sub("^    ", "", shown, flags=re.M).partition("\n$ grep yesterday ")
+    command, *lines = shown.splitlines()
+    monkeypatch.chdir(tmp_path)
+    assert cli(*shlex.split(command)[2:]) == 0
+    number = r"(\d+(?:[.,]\d+)*)"
+    printed = capfd.readouterr().err.splitlines()
+    for line in lines:
+        line = line.partition(" (1% of")[0]
+        parts = re.sub(number, "0", line).split("[...]")
+        pattern = ".*".join(re.escape(part).replace("0", number) for part in parts)
+        counts = re.findall(number, line)
+        found = [match for one in printed if (match := re.match(pattern, one))]
+        close = [
+            all(
+                float(theirs) == pytest.approx(float(ours), rel=0.05) if "." in ours else theirs == ours
+                for ours, theirs in zip(counts, match.groups(), strict=True)
+            )
+            for match in found
+        ]
+        assert any(close), (line, printed)
+    rows = [json.loads(line) for line in Path("runs/first/samples.jsonl").read_text().splitlines()]
+    answers = {row["step"]: row for row in rows if "yesterday" in row["prompt"]}
+    told = re.findall(r'\{"step": (\d+), "prompt": (".*?"),\s+"answer": "(.*?)"\}', samples)
+    assert len(told) == 2
+    for step, prompt, answer in told:
+        row = answers[int(step)]
+        assert row["prompt"] == json.loads(prompt)
+        assert row["answer"].startswith(answer.removesuffix(" [...]"))
+        assert answer.endswith(" [...]") or row["answer"] == answer

@@ -3,6 +3,7 @@
 import pytest
 
 from mlx_posttrain import methods
+from mlx_posttrain.errors import UserError
 from mlx_posttrain.pipeline import stage_recipes
 from tests.helpers import write_jsonl
 
@@ -41,11 +42,31 @@ def test_what_is_left_behind_is_said_in_one_line(rows, capsys):
     data_of("03_lora", f"data.source={rows}")
     assert capsys.readouterr().err == (
         "03_lora: data.limit=200, data.shuffle=True, data.holdout=20 belong to yahma/alpaca-cleaned and are "
-        f"not used for {rows}\n"
+        f"not used for {rows}, of which 10% of the rows are held out (data.holdout=0.1)\n"
     )
+    data_of("03_lora", f"data.source={rows}", "data.holdout=3")
+    assert "of which 3 of the rows are held out (data.holdout=3)\n" in capsys.readouterr().err
     data_of("03_lora")
     data_of("03_lora", "data.source=yahma/alpaca-cleaned")
     assert capsys.readouterr().err == ""
+
+
+def test_it_is_said_only_once_the_recipe_is_right(rows, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"unknown key 'train\.lrr'"):
+        data_of("03_lora", f"data.source={rows}", "train.lrr=1")
+    path = tmp_path / "pipeline.yaml"
+    stage = f"{{recipe: 03_lora, set: {{data.source: {rows}"
+    path.write_text(f"method: pipeline\nstages:\n  a: {stage}}}}}\n  b: {stage}, train.lrr: 1}}}}\n")
+    with pytest.raises(UserError, match=r"stage b.*unknown key 'train\.lrr'"):
+        methods.load_recipe(str(path))
+    assert capsys.readouterr().err == ""
+    path.write_text(path.read_text().replace(", train.lrr: 1", ""))
+    methods.load_recipe(str(path))
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(": data.limit=200")[0] for line in told] == [
+        "stage a (03_lora)",
+        "stage b (03_lora)",
+    ]
 
 
 def test_what_a_user_sets_holds(rows):

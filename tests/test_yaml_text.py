@@ -124,7 +124,7 @@ def test_settings_that_nothing_can_take_are_one_line(setting, words, tmp_path, m
 
 
 def test_a_wrong_value_is_shown_in_part():
-    with pytest.raises(UserError, match=r"got \[0, 1, 2, .*\.\.\.$") as caught:
+    with pytest.raises(UserError, match=r"not \[0, 1, 2, .*\.\.\.$") as caught:
         config.parse({"keep": list(range(100_000))}, config.TrainSection, "train")
     assert len(str(caught.value)) < 200
 

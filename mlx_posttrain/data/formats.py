@@ -24,6 +24,7 @@ from mlx_posttrain.data.paired import LATER
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.data.types import Conversation, Preference
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.yaml_text import flow
 
 #: Formats in the order in which they are tried. chosen and rejected take precedence over all other columns,
 #: instruction over the prompt and text columns that many Alpaca files also have, and a trace over the
@@ -93,20 +94,35 @@ def table() -> list[str]:
     return lines
 
 
-def detect(columns: Iterable[str]) -> str:
+def detect(columns: Iterable[str], named: Mapping[str, str] | None = None) -> str:
     """Return the first format whose columns are all present.
 
-    Raises UserError with the columns found, the nearest formats and how to rename columns.
+    named: what the file calls those that have another name, {our name: the file's}. Raises UserError with
+    the file's columns, the nearest formats, and the data.columns that would make the nearest fit.
     """
     present = list(columns)
     for name in ORDER:
         if all(any(c in present for c in alternatives) for alternatives in FORMATS[name].needs):
             return name
+    named, near = named or {}, _nearest(present)
+    found = ", ".join(short(named.get(name, name)) for name in present) or "(none)"
     raise UserError(
-        f"columns {', '.join(map(short, present)) or '(none)'} match no format; nearest: "
-        f"{', '.join(_missing(name, present) for name in _nearest(present))}; rename with data.columns, for "
-        "example {instruction: your_column, output: your_other_column}; docs/data.md lists all formats"
+        f"columns {found} match no format; nearest: {', '.join(_missing(name, present) for name in near)}; "
+        f"rename with data.columns='{_mending(near[0], present, named)}'; docs/data.md lists all formats"
     )
+
+
+def _mending(name: str, present: Sequence[str], named: Mapping[str, str]) -> str:
+    """The data.columns with which these columns would be of a format, with placeholders for what is open."""
+    format = FORMATS[name]
+    mended = {ours: theirs for ours, theirs in named.items() if ours not in other_case([theirs])}
+    lacks = _lacks(name, present)
+    left = [column for column in present if column not in format.columns | {*named}]
+    for ours, *_ in lacks:
+        mended[ours] = "your_column" if len(lacks) == 1 else f"your_{ours}"
+        if len(lacks) == len(left) == 1 and re.fullmatch(r"[\w .-]+", left[0]):
+            mended[ours] = left[0]
+    return flow(mended)
 
 
 def _nearest(present: Sequence[str], count: int = 3) -> list[str]:
@@ -136,10 +152,14 @@ def _nearest(present: Sequence[str], count: int = 3) -> list[str]:
     return sorted(names, key=lambda name: -score(name))[:count]
 
 
+def _lacks(name: str, present: Sequence[str]) -> list[Sequence[str]]:
+    """What a format needs and these columns have not: alternatives, the usual name first."""
+    return [need for need in FORMATS[name].needs if not any(column in present for column in need)]
+
+
 def _missing(name: str, present: Sequence[str]) -> str:
     """A format's name and the columns that it lacks."""
-    lacks = [need for need in FORMATS[name].needs if not any(column in present for column in need)]
-    return f"{name} (lacks {', '.join('|'.join(need) for need in lacks)})"
+    return f"{name} (lacks {', '.join('|'.join(need) for need in _lacks(name, present))})"
 
 
 def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -325,7 +345,8 @@ def _format_of(rows: Sequence[Row], format: str, columns: Mapping[str, str], sou
         try:
             return detect(valued)
         except UserError:
-            return detect(ours.values())
+            present = sorted(ours.values(), key=lambda name: names.index(columns.get(name, name)))
+            return detect(present, columns)
     except UserError as e:
         raise UserError(f"{source}: {e}") from e
 

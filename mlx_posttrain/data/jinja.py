@@ -6,6 +6,14 @@ import json
 
 from mlx_posttrain.data.templates import EXACT, TEMPLATES
 
+#: What only a template of :func:`as_jinja` says.
+_ROLES = "' (there are system, user, assistant)') }}"
+
+
+def is_ours(chat_template: str) -> bool:
+    """Return whether :func:`as_jinja` wrote a tokenizer's chat template."""
+    return _ROLES in chat_template
+
 
 def as_jinja(name: str, system: str | None = None, prefix: str = "") -> str:
     """Return the chat template that writes messages as ``render`` and ``render_prompt`` do.
@@ -30,7 +38,7 @@ def as_jinja(name: str, system: str | None = None, prefix: str = "") -> str:
         f"{{% elif message['role'] == 'user' %}}{_around(template.user, trim)}"
         f"{{% elif message['role'] == 'system' %}}{_around(template.system, trim)}"
         "{% else %}{{ raise_exception('unknown role ' + message['role'] + "
-        "' (there are system, user, assistant)') }}{% endif %}"
+        f"{_ROLES}{{% endif %}}"
         "{% endfor %}"
         "{% if add_generation_prompt %}"
         f"{{% if messages and messages[-1]['role'] == 'assistant' %}}{_text(template.after)}{{% endif %}}"

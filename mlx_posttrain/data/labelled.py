@@ -13,7 +13,7 @@ from mlx_posttrain.data import drops, formats, mixture
 from mlx_posttrain.data.batches import Batch, collate, padded_positions, with_extra
 from mlx_posttrain.data.dataset import Collator, Dataset, ExtraRows
 from mlx_posttrain.data.fitting import Asked, fit
-from mlx_posttrain.data.read import ModelFacts, describe, read_rows, say_specials, with_system
+from mlx_posttrain.data.read import ModelFacts, describe, read_rows, say_own_chat, say_specials, with_system
 from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.data.types import Example, Judged, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
@@ -212,13 +212,13 @@ def read_labelled(data: DataSection, *, split: str, limit: int | None, seed: int
     pairs = sum(isinstance(row, Preference) for row in parsed)
     if pairs:
         log(
-            f"{data.source} {split}: {pairs:,} pairs become {2 * pairs:,} labelled answers: chosen ones are "
+            f"{data.origin} {split}: {pairs:,} pairs become {2 * pairs:,} labelled answers: chosen ones are "
             "good, rejected ones bad"
         )
     found = [with_system(answer, data.system) for row in parsed for answer in _labelled(row)]
     if not found:
         raise UserError(
-            f"{data.source}: this method learns from labelled answers: rows with prompt, completion and "
+            f"{data.origin}: this method learns from labelled answers: rows with prompt, completion and "
             "label (true or false), or pairs with prompt, chosen and rejected; rename with data.columns, "
             "for example {completion: answer, label: thumbs_up}"
         )
@@ -243,6 +243,7 @@ def labelled_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Da
     data = recipe.data
     train, held_out = split_rows(data, recipe.seed, read_labelled)
     describe(train)
+    say_own_chat(data, facts.tokenizer, any(row.templated for row in train))
     length = min(data.max_length, facts.context or data.max_length)
 
     def encoded(rows: list[Labelled], what: str, needed: bool) -> list[Judged]:

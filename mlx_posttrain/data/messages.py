@@ -117,7 +117,7 @@ def _turn(message: Row, where: str) -> Turn:
     if not isinstance(role, str):
         raise UserError(f"{where}: a message's role must be text, found {type(role).__name__}")
     if _spelling(role) not in ROLES:
-        raise Dropped(f"role {role[:40]!r}")
+        raise Dropped(f"an unknown role {role[:40]!r}")
     ours, thoughts = ROLES[_spelling(role)], [message.get(name) for name in THOUGHT_KEYS]
     if isinstance(message.get(key), list):
         said, thought = _parts(message[key], where)
@@ -165,7 +165,7 @@ def until_answer(found: tuple[Turn, ...]) -> tuple[Turn, ...]:
     last = max((i for i, turn in enumerate(found) if turn.role == "assistant"), default=-1)
     if last < 0:
         raise Dropped("no assistant turn")
-    require(found[last].content, "empty answer")
+    require(found[last].content, "an empty answer")
     return found[: last + 1]
 
 

@@ -88,7 +88,7 @@ def encode_by_source(
         try:
             examples = encoded([row for row in rows if row.source == name], part, name)
         except UserError as error:
-            raise UserError(f"{part.source}: {error}") from None
+            raise UserError(f"{part.origin}: {error}") from None
         found.append([replace(example, source=name) for example in examples])
     return interleave(found)
 

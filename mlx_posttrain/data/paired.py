@@ -58,7 +58,7 @@ def preference(row: Row, where: str) -> Preference:
         raise Dropped("chosen and rejected answer different prompts")
     asked = messages.after_system(row, chosen_prompt) if chosen_prompt else prompt
     if not any(turn.content for turn in chosen_prompt or prompt if turn.role != "system"):
-        raise Dropped("empty prompt")
+        raise Dropped("an empty prompt")
     return _pair(asked, chosen, rejected, messages.rest(row, *used, "chosen", "rejected"))
 
 
@@ -162,7 +162,7 @@ def _hh(row: Row, where: str) -> Preference:
     if chosen[:-1] != rejected[:-1]:
         raise Dropped("chosen and rejected answer different prompts")
     if len(chosen) < 2:
-        raise Dropped("empty prompt")
+        raise Dropped("an empty prompt")
     prompt = messages.after_system(row, chosen[:-1])
     return _pair(prompt, chosen[-1].content, rejected[-1].content, messages.rest(row, "chosen", "rejected"))
 
@@ -184,11 +184,11 @@ def _chosen(row: Row, where: str) -> Conversation:
         prompt, used = _prompt(row, where)
         before, answer = _side(row, "chosen", where)
         turns = messages.after_system(row, before) if before else prompt
-        turns = (*turns, Turn("assistant", require(answer, "empty answer")))
+        turns = (*turns, Turn("assistant", require(answer, "an empty answer")))
     else:
         turns = messages.after_system(row, messages.until_answer(_dialogue(row, "chosen", where)))
     if not any(turn.content for turn in turns[:-1] if turn.role != "system"):
-        raise Dropped("empty prompt")
+        raise Dropped("an empty prompt")
     row.get("rejected")
     return Conversation(turns, extra=messages.rest(row, "chosen", "rejected", *used))
 
@@ -212,8 +212,8 @@ def _either(row: Row, where: str) -> Conversation:
 
 
 def _pair(prompt: tuple[Turn, ...], chosen: str, rejected: str, kept: dict[str, Any]) -> Preference:
-    require(chosen, "empty answer")
-    require(rejected, "empty answer")
+    require(chosen, "an empty answer")
+    require(rejected, "an empty answer")
     if chosen == rejected:
         raise Dropped("chosen equals rejected")
     return Preference(prompt, chosen, rejected, extra=kept)
@@ -232,8 +232,8 @@ def _labelled(row: Row, where: str) -> Labelled:
     answer = first(row, ("completion", "response"))
     prompt = messages.asked(row, "prompt", where)
     before, completion = _side(row, answer, where)
-    require("".join(turn.content for turn in (*prompt, *before) if turn.role != "system"), "empty prompt")
-    require(completion, "empty answer")
+    require("".join(turn.content for turn in (*prompt, *before) if turn.role != "system"), "an empty prompt")
+    require(completion, "an empty answer")
     kept = messages.rest(row, "prompt", answer, "label")
     return Labelled(prompt + before, completion, _label(row.get("label"), where), extra=kept)
 

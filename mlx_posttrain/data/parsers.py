@@ -135,8 +135,8 @@ def _problem_solution(row: Row, where: str) -> Conversation:
 
 
 def _answered(row: Row, where: str, question: str, answer: str, *used: str) -> Conversation:
-    require(question, "empty prompt")
-    said = require(from_marks(content(text(row, answer, where))), "empty answer")
+    require(question, "an empty prompt")
+    said = require(from_marks(content(text(row, answer, where))), "an empty answer")
     turns = (*messages.earlier(row, where, question), Turn("assistant", said))
     return Conversation(turns, extra=messages.rest(row, answer, *used))
 
@@ -161,9 +161,13 @@ def _prompt_completion(row: Row, where: str) -> Conversation:
             last = (Turn("assistant", text(row, answer, where)),)
         turns = messages.until_answer(messages.asked(row, "prompt", where) + last)
         return Conversation(turns, extra=messages.rest(row, "prompt", answer))
+<<<<<<< HEAD
     if answer == "response":  # GPT4All, Glaive
         return _answered(row, where, content(text(row, "prompt", where)), answer, "prompt")
     prompt, completion = text(row, "prompt", where), require(text(row, answer, where), "empty answer")
+=======
+    prompt, completion = text(row, "prompt", where), require(text(row, answer, where), "an empty answer")
+>>>>>>> hour
     return Conversation(
         (Turn("user", prompt), Turn("assistant", completion)),
         templated=False,
@@ -215,7 +219,7 @@ def _parallel(row: Row, where: str) -> Conversation:
 @reads("text", ("text",), example={"text": "Once upon a time there was a fox."})
 def _plain_text(row: Row, where: str) -> Conversation:
     """A text without a question, kept exactly."""
-    whole = require(text(row, "text", where), "empty text")
+    whole = require(text(row, "text", where), "an empty text")
     return Conversation((Turn("assistant", whole),), templated=False, extra=messages.rest(row, "text"))
 
 
@@ -231,9 +235,9 @@ def _reasoning(row: Row, where: str) -> Conversation:
     The answer also stays in ``extra``, under its own name.
     """
     question, trace, answer = (first(row, names) for names in REASONING)
-    asked = require(content(text(row, question, where)), "empty prompt")
-    thought = require(content(text(row, trace, where)), "empty trace")
-    said = split_thought(require(content(text(row, answer, where)), "empty answer"))[1]
+    asked = require(content(text(row, question, where)), "an empty prompt")
+    thought = require(content(text(row, trace, where)), "an empty trace")
+    said = split_thought(require(content(text(row, answer, where)), "an empty answer"))[1]
     return _with_trace(row, where, asked, thought, said, question, trace)
 
 
@@ -264,10 +268,10 @@ def _generations(row: Row, where: str) -> Conversation:
     for number, answer in enumerate(answers):
         said = from_marks(content(text({"generations": answer}, "generations", where)))
         if good[number] and said:
-            asked = require(content(text(row, question, where)), "empty prompt")
+            asked = require(content(text(row, question, where)), "an empty prompt")
             turns = (*messages.earlier(row, where, asked), Turn("assistant", said))
             return Conversation(turns, extra=messages.rest(row, question, "generations"))
-    raise Dropped("no generation that is right and whole" if answers else "empty answer")
+    raise Dropped("no generation that is right and whole" if answers else "an empty answer")
 
 
 @reads(
@@ -283,9 +287,9 @@ def _gsm8k(row: Row, where: str) -> Conversation:
     steps, mark, answer = text(row, "answer", where).rpartition("####")
     if not mark:
         raise Dropped("no #### before the answer")
-    steps = require(content(re.sub(r"<<[^<>]*>>", "", steps)), "empty trace")
-    question = require(content(text(row, "question", where)), "empty prompt")
-    said = require(content(answer), "empty answer")
+    steps = require(content(re.sub(r"<<[^<>]*>>", "", steps)), "an empty trace")
+    question = require(content(text(row, "question", where)), "an empty prompt")
+    said = require(content(answer), "an empty answer")
     return _with_trace(row, where, question, steps, said, "question")
 
 
@@ -300,8 +304,13 @@ def _prompt_alone(row: Row, where: str) -> Conversation:
     turns = messages.asked(row, "prompt", where)
     if not turns or turns[-1].role == "assistant":
         raise Dropped("a prompt that ends with an answer")
+<<<<<<< HEAD
     require(turns[-1].content, "empty prompt")
     extra, checked = messages.rest(row, "prompt"), row.get("reward_model")
     if not filled(extra.get("answer")) and isinstance(checked, dict) and filled(checked.get("ground_truth")):
         extra["answer"] = checked["ground_truth"]  # verl
     return Conversation(turns, extra=extra)
+=======
+    require(turns[-1].content, "an empty prompt")
+    return Conversation(turns, extra=messages.rest(row, "prompt"))
+>>>>>>> hour

@@ -14,6 +14,7 @@ from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import drops, encode, formats, mixture, ranked, sources
 from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
+from mlx_posttrain.data.jinja import is_ours
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
 from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.data.summary import summarize
@@ -49,14 +50,18 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     )
     unfilled: Counter[str] = Counter()
     if data.prompt is not None:
+<<<<<<< HEAD
         rows, unfilled = formats.fill_prompts(rows, data.prompt, data.source)
+=======
+        rows = formats.fill_prompts(rows, data.prompt, data.origin)
+>>>>>>> hour
     parsed = formats.parse_all(
-        rows, format=data.format, columns=data.columns, source=data.source, ranked=data.ranked, seed=seed
+        rows, format=data.format, columns=data.columns, source=data.origin, ranked=data.ranked, seed=seed
     )
     dropped = unfilled + parsed.dropped
     for reason, count in dropped.items():
         unit = "pairs left out" if reason == formats.TIES else "rows dropped"
-        log(f"{data.source} {split}: {count} {unit}: {reason}")
+        log(f"{data.origin} {split}: {count} {unit}: {reason}")
     if data.ranked != "best_worst" and split == data.split and not ranked.among(rows, data.columns):
         log(f"data.ranked={data.ranked} is not used: these rows have no list of answers with scores")
     if split == data.split:
@@ -65,12 +70,12 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     if data.config is not None and split == data.split and not known:
         log(
             f"data.config={data.config} is not used: only data sets on the hub have configurations, and "
-            f"{data.source} is none"
+            f"{data.origin} is none"
         )
     further = [ours for ours in data.columns if ours not in formats.COLUMNS]
     if split == data.split and not data.source.startswith("embedded/"):
         asked = re.findall(r"\{(\w+)\}", data.prompt or "")
-        say_unread(data.source, parsed, {*further, *asked})
+        say_unread(data.origin, parsed, {*further, *asked})
     if further and split == data.split:
         log(
             f"data.columns: no format reads {', '.join(further)}; kept beside the rows for checks and "
@@ -103,14 +108,14 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
     conversations = [row for row in parsed if isinstance(row, Conversation)]
     if len(conversations) < len(parsed):
         raise UserError(
-            f"{data.source}: these are {type(parsed[0]).__name__.lower()} rows, and this method imitates "
+            f"{data.origin}: these are {type(parsed[0]).__name__.lower()} rows, and this method imitates "
             "one answer: "
             "say which with data.format=chosen, or with data.columns, for example {prompt: prompt, "
             "completion: chosen}"
         )
     if any(row.turns[-1].role != "assistant" for row in conversations):
         raise UserError(
-            f"{data.source}: these rows have a prompt and no answer to imitate; accepted: "
+            f"{data.origin}: these rows have a prompt and no answer to imitate; accepted: "
             f"{formats.accepted()}; rename with data.columns"
         )
     conversations = [with_system(c, data.system) for c in conversations]
@@ -268,6 +273,7 @@ def row_dataset(
     data, seed = recipe.data, recipe.seed
     train, held_out = split_rows(data, seed, read_conversations)
     describe(train)
+    say_own_chat(data, facts.tokenizer, any(row.templated for row in train))
     train = prepare(train)
     if data.pack and any(row.templated for row in train):
         raise UserError(
@@ -296,7 +302,7 @@ def read_preferences(data: DataSection, *, split: str, limit: int | None, seed: 
     preferences = [row for row in parsed if isinstance(row, Preference)]
     if len(preferences) < len(parsed):
         raise UserError(
-            f"{data.source}: this method learns from pairs: rows with prompt, chosen and rejected, or chosen "
+            f"{data.origin}: this method learns from pairs: rows with prompt, chosen and rejected, or chosen "
             "and rejected dialogues"
         )
     return [with_system(row, data.system) for row in preferences]
@@ -307,11 +313,24 @@ def describe(train: Sequence[formats.Record]) -> None:
     log("\n".join(f"training rows: {line}" for line in summarize(train).lines()))
 
 
+def say_own_chat(data: DataSection, tokenizer: Any, templated: bool) -> None:
+    """Print that the model has a chat template of its own where no row of ``templated`` ones uses it.
+
+    That of a run of ours is its recipe's template, and no model's own.
+    """
+    parts = [part.template for part in data.parts.values()]
+    names = {name for given in parts for name in ([given] if isinstance(given, str) else given)}
+    own = getattr(tokenizer, "chat_template", None)
+    if templated and own and "chat" not in names and not is_ours(str(own)):
+        log("this model has a chat template of its own; data.template=chat uses it")
+
+
 def pair_dataset(recipe: Recipe, facts: ModelFacts, collate: Collator) -> Dataset:
     """A recipe's preference pairs as a dataset, pairs of one prompt together; prints what was dropped."""
     data = recipe.data
     train, held_out = split_rows(data, recipe.seed, read_preferences)
     describe(train)
+    say_own_chat(data, facts.tokenizer, any(row.templated for row in train))
     length = min(data.max_length, facts.context or data.max_length)
 
     def encoded(rows: list[Preference], what: str, needed: bool) -> list[Pair]:

@@ -134,7 +134,7 @@ def to_text(shown: Shown, limit: int | None, colour: bool) -> Iterator[str]:
                 for text, trained in pieces(example, shown.tokenizer)
             )
     totals = shown.totals
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in totals["dropped"].items())
+    reasons = ", ".join(f"{count:,} ({reason})" for reason, count in totals["dropped"].items())
     yield (
         f"--- {totals['kept']:,} of {totals['rows']:,} rows are trained on, with "
         f"{totals['trained_tokens']:,} trained tokens; dropped: {reasons or 'none'}"

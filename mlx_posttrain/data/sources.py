@@ -19,8 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_posttrain.console import log
+<<<<<<< HEAD
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.data import bounds, folders, trees
+=======
+from mlx_posttrain.convert.files import from_here, home
+from mlx_posttrain.data import bounds, trees
+>>>>>>> hour
 from mlx_posttrain.data.files import EXTENSIONS, Row, read_all
 from mlx_posttrain.errors import UserError
 
@@ -69,11 +74,11 @@ def load_rows(
         found = _embedded(source, split, config, limit, seed, families, split_key)
         rows, total = _pick(found, limit, seed, shuffle), f"{len(found):,}"
     elif not is_hub_id(source):
-        rows, total = _local(home(source), split, limit, seed, shuffle, split_key)
+        rows, total = _local(Path(from_here(home(source))), split, limit, seed, shuffle, split_key)
     else:
         rows, total = _hub(source, split, config, limit, seed, shuffle, split_key)
     if limit_key is not None and total != f"{len(rows):,}":
-        log(f"{source}: {len(rows):,} of {total} rows ({limit_key})")
+        log(f"{from_here(source)}: {len(rows):,} of {total} rows ({limit_key})")
     return rows
 
 

@@ -55,12 +55,14 @@ def split_rows(
     questions = [opening(row) for row in train]
     chosen = _groups_aside(questions, aside, np.random.default_rng([seed, 0xE7A1]))
     if aside and not chosen:
-        log(f"{data.source}: all rows begin with the same question, so none are held out")
+        log(f"{data.origin}: all rows begin with the same question, so none are held out")
     elif aside and len(set(questions)) < len(questions):
         asked = {questions[i] for i in chosen}
+        again = len(questions) - len(set(questions))
         log(
-            f"{data.source}: {len(chosen):,} of {len(train):,} rows held out, {len(asked):,} of "
-            f"{len(set(questions)):,} questions; no question is on both sides"
+            f"{data.origin}: {len(chosen):,} of {len(train):,} rows held out, {len(asked):,} of "
+            f"{len(set(questions)):,} questions; no question is on both sides; "
+            f"{again:,} {'row repeats' if again == 1 else 'rows repeat'} a question"
         )
     return [c for i, c in enumerate(train) if i not in chosen], [
         c for i, c in enumerate(train) if i in chosen
@@ -74,7 +76,7 @@ def _say_shared(
     shared = sum(opening(row) in trained for row in held_out)
     if shared:
         log(
-            f"{data.source}: {shared:,} of {len(held_out):,} rows of the split {split!r} begin with a "
+            f"{data.origin}: {shared:,} of {len(held_out):,} rows of the split {split!r} begin with a "
             "question that is also trained on"
         )
 
@@ -84,7 +86,7 @@ def _own_split(data: DataSection) -> str | None:
     split = data.eval_split or ("valid" if data.source in sources.GENERATED else None)
     if split and data.source is not None and sources.is_file(data.source):
         log(
-            f"{data.source}: a file is one split and has no {split!r} beside it (data.eval_split), so rows "
+            f"{data.origin}: a file is one split and has no {split!r} beside it (data.eval_split), so rows "
             "of it are held out"
         )
         return None

@@ -42,15 +42,15 @@ class Summary:
     def lines(self) -> list[str]:
         """The summary in words."""
         text = [
-            f"words of {kind}: {least} to {most}, median {middle}, nine in ten {low} to {high}"
+            f"words of {kind}: {least} to {most}, median {middle}; 90% have {low} to {high}"
             for kind, (least, low, middle, high, most) in self.words.items()
         ]
         if self.tasks:
             total = sum(self.tasks.values())
             largest = ", ".join(f"{name!r} {n / total:.0%}" for name, n in list(self.tasks.items())[:3])
             text.append(
-                f"tasks by {self.tasks_by}: {len(self.tasks)}, as varied as {self.effective_tasks:.1f} of "
-                f"equal size; largest {largest}"
+                f"tasks by {self.tasks_by}: {len(self.tasks)} (effective number "
+                f"{self.effective_tasks:.1f}); largest {largest}"
             )
         if self.labels:
             text.append("labels: " + ", ".join(f"{name} {count}" for name, count in self.labels.items()))

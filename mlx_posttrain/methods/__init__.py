@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,26 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
+def find_keys(word: str) -> list[str]:
+    """The keys of all methods that have a word in their name or begin one of their description with it.
+
+    A line each, with the methods that have it.
+    """
+    from mlx_posttrain import config
+
+    begins = re.compile(rf"\b{re.escape(word)}", re.IGNORECASE)
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, method in METHODS.items():
+        for key, _, description in config.describe(method.Recipe):
+            if word.lower() in key or begins.search(description):
+                found.setdefault((key, description), []).append(name)
+    training = [name for name, method in METHODS.items() if method.trains_on is not None]
+    return [
+        f"{key} ({'every method that trains' if names == training else ', '.join(names)}): {description}"
+        for (key, description), names in found.items()
+    ]
+
+
 def load_recipe(name: str, overrides: list[str] | Mapping[str, Any] | None = None) -> Any:
     """Read a recipe file or a shipped recipe, apply overrides, and check it against its method's recipe.
 
@@ -70,15 +91,18 @@ def load_recipe(name: str, overrides: list[str] | Mapping[str, Any] | None = Non
     path = config.find_recipe(name)
     if not isinstance(overrides, Mapping):
         overrides = config.settings(overrides or [])
-    raw = config.read_yaml(path)
-    several = overrides.get("data.sources") is not None
+    raw, dropped = config.read_yaml(path), {}
+    own, several = source_keys.named(raw), overrides.get("data.sources") is not None
     source = "the mixture" if several else overrides.get("data.source")
     if source is not None and source_keys.is_shipped(path):
-        raw = source_keys.without_them(raw, str(source), path.stem, limited="data.limit" in overrides)
+        raw, dropped = source_keys.without_them(raw, str(source), limited="data.limit" in overrides)
         if several:
             raw = config.override(raw, {"data.source": None})
     raw = config.override(raw, overrides)
-    return parse_recipe(raw, path.name, folder=path.parent, output=f"runs/{path.stem}")
+    recipe = parse_recipe(raw, path.name, folder=path.parent, output=f"runs/{path.stem}")
+    if dropped:
+        source_keys.say(path.stem, own, source, dropped, recipe.data)
+    return recipe
 
 
 def parse_recipe(raw: dict[str, Any], where: str, **options: Any) -> Any:

@@ -82,7 +82,7 @@ def start(recipe: Recipe, folder: Path) -> Path:
         texts = [str(row.get("text", "")) for row in rows]
         if not any(texts):
             raise UserError(
-                f"{data.source}: pre-training reads the column 'text', found {', '.join(rows[0])}"
+                f"{data.origin}: pre-training reads the column 'text', found {', '.join(rows[0])}"
             )
         make_model(target, texts, recipe.pretrain, recipe.seed)
     return target

@@ -112,6 +112,7 @@ class Recipe(config.Section):
         """
         folder = (info.context or {}).get("folder")
         earlier: list[str] = []
+        notices: list[tuple[Any, ...]] = []
         for name, stage in self.stages.items():
             stage.set = {key: _as_text(value, self.stages) for key, value in _nested(stage.set).items()}
             if isinstance(stage.recipe, dict):
@@ -133,21 +134,27 @@ class Recipe(config.Section):
                     "or set output for all"
                 )
             try:
-                where = f"stage {name}"
+                where, left_out = f"stage {name}", None
                 if isinstance(stage.recipe, str):
                     where += f" ({Path(stage.recipe).name})"
                     named, stage.recipe = stage.recipe, _read(stage.recipe, folder)
                     source = source_keys.named(stage.set)
                     if source and named in config.shipped() and not source_keys.are_shipped(info.context):
-                        stage.recipe = source_keys.without_them(
-                            stage.recipe, source, where, limited="limit" in stage.set["data"]
+                        own = source_keys.named(stage.recipe)
+                        stage.recipe, dropped = source_keys.without_them(
+                            stage.recipe, source, limited="limit" in stage.set["data"]
                         )
+                        left_out = (own, source, dropped) if dropped else None
                 whole = parse(merged(stage.recipe, stage.set), where)
+                if left_out is not None:
+                    notices.append((where, *left_out, whole.data))
             except UserError as error:
                 text = str(error)
                 raise ValueError(text if text.startswith("stage ") else f"stage {name}: {text}") from None
             stage.recipe = whole.model_dump(mode="json", exclude=set(_FOR_ALL))
             earlier.append(name)
+        for notice in notices:
+            source_keys.say(*notice)
         return self
 
 

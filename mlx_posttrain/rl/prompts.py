@@ -12,7 +12,7 @@ from mlx_posttrain.config import DataSection
 from mlx_posttrain.console import log
 from mlx_posttrain.data import drops, mixture
 from mlx_posttrain.data.formats import Record
-from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, say_specials, with_system
+from mlx_posttrain.data.read import NONE_HELD_OUT, read_rows, say_own_chat, say_specials, with_system
 from mlx_posttrain.data.split import split_rows
 from mlx_posttrain.data.types import Conversation, Labelled, Preference, Turn
 from mlx_posttrain.errors import UserError
@@ -39,6 +39,7 @@ def read(
             f"rollout.max_tokens={max_tokens} leaves no room for a prompt in the model's "
             f"context of {context}: lower it"
         )
+    say_own_chat(data, tokenizer, any(templated for _, templated, *_ in found[0]))
     kept = []
     for what, rows in zip(("prompts", "held-out prompts"), found, strict=True):
         encoded = _encode(rows, tokenizer, data)

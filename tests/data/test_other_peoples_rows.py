@@ -71,7 +71,7 @@ def test_alternatives_are_chosen_row_by_row():
         {"instruction": "q", "output": "", "response": None},
     ]
     records, dropped = parse_rows(rows)
-    assert [r.turns[-1].content for r in records] == ["1", "2", "3"] and dropped == {"empty answer": 1}
+    assert [r.turns[-1].content for r in records] == ["1", "2", "3"] and dropped == {"an empty answer": 1}
     pairs = [
         {"prompt": None, "question": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "p", "question": "q", "chosen": "a", "rejected": "b"},
@@ -307,7 +307,7 @@ def test_openthoughts_and_stratos():
     assert turns(chat(("system", system), ("user", "q"), ("assistant", MARKED)))[0] == asked
     assert turns({"instruction": "q", "output": MARKED})[-1] == ("assistant", THOUGHT)
     unfinished = [share(("user", "q"), ("assistant", "<|begin_of_thought|>\n\nhm, hm")), row]
-    assert parse_rows(unfinished)[1] == {"empty answer": 1}
+    assert parse_rows(unfinished)[1] == {"an empty answer": 1}
     # a text that speaks of the marks is no thought
     about = "They write <|begin_of_thought|> first."
     assert turns(share(("user", "q"), ("gpt", about)))[-1] == ("assistant", about)

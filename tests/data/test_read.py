@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.convert import hub
-from mlx_posttrain.data.read import read_conversations, read_preferences, read_rows
+from mlx_posttrain.data.jinja import as_jinja
+from mlx_posttrain.data.read import read_conversations, read_preferences, read_rows, say_own_chat
 from mlx_posttrain.data.split import opening, split_rows
 from mlx_posttrain.models.tokenizer import load_tokenizer
 from mlx_posttrain.rl import prompts
-from tests.helpers import write_jsonl
+from tests.helpers import cli, write_jsonl
 
 
 def pairs(prompt):
@@ -73,7 +77,14 @@ def test_no_question_is_on_both_sides(kind, holdout, tmp_path, capsys):
     assert (len(train), len(held_out)) == (540, 60)
     assert not {opening(row) for row in train} & {opening(row) for row in held_out}
     assert len({opening(row) for row in held_out}) == 10
-    assert "60 of 600 rows held out, 10 of 100 questions" in capsys.readouterr().err
+    told = "60 of 600 rows held out, 10 of 100 questions; no question is on both sides; "
+    assert told + "500 rows repeat a question\n" in capsys.readouterr().err
+
+
+def test_one_repeated_question_is_said(tmp_path, capsys):
+    rows = [{"question": question, "answer": "x"} for question in ("a", "b", "c", " A")]
+    split_rows(section(tmp_path, rows, holdout=1), 0, read_rows)
+    assert capsys.readouterr().err.endswith("no question is on both sides; 1 row repeats a question\n")
 
 
 def test_prompts_of_rollouts_are_split_alike(tmp_path):
@@ -130,3 +141,37 @@ def test_a_file_without_the_split_holds_rows_out(split, tmp_path, capsys):
     assert (len(train), len(held_out)) == (15, 5)
     assert {opening(row) for row in train}.isdisjoint(opening(row) for row in held_out)
     assert "data.eval_split" in capsys.readouterr().err
+
+
+OWN_CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}assistant: "
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["demo_sft", "demo_dpo", "09_kto data.source=embedded/preferences", "10_grpo data.source=embedded/tasks"],
+)
+def test_a_models_own_chat_template_is_pointed_at_where_it_is_not_used(words, tmp_path, capfd):
+    folder = tmp_path / "model"
+    shutil.copytree(hub.resolve("tiny"), folder)
+    file = folder / "tokenizer_config.json"
+    plain = json.loads(file.read_text())
+    name, *settings = words.split()
+    settings += [f"model={folder}", "data.limit=12", "data.template=instruction"]
+    told = "this model has a chat template of its own; data.template=chat uses it\n"
+
+    def data(template, *more):
+        file.write_text(json.dumps(plain | {"chat_template": template} if template else plain))
+        assert cli("data", name, *settings, *more, "--rows", "0") == 0
+        return capfd.readouterr().err.count(told)
+
+    assert data(OWN_CHAT) == 1
+    assert data(OWN_CHAT, "data.template=chat") == data(None) == data(as_jinja("alpaca", "Be kind.")) == 0
+
+
+def test_plain_text_needs_no_chat_template(tmp_path, capsys):
+    tokenizer = SimpleNamespace(chat_template=OWN_CHAT)
+    data = section(tmp_path, [{"text": "a"}])
+    say_own_chat(data, tokenizer, templated=False)
+    assert capsys.readouterr().err == ""
+    say_own_chat(data, tokenizer, templated=True)
+    assert capsys.readouterr().err.startswith("this model has a chat template")

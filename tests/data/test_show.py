@@ -46,7 +46,7 @@ def test_rows_as_the_model_sees_them(source):
     assert totals == {
         "rows": 4,
         "kept": 2,
-        "dropped": {"empty answer": 1, "too long": 1},
+        "dropped": {"an empty answer": 1, "too long": 1},
         "trained_tokens": totals["trained_tokens"],
     }
     tokenizer = load_tokenizer(methods_folder())
@@ -70,7 +70,7 @@ def methods_folder() -> Path:
 def test_as_text(source):
     lines = "\n".join(command("data", *KEYS, source, "data.too_long=drop", "--rows", "1"))
     assert "[[ The king.<|endoftext|>]]" in lines and "Wales" not in lines and "\x1b" not in lines
-    assert "2 of 4 rows are trained on" in lines and "dropped: 1 empty answer, 1 too long" in lines
+    assert "2 of 4 rows are trained on" in lines and "dropped: 1 (an empty answer), 1 (too long)" in lines
     shown = show.read(methods.load_recipe(KEYS[0], [*KEYS[1:], source]))
     coloured = "\n".join(show.to_text(shown, 1, colour=True))
     assert "\x1b[1;32m The king.<|endoftext|>\x1b[0m" in coloured

@@ -34,8 +34,8 @@ def test_lengths_and_tasks_by_hand():
         math.exp(15 / 21 * math.log(21 / 15) + 6 / 21 * math.log(21 / 6))
     )
     assert found.labels == {} and len(found.lines()) == 2
-    assert "1 to 21, median 11, nine in ten 2 to 20" in found.lines()[0]
-    assert found.lines()[1].endswith("2, as varied as 1.8 of equal size; largest 'b' 71%, 'a' 29%")
+    assert "1 to 21, median 11; 90% have 2 to 20" in found.lines()[0]
+    assert found.lines()[1].endswith("2 (effective number 1.8); largest 'b' 71%, 'a' 29%")
 
 
 def test_tasks_by_column_or_by_the_first_words_of_the_question():
@@ -107,7 +107,7 @@ def test_a_recipe_prints_the_summary_of_its_training_rows(kind, tmp_path, capfd)
     told = capfd.readouterr().err
     if kind == "rows":
         assert "training rows: words of answers: 3 to 3, median 3" in told
-        assert "training rows: tasks by their first words: 12, as varied as 12.0 of equal size" in told
+        assert "training rows: tasks by their first words: 12 (effective number 12.0)" in told
     else:
         assert "training rows: words of chosen answers: 2 to 2" in told
         assert "training rows: labels: pairs 12, longer chosen 0, without prompt 0, equal sides 0, " in told

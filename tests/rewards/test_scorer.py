@@ -147,7 +147,7 @@ def test_stock_rewards_with_arguments_and_the_tokens_that_they_count(random_gpt2
             {"function": "length", "args": {"taget": 3}},
             "'reward.0': args of the reward length: unknown key 'taget'; did you mean 'target'?",
         ),
-        ({"function": "length", "args": {"target": "x"}}, "'target': input should be a valid integer"),
+        ({"function": "length", "args": {"target": "x"}}, "'target': must be a whole number, not 'x'"),
         ({"function": "checker", "arg": {}}, "unknown key 'reward.0.arg'; did you mean 'reward.0.args'?"),
         ({"function": "overlong"}, "the key 'max_length' is missing"),
         ({"function": "python_tests"}, "args: {allow: true}"),
