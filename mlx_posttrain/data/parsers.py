@@ -161,13 +161,9 @@ def _prompt_completion(row: Row, where: str) -> Conversation:
             last = (Turn("assistant", text(row, answer, where)),)
         turns = messages.until_answer(messages.asked(row, "prompt", where) + last)
         return Conversation(turns, extra=messages.rest(row, "prompt", answer))
-<<<<<<< HEAD
     if answer == "response":  # GPT4All, Glaive
         return _answered(row, where, content(text(row, "prompt", where)), answer, "prompt")
-    prompt, completion = text(row, "prompt", where), require(text(row, answer, where), "empty answer")
-=======
     prompt, completion = text(row, "prompt", where), require(text(row, answer, where), "an empty answer")
->>>>>>> hour
     return Conversation(
         (Turn("user", prompt), Turn("assistant", completion)),
         templated=False,
@@ -304,13 +300,8 @@ def _prompt_alone(row: Row, where: str) -> Conversation:
     turns = messages.asked(row, "prompt", where)
     if not turns or turns[-1].role == "assistant":
         raise Dropped("a prompt that ends with an answer")
-<<<<<<< HEAD
-    require(turns[-1].content, "empty prompt")
+    require(turns[-1].content, "an empty prompt")
     extra, checked = messages.rest(row, "prompt"), row.get("reward_model")
     if not filled(extra.get("answer")) and isinstance(checked, dict) and filled(checked.get("ground_truth")):
         extra["answer"] = checked["ground_truth"]  # verl
     return Conversation(turns, extra=extra)
-=======
-    require(turns[-1].content, "an empty prompt")
-    return Conversation(turns, extra=messages.rest(row, "prompt"))
->>>>>>> hour

@@ -50,11 +50,7 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     )
     unfilled: Counter[str] = Counter()
     if data.prompt is not None:
-<<<<<<< HEAD
-        rows, unfilled = formats.fill_prompts(rows, data.prompt, data.source)
-=======
-        rows = formats.fill_prompts(rows, data.prompt, data.origin)
->>>>>>> hour
+        rows, unfilled = formats.fill_prompts(rows, data.prompt, data.origin)
     parsed = formats.parse_all(
         rows, format=data.format, columns=data.columns, source=data.origin, ranked=data.ranked, seed=seed
     )

@@ -19,13 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_posttrain.console import log
-<<<<<<< HEAD
-from mlx_posttrain.convert.files import home
-from mlx_posttrain.data import bounds, folders, trees
-=======
 from mlx_posttrain.convert.files import from_here, home
-from mlx_posttrain.data import bounds, trees
->>>>>>> hour
+from mlx_posttrain.data import bounds, folders, trees
 from mlx_posttrain.data.files import EXTENSIONS, Row, read_all
 from mlx_posttrain.errors import UserError
 
