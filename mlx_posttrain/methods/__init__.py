@@ -91,7 +91,8 @@ def load_recipe(name: str, overrides: list[str] | Mapping[str, Any] | None = Non
     path = config.find_recipe(name)
     if not isinstance(overrides, Mapping):
         overrides = config.settings(overrides or [])
-    raw, dropped = config.read_yaml(path), {}
+    raw = config.read_yaml(path)
+    dropped: dict[str, Any] = {}
     own, several = source_keys.named(raw), overrides.get("data.sources") is not None
     source = "the mixture" if several else overrides.get("data.source")
     if source is not None and source_keys.is_shipped(path):

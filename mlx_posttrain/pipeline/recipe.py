@@ -134,7 +134,8 @@ class Recipe(config.Section):
                     "or set output for all"
                 )
             try:
-                where, left_out = f"stage {name}", None
+                where = f"stage {name}"
+                left_out: tuple[Any, ...] | None = None
                 if isinstance(stage.recipe, str):
                     where += f" ({Path(stage.recipe).name})"
                     named, stage.recipe = stage.recipe, _read(stage.recipe, folder)
