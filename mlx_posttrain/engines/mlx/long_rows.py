@@ -64,7 +64,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) ->
             d_kv = [sums.at[:, :, seen].add(one) for sums, one in zip(d_kv, found, strict=False)] or found
         return [mx.concatenate(d_q, axis=2), *(one.astype(k.dtype) for one in d_kv)]
 
-    result: mx.array = chunked(q, k, v)
+    result: Any = chunked(q, k, v)
     return result
 
 
