@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_posttrain.errors import UserError
 
-from . import token_rows
+from . import patterns, token_rows
 from .arrays import read_float32, to_float32
 from .files import read_json, require_space, write_atomically, write_json
 from .gpt2 import CONV1D
@@ -34,23 +34,11 @@ HEAD = "score.weight"  # of a sequence classifier
 _KEY = re.compile(
     r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.(?!weight$)[^.]+)?(\.weight)?$"
 )
-#: Longest path of a layer and half that of a pattern: what a pattern takes grows with a power of the path.
-_LONGEST = 128
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 
 # Initialisations that leave the base weights unchanged. The others (pissa, olora, corda, loftq, lora_ga) move
 # part of the base into the adapter, so that the adapter is meaningless on the original base.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-# Keys of rank_pattern and alpha_pattern: parts of layer names, a few of them repeated, and lists of
-# alternatives. Other regular expressions may take for ever.
-_CLASS = r"\\[dw]|\[(?:0-9|\w+)\]"
-_ONE, _SOME = rf"(?:[\w\-]|\\?\.|{_CLASS})", rf"(?:\.|{_CLASS})[*+]"
-_PATTERN = re.compile(rf"\^?(?:{_SOME}|{_ONE}|\((?:\?:)?(?:{_SOME}|{_ONE}|\|)+\)|\|)+\$?")
-_MOST_REPEATED, _MOST_LISTS = 3, 2
-_PATTERNS = (
-    f"a pattern is a layer's name, with at most {_MOST_REPEATED} of .* and \\d+, {_MOST_LISTS} lists (a|b), "
-    "^ and $"
-)
 # Options of PEFT's LoRA that add parameters or change the formula.
 UNSUPPORTED = (
     "layers_to_transform",
@@ -80,7 +68,7 @@ def peft_to_mlx(tensors: Mapping[str, Any], model_type: str = "gpt2") -> Modules
     modules: Modules = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key.removeprefix(PREFIX))
-        if match is None or len(match["path"]) > _LONGEST:
+        if match is None or len(match["path"]) > patterns.LONGEST_PATH:
             raise UserError(
                 f"the adapter holds {key[:200]}, which is not a LoRA or DoRA matrix of a linear layer; such "
                 "adapters are not supported"
@@ -123,7 +111,7 @@ def rank_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") ->
 
     `module` is an mlx-lm or transformers path.
     """
-    return int(_by_pattern(config.get("rank_pattern"), hf_path(module, model_type), config["r"]))
+    return int(patterns.by_pattern(config.get("rank_pattern"), hf_path(module, model_type), config["r"]))
 
 
 def scale_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") -> float:
@@ -132,7 +120,9 @@ def scale_of(config: Mapping[str, Any], module: str, model_type: str = "gpt2") -
     `rank_pattern` and `alpha_pattern` are included.
     """
     rank = rank_of(config, module, model_type)
-    alpha = float(_by_pattern(config.get("alpha_pattern"), hf_path(module, model_type), config["lora_alpha"]))
+    alpha = float(
+        patterns.by_pattern(config.get("alpha_pattern"), hf_path(module, model_type), config["lora_alpha"])
+    )
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -345,11 +335,12 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
     def named(known: Callable[[Any], bool]) -> Callable[[Any], bool]:
         return lambda value: (
             value is None
-            or (isinstance(value, dict) and all(map(known, value.values())) and all(map(_is_pattern, value)))
+            or (
+                isinstance(value, dict)
+                and all(map(known, value.values()))
+                and all(map(patterns.is_pattern, value))
+            )
         )
-
-    def truth(value: Any) -> bool:
-        return isinstance(value, bool)
 
     kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
         "r": (rank, "a whole number above 0"),
@@ -358,30 +349,15 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
             lambda value: number(value) and 0 <= value < 1,
             "a number of at least 0 and below 1",
         ),
-        "rank_pattern": (named(rank), f"a mapping of patterns to whole numbers above 0; {_PATTERNS}"),
-        "alpha_pattern": (named(number), f"a mapping of patterns to finite numbers; {_PATTERNS}"),
-        "use_rslora": (truth, "true or false"),
-        "use_dora": (truth, "true or false"),
+        "rank_pattern": (named(rank), f"a mapping of patterns to whole numbers above 0; {patterns.ALLOWED}"),
+        "alpha_pattern": (named(number), f"a mapping of patterns to finite numbers; {patterns.ALLOWED}"),
+        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+        "use_dora": (lambda value: isinstance(value, bool), "true or false"),
         "base_model_name_or_path": (lambda value: isinstance(value, str | None), "text"),
     }
     for key, (right, what) in kinds.items():
         if key in config and not right(config[key]):
             raise UserError(f"{where} has {key} {repr(config[key])[:40]}; it must be {what}")
-
-
-def _is_pattern(text: str) -> bool:
-    """Whether a key is a layer's name or a pattern that takes little time on any other."""
-    if len(text) > 2 * _LONGEST or not _PATTERN.fullmatch(text):
-        return False
-    return len(re.findall(_SOME, text)) <= _MOST_REPEATED and text.count("(") <= _MOST_LISTS
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of the path, as PEFT's get_pattern_key."""
-    return next(
-        (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)),
-        default,
-    )
 
 
 def _check_module(path: str, module: Mapping[str, Any]) -> None:

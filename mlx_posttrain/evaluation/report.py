@@ -37,8 +37,7 @@ CAPTIONS = {
     "two halves of the rows in one template.",
     "curves": "Training loss as lines, each point the mean of equally many steps; held-out loss as dots.",
     "loss_quality": "Each model's response loss against its right answers, both on held-out rows.",
-    "reward_kl": "Path of each run on rollouts: mean score against the KL from its start. The large dot "
-    "is the end.",
+    "reward_kl": "Path of each run on rollouts: mean score against KL from its start; the large dot ends it.",
     "reward": "Mean score of each step's answers.",
     "score_kl": "Each run's final answers: at equal KL from its start, the higher point got more for it.",
     "accuracy": "Right answers on held-out questions.",
@@ -166,10 +165,7 @@ def write(
 
 
 def check_target(path: Path, page: bool = True) -> None:
-    """Raise UserError where no page can be written, so that nothing is measured in vain.
-
-    With ``page`` the name must be that of one: other files stay as they are.
-    """
+    """Raise UserError where no page, or no file at all, can be written: nothing is measured in vain."""
     if page and path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{path} is no name of a page: give one that ends in .html")
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import runs
+from mlx_posttrain.config import AdapterSection, parse
 from mlx_posttrain.convert import adapters, hub, token_rows
 from mlx_posttrain.convert.files import home, read_json
 from mlx_posttrain.engines import files
@@ -94,6 +95,7 @@ def locate(name: str | Path, above: tuple[Path, ...] = ()) -> Source:
         run, recipe = runs.reopen(path)
         if "stages" in recipe:
             return locate(last_language_model(path, list(recipe["stages"])), above)
+        _check_values(recipe, path / "recipe.yaml")
         if not run.finished:
             raise UserError(
                 f"{path} is an unfinished run: continue it with `mlx-posttrain run --resume {path}`"
@@ -109,6 +111,15 @@ def locate(name: str | Path, above: tuple[Path, ...] = ()) -> Source:
         return _adapter(path, str(name))
     found = hub.resolve(str(name), kind="either")
     return _adapter(found, str(name)) if hub.holds_adapter(found) else Source(found)
+
+
+def _check_values(recipe: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError for a value of the wrong kind in a run's recipe, which its model is opened with."""
+    if not isinstance(system := (recipe.get("data") or {}).get("system"), str | None):
+        raise UserError(f"{where}: 'data.system' is {system!r:.40}, not text: put it right")
+    adapter = recipe.get("adapter") or {}
+    quantised = {key: adapter[key] for key in ("quantize", "group_size") if key in adapter}
+    parse(quantised, AdapterSection, f"{where}, adapter")
 
 
 def _below(path: Path, above: tuple[Path, ...]) -> tuple[Path, ...]:

@@ -32,7 +32,7 @@ import numpy as np
 import yaml
 
 from mlx_posttrain import jsonl
-from mlx_posttrain.config import AdapterSection, Recipe, parse, read_yaml
+from mlx_posttrain.config import Recipe, read_yaml
 from mlx_posttrain.console import log
 from mlx_posttrain.convert.files import drive_to_disk, home, to_disk, write_atomically
 from mlx_posttrain.errors import UserError
@@ -344,11 +344,6 @@ def reopen(folder: str | Path, *, write: bool = False) -> tuple[Run, dict[str, A
             raise UserError(
                 f"{folder / 'recipe.yaml'}: '{key}' is {type(raw[key]).__name__}, not {what}: put it right"
             )
-    if not isinstance(system := (raw.get("data") or {}).get("system"), str | None):
-        raise UserError(f"{folder / 'recipe.yaml'}: 'data.system' is {system!r:.40}, not text: put it right")
-    adapter = raw.get("adapter") or {}
-    quantised = {key: adapter[key] for key in ("quantize", "group_size") if key in adapter}
-    parse(quantised, AdapterSection, f"{folder / 'recipe.yaml'}, adapter")
     return run, present_names(raw)
 
 
@@ -398,11 +393,8 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
 def _cannot_write(path: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     if not path.parent.is_dir():
-        what = (
-            "is a file: move it away"
-            if path.parent.exists()
-            else "is gone: something deleted it or changed the working directory, a reward function perhaps"
-        )
+        gone = "is gone: something deleted it or changed the working directory, a reward function perhaps"
+        what = "is a file: move it away" if path.parent.exists() else gone
         return UserError(f"{path} cannot be written ({reason}): {path.parent} {what}")
     free = shutil.disk_usage(path.parent).free / 2**30
     return UserError(
