@@ -64,8 +64,8 @@ def test_detect(columns: list, expected: str) -> None:
         (["message"], "messages (lacks messages|conversations|conversation), "),
         (
             ["chosen"],
-            "hh (lacks rejected), preference (lacks prompt|question|instruction|input|trajectory|conversations, "
-            "rejected), ",
+            "hh (lacks rejected), preference (lacks prompt|question|instruction|input|trajectory|"
+            "conversations, rejected), ",
         ),
         (["review", "stars"], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
         ([], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
