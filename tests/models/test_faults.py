@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -192,6 +193,10 @@ def test_a_file_of_prompts_that_is_no_text(random_gpt2, tmp_path, capfd):
     (tmp_path / "prompts").write_bytes(b"The cat\n\xff\xfe\x00")
     assert "prompts: not UTF-8 text (byte 9); give a text file" in refused(
         capfd, "generate", str(random_gpt2), "--file", str(tmp_path / "prompts")
+    )
+    os.mkfifo(tmp_path / "pipe")  # nobody writes to it
+    assert "pipe: not a regular file; save the prompts as one" in refused(
+        capfd, "generate", str(random_gpt2), "--file", str(tmp_path / "pipe")
     )
 
 
