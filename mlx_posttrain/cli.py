@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_posttrain.config import MAX_INT
 from mlx_posttrain.hints import Commands, Settings
 from mlx_posttrain.methods import METHODS
 
@@ -29,6 +28,8 @@ def _dtype(given: str | None) -> str | None:
     return check_dtype(given)
 
 
+#: Beyond which no option is read, as config.MAX_INT, which help must not wait for.
+MAX_INT = 2**31 - 1
 TOP_P = "sample from the smallest set of tokens with this probability"
 EngineOption = Annotated[str, typer.Option("--engine", help="mlx, torch or auto")]
 DtypeOption = Annotated[

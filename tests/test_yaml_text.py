@@ -111,7 +111,7 @@ def test_a_file_that_stands_for_too_much_is_one_line(text, words, tmp_path):
         ("train.lr=yes", "'train': lr takes a number, not true"),
         ("train.batch_size=on", "'train': batch_size takes a number, not true"),
         ("seed=off", "seed takes a number, not false"),
-        ("train.steps=1:30", "'train.steps': input should be a valid integer"),
+        ("train.steps=1:30", "'train.steps': must be a whole number, not '1:30'"),
     ],
     ids=range(16),
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mlx_posttrain.data.formats import Dropped, detect, fill_prompts, parse, parse_rows
 from mlx_posttrain.data.messages import TOOL_CALLS
@@ -64,8 +65,8 @@ def test_detect(columns: list, expected: str) -> None:
         (["message"], "messages (lacks messages|conversations|conversation), "),
         (
             ["chosen"],
-            "hh (lacks rejected), preference (lacks prompt|question|instruction|input|trajectory|"
-            "conversations, rejected), ",
+            "hh (lacks rejected), preference (lacks "
+            "prompt|question|instruction|input|trajectory|conversations, rejected), ",
         ),
         (["review", "stars"], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
         ([], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
@@ -77,10 +78,30 @@ def test_the_error_for_unknown_columns_names_the_nearest_formats(columns, neares
     message = str(raised.value)
     found = ", ".join(columns) or "(none)"
     assert message.startswith(f"columns {found} match no format; nearest: {nearest}")
-    assert "rename with data.columns" in message and message.endswith("docs/data.md lists all formats")
+    assert "; rename with data.columns='{" in message and message.endswith("docs/data.md lists all formats")
     assert len(message) < 400 and message.count("(lacks") == 3
     rows = [dict.fromkeys(columns, "a")]
     assert fault(parse_rows, rows, source="x.jsonl").startswith(f"x.jsonl: columns {found} match no")
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "mended"),
+    [
+        (["Question", "Antwort", "topic"], {}, "{answer: your_column}"),
+        (["Question", "Antwort"], {}, "{answer: Antwort}"),
+        (["Frage", "Antwort"], {"question": "Frage"}, "{question: Frage, answer: Antwort}"),
+        (["chosen", "id: x"], {}, "{rejected: your_column}"),
+        (["review", "stars"], {}, "{prompt: your_prompt, completion: your_completion}"),
+    ],
+)
+def test_the_error_for_unknown_columns_names_the_files_columns_and_what_mends_it(columns, given, mended):
+    rows = [dict.fromkeys(columns, "a")]
+    message = fault(parse_rows, rows, columns=given, source="x.csv")
+    assert message.startswith(f"x.csv: columns {', '.join(columns)} match no format; nearest: ")
+    assert f"; rename with data.columns='{mended}'; " in message
+    if "your" not in mended:
+        (row,) = parse_rows(rows, columns=yaml.safe_load(mended))[0]
+        assert row.turns == (U("a"), A("a"))
 
 
 def test_alpaca() -> None:
@@ -115,8 +136,8 @@ def test_empty_rows_are_dropped_and_counted() -> None:
     ]
     records, dropped = parse_rows(rows)
     assert len(records) == 1
-    assert dropped == {"empty answer": 4, "empty prompt": 1}
-    assert "none of the 5 rows can be used as alpaca (empty answer: 4, empty prompt: 1)" in fault(
+    assert dropped == {"an empty answer": 4, "an empty prompt": 1}
+    assert "none of the 5 rows can be used as alpaca (an empty answer: 4, an empty prompt: 1)" in fault(
         parse_rows, rows[1:], format="alpaca"
     )
 
@@ -151,7 +172,7 @@ def test_messages_and_sharegpt() -> None:
         {"conversations": []},
     ]
     _, dropped = parse_rows(rows)
-    assert dropped == {"no assistant turn": 2, TOOL_CALLS: 1, "empty answer": 1, "no messages": 1}
+    assert dropped == {"no assistant turn": 2, TOOL_CALLS: 1, "an empty answer": 1, "no messages": 1}
     assert "row 1: column 'messages' must be a list of messages, found str" in fault(
         parse_rows, [{"messages": "hi"}]
     )
@@ -174,8 +195,8 @@ def test_preference() -> None:
     assert parse(asked, "preference") == Preference((U("a\n\nb"),), "1", "2")
     for change, reason in [
         ({"rejected": " yes "}, "chosen equals rejected"),
-        ({"rejected": None}, "empty answer"),
-        ({"prompt": ""}, "empty prompt"),
+        ({"rejected": None}, "an empty answer"),
+        ({"prompt": ""}, "an empty prompt"),
     ]:
         with pytest.raises(Dropped, match=reason):
             parse({**row, **change}, "preference")
@@ -204,8 +225,8 @@ def test_hh_splits_at_the_last_assistant_turn() -> None:
         "a side of the pair does not end with an answer": 1,
         "not a Human/Assistant dialogue": 1,
         "chosen equals rejected": 1,
-        "empty answer": 1,
-        "empty prompt": 1,
+        "an empty answer": 1,
+        "an empty prompt": 1,
     }
 
 

@@ -203,7 +203,8 @@ def test_advice_keeps_its_promises(
 def test_a_shorter_length_is_advised_with_what_it_does_to_the_rows(
     recipe: str, too_long: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["model=tiny", "data.limit=600", "train.batch_size=64", f"data.too_long={too_long}"]
+    batch = 64 if recipe == "demo_sft" else 16  # smaller ones peak where a shorter row changes nothing
+    given = ["model=tiny", "data.limit=600", f"train.batch_size={batch}", f"data.too_long={too_long}"]
     (found,) = methods.plan(methods.load_recipe(recipe, given))
     (less,) = [less for less in found.advice if "max_length" in less]
     counts = {fate: int(n) for fate, n in re.findall(r"(cuts|drops) (\d+)", less)}

@@ -99,7 +99,8 @@ def test_ollamas_language_writes_what_the_chat_template_does(name, system, token
     jinja = as_jinja(name, system)
     template = go_template(tokenizer, jinja)
     if not shutil.which("go"):
-        assert template.count("{{ .Content }}") == 1 and template.count("{{ end }}") == 5
+        opened = template.count("{{ if ") + template.count("{{ range ")
+        assert template.count("{{ .Content }}") == 1 and template.count("{{ end }}") == opened
         pytest.skip("needs Go")
     (tmp_path / "render.go").write_text(GO)
     given = [messages(*roles) for roles in CONVERSATIONS]

@@ -217,8 +217,8 @@ def test_a_run_that_is_made_of_itself(tmp_path):
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"adapter": {"quantize": "x", "group_size": 64}}, r"recipe.yaml, adapter: 'quantize': .* got 'x'$"),
-        ({"adapter": {"group_size": []}}, r"recipe.yaml, adapter: 'group_size': .* got \[\]$"),
+        ({"adapter": {"quantize": "x", "group_size": 64}}, r"recipe.yaml, adapter: 'quantize': .* not 'x'$"),
+        ({"adapter": {"group_size": []}}, r"recipe.yaml, adapter: 'group_size': .* not \[\]$"),
         ({"data": {"system": 5}}, "'data.system' is 5, not text: put it right"),
     ],
 )

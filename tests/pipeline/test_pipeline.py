@@ -239,7 +239,7 @@ def test_a_stages_recipe_may_stand_in_the_pipeline(tmp_path):
         (["stages.c.recpe=01_sft"], ["'stages.c.recpe'", "stages.c.set"]),
         (["stages.c.recipe=three.yaml"], ["stage c", "a pipeline cannot"]),
         (["stages.c.recipe={method: sftt}"], ["stage c", "'sftt'", "'sft'"]),
-        (["stages.c.set=3"], ["stages.c.set", "dictionary"]),
+        (["stages.c.set=3"], ["stages.c.set", "mapping"]),
         (["stages.seed.recipe=01_sft"], ["stage 'seed'", "key of a pipeline"]),
         (["stages.d-e.recipe=01_sft"], ["stage 'd-e'", "letters"]),
         (["stages={}"], ["stages"]),
