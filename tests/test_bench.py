@@ -351,17 +351,17 @@ def test_a_block_to_publish_has_command_machine_and_numbers_and_no_path() -> Non
         "shape": vars(Shape()),
         "peaks": {"mlx-gpu": {"gflops": 1.0, "gb_per_s": 2.0}},
         "machine": {"system": "macOS 26", "chip": "Apple M9", "memory": "16 GiB", "mlx": "0.32"},
-        "model": "/home/models/mine",
+        "model": "/data/models/mine",
         "units": 2,
         "dtype": "float16",
         "relations": [],
         "scaling": {},
         "timings": [vars(ours())],
     }
-    command = ["mlx-posttrain", "bench", "--model", "/home/models/mine", "--publish"]
+    command = ["mlx-posttrain", "bench", "--model", "/data/models/mine", "--publish"]
     text = render.publication(result, command)
     assert text.startswith("### Apple M9, 16 GiB, macOS 26\n\n```sh\nmlx-posttrain bench --model mine")
-    assert "/home" not in text and "number format of frozen weights: float16" in text and "| sft |" in text
+    assert "/data" not in text and "number format of frozen weights: float16" in text and "| sft |" in text
     numbers = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
     assert numbers["timings"][0]["seconds"] == [1.0, 2.0] and numbers["machine"]["mlx"] == "0.32"
 
