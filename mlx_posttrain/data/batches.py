@@ -54,9 +54,28 @@ def padded_positions(n: int) -> int:
 #: for each token and unit of width, on MLX two to three times as many, a training step 15 to 25 in every
 #: block.
 EVALUATION_FACTOR = 4
-#: The share of the padded tokens up to which packing gains more than gathering rows costs and, on MLX, than
-#: compiling further shapes.
-WORTHWHILE, MLX_WORTHWHILE = 0.95, 0.7
+
+
+class PackingRule(NamedTuple):
+    """When an engine packs rows into one piece.
+
+    share: of the padded tokens, above which packing gains less than it costs: gathering rows, and on MLX
+    compiling further shapes. multiple: of tokens that the piece is padded to.
+    """
+
+    share: float
+    multiple: int
+
+    def tokens(self, needed: int, padded: int) -> int | None:
+        """Tokens of the piece, its padding included; None where packing does not pay.
+
+        needed: without padding; padded: those of the rows, padded to one length.
+        """
+        found = round_up(needed, self.multiple)
+        return found if found <= self.share * padded else None
+
+
+PACKING = {"mlx": PackingRule(0.7, 64), "torch": PackingRule(0.95, 1)}
 
 
 @dataclass(frozen=True)
@@ -136,13 +155,11 @@ def collate(examples: Sequence[Example], max_length: int | None = None) -> Batch
     return Batch(tokens, flat(index), flat(target), flat(row), mask, np.ones(padded, np.float32))
 
 
-def layout(
-    tokens: np.ndarray, index: np.ndarray, worthwhile: float = WORTHWHILE, multiple: int = 1
-) -> tuple[np.ndarray, np.ndarray] | None:
+def layout(tokens: np.ndarray, index: np.ndarray, rule: PackingRule) -> tuple[np.ndarray, np.ndarray] | None:
     """How rows are packed into one piece, in which shared beginnings stand once.
 
-    Nothing behind the last output asked for is in it. None where the piece, padded to a multiple of
-    ``multiple`` tokens, would be more than ``worthwhile`` of the padded rows.
+    Nothing behind the last output asked for is in it. None where it does not pay by the engine's
+    ``rule``, an entry of PACKING.
 
     tokens: [B, T] right-padded ids; index: [N] outputs asked for, into B * T flattened. A row shares its
     beginning with the earlier row that it has most in common with: a template with all rows, and behind it a
@@ -166,7 +183,7 @@ def layout(
             place[r, :shared] = place[nearest, :shared]
         place[r, shared:n] = np.arange(len(owner), len(owner) + n - shared)
         owner += range(r * place.shape[1] + shared, r * place.shape[1] + n)
-    pays = round_up(len(owner), multiple) <= worthwhile * tokens.size
+    pays = rule.tokens(len(owner), tokens.size) is not None
     return (place, np.array(owner, np.int64)) if pays else None
 
 

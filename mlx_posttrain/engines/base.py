@@ -40,9 +40,6 @@ UPDATE_BYTES = 64 * 2**20
 #: recomputes part of them (engines/mlx/lean.py).
 LEAN_ABOVE = 128 * 2**20
 
-#: MLX pads a packed batch to a multiple of so many tokens, since each new shape is compiled.
-PACKED_MULTIPLE = 64
-
 
 def block_bytes(rows: int, length: int, width: int, heads: int) -> float:
     """Bytes that mlx-lm's GPT-2 block keeps for its backward pass in float32, as measured.

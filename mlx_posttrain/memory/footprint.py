@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_posttrain.data.batches import MLX_WORTHWHILE, WORTHWHILE, Batch, layout, round_up
+from mlx_posttrain.data.batches import PACKING, Batch, layout
 from mlx_posttrain.engines import fused, sizes
-from mlx_posttrain.engines.base import LEAN_ABOVE, PACKED_MULTIPLE, UPDATE_BYTES, block_bytes
+from mlx_posttrain.engines.base import LEAN_ABOVE, UPDATE_BYTES, block_bytes
 from mlx_posttrain.memory.coefficients import (
     CHUNK_PAIRS,
     CHUNKS_ALIVE,
@@ -39,9 +39,6 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: Architectures on which the blocks' coefficients were measured, and engines on which DoRA's were.
 MEASURED = {"mlx": ("gpt2", "llama"), "torch": ("gpt2",)}
 MEASURED_DORA = ("mlx",)
-
-#: By engine, the share of padded tokens up to which rows are packed, and the multiple of tokens they fill.
-PACKING = {"mlx": (MLX_WORTHWHILE, PACKED_MULTIPLE), "torch": (WORTHWHILE, 1)}
 
 
 class Shape(NamedTuple):
@@ -76,10 +73,10 @@ def shapes(batches: Iterable[Batch], packs: str | None = None) -> list[Shape]:
     """The distinct shapes of batches; packs: the engine that packs their rows (``Training.packs``)."""
     found = []
     for b in batches:
-        most, multiple = PACKING[packs or "torch"]
-        packed = layout(b.tokens, b.index, most, multiple) if packs else None
+        tokens = None
+        if packs and (packed := layout(b.tokens, b.index, PACKING[packs])):
+            tokens = PACKING[packs].tokens(len(packed[1]), b.tokens.size)
         rows, length = b.tokens.shape
-        tokens = round_up(len(packed[1]), multiple) if packed else None
         found.append(Shape(rows, length, len(b.index), tokens))
     return distinct(found)
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from mlx_posttrain import config
 from mlx_posttrain.console import log
 from mlx_posttrain.data.batches import (
+    PACKING,
     evaluation_limits,
     for_evaluation,
     padded_length,
@@ -30,7 +31,7 @@ from mlx_posttrain.data.dataset import Dataset
 from mlx_posttrain.engines.decoding import CACHE_BLOCK, TORCH_CACHE_BLOCK, split
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.memory.coefficients import PAIRS_OF_PROMPTS
-from mlx_posttrain.memory.footprint import DTYPE_BYTES, GB, PACKING, Shape, Training, distinct, shapes
+from mlx_posttrain.memory.footprint import DTYPE_BYTES, GB, Shape, Training, distinct, shapes
 from mlx_posttrain.memory.model_size import Size, adapted, adapter_parameters, size  # noqa: F401  (size is re-exported)
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.training import reference as references
@@ -446,10 +447,8 @@ def _rollouts(
         rows = min(completions, most, max(1, budget // length) if budget else most)
         packed = None
         if training.packs:
-            most, multiple = PACKING[training.packs]
             tokens = min(rows, distinct_prompts) * longest + rows * r.max_tokens
-            packed = round_up(tokens, multiple)
-            packed = packed if packed <= most * rows * length else None
+            packed = PACKING[training.packs].tokens(tokens, rows * length)
         return Shape(rows, length, padded_positions(rows * r.max_tokens), packed)
 
     completions = r.prompts * r.samples

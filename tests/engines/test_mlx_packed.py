@@ -5,38 +5,16 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from mlx_posttrain.data.batches import collate, padded_length, round_up  # noqa: E402
+from mlx_posttrain.data.batches import PACKING, PackingRule, collate, padded_length, round_up  # noqa: E402
 from mlx_posttrain.data.types import Example  # noqa: E402
-from mlx_posttrain.engines.base import PACKED_MULTIPLE, AdamW, AdapterSpec  # noqa: E402
+from mlx_posttrain.engines.base import AdamW, AdapterSpec  # noqa: E402
 from mlx_posttrain.engines.mlx import lean as mlx_lean  # noqa: E402
 from mlx_posttrain.engines.mlx import packed as mlx_packed  # noqa: E402
 from mlx_posttrain.engines.mlx.cpu import attention as mlx_attention  # noqa: E402
 from mlx_posttrain.engines.mlx.engine import MLXEngine  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
 from tests.counts import operations  # noqa: E402
-
-RNG = np.random.default_rng(0)
-PROMPT, OTHER = (tuple(RNG.integers(1, 300, n).tolist()) for n in (9, 6))
-
-
-def row(prompt: tuple[int, ...], answer: int, *extra: int) -> Example:
-    completion = (*extra, *RNG.integers(1, 300, answer).tolist())
-    return Example((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
-
-
-SHARED = [row(PROMPT, 5), row(OTHER, 3), row(PROMPT, 17), row(PROMPT, 2), row(OTHER, 11)]
-ROWS = {
-    "answers to two prompts": SHARED,
-    "one answer begins as another": [row(PROMPT, 4, 7, 7), row(PROMPT, 8, 7, 7), row(PROMPT, 1, 7)],
-    "a row within another": [SHARED[2], Example(SHARED[2].tokens[:14], SHARED[2].trained[:14]), SHARED[1]],
-    "the same row twice": [SHARED[0], SHARED[0]],
-    "nothing shared, ragged": [row((1, 2), 3), row((3, 4), 30), row((5,), 11)],
-    "trained in the shared part": [Example(e.tokens, (True,) * len(e.tokens)) for e in SHARED],
-    "nothing trained in the first row": [
-        Example(SHARED[0].tokens, (False,) * len(SHARED[0].tokens)),
-        *SHARED[1:],
-    ],
-}
+from tests.packed_rows import OTHER, PROMPT, RNG, ROWS, SHARED, row  # noqa: E402
 
 
 @pytest.fixture(params=["full", "lora", "lean", "stock attention", "mixed", "new tokens"])
@@ -64,7 +42,7 @@ def outputs(model, batch, threshold: float):
         return (batch.mask * model.logprobs(batch) * (1 + batch.index % 3)).sum(), {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlx_packed, "MLX_WORTHWHILE", threshold)
+        patch.setitem(PACKING, "mlx", PackingRule(threshold, 64))
         return model.token_logprobs([batch])[0], model.gradient(loss, [batch])
 
 
@@ -89,7 +67,7 @@ def test_steps_are_those_of_padded_rows(random_gpt2, monkeypatch):
     steps = [SHARED, [row(PROMPT, 5), row(OTHER, 3), row(PROMPT, 17), row(PROMPT, 4), row(OTHER, 9)]]
     found = []
     for threshold in (-1.0, 2.0):
-        monkeypatch.setattr(mlx_packed, "MLX_WORTHWHILE", threshold)
+        monkeypatch.setitem(PACKING, "mlx", PackingRule(threshold, 64))
         model = MLXEngine().load(random_gpt2)
         model.keep_reference()
         trainer = MLXEngine().trainer(model, AdamW())
@@ -103,7 +81,7 @@ def test_a_prompt_is_read_once_and_padding_never():
     batch = collate(SHARED)
     found = {name.removeprefix(mlx_packed.PREFIX): value for name, value in mlx_packed.arrays(batch).items()}
     tokens = 9 + 6 + (4 + 2 + 16 + 1 + 10)  # the last token of each completion predicts nothing
-    assert found["tokens"].shape == found["positions"].shape == (round_up(tokens, PACKED_MULTIPLE),)
+    assert found["tokens"].shape == found["positions"].shape == (round_up(tokens, PACKING["mlx"].multiple),)
     assert not found["tokens"][tokens:].any()
     assert found["rows"].shape == (5, padded_length(9 + 16))
     for r, example in enumerate(SHARED):

@@ -1,6 +1,5 @@
 """Packed rows against padded ones: the same hidden states and gradients from fewer tokens."""
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,36 +12,7 @@ from mlx_posttrain.engines.torch import packed as torch_packed  # noqa: E402
 from mlx_posttrain.engines.torch.engine import TorchEngine  # noqa: E402
 from mlx_posttrain.engines.torch.model import to_device  # noqa: E402
 from mlx_posttrain.methods import sft  # noqa: E402
-
-RNG = np.random.default_rng(0)
-PROMPT, OTHER = (tuple(RNG.integers(1, 300, n).tolist()) for n in (9, 6))
-
-
-def row(prompt: tuple[int, ...], answer: int, *extra: int) -> Example:
-    completion = (*extra, *RNG.integers(1, 300, answer).tolist())
-    return Example((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
-
-
-SHARED = [row(PROMPT, 5), row(OTHER, 3), row(PROMPT, 17), row(PROMPT, 2), row(OTHER, 11)]
-ROWS = {
-    "answers to two prompts": SHARED,
-    "a template before all": [
-        row((5, 6, *PROMPT), 4),
-        row((5, 6, *OTHER), 2),
-        row((5, 6, *PROMPT), 3),
-        row((5, 6, *OTHER), 6),
-    ],
-    "one answer begins as another": [row(PROMPT, 4, 7, 7), row(PROMPT, 8, 7, 7), row(PROMPT, 1, 7)],
-    "a row within another": [SHARED[2], Example(SHARED[2].tokens[:14], SHARED[2].trained[:14]), SHARED[1]],
-    "the same row twice": [SHARED[0], SHARED[0]],
-    "nothing shared, ragged": [row((1, 2), 3), row((3, 4), 30), row((5,), 11)],
-    "one row": [row(PROMPT, 6)],
-    "trained in the shared part": [Example(e.tokens, (True,) * len(e.tokens)) for e in SHARED],
-    "nothing trained in the first row": [
-        Example(SHARED[0].tokens, (False,) * len(SHARED[0].tokens)),
-        *SHARED[1:],
-    ],
-}
+from tests.packed_rows import OTHER, PROMPT, RNG, ROWS, SHARED, row  # noqa: E402
 
 
 @pytest.fixture(params=["full", "lora", "checkpointing"])
@@ -63,7 +33,7 @@ def outputs(model, batch, threshold: float):
     threshold: share of the padded tokens below which rows are packed.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "WORTHWHILE", threshold)
+        patch.setitem(batches.PACKING, "torch", batches.PackingRule(threshold, 1))
         model.net.train()
         hidden = model._hidden(model.net, to_device(batch, 1.0))
         (torch.from_numpy(batch.mask)[:, None] * hidden**3).sum().backward()

@@ -16,8 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_posttrain.data.batches import MLX_WORTHWHILE, Batch, layout, padded_length, round_up
-from mlx_posttrain.engines.base import PACKED_MULTIPLE
+from mlx_posttrain.data.batches import PACKING, Batch, layout, padded_length, round_up
 from mlx_posttrain.engines.mlx.lean import LeanBlock
 
 #: Where a batch's packing is in ``DeviceBatch.extra``: names of :func:`arrays` behind this.
@@ -39,12 +38,12 @@ def arrays(batch: Batch) -> dict[str, np.ndarray]:
     [B, T] index into P. owner: [P] a row's copy of each token, as an index into B * T. owned: [B, T] 1 where
     that is the copy. output: [N] index into P. The rest is for gradients, see :func:`_copies`.
     """
-    found = layout(batch.tokens, batch.index, MLX_WORTHWHILE, PACKED_MULTIPLE)
+    found = layout(batch.tokens, batch.index, PACKING["mlx"])
     if found is None:
         return {}
     place, owner = found
     count, short, length = *place.shape, batch.tokens.shape[1]
-    size, width = round_up(len(owner), PACKED_MULTIPLE), padded_length(short)
+    size, width = round_up(len(owner), PACKING["mlx"].multiple), padded_length(short)
     rows = np.zeros((count, width), np.int32)
     rows[:, :short] = place
     row, position = owner // short, owner % short

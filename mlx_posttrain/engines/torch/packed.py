@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mlx_posttrain.data.batches import layout
+from mlx_posttrain.data.batches import PACKING, layout
 
 #: The name under which transformers finds this module's attention.
 ATTENTION = "sdpa_packed"
@@ -45,7 +45,7 @@ class Packing:
 
 def pack(tokens: np.ndarray, index: np.ndarray) -> Packing | None:
     """:func:`mlx_posttrain.data.batches.layout` of rows as tensors; None where packing does not pay."""
-    found = layout(tokens, index)
+    found = layout(tokens, index, PACKING["torch"])
     if found is None:
         return None
     place, owner = found
