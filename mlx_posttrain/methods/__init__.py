@@ -63,7 +63,7 @@ def get(name: str) -> Method:
 def find_keys(word: str) -> list[str]:
     """The keys of all methods that have a word in their name or begin one of their description with it.
 
-    A line each, with the methods that have it.
+    A line each, with the methods that have it; keys that have it in their name come first.
     """
     from mlx_posttrain import config
 
@@ -76,7 +76,7 @@ def find_keys(word: str) -> list[str]:
     training = [name for name, method in METHODS.items() if method.trains_on is not None]
     return [
         f"{key} ({'every method that trains' if names == training else ', '.join(names)}): {description}"
-        for (key, description), names in found.items()
+        for (key, description), names in sorted(found.items(), key=lambda one: word.lower() not in one[0][0])
     ]
 
 

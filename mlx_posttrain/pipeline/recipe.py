@@ -92,6 +92,8 @@ class Recipe(config.Section):
                             {"data": source_keys.defaults(source, limited="limit" in value["data"])}, value
                         )
                     stage["set"] = merged(_nested(stage.get("set") or {}), value)
+                    if isinstance(grid := stage.get("grid"), dict):
+                        stage["grid"] = {axis: _given(value, axis, every) for axis, every in grid.items()}
             elif key in cls.model_fields:
                 rest[key] = value
             else:
@@ -222,6 +224,16 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         section, last = config.holder(found, str(key))
         section[last] = merged(section.get(last), _nested(value)) if isinstance(value, dict) else value
     return found
+
+
+def _given(value: dict[str, Any], axis: Any, values: Any) -> Any:
+    """A grid's values of a key; where settings for the whole grid have the key, theirs alone."""
+    found: Any = value
+    for part in str(axis).split("."):
+        if not isinstance(found, dict) or part not in found:
+            return values
+        found = found[part]
+    return [found]
 
 
 def merged(below: Any, above: Any) -> Any:

@@ -58,16 +58,17 @@ def test_its_kl_is_that_of_the_formula_where_no_answer_comes_twice():
     assert float(np.sum(fine * np.log(fine * 20_000))) == pytest.approx(kl_bound(n), abs=1e-3)
 
 
-def test_it_stands_beside_the_models_with_a_higher_score_and_its_kl(tmp_path):
+@pytest.mark.parametrize("engine", engines.available())
+def test_it_stands_beside_the_models_with_a_higher_score_and_its_kl(engine, tmp_path):
     """The reward that chooses is the judge too, so its choice must beat single answers of every seed."""
-    reward, tokenizer, _ = open_model("tiny", ENGINE)
+    reward, tokenizer, _ = open_model("tiny", engine)
     reward.add_head(initial_head(reward.config["n_embd"], 0))
     reward.save_classifier(tmp_path / "reward", pad_id(reward.config, tokenizer))
     judge = str(tmp_path / "reward")
     asked = SuiteSection(rows="embedded/tasks", limit=24, phrasings=False, max_tokens=8, template="question",
                          texts=None, samples=0, reward=judge)  # fmt: skip
     found = suite.compare(
-        ["tiny"], asked, ENGINE, ["base"],
+        ["tiny"], asked, engine, ["base"],
         chosen={"one": BestOf(reward=judge, samples=2), "best": BestOf(reward=judge, seeds=[0, 1])},
     )  # fmt: skip
     assert [m.name for m in found.models] == ["base", "one seed=0", "best seed=0", "best seed=1"]

@@ -226,6 +226,18 @@ def test_an_interrupted_sweep_goes_on(small, tmp_path, monkeypatch):
     assert list(kept["rows"][0]["seeds"]) == ["0", "1", "2"] and kept["rows"][0]["interval"] is not None
 
 
+def test_a_setting_for_a_whole_grid_takes_the_place_of_its_values(tmp_path):
+    raw = {"method": "pipeline", "b": {"train.lr": 0.5, "train.steps": 3}}
+    cells = {"train.lr": [0.1, 0.2], "seed": [3, 4]}
+    raw["stages"] = {"b": {"recipe": "01_sft", "set": {"model": "tiny"}, "grid": cells}}
+    stages = methods.parse_recipe(raw, "here").stages
+    assert list(stages) == ["b_lr_0_5_seed_3", "b_lr_0_5_seed_4"]
+    assert [stage.cell.at for stage in stages.values()] == [{"train.lr": 0.5, "seed": s} for s in (3, 4)]
+    raw["b"] = {"train.lr": "x"}
+    with pytest.raises(UserError, match=r"'train\.lr'.*not 'x'"):
+        methods.parse_recipe(raw, "here")
+
+
 def test_a_pipeline_of_more_runs_than_a_recipe_may_be_long_is_read_again(tmp_path):
     """09_versus has 108 runs in grids: spread out they are more text than is read of a file of the user's."""
     raw = methods.load_recipe("09_versus", [f"output={tmp_path / 'run'}"])
