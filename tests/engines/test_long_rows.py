@@ -160,3 +160,26 @@ def test_no_array_of_all_pairs_is_held(models: dict[str, Path], chunks: Any) -> 
     chunks(float("inf"))
     stock = peak(models["llama"], 1024)
     assert stock > chunked + 2.5 * pairs and chunked < 0.45 * stock, (chunked / pairs, stock / pairs)
+
+
+def test_memory_does_not_grow_with_the_number_of_chunks(chunks: Any) -> None:
+    """Of any number of chunks only the arrays of one exist at once: scores, weights, their gradients."""
+    length, found = 2048, []
+    q = mx.random.normal((1, 4, length, 8))
+    k, v = mx.random.normal((1, 2, length, 8)), mx.random.normal((1, 2, length, 8))
+    mx.eval(q, k, v)
+
+    def total(*arrays: Any) -> Any:
+        return long_rows.attention(*arrays, 0.3, "causal").sum()
+
+    for count in (4, 32):
+        chunks(0, 4 * 4 * length**2 // count)
+        (size,) = {part.stop - part.start for part in sizes.query_chunks(1, 4, length)}
+        assert size * count == length
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(total, argnums=(0, 1, 2))(q, k, v))
+        found.append((mx.get_peak_memory() - before) / (4 * 4 * size * length))
+    assert found[1] < 1.4 * found[0]

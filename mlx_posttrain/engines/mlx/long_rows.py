@@ -56,7 +56,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any) ->
         d_q: list[mx.array] = []
         d_kv: list[mx.array] = []
         for part in reversed(parts):  # the last one sees all keys
-            chunk = cut(part, primals, d_kv)
+            # After all three: a gradient of queries that is left for later would keep its chunk's weights.
+            chunk = cut(part, primals, [*d_q[:1], *d_kv])
             _, (d, *parts_kv) = mx.vjp(partial(attend, part), chunk, [cotangent[:, :, part]])
             d_q.insert(0, d)
             found = [one.astype(mx.float32) for one in parts_kv]
