@@ -100,7 +100,7 @@ def trl(spec: dict[str, Any], gate: Gate, *, kept: bool = False) -> None:
             model=net,
             args=config(**common, max_length=None, precompute_ref_log_probs=kept),
             processing_class=tokenizer,
-            peft_config=peft_config(kind.adapter),
+            peft_config=peft_config(net, kind.adapter),
             train_dataset=Dataset.from_list(data),
             callbacks=[unit_callback(gate, unit_stats)],
         )
@@ -166,9 +166,7 @@ def mlx_lm_lora(spec: dict[str, Any], gate: Gate) -> None:
     if gate.open():
         dpo_trainer.iterate_dpo_batches = batches
         with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Finished):
-            settings = dpo_trainer.DPOTrainingArgs(
-                batch_size=batch_size, **mlx_arguments(scratch, config["n_positions"])
-            )
+            settings = dpo_trainer.DPOTrainingArgs(batch_size=batch_size, **mlx_arguments(scratch, config))
             adam = mlx_adam(learning_rate(kind.adapter))
             dpo_trainer.train_dpo(net, reference, adam, data, args=settings, training_callback=UnitCallback())
     gate.close(device=spec["against"], version=importlib.metadata.version("mlx-lm-lora"), first=first)

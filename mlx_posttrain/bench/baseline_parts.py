@@ -47,9 +47,10 @@ def train_parts(net: Any, adapter: bool) -> None:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     if adapter:
-        targets = ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
-        keys = {"rank": 16, "dropout": 0.0, "scale": 2.0, "keys": targets}
-        linear_to_lora_layers(net, len(net.layers), keys)
+        gpt2 = net.model_type == "gpt2"
+        targets = ["attn.c_attn", "attn.c_proj", "mlp.c_proj"] if gpt2 else None  # all linear layers
+        settings = {"rank": 16, "dropout": 0.0, "scale": 2.0, "keys": targets}
+        linear_to_lora_layers(net, len(net.layers), settings)
     else:
         for layer in net.layers:
             layer.unfreeze()
@@ -66,19 +67,27 @@ def mlx_adam(rate: float) -> Any:
     return optim.AdamW(learning_rate=rate, weight_decay=0.0, bias_correction=True)
 
 
-def mlx_arguments(scratch: str, context: int) -> dict[str, Any]:
+def mlx_arguments(scratch: str, config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of mlx-lm's trainer and of those that build on it: steps without end, nothing saved."""
     return {
         "iters": 10**6,
         "steps_per_report": 1,
         "steps_per_eval": 10**9,
         "steps_per_save": 10**9,
-        "max_seq_length": context,
+        "max_seq_length": config.get("n_positions") or config["max_position_embeddings"],
         "adapter_file": f"{scratch}/adapters.safetensors",
     }
 
 
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+def no_dropout(folder: str, **settings: Any) -> Any:
+    """The config of a model, with GPT-2's dropout off; others have none by default."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, **settings)
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    return config
 
 
 def torch_model(folder: str, padding_side: str = "right") -> tuple[Any, Any]:
@@ -87,18 +96,18 @@ def torch_model(folder: str, padding_side: str = "right") -> tuple[Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(folder, **NO_DROPOUT), tokenizer
+    return AutoModelForCausalLM.from_pretrained(folder, config=no_dropout(folder)), tokenizer
 
 
-def peft_config(adapter: bool) -> Any:
+def peft_config(net: Any, adapter: bool) -> Any:
     """LoRA on every block's projections, as ours is; None for all weights."""
     if not adapter:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=16, lora_alpha=32, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM"
-    )
+    gpt2 = net.config.model_type == "gpt2"
+    targets = ["c_attn", "c_proj"] if gpt2 else "all-linear"
+    return LoraConfig(r=16, lora_alpha=32, target_modules=targets, fan_in_fan_out=gpt2, task_type="CAUSAL_LM")
 
 
 def common_arguments(scratch: str, batch_size: int, rate: float) -> dict[str, Any]:

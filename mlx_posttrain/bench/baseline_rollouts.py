@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_posttrain.bench.baseline_parts import (
-    NO_DROPOUT,
     Finished,
     common_arguments,
     lend_device_facts,
     mlx_adam,
     mlx_arguments,
     mlx_model,
+    no_dropout,
     peft_config,
     torch_model,
     train_parts,
@@ -53,9 +53,11 @@ def trl_ppo(spec: dict[str, Any], gate: Gate) -> None:
 
     batch_size = spec["shape"]["batch_size"]
     policy, tokenizer = torch_model(spec["folder"], padding_side="left")
-    reference = AutoModelForCausalLM.from_pretrained(spec["folder"], **NO_DROPOUT)
+    reference = AutoModelForCausalLM.from_pretrained(spec["folder"], config=no_dropout(spec["folder"]))
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(spec["reward"], num_labels=1, **NO_DROPOUT)
+        AutoModelForSequenceClassification.from_pretrained(
+            spec["reward"], config=no_dropout(spec["reward"], num_labels=1)
+        )
         for _ in range(2)
     )
     count = ROLLOUT["prompts"] * ROLLOUT["samples"]
@@ -150,7 +152,7 @@ def trl_grpo(spec: dict[str, Any], gate: Gate) -> None:
             args=settings,
             processing_class=tokenizer,
             reward_funcs=characters,
-            peft_config=peft_config(kind.adapter),
+            peft_config=peft_config(policy, kind.adapter),
             train_dataset=Dataset.from_dict(
                 {"prompt": [" ".join(map(str, p)) for p in prompts(policy.config.vocab_size, shape.length)]}
             ),
@@ -228,7 +230,7 @@ def mlx_lm_lora_grpo(spec: dict[str, Any], gate: Gate) -> None:
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
-                **mlx_arguments(scratch, config["n_positions"]),
+                **mlx_arguments(scratch, config),
             )
             grpo_trainer.train_grpo(
                 net,

@@ -85,9 +85,7 @@ def mlx_lm(spec: dict[str, Any], gate: Gate) -> None:
     mx.reset_peak_memory()
     if gate.open():
         with tempfile.TemporaryDirectory() as scratch:
-            settings = trainer.TrainingArgs(
-                batch_size=shape.batch_size, **mlx_arguments(scratch, config["n_positions"])
-            )
+            settings = trainer.TrainingArgs(batch_size=shape.batch_size, **mlx_arguments(scratch, config))
             with contextlib.suppress(Finished):
                 adam = mlx_adam(learning_rate(kind.adapter))
                 trainer.train(
@@ -207,7 +205,7 @@ def _supervised(spec: dict[str, Any], gate: Gate, package: str, make: Callable[.
         common |= {"lr_scheduler_type": "constant", "max_steps": 10**6, "logging_steps": steps}
         trainer = make(
             net,
-            peft_config(kind.adapter),
+            peft_config(net, kind.adapter),
             tokenizer,
             common,
             lambda trainer_class: _recorded(trainer_class, examples, first, losses),
