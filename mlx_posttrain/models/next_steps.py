@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mlx_posttrain import runs
 from mlx_posttrain.models.source import saves_language_model
@@ -15,8 +18,7 @@ def next_steps(folder: Path) -> list[str]:
     A folder below the working directory is named from there, so that a command can be copied.
     """
     folder = folder.absolute()
-    here = Path.cwd()
-    name = shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+    name = shlex.quote(_from_here(str(folder)))
     _, recipe = runs.reopen(folder)
     final, stages = folder / "final", list(recipe.get("stages") or ())
     if stages:
@@ -28,8 +30,26 @@ def next_steps(folder: Path) -> list[str]:
     to = "peft" if (final / "adapter_config.json").is_file() else "hf"
     export = f"mlx-posttrain export {name} --to {to}"
     if not saves_language_model(final):
-        return [f"mlx-posttrain run 07_ppo 'reward=[{{model: {name}}}]'", export]
+        return [_ppo(recipe, _from_here(str(folder))), export]
     return [f"mlx-posttrain chat {name}", f"mlx-posttrain eval {name}", export]
+
+
+def _ppo(recipe: Mapping[str, Any], reward: str) -> str:
+    """PPO from the model that a reward model began as, on the prompts of its pairs."""
+    data = recipe.get("data") or {}
+    given = [f"model={_from_here(str(recipe.get('model')))}", f"reward=[{{model: {reward}}}]"]
+    if isinstance(data.get("source"), str):  # not a mixture
+        given.append(f"data.source={_from_here(data['source'])}")
+        columns = data.get("columns")
+        given += [f"data.columns={json.dumps(columns)}"] if columns else []
+    if isinstance(data.get("template"), str):
+        given.append(f"data.template={data['template']}")
+    return shlex.join(["mlx-posttrain", "run", "07_ppo", *given])
+
+
+def _from_here(path: str) -> str:
+    """A path below the working directory as it is named from there; any other text as it is."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 def _is_report(final: Path) -> bool:

@@ -6,11 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mlx_posttrain.console import log
 from mlx_posttrain.convert.files import TRANSFORMERS_5_TOKENIZERS, copy_tokenizer, read_json, write_json
 from mlx_posttrain.data import encode
 from mlx_posttrain.data.jinja import as_jinja
 from mlx_posttrain.data.types import Turn
-from mlx_posttrain.models.source import Source
+from mlx_posttrain.models.source import Source, locate
 from mlx_posttrain.models.tokenizer import load_tokenizer, missing_tokens
 
 #: What may stand before a prompt, tried in turn: a tokenizer may put a BOS there, and a mark of a word.
@@ -22,6 +23,24 @@ def carried_template(source: Source) -> str | None:
     """The template of ours that a run's chat template writes; None where the tokenizer's own stays."""
     packed = ((source.recipe or {}).get("data") or {}).get("pack")
     return None if packed or source.template == "chat" else source.template
+
+
+def say_other_formats(recipe: Any) -> None:
+    """Print which models of a recipe learned in another prompt format than that of its rows.
+
+    That is its model and, of a recipe with rewards, those that score. Models that are no runs have no format.
+    """
+    given = [part.template for part in recipe.data.parts.values()]
+    names = list(dict.fromkeys(n for one in given for n in ([one] if isinstance(one, str) else one)))
+    rewards, judges = getattr(recipe, "reward", ()), getattr(recipe, "judge", ())
+    scorers = [*rewards, *judges] if isinstance(rewards, list) else []
+    for name in dict.fromkeys([recipe.model, *(entry.model for entry in scorers if entry.model)]):
+        learned = locate(name).template
+        if learned not in (None, "none", *names):
+            log(
+                f"{name} learned in the prompt format {learned!r}, and this recipe's is "
+                f"{' and '.join(names)}: data.template={learned} stays in it"
+            )
 
 
 def write_tokenizer(folder: Path, source: Source, tokenizer: Any = None) -> Any:

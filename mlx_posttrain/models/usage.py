@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from mlx_posttrain.convert.files import read_json
+from mlx_posttrain.models.card import base_name
 from mlx_posttrain.models.prompt_format import carried_template, own_chat_template
 from mlx_posttrain.models.source import Source
 
@@ -64,6 +66,8 @@ def usage(source: Source, to: str, merged: bool, base: str) -> str:
         converted = base.rpartition("/")[2] + "-mlx"
         if gpt2:
             parts.append(f"mlx-lm reads a GPT-2 as `mlx-posttrain convert {base} {converted}` writes it.")
+        elif Path(base_name(source)).is_absolute():
+            parts.append(f"The base is a folder: where the code says `{base}`, write where it lies.")
         loading = _MLX_ADAPTER.format(base=converted if gpt2 else base)
         return "\n\n".join([*parts, _block(_MLX.format(loading=loading, asking=mlx_asking))])
     if to != "mlx-lm":

@@ -26,7 +26,7 @@ from mlx_posttrain.models import dtypes
 from mlx_posttrain.models.adapters import adapter_spec
 from mlx_posttrain.models.card import run_card
 from mlx_posttrain.models.merge import base_folder
-from mlx_posttrain.models.prompt_format import write_prompt_format, write_tokenizer
+from mlx_posttrain.models.prompt_format import say_other_formats, write_prompt_format, write_tokenizer
 from mlx_posttrain.models.source import Source, adapter_folder, is_hub_id, locate
 from mlx_posttrain.models.tokenizer import check_vocabulary, load_tokenizer
 from mlx_posttrain.rl import actors, learner, prompts
@@ -119,7 +119,10 @@ def open_run(recipe: Any, resume: Resume) -> tuple[Engine, runs.Run]:
     if resume:
         run, _ = runs.reopen(recipe.output, write=True)
         if run.finished:
-            raise UserError(f"{run.folder} is finished: there is nothing to resume")
+            raise UserError(
+                f"{run.folder} is finished: there is nothing to resume. To train it further, start another "
+                f"run from it: model={run.folder} output=FOLDER"
+            )
         edits.check(run, recipe, accept=resume == "edited")
     else:
         run = runs.create(recipe.output, recipe)
@@ -146,6 +149,8 @@ def open_session(method: Method, recipe: Any, engine: Engine, run: runs.Run, res
     """The recipe's model, tokenizer and dataset on an engine. Raises UserError where one does not fit."""
     folder = method.start(recipe, run.folder) if method.start else base_folder(recipe.model)
     facts = facts_on(engine, recipe, folder)
+    if not method.start:
+        say_other_formats(recipe)
     # Before the weights: a mistake in the rows is found at once.
     dataset = method.make_dataset(recipe, facts) if method.dataset else None
     model = load_model(engine, recipe, folder, getattr(recipe, "adapter", None), facts)
@@ -166,6 +171,7 @@ def shape_facts(engine: Engine, recipe: Any, made: Path | None) -> tuple[Path, M
     if made is not None:
         return made, facts_on(engine, recipe, made)
     source = locate(recipe.model)
+    say_other_formats(recipe)
     return source.shape_folder, facts_on(engine, recipe, source.shape_folder, source.tokenizer_folder)
 
 

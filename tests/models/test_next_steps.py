@@ -42,12 +42,24 @@ def test_a_run_says_what_comes_next_and_a_resume_where_it_begins(tmp_path, monke
         assert shlex.split(line)[2] == "my runs/one"
 
 
-def test_a_reward_model_is_for_ppo_and_a_pipeline_for_its_page(tmp_path, monkeypatch):
+def test_a_reward_model_is_for_ppo_and_a_pipeline_for_its_page(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     small = [setting for setting in SMALL if not setting.startswith("train.eval_every")]
     assert cli("run", "demo_reward", *small, "model=tiny", "train.steps=1", "output=reward") == 0
     first, second = next_steps(tmp_path / "reward")
-    assert first == "mlx-posttrain run 07_ppo 'reward=[{model: reward}]'" and second.endswith("--to hf")
+    assert first == (
+        "mlx-posttrain run 07_ppo model=tiny 'reward=[{model: reward}]' data.source=embedded/preferences "
+        "data.template=question"
+    )
+    assert second.endswith("--to hf")
+    assert cli("validate", *shlex.split(first)[2:], "rollout.max_tokens=24", "output=ppo") == 0
+    assert "learned in" not in capfd.readouterr().err
+    other = [*shlex.split(first)[2:-1], "data.template=plain", "rollout.max_tokens=24", "output=ppo"]
+    assert cli("validate", *other) == 0
+    assert (
+        "reward learned in the prompt format 'question', and this recipe's is plain: data.template=question "
+        "stays in it" in capfd.readouterr().err
+    )
     (tmp_path / "all" / "page" / "final").mkdir(parents=True)
     (tmp_path / "all" / "page" / "final" / "report.html").touch()
     shutil.copytree("reward", "all/reward")

@@ -125,6 +125,20 @@ def test_the_code_of_a_card_answers_as_we_do(kind, to, merged, runs, bases, tmp_
         assert answer(out, capsys) == wanted or kind == "chat"
 
 
+def test_a_card_says_that_a_base_folder_must_be_named(tmp_path):
+    pytest.importorskip("mlx_lm")
+    from mlx_posttrain.models.merge import base_folder
+    from tests.random_models import SMALL, random_model
+
+    base = random_model(tmp_path / "mine", {**SMALL, "vocab_size": 4096}, tokenizer=base_folder("tiny"))
+    rows = ["data.source=embedded/tasks", "data.limit=32", "data.eval_limit=4", "data.max_length=64"]
+    steps = ["train.steps=1", "sample.count=0", "adapter.rank=2", f"output={tmp_path / 'run'}"]
+    run_recipe("01_sft", f"model={base}", *rows, *steps)
+    export(tmp_path / "run", tmp_path / "out", "mlx-lm")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "where the code says `mine`, write where it lies" in card and 'load("mine", adapter_path' in card
+
+
 def test_a_finished_run_carries_its_format_too(runs, capsys):
     from transformers import AutoTokenizer
 
