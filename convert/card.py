@@ -72,8 +72,11 @@ def _front_matter(info: Mapping[str, Any]) -> str:
 def _summary(info: Mapping[str, Any]) -> str:
     lines = [_plain(info["description"])] if info.get("description") else []
     if info.get("base_model"):
-        kind = "An adapter for" if info.get("library_name") == "peft" else "Trained from"
-        lines.append(f"{kind} `{_plain(info['base_model'])}` with mlx-posttrain.")
+        base = f"`{_plain(info['base_model'])}`"
+        adapter = info.get("library_name") == "peft"
+        lines.append(
+            f"{f'An adapter for {base}, trained' if adapter else f'Trained from {base}'} with mlx-posttrain."
+        )
     return "\n\n".join(["## What", *(lines or ["A model made with mlx-posttrain."])])
 
 

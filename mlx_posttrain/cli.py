@@ -398,7 +398,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about runs.
 
-    It has findings, a table, charts, samples and recipes.
+    It has findings, a table, charts, samples and recipes. Its charts and figures lie beside it as files too.
     """
     from mlx_posttrain.evaluation import analyze as module
     from mlx_posttrain.evaluation import report as pages

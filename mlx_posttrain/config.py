@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -539,7 +540,7 @@ def absolute_paths(value: Any, key: str = "") -> Any:
         return value
     name, colon, rest = value.rpartition(":") if key == "function" else (value, "", "")
     path = home(name)
-    return f"{path.absolute()}{colon}{rest}" if name and path.exists() else value
+    return f"{os.path.abspath(path)}{colon}{rest}" if name and path.exists() else value
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

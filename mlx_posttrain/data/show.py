@@ -135,9 +135,10 @@ def to_text(shown: Shown, limit: int | None, colour: bool) -> Iterator[str]:
             )
     totals = shown.totals
     reasons = ", ".join(f"{count:,} ({reason})" for reason, count in totals["dropped"].items())
+    trained = f"rows are trained on, with {totals['trained_tokens']:,} trained tokens"
+    use = "prompts are there to be answered" if shown.names == ("prompt",) else trained
     yield (
-        f"--- {totals['kept']:,} of {totals['rows']:,} rows are trained on, with "
-        f"{totals['trained_tokens']:,} trained tokens; dropped: {reasons or 'none'}"
+        f"--- {totals['kept']:,} of {totals['rows']:,} {use}; dropped: {reasons or 'none'}"
         + (f"; {described(totals['sources'])}" if "sources" in totals else "")
     )
 

@@ -15,7 +15,7 @@ HELP = """\
 /system TEXT   start over with a system prompt; without TEXT, with the model's own
 /reset         start over; what was said is forgotten (/new does the same)
 /help          this list
-an empty line or Ctrl-D ends the chat"""
+/exit          end the chat, as an empty line or Ctrl-D does"""
 
 
 def chat(model: LoadedModel, *, seed: int = 0, **options: Any) -> None:
@@ -36,7 +36,7 @@ def chat(model: LoadedModel, *, seed: int = 0, **options: Any) -> None:
             line = input("you> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        if not line:
+        if line in ("", "/exit", "/quit"):
             return
         command, _, rest = line.partition(" ")
         if command == "/help":

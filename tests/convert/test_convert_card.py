@@ -42,7 +42,8 @@ def test_a_full_card():
     titles = [line for line in card.splitlines() if line.startswith("#")]
     sections = ["What", "Data", "Method", "Figures", "Command", "Limitations", "Versions"]
     assert titles == ["# gpt2-alpaca-lora", *(f"## {section}" for section in sections)]
-    assert "An adapter for `openai-community/gpt2`" in card and "- yahma/alpaca-cleaned: 200 rows" in card
+    assert "An adapter for `openai-community/gpt2`, trained with mlx-posttrain." in card
+    assert "- yahma/alpaca-cleaned: 200 rows" in card
     assert (
         "| model | loss | rows |" in card
         and "| base | 3.142 | 1,200 |" in card
