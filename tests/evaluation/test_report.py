@@ -454,6 +454,28 @@ def test_the_page_opens_with_what_changed_in_words():
     assert stage_table.opening(same) == ["sft against base: nothing differs beyond chance, of 2 measured."]
 
 
+def test_too_few_rows_are_not_called_chance(tmp_path):
+    """Two measures have 40 rows and one has 12; then 12 is all there is."""
+    made = compared(accuracy=(0.5, 0.5), response_loss=(3, 3), perplexity=(3, 4))
+    for model in made.models:
+        model.values["perplexity"] = Values(model.values["perplexity"].rows[:12])
+    assert stage_table.opening(made) == [
+        "sft against base: nothing differs beyond chance, of 2 measured; "
+        "1 more has fewer than 20 rows, too few to tell."
+    ]
+    mixed = ". Too few rows to tell (20 are needed): base-text perplexity (12)"
+    assert made.significance_note("*").startswith("* beyond chance: p < .05")
+    assert made.significance_note("*").endswith(mixed)
+    for model in made.models:
+        model.values = {"perplexity": model.values["perplexity"]}
+    assert stage_table.opening(made) == [
+        "sft against base: too few rows to tell what differs (12 at most, and 20 are needed)."
+    ]
+    page = report.write(tmp_path / "r.html", ["base", "sft"], ["base", "sft"], made, [])
+    text = page.read_text(encoding="utf-8")
+    assert "chance: 12 at most, and 20 are needed." in text and "beyond chance" not in text
+
+
 def test_five_rows_are_shown_and_the_rest_folded():
     names = ["length", "distinct_2", "accuracy", "ended", "seq_rep_4", "response_loss", "diversity"]
     comparison = compared(**dict.fromkeys(names, (0.5, 0.75)))
