@@ -23,6 +23,7 @@ from mlx_posttrain.evaluation.metrics import (
     proportion,
     sign_flip,
 )
+from mlx_posttrain.rewards import verify
 
 # fewer rows are too few to call a difference significant
 MIN_ROWS = 20
@@ -133,6 +134,14 @@ class Comparison:
             "openings. Lower is not better: text that repeats itself is easy to predict and lies below human "
             "text, text that falls apart above it; the judge's own greedy text always lies low."
         )
+
+    def notes(self) -> list[str]:
+        """What must be known to read the table, in words: which answers are not judged, and coherence."""
+        unjudged = verify.unjudged(q["rule"] for q in self.questions)
+        return [
+            *([f"Right answers: {unjudged}."] if unjudged else []),
+            *filter(None, [self.coherence_note()]),
+        ]
 
     def questions_label(self) -> str:
         """How many questions are asked, from where, and in which templates, in words."""
@@ -309,7 +318,7 @@ class Comparison:
         header = [f"{self.questions_label()}, greedy; with 95 % intervals"]
         if len(self.models) > 1:
             header.append(self.significance_note(f"* differs from {self.baseline_label}"))
-        header += filter(None, [self.coherence_note()])
+        header += self.notes()
         text = [textwrap.fill(line, console.width) for line in header]
         for begin in range(0, len(names), fitting):
             grid = Table()

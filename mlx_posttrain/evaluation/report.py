@@ -140,7 +140,7 @@ def write(
         baseline=comparison.baseline_label if comparison else "",
         significance=comparison.significance_note("In colour where it is") if comparison else "",
         reward_model=reward_model_note(comparison) if comparison else "",
-        coherence=comparison.coherence_note() if comparison else "",
+        notes=comparison.notes() if comparison else [],
         models=[m.name for m in comparison.models] if comparison else [],
         samples=_samples(comparison),
         thoughts=[_reasoning_row(label, stats) for label, stats in thoughts.items()],

@@ -40,7 +40,9 @@ def opening(comparison: Comparison) -> list[str]:
             if others := len(changed) - len(shown):
                 what += f"; {others} more {'measure differs' if others == 1 else 'measures differ'} (below)"
         if tested and (few := len(rows) - len(tested)):
-            what += f"; {few} more {'has' if few == 1 else 'have'} fewer than {MIN_ROWS} rows, too few to tell"
+            what += (
+                f"; {few} more {'has' if few == 1 else 'have'} fewer than {MIN_ROWS} rows, too few to tell"
+            )
         sentences.append(f"{model.name} against {before.name}: {what}.")
     return sentences
 

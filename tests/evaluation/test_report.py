@@ -476,6 +476,24 @@ def test_too_few_rows_are_not_called_chance(tmp_path):
     assert "chance: 12 at most, and 20 are needed." in text and "beyond chance" not in text
 
 
+def test_the_table_and_the_page_say_which_answers_are_not_judged(tmp_path):
+    """Of four questions one has a long answer; a checker, a short answer and none at all are no reason."""
+    long = " ".join(["word"] * 9)
+    rules = [{"answer": long}, {"answer": "4"}, {"checker": {}, "answer": long}, {}]
+    model = ModelResult("base", "base", {"accuracy": Values(np.array([np.nan, 1, 0, np.nan]))}, ["4"] * 4)
+    asked = [{"prompt": "q", "expected": "", "family": "", "rule": rule} for rule in rules]
+    note = (
+        "Right answers: 1 of 4 questions cannot be judged, because their answers are longer than 8 words, "
+        "which no rule compares."
+    )
+    made = Comparison({}, "own", [model], asked)
+    assert note in " ".join(made.table().split())
+    assert Comparison({}, "own", [model], asked[1:]).notes() == []
+    made, model.answers = Comparison({}, "own", [model], asked[:2]), ["4"] * 2
+    page = report.write(tmp_path / "r.html", ["base"], ["base"], made, [])
+    assert note.replace("of 4", "of 2") in page.read_text(encoding="utf-8")
+
+
 def test_five_rows_are_shown_and_the_rest_folded():
     names = ["length", "distinct_2", "accuracy", "ended", "seq_rep_4", "response_loss", "diversity"]
     comparison = compared(**dict.fromkeys(names, (0.5, 0.75)))
