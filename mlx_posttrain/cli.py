@@ -228,6 +228,10 @@ def generate(
         samples=samples,
         seed=seed,
     )
+    if samples > 1 and temperature == 0:
+        console.log(
+            f"the {samples} answers to a prompt are equal at temperature 0: --temperature 0.7 varies them"
+        )
     for a in answers:
         if json:
             import json as jsonlib

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 
@@ -30,8 +31,27 @@ def shown(text: str) -> str:
     return printable(text) if sys.stdout.isatty() else text
 
 
+#: The lines printed inside ``lines_once``; None outside it.
+_said: ContextVar[set[str] | None] = ContextVar("said", default=None)
+
+
+@contextmanager
+def lines_once() -> Iterator[None]:
+    """Print equal lines once: what reads the same rows several times has the same to say of them."""
+    token = _said.set(set()) if _said.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _said.reset(token)
+
+
 def log(text: str) -> None:
     """One line for people, on standard error so that standard output stays for results."""
+    if (said := _said.get()) is not None:
+        if text in said:
+            return
+        said.add(text)
     print(printable(text), file=sys.stderr, flush=True)
 
 

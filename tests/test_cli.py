@@ -136,6 +136,10 @@ def test_generate_prints_answers_and_refuses_long_prompts(random_gpt2, capfd):
     assert cli("generate", str(random_gpt2), *prompts, "--max-tokens", "5", "--json") == 0
     answers = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [a["prompt"] for a in answers] == ["The cat", "A dog"] and all(a["tokens"] <= 5 for a in answers)
+    sampled = ["generate", str(random_gpt2), "--prompt", "a", "--max-tokens", "1", "--samples", "2"]
+    for temperature, hint in (("0", True), ("1", False)):
+        assert cli(*sampled, "--temperature", temperature) == 0
+        assert ("2 answers to a prompt are equal at temperature 0" in capfd.readouterr().err) is hint
     assert cli("generate", str(random_gpt2), "--prompt", "word " * 200) == 2
     assert "tokens" in capfd.readouterr().err
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_posttrain.console import Progress, log, printable, shown
+from mlx_posttrain.console import Progress, lines_once, log, printable, shown
 from mlx_posttrain.errors import UserError
 from tests.helpers import refused
 
@@ -15,6 +15,18 @@ def test_characters_that_steer_a_terminal_are_escaped(capfd):
     log("a\x1b]0;title\x07 b\u202ec\td\ne\x9b2J\ud83d é 😀")
     assert capfd.readouterr().err == "a\\x1b]0;title\\x07 b\\u202ec\td\ne\\x9b2J\\ud83d é 😀\n"
     assert printable("a b\n") == "a b\n"
+
+
+def test_equal_lines_are_printed_once_where_asked(capfd):
+    for _ in range(2):
+        with lines_once():
+            log("96 of 300 rows")
+            with lines_once():
+                log("96 of 300 rows")
+            log("another")
+            log("another")
+    log("another")
+    assert capfd.readouterr().err == "96 of 300 rows\nanother\n" * 2 + "another\n"
 
 
 def test_a_column_cannot_write_to_the_terminal(tmp_path, capfd):

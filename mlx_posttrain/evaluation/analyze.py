@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_posttrain import runs
 from mlx_posttrain.config import DataSection
-from mlx_posttrain.console import log
+from mlx_posttrain.console import lines_once, log
 from mlx_posttrain.convert import arrays, hub, names
 from mlx_posttrain.data import batches, encode, mixture, templates
 from mlx_posttrain.data.read import read_conversations, row_dataset
@@ -100,6 +100,7 @@ def read_logs(names: Sequence[str], labels: Sequence[str]) -> dict[str, list[dic
     }
 
 
+@lines_once()
 def analyze(
     names: Sequence[str],
     suite: SuiteSection,

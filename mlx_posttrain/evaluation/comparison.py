@@ -23,6 +23,7 @@ from mlx_posttrain.evaluation.metrics import (
     proportion,
     sign_flip,
 )
+from mlx_posttrain.rewards import verify
 
 # fewer rows are too few to call a difference significant
 MIN_ROWS = 20
@@ -134,6 +135,14 @@ class Comparison:
             "text, text that falls apart above it; the judge's own greedy text always lies low."
         )
 
+    def notes(self) -> list[str]:
+        """What must be known to read the table, in words: which answers are not judged, and coherence."""
+        unjudged = verify.unjudged(q["rule"] for q in self.questions)
+        return [
+            *([f"Right answers: {unjudged}."] if unjudged else []),
+            *filter(None, [self.coherence_note()]),
+        ]
+
     def questions_label(self) -> str:
         """How many questions are asked, from where, and in which templates, in words."""
         what = f"{len(self.questions)} questions {self.where}".strip()
@@ -172,6 +181,15 @@ class Comparison:
         """Number of rows over which a model is compared with its baseline."""
         pair = self._pair(metric, model)
         return 0 if pair is None else int(np.isfinite(pair[0] - pair[1]).sum())
+
+    def compared_rows(self, model: ModelResult | None = None) -> dict[str, int]:
+        """Rows over which each metric is compared, at most; of ``model`` alone where it is given.
+
+        Metrics in which nothing is compared are left out; below MIN_ROWS rows no difference is tested.
+        """
+        models = self.models if model is None else [model]
+        rows = {name: max(self.paired_rows(name, m) for m in models) for name in self.metrics()}
+        return {name: number for name, number in rows.items() if number}
 
     def difference(self, metric: str, model: ModelResult) -> Interval | None:
         """``model`` minus its baseline over the same rows; None where there is nothing to compare.
@@ -246,6 +264,7 @@ class Comparison:
                         name: d._asdict() for name in m.values if (d := self.difference(name, m)) is not None
                     },
                     "beyond_chance": [name for name in m.values if self.is_significant(name, m)],
+                    "too_few_rows": [name for name, n in self.compared_rows(m).items() if n < MIN_ROWS],
                 }
                 for m in self.models
             ],
@@ -265,9 +284,23 @@ class Comparison:
             return None
         nats = METRICS[metric].transform is not None
         form = "{:+.3f}" if nats else METRICS[metric].format.replace("{:", "{:+").replace("++", "+")
-        note = "" if self.is_significant(metric, model) else ": no difference beyond chance"
         bounds = f"{form.format(d.mean)} [{form.format(d.low)}, {form.format(d.high)}]"
-        return f"{bounds} nats{note}" if nats else f"{bounds}{note}"
+        return f"{bounds} nats" if nats else bounds
+
+    def significance_note(self, mark: str) -> str:
+        """What a mark beside a difference means, and which metrics have too few rows for a test, in words."""
+        rows = self.compared_rows()
+        few = {name: number for name, number in rows.items() if number < MIN_ROWS}
+        if few and len(few) == len(rows):
+            return (
+                f"Too few rows to tell a difference from chance: {max(few.values())} at most, and {MIN_ROWS} "
+                "are needed"
+            )
+        note = f"{mark} beyond chance: {SIGNIFICANCE_NOTE}"
+        if few:
+            labels = ", ".join(f"{METRICS[name].label} ({number})" for name, number in few.items())
+            note += f". Too few rows to tell ({MIN_ROWS} are needed): {labels}"
+        return note
 
     def table(self) -> str:
         """The comparison for a terminal: one line per model and one column per metric.
@@ -284,8 +317,8 @@ class Comparison:
         fitting = max(1, (console.width - label - 4) // 18)
         header = [f"{self.questions_label()}, greedy; with 95 % intervals"]
         if len(self.models) > 1:
-            header.append(f"* differs from {self.baseline_label} beyond chance: {SIGNIFICANCE_NOTE}")
-        header += filter(None, [self.coherence_note()])
+            header.append(self.significance_note(f"* differs from {self.baseline_label}"))
+        header += self.notes()
         text = [textwrap.fill(line, console.width) for line in header]
         for begin in range(0, len(names), fitting):
             grid = Table()

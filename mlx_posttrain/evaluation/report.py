@@ -22,7 +22,7 @@ from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.engines.process import command_output
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.evaluation import charts, stage_table
-from mlx_posttrain.evaluation.comparison import SIGNIFICANCE_NOTE, Comparison
+from mlx_posttrain.evaluation.comparison import Comparison
 from mlx_posttrain.evaluation.findings import Finding
 from mlx_posttrain.evaluation.right_answers import check_greedy_answers
 
@@ -138,9 +138,9 @@ def write(
         templates=comparison.templates_label() if comparison else "",
         where=comparison.where if comparison else "",
         baseline=comparison.baseline_label if comparison else "",
-        significance=SIGNIFICANCE_NOTE,
+        significance=comparison.significance_note("In colour where it is") if comparison else "",
         reward_model=reward_model_note(comparison) if comparison else "",
-        coherence=comparison.coherence_note() if comparison else "",
+        notes=comparison.notes() if comparison else [],
         models=[m.name for m in comparison.models] if comparison else [],
         samples=_samples(comparison),
         thoughts=[_reasoning_row(label, stats) for label, stats in thoughts.items()],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_posttrain.evaluation.comparison import Comparison, ModelResult
+from mlx_posttrain.evaluation.comparison import MIN_ROWS, Comparison, ModelResult
 from mlx_posttrain.evaluation.metric_table import METRICS
 
 #: What a reader looks for first: the first HEADLINES of these that were measured.
@@ -26,15 +26,23 @@ def opening(comparison: Comparison) -> list[str]:
         before = comparison.baseline(model)
         if before is model:
             continue
-        compared = [name for name in comparison.metrics() if comparison.difference(name, model) is not None]
-        changed = [name for name in compared if comparison.is_significant(name, model)]
+        rows = comparison.compared_rows(model)
+        tested = [name for name, number in rows.items() if number >= MIN_ROWS]
+        changed = [name for name in tested if comparison.is_significant(name, model)]
         shown = [name for name in headlines(comparison) if name in changed] or changed[:HEADLINES]
-        if not changed:
-            what = f"nothing differs beyond chance, of {len(compared)} measured"
+        if rows and not tested:
+            most = max(rows.values())
+            what = f"too few rows to tell what differs ({most} at most, and {MIN_ROWS} are needed)"
+        elif not changed:
+            what = f"nothing differs beyond chance, of {len(tested)} measured"
         else:
             what = "; ".join(_change(comparison, name, model, before) for name in shown)
             if others := len(changed) - len(shown):
                 what += f"; {others} more {'measure differs' if others == 1 else 'measures differ'} (below)"
+        if tested and (few := len(rows) - len(tested)):
+            what += (
+                f"; {few} more {'has' if few == 1 else 'have'} fewer than {MIN_ROWS} rows, too few to tell"
+            )
         sentences.append(f"{model.name} against {before.name}: {what}.")
     return sentences
 
@@ -67,14 +75,13 @@ def table(comparison: Comparison, names: list[str]) -> list[dict[str, Any]]:
             tone = ""
             if d is not None and comparison.is_significant(name, model) and metric.better != "neither":
                 tone = "good" if (d.mean > 0) == (metric.better == "higher") else "bad"
-            change = (comparison.difference_label(name, model) or "").partition(": no difference")[0]
             bar = [_place(b, low, high) for b in model.interval(name)] if name in model.values else []
             cells.append(
                 {
                     "value": value,
                     "interval": f"[{interval}" if interval else "",
                     "bar": bar,
-                    "change": change,
+                    "change": comparison.difference_label(name, model) or "",
                     "tone": tone,
                 }
             )

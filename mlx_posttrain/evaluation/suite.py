@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from mlx_posttrain import config
-from mlx_posttrain.console import log
+from mlx_posttrain.console import lines_once, log
 from mlx_posttrain.data import encode, formats, sources
 from mlx_posttrain.data.read import with_system
 from mlx_posttrain.data.types import Conversation, Turn
@@ -34,7 +34,7 @@ from mlx_posttrain.evaluation.prompting import (
 from mlx_posttrain.evaluation.reward_scoring import add_reward_metrics, score_answers
 from mlx_posttrain.evaluation.right_answers import add_accuracy, check_answers
 from mlx_posttrain.models.open import open_model
-from mlx_posttrain.models.source import locate
+from mlx_posttrain.models.source import locate, saves_language_model
 
 
 class SuiteSection(config.Section):
@@ -124,6 +124,7 @@ class SuiteSection(config.Section):
 MAX_OPENINGS = 200  # base texts that are continued at most
 
 
+@lines_once()
 def compare(
     names: Sequence[str],
     suite: SuiteSection,
@@ -144,6 +145,12 @@ def compare(
     baselines = list(baselines) if baselines else [0] * len(names)
     labels = list(labels) if labels else model_labels(names)
     sources_of_models = [locate(name) for name in names]
+    for name, source in zip(names, sources_of_models, strict=True):  # before any of them is measured
+        if not saves_language_model(source.adapter or source.folder):
+            raise UserError(
+                f"{name} is a reward model: it scores texts and writes none; give a language model, or name "
+                "it as the judge with reward="
+            )
     settings = prompt_settings(
         sources_of_models,
         template=suite.template,

@@ -86,12 +86,16 @@ def synthesize(
     if settings.reward is None:
         judged = [row for row in rows if verify.kind(row.extra) is not None]
         counts["questions without a rule"] = len(rows) - len(judged)
-        rows = judged
-        if not rows:
+        if not judged:
+            if long := verify.unjudged(row.extra for row in rows):
+                raise UserError(
+                    f"{prompts}: {long}; give a reward model with --reward, or rows with short answers"
+                )
             raise UserError(
                 f"{prompts}: no answer to these questions can be checked; give a reward model with "
                 "--reward, or rows with an answer"
             )
+        rows = judged
     if server is not None and dtype is not None:
         raise UserError("--dtype belongs to a teacher that is loaded here; a server has its own")
     source: teachers.Local | teachers.Remote = (

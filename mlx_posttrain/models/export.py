@@ -279,8 +279,8 @@ def _requantised(source: Source, run: str | Path, folder: Path, force: bool) -> 
     drift = save_requantised(model, folder, probe)
     if drift["lost"] > MAX_LOST and not force:
         raise UserError(
-            f"merging into the {base_bits(source)}-bit base would lose {drift['lost']:.0%} of the adapter's "
-            f"effect on the logits (bound {MAX_LOST:.0%}): "
+            f"merging into the {base_bits(source)}-bit base costs too much: {_effect_lost(drift)} (bound "
+            f"{MAX_LOST:.0%}): "
             "keep the adapter separate (--to peft or --to mlx-lm without --merge), merge to full precision "
             "with --to hf --merge, or add --force"
         )
@@ -289,7 +289,12 @@ def _requantised(source: Source, run: str | Path, folder: Path, force: bool) -> 
 
 def _describe(drift: Mapping[str, float]) -> str:
     return (
-        f"{drift['lost']:.1%} of the adapter's effect on the logits is lost, largest difference "
-        f"{drift['max_logit_difference']:.3f}, "
+        f"{_effect_lost(drift)}, largest difference {drift['max_logit_difference']:.3f}, "
         f"KL {drift['kl']:.4f} nats"
     )
+
+
+def _effect_lost(drift: Mapping[str, float]) -> str:
+    if drift["lost"] > 1:
+        return f"rounding changes the logits {drift['lost']:.1f} times as much as the adapter does"
+    return f"{drift['lost']:.1%} of the adapter's effect on the logits is lost"

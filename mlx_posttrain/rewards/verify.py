@@ -80,6 +80,18 @@ def verifiable(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if kind(row) is not None]
 
 
+def unjudged(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return how many rows no rule judges because their answer is too long, as a clause; "" for none."""
+    rows = list(rows)
+    long = sum(kind(row) is None and len(_answer(row).split()) > LONGEST_TEXT for row in rows)
+    if not long:
+        return ""
+    return (
+        f"{long:,} of {len(rows):,} questions cannot be judged, because their answers are longer than "
+        f"{LONGEST_TEXT} words, which no rule compares"
+    )
+
+
 def _rule(row: Mapping[str, Any]) -> str | None:
     """Return the rule of a row that does not go by its answer, or None."""
     if isinstance(row.get("checker"), Mapping):
@@ -107,18 +119,19 @@ def _is_number(value: Any) -> bool:
 
 def _reference(row: Mapping[str, Any]) -> str | None:
     """Return the reference answer as a text, or None if it is missing, blank or too long."""
+    answer = _answer(row)
+    short = len(answer.split()) <= LONGEST_TEXT or answers.is_collection(answer)
+    return answer if short and answers.bare_words(answer) else None
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """Return the reference answer as a text of any length, "" where it is missing."""
     value = next((row[key] for key in ("answer", "output") if row.get(key) is not None), None)
     if _is_number(value):
         value = format(Decimal(str(value)), "f")  # 1e+20 in digits
-    answer = (
-        answers.final_answer(value)
-        if isinstance(value, str)
-        else str(value)
-        if isinstance(value, bool)
-        else ""
-    )
-    short = len(answer.split()) <= LONGEST_TEXT or answers.is_collection(answer)
-    return answer if short and answers.bare_words(answer) else None
+    if isinstance(value, str):
+        return answers.final_answer(value)
+    return str(value) if isinstance(value, bool) else ""
 
 
 class Arithmetic(NamedTuple):

@@ -50,6 +50,8 @@ def test_forgetting_is_told_apart_from_chance():
     )
     assert worse.verdict == "yes" and "sft forgot most" in worse.sentence
     assert same.verdict == "no" and "beyond chance" in same.sentence
+    few = findings.forgetting(comparison(base={"perplexity": base[:4]}, sft={"perplexity": base[:4] + 2}))
+    assert few.verdict == "cannot say" and few.sentence.startswith("4 texts are too few to tell (20 are")
     assert findings.forgetting(comparison(base={"perplexity": base})) is None
 
 
@@ -216,12 +218,18 @@ def test_repetition_and_overfitting():
     assert findings.repetition(looping(base=text, sft=text)).verdict == "no"
     # all 5 that did not loop before: p = .06
     full = findings.repetition(looping(base=loops[:15] + text[:5], sft=loops))
-    assert full.verdict == "cannot say" and "an increase could not show" in full.sentence
+    assert full.verdict == "cannot say" and full.sentence.endswith("an increase could not show.")
+    sampled = looping(base=loops[:15] + text[:5], sft=loops)
+    sampled.models[1].values["seq_rep_4_sampled"] = Values(np.zeros(20))
+    assert "repetition of sampled text" in findings.repetition(sampled).sentence
     # all of 6: p = .03
     assert findings.repetition(looping(base=loops[:14] + text[:6], sft=loops)).verdict == "yes"
     # 3 of 20: chance
     assert findings.repetition(looping(base=text, sft=loops[:3] + text[:17])).verdict == "no"
-    assert findings.repetition(looping(base=text[:9], sft=loops[:9])).verdict == "cannot say"
+    for number in (4, 9):  # none of them loops before tuning
+        few = findings.repetition(looping(base=text[:number], sft=loops[:number]))
+        assert few.verdict == "cannot say" and "Nearly all" not in few.sentence
+        assert few.sentence.endswith(f"100%. {number} texts are too few to tell (20 are needed).")
     assert findings.repetition(looping(base=[])) is None
     steps = [{"step": s, "nll": 2.0 / s} for s in range(1, 30)]
     rising = [{"step": 10, "eval/nll": 1.0}, {"step": 20, "eval/nll": 0.8}, {"step": 29, "eval/nll": 1.2}]

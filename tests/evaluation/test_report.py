@@ -454,6 +454,46 @@ def test_the_page_opens_with_what_changed_in_words():
     assert stage_table.opening(same) == ["sft against base: nothing differs beyond chance, of 2 measured."]
 
 
+def test_too_few_rows_are_not_called_chance(tmp_path):
+    """Two measures have 40 rows and one has 12; then 12 is all there is."""
+    made = compared(accuracy=(0.5, 0.5), response_loss=(3, 3), perplexity=(3, 4))
+    for model in made.models:
+        model.values["perplexity"] = Values(model.values["perplexity"].rows[:12])
+    assert stage_table.opening(made) == [
+        "sft against base: nothing differs beyond chance, of 2 measured; "
+        "1 more has fewer than 20 rows, too few to tell."
+    ]
+    mixed = ". Too few rows to tell (20 are needed): base-text perplexity (12)"
+    assert made.significance_note("*").startswith("* beyond chance: p < .05")
+    assert made.significance_note("*").endswith(mixed)
+    for model in made.models:
+        model.values = {"perplexity": model.values["perplexity"]}
+    assert stage_table.opening(made) == [
+        "sft against base: too few rows to tell what differs (12 at most, and 20 are needed)."
+    ]
+    page = report.write(tmp_path / "r.html", ["base", "sft"], ["base", "sft"], made, [])
+    text = page.read_text(encoding="utf-8")
+    assert "chance: 12 at most, and 20 are needed." in text and "beyond chance" not in text
+
+
+def test_the_table_and_the_page_say_which_answers_are_not_judged(tmp_path):
+    """Of four questions one has a long answer; a checker, a short answer and none at all are no reason."""
+    long = " ".join(["word"] * 9)
+    rules = [{"answer": long}, {"answer": "4"}, {"checker": {}, "answer": long}, {}]
+    model = ModelResult("base", "base", {"accuracy": Values(np.array([np.nan, 1, 0, np.nan]))}, ["4"] * 4)
+    asked = [{"prompt": "q", "expected": "", "family": "", "rule": rule} for rule in rules]
+    note = (
+        "Right answers: 1 of 4 questions cannot be judged, because their answers are longer than 8 words, "
+        "which no rule compares."
+    )
+    made = Comparison({}, "own", [model], asked)
+    assert note in " ".join(made.table().split())
+    assert Comparison({}, "own", [model], asked[1:]).notes() == []
+    made, model.answers = Comparison({}, "own", [model], asked[:2]), ["4"] * 2
+    page = report.write(tmp_path / "r.html", ["base"], ["base"], made, [])
+    assert note.replace("of 4", "of 2") in page.read_text(encoding="utf-8")
+
+
 def test_five_rows_are_shown_and_the_rest_folded():
     names = ["length", "distinct_2", "accuracy", "ended", "seq_rep_4", "response_loss", "diversity"]
     comparison = compared(**dict.fromkeys(names, (0.5, 0.75)))

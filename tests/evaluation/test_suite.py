@@ -326,6 +326,18 @@ def test_labels_templates_and_questions(tmp_path):
         suite.read_questions(SuiteSection(rows=str(path)))
 
 
+def test_a_reward_model_is_refused_before_anything_is_measured(random_gpt2, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(random_gpt2, tmp_path / "rm")
+    config = json.loads((tmp_path / "rm" / "config.json").read_text())
+    config["architectures"] = ["GPT2ForSequenceClassification"]
+    (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(suite, "open_model", None)
+    with pytest.raises(UserError, match=r"rm is a reward model: .* reward="):
+        suite.compare([str(random_gpt2), str(tmp_path / "rm")], SuiteSection(texts=None))
+
+
 def test_few_rows_show_no_difference():
     """A single row makes an interval a point, which would always exclude 0."""
     for rows, significant in ((1, False), (comparison.MIN_ROWS - 1, False), (comparison.MIN_ROWS, True)):
@@ -333,10 +345,11 @@ def test_few_rows_show_no_difference():
             ModelResult(n, n, {"accuracy": Values(np.full(rows, v))}) for n, v in (("a", 0.0), ("b", 1.0))
         )
         made = Comparison({}, "question", [a, b], [])
-        assert (
-            made.is_significant("accuracy", b) is significant
-            and (": no difference" in made.difference_label("accuracy", b)) is not significant
-        )
+        assert made.is_significant("accuracy", b) is significant
+        text = " ".join(made.table().split())
+        few = f"Too few rows to tell a difference from chance: {rows} at most, and 20 are needed"
+        assert (few in text) is ("* differs from" not in text) is not significant
+        assert made.to_dict()["models"][1]["too_few_rows"] == ([] if significant else ["accuracy"])
 
 
 def test_of_many_equal_models_hardly_any_is_marked():

@@ -15,7 +15,7 @@ import pytest
 
 from mlx_posttrain import engines
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.models.export import export, push
+from mlx_posttrain.models.export import _describe, export, push
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from tests.helpers import cli, read_jsonl, run_recipe
@@ -189,10 +189,16 @@ def test_qlora_really_quantises_trains_and_merges_with_its_drift_measured(runs, 
     )
     monkey = pytest.MonkeyPatch()
     monkey.setattr("mlx_posttrain.models.export.MAX_LOST", drift["lost"] / 2)
-    with pytest.raises(UserError, match=r"4-bit base would lose .* --force"):
+    with pytest.raises(UserError, match=r"4-bit base costs too much: .* --force"):
         export(run, tmp_path / "refused", "mlx-lm", merged=True)
     monkey.undo()
     assert not (tmp_path / "refused").exists()
+
+
+def test_no_more_than_everything_is_said_to_be_lost():
+    said = [_describe({"lost": x, "max_logit_difference": 1, "kl": 0}) for x in (0.25, 6.236)]
+    assert said[0].startswith("25.0% of the adapter's effect on the logits is lost, largest")
+    assert said[1].startswith("rounding changes the logits 6.2 times as much as the adapter does, largest")
 
 
 @pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")

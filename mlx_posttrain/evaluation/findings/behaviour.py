@@ -40,8 +40,11 @@ def forgetting(comparison: Comparison) -> Finding | None:
         before = comparison.baseline(compared[name][0]).name
         return f"from {perplexity[before].mean:.1f} ({before}) to {perplexity[name].mean:.1f}"
 
+    rows = min(comparison.paired_rows("perplexity", m) for m, _ in compared.values())
     if worse:
         sentence = f"{worst} forgot most: its perplexity went {change(worst)}"
+    elif rows < MIN_ROWS:
+        sentence = f"{_too_few(rows)}: perplexity of {worst} went {change(worst)}"
     else:
         sentence = f"No model is worse on base text beyond chance: perplexity of {worst} went {change(worst)}"
     sentence += f"; that of {least} {change(least)}." if least != worst else "."
@@ -51,11 +54,10 @@ def forgetting(comparison: Comparison) -> Finding | None:
         drawn["kl"] = charts.bars(
             kl, y="KL(base || model), nats per token", title="Distance from the base on plain text"
         )
-    enough = all(comparison.paired_rows("perplexity", m) >= MIN_ROWS for m, _ in compared.values())
     return Finding(
         "Was base text forgotten?",
         sentence,
-        "yes" if worse else "no" if enough else "cannot say",
+        "yes" if worse else "cannot say" if rows < MIN_ROWS else "no",
         {
             "perplexity": perplexity,
             "nats_minus_base": {name: d for name, (_, d) in compared.items()},
@@ -63,6 +65,10 @@ def forgetting(comparison: Comparison) -> Finding | None:
         },
         drawn,
     )
+
+
+def _too_few(texts: int) -> str:
+    return f"{texts} {'text is' if texts == 1 else 'texts are'} too few to tell ({MIN_ROWS} are needed)"
 
 
 def loop_start(tokens: Sequence[int], longest: int = 16) -> tuple[int, int] | None:
@@ -107,11 +113,12 @@ def repetition(comparison: Comparison) -> Finding | None:
         )
         for m in tuned
     ]
+    texts = min(len(m.continuations) for m in models)
     # where nearly all texts loop before tuning, no number of loops after it could differ beyond chance
-    saturated = any(
+    saturated = texts >= MIN_ROWS and any(
         sum(loop is None for loop in loops[comparison.baseline(m).name]) < MIN_LOOP_FREE for m in tuned
     )
-    enough = all(len(m.continuations) >= MIN_ROWS for m in models) and not saturated
+    enough = texts >= MIN_ROWS and not saturated
     significant = holm([sign_flip(*pair, seed=comparison.seed) for pair in pairs], LEVEL)
     worse = [
         m.name
@@ -128,10 +135,11 @@ def repetition(comparison: Comparison) -> Finding | None:
         least = min(others, key=lambda n: looping[n].mean)
         sentence += f", {least} in {looping[least].mean:.0%}" if least != most else ""
     if saturated:
-        sentence += (
-            ". Nearly all texts loop before tuning, so an increase could not show: see the table's "
-            "repetition of sampled text"
-        )
+        sentence += ". Nearly all texts loop before tuning, so an increase could not show"
+        if any("seq_rep_4_sampled" in m.values for m in models):
+            sentence += ": see the table's repetition of sampled text"
+    elif tuned and not enough:
+        sentence += f". {_too_few(texts)}"
     steps = list(range(max(len(tokens) for m in models for tokens in m.continuations) + 1))
     chart = charts.curves(
         {
@@ -214,7 +222,7 @@ def loss_and_quality(comparison: Comparison) -> Finding | None:
             agree += 1
         else:
             disagree.append((a.name, b.name) if loss < 0 else (b.name, a.name))
-    within_chance = len(pairs) - len(counted)
+    within_chance, untested = len(tested) - len(counted), len(pairs) - len(tested)
     sentence = (
         f"Of {len(pairs)} pairs of models, the one with the lower loss answers more questions right in "
         f"{agree}"
@@ -224,7 +232,8 @@ def loss_and_quality(comparison: Comparison) -> Finding | None:
         sentence += (
             f" and fewer in {len(disagree)} (for example {better}, with the lower loss, against {worse})"
         )
-    sentence += f"; in {within_chance} the difference is within chance." if within_chance else "."
+    sentence += f"; in {within_chance} the difference is within chance" if within_chance else ""
+    sentence += f"; {untested} cannot be told, for fewer than {MIN_ROWS} rows." if untested else "."
     verdict: Verdict = "yes" if disagree else "no" if agree else "cannot say"
     points = {m.name: ([m.interval("response_loss").mean], [m.interval("accuracy").mean]) for m in models}
     chart = charts.scatter(
