@@ -516,6 +516,10 @@ def synthesize(
     template: Annotated[str | None, typer.Option(help="prompt format; default: the teacher's own")] = None,
     system: Annotated[str | None, typer.Option(help="system prompt; default: the teacher's own")] = None,
     format: Annotated[str, typer.Option(help="shape of a question's row, as data.format")] = "auto",
+    columns: Annotated[
+        str | None,
+        typer.Option(help="our column name: the file's, as data.columns, for example '{question: ask}'"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="ask this many questions")] = None,
     seed: Annotated[
         int | None,
@@ -546,6 +550,7 @@ def synthesize(
     A teacher answers many times, and what is right is kept; with a reward model, what it likes best is kept
     instead.
     """
+    from mlx_posttrain import config
     from mlx_posttrain.generation import synthesize as module
     from mlx_posttrain.generation.server import Server
 
@@ -562,6 +567,7 @@ def synthesize(
         engine=engine,
         limit=limit,
         format=format,
+        columns=config.columns(columns),
         server=server,
         dtype=dtype,
     )

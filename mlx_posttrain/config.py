@@ -459,6 +459,14 @@ def settings(overrides: list[str]) -> dict[str, Any]:
     return found
 
 
+def columns(text: str | None) -> dict[str, str]:
+    """The map of an option --columns, {our name: the file's name}. Raises UserError where it is none."""
+    found = settings([f"columns={text}"])["columns"] if text is not None else {}
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"--columns {text}: write our names and the file's, '{{question: your_question}}'")
+    return found
+
+
 def override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """``raw`` with dotted keys set to other values; a path becomes text."""
     raw = copy.deepcopy(raw)
