@@ -502,8 +502,12 @@ def _place(section: Any, name: str, key: str) -> str | int:
     if isinstance(section, dict):
         return name
     if not name.isdecimal() or int(name) >= len(section):
+        before, _, after = f".{key}.".partition(f".{name}.")
+        numbered = f"{before}.0.{name}.{after}".strip(".")
+        shown = f", as {numbered}=..." if section and name.isidentifier() else ""
         raise UserError(
             f"setting '{key}': a list of {len(section)} has no entry {name!r}; they are numbered from 0"
+            f"{shown}"
         )
     return int(name)
 
@@ -736,6 +740,10 @@ def _explain(error: Any, cls: type[BaseModel], kinds: Mapping[tuple[str, ...], S
     if error["msg"].startswith("Input should be "):
         each = kinds.get(tuple(path), []) if error["type"] in _MUST else []
         must = " or ".join(dict.fromkeys(each)) or error["msg"].removeprefix("Input should be ")
+        if error["type"] == "list_type" and (entry := _entry(cls, path)):
+            given = error["input"]
+            written = flow([given if isinstance(given, dict) else {entry: given}])
+            return f"'{key}': must be a list, not {short(given)}; write '{key}={written}'"
         colon = error["type"] == "string_type" and isinstance(error["input"], dict)
         advice = "; a text with a colon or braces stands in double quotes" if colon else ""
         return f"'{key}': must be {must}, not {short(error['input'])}{advice}"
@@ -745,6 +753,18 @@ def _explain(error: Any, cls: type[BaseModel], kinds: Mapping[tuple[str, ...], S
     if error["type"] == "value_error" and isinstance(error["input"], dict):
         return f"'{key}': {message}" if key else message
     return f"'{key}': {message}, got {short(error['input'])}"
+
+
+def _entry(cls: type[BaseModel], path: Sequence[str]) -> str | None:
+    """The first key of the sections in the list that a key takes; None where it takes no list of sections."""
+    name = path[-1] if path else ""
+    for part in path[:-1]:
+        inner = _section(cls.model_fields[part].annotation) if part in cls.model_fields else None
+        if inner is None:
+            return None
+        cls = inner
+    section = _section(cls.model_fields[name].annotation) if name in cls.model_fields else None
+    return next(iter(section.model_fields), None) if section else None
 
 
 def short(value: Any, most: int = 80) -> str:

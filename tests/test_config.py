@@ -195,3 +195,22 @@ def test_the_error_of_a_key_with_several_types_names_the_key(setting, message):
         methods.load_recipe("03_lora", [setting])
     assert message in str(raised.value)
     assert ".str" not in str(raised.value) and "list[str]" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("reward=runs/rm", "'reward': must be a list, not 'runs/rm'; write 'reward=[{model: runs/rm}]'"),
+        ("reward={model: runs/rm}", "write 'reward=[{model: runs/rm}]'"),
+        ("data.sources=a.jsonl", "not 'a.jsonl'; write 'data.sources=[{source: a.jsonl}]'"),
+        ("reward.model=runs/rm", "no entry 'model'; they are numbered from 0, as reward.0.model=..."),
+        ("reward.args.k", "no entry 'args'; they are numbered from 0, as reward.0.args.k=..."),
+        ("reward.7.model=runs/rm", "no entry '7'; they are numbered from 0"),
+        ("log=wandb", "'log': must be a list, not 'wandb'"),
+    ],
+)
+def test_a_setting_of_a_list_shows_how_an_entry_is_written(setting, message):
+    with pytest.raises(UserError) as raised:
+        methods.load_recipe("10_grpo", [setting if "=" in setting else f"{setting}=1"])
+    assert message in str(raised.value)
+    assert "0.7" not in str(raised.value)
