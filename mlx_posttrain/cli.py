@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_posttrain.hints import Commands, Settings
+from mlx_posttrain.hints import Commands, Prompts, Settings
 from mlx_posttrain.methods import METHODS
 
 app = typer.Typer(
@@ -123,27 +123,27 @@ def recipes() -> None:
 @app.command()
 def keys(
     of: Annotated[
-        str,
+        list[str] | None,
         typer.Argument(
             metavar="METHOD",
-            help=f"a method ({', '.join(METHODS)}), suite, or a word to find in the keys of all",
-            show_default=True,
+            help=f"a method ({', '.join(METHODS)}), suite, or words to find in the keys of all; default: sft",
         ),
-    ] = "sft",
+    ] = None,
 ) -> None:
     """List a recipe's keys with their defaults, or find a key.
 
     `keys suite`: those of eval and compare; `keys WORD`: those of any method that have this word in their
-    name or description.
+    name or description, and of several words all.
     """
     from mlx_posttrain import config, console, methods
     from mlx_posttrain.evaluation.suite import SuiteSection
 
-    if of != "suite" and of not in METHODS and (found := methods.find_keys(of)):
+    name = " ".join(of or ["sft"])
+    if name != "suite" and name not in METHODS and (found := methods.find_keys(name)):
         for line in found:
             typer.echo(line)
         return
-    section = SuiteSection if of == "suite" else methods.get(of).Recipe
+    section = SuiteSection if name == "suite" else methods.get(name).Recipe
     for key, default, description in config.describe(section):
         typer.echo(f"{key}: {default}".rstrip())
         typer.echo(console.columns(["   "], description))
@@ -181,7 +181,7 @@ def convert(
     typer.echo(f"{done.path}: {done.model_type}, {done.tensors} tensors, {done.bytes / 2**20:.1f} MB{bits}")
 
 
-@app.command()
+@app.command(cls=Prompts)
 def generate(
     model: Annotated[str, typer.Argument(help="a run, a model or adapter folder, `tiny`, or a hub id")],
     prompt: Annotated[list[str] | None, typer.Option(help="prompt; may be given several times")] = None,
@@ -520,6 +520,10 @@ def synthesize(
     template: Annotated[str | None, typer.Option(help="prompt format; default: the teacher's own")] = None,
     system: Annotated[str | None, typer.Option(help="system prompt; default: the teacher's own")] = None,
     format: Annotated[str, typer.Option(help="shape of a question's row, as data.format")] = "auto",
+    columns: Annotated[
+        str | None,
+        typer.Option(help="our column name: the file's, as data.columns, for example '{question: ask}'"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="ask this many questions")] = None,
     seed: Annotated[
         int | None,
@@ -550,6 +554,7 @@ def synthesize(
     A teacher answers many times, and what is right is kept; with a reward model, what it likes best is kept
     instead.
     """
+    from mlx_posttrain import config
     from mlx_posttrain.generation import synthesize as module
     from mlx_posttrain.generation.server import Server
 
@@ -566,6 +571,7 @@ def synthesize(
         engine=engine,
         limit=limit,
         format=format,
+        columns=config.columns(columns),
         server=server,
         dtype=dtype,
     )

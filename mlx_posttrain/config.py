@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mlx_posttrain.convert.files import from_here, home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.key_names import elsewhere_called
-from mlx_posttrain.yaml_text import MAX_CHARACTERS, flow, parse_yaml, unquoted, with_spaces
+from mlx_posttrain.yaml_text import MAX_CHARACTERS, Written, flow, parse_yaml, unquoted, with_spaces
 
 #: Largest whole number in a recipe, seeds included: what 32 bits hold, as libraries keep them.
 MAX_INT = 2**31 - 1
@@ -156,7 +157,9 @@ class DataSection(Section):
         "'Make {target} from {nums}.' for example; null: the file has it",
     )
     template: str | list[str] = Field(
-        "instruction", description="a template's name, or a list from which each row draws one by seed"
+        "instruction",
+        description="a template's name, or a list from which each row draws one by seed: instruction, plain, "
+        "chatml, question, dialogue, alpaca, none, or chat (the model's own)",
     )
     train_on: TrainOn = Field(
         "completion", description="which tokens are trained: the last answer, every answer, or all text"
@@ -456,8 +459,16 @@ def settings(overrides: list[str]) -> dict[str, Any]:
             raise UserError(
                 f"override {short(setting)}: a colon needs a space after it: '{key}={flow(spaced)}'"
             )
-        found[key] = value
+        found[key] = Written(value, text) if isinstance(value, dict) else value
     return found
+
+
+def columns(text: str | None) -> dict[str, str]:
+    """The map of an option --columns, {our name: the file's name}. Raises UserError where it is none."""
+    found = settings([f"columns={text}"])["columns"] if text is not None else {}
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"--columns {text}: write our names and the file's, '{{question: your_question}}'")
+    return dict(found)
 
 
 def override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -492,8 +503,12 @@ def _place(section: Any, name: str, key: str) -> str | int:
     if isinstance(section, dict):
         return name
     if not name.isdecimal() or int(name) >= len(section):
+        before, _, after = f".{key}.".partition(f".{name}.")
+        numbered = f"{before}.0.{name}.{after}".strip(".")
+        shown = f", as {numbered}=..." if section and name.isidentifier() else ""
         raise UserError(
             f"setting '{key}': a list of {len(section)} has no entry {name!r}; they are numbered from 0"
+            f"{shown}"
         )
     return int(name)
 
@@ -616,23 +631,37 @@ def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = N
     Raises UserError, one line, naming the key.
     """
     try:
-        return cls.model_validate(_floats(raw), context={"folder": folder})
+        return cls.model_validate(_as_meant(raw, cls), context={"folder": folder})
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e, cls) for e in error.errors()[:3])) from None
+        raise UserError(f"{where}: " + "; ".join(_explain_all(error.errors(), cls)[:3])) from None
     except UnicodeEncodeError:
         raise UserError(f"{where}: a text in it has half a surrogate pair, which is no character") from None
 
 
-def _floats(value: Any) -> Any:
-    # PyYAML follows YAML 1.1, in which 1e-5 (no dot) is a string; people mean a number.
+def _as_meant(value: Any, kind: Any) -> Any:
+    """A value for a key of the type ``kind``, as people mean it.
+
+    PyYAML follows YAML 1.1, in which 1e-5 (no dot) is a text, and a colon in a text makes a mapping of it.
+    """
+    if isinstance(value, Written) and str in _kinds(kind) and not _takes_mapping(kind):
+        return value.text
     if isinstance(value, dict):
-        return {k: _floats(v) for k, v in value.items()}
+        section = _section(kind)
+        fields = section.model_fields if section else {}
+        return {k: _as_meant(v, fields[k].annotation if k in fields else None) for k, v in value.items()}
     if isinstance(value, str):
         mantissa, e, exponent = value.lower().partition("e")
         if e and mantissa.replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit():
             with contextlib.suppress(ValueError):  # digits of other scripts
                 return float(value)
     return value
+
+
+def _takes_mapping(annotation: Any) -> bool:
+    inner = get_args(annotation)
+    return (
+        get_origin(annotation) is dict or _section(annotation) is not None or any(map(_takes_mapping, inner))
+    )
 
 
 #: What a value must be, by pydantic's type of the error, where its message is about parsing.
@@ -662,8 +691,34 @@ def meant(cls: type[BaseModel], name: str, *, close: bool = False) -> list[str]:
     return found + [key for match in near for key in called[match]]
 
 
-def _explain(error: Any, cls: type[BaseModel]) -> str:
-    path = [str(p) for p in error["loc"]]
+def _explain_all(errors: Sequence[Any], cls: type[BaseModel]) -> list[str]:
+    """A sentence for each key; what the types of a union say about one value is one."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for error in errors:
+        if must := _MUST.get(error["type"]):
+            kinds.setdefault(tuple(_path(error["loc"], cls)), []).append(must)
+    return list(dict.fromkeys(_explain(error, cls, kinds) for error in errors))
+
+
+def _path(loc: Sequence[int | str], cls: type[BaseModel]) -> list[str]:
+    """The parts of a key in an error's place, without the names of the types in a union."""
+    found: list[str] = []
+    kind: Any = cls
+    for part in map(str, loc):
+        section = _section(kind)
+        union = [one for one in get_args(kind) if one is not type(None)]
+        if get_origin(kind) in (Union, UnionType) and len(union) > 1 and not part.isdigit():
+            # a section's name, or that of a type such as str or list[str]
+            kind = next((one for one in union if part in (getattr(one, "__name__", ""), str(one))), None)
+            continue
+        found.append(part)
+        if section is not None and part in section.model_fields:
+            kind = section.model_fields[part].annotation
+    return found
+
+
+def _explain(error: Any, cls: type[BaseModel], kinds: Mapping[tuple[str, ...], Sequence[str]]) -> str:
+    path = _path(error["loc"], cls)
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _keys(cls, path[:-1])
@@ -684,14 +739,33 @@ def _explain(error: Any, cls: type[BaseModel]) -> str:
     if path[-1:] and ":" in path[-1] and error["input"] is None:
         return f"'{key}': a colon needs a space after it: {path[-1].replace(':', ': ', 1)}"
     if error["msg"].startswith("Input should be "):
-        must = _MUST.get(error["type"]) or error["msg"].removeprefix("Input should be ")
-        return f"'{key}': must be {must}, not {short(error['input'])}"
+        each = kinds.get(tuple(path), []) if error["type"] in _MUST else []
+        must = " or ".join(dict.fromkeys(each)) or error["msg"].removeprefix("Input should be ")
+        if error["type"] == "list_type" and (entry := _entry(cls, path)):
+            given = error["input"]
+            written = flow([given if isinstance(given, dict) else {entry: given}])
+            return f"'{key}': must be a list, not {short(given)}; write '{key}={written}'"
+        colon = error["type"] == "string_type" and isinstance(error["input"], dict)
+        advice = "; a text with a colon or braces stands in double quotes" if colon else ""
+        return f"'{key}': must be {must}, not {short(error['input'])}{advice}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     # about several keys: the message says which
     if error["type"] == "value_error" and isinstance(error["input"], dict):
         return f"'{key}': {message}" if key else message
     return f"'{key}': {message}, got {short(error['input'])}"
+
+
+def _entry(cls: type[BaseModel], path: Sequence[str]) -> str | None:
+    """The first key of the sections in the list that a key takes; None where it takes no list of sections."""
+    name = path[-1] if path else ""
+    for part in path[:-1]:
+        inner = _section(cls.model_fields[part].annotation) if part in cls.model_fields else None
+        if inner is None:
+            return None
+        cls = inner
+    section = _section(cls.model_fields[name].annotation) if name in cls.model_fields else None
+    return next(iter(section.model_fields), None) if section else None
 
 
 def short(value: Any, most: int = 80) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import shlex
 from typing import Any
 
 import typer
@@ -49,6 +50,17 @@ class Commands(TyperGroup):
         if near == "run":
             return _to_train("01_sft")
         return f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
+
+
+class Prompts(TyperCommand):
+    """A command whose prompts are options: one in the place of an argument is answered with the option."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        ctx.allow_extra_args = True
+        further = super().parse_args(ctx, args)
+        if ctx.args and not ctx.resilient_parsing:
+            raise UserError(f"prompts are options: --prompt {shlex.quote(ctx.args[0])}")
+        return further
 
 
 class Settings(TyperCommand):

@@ -1,8 +1,8 @@
 """What a shipped recipe says about its own rows does not hold for rows from elsewhere.
 
 ``run 03_lora data.source=mine.csv`` means all of mine.csv, read for what it is: the 200 rows of Alpaca that
-the recipe takes, its configuration, format and splits are left behind. What the user sets always holds, and
-what a user's own recipe says is the user's.
+the recipe takes, its configuration, format, splits and system prompt are left behind. What the user sets
+always holds, and what a user's own recipe says is the user's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mlx_posttrain.console import log
 if TYPE_CHECKING:
     from mlx_posttrain.config import DataSection
 
-#: Keys of `data` that say how the rows of one source are found and read.
-DESCRIBING = ("split", "config", "format", "families", "columns", "eval_split")
+#: Keys of `data` that say how the rows of one source are found and read, and what stands before each of them.
+DESCRIBING = ("split", "config", "format", "families", "columns", "eval_split", "system")
 #: Keys of `data` that say how many of them are taken. Generated rows have no number of their own.
 CUTTING = ("limit", "shuffle", "holdout", "clean.keep")
 
@@ -115,4 +115,6 @@ def _holder(data: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str) and " " in value:
+        return repr(value if len(value) <= 40 else f"{value[:39]}…")
     return str(value) if not isinstance(value, list | dict) else "..."

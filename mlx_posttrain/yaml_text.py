@@ -124,6 +124,14 @@ def with_spaces(value: Any) -> Any:
     return found
 
 
+class Written(dict[Any, Any]):
+    """The mapping that a setting's ``text`` is as YAML, which may be meant as text: ``Q: {question}``."""
+
+    def __init__(self, value: dict[Any, Any], text: str):
+        super().__init__(value)
+        self.text = text
+
+
 def flow(value: Any) -> str:
     """A value of plain texts and numbers on one line, without quotes, as a person types it."""
     if isinstance(value, dict):

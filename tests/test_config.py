@@ -152,3 +152,65 @@ def test_an_entry_of_a_list_is_named_by_its_number():
             config.override(raw, {key: 1})
     with pytest.raises(UserError, match="'weight' is a value, not a section"):
         config.override(raw, {"data.sources.0.weight.x": 1})
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("data.prompt=From {city}: {ask}", "From {city}: {ask}"),
+        ("data.prompt=Q: {ask}\nA: ", "Q: {ask}\nA: "),
+        ("data.template=Q: a", "Q: a"),
+        ("data.system={ask}", "{ask}"),
+        ('data.prompt="Q: {ask}\\nA: "', "Q: {ask}\nA: "),
+    ],
+)
+def test_a_colon_in_a_setting_that_takes_text_makes_no_mapping(setting, text):
+    recipe = methods.load_recipe("01_sft", [setting])
+    key = setting.partition("=")[0].split(".")[1]
+    assert getattr(recipe.data, key) == text
+
+
+def test_a_setting_that_takes_a_mapping_stays_one():
+    recipe = methods.load_recipe("01_sft", ["data.columns=question: ask", "train={steps: 3, lr: 1e-3}"])
+    assert recipe.data.columns == {"question": "ask"} and type(recipe.data.columns) is dict
+    assert recipe.train.steps == 3 and recipe.train.lr == 1e-3
+    with pytest.raises(UserError, match=r"'train\.lr': must be a number, not \{'a': 'b'\}$"):
+        methods.load_recipe("01_sft", ["train.lr=a: b"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.template=5", "'data.template': must be text or a list, not 5"),
+        ("data.template=[plain, 5]", "'data.template': must be text, not ['plain', 5]; "),
+        (
+            "data.columns={a: {b: c}}",
+            "'data.columns.a': must be text, not {'b': 'c'}; a text with a colon or",
+        ),
+        ("adapter.targets=5", "'adapter.targets': must be a list or text, not 5"),
+    ],
+)
+def test_the_error_of_a_key_with_several_types_names_the_key(setting, message):
+    with pytest.raises(UserError) as raised:
+        methods.load_recipe("03_lora", [setting])
+    assert message in str(raised.value)
+    assert ".str" not in str(raised.value) and "list[str]" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("reward=runs/rm", "'reward': must be a list, not 'runs/rm'; write 'reward=[{model: runs/rm}]'"),
+        ("reward={model: runs/rm}", "write 'reward=[{model: runs/rm}]'"),
+        ("data.sources=a.jsonl", "not 'a.jsonl'; write 'data.sources=[{source: a.jsonl}]'"),
+        ("reward.model=runs/rm", "no entry 'model'; they are numbered from 0, as reward.0.model=..."),
+        ("reward.args.k", "no entry 'args'; they are numbered from 0, as reward.0.args.k=..."),
+        ("reward.7.model=runs/rm", "no entry '7'; they are numbered from 0"),
+        ("log=wandb", "'log': must be a list, not 'wandb'"),
+    ],
+)
+def test_a_setting_of_a_list_shows_how_an_entry_is_written(setting, message):
+    with pytest.raises(UserError) as raised:
+        methods.load_recipe("10_grpo", [setting if "=" in setting else f"{setting}=1"])
+    assert message in str(raised.value)
+    assert "0.7" not in str(raised.value)

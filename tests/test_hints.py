@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers import refused
+from tests.helpers import cli, refused
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,14 @@ from tests.helpers import refused
 )
 def test_one_line_names_ours(typed, message, capfd):
     assert message in refused(capfd, *typed.split())
+
+
+def test_a_prompt_without_its_option_is_told_to_have_one(capfd):
+    assert "prompts are options: --prompt 'Hello you'" in refused(capfd, "generate", "tiny", "Hello you")
+
+
+def test_keys_are_found_by_several_words(capsys):
+    assert cli("keys", "learning", "rate") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("train.lr (") for line in lines)
+    assert all("learning" in line and "rate" in line for line in lines)

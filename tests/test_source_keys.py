@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_posttrain import methods
+from mlx_posttrain import config, methods
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.pipeline import stage_recipes
 from tests.helpers import write_jsonl
@@ -15,6 +15,7 @@ OWN = {
     "eval_split": None,
     "split": "train",
     "shuffle": False,
+    "system": None,
 }
 
 
@@ -49,6 +50,16 @@ def test_what_is_left_behind_is_said_in_one_line(rows, capsys):
     data_of("03_lora")
     data_of("03_lora", "data.source=yahma/alpaca-cleaned")
     assert capsys.readouterr().err == ""
+
+
+def test_a_system_prompt_is_that_of_the_recipes_own_rows_or_of_the_user(rows, capsys):
+    shipped = [name for name, path in config.shipped().items() if "\n  system: " in path.read_text()]
+    assert shipped == ["08_distill", "10_dapo", "10_grpo", "10_rloo"]
+    for name in shipped:
+        assert data_of(name)["system"]
+        assert data_of(name, f"data.source={rows}")["system"] is None
+    assert "data.system='Think step by step, and end with the fi…' belong to" in capsys.readouterr().err
+    assert data_of("10_grpo", f"data.source={rows}", "data.system=Be brief.")["system"] == "Be brief."
 
 
 def test_it_is_said_only_once_the_recipe_is_right(rows, tmp_path, capsys):

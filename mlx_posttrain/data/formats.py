@@ -18,13 +18,13 @@ from typing import Any
 
 from mlx_posttrain.data import bounds
 from mlx_posttrain.data import ranked as ranked_rows
+from mlx_posttrain.data.advice import Wants, advice, other_case
 from mlx_posttrain.data.cells import FORMATS, Dropped, Noted, Record, Row, filled
 from mlx_posttrain.data.messages import TOOL_CALLS, have_tools, only_asked
 from mlx_posttrain.data.paired import LATER
 from mlx_posttrain.data.sources import nearest
 from mlx_posttrain.data.types import Conversation, Preference
 from mlx_posttrain.errors import UserError
-from mlx_posttrain.yaml_text import flow
 
 #: Formats in the order in which they are tried. chosen and rejected take precedence over all other columns,
 #: instruction over the prompt and text columns that many Alpaca files also have, and a trace over the
@@ -50,8 +50,6 @@ ORDER = (
 )
 #: All names: those that are only ever named in a recipe come last.
 NAMES = (*ORDER, *(name for name, format in FORMATS.items() if not format.detected))
-#: Formats that are named first where columns are like none.
-COMMON = ("prompt_completion", "messages", "alpaca", "question_answer", "preference", "text")
 #: Keys of data.columns that formats read; other keys reach checkers and reward functions only.
 COLUMNS = {name for format in FORMATS.values() for name in format.columns}
 #: A reason in what parse_rows counts that is of pairs and not of rows.
@@ -70,14 +68,6 @@ class Parsed:
     unread: list[str]
 
 
-def accepted() -> str:
-    """Return one line that names every format and its columns."""
-    return "; ".join(
-        f"{name} ({', '.join('|'.join(alternatives) for alternatives in FORMATS[name].needs)})"
-        for name in NAMES
-    )
-
-
 def table() -> list[str]:
     """The lines of a table of all formats in Markdown."""
     lines = ["| `data.format` | what a row is | needs | may have | example |", "|---|---|---|---|---|"]
@@ -94,72 +84,22 @@ def table() -> list[str]:
     return lines
 
 
-def detect(columns: Iterable[str], named: Mapping[str, str] | None = None) -> str:
+def detect(
+    columns: Iterable[str],
+    named: Mapping[str, str] | None = None,
+    wants: Wants = "answers",
+    setting: str = "data.columns",
+) -> str:
     """Return the first format whose columns are all present.
 
     named: what the file calls those that have another name, {our name: the file's}. Raises UserError with
-    the file's columns, the nearest formats, and the data.columns that would make the nearest fit.
+    the file's columns, the nearest formats, and the ``setting`` that would make them what a method ``wants``.
     """
     present = list(columns)
     for name in ORDER:
         if all(any(c in present for c in alternatives) for alternatives in FORMATS[name].needs):
             return name
-    named, near = named or {}, _nearest(present)
-    found = ", ".join(short(named.get(name, name)) for name in present) or "(none)"
-    raise UserError(
-        f"columns {found} match no format; nearest: {', '.join(_missing(name, present) for name in near)}; "
-        f"rename with data.columns='{_mending(near[0], present, named)}'; docs/data.md lists all formats"
-    )
-
-
-def _mending(name: str, present: Sequence[str], named: Mapping[str, str]) -> str:
-    """The data.columns with which these columns would be of a format, with placeholders for what is open."""
-    format = FORMATS[name]
-    mended = {ours: theirs for ours, theirs in named.items() if ours not in other_case([theirs])}
-    lacks = _lacks(name, present)
-    left = [column for column in present if column not in format.columns | {*named}]
-    for ours, *_ in lacks:
-        mended[ours] = "your_column" if len(lacks) == 1 else f"your_{ours}"
-        if len(lacks) == len(left) == 1 and re.fullmatch(r"[\w .-]+", left[0]):
-            mended[ours] = left[0]
-    return flow(mended)
-
-
-def _nearest(present: Sequence[str], count: int = 3) -> list[str]:
-    """The formats that these columns are most like, of equally near ones those that most files have.
-
-    A column that a format needs counts 1 where it is there, and by the likeness of its name to another column
-    from 0.7 on. Two columns count at least where there are two: a format that needs one is no better.
-    """
-
-    def score(name: str) -> float:
-        needs = FORMATS[name].needs
-        others = [column for column in present if not any(column in need for need in needs)]
-
-        def likeness(need: Sequence[str]) -> float:
-            if any(column in present for column in need):
-                return 1.0
-            ratios = (
-                difflib.SequenceMatcher(None, ours, theirs.lower()).ratio()
-                for ours in need
-                for theirs in others
-            )
-            return max((ratio for ratio in ratios if ratio >= 0.7), default=0.0)
-
-        return sum(map(likeness, needs)) / max(len(needs), min(2, len(present)))
-
-    names = [*COMMON, *(name for name in ORDER if name not in COMMON)]
-    return sorted(names, key=lambda name: -score(name))[:count]
-
-
-def _lacks(name: str, present: Sequence[str]) -> list[Sequence[str]]:
-    """What a format needs and these columns have not: alternatives, the usual name first."""
-    return [need for need in FORMATS[name].needs if not any(column in present for column in need)]
-
-
-def _missing(name: str, present: Sequence[str]) -> str:
-    """A format's name and the columns that it lacks."""
-    return f"{name} (lacks {', '.join('|'.join(need) for need in _lacks(name, present))})"
+    raise UserError(advice(present, named or {}, wants, setting))
 
 
 def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -169,16 +109,6 @@ def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     theirs = {v: k for k, v in columns.items()}
     kept = {k: v for k, v in row.items() if k not in theirs}
     return kept | {ours: row.get(name) for name, ours in theirs.items()}
-
-
-def other_case(present: Sequence[str]) -> dict[str, str]:
-    """{our name: the file's name} of columns that are ours but for case and spaces, as ``Instruction``."""
-    found: dict[str, str] = {}
-    for name in present:
-        ours = name.strip().lower().replace(" ", "_")
-        if ours in COLUMNS and ours not in present:
-            found.setdefault(ours, name)
-    return found
 
 
 def fill_prompts(rows: Sequence[Row], text: str, source: str) -> tuple[list[dict[str, Any]], Counter[str]]:
@@ -232,9 +162,20 @@ def parse_rows(
     source: str = "data",
     ranked: ranked_rows.Ranked = "best_worst",
     seed: int = 0,
+    wants: Wants = "answers",
+    setting: str = "data.columns",
 ) -> tuple[list[Record], Counter[str]]:
     """Return the records and the counts of :func:`parse_all`."""
-    parsed = parse_all(rows, format=format, columns=columns, source=source, ranked=ranked, seed=seed)
+    parsed = parse_all(
+        rows,
+        format=format,
+        columns=columns,
+        source=source,
+        ranked=ranked,
+        seed=seed,
+        wants=wants,
+        setting=setting,
+    )
     return parsed.records, parsed.dropped
 
 
@@ -246,19 +187,22 @@ def parse_all(
     source: str = "data",
     ranked: ranked_rows.Ranked = "best_worst",
     seed: int = 0,
+    wants: Wants = "answers",
+    setting: str = "data.columns",
 ) -> Parsed:
     """Parse all rows of a source.
 
     ``ranked`` and ``seed`` say which answers of a ranked row become pairs (data/ranked.py); those with equal
-    scores are counted under TIES. ``format`` "auto" looks at the columns with a value in any row. Raises
+    scores are counted under TIES. ``format`` "auto" looks at the columns with a value in any row. ``wants``
+    and ``setting`` are for the advice on columns: what the rows are for, and where they are renamed. Raises
     UserError for unknown columns, for a row of the wrong type (by its number, from 1), and if no row is left.
     """
     columns = columns or {}
     present = list(dict.fromkeys(name for row in rows for name in row))
-    _check_columns(columns, present, source)
+    _check_columns(columns, present, source, setting)
     columns = other_case(list(rename(dict.fromkeys(present), columns))) | dict(columns)
     renamed = rename(dict.fromkeys(present), columns)
-    chosen = _format_of(rows, format, columns, source)
+    chosen = _format_of(rows, format, columns, source, wants, setting)
     if format == "auto" and chosen == "messages" and (name := only_asked(rows, columns)):
         chosen, columns = "prompt", {k: v for k, v in columns.items() if v != name} | {"prompt": name}
         renamed = rename(dict.fromkeys(present), columns)
@@ -267,7 +211,7 @@ def parse_all(
         names = ", ".join("|".join(alternatives) for alternatives in missing)
         raise UserError(
             f"{source}: format {chosen} needs the column {names}, found {', '.join(present)}; "
-            "rename with data.columns"
+            f"rename with {setting}"
         )
     records: list[Record] = []
     dropped: Counter[str] = Counter()
@@ -305,36 +249,30 @@ def _check_size(record: Record, where: str) -> None:
         raise bounds.too_long(where, size)
 
 
-def short(name: str) -> str:
-    """A column's name as it is printed: at most 30 characters of one line, in quotes if it is blank."""
-    words = " ".join(name.split())
-    return repr(name) if not words else words if len(words) <= 30 else words[:29] + "…"
-
-
-def _check_columns(columns: Mapping[str, str], present: list[str], source: str) -> None:
-    """Raise UserError where data.columns names what is not there, or misspells one of our names."""
+def _check_columns(columns: Mapping[str, str], present: list[str], source: str, setting: str) -> None:
+    """Raise UserError where the map of columns names what is not there, or misspells one of our names."""
     for ours, name in columns.items():
         same = next((other for other in columns if columns[other] == name), ours)
         if same != ours:
             raise UserError(
-                f"{source}: data.columns maps both {same} and {ours} to {name!r}; a column can be read as one"
+                f"{source}: {setting} maps both {same} and {ours} to {name!r}; a column can be read as one"
             )
         if name not in present and ours in present and set(columns.values()) <= COLUMNS:
             right = ", ".join(f"{name}: {ours}" for ours, name in columns.items())
-            raise UserError(
-                f"{source}: data.columns is the wrong way round: our name comes first, {{{right}}}"
-            )
+            raise UserError(f"{source}: {setting} is the wrong way round: our name comes first, {{{right}}}")
         if name not in present:
             hint = f"{nearest(name, present)} (there are {', '.join(present)})"
-            raise UserError(f"{source}: data.columns maps {ours} to {name!r}, which is not a column{hint}")
+            raise UserError(f"{source}: {setting} maps {ours} to {name!r}, which is not a column{hint}")
         near = [] if ours in COLUMNS else difflib.get_close_matches(ours, sorted(COLUMNS), n=1, cutoff=0.75)
         if near:  # a name unlike any of ours may be meant for a reward function
             raise UserError(
-                f"{source}: data.columns names {ours!r}, which no format reads; did you mean {near[0]!r}?"
+                f"{source}: {setting} names {ours!r}, which no format reads; did you mean {near[0]!r}?"
             )
 
 
-def _format_of(rows: Sequence[Row], format: str, columns: Mapping[str, str], source: str) -> str:
+def _format_of(
+    rows: Sequence[Row], format: str, columns: Mapping[str, str], source: str, wants: Wants, setting: str
+) -> str:
     """The format of these rows: by the columns that have a value, else by those that there are."""
     try:
         if format != "auto":
@@ -346,7 +284,7 @@ def _format_of(rows: Sequence[Row], format: str, columns: Mapping[str, str], sou
             return detect(valued)
         except UserError:
             present = sorted(ours.values(), key=lambda name: names.index(columns.get(name, name)))
-            return detect(present, columns)
+            return detect(present, columns, wants, setting)
     except UserError as e:
         raise UserError(f"{source}: {e}") from e
 

@@ -208,7 +208,7 @@ def read_labelled(data: DataSection, *, split: str, limit: int | None, seed: int
 
     Raises UserError for rows that are neither.
     """
-    parsed = read_rows(data, split=split, limit=limit, seed=seed)
+    parsed = read_rows(data, split=split, limit=limit, seed=seed, wants="labels")
     pairs = sum(isinstance(row, Preference) for row in parsed)
     if pairs:
         log(

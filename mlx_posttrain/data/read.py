@@ -13,6 +13,7 @@ from mlx_posttrain.config import DataSection, Recipe
 from mlx_posttrain.console import log
 from mlx_posttrain.convert import hub
 from mlx_posttrain.data import drops, encode, formats, mixture, ranked, sources
+from mlx_posttrain.data.advice import Wants, for_method, guess, short
 from mlx_posttrain.data.dataset import Collator, Dataset, RowCollator
 from mlx_posttrain.data.jinja import is_ours
 from mlx_posttrain.data.pairs import PairCollator, encode_pairs
@@ -22,6 +23,7 @@ from mlx_posttrain.data.tokens import written_specials
 from mlx_posttrain.data.types import Conversation, Example, Pair, Preference, Turn
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
+from mlx_posttrain.yaml_text import flow
 
 Record = TypeVar("Record", bound=formats.Record)
 SHOWN = 12  # columns that are named in one line
@@ -32,8 +34,13 @@ NONE_HELD_OUT = (
 )
 
 
-def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[formats.Record]:
-    """The rows of one split of one source as records; prints what was dropped."""
+def read_rows(
+    data: DataSection, *, split: str, limit: int | None, seed: int, wants: Wants = "answers"
+) -> list[formats.Record]:
+    """The rows of one split of one source as records; prints what was dropped.
+
+    wants: what they are for, see :func:`mlx_posttrain.data.formats.parse_all`.
+    """
     assert data.source is not None
     trained = split == data.split
     own_limit = data.limit if trained else data.eval_limit
@@ -52,7 +59,13 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
     if data.prompt is not None:
         rows, unfilled = formats.fill_prompts(rows, data.prompt, data.origin)
     parsed = formats.parse_all(
-        rows, format=data.format, columns=data.columns, source=data.origin, ranked=data.ranked, seed=seed
+        rows,
+        format=data.format,
+        columns=data.columns,
+        source=data.origin,
+        ranked=data.ranked,
+        seed=seed,
+        wants=wants,
     )
     dropped = unfilled + parsed.dropped
     for reason, count in dropped.items():
@@ -82,7 +95,7 @@ def read_rows(data: DataSection, *, split: str, limit: int | None, seed: int) ->
 
 def say_unread(source: str, parsed: formats.Parsed, known: Collection[str]) -> None:
     """Print, in one line, which columns but the ``known`` ones the rows' format does not read."""
-    names = [formats.short(name) for name in parsed.unread if name not in known]
+    names = [short(name) for name in parsed.unread if name not in known]
     if names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         log(f"{source}: read as {parsed.format}; columns it does not read: {', '.join(names[:SHOWN])}{more}")
@@ -111,8 +124,8 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
         )
     if any(row.turns[-1].role != "assistant" for row in conversations):
         raise UserError(
-            f"{data.origin}: these rows have a prompt and no answer to imitate; accepted: "
-            f"{formats.accepted()}; rename with data.columns"
+            f"{data.origin}: these rows have a prompt and no answer to imitate; "
+            f"{_named_answer(data, conversations[0])}"
         )
     conversations = [with_system(c, data.system) for c in conversations]
     if data.clean is not None:
@@ -127,6 +140,19 @@ def read_conversations(data: DataSection, *, split: str, limit: int | None, seed
         if split == data.split:
             drops.add({f"cleaned: {reason}": count for reason, count in cleaned.items()})
     return conversations
+
+
+def _named_answer(data: DataSection, row: Conversation) -> str:
+    """How to say which column of prompts' rows is the answer."""
+    ours = guess("answer", row.extra)
+    theirs = "your_column" if ours is None else data.columns.get(ours, ours)
+    others = {name: column for name, column in data.columns.items() if name != ours}
+    columns = flow({**others, "response": theirs})
+    where = "with data.prompt, " if data.prompt is not None else ""
+    return (
+        f"{where}name its column: data.columns='{columns}', or `completion` in place of `response` for a "
+        "text that goes on, without a template"
+    )
 
 
 def encode_rows(
@@ -294,14 +320,21 @@ def row_dataset(
 
 def read_preferences(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Preference]:
     """The pairs of one split; prints what was dropped. Raises UserError for rows that are no pairs."""
-    parsed = read_rows(data, split=split, limit=limit, seed=seed)
+    parsed = read_rows(data, split=split, limit=limit, seed=seed, wants="pairs")
     preferences = [row for row in parsed if isinstance(row, Preference)]
     if len(preferences) < len(parsed):
         raise UserError(
             f"{data.origin}: this method learns from pairs: rows with prompt, chosen and rejected, or chosen "
-            "and rejected dialogues"
+            f"and rejected dialogues{_named_pairs(data, parsed[0])}"
         )
     return [with_system(row, data.system) for row in preferences]
+
+
+def _named_pairs(data: DataSection, row: formats.Record) -> str:
+    """Which columns of these rows seem to be the two answers, to be said; empty where none do."""
+    mended = for_method(["prompt", *row.extra], data.columns, "pairs")
+    told = not any(name.startswith("your_") for name in mended.values())
+    return f"; rename with data.columns='{flow(mended)}'" if told else ""
 
 
 def describe(train: Sequence[formats.Record]) -> None:

@@ -286,7 +286,9 @@ def read_questions(suite: SuiteSection) -> list[Conversation]:
         )[suite.skip :]
         if not rows:
             raise UserError(f"{source} {split}: skip={suite.skip:,} leaves no question")
-        parsed, dropped = formats.parse_rows(rows, format=suite.format, columns=suite.columns, source=source)
+        parsed, dropped = formats.parse_rows(
+            rows, format=suite.format, columns=suite.columns, source=source, setting="columns"
+        )
         for reason, count in dropped.items():
             log(f"{source} {split}: {count} rows dropped: {reason}")
         for row in parsed:

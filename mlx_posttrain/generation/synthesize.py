@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mlx_posttrain import __version__, jsonl, runs
 from mlx_posttrain.console import log
 from mlx_posttrain.convert.files import read_json
 from mlx_posttrain.data import formats, quality, sources
+from mlx_posttrain.data.advice import USUAL
 from mlx_posttrain.data.pairs import encode_answers
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
@@ -67,21 +68,23 @@ def synthesize(
     engine: str = "auto",
     limit: int | None = None,
     format: str = "auto",
+    columns: Mapping[str, str] | None = None,
     server: Server | None = None,
     dtype: str | None = None,
 ) -> Counter[str]:
     """Write the chosen answers to ``output`` (JSONL) and return the counts of candidates by outcome.
 
-    prompts: questions in any source and format that recipes accept. A written row has question, thinking (if
-    the answer has a thought), answer, response and provenance: teacher, hash of its weights, seed, sample
-    number, settings and how it was chosen. Without a reward model every question needs a rule that can check
-    its answer; questions without one are counted and left out. If the same command was interrupted, it
-    continues the existing output after its last question. A question that occurs twice gets no near duplicate
-    of its first answers. server: where ``teacher`` is asked, instead of being loaded. dtype: of a teacher
-    that is loaded; None: its own. Raises UserError for rows without a question, for an output of other
-    settings, if no question can be judged, for a dtype beside a server, and as ``Server.ask``.
+    prompts: questions in any source and format that recipes accept; ``columns`` as data.columns. A written
+    row has question, thinking (if the answer has a thought), answer, response and provenance: teacher, hash
+    of its weights, seed, sample number, settings and how it was chosen. Without a reward model every question
+    needs a rule that can check its answer; questions without one are counted and left out. If the same
+    command was interrupted, it continues the existing output after its last question. A question that occurs
+    twice gets no near duplicate of its first answers. server: where ``teacher`` is asked, instead of being
+    loaded. dtype: of a teacher that is loaded; None: its own. Raises UserError for rows without a question,
+    for an output of other settings, if no question can be judged, for a dtype beside a server, and as
+    ``Server.ask``.
     """
-    rows = list(read_questions(prompts, format, limit, settings.seed or 0))
+    rows = list(read_questions(prompts, format, limit, settings.seed or 0, columns))
     counts: Counter[str] = Counter(questions=len(rows))
     if settings.reward is None:
         judged = [row for row in rows if verify.kind(row.extra) is not None]
@@ -122,6 +125,7 @@ def synthesize(
         "chosen_by": settings.reward or "rule",
         "mlx_posttrain": __version__,
         **({"dtype": dtype} if dtype else {}),
+        **({"columns": dict(columns)} if columns else {}),
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -185,13 +189,17 @@ def synthesize(
     return counts
 
 
-def read_questions(prompts: str, format: str, limit: int | None, seed: int) -> Iterator[Conversation]:
+def read_questions(
+    prompts: str, format: str, limit: int | None, seed: int, columns: Mapping[str, str] | None = None
+) -> Iterator[Conversation]:
     """Yield the questions of a source as conversations, whose ``extra`` has the columns that rules need.
 
     Raises UserError for rows that are not a question with one answer or none.
     """
     rows = sources.load_rows(prompts, limit=limit, seed=seed)
-    parsed, dropped = formats.parse_rows(rows, format=format, source=prompts)
+    parsed, dropped = formats.parse_rows(
+        rows, format=format, columns=columns, source=prompts, setting="--columns"
+    )
     for reason, count in dropped.items():
         log(f"{prompts}: {count} rows dropped: {reason}")
     for row in parsed:
@@ -199,9 +207,7 @@ def read_questions(prompts: str, format: str, limit: int | None, seed: int) -> I
             log(f"{prompts}: left out a question with a dialogue before it")
             continue
         if not isinstance(row, Conversation) or not _question(row):
-            raise UserError(
-                f"{prompts}: these rows ask no question with one answer; accepted: {formats.accepted()}"
-            )
+            raise UserError(f"{prompts}: these rows ask no question with one answer; {USUAL}")
         if row.turns[-1].role == "assistant":
             row.extra.setdefault("answer", row.turns[-1].content)
         yield row

@@ -60,23 +60,28 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
-def find_keys(word: str) -> list[str]:
-    """The keys of all methods that have a word in their name or begin one of their description with it.
+def find_keys(words: str) -> list[str]:
+    """The keys of all methods that have each of some words in their name or begin one of their description.
 
-    A line each, with the methods that have it; keys that have it in their name come first.
+    A line each, with the methods that have it; keys that have the words in their name come first.
     """
     from mlx_posttrain import config
 
-    begins = re.compile(rf"\b{re.escape(word)}", re.IGNORECASE)
+    each = words.lower().split()
+    begins = [re.compile(rf"\b{re.escape(word)}", re.IGNORECASE) for word in each]
     found: dict[tuple[str, str], list[str]] = {}
     for name, method in METHODS.items():
         for key, _, description in config.describe(method.Recipe):
-            if word.lower() in key or begins.search(description):
+            if all(
+                word in key or begin.search(description) for word, begin in zip(each, begins, strict=True)
+            ):
                 found.setdefault((key, description), []).append(name)
     training = [name for name, method in METHODS.items() if method.trains_on is not None]
     return [
         f"{key} ({'every method that trains' if names == training else ', '.join(names)}): {description}"
-        for (key, description), names in sorted(found.items(), key=lambda one: word.lower() not in one[0][0])
+        for (key, description), names in sorted(
+            found.items(), key=lambda one: not all(word in one[0][0] for word in each)
+        )
     ]
 
 

@@ -72,7 +72,7 @@ def read(
 
 
 def _read_with_system(data: DataSection, *, split: str, limit: int | None, seed: int) -> list[Record]:
-    rows = read_rows(data, split=split, limit=limit, seed=seed)
+    rows = read_rows(data, split=split, limit=limit, seed=seed, wants="prompts")
     return [with_system(row, data.system) for row in rows]
 
 

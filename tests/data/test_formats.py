@@ -55,6 +55,9 @@ def test_detect(columns: list, expected: str) -> None:
     assert detect(reversed(columns)) == expected
 
 
+NEITHER = "question_answer (lacks question|query, answer|response|reference_answer)"
+
+
 @pytest.mark.parametrize(
     ("columns", "nearest"),
     [
@@ -68,8 +71,8 @@ def test_detect(columns: list, expected: str) -> None:
             "hh (lacks rejected), preference (lacks "
             "prompt|question|instruction|input|trajectory|conversations, rejected), ",
         ),
-        (["review", "stars"], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
-        ([], "prompt_completion (lacks prompt, completion|response), messages (lacks "),
+        (["review", "stars"], f"{NEITHER}, messages (lacks "),
+        ([], f"{NEITHER}, messages (lacks "),
     ],
 )
 def test_the_error_for_unknown_columns_names_the_nearest_formats(columns, nearest) -> None:
@@ -91,7 +94,11 @@ def test_the_error_for_unknown_columns_names_the_nearest_formats(columns, neares
         (["Question", "Antwort"], {}, "{answer: Antwort}"),
         (["Frage", "Antwort"], {"question": "Frage"}, "{question: Frage, answer: Antwort}"),
         (["chosen", "id: x"], {}, "{rejected: your_column}"),
-        (["review", "stars"], {}, "{prompt: your_prompt, completion: your_completion}"),
+        (["review", "stars"], {}, "{question: your_question, answer: your_answer}"),
+        (["customer_question", "agentReply", "id"], {}, "{question: customer_question, answer: agentReply}"),
+        (["prompts", "completions_1"], {}, "{question: prompts, answer: completions_1}"),
+        (["user_input", "input_length", "reply"], {}, "{question: user_input, answer: reply}"),
+        (["good_answer", "bad_answer", "ask"], {}, "{question: ask, answer: your_answer}"),
     ],
 )
 def test_the_error_for_unknown_columns_names_the_files_columns_and_what_mends_it(columns, given, mended):
@@ -102,6 +109,27 @@ def test_the_error_for_unknown_columns_names_the_files_columns_and_what_mends_it
     if "your" not in mended:
         (row,) = parse_rows(rows, columns=yaml.safe_load(mended))[0]
         assert row.turns == (U("a"), A("a"))
+
+
+@pytest.mark.parametrize(
+    ("wants", "columns", "mended"),
+    [
+        ("pairs", ["instruction", "good", "bad"], "{chosen: good, rejected: bad}"),
+        ("pairs", ["ask", "winner", "loser"], "{prompt: ask, chosen: winner, rejected: loser}"),
+        ("pairs", ["preferred", "other"], "{chosen: preferred, rejected: other}"),
+        ("pairs", ["a", "b", "c"], "{prompt: your_prompt, chosen: your_chosen, rejected: your_rejected}"),
+        ("prompts", ["customer_question", "reply", "id"], "{prompt: customer_question}"),
+        ("prompts", ["a", "b"], "{prompt: your_column}"),
+        ("labels", ["input", "reply", "liked"], "{prompt: input, completion: reply, label: liked}"),
+        ("labels", ["prompt_", "response", "thumbs_up"], "{prompt: prompt_, label: thumbs_up}"),
+    ],
+)
+def test_the_error_for_unknown_columns_offers_what_the_method_needs(wants, columns, mended) -> None:
+    message = fault(parse_rows, [dict.fromkeys(columns, "a")], source="x.csv", wants=wants, setting="columns")
+    assert f"; rename with columns='{mended}'; " in message and len(message) < 250
+    if "your" not in mended and "prompt" in mended:
+        row = dict(zip(columns, ("a", "b", "1"), strict=True))
+        assert parse_rows([row], columns=yaml.safe_load(mended))[0]
 
 
 def test_alpaca() -> None:

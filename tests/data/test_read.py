@@ -14,6 +14,7 @@ from mlx_posttrain.convert import hub
 from mlx_posttrain.data.jinja import as_jinja
 from mlx_posttrain.data.read import read_conversations, read_preferences, read_rows, say_own_chat
 from mlx_posttrain.data.split import opening, split_rows
+from mlx_posttrain.errors import UserError
 from mlx_posttrain.models.tokenizer import load_tokenizer
 from mlx_posttrain.rl import prompts
 from tests.helpers import cli, write_jsonl
@@ -175,3 +176,36 @@ def test_plain_text_needs_no_chat_template(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     say_own_chat(data, tokenizer, templated=True)
     assert capsys.readouterr().err.startswith("this model has a chat template")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "advised"),
+    [
+        ({"prompt": "q", "reply": "a"}, {}, "name its column: data.columns='{response: reply}', or"),
+        ({"prompt": "q", "x": "a"}, {}, "name its column: data.columns='{response: your_column}', or"),
+        (
+            {"city": "Turin", "ask": "q", "reply": "a"},
+            {"prompt": "From {city}: {ask}", "columns": {"answer": "reply"}},
+            "with data.prompt, name its column: data.columns='{response: reply}', or",
+        ),
+    ],
+)
+def test_prompts_without_an_answer_are_told_how_to_name_it(tmp_path, row, settings, advised):
+    data = section(tmp_path, [row] * 2, **settings)
+    with pytest.raises(UserError, match="no answer to imitate; ") as raised:
+        read_conversations(data, split="train", limit=None, seed=0)
+    assert advised in str(raised.value) and len(str(raised.value)) < 400
+    if "your" not in advised:
+        told = data.model_copy(update={"columns": {"response": "reply"}})
+        rows = read_conversations(told, split="train", limit=None, seed=0)
+        assert [turn.content for turn in rows[0].turns] == [(settings and "From Turin: q") or "q", "a"]
+        assert rows[0].templated
+
+
+def test_prompts_whose_columns_seem_to_be_pairs_are_told_how_to_name_them(tmp_path):
+    data = section(tmp_path, [{"prompt": "q", "good": "a", "bad": "b"}])
+    with pytest.raises(UserError, match=r"rename with data\.columns='\{chosen: good, rejected: bad\}'$"):
+        read_preferences(data, split="train", limit=None, seed=0)
+    data = section(tmp_path, [{"prompt": "q", "x": "a"}])
+    with pytest.raises(UserError, match=r"or chosen and rejected dialogues$"):
+        read_preferences(data, split="train", limit=None, seed=0)

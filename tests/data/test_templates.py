@@ -1,11 +1,22 @@
 """The text of every template, which parts are trained, and that a prompt is a prefix of its training row."""
 
+import re
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from mlx_posttrain.data.templates import FIVE, NAMES, TEMPLATES, Segment, choose, render, render_prompt
+from mlx_posttrain.config import DataSection
+from mlx_posttrain.data.templates import (
+    FIVE,
+    NAMES,
+    TEMPLATES,
+    Segment,
+    check_name,
+    choose,
+    render,
+    render_prompt,
+)
 from mlx_posttrain.data.types import Conversation, Turn
 from mlx_posttrain.errors import UserError
 
@@ -349,3 +360,13 @@ def test_a_template_that_rewrites_answers_that_are_not_trained_is_no_matter() ->
     turns = (THOUGHTS[0], THOUGHTS[1]._replace(trained=False), *THOUGHTS[2:])
     segments = render(Conversation(turns), "chat", tokenizer(FORGETFUL), train_on="assistant")
     assert [s.trained for s in segments] == [False, True]
+
+
+def test_wording_in_place_of_a_name_is_told_where_it_goes() -> None:
+    with pytest.raises(
+        UserError, match=r"no template's name \(there are instruction, .*, chat\); wording"
+    ) as e:
+        check_name("Q: {question}\nA:")
+    assert "'data.prompt=\"Q: {question}\\nA: \"'" in str(e.value)
+    described = DataSection.model_fields["template"].description or ""
+    assert all(re.search(rf"\b{name}\b", described.partition(":")[2]) for name in NAMES)

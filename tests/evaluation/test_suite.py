@@ -324,6 +324,9 @@ def test_labels_templates_and_questions(tmp_path):
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
     with pytest.raises(UserError, match="have two"):
         suite.read_questions(SuiteSection(rows=str(path)))
+    path.write_text(json.dumps({"ask": "2 + 3?", "reply": "5"}) + "\n")
+    with pytest.raises(UserError, match=r"rename with columns='\{question: ask, answer: reply\}'"):
+        suite.read_questions(SuiteSection(rows=str(path)))
 
 
 def test_a_reward_model_is_refused_before_anything_is_measured(random_gpt2, tmp_path, monkeypatch):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_posttrain import engines, methods
+from mlx_posttrain import config, engines, methods
 from mlx_posttrain.data import sources
 from mlx_posttrain.engines.base import Generated, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.generation import synthesize, teachers
-from mlx_posttrain.generation.synthesize import Settings
+from mlx_posttrain.generation.synthesize import Settings, read_questions
 from mlx_posttrain.models.open import open_model
 from mlx_posttrain.models.source import locate
 from mlx_posttrain.models.tokenizer import load_tokenizer, pad_id
@@ -211,6 +211,18 @@ def test_questions_that_cannot_be_judged(tmp_path, questions):
     path.write_text(json.dumps({"text": "no question"}) + "\n")
     with pytest.raises(UserError, match="ask no question"):
         make(tmp_path / "out.jsonl", path)
+
+
+def test_questions_under_other_names(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"ask": "2 + 3?", "reply": "5"}) + "\n")
+    with pytest.raises(UserError, match=r"rename with --columns='\{question: ask, answer: reply\}'"):
+        list(read_questions(str(path), "auto", None, 0))
+    columns = config.columns("{question: ask, answer: reply}")
+    (row,) = read_questions(str(path), "auto", None, 0, columns)
+    assert [turn.content for turn in row.turns] == ["2 + 3?", "5"]
+    with pytest.raises(UserError, match="--columns ask: write"):
+        config.columns("ask")
 
 
 def test_thoughts_train_a_distillation(tmp_path, monkeypatch):
