@@ -465,10 +465,13 @@ def settings(overrides: list[str]) -> dict[str, Any]:
 
 def columns(text: str | None) -> dict[str, str]:
     """The map of an option --columns, {our name: the file's name}. Raises UserError where it is none."""
-    found = settings([f"columns={text}"])["columns"] if text is not None else {}
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise UserError(f"--columns {text}: write our names and the file's, '{{question: your_question}}'")
-    return dict(found)
+    if text is None:
+        return {}
+    with contextlib.suppress(UserError):  # which names a setting
+        found = settings([f"columns={text}"])["columns"]
+        if isinstance(found, dict) and all(isinstance(name, str) for name in found.values()):
+            return dict(found)
+    raise UserError(f"--columns {text}: write our names and the file's, '{{question: your_question}}'")
 
 
 def override(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

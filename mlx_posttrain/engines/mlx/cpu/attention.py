@@ -90,7 +90,7 @@ def _attention(heads: int) -> Any:
         d_q: list[mx.array] = []
         d_kv: list[mx.array] = []
         for part in reversed(sizes.query_chunks(*q.shape[:3])):  # the last one sees all keys
-            q, d_o, o, lse, seen_k, seen_v = cut(part, [*rows, k, v], [*d_q[:1], *d_kv])
+            q, d_o, o, lse, seen_k, seen_v = cut(part, [*rows, k, v], d_kv)
             p = exp_below(_scores(*_minus_row(q, lse, seen_k)), mx.array(0.0))
             a, b = _minus_row(d_o, mx.sum(d_o * o, axis=-1, keepdims=True), seen_v)
             d_s = p * (a @ b.swapaxes(-1, -2))
