@@ -100,6 +100,20 @@ def test_the_weights_are_those_of_a_load_all_at_once(
         assert mx.array_equal(found[name], value), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matrices_lie_in_rows_however_the_file_holds_them(dtype: str, random_gpt2: Path) -> None:
+    model = engines.get("mlx").load(random_gpt2, dtype=dtype)
+    for loaded in ("first", "again"):
+        matrices = [(name, w) for name, w in tree_flatten(model.net.parameters()) if w.ndim == 2]
+        assert len(matrices) > 8
+        for name, weight in matrices:
+            assert memoryview(weight.view(mx.uint16 if dtype == "bfloat16" else mx.uint32)).c_contiguous, (
+                loaded,
+                name,
+            )
+        model.load_trained(random_gpt2)
+
+
 def test_a_file_that_ends_early_is_said(tmp_path: Path) -> None:
     folder = random_model(tmp_path / "qwen2", SMALL, "bfloat16")
     file = folder / "model.safetensors"

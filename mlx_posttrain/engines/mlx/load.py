@@ -24,9 +24,19 @@ from mlx_posttrain.errors import UserError
 
 def read_weights(folder: Path, config: dict[str, Any]) -> list[tuple[str, mx.array]]:
     """A folder's weights, without a scalar head, under the names of the network that ``load`` makes."""
-    weights = names.to_mlx(weight_files.load_weights(folder), config)
+    weights = _to_mlx(weight_files.load_weights(folder), config)
     weights.pop(files.HEAD, None)
     return list(weights.items())
+
+
+def _to_mlx(weights: dict[str, mx.array], config: dict[str, Any]) -> dict[str, mx.array]:
+    """A folder's weights under the MLX engine's names, each in one piece.
+
+    Hugging Face's GPT-2 holds its matrices transposed. As views of those they would be multiplied in another
+    order than after their first update: rounded otherwise, and the 32 rows of a rollout read them at 0.5 to
+    0.8 of the speed on a CPU.
+    """
+    return {name: mx.contiguous(value) for name, value in names.to_mlx(weights, config).items()}
 
 
 def load(
@@ -139,7 +149,7 @@ def _classes(settings: dict[str, Any], config: dict[str, Any]) -> tuple[type, ty
             # A classifier's head is put on afterwards.
             weights = {name: value for name, value in weights.items() if name != files.HEAD}
             if kind in ("gpt2", "gpt_neox"):
-                return names.to_mlx(weights, settings)
+                return _to_mlx(weights, settings)
             return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
 
     return Adjusted, args_class
