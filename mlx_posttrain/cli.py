@@ -219,6 +219,10 @@ def generate(
             ) from None
     if not prompts:
         raise UserError("give a prompt: --prompt TEXT (several times if you like) or --file FILE")
+    if samples > 1 and temperature == 0:
+        console.log(
+            f"the {samples} answers to a prompt are equal at temperature 0: --temperature 0.7 varies them"
+        )
     answers = api.load(_home(model), engine, dtype).answers(
         prompts,
         template=template,
@@ -228,10 +232,6 @@ def generate(
         samples=samples,
         seed=seed,
     )
-    if samples > 1 and temperature == 0:
-        console.log(
-            f"the {samples} answers to a prompt are equal at temperature 0: --temperature 0.7 varies them"
-        )
     for a in answers:
         if json:
             import json as jsonlib

@@ -558,7 +558,11 @@ def absolute_paths(value: Any, key: str = "") -> Any:
         return value
     name, colon, rest = value.rpartition(":") if key == "function" else (value, "", "")
     path = home(name)
-    return f"{os.path.abspath(path)}{colon}{rest}" if name and path.exists() else value
+    if not name or not path.exists():
+        return value
+    shortest = os.path.abspath(path)  # which behind a link may be elsewhere
+    same = os.path.exists(shortest) and os.path.samefile(shortest, path)
+    return f"{shortest if same else path.absolute()}{colon}{rest}"
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -214,3 +216,13 @@ def test_a_setting_of_a_list_shows_how_an_entry_is_written(setting, message):
         methods.load_recipe("10_grpo", [setting if "=" in setting else f"{setting}=1"])
     assert message in str(raised.value)
     assert "0.7" not in str(raised.value)
+
+
+def test_a_path_back_from_behind_a_link_stays_that_path(tmp_path, monkeypatch):
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "real" / "rows.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "sub")
+    monkeypatch.chdir(tmp_path)
+    kept = config.absolute_paths({"source": "link/../rows.jsonl", "model": "real/../real"})
+    assert Path(kept["source"]).samefile(tmp_path / "real" / "rows.jsonl")
+    assert kept["model"] == str(tmp_path / "real")

@@ -306,7 +306,7 @@ def test_the_budget_compares_like_with_like():
     kinds = [(own["data"].pop("format"), own["data"].pop("limit")) for own in stages.values()]
     assert (
         kinds
-        == [("reasoning", 8000)] * 3 + [("question_answer", 8000)] * 3 + [("question_answer", 17600)] * 3
+        == [("reasoning", 16000)] * 3 + [("question_answer", 16000)] * 3 + [("question_answer", 35200)] * 3
     )
     for own in stages.values():
         for key in ("seed", "output", "description", "think"):

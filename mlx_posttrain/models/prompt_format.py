@@ -28,15 +28,19 @@ def carried_template(source: Source) -> str | None:
 def say_other_formats(recipe: Any) -> None:
     """Print which models of a recipe learned in another prompt format than that of its rows.
 
-    That is its model and, of a recipe with rewards, those that score. Models that are no runs have no format.
+    That is its model and, of a recipe with rewards, those that score. Models that are no runs have no format,
+    packed texts have none, and the template ``chat`` is whatever format a run has made its own.
     """
+    if getattr(recipe.data, "pack", False):
+        return
     given = [part.template for part in recipe.data.parts.values()]
     names = list(dict.fromkeys(n for one in given for n in ([one] if isinstance(one, str) else one)))
     rewards, judges = getattr(recipe, "reward", ()), getattr(recipe, "judge", ())
     scorers = [*rewards, *judges] if isinstance(rewards, list) else []
     for name in dict.fromkeys([recipe.model, *(entry.model for entry in scorers if entry.model)]):
-        learned = locate(name).template
-        if learned not in (None, "none", *names):
+        source = locate(name)
+        learned = source.template
+        if learned not in (None, "none") and not any(t in names for t in ("chat", *source.templates)):
             log(
                 f"{name} learned in the prompt format {learned!r}, and this recipe's is "
                 f"{' and '.join(names)}: data.template={learned} stays in it"

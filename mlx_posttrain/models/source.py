@@ -54,12 +54,17 @@ class Source:
         # Rows taken as they stand were trained without marks, and are asked without them.
         if data.get("pack") or self.recipe.get("untemplated"):
             return "none"
-        template = _first_source(data).get("template") or data.get("template", "instruction")
-        if isinstance(template, list) and template:
-            template = template[0]
+        template = self.templates[0] if self.templates else None
         if not isinstance(template, str):
             raise UserError(f"the run's recipe.yaml has data.template {template!r}, which names no template")
         return template
+
+    @property
+    def templates(self) -> list[Any]:
+        """All templates that a run's recipe names for its first data; empty for a model that is no run."""
+        data = (self.recipe or {}).get("data") or {}
+        found = _first_source(data).get("template") or data.get("template", "instruction")
+        return [] if self.recipe is None else found if isinstance(found, list) else [found]
 
     @property
     def system(self) -> str | None:

@@ -169,9 +169,9 @@ def _around(around: Walls, folder: str) -> list[str]:
 def _watch(process: subprocess.Popen[bytes], limits: Limits, cancelled: threading.Event) -> None:
     """Return when the process has ended, or has met a limit, or is no longer wanted."""
     end = time.monotonic() + limits.seconds
-    while time.monotonic() < end and not cancelled.is_set():
+    while (left := end - time.monotonic()) > 0 and not cancelled.is_set():
         try:
-            process.wait(POLL)
+            process.wait(min(POLL, left))
             return
         except subprocess.TimeoutExpired:
             processes, memory = usage(process.pid)

@@ -60,6 +60,12 @@ def test_a_reward_model_is_for_ppo_and_a_pipeline_for_its_page(tmp_path, monkeyp
         "reward learned in the prompt format 'question', and this recipe's is plain: data.template=question "
         "stays in it" in capfd.readouterr().err
     )
+    # in one of several templates it stays in what it learned
+    file = tmp_path / "reward" / "recipe.yaml"
+    file.write_text(file.read_text().replace("template: question", "template: [question, plain]"))
+    assert cli("validate", *other) == 0
+    assert cli("validate", *other, "data.template=dialogue") == 0
+    assert capfd.readouterr().err.count("learned in") == 1
     (tmp_path / "all" / "page" / "final").mkdir(parents=True)
     (tmp_path / "all" / "page" / "final" / "report.html").touch()
     shutil.copytree("reward", "all/reward")
