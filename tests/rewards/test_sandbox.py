@@ -256,6 +256,13 @@ def test_limits_or_walls_that_nothing_can_run_in_are_an_error_and_no_score(monke
         reward_scores("python_tests", ["x = 1"], {"allow": True}, **columns)
 
 
+def test_a_limit_shorter_than_the_first_look_holds(monkeypatch):
+    monkeypatch.setattr(sandbox, "POLL", 5.0)
+    limits, code = sandbox.Limits(seconds=0.5), "import time; time.sleep(1.5)"
+    assert sandbox.passed(code, ["pass"], "", limits, threading.Event()) == [False]
+    assert sandbox.passed(code, ["pass"], "", sandbox.Limits(seconds=20.0), threading.Event()) == [True]
+
+
 def test_the_time_limit_of_the_whole_call_ends_what_still_runs():
     bound = functions.bind(functions.load("python_tests"), {"allow": True, "seconds": 60}, "python_tests")
     begun = time.monotonic()
