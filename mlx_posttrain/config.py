@@ -46,6 +46,11 @@ class Section(BaseModel):
                 raise ValueError(f"{name} takes a number, not {str(value).lower()}")
         return given
 
+    @classmethod
+    def entry(cls, text: str) -> dict[str, Any]:
+        """What a plain text stands for where a list of these sections is wanted."""
+        return {next(iter(cls.model_fields)): text}
+
     @model_validator(mode="after")
     def _within_bounds(self) -> Section:
         for name in type(self).model_fields:
@@ -508,7 +513,8 @@ def _place(section: Any, name: str, key: str) -> str | int:
     if not name.isdecimal() or int(name) >= len(section):
         before, _, after = f".{key}.".partition(f".{name}.")
         numbered = f"{before}.0.{name}.{after}".strip(".")
-        shown = f", as {numbered}=..." if section and name.isidentifier() else ""
+        holds = section and isinstance(section[0], dict | list) and name.isidentifier()
+        shown = f", as {numbered}=..." if holds else ""
         raise UserError(
             f"setting '{key}': a list of {len(section)} has no entry {name!r}; they are numbered from 0"
             f"{shown}"
@@ -638,24 +644,28 @@ def parse(raw: dict[str, Any], cls: type[S], where: str, folder: Path | None = N
     Raises UserError, one line, naming the key.
     """
     try:
-        return cls.model_validate(_as_meant(raw, cls), context={"folder": folder})
+        return cls.model_validate(as_meant(raw, cls), context={"folder": folder})
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain_all(error.errors(), cls)[:3])) from None
     except UnicodeEncodeError:
         raise UserError(f"{where}: a text in it has half a surrogate pair, which is no character") from None
 
 
-def _as_meant(value: Any, kind: Any) -> Any:
-    """A value for a key of the type ``kind``, as people mean it.
+def as_meant(value: Any, kind: Any) -> Any:
+    """A value for a key of the type ``kind``, or a mapping for a section, as people mean it.
 
     PyYAML follows YAML 1.1, in which 1e-5 (no dot) is a text, and a colon in a text makes a mapping of it.
     """
     if isinstance(value, Written) and str in _kinds(kind) and not _takes_mapping(kind):
         return value.text
+    if isinstance(value, Written) and kind is None:  # of a pipeline's stage, whose recipe knows
+        return value
     if isinstance(value, dict):
         section = _section(kind)
         fields = section.model_fields if section else {}
-        return {k: _as_meant(v, fields[k].annotation if k in fields else None) for k, v in value.items()}
+        return {k: as_meant(v, fields[k].annotation if k in fields else None) for k, v in value.items()}
+    if isinstance(value, list):
+        return [as_meant(v, _section(kind)) for v in value]
     if isinstance(value, str):
         mantissa, e, exponent = value.lower().partition("e")
         if e and mantissa.replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit():
@@ -748,10 +758,11 @@ def _explain(error: Any, cls: type[BaseModel], kinds: Mapping[tuple[str, ...], S
     if error["msg"].startswith("Input should be "):
         each = kinds.get(tuple(path), []) if error["type"] in _MUST else []
         must = " or ".join(dict.fromkeys(each)) or error["msg"].removeprefix("Input should be ")
-        if error["type"] == "list_type" and (entry := _entry(cls, path)):
-            given = error["input"]
-            written = flow([given if isinstance(given, dict) else {entry: given}])
-            return f"'{key}': must be a list, not {short(given)}; write '{key}={written}'"
+        entry = (
+            _as_entry(error["input"], _listed_section(cls, path)) if error["type"] == "list_type" else None
+        )
+        if entry:
+            return f"'{key}': must be a list, not {short(error['input'])}; write '{key}={flow([entry])}'"
         colon = error["type"] == "string_type" and isinstance(error["input"], dict)
         advice = "; a text with a colon or braces stands in double quotes" if colon else ""
         return f"'{key}': must be {must}, not {short(error['input'])}{advice}"
@@ -763,16 +774,22 @@ def _explain(error: Any, cls: type[BaseModel], kinds: Mapping[tuple[str, ...], S
     return f"'{key}': {message}, got {short(error['input'])}"
 
 
-def _entry(cls: type[BaseModel], path: Sequence[str]) -> str | None:
-    """The first key of the sections in the list that a key takes; None where it takes no list of sections."""
-    name = path[-1] if path else ""
-    for part in path[:-1]:
-        inner = _section(cls.model_fields[part].annotation) if part in cls.model_fields else None
-        if inner is None:
-            return None
-        cls = inner
-    section = _section(cls.model_fields[name].annotation) if name in cls.model_fields else None
-    return next(iter(section.model_fields), None) if section else None
+def _listed_section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+    """The sections in the list that a key takes; None where it takes no list of sections."""
+    section: type[BaseModel] | None = cls
+    for part in path:
+        fields = section.model_fields if section else {}
+        section = _section(fields[part].annotation) if part in fields else None
+    return section
+
+
+def _as_entry(given: Any, section: type[BaseModel] | None) -> dict[str, Any] | None:
+    """What was given in place of a list as an entry of it; None where it can be none."""
+    if section is None or not issubclass(section, Section):
+        return None
+    if isinstance(given, dict):
+        return given if set(given) <= set(section.model_fields) else None
+    return section.entry(given) if isinstance(given, str) and not set(given) & set("[]{}") else None
 
 
 def short(value: Any, most: int = 80) -> str:

@@ -59,7 +59,13 @@ class Prompts(TyperCommand):
         ctx.allow_extra_args = True
         further = super().parse_args(ctx, args)
         if ctx.args and not ctx.resilient_parsing:
-            raise UserError(f"prompts are options: --prompt {shlex.quote(ctx.args[0])}")
+            words, asked = list(ctx.args), ctx.params.get("prompt") or []
+            if any(len(word.split()) > 1 for word in words):
+                raise UserError(
+                    "prompts are options: " + " ".join(f"--prompt {shlex.quote(w)}" for w in words)
+                )
+            whole = shlex.quote(" ".join([*asked[-1:], *words]))
+            raise UserError(f"prompts are options, and stand in quotes: --prompt {whole}")
         return further
 
 

@@ -132,6 +132,11 @@ class Written(dict[Any, Any]):
         self.text = text
 
 
+def as_written(value: dict[Any, Any], changed: dict[Any, Any]) -> dict[Any, Any]:
+    """``changed``, made of ``value``, which stays a :class:`Written` where that is one."""
+    return Written(changed, value.text) if isinstance(value, Written) else changed
+
+
 def flow(value: Any) -> str:
     """A value of plain texts and numbers on one line, without quotes, as a person types it."""
     if isinstance(value, dict):

@@ -172,6 +172,12 @@ def test_a_colon_in_a_setting_that_takes_text_makes_no_mapping(setting, text):
     assert getattr(recipe.data, key) == text
 
 
+def test_a_colon_in_a_setting_of_a_lists_entry_makes_no_mapping():
+    given = ["data.source=null", "data.sources=[{source: a.jsonl}, {source: b.jsonl}]"]
+    recipe = methods.load_recipe("01_sft", [*given, "data.sources.1.prompt=Q: {ask}"])
+    assert [one.prompt for one in recipe.data.sources] == [None, "Q: {ask}"]
+
+
 def test_a_setting_that_takes_a_mapping_stays_one():
     recipe = methods.load_recipe("01_sft", ["data.columns=question: ask", "train={steps: 3, lr: 1e-3}"])
     assert recipe.data.columns == {"question": "ask"} and type(recipe.data.columns) is dict
@@ -209,6 +215,9 @@ def test_the_error_of_a_key_with_several_types_names_the_key(setting, message):
         ("reward.args.k", "no entry 'args'; they are numbered from 0, as reward.0.args.k=..."),
         ("reward.7.model=runs/rm", "no entry '7'; they are numbered from 0"),
         ("log=wandb", "'log': must be a list, not 'wandb'"),
+        ("reward=json", "write 'reward=[{function: json}]'"),
+        ("reward=mine.py:f", "write 'reward=[{function: mine.py:f}]'"),
+        ("sample.prompts.a.b=3", "'sample.prompts'"),
     ],
 )
 def test_a_setting_of_a_list_shows_how_an_entry_is_written(setting, message):

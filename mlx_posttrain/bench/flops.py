@@ -61,6 +61,8 @@ def rollout_flops(size: Size, kind: Kind, shape: Shape) -> float:
         decoding = per_token * (generated + prompt / samples) + attention + head
         before = forward + head if algorithm.measured else 0
         updates = (2 if kind.adapter else 3) * (linear + head) + 3 * attention
+        if algorithm.trusts_sampler:  # in float32
+            before = 0
         if algorithm.critic is not None:
             before += 3 * forward + head
             updates += 3 * forward

@@ -81,7 +81,9 @@ def guess(ours: str, columns: Iterable[str]) -> str | None:
 
 
 def _named_so(ours: str, columns: Iterable[str]) -> list[str]:
-    wanted = WORDS.get(ours, frozenset())
+    columns, wanted = list(columns), WORDS.get(ours, frozenset())
+    if not any("loser" in _words(column) for column in columns):
+        wanted -= {"winner"}  # by itself it says which of two answers won
     return [column for column in columns if _words(column) & wanted and not _words(column) & NO_TEXT]
 
 

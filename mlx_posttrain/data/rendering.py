@@ -33,7 +33,7 @@ def bounded(render: Callable[[], str]) -> str:
     if text is None or len(text) > CHARACTERS:
         raise UserError(
             f"the tokenizer's chat template takes more than {SECONDS:g} seconds, or more memory than a text "
-            "needs, for one conversation: it is broken or hostile; choose another data.template"
+            "needs, for one conversation: it is broken or hostile; choose another template"
         ) from None
     return text
 

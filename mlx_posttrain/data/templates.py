@@ -97,7 +97,7 @@ def check_name(template: str) -> str:
     """Return ``template`` if it exists. Raises UserError with the nearest name otherwise."""
     if template not in NAMES and re.search(r"[\s{}]", template):
         raise UserError(
-            f"data.template={template!r} is no template's name (there are {', '.join(NAMES)}); wording of "
+            f"{template!r} is no template's name (there are {', '.join(NAMES)}); in a recipe, wording of "
             "your own is 'data.prompt=\"Q: {question}\\nA: \"', with columns of the file in braces, and "
             "'data.columns={completion: answer}'"
         )

@@ -158,6 +158,13 @@ class Model(Protocol):
         Batches are then best made of rows that begin alike.
         """
 
+    @property
+    def exact_sampler(self) -> bool:
+        """Whether ``generate`` gives the log-probabilities of ``logprobs`` but for the rounding of float32.
+
+        In half precision they differ by more, as they do on GPUs that shorten float32 products (TF32).
+        """
+
     # The vocabulary of losses: N trained positions, V vocabulary entries.
 
     def logits(self, batch: DeviceBatch) -> Array:

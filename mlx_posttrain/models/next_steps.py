@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_posttrain import runs
+from mlx_posttrain.config import DataSection
 from mlx_posttrain.models.source import saves_language_model
+
+#: Keys of `data` that say how a source is read and what of it is held out.
+_OF_A_SOURCE = ("config", "split", "eval_split", "format", "columns", "prompt")
 
 
 def next_steps(folder: Path) -> list[str]:
@@ -36,12 +41,16 @@ def next_steps(folder: Path) -> list[str]:
 
 def _ppo(recipe: Mapping[str, Any], reward: str) -> str:
     """PPO from the model that a reward model began as, on the prompts of its pairs."""
-    data = recipe.get("data") or {}
-    given = [f"model={_from_here(str(recipe.get('model')))}", f"reward=[{{model: {reward}}}]"]
-    if isinstance(data.get("source"), str):  # not a mixture
-        given.append(f"data.source={_from_here(data['source'])}")
-        columns = data.get("columns")
-        given += [f"data.columns={json.dumps(columns)}"] if columns else []
+    data, fields = recipe.get("data") or {}, DataSection.model_fields
+    simple = re.fullmatch(r"[\w./~+-]+", reward)
+    model = reward if simple else json.dumps(reward, ensure_ascii=False)
+    given = [f"model={_from_here(str(recipe.get('model')))}", f"reward=[{{model: {model}}}]"]
+    one = isinstance(data.get("source"), str)  # not a mixture
+    given += [f"data.source={_from_here(data['source'])}"] if one else []
+    for key in (*_OF_A_SOURCE, "system") if one else ("system",):
+        value = data.get(key, fields[key].default)
+        if value not in (None, {}, fields[key].default):
+            given.append(f"data.{key}={value if isinstance(value, str) else json.dumps(value)}")
     if isinstance(data.get("template"), str):
         given.append(f"data.template={data['template']}")
     return shlex.join(["mlx-posttrain", "run", "07_ppo", *given])

@@ -66,8 +66,9 @@ def usage(source: Source, to: str, merged: bool, base: str) -> str:
         converted = base.rpartition("/")[2] + "-mlx"
         if gpt2:
             parts.append(f"mlx-lm reads a GPT-2 as `mlx-posttrain convert {base} {converted}` writes it.")
-        elif Path(base_name(source)).is_absolute():
-            parts.append(f"The base is a folder: where the code says `{base}`, write where it lies.")
+        if Path(base_name(source)).is_absolute():
+            what = "command" if gpt2 else "code"
+            parts.append(f"The base is a folder: where the {what} says `{base}`, write where it lies.")
         loading = _MLX_ADAPTER.format(base=converted if gpt2 else base)
         return "\n\n".join([*parts, _block(_MLX.format(loading=loading, asking=mlx_asking))])
     if to != "mlx-lm":

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from mlx_posttrain import config
 from mlx_posttrain.errors import UserError
+from mlx_posttrain.yaml_text import as_written
 
 MOST = 1000  # stages of one grid
 
@@ -147,7 +148,7 @@ def _all_of(value: Any, groups: Mapping[str, Mapping[str, str]]) -> Any:
                 entries[key] = _all_of(item, groups)
             else:
                 entries |= {f"{key} {label}": f"{{{stage}}}" for stage, label in group.items()}
-        return entries
+        return as_written(value, entries)
     if isinstance(value, list):
         items: list[Any] = []
         for item in value:

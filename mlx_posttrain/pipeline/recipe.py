@@ -14,8 +14,11 @@ from mlx_posttrain import config, methods, source_keys
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.pipeline.grid import Cell, axes, expand
+from mlx_posttrain.yaml_text import as_written
 
 _REFERENCE = re.compile(r"\{(\w+)\}")
+#: Keys with words for a model, in which braces are columns of a row or anything else.
+_WORDING = ("prompt", "prompts", "system", "description")
 _FOR_ALL = ("engine", "seed", "output")  # what the pipeline gives every stage
 
 
@@ -154,6 +157,7 @@ class Recipe(config.Section):
             except UserError as error:
                 text = str(error)
                 raise ValueError(text if text.startswith("stage ") else f"stage {name}: {text}") from None
+            stage.set = config.as_meant(stage.set, type(whole))
             stage.recipe = whole.model_dump(mode="json", exclude=set(_FOR_ALL))
             earlier.append(name)
         for notice in notices:
@@ -222,7 +226,9 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in settings.items():
         section, last = config.holder(found, str(key))
-        section[last] = merged(section.get(last), _nested(value)) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = merged(section.get(last), as_written(value, _nested(value)))
+        section[last] = value
     return found
 
 
@@ -252,13 +258,13 @@ def _as_text(value: Any, names: Mapping[str, Any]) -> Any:
         name = next(iter(value), None)
         if len(value) == 1 and name in names and value[name] is None:
             return f"{{{name}}}"
-        return {k: _as_text(v, names) for k, v in value.items()}
+        return as_written(value, {k: _as_text(v, names) for k, v in value.items()})
     return [_as_text(v, names) for v in value] if isinstance(value, list) else value
 
 
 def _references(value: Any) -> list[str]:
     if isinstance(value, dict):
-        return [name for v in value.values() for name in _references(v)]
+        return [name for k, v in value.items() if k not in _WORDING for name in _references(v)]
     if isinstance(value, list):
         return [name for v in value for name in _references(v)]
     return _REFERENCE.findall(value) if isinstance(value, str) else []
@@ -266,7 +272,7 @@ def _references(value: Any) -> list[str]:
 
 def _filled(value: Any, folder: Path, names: Collection[str]) -> Any:
     if isinstance(value, dict):
-        return {k: _filled(v, folder, names) for k, v in value.items()}
+        return {k: v if k in _WORDING else _filled(v, folder, names) for k, v in value.items()}
     if isinstance(value, list):
         return [_filled(v, folder, names) for v in value]
     return (

@@ -66,6 +66,11 @@ class RewardEntry(Section):
                 raise ValueError(str(error)) from None
         return self
 
+    @classmethod
+    def entry(cls, text: str) -> dict[str, Any]:
+        """The function or the model that a plain text names."""
+        return {"function" if text in functions.BUILT_IN or ":" in text else "model": text}
+
     @property
     def name(self) -> str:
         """What messages call it."""

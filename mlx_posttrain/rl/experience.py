@@ -60,10 +60,13 @@ def measure(
     temperature: float,
     train: RolloutTrainSection,
     reference: bool = True,
+    sampled: bool = False,
 ) -> dict[str, list[np.ndarray]]:
     """``old_logprobs``, ``ref_logprobs`` and ``old_values`` of every token.
 
-    They come from the forward pass that trains.
+    They come from the forward pass that trains. sampled: the policy still has the weights that sampled, so
+    ``old_logprobs`` may be the sampler's: they are where it is exact (Model.exact_sampler) and nothing else
+    of the policy's pass is needed.
 
     Without a critic there are no values; without ``reference`` no ``ref_logprobs``.
     """
@@ -72,18 +75,26 @@ def measure(
     parts = data_batches.group_similar([e.tokens for e in examples], policy.shares_prefixes, *limits)
     batches = [data_batches.collate([examples[i] for i in part], policy.context) for part in parts]
 
+    shared = actors.critic is None and policy.has_head
+    sampled = sampled and not shared and policy.exact_sampler
+
     def of_policy(model: Model, batch: DeviceBatch) -> dict[str, Array]:
-        logprobs, _, values = model.policy_terms(batch, temperature)
-        arrays = {"old_logprobs": logprobs}
+        arrays: dict[str, Array] = {}
+        if shared:
+            arrays["old_logprobs"], _, arrays["old_values"] = model.policy_terms(batch, temperature)
+        elif not sampled:
+            arrays["old_logprobs"] = model.logprobs(batch, temperature)
         if reference:
             arrays["ref_logprobs"] = model.reference_logprobs(batch, temperature)
-        return arrays if values is None else {**arrays, "old_values": values}
+        return arrays
 
-    measured = policy.apply(of_policy, batches)
+    measured = policy.apply(of_policy, batches) if reference or not sampled else [{} for _ in batches]
     if actors.critic is not None:
         values = actors.critic.apply(lambda model, batch: {"old_values": model.scores(batch)}, batches)
         measured = [{**m, **v} for m, v in zip(measured, values, strict=True)]
     stats: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(completions) for name in measured[0]}
+    if sampled:
+        stats["old_logprobs"] = [np.array(c.logprobs, np.float32) for c in completions]
     for part, batch, arrays in zip(parts, batches, measured, strict=True):
         for name, array in arrays.items():
             for i, row in zip(part, data_batches.by_row(batch, array), strict=True):

@@ -5,7 +5,8 @@ with PPO"):
 
 1. sample completions from the policy's full softmax, and score them;
 2. measure log-probabilities and values in the forward pass that trains, so that the first ratio is 1;
-  where a step has one update and nothing else asks for them, the update's own serve;
+  where a step has one update and nothing else asks for them, the update's own serve, and where the sampler
+  computes in float32, its own may;
 3. turn scores into per-token arrays: the method's ``experience``;
 4. for each epoch, in a new order, minibatches of the method's loss, and of the value loss of a separate
   critic.
@@ -163,9 +164,11 @@ class RolloutLearner:
             token_budget=settings.token_budget,
         )
 
-    def _measure(self, completions: Sequence[Completion]) -> dict[str, list[np.ndarray]]:
+    def _measure(
+        self, completions: Sequence[Completion], sampled: bool = False
+    ) -> dict[str, list[np.ndarray]]:
         temperature = self.recipe.rollout.temperature
-        return measure(self.actors, completions, temperature, self.recipe.train, self._reference)
+        return measure(self.actors, completions, temperature, self.recipe.train, self._reference, sampled)
 
     def step(self, step: int, lr: float) -> dict[str, float]:
         begun = time.perf_counter()
@@ -180,7 +183,7 @@ class RolloutLearner:
             given["moving"] = self._baseline
         sampled = time.perf_counter()
         if self.algorithm.measured:
-            stats = self._measure(self._last)
+            stats = self._measure(self._last, self.algorithm.trusts_sampler)
         else:
             stats = {"old_logprobs": [np.array(c.logprobs) for c in self._last]}
         seen = self.algorithm.experience(

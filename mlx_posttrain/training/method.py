@@ -53,6 +53,8 @@ class Algorithm:
     shape: scores as they are compared (rl/groups.py), for ``resample``; None: as they are.
     measured: whether a pass before the updates measures log-probabilities. Without it ``old_logprobs`` are
         the sampler's, and the loss compares the policy with itself: for one update a step.
+    trusts_sampler: whether that pass may leave out the policy where its sampler is exact; see
+        rl/experience.py, ``measure``.
     note: for the beginning of a run.
     """
 
@@ -68,6 +70,7 @@ class Algorithm:
     greedy: bool = False
     shape: Shape | None = None
     measured: bool = True
+    trusts_sampler: bool = False
     note: str = ""
 
 

@@ -116,6 +116,7 @@ def test_the_error_for_unknown_columns_names_the_files_columns_and_what_mends_it
     [
         ("pairs", ["instruction", "good", "bad"], "{chosen: good, rejected: bad}"),
         ("pairs", ["ask", "winner", "loser"], "{prompt: ask, chosen: winner, rejected: loser}"),
+        ("pairs", ["winner", "said"], "{prompt: your_prompt, chosen: your_chosen, rejected: your_rejected}"),
         ("pairs", ["preferred", "other"], "{chosen: preferred, rejected: other}"),
         ("pairs", ["a", "b", "c"], "{prompt: your_prompt, chosen: your_chosen, rejected: your_rejected}"),
         ("prompts", ["customer_question", "reply", "id"], "{prompt: customer_question}"),

@@ -205,6 +205,10 @@ def test_questions_that_cannot_be_judged(tmp_path, questions):
     path.write_text(json.dumps({"prompt": "Tell me a story.", "answer": "word " * 9}) + "\n")
     with pytest.raises(UserError, match="1 of 1 questions cannot be judged, because their answers are long"):
         make(tmp_path / "out.jsonl", path)
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "Tell me a joke."}) + "\n")
+    with pytest.raises(UserError, match=r"1 of 2 questions .* compares, and no rule judges the others; give"):
+        make(tmp_path / "out.jsonl", path)
     (tmp_path / "used.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="exists"):
         make(tmp_path / "used.jsonl", questions)

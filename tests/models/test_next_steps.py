@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from mlx_posttrain.models.next_steps import next_steps
+from mlx_posttrain import methods
+from mlx_posttrain.models.next_steps import _ppo, next_steps
 from tests.helpers import cli
 
 SMALL = [
@@ -40,6 +41,22 @@ def test_a_run_says_what_comes_next_and_a_resume_where_it_begins(tmp_path, monke
     assert next_steps(tmp_path / "my runs" / "one") == named(shlex.quote(f"{tmp_path}/my runs/one"))
     for line in named(folder):
         assert shlex.split(line)[2] == "my runs/one"
+
+
+def test_the_ppo_after_a_reward_model_reads_its_rows_as_it_did():
+    data = {
+        "source": "a/pairs",
+        "config": "en",
+        "split": "train_prefs",
+        "eval_split": "test_prefs",
+        "format": "hh",
+        "system": "Be kind: always.",
+        "template": "plain",
+    }
+    typed = shlex.split(_ppo({"model": "tiny", "data": data}, "runs/one, two"))
+    recipe = methods.load_recipe(typed[2], typed[3:])
+    assert {key: getattr(recipe.data, key) for key in data} == data
+    assert [entry.model for entry in recipe.reward] == ["runs/one, two"] and recipe.model == "tiny"
 
 
 def test_a_reward_model_is_for_ppo_and_a_pipeline_for_its_page(tmp_path, monkeypatch, capfd):

@@ -110,7 +110,9 @@ def test_the_code_of_a_card_answers_as_we_do(kind, to, merged, runs, bases, tmp_
     export(run, out, to, merged=merged)
     (code,) = snippets(out)
     if to == "mlx-lm" and not merged and kind != "several":  # the card says to convert the base
-        assert "`mlx-posttrain convert small small-mlx`" in (out / "README.md").read_text()
+        told = (out / "README.md").read_text()
+        assert "`mlx-posttrain convert small small-mlx`" in told
+        assert "where the command says `small`, write where it lies" in told
         convert(bases / "small", out / "small-mlx", to="mlx")
     assert run_snippet(code, out, monkeypatch) == wanted
     card = (out / "README.md").read_text()

@@ -157,6 +157,19 @@ def test_overrides_for_one_stage_and_for_all(three):
     assert a.train.epochs == 3  # of 01_sft, which nothing overrides
 
 
+def test_a_colon_in_a_stages_setting_that_takes_text_makes_no_mapping(three, tmp_path):
+    settings = [
+        f"output={tmp_path}",
+        *("b.data.prompt=Q: {question}", "b.data.columns={answer: reply}", "b.train={steps: 2}"),
+    ]
+    chosen = methods.load_recipe(str(three), settings)
+    again = type(chosen).model_validate(chosen.model_dump(mode="json"))  # as a resumed pipeline reads it
+    for recipe in (chosen, again):
+        b = pipeline.stage_recipes(recipe)["b"]
+        assert b.data.prompt == "Q: {question}" and b.data.columns == {"answer": "reply"}
+        assert b.train.steps == 2
+
+
 @pytest.mark.parametrize(
     ("value", "wanted"),
     [

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mlx_posttrain import engines
 from mlx_posttrain.data import batches, pairs
-from mlx_posttrain.engines.base import AdamW, initial_head
+from mlx_posttrain.engines.base import AdamW, AdapterSpec, initial_head
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.rl.config import RolloutTrainSection
 from mlx_posttrain.rl.experience import Actors, experience, measure
-from mlx_posttrain.rl.rollouts import Completion, Prompt
+from mlx_posttrain.rl.rollouts import Completion, Prompt, sample
 
 ENGINES = engines.available()
 LENGTHS = [3, 1, 5, 4]
@@ -236,11 +237,84 @@ def test_what_is_not_there_is_not_measured(random_gpt2):
         assert np.array_equal(ours, theirs) and first == pytest.approx(ours, abs=1e-5)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_float32_samplers_log_probabilities_save_the_policys_pass(engine, dtype, random_gpt2, monkeypatch):
+    library = engines.get(engine)
+    policy = library.load(random_gpt2, dtype=dtype)
+    critic = library.load(random_gpt2)
+    critic.add_head(initial_head(64, 0))
+    policy.add_adapter(
+        AdapterSpec(rank=2, alpha=4.0, targets=("c_attn",)), 0
+    )  # whose reference is the model without it
+    asked = [Prompt((7, 8, 9 + i), "q", {}) for i in range(3)]
+    made = sample(
+        policy,
+        SimpleNamespace(decode=str),
+        asked,
+        samples=2,
+        max_tokens=6,
+        temperature=0.7,
+        stop=None,
+        seed=0,
+        token_budget=99,
+    )
+    calls = []
+    own = type(policy).logprobs
+    monkeypatch.setattr(type(policy), "logprobs", lambda *a: calls.append(0) or own(*a))
+    train, actors = RolloutTrainSection(), Actors(policy, critic, None, None, None)
+    measured = measure(actors, made, 0.7, train)
+    assert calls and set(measured) == set(STATS)
+    calls.clear()
+    taken = measure(actors, made, 0.7, train, sampled=True)
+    exact = dtype == "float32"
+    assert policy.exact_sampler == exact and bool(calls) != exact and set(taken) == set(measured)
+    for name, rows in measured.items():
+        for ours, theirs, completion in zip(taken[name], rows, made, strict=True):
+            assert np.allclose(ours, theirs, rtol=0, atol=2e-6 if exact else 0), name
+            if exact and name == "old_logprobs":
+                assert np.array_equal(ours, np.array(completion.logprobs, np.float32))
+
+
+def test_a_critic_on_the_policys_trunk_has_the_policy_measured(random_gpt2):
+    policy = engines.get(ENGINES[0]).load(random_gpt2)
+    policy.add_head(initial_head(64, 0))
+    made = [dataclasses.replace(c, logprobs=(-9.0,) * len(c.tokens)) for c in completions()]
+    actors = Actors(policy, None, None, None, None)
+    found = measure(actors, made, 1.0, RolloutTrainSection(), False, sampled=True)
+    assert set(found) == {"old_logprobs", "old_values"}
+    assert all((row > -8).all() for row in found["old_logprobs"])
+
+
+@pytest.mark.skipif("mlx" not in ENGINES, reason="needs MLX")
+@pytest.mark.parametrize(
+    ("architecture", "switched", "shortened"),
+    [
+        ("applegpu_g17s", None, True),
+        ("applegpu_g17s", "0", False),
+        ("applegpu_g16s", None, False),
+        ("", "1", True),
+    ],
+)
+def test_gpus_that_shorten_float32_products_are_no_exact_samplers(
+    architecture, switched, shortened, random_gpt2, monkeypatch
+):
+    from mlx_posttrain.engines.mlx import device
+
+    policy = engines.get("mlx").load(random_gpt2)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device.mx, "device_info", lambda: {"architecture": architecture})
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    if switched is not None:
+        monkeypatch.setenv("MLX_ENABLE_TF32", switched)
+    assert policy.exact_sampler is not shortened
+
+
 def test_completions_are_measured_in_batches_larger_than_those_of_training():
     """No gradient, so four times the rows and, where there is one, four times the budget of tokens."""
 
     class Policy:
-        shares_prefixes, context = False, 64
+        shares_prefixes, has_head, context = False, False, 64
 
         def apply(self, function, made):
             self.shapes = [b.tokens.shape for b in made]

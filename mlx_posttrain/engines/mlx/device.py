@@ -9,6 +9,8 @@ MLX's CPU backend on Linux allocates through glibc and keeps 32 MB: engines/mlx/
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +32,17 @@ def on_gpu() -> bool:
 def working_set() -> int:
     """Bytes that Metal advises a process to use at most; 0 where MLX does not compute on Metal."""
     return probe.working_set() if on_gpu() else 0
+
+
+def shortens_float32() -> bool:
+    """Whether float32 products keep 10 bits of mantissa (TF32), as they do on GPUs from M5 on.
+
+    Those are of generation 17; MLX_ENABLE_TF32=0 in the environment switches it off (mlx issue 3860).
+    """
+    if not on_gpu() or os.environ.get("MLX_ENABLE_TF32", "1") == "0":
+        return False
+    generation = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
+    return generation is None or int(generation[1]) >= 17
 
 
 def prepare() -> None:

@@ -77,6 +77,11 @@ class MLXModel:
     def shares_prefixes(self) -> bool:
         return self._split and mlx_packed.applies(self.net)
 
+    @property
+    def exact_sampler(self) -> bool:
+        dtypes = {p.dtype for _, p in tree_flatten(self.net.parameters())}
+        return dtypes == {mx.float32} and not device.shortens_float32()
+
     def to_device(self, batch: Batch, total: float) -> DeviceBatch:
         """The batch as MLX arrays; total: see :class:`~mlx_posttrain.engines.base.DeviceBatch`."""
         packing = mlx_packed.arrays(batch) if self.shares_prefixes else {}

@@ -142,9 +142,7 @@ def logits(h: Tensor, w: Tensor) -> Tensor:
         for part in fused.chunks(*w.shape):
             z[:, part] = h @ w[part].float().T
         return z
-    # With few positions BLAS takes as little as two thirds of the time the other way round, and the copy to
-    # rows costs a tenth of that; with many it costs more.
-    return h @ w.T if len(h) > 2 * fused.PANEL else (w @ h.T).T.contiguous()
+    return h @ w.T
 
 
 def _to_hidden(grad: Tensor, w: Tensor) -> Tensor:

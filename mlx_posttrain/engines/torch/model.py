@@ -95,6 +95,10 @@ class TorchModel:
     def shares_prefixes(self) -> bool:
         return self._split and self.net.config._attn_implementation == torch_packed.ATTENTION
 
+    @property
+    def exact_sampler(self) -> bool:
+        return not self._mixed and all(p.dtype == torch.float32 for p in self.net.parameters())
+
     # The vocabulary of losses.
 
     def _logits(self, net: Any, batch: DeviceBatch) -> torch.Tensor:
