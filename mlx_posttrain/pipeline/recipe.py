@@ -17,8 +17,6 @@ from mlx_posttrain.pipeline.grid import Cell, axes, expand
 from mlx_posttrain.yaml_text import as_written
 
 _REFERENCE = re.compile(r"\{(\w+)\}")
-#: Keys with words for a model, in which braces are columns of a row or anything else.
-_WORDING = ("prompt", "prompts", "system", "description")
 _FOR_ALL = ("engine", "seed", "output")  # what the pipeline gives every stage
 
 
@@ -262,17 +260,17 @@ def _as_text(value: Any, names: Mapping[str, Any]) -> Any:
     return [_as_text(v, names) for v in value] if isinstance(value, list) else value
 
 
-def _references(value: Any) -> list[str]:
+def _references(value: Any, key: str = "") -> list[str]:
     if isinstance(value, dict):
-        return [name for k, v in value.items() if k not in _WORDING for name in _references(v)]
+        return [name for k, v in value.items() if not _is_wording(k, key) for name in _references(v, k)]
     if isinstance(value, list):
         return [name for v in value for name in _references(v)]
     return _REFERENCE.findall(value) if isinstance(value, str) else []
 
 
-def _filled(value: Any, folder: Path, names: Collection[str]) -> Any:
+def _filled(value: Any, folder: Path, names: Collection[str], key: str = "") -> Any:
     if isinstance(value, dict):
-        return {k: v if k in _WORDING else _filled(v, folder, names) for k, v in value.items()}
+        return {k: v if _is_wording(k, key) else _filled(v, folder, names, k) for k, v in value.items()}
     if isinstance(value, list):
         return [_filled(v, folder, names) for v in value]
     return (
@@ -280,6 +278,11 @@ def _filled(value: Any, folder: Path, names: Collection[str]) -> Any:
         if isinstance(value, str)
         else value
     )
+
+
+def _is_wording(key: str, within: str) -> bool:
+    """Whether a key is data.prompt or a source's prompt, in which braces are columns."""
+    return key == "prompt" and within != "columns"
 
 
 def stage_recipes(recipe: Recipe) -> dict[str, Any]:
