@@ -306,10 +306,25 @@ def test_a_unit_is_two_seconds_of_the_fastest_engine_after_a_pass_that_warms_up(
     assert (fast.passes, fast.rows, fast.tokens, fast.steps) == (4, 32, 400, 8)
     assert (fast.dtype, slow.dtype) == ("float32", "float16")
     turns = [(engine, len(list(group))) for engine, group in groupby(FakeWorker.sent)]
-    assert turns == [("mlx-gpu", 2), ("mlx-cpu", 2), ("mlx-gpu", 5), ("mlx-cpu", 10), ("mlx-gpu", 5)]
+    first = [("mlx-gpu", 1), ("mlx-cpu", 1)]
+    assert turns == [*first, *first, ("mlx-gpu", 5), ("mlx-cpu", 10), ("mlx-gpu", 5)]
     specs[0]["fails"] = 6
     failed, other = bench._take_turns(specs, 1)
     assert failed.error == "out of memory" and not failed.seconds and other.seconds == [12.0]
+
+
+def test_long_passes_are_warmed_up_once(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(bench, "_Worker", FakeWorker)
+    monkeypatch.setattr(bench, "LONG_PASS", 9.0)  # the first pass of a FakeWorker
+    monkeypatch.setattr(FakeWorker, "sent", [])
+    specs: list[dict[str, Any]] = [
+        {"engine": engine, "what": "grpo", "seconds": seconds}
+        for engine, seconds in (("torch-cpu", 8.0), ("trl-cpu", 12.0))
+    ]
+    ours, theirs = bench._take_turns(specs, 2)
+    assert ours.seconds == [8.0, 8.0] and theirs.seconds == [12.0, 12.0]
+    assert ours.losses == theirs.losses == [2.0, 3.0] and len(FakeWorker.sent) == 6
+    assert capfd.readouterr().err.splitlines()[0] == "grpo torch-cpu, warm-up: 9.00 s"
 
 
 def test_no_share_of_a_peak_is_above_one() -> None:

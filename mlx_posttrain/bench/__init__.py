@@ -2,10 +2,10 @@
 
 Every engine runs in its own process (worker.py). All processes are open at once and take turns, one unit of
 work at a time in alternating order, so that other load on the machine affects all of them alike. A unit is
-as many passes over the work as the fastest engine needs for two seconds, after one that warms up: engines
-compile in their first, and a GPU's clocks fall while the others have their turns. A ratio is the median of
-the ratios of units timed next to each other, given with the smallest and the largest; there is none where the
-work differed (comparison.py).
+as many passes over the work as the fastest engine needs for two seconds, after one that warms up where
+passes are short: engines compile in their first, and a GPU's clocks fall while the others have their turns. A
+ratio is the median of the ratios of units timed next to each other, given with the smallest and the largest;
+there is none where the work differed (comparison.py).
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from mlx_posttrain.memory import plan
 ENGINES = ("mlx-gpu", "mlx-cpu", "torch-cpu")
 #: Seconds that a unit takes at least, on the fastest engine.
 UNIT_SECONDS = 2.0
+#: Seconds of a pass on every engine beside which those of compiling and of rising clocks are few: one such
+#: pass warms up, and no turn begins with another.
+LONG_PASS = 20.0
 
 
 class _Worker:
@@ -227,14 +230,13 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
         for t, w in zip(timings, workers, strict=True):
             t.error = w.receive().get("error")
         pairs = list(zip(timings, workers, strict=True))
-        quickest = float("inf")
-        for t, w in pairs:
-            compiled = _passes(t, w, 2)
-            quickest = min([quickest, *(record["seconds"] for record in compiled[1:])])
+        quickest = _warm_up(pairs)
+        again = int(quickest < LONG_PASS)
+        quickest = _warm_up(pairs) if again else quickest
         passes = max(1, math.ceil(UNIT_SECONDS / max(quickest, 1e-6)))
         for unit in range(1, units + 1):
             for t, w in pairs if unit % 2 else reversed(pairs):
-                records = _passes(t, w, 1 + passes)[1:]
+                records = _passes(t, w, again + passes)[again:]
                 if t.error is None:
                     _add_unit(t, records)
                     log(f"{t.what} {t.engine}, unit {unit} of {units}: {t.seconds[-1]:.2f} s")
@@ -255,6 +257,16 @@ def _take_turns(specs: Sequence[dict[str, Any]], units: int) -> list[Timing]:
         for w in workers:
             w.kill()
     return timings
+
+
+def _warm_up(pairs: Sequence[tuple[Timing, _Worker]]) -> float:
+    """Seconds of the quickest of a pass of each worker."""
+    quickest = float("inf")
+    for t, w in pairs:
+        for record in _passes(t, w, 1):
+            log(f"{t.what} {t.engine}, warm-up: {record['seconds']:.2f} s")
+            quickest = min(quickest, record["seconds"])
+    return quickest
 
 
 def _passes(t: Timing, worker: _Worker, number: int) -> list[dict[str, Any]]:

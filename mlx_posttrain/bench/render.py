@@ -117,7 +117,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     facts = [f"{name}: {value}" for name, value in result["machine"].items()]
     facts += [
         f"model: {result['model']}",
-        f"{rows}, batch {shape['batch_size']}, {result['units']} units, each after a warm-up",
+        f"{rows}, batch {shape['batch_size']}, {result['units']} units after a warm-up",
         f"number format of frozen weights: {result.get('dtype', 'float32')}",
         f"measured peaks: {peaks}",
     ]
