@@ -457,7 +457,7 @@ def settings(overrides: list[str]) -> dict[str, Any]:
             value = parse_yaml(text) if text else None
         except (yaml.YAMLError, ValueError):
             value = text
-        if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
+        if isinstance(value, str) and value == text.strip():  # without quotes; YAML 1.1 reads 1e-5 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
         if (spaced := with_spaces(value)) != value:
@@ -665,8 +665,8 @@ def as_meant(value: Any, kind: Any) -> Any:
         fields = section.model_fields if section else {}
         return {k: as_meant(v, fields[k].annotation if k in fields else None) for k, v in value.items()}
     if isinstance(value, list):
-        return [as_meant(v, _section(kind)) for v in value]
-    if isinstance(value, str):
+        return [as_meant(v, _section(kind)) if isinstance(v, dict) else v for v in value]
+    if isinstance(value, str) and str not in _kinds(kind):
         mantissa, e, exponent = value.lower().partition("e")
         if e and mantissa.replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit():
             with contextlib.suppress(ValueError):  # digits of other scripts
@@ -763,6 +763,9 @@ def _explain(error: Any, cls: type[BaseModel], kinds: Mapping[tuple[str, ...], S
         )
         if entry:
             return f"'{key}': must be a list, not {short(error['input'])}; write '{key}={flow([entry])}'"
+        section = _listed_section(cls, path) if error["type"] == "model_type" and path[-1].isdigit() else None
+        if section and isinstance(error["input"], str) and (entry := _as_entry(error["input"], section)):
+            return f"'{key}': must be {must}, not {short(error['input'])}; write {flow(entry)}"
         colon = error["type"] == "string_type" and isinstance(error["input"], dict)
         advice = "; a text with a colon or braces stands in double quotes" if colon else ""
         return f"'{key}': must be {must}, not {short(error['input'])}{advice}"
@@ -775,9 +778,9 @@ def _explain(error: Any, cls: type[BaseModel], kinds: Mapping[tuple[str, ...], S
 
 
 def _listed_section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
-    """The sections in the list that a key takes; None where it takes no list of sections."""
+    """The sections in the list that a key takes, or that an entry is in; None where it takes none."""
     section: type[BaseModel] | None = cls
-    for part in path:
+    for part in (part for part in path if not part.isdigit()):
         fields = section.model_fields if section else {}
         section = _section(fields[part].annotation) if part in fields else None
     return section
@@ -789,7 +792,7 @@ def _as_entry(given: Any, section: type[BaseModel] | None) -> dict[str, Any] | N
         return None
     if isinstance(given, dict):
         return given if set(given) <= set(section.model_fields) else None
-    return section.entry(given) if isinstance(given, str) and not set(given) & set("[]{}") else None
+    return section.entry(given) if isinstance(given, str) and not set(given) & set("[]{},") else None
 
 
 def short(value: Any, most: int = 80) -> str:

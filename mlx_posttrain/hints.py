@@ -57,15 +57,17 @@ class Prompts(TyperCommand):
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         ctx.allow_extra_args = True
+        typed = list(args)  # which parsing takes from
         further = super().parse_args(ctx, args)
         if ctx.args and not ctx.resilient_parsing:
-            words, asked = list(ctx.args), ctx.params.get("prompt") or []
-            if any(len(word.split()) > 1 for word in words):
-                raise UserError(
-                    "prompts are options: " + " ".join(f"--prompt {shlex.quote(w)}" for w in words)
-                )
-            whole = shlex.quote(" ".join([*asked[-1:], *words]))
-            raise UserError(f"prompts are options, and stand in quotes: --prompt {whole}")
+            words = list(ctx.args)
+            before = typed[max(0, typed.index(words[0]) - 2) :][:2]
+            if len(before) == 2 and before[0] == "--prompt" and not any("=" in word for word in words):
+                words = [" ".join([before[1], *words])]  # one prompt without quotes
+            elif not any(set(word) & set(" =/") for word in words):
+                words = [" ".join(words)]
+            given = " ".join(f"--prompt {shlex.quote(word)}" for word in words)
+            raise UserError(f"prompts are options: {given}")
         return further
 
 

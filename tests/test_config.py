@@ -178,6 +178,16 @@ def test_a_colon_in_a_setting_of_a_lists_entry_makes_no_mapping():
     assert [one.prompt for one in recipe.data.sources] == [None, "Q: {ask}"]
 
 
+def test_a_text_that_looks_like_a_number_stays_text_in_quotes():
+    recipe = methods.load_recipe("01_sft", ["data.system='1e5'", 'data.config="2024"', "train.lr=1e-5"])
+    assert (recipe.data.system, recipe.data.config, recipe.train.lr) == ("1e5", "2024", 1e-5)
+
+
+def test_a_text_in_a_list_stays_text():
+    recipe = methods.load_recipe("01_sft", ["sample.prompts=['1e5', '2e4']", "data.special_tokens=['3e1']"])
+    assert recipe.sample.prompts == ["1e5", "2e4"] and recipe.data.special_tokens == ["3e1"]
+
+
 def test_a_setting_that_takes_a_mapping_stays_one():
     recipe = methods.load_recipe("01_sft", ["data.columns=question: ask", "train={steps: 3, lr: 1e-3}"])
     assert recipe.data.columns == {"question": "ask"} and type(recipe.data.columns) is dict
@@ -216,6 +226,11 @@ def test_the_error_of_a_key_with_several_types_names_the_key(setting, message):
         ("reward.7.model=runs/rm", "no entry '7'; they are numbered from 0"),
         ("log=wandb", "'log': must be a list, not 'wandb'"),
         ("reward=json", "write 'reward=[{function: json}]'"),
+        (
+            "reward=[length]",
+            "'reward.0': must be a mapping of keys to values, not 'length'; write {function: length}",
+        ),
+        ("reward=length,format", "'reward': must be a list, not 'length,format'"),
         ("reward=mine.py:f", "write 'reward=[{function: mine.py:f}]'"),
         ("sample.prompts.a.b=3", "'sample.prompts'"),
     ],

@@ -51,11 +51,14 @@ def test_a_prompt_without_its_option_is_told_to_have_one(capfd):
     two = refused(capfd, "generate", "tiny", "Hello you", "And I")
     assert "--prompt 'Hello you' --prompt 'And I'" in two
 
+    two = refused(capfd, "generate", "tiny", "Hello", "--prompt", "And I")
+    assert two.strip().endswith("prompts are options: --prompt Hello")
+
 
 @pytest.mark.parametrize("typed", ["--prompt What is 2?", "What is 2?"])
 def test_a_prompt_of_several_words_is_told_to_stand_in_quotes(typed, capfd):
     said = refused(capfd, "generate", "tiny", *typed.split())
-    assert "prompts are options, and stand in quotes: --prompt 'What is 2?'" in said
+    assert "prompts are options: --prompt 'What is 2?'" in said
 
 
 def test_keys_are_found_by_several_words(capsys):

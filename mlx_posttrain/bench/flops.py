@@ -46,8 +46,9 @@ def rollout_flops(size: Size, kind: Kind, shape: Shape) -> float:
     """Floating-point operations of one iteration on rollouts, with answers of full length.
 
     Counted are decoding with a cache, which reads each prompt once; the passes over all answers before the
-    updates, of the policy and for PPO of reference, critic and reward model; and the epochs of updates. The
-    vocabulary's head counts in decoding, in the passes of policy and reference, and in the policy's epochs.
+    updates, of the policy or, for PPO in float32, of reference, critic and reward model; and the epochs of
+    updates. The vocabulary's head counts in decoding, in the passes of policy and reference, and in the
+    policy's epochs.
     """
     samples, generated = ROLLOUT["samples"], ROLLOUT["max_tokens"]
     per_token = 2 * sum(map(math.prod, size.linear.values()))
@@ -59,10 +60,8 @@ def rollout_flops(size: Size, kind: Kind, shape: Shape) -> float:
         linear = per_token * (prompt + generated)
         forward = linear + attention
         decoding = per_token * (generated + prompt / samples) + attention + head
-        before = forward + head if algorithm.measured else 0
+        before = forward + head if algorithm.measured and not algorithm.trusts_sampler else 0
         updates = (2 if kind.adapter else 3) * (linear + head) + 3 * attention
-        if algorithm.trusts_sampler:  # in float32
-            before = 0
         if algorithm.critic is not None:
             before += 3 * forward + head
             updates += 3 * forward

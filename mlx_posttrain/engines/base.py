@@ -162,7 +162,8 @@ class Model(Protocol):
     def exact_sampler(self) -> bool:
         """Whether ``generate`` gives the log-probabilities of ``logprobs`` but for the rounding of float32.
 
-        In half precision they differ by more, as they do on GPUs that shorten float32 products (TF32).
+        In half precision they differ by more, as they do on GPUs that shorten float32 products (TF32), and
+        where a text's length changes the rotation of its positions, since cached keys keep theirs.
         """
 
     # The vocabulary of losses: N trained positions, V vocabulary entries.

@@ -45,7 +45,7 @@ CHUNK_BYTES = 26 * 2**20
 CACHED_BYTES = 128 * 2**20
 
 #: Chunks are multiples of this many positions, or vocabulary entries, because BLAS libraries multiply by
-#: panels: with GPT-2's head 83 positions at once run at half the rate of 64 or 128.
+#: panels: with GPT-2's head 83 positions at once run at three quarters of the rate of 128.
 PANEL = 64
 
 

@@ -91,10 +91,8 @@ def synthesize(
         counts["questions without a rule"] = len(rows) - len(judged)
         if not judged:
             if long := verify.unjudged(row.extra for row in rows):
-                others = "" if long.startswith(f"{len(rows):,} of ") else ", and no rule judges the others"
                 raise UserError(
-                    f"{prompts}: {long}{others}; give a reward model with --reward, or rows with short "
-                    "answers"
+                    f"{prompts}: {long}; give a reward model with --reward, or rows with short answers"
                 )
             raise UserError(
                 f"{prompts}: no answer to these questions can be checked; give a reward model with "

@@ -10,9 +10,10 @@ Implementation Details of RLHF with PPO"):
    of the clipped value loss.
 
 Old log-probabilities come from the forward pass that trains, so the first ratio is 1. In float32 those of the
-sampler are the same but for rounding, about 1e-6, and save a pass; in half precision, and with a critic on
-the policy's trunk, which needs that pass, they are measured. Dropout is off everywhere. The pure parts are in
-losses/policy.py (what is differentiated) and rl/ (what is not); rl/learner.py is the step.
+sampler are the same but for rounding, about 1e-6, and save a pass; they are measured where they may differ
+(``Model.exact_sampler``), and with a critic on the policy's trunk, which needs that pass. Dropout is off
+everywhere. The pure parts are in losses/policy.py (what is differentiated) and rl/ (what is not);
+rl/learner.py is the step.
 
 Where we differ: losses are averaged over all tokens of an optimizer step rather than per micro-batch; the
 score is on the last real token (TRL puts it one slot later where there is room); a separate critic has its

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_posttrain import runs
+from mlx_posttrain import config, runs
 from mlx_posttrain.config import DataSection
 from mlx_posttrain.models.source import saves_language_model
 
@@ -42,18 +42,24 @@ def next_steps(folder: Path) -> list[str]:
 def _ppo(recipe: Mapping[str, Any], reward: str) -> str:
     """PPO from the model that a reward model began as, on the prompts of its pairs."""
     data, fields = recipe.get("data") or {}, DataSection.model_fields
-    simple = re.fullmatch(r"[\w./~+-]+", reward)
-    model = reward if simple else json.dumps(reward, ensure_ascii=False)
-    given = [f"model={_from_here(str(recipe.get('model')))}", f"reward=[{{model: {model}}}]"]
+    given = [f"model={_typed(_from_here(str(recipe.get('model'))))}", f"reward=[{{model: {_typed(reward)}}}]"]
     one = isinstance(data.get("source"), str)  # not a mixture
-    given += [f"data.source={_from_here(data['source'])}"] if one else []
+    given += [f"data.source={_typed(_from_here(data['source']))}"] if one else []
     for key in (*_OF_A_SOURCE, "system") if one else ("system",):
         value = data.get(key, fields[key].default)
         if value not in (None, {}, fields[key].default):
-            given.append(f"data.{key}={value if isinstance(value, str) else json.dumps(value)}")
+            given.append(f"data.{key}={_typed(value)}")
     if isinstance(data.get("template"), str):
         given.append(f"data.template={data['template']}")
     return shlex.join(["mlx-posttrain", "run", "07_ppo", *given])
+
+
+def _typed(value: Any) -> str:
+    """A value as a setting has it: JSON, without the quotes of a text that is one without them."""
+    plain = isinstance(value, str) and re.fullmatch(r"[\w./~+-]+", value)
+    if plain and config.settings([f"x={value}"])["x"] == value:
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _from_here(path: str) -> str:

@@ -14,7 +14,7 @@ from mlx_posttrain import config, methods, source_keys
 from mlx_posttrain.convert.files import home
 from mlx_posttrain.errors import UserError
 from mlx_posttrain.pipeline.grid import Cell, axes, expand
-from mlx_posttrain.yaml_text import as_written
+from mlx_posttrain.yaml_text import Written, as_written
 
 _REFERENCE = re.compile(r"\{(\w+)\}")
 _FOR_ALL = ("engine", "seed", "output")  # what the pipeline gives every stage
@@ -261,10 +261,12 @@ def _as_text(value: Any, names: Mapping[str, Any]) -> Any:
 
 
 def _references(value: Any, key: str = "") -> list[str]:
+    if isinstance(value, Written):
+        return _REFERENCE.findall(value.text)
     if isinstance(value, dict):
         return [name for k, v in value.items() if not _is_wording(k, key) for name in _references(v, k)]
     if isinstance(value, list):
-        return [name for v in value for name in _references(v)]
+        return [name for v in value for name in _references(v, key)]
     return _REFERENCE.findall(value) if isinstance(value, str) else []
 
 
@@ -272,7 +274,7 @@ def _filled(value: Any, folder: Path, names: Collection[str], key: str = "") -> 
     if isinstance(value, dict):
         return {k: v if _is_wording(k, key) else _filled(v, folder, names, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(v, folder, names) for v in value]
+        return [_filled(v, folder, names, key) for v in value]
     return (
         _REFERENCE.sub(lambda m: str(folder / m[1]) if m[1] in names else m[0], value)
         if isinstance(value, str)
@@ -282,7 +284,7 @@ def _filled(value: Any, folder: Path, names: Collection[str], key: str = "") -> 
 
 def _is_wording(key: str, within: str) -> bool:
     """Whether a key is data.prompt or a source's prompt, in which braces are columns."""
-    return key == "prompt" and within != "columns"
+    return key == "prompt" and within in ("data", "sources")
 
 
 def stage_recipes(recipe: Recipe) -> dict[str, Any]:

@@ -81,14 +81,19 @@ def verifiable(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def unjudged(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return how many rows no rule judges because their answer is too long, as a clause; "" for none."""
+    """Return how many rows no rule judges because their answer is too long, as a clause; "" for none.
+
+    It says where no rule judges the others either.
+    """
     rows = list(rows)
-    long = sum(kind(row) is None and len(_answer(row).split()) > LONGEST_TEXT for row in rows)
+    open_ended = [row for row in rows if kind(row) is None]
+    long = sum(len(_answer(row).split()) > LONGEST_TEXT for row in open_ended)
     if not long:
         return ""
+    others = ", and no rule judges the others" if long < len(rows) == len(open_ended) else ""
     return (
         f"{long:,} of {len(rows):,} questions cannot be judged, because their answers are longer than "
-        f"{LONGEST_TEXT} words, which no rule compares"
+        f"{LONGEST_TEXT} words, which no rule compares{others}"
     )
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from mlx_posttrain import engines
 from mlx_posttrain.convert import mlx_config
+from mlx_posttrain.data.batches import by_row, collate
+from mlx_posttrain.data.types import Example
 from mlx_posttrain.errors import UserError
 from tests import architectures as made
 
@@ -24,6 +26,24 @@ def test_logits_are_those_of_transformers(case, version):
 
 def test_every_architecture_of_the_table_is_tested():
     assert {case.kind for case in made.CASES} == set(mlx_config.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("engine", engines.available())
+@pytest.mark.parametrize("case", made.CASES, ids=str)
+def test_a_sampler_that_says_so_is_exact(engine, case, tmp_path):
+    """Its log-probabilities of 24 tokens are those of the forward pass that trains."""
+    made.build(case, tmp_path)
+    model = engines.get(engine).load(tmp_path)
+    prompt, room = [5, 9, 2, 7], min(24, (model.context or 64) - 4)
+    found = model.generate([prompt], max_tokens=room, stop=None, temperature=1.0, seed=1, samples=3)
+    rows = [Example((*prompt, *one.tokens), (False,) * 4 + (True,) * len(one.tokens)) for one in found]
+    batch = collate(rows, model.context)
+    measured = np.concatenate(by_row(batch, model.token_logprobs([batch])[0]))
+    sampled = np.concatenate([one.logprobs for one in found])
+    changing = engine == "torch" and ("longrope" in str(case) or "dynamic" in str(case))
+    off = np.abs(measured - sampled).max()
+    assert model.exact_sampler is not changing
+    assert off > 1 if changing and "longrope" in str(case) else off < 1e-4 or changing
 
 
 def folder_of(tmp_path, kind: str, **settings):

@@ -48,9 +48,9 @@ def test_the_ppo_after_a_reward_model_reads_its_rows_as_it_did():
         "source": "a/pairs",
         "config": "en",
         "split": "train_prefs",
-        "eval_split": "test_prefs",
+        "eval_split": "2024",
         "format": "hh",
-        "system": "Be kind: always.",
+        "system": 'Be kind: always.\n# And "brief".',
         "template": "plain",
     }
     typed = shlex.split(_ppo({"model": "tiny", "data": data}, "runs/one, two"))

@@ -168,6 +168,9 @@ def test_a_colon_in_a_stages_setting_that_takes_text_makes_no_mapping(three, tmp
         b = pipeline.stage_recipes(recipe)["b"]
         assert b.data.prompt == "Q: {question}" and b.data.columns == {"answer": "reply"}
         assert b.train.steps == 2
+    for typed in ("b.model={frst}", "c.data.system=As {frst}: brief"):  # before anything is trained
+        with pytest.raises(UserError, match=r"stage \w uses \{frst\}, which is no stage"):
+            methods.load_recipe(str(three), [typed])
 
 
 @pytest.mark.parametrize(
@@ -197,6 +200,13 @@ def test_a_name_in_braces_is_that_stages_folder(value, wanted, tmp_path):
     b = pipeline.stage_recipes(methods.load_recipe(str(path), ["output=/o"]))["b"]
     found = wanted.replace("OUT", str(Path("/o").absolute()))
     assert b.model == found and b.sample.prompts == [found, "none"] and b.data.columns == {"prompt": found}
+
+
+def test_a_run_called_prompt_is_a_stages_folder_too(tmp_path):
+    report = {"recipe": {"method": "report", "runs": {"prompt": "{a}"}}}
+    path = write(tmp_path / "p.yaml", {"a": {"recipe": "demo_sft"}, "r": report})
+    own = pipeline.stage_recipes(methods.load_recipe(str(path), [f"output={tmp_path}"]))["r"]
+    assert own.runs == {"prompt": str(tmp_path / "a")}
 
 
 def test_a_stages_file_is_looked_for_beside_the_pipelines(tmp_path, monkeypatch):

@@ -97,7 +97,10 @@ class TorchModel:
 
     @property
     def exact_sampler(self) -> bool:
-        return not self._mixed and all(p.dtype == torch.float32 for p in self.net.parameters())
+        rotation = str(self.config.get("rope_parameters") or self.config.get("rope_scaling"))
+        changing = any(kind in rotation for kind in ("longrope", "dynamic"))
+        whole = all(p.dtype == torch.float32 for p in self.net.parameters())
+        return whole and not changing and not self._mixed
 
     # The vocabulary of losses.
 
