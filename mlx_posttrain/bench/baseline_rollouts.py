@@ -246,6 +246,36 @@ def mlx_lm_lora_grpo(spec: dict[str, Any], gate: Gate) -> None:
     gate.close(device=spec["against"], version=importlib.metadata.version("mlx-lm-lora"), first=first)
 
 
+def mlx_lm_generate(spec: dict[str, Any], gate: Gate) -> None:
+    """mlx-lm's own batched generation of every answer, with the log-probabilities that RL needs."""
+    net, config = mlx_model(Path(spec["folder"]), spec["against"])
+    import mlx.core as mx
+    from mlx_lm.generate import batch_generate
+    from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.utils import load_tokenizer
+
+    samples, most = ROLLOUT["samples"], ROLLOUT["max_tokens"]
+    asked = prompts(config["vocab_size"], Shape(**spec["shape"]).length)
+    rows, tokenizer = [p for p in asked for _ in range(samples)], load_tokenizer(Path(spec["folder"]))
+    tokenizer.eos_token_ids = [config["vocab_size"]]  # answers have full length
+    gate.peak = lambda: mx.get_peak_memory() / 2**30
+    mx.reset_peak_memory()
+    while gate.open():
+        found = batch_generate(
+            net,
+            tokenizer,
+            rows,
+            max_tokens=most,
+            sampler=make_sampler(temp=1.0),
+            return_token_ids=True,
+            return_logprobs=True,
+        )
+        gate.stop()
+        answers = [list(ids) for ids in found.token_ids or ()]
+        gate.report(loss=surprise(net, rows, answers), rows=len(answers), tokens=sum(map(len, answers)))
+    gate.close(device=spec["against"], version=importlib.metadata.version("mlx-lm"))
+
+
 def mlx_lm_lora_generate(spec: dict[str, Any], gate: Gate) -> None:
     """The rollout of mlx-lm-lora's GRPO alone, with its own batch of 4 rows at once."""
     net, config = mlx_model(Path(spec["folder"]), spec["against"])

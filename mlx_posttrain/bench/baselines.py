@@ -30,7 +30,12 @@ def _each(function: Callable[..., None], *kinds: str) -> dict[str, Callable[...,
 
 _TRL = (("trl", "accelerate", "peft"), "trl==1.16.0 accelerate peft")
 BASELINES = {
-    "mlx-lm": Baseline("mlx", ("mlx_lm",), "mlx-lm", _each(baseline_rows.mlx_lm, "sft", "lora")),
+    "mlx-lm": Baseline(
+        "mlx",
+        ("mlx_lm",),
+        "mlx-lm",
+        _each(baseline_rows.mlx_lm, "sft", "lora") | _each(baseline_rollouts.mlx_lm_generate, "generate"),
+    ),
     "mlx-lm-lora": Baseline(
         "mlx",
         ("mlx_lm_lora",),
