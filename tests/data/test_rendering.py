@@ -50,7 +50,7 @@ def test_a_template_without_end_is_refused(template, where, tokenizer, monkeypat
         thread.start()
         thread.join()
     assert time.monotonic() - begun < 15  # an endless one would not end at all
-    assert "choose another data.template" in str(outcome.error) and "\n" not in str(outcome.error)
+    assert "choose another template" in str(outcome.error) and "\n" not in str(outcome.error)
 
 
 def test_a_template_that_ends_is_not_disturbed(tokenizer, monkeypatch):

@@ -364,7 +364,7 @@ def test_a_template_that_rewrites_answers_that_are_not_trained_is_no_matter() ->
 
 def test_wording_in_place_of_a_name_is_told_where_it_goes() -> None:
     with pytest.raises(
-        UserError, match=r"no template's name \(there are instruction, .*, chat\); wording"
+        UserError, match=r"no template's name \(there are instruction, .*, chat\); in a recipe, wording"
     ) as e:
         check_name("Q: {question}\nA:")
     assert "'data.prompt=\"Q: {question}\\nA: \"'" in str(e.value)
